@@ -1,0 +1,47 @@
+# Two commands do all the set-up: `make demo` runs the main job, `make test` the tests. Both fill .venv when needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := 2.13.0
+# One thread per process: oversubscribed OpenMP threads that spin slow calls by up to 100 times.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test check format bench proto clean
+
+install: $(VENV)/.installed
+
+# Without a CUDA device the CPU build of torch comes first, so that nothing pulls in several GB of CUDA packages:
+# from a configured index or folder when one has it, else from PyTorch's own index.
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 \
+	  || $(BIN)/python -c "import torch" 2>/dev/null \
+	  || $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" \
+	  || $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo.py
+
+test: check
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python benchmarks/stories.py
+	$(BIN)/python benchmarks/dispatch.py
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

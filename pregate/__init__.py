@@ -1,0 +1,20 @@
+"""pregate: dense language models as mixtures of experts whose paths are known before the model runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pregate.client.client import Client
+
+__version__ = "0.1.0"
+__all__ = ["Client", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the client on first use, so that `import pregate` loads neither grpc nor anything heavier."""
+    if name == "Client":
+        from pregate.client.client import Client
+
+        return Client
+    raise AttributeError(f"module 'pregate' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Errors, logging, metric definitions: what every other package stands on."""

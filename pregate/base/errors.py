@@ -1,0 +1,69 @@
+"""Typed errors. What a user can cause is a `UserError`; its message names the option, the value and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+
+class PregateError(Exception):
+    """Root of every error pregate raises on purpose. `code` is the gRPC status name a front door answers with."""
+
+    code = "INTERNAL"
+
+
+class UserError(PregateError, ValueError):
+    """Bad input: exit code 2 on the command line, INVALID_ARGUMENT over gRPC."""
+
+    code = "INVALID_ARGUMENT"
+
+    @classmethod
+    def of(cls, option: str, value: object, allowed: str) -> UserError:
+        """Build the house sentence, e.g. `--active 6: with --shared 3 it exceeds --experts 8; allowed: 0 to 5`."""
+        return cls(f"{option} {value}: {allowed}")
+
+
+class CheckpointError(UserError):
+    """A folder that is not a checkpoint, or a damaged one. The message names the file and the reason."""
+
+
+class NotFoundError(UserError):
+    """An unknown model or request."""
+
+    code = "NOT_FOUND"
+
+
+class QueueFullError(PregateError):
+    """The bounded queue holds as many requests as it may; try again later."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class UnavailableError(PregateError):
+    """Starting, draining, or an expert host is lost; the request may be sent again."""
+
+    code = "UNAVAILABLE"
+
+
+class HostLostError(UnavailableError):
+    """An expert host stopped answering. `host_id` says which."""
+
+    def __init__(self, host_id: int, reason: str) -> None:
+        super().__init__(f"expert host {host_id} is lost: {reason}")
+        self.host_id = host_id
+
+
+class ProtocolError(PregateError):
+    """A message between processes is malformed, of another version, too large, or fails its checksum."""
+
+
+class DeadlineError(PregateError):
+    """The caller's deadline passed before the answer was complete."""
+
+    code = "DEADLINE_EXCEEDED"
+
+
+#: Status name -> error class, to rebuild on this side of a process boundary what was raised on the other.
+BY_CODE: Mapping[str, type[PregateError]] = MappingProxyType(
+    {c.code: c for c in (PregateError, UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError)}
+)

@@ -1,0 +1,1 @@
+"""The gRPC client; imports neither torch, ray, transformers nor numpy."""

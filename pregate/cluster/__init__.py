@@ -1,0 +1,1 @@
+"""Composition: placement, supervisor, launch, Serve application, command line."""

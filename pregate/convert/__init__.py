@@ -1,0 +1,1 @@
+"""Dense checkpoints to routed ones: calibration, CMoE, decoupling, evaluation."""

@@ -1,0 +1,1 @@
+"""The expert FFN: plain-torch reference, CPU path and one entry point."""

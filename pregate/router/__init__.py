@@ -1,0 +1,1 @@
+"""The router service: paths, plans, exchange, engine and front doors."""
