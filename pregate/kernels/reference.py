@@ -1,0 +1,65 @@
+"""Plain-torch truth of each operation; the oracle of every kernel test.
+
+Shape letters: T tokens, D hidden width, M expert width, R routed experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def activation(name: str) -> Activation:
+    """Return the gate activation a transformers config calls `name` (silu, gelu_pytorch_tanh, ...)."""
+    return ACT2FN[name]
+
+
+def gated_hidden(x_TD: torch.Tensor, gate_up: torch.Tensor, act: Activation) -> torch.Tensor:
+    """Return h [T, M] = act(x W_gate') * (x W_up') for `gate_up` [2M, D], gate rows first."""
+    gate_TM, up_TM = F.linear(x_TD, gate_up).chunk(2, dim=-1)
+    return act(gate_TM) * up_TM
+
+
+def expert_ffn(x_TD: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, act: Activation) -> torch.Tensor:
+    """Run one expert on rows [T, D]: `gate_up` [2M, D], `down` [D, M]; returns [T, D]."""
+    return F.linear(gated_hidden(x_TD, gate_up, act), down)
+
+
+def add_routed(  # noqa: PLR0917
+    out_TD: torch.Tensor,
+    x_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    act: Activation,
+) -> torch.Tensor:
+    """Add each token's routed experts to `out_TD` (the shared expert's output), in ascending expert id.
+
+    `ids_TK` int64, -1 where a token has fewer than K experts; `gate_up_proj` [R, 2M, D], `down_proj` [R, D, M].
+
+    Example: ids [[0, 2], [2, -1]] adds expert 0 to token 0, then expert 2 to tokens 0 and 1.
+    """
+    for expert in range(gate_up_proj.shape[0]):
+        rows, slots = torch.where(ids_TK == expert)
+        if rows.numel() == 0:
+            continue
+        y = expert_ffn(x_TD[rows], gate_up_proj[expert], down_proj[expert], act)
+        if weights_TK is not None:
+            y = y * weights_TK[rows, slots].unsqueeze(-1).to(y.dtype)
+        out_TD = out_TD.index_add(0, rows, y)
+    return out_TD
+
+
+def top_k(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
+    """Return the ids [T, K] (int64, ascending) of the K highest scores; ties go to the lower id.
+
+    Example: scores [[0.5, 0.9, 0.5]], K = 2 gives [[0, 1]].
+    """
+    order = torch.argsort(scores_TR, dim=-1, descending=True, stable=True)
+    return order[:, :num_active].sort(dim=-1).values

@@ -1,0 +1,181 @@
+"""The checkpoint folder: manifest, file checks, and reading any unit without loading the rest.
+
+    config.json  model*.safetensors  [model.safetensors.index.json]  tokenizer files  manifest.json
+
+Names inside the shards: `parent.<path of layer l's FFN>.experts.gate_up_proj` [R, 2M, D] and `.down_proj`
+[R, D, M]; so unit (l, e) is one contiguous slice of each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pregate.base.errors import CheckpointError, UserError
+from pregate.model.config import RoutedConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_HASHED = ("*.safetensors", "config.json", "*.index.json")
+_EXPERTS = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)$")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """How a checkpoint was made. `files` maps file name to {"sha256": hex, "bytes": size}; filled in on writing."""
+
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Hash the folder's config and shards and write `manifest.json` beside them."""
+    paths = sorted({p for pattern in _HASHED for p in folder.glob(pattern)})
+    files = {p.name: {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
+    text = json.dumps(asdict(manifest) | {"files": files}, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json`; CheckpointError when the folder is not a pregate checkpoint of a format we know."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{path}: missing; not a pregate checkpoint (make one with `pregate convert`)")
+    try:
+        fields = json.loads(path.read_text())
+        manifest = Manifest(**fields)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable manifest ({error})") from error
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(f"{path}: format version {manifest.format_version}; allowed: {FORMAT_VERSION}")
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
+    """Raise CheckpointError for a file that is missing, cut short, or (with `hashes`) changed."""
+    if "config.json" not in manifest.files or not any(f.endswith(".safetensors") for f in manifest.files):
+        raise CheckpointError(f"{folder / MANIFEST}: lists no config.json or no shard")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: missing")
+        if path.stat().st_size != expected["bytes"]:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
+        if hashes and file_sha256(path) != expected["sha256"]:
+            raise CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
+
+
+class CheckpointReader:
+    """Reads single units of a checkpoint through memory-mapped shards; loads nothing else.
+
+    Raises CheckpointError naming the file and the reason when the folder is foreign or damaged.
+    """
+
+    def __init__(self, path: str | Path, hashes: bool = False) -> None:
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        verify_files(self.path, self.manifest, hashes)
+        self.config = self._config()
+        self.fingerprint = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
+        self._shards = {p.name: self._open(p) for p in sorted(self.path.glob("*.safetensors"))}
+        self._experts = self._index()
+
+    def _config(self) -> RoutedConfig:
+        fields = json.loads((self.path / "config.json").read_text())
+        if fields.get("model_type") != RoutedConfig.model_type:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: model_type {fields.get('model_type')!r}; allowed: 'pregate'"
+            )
+        return RoutedConfig.from_dict(fields)
+
+    @staticmethod
+    def _open(path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+
+    def _index(self) -> dict[tuple[int, str], tuple[Any, str]]:
+        found: dict[tuple[int, str], tuple[Any, str]] = {}
+        for shard in self._shards.values():
+            for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if match := _EXPERTS.search(name):
+                    found[int(match[1]), match[2]] = (shard, name)
+        for layer, cut in enumerate(self.config.cuts):
+            if cut.num_routed and ((layer, "gate_up_proj") not in found or (layer, "down_proj") not in found):
+                raise CheckpointError(f"{self.path}: layer {layer} has {cut.num_routed} routed experts but no weights")
+        return found
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.config.cuts)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.text_config.hidden_size
+
+    @property
+    def hidden_act(self) -> str:
+        return self.config.hidden_act
+
+    def read_unit(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read unit (layer, expert): `gate_up` [2M, D] and `down` [D, M] in the checkpoint's dtype."""
+        if not 0 <= layer < self.num_layers or not 0 <= expert < self.config.cuts[layer].num_routed:
+            raise UserError(f"unit ({layer}, {expert}): not in this checkpoint")
+        gate_up, down = (self._slice(layer, part)[expert] for part in ("gate_up_proj", "down_proj"))
+        return gate_up, down
+
+    def _slice(self, layer: int, part: str) -> Any:
+        shard, name = self._experts[layer, part]
+        return shard.get_slice(name)
+
+    def unit_bytes(self, layer: int) -> int:
+        """Bytes of one unit of `layer` as stored (0 for a dense layer)."""
+        cut = self.config.cuts[layer]
+        if not cut.num_routed:
+            return 0
+        item = {"F32": 4, "F16": 2, "BF16": 2}[self._slice(layer, "down_proj").get_dtype()]
+        return 3 * cut.expert_width * self.hidden_size * item
+
+
+@contextmanager
+def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
+    """Give a temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when not."""
+    if path.exists():
+        raise UserError.of(option, path, "exists already; allowed: a folder that does not exist yet")
+    if not path.absolute().parent.is_dir():
+        raise UserError.of(option, path, "its parent folder does not exist")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

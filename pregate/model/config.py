@@ -1,0 +1,118 @@
+"""`RoutedConfig`: the dense parent's config and how each of its layers was cut."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from pregate.base.errors import UserError
+
+ROUTINGS = ("layerwise", "path")
+GATES = ("linear", "representative")
+
+
+@dataclass(frozen=True)
+class LayerCut:
+    """How one layer's FFN was cut. Total experts E = num_routed + num_shared; 0 routed is a dense layer.
+
+    `expert_width` is m, the neurons of one expert; the shared expert is num_shared * m wide, stored as one.
+    """
+
+    num_routed: int
+    num_shared: int
+    num_active: int
+    expert_width: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_active <= self.num_routed:
+            raise UserError.of("num_active", self.num_active, f"allowed: 0 to {self.num_routed} (num_routed)")
+        if self.num_shared < 0 or self.expert_width < 1:
+            raise UserError.of("layer cut", asdict(self), "num_shared must be 0 or more, expert_width 1 or more")
+
+    @property
+    def shared_width(self) -> int:
+        return self.num_shared * self.expert_width
+
+
+@dataclass(frozen=True)
+class PathRouterConfig:
+    """Shape of the path router: embedding width, blocks, heads, attention window in tokens."""
+
+    dim: int = 128
+    num_blocks: int = 1
+    num_heads: int = 4
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        if self.dim < 1 or self.num_heads < 1 or self.dim % self.num_heads:
+            raise UserError.of("--dim", self.dim, f"must be a positive multiple of the {self.num_heads} heads")
+        if self.num_blocks < 1 or self.window < 1:
+            raise UserError.of("--blocks", self.num_blocks, "blocks and window must be 1 or more")
+
+
+class RoutedConfig(PretrainedConfig):
+    """Config of a routed checkpoint; `text_config` is the parent's, so transformers' caches understand it.
+
+    `layer_cuts`: one dict of `LayerCut` fields per layer. `routing` says who decides: "layerwise" (a gate per
+    layer) or "path" (the path router, before the backbone). `path_router` is independent of it: a path router
+    beside layerwise routing is a forecast only.
+    """
+
+    model_type = "pregate"
+    sub_configs = {"text_config": AutoConfig}  # pyright: ignore[reportAssignmentType] # noqa: RUF012
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        layer_cuts: list[dict[str, int]] | None = None,
+        routing: str = "layerwise",
+        gate: str = "linear",
+        path_router: dict[str, int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            parent = dict(text_config)
+            text_config = AutoConfig.for_model(parent.pop("model_type", "llama"), **parent)
+        self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
+        self.layer_cuts = layer_cuts or []
+        self.routing = routing
+        self.gate = gate
+        self.path_router = path_router
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "vocab_size"):
+            kwargs.setdefault(name, getattr(self.text_config, name, None))
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        if self.routing not in ROUTINGS:
+            raise UserError.of("routing", self.routing, f"allowed: {', '.join(ROUTINGS)}")
+        if self.gate not in GATES:
+            raise UserError.of("gate", self.gate, f"allowed: {', '.join(GATES)}")
+        if self.routing == "path" and self.path_router is None:
+            raise UserError("routing path: config has no path_router; a path checkpoint needs one")
+
+    @property
+    def cuts(self) -> tuple[LayerCut, ...]:
+        return tuple(LayerCut(**c) for c in self.layer_cuts)
+
+    @property
+    def has_path_router(self) -> bool:
+        return self.path_router is not None
+
+    @property
+    def router_shape(self) -> PathRouterConfig:
+        """Shape of the path router; ValueError when the checkpoint has none."""
+        if self.path_router is None:
+            raise UserError("this checkpoint has no path router; make one with `pregate decouple`")
+        return PathRouterConfig(**self.path_router)
+
+    @property
+    def hidden_act(self) -> str:
+        text = self.text_config
+        return getattr(text, "hidden_act", None) or text.hidden_activation
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        """Give transformers' caches and generation the parent's config."""
+        return self.text_config

@@ -1,0 +1,102 @@
+"""Finding gated FFNs in a transformers decoder by their shape, not by class name.
+
+A gated FFN computes down(act(gate(x)) * up(x)); here as two linear layers [I, D] and one [D, I], or one fused
+[2I, D] (gate rows first) and one [D, I]. What was found is then checked against what the module computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pregate.base.errors import UserError
+from pregate.kernels import reference
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """One decoder layer's gated FFN and where it hangs. Weights: `gate`/`up` [I, D], `down` [D, I]."""
+
+    layer: int
+    owner: nn.Module
+    attribute: str
+    module: nn.Module
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gate.shape[1]
+
+    @property
+    def width(self) -> int:
+        return self.gate.shape[0]
+
+    def replace(self, new: nn.Module) -> None:
+        """Hang `new` in the FFN's place."""
+        setattr(self.owner, self.attribute, new)
+
+    @torch.no_grad()
+    def check(self, act: str) -> None:
+        """Raise UserError unless the module computes down(act(gate x) * up x) on random rows."""
+        x = torch.randn(3, self.hidden_size, generator=torch.Generator().manual_seed(0)).to(self.gate)
+        ours = reference.expert_ffn(x, torch.cat([self.gate, self.up]), self.down, reference.activation(act))
+        theirs = self.module(x[None])[0]
+        if not torch.allclose(ours.float(), theirs.float(), rtol=1e-2, atol=1e-4 * theirs.abs().max().item() + 1e-7):
+            raise UserError(f"{type(self.module).__name__} in layer {self.layer} does not compute down(act(gate) * up)")
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the decoder's layer list: the longest ModuleList of the model; UserError when there is none."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise UserError(f"{type(model).__name__}: no list of decoder layers found; not a decoder pregate can convert")
+    return max(lists, key=len)
+
+
+def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
+    """Return every decoder layer's gated FFN; UserError names the module of the first layer that has none."""
+    return [_find_in_layer(index, layer) for index, layer in enumerate(decoder_layers(model))]
+
+
+def _find_in_layer(index: int, layer: nn.Module) -> GatedMLP:
+    seen: list[str] = []
+    for attribute, module in layer.named_children():
+        if "attn" in attribute.lower() or "attention" in attribute.lower():
+            continue  # a fused QKV with half as many key heads has the shapes of a fused gated FFN
+        linears = {n: m for n, m in module.named_children() if isinstance(m, nn.Linear)}
+        weights = _gated_weights(linears)
+        if weights is not None:
+            if any(m.bias is not None for m in linears.values()):
+                raise UserError(
+                    f"{type(module).__name__} in layer {index}: linear layers with biases are not supported"
+                )
+            return GatedMLP(index, layer, attribute, module, *weights)
+        if "mlp" in attribute.lower() or "feed" in attribute.lower() or "ff" in attribute.lower():
+            seen.append(f"{attribute} is a {type(module).__name__}")
+    what = "; ".join(seen) or "no feed-forward module was recognised"
+    raise UserError(
+        f"layer {index} of {type(layer).__name__} has no gated FFN ({what}); allowed: FFNs that compute"
+        " down(act(gate) * up) with linear layers, as Llama, Mistral and Qwen do"
+    )
+
+
+def _gated_weights(linears: dict[str, nn.Linear]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Match names to roles by shape; among the two [I, D] layers the one with "gate" in its name is the gate."""
+    for down_name, down in linears.items():
+        hidden, width = down.weight.shape
+        others = {n: m.weight for n, m in linears.items() if n != down_name}
+        pair = {n: w for n, w in others.items() if w.shape == (width, hidden)}
+        gates = [n for n in pair if "gate" in n.lower()]
+        named_down = width != hidden or "down" in down_name.lower()  # a square FFN leaves only the name to go by
+        if len(pair) == 2 and len(gates) == 1 and named_down:
+            up = next(n for n in pair if n != gates[0])
+            return pair[gates[0]], pair[up], down.weight
+        fused = [w for w in others.values() if w.shape == (2 * width, hidden)]
+        if len(others) == 1 and fused:
+            gate, up_rows = fused[0].chunk(2)
+            return gate, up_rows, down.weight
+    return None

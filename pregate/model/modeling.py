@@ -1,0 +1,153 @@
+"""`RoutedForCausalLM`: the in-process reference model that defines correct output.
+
+It imports nothing of the router, the planner or the fast kernels, so that it stays an independent oracle.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from pregate.base.errors import UserError
+from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
+from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.layers import GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy
+from pregate.model.path_router import PathComputer, PathRouter, PathState
+from pregate.model.paths import Paths
+
+
+class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A transformers decoder whose FFNs are cut into a shared and routed experts.
+
+    `parent` is the dense architecture with its MLPs replaced by `RoutedMLP`; `path_router` is there when the
+    checkpoint has one. Set `routing_policy` to override who chooses the experts (controls, oracles); None means
+    what the checkpoint says.
+    """
+
+    config_class = RoutedConfig
+    base_model_prefix = "parent"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"path_router"}  # noqa: RUF012
+    #: False in a backbone: the routed experts live on hosts.
+    hold_experts = True
+
+    def __init__(self, config: RoutedConfig) -> None:
+        super().__init__(config)
+        self.parent: Any = AutoModelForCausalLM.from_config(config.text_config)
+        for slot, cut in zip(find_gated_mlps(self.parent), config.cuts, strict=True):
+            slot.replace(self._routed_mlp(slot.layer, slot.hidden_size, cut))
+        self.path_router = (
+            PathRouter(config.router_shape, config.text_config.vocab_size, config.cuts)
+            if config.path_router is not None
+            else None
+        )
+        self.routing_policy: RoutingPolicy | None = None
+        self.manifest: Manifest | None = None
+        self._computer: PathComputer | None = None
+        self.post_init()
+
+    def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> nn.Module:
+        return RoutedMLP(layer, hidden_size, self.config.hidden_act, cut, self.config.gate, self.hold_experts)
+
+    @property
+    def routed_mlps(self) -> list[RoutedMLP]:
+        return [m for m in self.parent.modules() if isinstance(m, RoutedMLP)]
+
+    @property
+    def path_computer(self) -> PathComputer:
+        """The float64 runtime of the path router; ValueError when the checkpoint has none."""
+        if self.path_router is None:
+            raise UserError("this checkpoint has no path router; make one with `pregate decouple`")
+        if self._computer is None:
+            self._computer = PathComputer(self.path_router)
+        return self._computer
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.parent.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.parent.get_output_embeddings()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the parent on `input_ids` [B, N] with routed FFNs; same contract as the parent's own forward.
+
+        With path routing the state of the path router travels with `past_key_values`.
+        """
+        if past_key_values is None and (use_cache if use_cache is not None else self.config.text_config.use_cache):
+            past_key_values = DynamicCache(config=self.config.text_config)
+        policy = self.routing_policy
+        if policy is None:
+            by_path = self.config.routing == "path"
+            policy = self._path_policy(input_ids, attention_mask, past_key_values) if by_path else GatePolicy()
+        for mlp in self.routed_mlps:
+            # A transformers decoder layer hands its MLP the hidden states and nothing else.
+            mlp.policy = policy
+        return self.parent(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            **kwargs,
+        )
+
+    def _path_policy(self, ids_BN: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> PathPolicy:
+        states = getattr(cache, "pregate_path_states", None)
+        if states is None:
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError("past_key_values was not made by this model: the path router's state is missing")
+            states = [self.path_computer.new_state() for _ in range(ids_BN.shape[0])]
+        if len(states) != ids_BN.shape[0]:
+            raise ValueError(f"path routing: {ids_BN.shape[0]} sequences but state of {len(states)}; no beam search")
+        paths_BNLK, states = self.batch_paths(ids_BN, mask, states)
+        if cache is not None:
+            cache.pregate_path_states = states  # pyright: ignore[reportAttributeAccessIssue]
+        return PathPolicy(paths_BNLK.flatten(0, 1))
+
+    def batch_paths(
+        self, ids_BN: torch.Tensor, mask: torch.Tensor | None, states: list[PathState]
+    ) -> tuple[torch.Tensor, list[PathState]]:
+        """Paths int64 [B, N, L, K] of new tokens, and the states after them. Padding gets no expert (-1)."""
+        num_new = ids_BN.shape[1]
+        real_BN = torch.ones_like(ids_BN) if mask is None else mask[:, -num_new:]
+        rows = [ids[real.bool()].tolist() for ids, real in zip(ids_BN, real_BN, strict=True)]
+        paths, states = self.path_computer.extend(states, rows)
+        k_max = paths[0].ids.shape[-1]
+        out = torch.full((*ids_BN.shape, len(self.config.cuts), k_max), -1, dtype=torch.int64, device=ids_BN.device)
+        for row, real, path in zip(out, real_BN, paths, strict=True):
+            row[real.bool()] = torch.from_numpy(path.ids.astype("int64")).to(out.device)
+        return out, states
+
+    def paths(self, token_ids: list[int]) -> Paths:
+        """Paths [T, L, K] of one sequence from its token ids; no forward pass."""
+        return self.path_computer.extend([self.path_computer.new_state()], [token_ids])[0][0]
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write config, shards and the manifest with each file's sha256."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_manifest(Path(save_directory), self.manifest or Manifest(method="unknown"))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> RoutedForCausalLM:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Load a checkpoint folder; CheckpointError names the file that is missing, damaged or foreign."""
+        path = Path(pretrained_model_name_or_path)
+        manifest = read_manifest(path)
+        verify_files(path, manifest, hashes=cls.hold_experts)
+        model = super().from_pretrained(path, *args, **kwargs)
+        model.manifest = manifest
+        return model

@@ -1,0 +1,189 @@
+"""The path router: a small causal network from token ids to every layer's experts, and its incremental state.
+
+Data on its way: token ids [B, N] -> own embedding [B, N, C] -> causal blocks over the last `window` tokens ->
+scores [B, N, S], S the routed experts of all layers side by side -> top-k per layer -> `Paths`.
+
+Shape letters: B sequences, N new tokens, P past tokens kept, C router width, H heads, W window, S sum of R_l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pregate.kernels.reference import top_k
+from pregate.model.config import LayerCut, PathRouterConfig
+from pregate.model.paths import Paths
+
+#: Scores are rounded to this many binary digits, so that experts tied in exact arithmetic stay tied whatever
+#: the batch shape does to the last bits of float64; ties go to the lower id.
+SCORE_BITS = 30
+#: Prompts are run through the router in pieces of this many tokens, which bounds its attention matrix.
+CHUNK_TOKENS = 512
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+
+
+class _Block(nn.Module):
+    def __init__(self, config: PathRouterConfig) -> None:
+        super().__init__()
+        self.num_heads, self.window = config.num_heads, config.window
+        self.attention_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
+        self.output = nn.Linear(config.dim, config.dim, bias=False)
+        #: Learned bias by distance: positions are relative, so state needs no absolute position.
+        self.distance_bias = nn.Parameter(torch.zeros(config.num_heads, config.window))
+        self.mlp_norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.up = nn.Linear(config.dim, 4 * config.dim, bias=False)
+        self.down = nn.Linear(4 * config.dim, config.dim, bias=False)
+
+    def forward(self, x_BNC: torch.Tensor, past: KeysValues | None, past_len_B: torch.Tensor) -> tuple:
+        """Return (x [B, N, C], keys [B, P + N, C], values [B, P + N, C])."""
+        q, k, v = self.qkv(self.attention_norm(x_BNC)).chunk(3, dim=-1)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+        heads = [t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        mixed = F.scaled_dot_product_attention(*heads, attn_mask=self._bias(q.shape[1], k.shape[1], past_len_B))
+        x_BNC = x_BNC + self.output(mixed.transpose(1, 2).flatten(-2))
+        return x_BNC + self.down(F.silu(self.up(self.mlp_norm(x_BNC)))), k, v
+
+    def _bias(self, num_new: int, num_keys: int, past_len_B: torch.Tensor) -> torch.Tensor:
+        """Bias [B, H, N, P + N]: learned by distance, -inf beyond the window, in the future, or before the past."""
+        num_past = num_keys - num_new
+        key = torch.arange(num_keys, device=past_len_B.device)
+        distance = key[num_past:, None] - key[None, :]
+        seen = (distance >= 0) & (distance < self.window)
+        bias = self.distance_bias[:, distance.clamp(0, self.window - 1)].masked_fill(~seen, -torch.inf)
+        absent = key[None, :] < (num_past - past_len_B)[:, None]
+        return bias[None].masked_fill(absent[:, None, None, :], -torch.inf)
+
+
+class PathRouter(nn.Module):
+    """Scores of every layer's routed experts from token ids alone (after Read-ME, section 3.2: a decoupled router)."""
+
+    def __init__(self, config: PathRouterConfig, vocab_size: int, cuts: Sequence[LayerCut]) -> None:
+        super().__init__()
+        self.config, self.cuts = config, tuple(cuts)
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
+        self.norm = nn.RMSNorm(config.dim, eps=1e-6)
+        self.heads = nn.Linear(config.dim, sum(c.num_routed for c in self.cuts))
+
+    def forward(
+        self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
+        """Return scores [B, N, S] and each block's keys and values, past included.
+
+        `past`: per block ([B, P, C], [B, P, C]), left-padded; `past_len_B` says how many of P are real.
+        """
+        if past_len_B is None:
+            past_len_B = torch.zeros(ids_BN.shape[0], dtype=torch.int64, device=ids_BN.device)
+        x = self.embedding(ids_BN)
+        kept: list[KeysValues] = []
+        for index, block in enumerate(self.blocks):
+            x, keys, values = block(x, None if past is None else past[index], past_len_B)
+            kept.append((keys, values))
+        return self.heads(self.norm(x)), kept
+
+
+@dataclass(frozen=True)
+class PathState:
+    """What the router remembers of one sequence: keys and values [num_blocks, P, C] of its last W - 1 tokens."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[1]
+
+
+class PathComputer:
+    """Runs a path router incrementally over many sequences; the same paths whole, in chunks, or token by token.
+
+    It computes in float64 on a copy of the weights: sums in another order then differ by about 1e-15, so batch
+    mates cannot move a choice (see `SCORE_BITS`).
+    """
+
+    def __init__(self, router: PathRouter) -> None:
+        self.cuts, self.config = router.cuts, router.config
+        self.device = router.embedding.weight.device
+        self._router = PathRouter(router.config, router.embedding.num_embeddings, router.cuts).to(
+            self.device, torch.float64
+        )
+        self._router.load_state_dict({k: v.double() for k, v in router.state_dict().items()})
+        self._router.requires_grad_(False)
+
+    def new_state(self) -> PathState:
+        """State of a sequence nothing of which has been seen."""
+        empty = torch.zeros(self.config.num_blocks, 0, self.config.dim, dtype=torch.float64, device=self.device)
+        return PathState(empty, empty)
+
+    def extend(
+        self, states: Sequence[PathState], new_ids: Sequence[Sequence[int]]
+    ) -> tuple[list[Paths], list[PathState]]:
+        """Extend each sequence by its own number of new ids; return their paths [n_i, L, k_max] and new states."""
+        parts: list[list[Paths]] = [[] for _ in states]
+        states = list(states)
+        longest = max((len(ids) for ids in new_ids), default=0)
+        for start in range(0, longest, CHUNK_TOKENS):
+            live = [i for i, ids in enumerate(new_ids) if len(ids) > start]
+            pieces = [list(new_ids[i][start : start + CHUNK_TOKENS]) for i in live]
+            paths, after = self._extend_chunk([states[i] for i in live], pieces)
+            for i, path, state in zip(live, paths, after, strict=True):
+                parts[i].append(path)
+                states[i] = state
+        empty = Paths(np.empty((0, len(self.cuts), self._k_max), dtype=np.int16))
+        return [Paths.concatenate(p) if p else empty for p in parts], states
+
+    @property
+    def _k_max(self) -> int:
+        return max((c.num_active for c in self.cuts), default=0)
+
+    @torch.no_grad()
+    def _extend_chunk(
+        self, states: Sequence[PathState], pieces: Sequence[list[int]]
+    ) -> tuple[list[Paths], list[PathState]]:
+        lengths = [len(p) for p in pieces]
+        ids_BN = torch.zeros(len(pieces), max(lengths), dtype=torch.int64, device=self.device)
+        for row, piece in zip(ids_BN, pieces, strict=True):
+            row[: len(piece)] = torch.tensor(piece, device=self.device)
+        past, past_len_B = self._stack(states)
+        scores_BNS, kept = self._router(ids_BN, past, past_len_B)
+        num_past = past_len_B.max().item() if len(states) else 0
+        after = [self._keep(kept, b, int(num_past), states[b].length, n) for b, n in enumerate(lengths)]
+        return [self._paths(scores_BNS[b, :n]) for b, n in enumerate(lengths)], after
+
+    def _stack(self, states: Sequence[PathState]) -> tuple[list[KeysValues], torch.Tensor]:
+        longest = max(s.length for s in states)
+        padded = [
+            torch.stack([F.pad(t, (0, 0, longest - t.shape[1], 0)) for t in side])
+            for side in ([s.keys for s in states], [s.values for s in states])
+        ]
+        past = [(padded[0][:, i], padded[1][:, i]) for i in range(self.config.num_blocks)]
+        return past, torch.tensor([s.length for s in states], device=self.device)
+
+    def _keep(self, kept: list[KeysValues], row: int, num_past: int, past_len: int, num_new: int) -> PathState:
+        stop = num_past + num_new
+        start = max(num_past - past_len, stop - (self.config.window - 1))
+        keys, values = zip(*((k[row, start:stop], v[row, start:stop]) for k, v in kept), strict=True)
+        return PathState(torch.stack(keys), torch.stack(values))
+
+    def _paths(self, scores_NS: torch.Tensor) -> Paths:
+        ids = np.full((scores_NS.shape[0], len(self.cuts), self._k_max), -1, dtype=np.int16)
+        rounded = torch.round(scores_NS * 2.0**SCORE_BITS)
+        for layer, scores in enumerate(rounded.split([c.num_routed for c in self.cuts], dim=-1)):
+            active = self.cuts[layer].num_active
+            ids[:, layer, :active] = top_k(scores, active).cpu().numpy()
+        return Paths(ids)
+
+    def scores(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Scores [T, S] (float64) of one whole sequence; for reports and tests of margins."""
+        with torch.no_grad():
+            ids = torch.tensor([list(token_ids)], device=self.device)
+            return self._router(ids)[0][0]
