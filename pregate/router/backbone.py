@@ -1,0 +1,78 @@
+"""The backbone: a routed checkpoint without its routed experts, whose MLPs call the exchange and whose attention
+reads our KV cache.
+
+Shape letters: T tokens of a step, D hidden width, L layers, K experts per token, B rows whose logits are wanted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pregate.kernels.reference import top_k
+from pregate.model.layers import RoutedMLP
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.router.attention import ATTENTION_NAME, StepLayout, register_attention
+from pregate.router.exchange import Exchange
+
+
+class ExchangeMLP(nn.Module):
+    """One layer's FFN in the backbone: routed rows go away, the shared expert runs meanwhile, answers are added."""
+
+    def __init__(self, mlp: RoutedMLP, exchange: Exchange, exact: bool) -> None:
+        super().__init__()
+        self.mlp, self.exchange, self.exact = mlp, exchange, exact
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_TD = x.reshape(-1, x.shape[-1])
+        if not self.mlp.cut.num_active:
+            return self.mlp.shared_output(x_TD).view_as(x)
+        ids_TK = None
+        if not self.exact:
+            assert self.mlp.gate is not None
+            ids_TK = top_k(self.mlp.gate(x_TD), self.mlp.cut.num_active)
+        receipt = self.exchange.dispatch(self.mlp.layer, x_TD, ids_TK)
+        return self.exchange.combine(receipt, self.mlp.shared_output(x_TD)).view_as(x)
+
+
+class RoutedBackbone(RoutedForCausalLM):
+    """`RoutedForCausalLM` without the routed experts: their weights are neither made nor read."""
+
+    hold_experts = False
+    _keys_to_ignore_on_load_unexpected = [r"\.experts\.(gate_up_proj|down_proj)$"]  # noqa: RUF012
+
+
+class Backbone:
+    """Runs one step over a batch laid out by `StepLayout`."""
+
+    def __init__(self, model: RoutedBackbone, exchange: Exchange, device: str) -> None:
+        self.model, self.exchange, self.device = model, exchange, device
+        exact = model.config.routing == "path"
+        for parent in list(model.parent.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, RoutedMLP):
+                    setattr(parent, name, ExchangeMLP(child, exchange, exact))
+
+    @classmethod
+    def load(cls, path: str | Path, exchange: Exchange, dtype: str, device: str) -> Backbone:
+        """Load the checkpoint at `path` (CheckpointError when it is none) in `dtype` onto `device`."""
+        register_attention()
+        model: Any = RoutedBackbone.from_pretrained(path, dtype=getattr(torch, dtype))
+        model.parent.set_attn_implementation(ATTENTION_NAME)
+        return cls(model.to(device).eval(), exchange, device)
+
+    @torch.inference_mode()
+    def forward(self, token_ids: np.ndarray, positions: np.ndarray, layout: StepLayout, wanted: list[int]):  # noqa: ANN201
+        """Run tokens [T] at `positions` [T]; return logits [B, V] of the rows `wanted`."""
+        output = self.model.parent(
+            input_ids=torch.from_numpy(token_ids)[None].to(self.device),
+            position_ids=torch.from_numpy(positions)[None].to(self.device),
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, device=self.device),
+            pregate_step=layout,
+        )
+        return output.logits[0]

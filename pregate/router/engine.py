@@ -1,0 +1,264 @@
+"""The step loop: batch, plan, forward, sample, publish. One thread, no sockets, no asyncio.
+
+Data at each step: slices of sequences -> token ids, positions [T] and their paths [T, L, K] -> one plan per host ->
+logits [B, V] of the rows that end a sequence -> one token each -> the path of that token, before the next step.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pregate.base.errors import PregateError, UserError
+from pregate.base.log import get_logger
+from pregate.model.path_router import PathComputer, PathState
+from pregate.model.paths import Paths
+from pregate.router.attention import StepLayout
+from pregate.router.backbone import Backbone
+from pregate.router.batching import Batcher, BatchLimits, Slice
+from pregate.router.exchange import Exchange
+from pregate.router.kv_cache import BlockAllocator, PagedKV, slots_of
+from pregate.router.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
+from pregate.router.sampling import sample
+from pregate.router.sequence import Sequence
+
+if TYPE_CHECKING:
+    from pregate.workers.client import HostClient
+
+logger = get_logger(__name__)
+Event = TokensEvent | FinishedEvent | FailedEvent
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """`kv_tokens` bounds all sequences together; None gives every running sequence its full context, up to 64k."""
+
+    model: str
+    name: str = ""
+    dtype: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    max_running: int = 64
+    max_queued: int = 256
+    step_tokens: int = 512
+    block_size: int = 16
+    kv_tokens: int | None = None
+    group_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "max_running", "max_queued", "step_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise UserError.of(f"--{name.replace('_', '-')}", getattr(self, name), "must be 1 or more")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError.of("--dtype", self.dtype, "allowed: float32, float16, bfloat16")
+
+    def kv_capacity(self, context: int) -> int:
+        """Tokens the KV cache holds for a model of this context."""
+        return self.kv_tokens or max(context, min(self.max_running * context, 65536))
+
+
+class Engine:
+    """Runs requests on a backbone whose experts live on hosts. See the module's docstring for a step."""
+
+    def __init__(self, options: EngineOptions, backbone: Backbone, exchange: Exchange) -> None:
+        self.options, self.backbone, self.exchange = options, backbone, exchange
+        self.config = backbone.model.config
+        self.exact = self.config.routing == "path"
+        self.context = int(self.config.text_config.max_position_embeddings)
+        blocks = -(-options.kv_capacity(self.context) // options.block_size)
+        self.allocator = BlockAllocator(blocks, options.block_size)
+        self.kv = PagedKV(blocks * options.block_size)
+        self.batcher = Batcher(
+            BatchLimits(options.max_running, options.max_queued, options.step_tokens), self.allocator
+        )
+        self.computer = PathComputer(backbone.model.path_router) if backbone.model.path_router is not None else None
+        self.eos_ids = _eos_ids(Path(options.model), backbone.model)
+        self._states: dict[str, PathState] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._step_number = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def submit(self, request: SubmitRequest) -> None:
+        """Accept a request; its whole prompt's paths are computed here, before it is scheduled.
+
+        Raises UserError (bad prompt or sampling) or QueueFullError.
+        """
+        request.sampling.validate()
+        check_prompt(request.token_ids, vocab_size=self.config.text_config.vocab_size, max_context=self.context)
+        if request.request_id in self._sequences:
+            raise UserError.of("request id", request.request_id, "is running already; use a new one")
+        num_prompt = len(request.token_ids)
+        max_tokens = min(request.sampling.max_tokens, self.context - num_prompt)
+        capacity = self.allocator.num_blocks * self.allocator.block_size
+        if num_prompt + max_tokens > capacity:
+            raise UserError.of(
+                "--max-tokens", max_tokens, f"with this prompt exceeds the KV cache of {capacity} tokens"
+            )
+        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
+        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
+        hosts = np.zeros(len(self.exchange.clients), dtype=np.int64)
+        sequence = Sequence(
+            request.request_id, list(request.token_ids), num_prompt, max_tokens, request.sampling, seed, deadline,
+            None, hosts,
+        )  # fmt: skip
+        self.batcher.add(sequence)
+        self._sequences[request.request_id] = sequence
+        if self.exact:
+            self._begin_paths(sequence)
+
+    def _begin_paths(self, sequence: Sequence) -> None:
+        assert self.computer is not None
+        (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
+        sequence.path_ids = np.full((sequence.capacity, *paths.ids.shape[1:]), -1, dtype=np.int16)
+        sequence.path_ids[: paths.num_tokens] = paths.ids
+        self._states[sequence.request_id] = state
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request and all it holds; unknown ids are ignored."""
+        if request_id in self._sequences:
+            self._drop(self._sequences[request_id])
+
+    def _drop(self, sequence: Sequence) -> None:
+        self.batcher.remove(sequence)
+        self._states.pop(sequence.request_id, None)
+        del self._sequences[sequence.request_id]
+        if not self._sequences:
+            self.allocator.check_idle()
+
+    def route(self, token_ids: Many[int]) -> Paths:
+        """Paths of a prompt, without a forward pass; UserError when the checkpoint has no path router."""
+        check_prompt(token_ids, vocab_size=self.config.text_config.vocab_size, max_context=self.context + 1)
+        if self.computer is None:
+            raise UserError("this checkpoint has no path router; make one with `pregate decouple`")
+        paths = self.computer.extend([self.computer.new_state()], [list(token_ids)])[0][0]
+        return Paths(paths.ids, paths.weights, exact=self.exact)
+
+    def info(self) -> dict[str, Any]:
+        """What is served and how busy it is, in plain types."""
+        return {
+            "model": self.options.name or Path(self.options.model).name,
+            "max_context": self.context,
+            "vocab_size": int(self.config.text_config.vocab_size),
+            "eos_token_ids": sorted(self.eos_ids),
+            "routing": self.config.routing,
+            "has_path_router": self.computer is not None,
+            "num_hosts": len(self.exchange.clients),
+            "num_layers": len(self.config.cuts),
+            "num_experts": [c.num_routed + c.num_shared for c in self.config.cuts],
+            "num_running": len(self.batcher.running),
+            "num_queued": len(self.batcher.waiting),
+            "num_steps": self._step_number,
+            "kv_blocks_free": self.allocator.num_free,
+            "kv_blocks": self.allocator.num_blocks,
+            "hosts": [{"host_id": h, **vars(c.stats)} for h, c in enumerate(self.exchange.clients)],
+        }
+
+    def idle(self) -> None:
+        """Take in heartbeats while there is no work; HostLostError when a host is gone."""
+        self.exchange.poll()
+
+    def fail_all(self, error: PregateError) -> list[Event]:
+        """End every request with `error`; the engine stays usable."""
+        failed: list[Event] = [FailedEvent(i, error.code, str(error)) for i in self._sequences]
+        for sequence in list(self._sequences.values()):
+            self._drop(sequence)
+        return failed
+
+    def step(self) -> list[Event]:
+        """Run one step; returns its events. Raises HostLostError when a host does not answer."""
+        events = self._expire(time.monotonic())
+        batch = self.batcher.next_batch()
+        if not batch:
+            return events
+        self._step_number += 1
+        logits_BV = self._forward(batch)
+        sampled = [s.sequence for s in batch if s.samples]
+        for piece in batch:
+            piece.sequence.num_computed += piece.num_tokens
+        tokens = sample(logits_BV, sampled)
+        for sequence, token in zip(sampled, tokens, strict=True):
+            events += self._publish(sequence, token)
+        self._extend_paths([s for s in sampled if s.request_id in self._sequences])
+        return events
+
+    def _expire(self, now: float) -> list[Event]:
+        late = [s for s in self._sequences.values() if s.deadline is not None and s.deadline <= now]
+        for sequence in late:
+            self._drop(sequence)
+        return [_finished(s, "deadline") for s in late]
+
+    def _forward(self, batch: list[Slice]) -> torch.Tensor:
+        ids = [s.sequence.token_ids[s.sequence.num_computed : s.stop] for s in batch]
+        positions = [np.arange(s.sequence.num_computed, s.stop) for s in batch]
+        token_ids = np.fromiter((t for part in ids for t in part), dtype=np.int64)
+        size = self.allocator.block_size
+        slots = [slots_of(s.sequence.blocks, 0, s.stop, size) for s in batch]
+        decodes = [c for s, c in zip(batch, slots, strict=True) if s.num_tokens == 1]
+        chunks = [(s.num_tokens, c) for s, c in zip(batch, slots, strict=True) if s.num_tokens > 1]
+        layout = StepLayout.build(self.kv, decodes, chunks, self.backbone.device)
+        ends = np.cumsum([s.num_tokens for s in batch])
+        wanted = [int(end) - 1 for s, end in zip(batch, ends, strict=True) if s.samples]
+        self.exchange.begin_step(self._step_number, len(token_ids), self._paths_of(batch))
+        logits_BV = self.backbone.forward(token_ids, np.concatenate(positions), layout, wanted)
+        counts_TH = self.exchange.end_step()
+        for piece, end in zip(batch, ends, strict=True):
+            piece.sequence.pairs_per_host += counts_TH[end - piece.num_tokens : end].sum(axis=0)
+        return logits_BV
+
+    def _paths_of(self, batch: list[Slice]) -> np.ndarray | None:
+        if not self.exact:
+            return None
+        return np.concatenate([s.sequence.path_ids[s.sequence.num_computed : s.stop] for s in batch])  # pyright: ignore[reportOptionalSubscript]
+
+    def _publish(self, sequence: Sequence, token: int) -> list[Event]:
+        """Append a sampled token; the end of a sequence frees what it holds."""
+        sampling = sequence.sampling
+        sequence.token_ids.append(token)
+        stopped = token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos)
+        events: list[Event] = [] if stopped else [TokensEvent(sequence.request_id, (token,))]
+        if stopped or sequence.num_generated >= sequence.max_tokens:
+            self._drop(sequence)
+            events.append(_finished(sequence, "stop" if stopped else "length"))
+        return events
+
+    def _extend_paths(self, sequences: list[Sequence]) -> None:
+        """Fix the paths of the tokens just sampled, so that the next step is planned before its backbone starts."""
+        if not self.exact or not sequences:
+            return
+        assert self.computer is not None
+        states = [self._states[s.request_id] for s in sequences]
+        paths, states = self.computer.extend(states, [s.token_ids[-1:] for s in sequences])
+        for sequence, path, state in zip(sequences, paths, states, strict=True):
+            assert sequence.path_ids is not None
+            sequence.path_ids[len(sequence.token_ids) - 1] = path.ids[0]
+            self._states[sequence.request_id] = state
+
+
+def _finished(sequence: Sequence, reason: str) -> FinishedEvent:
+    per_host = tuple(int(n) for n in sequence.pairs_per_host)
+    return FinishedEvent(sequence.request_id, reason, sequence.num_prompt, sequence.num_generated, per_host)
+
+
+def _eos_ids(path: Path, model: Any) -> frozenset[int]:
+    """Every id that ends a text, from the generation config (it may list several) or the model's config."""
+    eos = model.generation_config.eos_token_id if model.generation_config else None
+    eos = model.config.text_config.eos_token_id if eos is None else eos
+    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+
+def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR: np.ndarray) -> Engine:
+    """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host."""
+    torch.set_num_threads(options.threads)
+    exchange = Exchange(uuid.uuid4().hex, clients, hosts_of_LR, options.group_timeout_s)
+    return Engine(options, Backbone.load(options.model, exchange, options.dtype, options.device), exchange)

@@ -1,0 +1,115 @@
+"""Rows out to the expert hosts and back: dispatch returns a receipt, combine takes it back.
+
+Data on its way: x [T, D] on the engine's device -> per host its rows [n, D] -> one returned row per (token,
+expert) pair -> added to the shared expert's output in ascending expert id, so the sum does not depend on placement.
+
+Shape letters: T tokens, D hidden width, K experts per token, L layers, R routed experts, H hosts, P pairs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pregate.router.planning import LayerPlan, StepPlan, make_plan
+from pregate.workers.protocol import GroupKey
+
+if TYPE_CHECKING:
+    from pregate.workers.client import HostClient
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What is away in one layer: whom to ask for which group, and where its rows belong."""
+
+    layer: int
+    keys: tuple[tuple[HostClient, GroupKey], ...]
+    slots_TK: torch.Tensor
+
+
+@dataclass
+class _Step:
+    """The step in progress. `plan` is None while gates decide layer by layer."""
+
+    number: int
+    num_tokens: int
+    plan: StepPlan | None
+    pair_counts_TH: np.ndarray
+    slots_LTK: list[torch.Tensor] = field(default_factory=list)
+
+
+class Exchange:
+    """Sends a step's token groups to their hosts and puts the answers together. One engine thread uses it."""
+
+    def __init__(
+        self, engine: str, clients: Sequence[HostClient], hosts_of_LR: np.ndarray, group_timeout_s: float = 30.0
+    ) -> None:
+        self.engine, self.clients, self.hosts_of_LR = engine, list(clients), hosts_of_LR
+        self.group_timeout_s = group_timeout_s
+        self.wait_s = 0.0  # time spent waiting for answers, since the start
+        self._step = _Step(-1, 0, None, np.zeros((0, len(clients)), dtype=np.int64))
+
+    def begin_step(self, number: int, num_tokens: int, ids_TLK: np.ndarray | None) -> None:
+        """Open step `number`. With exact paths plan all layers now and tell every host its share, once."""
+        plan = None
+        counts = np.zeros((num_tokens, len(self.clients)), dtype=np.int64)
+        if ids_TLK is not None:
+            plan = make_plan(number, ids_TLK, self.hosts_of_LR, len(self.clients))
+            counts = plan.pair_counts_TH
+            for host, host_plan in plan.hosts.items():
+                self.clients[host].send_plan(host_plan)
+        slots = [torch.from_numpy(_with_spare_row(layer)) for layer in plan.layers] if plan else []
+        self._step = _Step(number, num_tokens, plan, counts, slots)
+
+    def dispatch(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor | None) -> Receipt:
+        """Send the rows of `layer`. `ids_TK` are a gate's choices, None when the step's plan already has them."""
+        step = self._step
+        planned = ids_TK is None
+        if planned:
+            assert step.plan is not None, "dispatch without ids needs a step with paths"
+            layer_plan, slots = step.plan.layers[layer], step.slots_LTK[layer]
+        else:
+            ids_T1K = ids_TK.cpu().numpy().astype(np.int16)[:, None]
+            plan = make_plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1], len(self.clients))
+            step.pair_counts_TH += plan.pair_counts_TH
+            layer_plan = plan.layers[0]
+            slots = torch.from_numpy(_with_spare_row(layer_plan))
+        x_TD = x_TD.cpu()
+        keys = []
+        for number, group in enumerate(layer_plan.groups):
+            key = GroupKey(self.engine, step.number, 0, layer, number, 0)
+            rows_ND = x_TD[torch.from_numpy(group.rows)] if len(group.rows) < step.num_tokens else x_TD
+            self.clients[group.host].send_group(key, rows_ND, None if planned else group.index)
+            keys.append((self.clients[group.host], key))
+        return Receipt(layer, tuple(keys), slots)
+
+    def combine(self, receipt: Receipt, out_TD: torch.Tensor) -> torch.Tensor:
+        """Wait for the groups of `receipt` and add each token's experts to `out_TD` in ascending expert id."""
+        started = time.perf_counter()
+        answers = [client.receive(key, self.group_timeout_s) for client, key in receipt.keys]
+        self.wait_s += time.perf_counter() - started
+        spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
+        rows_PD = torch.cat([*answers, spare_1D]).to(out_TD.device)
+        for slots_T in receipt.slots_TK.to(out_TD.device).unbind(dim=1):
+            out_TD = out_TD + rows_PD[slots_T]
+        return out_TD
+
+    def end_step(self) -> np.ndarray:
+        """Close the step; return how many (token, expert) pairs of each token each host served [T, H]."""
+        return self._step.pair_counts_TH
+
+    def poll(self) -> None:
+        """Take in heartbeats without blocking; HostLostError when a host has been silent too long."""
+        for client in self.clients:
+            client.poll()
+
+
+def _with_spare_row(layer: LayerPlan) -> np.ndarray:
+    """Slots int64 [T, K] in which -1 became the row after the last answer, which is all zeros."""
+    num_pairs = sum(len(g.index.row_index) for g in layer.groups)
+    return np.where(layer.slots < 0, num_pairs, layer.slots).astype(np.int64)

@@ -1,0 +1,156 @@
+"""What "equal to the reference" means, in one place (design: contracts, reference model and equality).
+
+Floating-point sums in another order differ in the last bits. So: while the served text follows the reference's own
+greedy text, every logit is within `LOGIT_TOLERANCE` and every path equal; they may part only at a position where the
+reference's own margin (its top two logits, or a layer's k-th against its next gate score) is below `MIN_MARGIN`.
+Such a position is excused, and comparison of that text ends there. Excused positions are counted and bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pregate.kernels.reference import top_k
+from pregate.model.layers import RoutedMLP
+from pregate.model.modeling import RoutedForCausalLM
+
+LOGIT_TOLERANCE = 1e-3
+MIN_MARGIN = 1e-3
+MAX_EXCUSED_SHARE = 1 / 5000
+
+
+@dataclass
+class ReferenceText:
+    """Greedy text of one prompt by the reference model.
+
+    `logits` [N, V] and `margin` [N] per generated position; `paths` int64 [N_all - 1, L, K] and `path_margin`
+    [N_all - 1, L] per input token (the last generated token is never an input).
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: torch.Tensor
+    margin: torch.Tensor
+    paths: torch.Tensor
+    path_margin: torch.Tensor
+
+
+class _RecordingGates:
+    """The layer gates' choices, with the margin between the k-th and the next score."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.ids: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        self.margins: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        assert mlp.gate is not None
+        scores_TR = mlp.gate(x_TD)
+        ids_TK = top_k(scores_TR, mlp.cut.num_active)
+        ranked = scores_TR.sort(dim=-1, descending=True).values
+        k = mlp.cut.num_active
+        full = k == mlp.cut.num_routed
+        margin_T = torch.full(ids_TK.shape[:1], torch.inf) if full else ranked[:, k - 1] - ranked[:, k]
+        self.ids[mlp.layer].append(ids_TK)
+        self.margins[mlp.layer].append(margin_T)
+        return ids_TK, None
+
+    def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.stack([torch.cat(layer) for layer in self.ids], dim=1)
+        return ids, torch.stack([torch.cat(layer) for layer in self.margins], dim=1)
+
+
+@torch.inference_mode()
+def reference_text(model: RoutedForCausalLM, prompt: Sequence[int], max_tokens: int) -> ReferenceText:
+    """Generate greedily with the reference model in one process, keeping logits, paths and margins."""
+    exact = model.config.routing == "path"
+    gates = _RecordingGates(len(model.config.cuts))
+    if not exact:
+        model.routing_policy = gates
+    ids, cache, tokens, logits = torch.tensor([list(prompt)]), None, [], []
+    for _ in range(max_tokens):
+        output = model(ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits[0, -1])
+        tokens.append(int(logits[-1].argmax()))
+        ids = torch.tensor([[tokens[-1]]])
+    model.routing_policy = None
+    stacked = torch.stack(logits)
+    top = stacked.topk(2, dim=-1).values
+    if exact:
+        paths = torch.from_numpy(model.paths([*prompt, *tokens[:-1]]).ids.astype(np.int64))
+        path_margin = torch.full(paths.shape[:2], torch.inf)
+    else:
+        paths, path_margin = gates.stacked()
+    return ReferenceText(list(prompt), tokens, stacked, top[:, 0] - top[:, 1], paths, path_margin)
+
+
+def refuse_degenerate(texts: Sequence[ReferenceText]) -> None:
+    """ValueError unless the texts differ from each other and none just repeats itself: else equality shows little."""
+    if len({tuple(t.tokens) for t in texts}) != len(texts):
+        raise ValueError("equality: some prompts give the same text; choose others")
+    for text in texts:
+        if len(set(text.tokens)) < max(2, len(text.tokens) // 8):
+            raise ValueError(
+                f"equality: a text of {len(text.tokens)} tokens has {len(set(text.tokens))} different ones"
+            )
+
+
+@dataclass
+class Tally:
+    """Positions compared and excused over a whole run of comparisons; `problems` are real differences."""
+
+    compared: int = 0
+    excused: int = 0
+    max_logit_difference: float = 0.0
+    problems: list[str] = field(default_factory=list)
+
+    def compare_text(self, name: str, reference: ReferenceText, served: Sequence[int]) -> int:
+        """Compare token ids; returns how many leading positions agree."""
+        for position, (ours, theirs) in enumerate(zip(reference.tokens, served, strict=False)):
+            if ours != theirs:
+                self._differ(f"{name}: token {position} is {theirs}, reference {ours}", reference.margin[position])
+                return position
+            self.compared += 1
+        if len(served) != len(reference.tokens):
+            self.problems.append(f"{name}: {len(served)} tokens, reference {len(reference.tokens)}")
+        return len(reference.tokens)
+
+    def compare_logits(self, name: str, reference: ReferenceText, served: torch.Tensor, upto: int) -> None:
+        """Compare logits [N, V] of the first `upto` generated positions."""
+        difference = (reference.logits[:upto] - served[:upto].float()).abs().amax(dim=-1)
+        if upto:
+            self.max_logit_difference = max(self.max_logit_difference, difference.max().item())
+        for position in torch.nonzero(difference > LOGIT_TOLERANCE).flatten().tolist():
+            self.problems.append(f"{name}: logits at {position} differ by {difference[position]:.2e}")
+
+    def compare_paths(self, name: str, reference: ReferenceText, served: np.ndarray) -> int:
+        """Compare paths [n, L, K] of the leading input tokens; returns how many tokens agree."""
+        ours = reference.paths[: len(served)].numpy()
+        wrong = (ours != served).any(axis=-1)
+        for token in np.flatnonzero(wrong.any(axis=-1)):
+            layer = int(np.flatnonzero(wrong[token])[0])
+            self._differ(f"{name}: path of token {token}, layer {layer}", reference.path_margin[token, layer])
+            return int(token)
+        return len(served)
+
+    def _differ(self, what: str, margin: torch.Tensor) -> None:
+        if margin < MIN_MARGIN:
+            self.excused += 1
+        else:
+            self.problems.append(f"{what} (margin {margin:.2e})")
+
+    def check(self) -> None:
+        """AssertionError when anything differed without excuse, or too much was excused."""
+        assert not self.problems, "; ".join(self.problems[:5])
+        assert self.compared, "nothing was compared"
+        assert self.excused <= self.compared * MAX_EXCUSED_SHARE, f"{self.excused} of {self.compared} excused"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.compared} positions equal, {self.excused} excused,"
+            f" largest logit difference {self.max_logit_difference:.1e}"
+        )

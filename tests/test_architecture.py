@@ -1,0 +1,111 @@
+"""Imports run downhill, the client is light, and the reference model stays an independent oracle."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "pregate"
+#: What each package may import of ours, itself aside.
+ALLOWED = {
+    "base": set(),
+    "kernels": {"base"},
+    "model": {"base", "kernels"},
+    "convert": {"base", "kernels", "model"},
+    "workers": {"base", "kernels", "model"},
+    "router": {"base", "kernels", "model", "workers", "client"},
+    "client": {"base"},
+    "cluster": {"base", "kernels", "model", "convert", "workers", "router", "client"},
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name == "pregate" or name.startswith("pregate.")}
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((PACKAGE / package).rglob("*.py"))
+
+
+def test_every_package_is_covered():
+    assert {p.name for p in PACKAGE.iterdir() if p.is_dir() and p.name != "__pycache__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("package", sorted(ALLOWED))
+def test_imports_run_downhill(package):
+    files = sources(package)
+    assert files
+    for path in files:
+        for module in imported_modules(path):
+            target = ([*module.split("."), ""])[1]
+            if target in ALLOWED and target != package:
+                assert target in ALLOWED[package], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_router_sees_of_workers_only_protocol_and_client():
+    for path in sources("router"):
+        for module in imported_modules(path):
+            parts = module.split(".")
+            if parts[1:2] == ["workers"] and len(parts) > 2:
+                assert parts[2] in {"protocol", "client"}, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_router_takes_only_generated_code_of_the_client():
+    for path in sources("router"):
+        for module in imported_modules(path):
+            parts = module.split(".")
+            if parts[1:2] == ["client"] and len(parts) > 2:
+                assert parts[2] == "proto", f"{path.relative_to(ROOT)} imports {module}"
+
+
+def imports_closure(module: str) -> set[str]:
+    """Every module of ours that importing `module` reaches."""
+    seen, todo = set(), [module]
+    while todo:
+        name = todo.pop()
+        path = ROOT / Path(*name.split("."))
+        file = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+        if name in seen or not file.exists():
+            continue
+        seen.add(name)
+        todo += sorted(imported_modules(file))
+        todo.append(name.rpartition(".")[0])
+    return seen - {""}
+
+
+def test_reference_model_is_independent():
+    reached = imports_closure("pregate.model.modeling")
+    assert "pregate.kernels.reference" in reached
+    fast = {
+        "pregate.kernels.cpu",
+        "pregate.kernels.expert_ffn",
+        "pregate.kernels.segments",
+        "pregate.kernels.triton_ffn",
+    }
+    assert not reached & fast
+    assert not [m for m in reached if m.split(".")[1:2] in (["router"], ["workers"], ["cluster"], ["convert"])]
+
+
+@pytest.mark.parametrize("module", ["planning", "batching", "sequence"])
+def test_deciding_code_needs_no_torch_ray_or_clock(module):
+    tree = ast.parse((PACKAGE / "router" / f"{module}.py").read_text())
+    names = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {(n.module or "").split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not names & {"torch", "ray", "time", "datetime", "transformers"}
+
+
+def test_importing_pregate_is_light():
+    heavy = {"torch", "ray", "transformers", "grpc", "numpy"}
+    code = f"import sys, pregate; bad = {heavy} & set(sys.modules); assert not bad, bad"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)
