@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from pregate.base.errors import UserError
+from pregate.base.errors import CheckpointError, UserError
 from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import find_gated_mlps
@@ -107,17 +107,28 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def _path_policy(self, ids_BN: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> PathPolicy:
-        states = getattr(cache, "pregate_path_states", None)
+        states, num_seen = getattr(cache, "pregate_path_states", (None, 0))
         if states is None:
-            if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError("past_key_values was not made by this model: the path router's state is missing")
             states = [self.path_computer.new_state() for _ in range(ids_BN.shape[0])]
+        if cache is not None and cache.get_seq_length() != num_seen:
+            raise ValueError(
+                "past_key_values was not made by this model, or was cut: the path router's state is missing"
+            )
         if len(states) != ids_BN.shape[0]:
-            raise ValueError(f"path routing: {ids_BN.shape[0]} sequences but state of {len(states)}; no beam search")
+            raise ValueError(f"path routing: {ids_BN.shape[0]} sequences but state of {len(states)}")
         paths_BNLK, states = self.batch_paths(ids_BN, mask, states)
         if cache is not None:
-            cache.pregate_path_states = states  # pyright: ignore[reportAttributeAccessIssue]
+            kept = (states, num_seen + ids_BN.shape[1])
+            cache.pregate_path_states = kept  # pyright: ignore[reportAttributeAccessIssue]
         return PathPolicy(paths_BNLK.flatten(0, 1))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; beam search is refused with path routing, whose state does not follow reordering."""
+        config = kwargs.get("generation_config") or self.generation_config
+        num_beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
+        if self.config.routing == "path" and num_beams > 1:
+            raise UserError.of("num_beams", num_beams, "beam search does not work with path routing; allowed: 1")
+        return super().generate(*args, **kwargs)
 
     def batch_paths(
         self, ids_BN: torch.Tensor, mask: torch.Tensor | None, states: list[PathState]
@@ -148,6 +159,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         path = Path(pretrained_model_name_or_path)
         manifest = read_manifest(path)
         verify_files(path, manifest, hashes=cls.hold_experts)
-        model = super().from_pretrained(path, *args, **kwargs)
+        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        if absent:
+            # transformers only warns, and goes on with random weights in their place.
+            raise CheckpointError(f"{path}: the shards lack {absent[0]} ({len(absent)} tensors in all)")
         model.manifest = manifest
         return model

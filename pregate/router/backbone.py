@@ -72,7 +72,7 @@ class Backbone:
             input_ids=torch.from_numpy(token_ids)[None].to(self.device),
             position_ids=torch.from_numpy(positions)[None].to(self.device),
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, device=self.device),
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=self.device),
             pregate_step=layout,
         )
         return output.logits[0]

@@ -19,6 +19,7 @@ import torch
 
 from pregate.base.errors import PregateError, UserError
 from pregate.base.log import get_logger
+from pregate.model.checkpoint import CheckpointReader
 from pregate.model.path_router import PathComputer, PathState
 from pregate.model.paths import Paths
 from pregate.router.attention import StepLayout
@@ -68,8 +69,8 @@ class EngineOptions:
 class Engine:
     """Runs requests on a backbone whose experts live on hosts. See the module's docstring for a step."""
 
-    def __init__(self, options: EngineOptions, backbone: Backbone, exchange: Exchange) -> None:
-        self.options, self.backbone, self.exchange = options, backbone, exchange
+    def __init__(self, options: EngineOptions, backbone: Backbone, exchange: Exchange, version: str) -> None:
+        self.options, self.backbone, self.exchange, self.version = options, backbone, exchange, version
         self.config = backbone.model.config
         self.exact = self.config.routing == "path"
         self.context = int(self.config.text_config.max_position_embeddings)
@@ -151,6 +152,7 @@ class Engine:
             "max_context": self.context,
             "vocab_size": int(self.config.text_config.vocab_size),
             "eos_token_ids": sorted(self.eos_ids),
+            "version": self.version,
             "routing": self.config.routing,
             "has_path_router": self.computer is not None,
             "num_hosts": len(self.exchange.clients),
@@ -258,7 +260,22 @@ def _eos_ids(path: Path, model: Any) -> frozenset[int]:
 
 
 def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR: np.ndarray) -> Engine:
-    """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host."""
+    """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host.
+
+    Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when one does not answer.
+    """
     torch.set_num_threads(options.threads)
+    reader = CheckpointReader(options.model)
     exchange = Exchange(uuid.uuid4().hex, clients, hosts_of_LR, options.group_timeout_s)
-    return Engine(options, Backbone.load(options.model, exchange, options.dtype, options.device), exchange)
+    for client in clients:
+        client.hello(
+            engine=exchange.engine,
+            fingerprint=reader.fingerprint,
+            dtype=getattr(torch, options.dtype),
+            width=reader.hidden_size,
+            max_rows=options.step_tokens,
+        )
+    backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
+    engine = Engine(options, backbone, exchange, reader.fingerprint)
+    logger.info("engine of %s: %s routing, %d hosts", options.model, engine.config.routing, len(clients))
+    return engine
