@@ -8,7 +8,7 @@ Such a position is excused, and comparison of that text ends there. Excused posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,8 +64,16 @@ class _RecordingGates:
 
 
 @torch.inference_mode()
-def reference_text(model: RoutedForCausalLM, prompt: Sequence[int], max_tokens: int) -> ReferenceText:
-    """Generate greedily with the reference model in one process, keeping logits, paths and margins."""
+def reference_text(
+    model: RoutedForCausalLM,
+    prompt: Sequence[int],
+    max_tokens: int,
+    pick: Callable[[torch.Tensor, int], int] | None = None,
+) -> ReferenceText:
+    """Generate with the reference model in one process, keeping logits, paths and margins.
+
+    Greedy, or `pick(logits, position)` chooses each token; a text so chosen has no margin to be excused by.
+    """
     exact = model.config.routing == "path"
     gates = _RecordingGates(len(model.config.cuts))
     if not exact:
@@ -75,7 +83,7 @@ def reference_text(model: RoutedForCausalLM, prompt: Sequence[int], max_tokens: 
         output = model(ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits.append(output.logits[0, -1])
-        tokens.append(int(logits[-1].argmax()))
+        tokens.append(pick(logits[-1], len(prompt) + len(tokens)) if pick else int(logits[-1].argmax()))
         ids = torch.tensor([[tokens[-1]]])
     model.routing_policy = None
     stacked = torch.stack(logits)
@@ -85,7 +93,8 @@ def reference_text(model: RoutedForCausalLM, prompt: Sequence[int], max_tokens: 
         path_margin = torch.full(paths.shape[:2], torch.inf)
     else:
         paths, path_margin = gates.stacked()
-    return ReferenceText(list(prompt), tokens, stacked, top[:, 0] - top[:, 1], paths, path_margin)
+    margin = torch.full((len(tokens),), torch.inf) if pick else top[:, 0] - top[:, 1]
+    return ReferenceText(list(prompt), tokens, stacked, margin, paths, path_margin)
 
 
 def refuse_degenerate(texts: Sequence[ReferenceText]) -> None:

@@ -160,7 +160,6 @@ def run(args: argparse.Namespace) -> None:
 def save(model, tokenizer, splits, losses, elapsed_s: float, device: str, args: argparse.Namespace) -> None:
     """Write bf16 weights and training.json; the figures are those of the rounded weights that ship."""
     model = model.to(torch.bfloat16)
-    model.generation_config.max_length = CONTEXT
     model.save_pretrained(args.out)
     model = model.float().eval()
     card = {
