@@ -45,7 +45,8 @@ def step(title: str) -> None:
 
 def run(*arguments: str | Path) -> None:
     """Run one pregate command, showing it; stop the demo when it fails."""
-    console.print(f"[dim]$ pregate {' '.join(map(str, arguments))}")
+    shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) and a.is_relative_to(ROOT) else str(a) for a in arguments]
+    console.print(f"[dim]$ pregate {' '.join(shown)}", soft_wrap=True)
     subprocess.run([PREGATE, *map(str, arguments)], check=True, timeout=600)
 
 
@@ -59,7 +60,7 @@ def free_port() -> int:
 def serving(model: Path, port: int) -> Iterator[pregate.Client]:
     """`pregate serve` in a process of its own; yields a client once it is ready, and drains it at the end."""
     command = ["serve", "--model", str(model), "--hosts", str(NUM_HOSTS), "--grpc-port", str(port)]
-    console.print(f"[dim]$ pregate {' '.join(command)}")
+    console.print(f"[dim]$ pregate {' '.join(command)}", soft_wrap=True)
     server = subprocess.Popen([PREGATE, *command])
     try:
         client = pregate.Client(f"127.0.0.1:{port}")
@@ -143,7 +144,7 @@ def main() -> None:
         step("1  Cut the dense FFNs: 3 shared experts, 5 routed, 3 of them active (S3A3E8)")
         cut = ["--experts", "8", "--shared", "3", "--active", "3"]
         run("convert", "--model", QUARTET, "--out", work / "layerwise", *cut, "--calibration", text)
-        step("2  Decouple: train a path router that knows every token's experts before the model runs")
+        step("2  Decouple: a path router learns every token's experts from token ids alone")
         run("decouple", "--model", work / "layerwise", "--out", work / "decoupled", "--text", text)
         step(f"3  Serve on {NUM_HOSTS} expert hosts (Ray actors) and ask")
         with serving(work / "decoupled", free_port()) as client:
@@ -154,8 +155,8 @@ def main() -> None:
         if args.keep is None:
             shutil.rmtree(work, ignore_errors=True)
     console.print(
-        "[dim]The text is rough: the path router is training-free for the model, whose FFNs now use 75 % of their"
-        " weights per token. Tuning the converted model comes later."
+        "[dim]The text is rough: quartet is tiny, 75 % of its FFN weights run per token, and nothing was tuned after"
+        " the conversion."
     )
     console.print(f"Done in {time.monotonic() - started:.0f} s.")
     sys.exit(0 if equal else 1)

@@ -128,7 +128,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         num_beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
         if self.config.routing == "path" and num_beams > 1:
             raise UserError.of("num_beams", num_beams, "beam search does not work with path routing; allowed: 1")
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def batch_paths(
         self, ids_BN: torch.Tensor, mask: torch.Tensor | None, states: list[PathState]

@@ -1,0 +1,187 @@
+"""Helpers of the served-equality tests: engines over hosts in this process or in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pregate.cluster.placement import place
+from pregate.model.checkpoint import CheckpointReader
+from pregate.router.engine import Engine, EngineOptions, build_engine
+from pregate.router.messages import SamplingParams, SubmitRequest, TokensEvent
+from pregate.workers.actor import ActorOptions, ExpertHostActor
+from pregate.workers.client import ChannelClient, HostClient, InProcessClient
+from pregate.workers.host import ExpertHost, HostOptions
+from pregate.workers.protocol import HostAddress
+from tests.equality import ReferenceText, Tally
+
+
+def units_of(hosts_of_LR: np.ndarray, host: int) -> list[tuple[int, int]]:
+    return [(int(layer), int(expert)) for layer, expert in np.argwhere(hosts_of_LR == host)]
+
+
+def _host_process(options: ActorOptions, ready, stop) -> None:
+    actor = ExpertHostActor(options)
+    ready.put(actor.start())
+    stop.wait(600)
+    actor.stop()
+
+
+def _actor_options(path: Path, hosts_of_LR: np.ndarray, host: int, folder: Path) -> ActorOptions:
+    return ActorOptions(
+        host=HostOptions(host_id=host),
+        checkpoint=str(path),
+        units=tuple(units_of(hosts_of_LR, host)),
+        ipc_folder=str(folder),
+        bind_address="127.0.0.1",
+    )
+
+
+@contextmanager
+def expert_hosts(path: Path, num_hosts: int, folder: Path) -> Iterator[list[HostAddress]]:
+    """Start `num_hosts` host processes over ipc, each with its own units of a linear placement."""
+    hosts_of = placement_of(path, num_hosts)
+    spawn = multiprocessing.get_context("spawn")
+    ready, stop = spawn.Queue(), spawn.Event()
+    processes = [
+        spawn.Process(target=_host_process, args=(_actor_options(path, hosts_of, h, folder), ready, stop), daemon=True)
+        for h in range(num_hosts)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        addresses = [ready.get(timeout=90) for _ in processes]
+        yield sorted(addresses, key=lambda a: a.host_id)
+    except queue.Empty as error:
+        raise TimeoutError("host processes did not start within 90 s") from error
+    finally:
+        stop.set()
+        for process in processes:
+            process.join(timeout=20)
+            process.kill()
+
+
+def placement_of(path: Path, num_hosts: int) -> np.ndarray:
+    reader = CheckpointReader(path)
+    return place([c.num_routed for c in reader.config.cuts], num_hosts, "linear").hosts_of
+
+
+@contextmanager
+def engine_over(path: Path, addresses: list[HostAddress], **options) -> Iterator[Engine]:
+    """An engine in this process over channels to these hosts; without any, over one host in this process.
+
+    Hosts may be fewer than were started: then they load the others' units when first asked.
+    """
+    hosts_of = placement_of(path, max(len(addresses), 1))
+    clients: list[HostClient] = [ChannelClient(a) for a in addresses]
+    if not clients:
+        host = ExpertHost(CheckpointReader(path), units_of(hosts_of, 0), HostOptions())
+        clients = [InProcessClient(host)]
+    try:
+        yield build_engine(EngineOptions(model=str(path), **options), clients, hosts_of)
+    finally:
+        for client in clients:
+            client.close()
+
+
+@dataclass
+class Served:
+    """What an engine produced: per request its tokens, its logits [n, V], and the path of every input token."""
+
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    logits: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    paths: dict[str, dict[int, np.ndarray]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Watches an engine's steps from outside: logits of sampled rows, and the ids each layer was dispatched with."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.served = engine, Served()
+        self._forward, self._dispatch = engine._forward, engine.exchange.dispatch
+        self._layers: dict[int, np.ndarray] = {}
+        engine._forward = self._watch_forward
+        engine.exchange.dispatch = self._watch_dispatch
+
+    def _watch_dispatch(self, layer, x_TD, ids_TK):
+        if ids_TK is not None:
+            self._layers[layer] = ids_TK.numpy()
+        return self._dispatch(layer, x_TD, ids_TK)
+
+    def _watch_forward(self, batch):
+        self._layers = {}
+        logits_BV = self._forward(batch)
+        for row, piece in zip(logits_BV, [p for p in batch if p.samples], strict=True):
+            self.served.logits.setdefault(piece.sequence.request_id, []).append(row.clone())
+        self._note_paths(batch)
+        return logits_BV
+
+    def _note_paths(self, batch):
+        row = 0
+        for piece in batch:
+            known = self.served.paths.setdefault(piece.sequence.request_id, {})
+            start = piece.sequence.num_computed
+            for offset in range(piece.num_tokens):
+                if self.engine.exact:
+                    known[start + offset] = piece.sequence.path_ids[start + offset]
+                else:
+                    known[start + offset] = np.stack([self._layers[k][row] for k in sorted(self._layers)])
+                row += 1
+
+
+def serve(engine: Engine, prompts: list[list[int]], max_tokens: int, *, together: bool) -> Served:
+    """Run every prompt greedily, one by one or all at once."""
+    recorder = Recorder(engine)
+    for index, prompt in enumerate(prompts):
+        engine.submit(SubmitRequest(str(index), tuple(prompt), SamplingParams(max_tokens, ignore_eos=True)))
+        if not together:
+            drain(engine, recorder.served)
+    drain(engine, recorder.served)
+    return recorder.served
+
+
+def drain(engine: Engine, served: Served) -> None:
+    for _ in range(100_000):
+        if not engine.has_work:
+            return
+        for event in engine.step():
+            if isinstance(event, TokensEvent):
+                served.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+    raise AssertionError("the engine did not come to an end")
+
+
+def compare(tally: Tally, name: str, references: list[ReferenceText], served: Served) -> None:
+    """Hold everything an engine produced to the reference texts."""
+    for index, reference in enumerate(references):
+        key, label = str(index), f"{name} prompt {index}"
+        same = leading_equal(reference.tokens, served.tokens[key])
+        inputs = sorted(served.paths[key])[: len(reference.prompt) + same]  # later inputs are another text
+        paths = np.stack([served.paths[key][p] for p in inputs]).astype(np.int64)
+        agreed = tally.compare_paths(label, reference, paths)
+        # Input token t gives the logits of generated position t - (prompt - 1).
+        part = shortened(reference, max(0, agreed - len(reference.prompt) + 1)) if agreed < len(paths) else reference
+        same = tally.compare_text(label, part, served.tokens[key][: len(part.tokens)])
+        tally.compare_logits(label, part, torch.stack(served.logits[key]), same)
+
+
+def leading_equal(ours: list[int], theirs: list[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+
+
+def shortened(reference: ReferenceText, num_tokens: int) -> ReferenceText:
+    """The part of a reference before a path that was excused."""
+    return ReferenceText(
+        reference.prompt,
+        reference.tokens[:num_tokens],
+        reference.logits[:num_tokens],
+        reference.margin[:num_tokens],
+        reference.paths,
+        reference.path_margin,
+    )
