@@ -1,0 +1,40 @@
+"""A host without experts, to measure the channel with."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+import torch
+
+from pregate.workers.host import HostOptions, check_hello
+from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+
+
+class EchoHost:
+    """Returns the rows it is sent: what remains is the cost of the channel."""
+
+    def __init__(self, options: HostOptions) -> None:
+        self.options = options
+        self.incarnation = uuid.uuid4().hex
+        self.fingerprint = "echo"
+        self._num_groups = 0
+
+    def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
+        check_hello(hello, self.options, fingerprint=self.fingerprint, width=hello.width)
+        ours = self.options.host_id, self.incarnation, os.getpid()
+        return HelloAck(*ours, hello.max_rows, 0, heartbeat_s, data_endpoint)
+
+    def put_plan(self, engine: str, plan: HostPlan) -> None:
+        pass
+
+    def forget(self, engine: str) -> None:
+        pass
+
+    def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
+        self._num_groups += 1
+        return rows_ND
+
+    def status(self) -> dict[str, Any]:
+        return {"host_id": self.options.host_id, "incarnation": self.incarnation, "num_groups": self._num_groups}

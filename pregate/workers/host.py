@@ -1,0 +1,175 @@
+"""`ExpertHost`: plan and rows in, rows out. No Ray, no sockets, no thread of its own.
+
+Shape letters: N rows of a group, P (row, expert) pairs, D hidden width.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+
+from pregate.base.errors import ProtocolError, UserError
+from pregate.kernels import expert_ffn
+from pregate.model.checkpoint import CheckpointReader
+from pregate.workers.plans import PlanShelf
+from pregate.workers.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.rows import dtype_name
+from pregate.workers.store import UnitStore
+
+
+@dataclass(frozen=True)
+class HostOptions:
+    """How a host computes. `device` cpu; `dtype` auto is float32 there; `num_plans` is kept per engine."""
+
+    host_id: int = 0
+    device: str = "cpu"
+    dtype: str = "auto"
+    expert_ffn: str = "auto"
+    num_plans: int = 4
+    max_rows: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.num_plans < 1 or self.max_rows < 1:
+            raise UserError.of("host options", asdict(self), "num_plans and max_rows must be 1 or more")
+
+
+class Host(Protocol):
+    """What a server or an in-process client needs of a host."""
+
+    options: HostOptions
+    incarnation: str
+    fingerprint: str
+
+    def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
+        """Take an engine's terms; UserError with the reason when they do not fit."""
+        ...
+
+    def put_plan(self, engine: str, plan: HostPlan) -> None:
+        """Keep the plan of one step of an engine; ProtocolError when it contradicts itself."""
+        ...
+
+    def forget(self, engine: str) -> None:
+        """Drop an engine's plans. May be called from another thread than the one that computes."""
+        ...
+
+    def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
+        """Return [P, D], one row per pair in pair order. Raises NeedPlanError, ProtocolError, UserError."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Return plain counters and facts, for people and metrics."""
+        ...
+
+
+class ExpertHost:
+    """Holds `units` of the checkpoint behind `reader` and runs them. Reads nothing else until it is asked for it.
+
+    Raises UserError for a unit the checkpoint lacks and for options this machine cannot honour.
+    """
+
+    def __init__(self, reader: CheckpointReader, units: Iterable[tuple[int, int]], options: HostOptions) -> None:
+        self.options = options
+        self.incarnation = uuid.uuid4().hex
+        self.fingerprint = reader.fingerprint
+        self._reader = reader
+        device = torch.device(options.device)
+        self._dtype = expert_ffn.choose_dtype(options.dtype, device)
+        self._store = UnitStore(reader, units, self._dtype)
+        widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
+        self._ffn = expert_ffn.choose(options.expert_ffn, device, self._dtype, act=reader.hidden_act, widths=widths)
+        self._plans = PlanShelf(options.num_plans)
+        self._num_groups = 0
+        self._num_rows = 0
+        self._num_pairs = 0
+
+    def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
+        check_hello(hello, self.options, fingerprint=self.fingerprint, width=self._reader.hidden_size)
+        return HelloAck(
+            self.options.host_id,
+            self.incarnation,
+            os.getpid(),
+            hello.max_rows,
+            self._store.stats.num_units,
+            heartbeat_s,
+            data_endpoint,
+        )
+
+    def put_plan(self, engine: str, plan: HostPlan) -> None:
+        try:
+            plan.check()
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        self._plans.put(engine, plan)
+
+    def forget(self, engine: str) -> None:
+        self._plans.forget(engine)
+
+    def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
+        index = self._index_of(key, rows_ND.shape[0], index)
+        self._check_size(rows_ND, index)
+        with torch.no_grad():
+            x_PD = rows_ND[torch.from_numpy(index.row_index)].to(self._dtype)
+            if index.num_pairs:
+                slots, weights = self._store.lookup(key.layer, index.expert_ids)
+                x_PD = self._ffn(x_PD, slots, index.counts, weights)
+        self._num_groups += 1
+        self._num_rows += rows_ND.shape[0]
+        self._num_pairs += index.num_pairs
+        return x_PD.to(rows_ND.dtype)
+
+    def _index_of(self, key: GroupKey, num_rows: int, index: GroupIndex | None) -> GroupIndex:
+        """Return the group's own index, or the plan's; ProtocolError where it does not fit the rows."""
+        try:
+            if index is not None:
+                index.check(num_rows)
+                return index
+            plan = self._plans.get(key)
+            if not 0 <= key.layer < plan.num_layers or plan.num_rows[key.layer] != num_rows:
+                raise ValueError(f"layer {key.layer}: {num_rows} rows came, the plan says otherwise")
+            return plan.layer(key.layer)
+        except ValueError as error:
+            raise ProtocolError(f"step {key.step}: {error}") from error
+
+    def _check_size(self, rows_ND: torch.Tensor, index: GroupIndex) -> None:
+        """Hold the group to what the handshake allowed and the answer to what a message may be."""
+        width = self._reader.hidden_size
+        if rows_ND.shape[1] != width or rows_ND.shape[0] > self.options.max_rows:
+            allowed = f"at most {self.options.max_rows} rows of width {width}"
+            raise ProtocolError(f"group of {list(rows_ND.shape)}; allowed: {allowed}")
+        answer_bytes = index.num_pairs * width * rows_ND.itemsize
+        if answer_bytes > MAX_MESSAGE_BYTES // 2:
+            raise ProtocolError(f"group asks for an answer of {answer_bytes} bytes; allowed: {MAX_MESSAGE_BYTES // 2}")
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "host_id": self.options.host_id,
+            "incarnation": self.incarnation,
+            "pid": os.getpid(),
+            "expert_ffn": self._ffn.name,
+            "dtype": dtype_name(self._dtype),
+            "num_groups": self._num_groups,
+            "num_rows": self._num_rows,
+            "num_pairs": self._num_pairs,
+            **asdict(self._store.stats),
+        }
+
+
+def check_hello(hello: Hello, options: HostOptions, *, fingerprint: str, width: int) -> None:
+    """Raise UserError naming the first term of the handshake that does not fit this host."""
+    if hello.fingerprint != fingerprint:
+        raise UserError.of(
+            "checkpoint",
+            hello.fingerprint[:12],
+            f"host {options.host_id} serves {fingerprint[:12]}; use one checkpoint",
+        )
+    if hello.width != width:
+        raise UserError.of("width", hello.width, f"host {options.host_id} has hidden width {width}")
+    if hello.dtype not in expert_ffn.COMPUTE_DTYPES[1:]:
+        raise UserError.of("dtype", hello.dtype, f"allowed: {', '.join(expert_ffn.COMPUTE_DTYPES[1:])}")
+    if not 1 <= hello.max_rows <= options.max_rows:
+        raise UserError.of("max_rows", hello.max_rows, f"allowed: 1 to {options.max_rows}")
