@@ -1,0 +1,83 @@
+"""Routing agreement: how often two routers of one model choose the same experts for the same token and layer.
+
+Shape letters: T tokens (padding included), D hidden width, L layers, K active experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+
+from pregate.convert.controls import Choice, OraclePolicy
+from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy
+
+
+@dataclass
+class Tally:
+    """Counts of (token, layer) pairs: all, those with equal sets, and the sum of the share of picks in common."""
+
+    num_pairs: int = 0
+    num_equal: int = 0
+    sum_overlap: float = 0.0
+
+    def add(self, first_TK: torch.Tensor, second_TK: torch.Tensor) -> None:
+        common_TK = (first_TK[:, :, None] == second_TK[:, None, :]).any(dim=-1)
+        self.num_pairs += common_TK.shape[0]
+        self.num_equal += int(common_TK.all(dim=-1).sum())
+        self.sum_overlap += float(common_TK.float().mean(dim=-1).sum())
+
+    def figures(self) -> dict[str, float]:
+        pairs = max(1, self.num_pairs)
+        return {"same_set": round(self.num_equal / pairs, 4), "mean_overlap": round(self.sum_overlap / pairs, 4)}
+
+
+@dataclass
+class AgreementMeter:
+    """Collects what gate, path router and oracle choose on the hidden states of one run.
+
+    All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
+    active, or all of them) do not count.
+    """
+
+    tallies: dict[str, Tally] = field(default_factory=dict)
+
+    def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
+        for (name, ids), (other, other_ids) in combinations(choices.items(), 2):
+            self.tallies.setdefault(f"{name}_vs_{other}", Tally()).add(ids[real_T], other_ids[real_T])
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        return {name: tally.figures() for name, tally in self.tallies.items()}
+
+
+class MeteredPolicy:
+    """Routes as `inner` does and tells `meter` what each router would have chosen; lives for one forward pass.
+
+    `paths_TLK` are the path router's choices for the same tokens, or None; `real_T` is False at padding. With a
+    `control_name`, what `inner` chose is compared with them under that name.
+    """
+
+    def __init__(
+        self,
+        inner: RoutingPolicy,
+        meter: AgreementMeter,
+        real_T: torch.Tensor,
+        paths_TLK: torch.Tensor | None,
+        control_name: str | None = None,
+    ) -> None:
+        self._inner, self._meter, self._control_name = inner, meter, control_name
+        self._real_T, self._paths_TLK = real_T, paths_TLK
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        chosen = self._inner.choose(mlp, x_TD)
+        if 0 < mlp.cut.num_active < mlp.cut.num_routed:
+            choices: dict[str, torch.Tensor] = {}
+            if self._control_name is not None:
+                choices[self._control_name] = chosen[0]
+            if self._paths_TLK is not None:
+                choices["path"] = self._paths_TLK[:, mlp.layer, : mlp.cut.num_active]
+            choices["gate"] = GatePolicy().choose(mlp, x_TD)[0]
+            choices["oracle"] = OraclePolicy().choose(mlp, x_TD)[0]
+            self._meter.add(choices, self._real_T)
+        return chosen

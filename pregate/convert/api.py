@@ -1,0 +1,20 @@
+"""What the command line calls of this package."""
+
+from __future__ import annotations
+
+from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.convert.progress import Progress, QuietProgress, RichProgress
+
+__all__ = [
+    "ConvertOptions",
+    "DecoupleOptions",
+    "EvaluateOptions",
+    "Progress",
+    "QuietProgress",
+    "RichProgress",
+    "convert",
+    "decouple",
+    "evaluate",
+]

@@ -1,0 +1,66 @@
+"""Putting a routed model together from a dense one's parts, and writing it as a checkpoint folder."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.convert.cmoe import NeuronSplit
+from pregate.model.checkpoint import Manifest
+from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.gated_mlp import GatedMLP
+from pregate.model.layers import RoutedMLP
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathRouter
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+@torch.no_grad()
+def cut_layer(mlp: GatedMLP, split: NeuronSplit, cut: LayerCut, act: str, gate: str) -> RoutedMLP:
+    """Regroup a dense FFN's rows as `split` says; the gate is left zero. No weight changes its value."""
+    routed = RoutedMLP(mlp.layer, mlp.hidden_size, act, cut, gate, hold_experts=True)
+    routed.neuron_index.copy_(torch.from_numpy(split.neuron_index))
+    if routed.shared is not None:
+        shared = torch.from_numpy(split.shared)
+        routed.shared.gate_up_proj.copy_(torch.cat([mlp.gate[shared], mlp.up[shared]]))
+        routed.shared.down_proj.copy_(mlp.down[:, shared])
+    assert routed.experts is not None
+    for expert, neurons in enumerate(torch.from_numpy(split.routed_RM)):
+        routed.experts.gate_up_proj[expert].copy_(torch.cat([mlp.gate[neurons], mlp.up[neurons]]))
+        routed.experts.down_proj[expert].copy_(mlp.down[:, neurons])
+    return routed
+
+
+def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None = None) -> RoutedForCausalLM:
+    """Make a `RoutedForCausalLM` around `parent`, whose FFNs are already `RoutedMLP`s; nothing is copied."""
+    with torch.device("meta"):  # the parameters made here are thrown away at once
+        model = RoutedForCausalLM(config)
+    model.parent = parent
+    model.path_router = path_router
+    model.generation_config = parent.generation_config
+    return model.eval()
+
+
+def write_checkpoint(model: RoutedForCausalLM, folder: Path, source: Path, manifest: Manifest, dtype: str) -> None:
+    """Write `model` with its backbone and experts as `dtype` to `folder`, with the tokenizer files of `source`.
+
+    The path router stays float32: it is tiny, and its scores decide.
+    """
+    model.parent.to(getattr(torch, dtype))
+    model.manifest = manifest
+    model.save_pretrained(folder)
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)

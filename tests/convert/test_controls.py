@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pregate.convert.controls import AllPolicy, OraclePolicy, RandomPolicy
+from pregate.model import RoutedForCausalLM
+from pregate.model.layers import RoutedMLP, contribution_mass
+
+
+@pytest.fixture(scope="module")
+def mlp(tiny_layerwise_checkpoint: Path) -> RoutedMLP:
+    return RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, dtype=torch.float32).routed_mlps[1]
+
+
+def test_random_is_uniform_and_seeded(mlp: RoutedMLP):
+    x = torch.zeros(3000, 64)
+    first, weights = RandomPolicy(0).choose(mlp, x)
+    assert weights is None
+    assert torch.equal(first, RandomPolicy(0).choose(mlp, x)[0])
+    assert not torch.equal(first, RandomPolicy(1).choose(mlp, x)[0])
+    assert (first[:, 0] < first[:, 1]).all()
+    counts = torch.bincount(first.flatten(), minlength=6)
+    assert (counts > 850).all()  # 1000 expected, standard deviation 26
+    assert (counts < 1150).all()
+
+
+@torch.no_grad()
+def test_oracle_takes_the_greatest_masses(mlp: RoutedMLP):
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    ids, _ = OraclePolicy().choose(mlp, x)
+    mass = contribution_mass(mlp, x)
+    chosen = mass.gather(1, ids)
+    others = mass.scatter(1, ids, -torch.inf)
+    assert (chosen.min(dim=1).values >= others.max(dim=1).values).all()
+
+
+@torch.no_grad()
+def test_mass_by_its_definition(mlp: RoutedMLP):
+    assert mlp.experts is not None
+    x = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    gate, up = mlp.experts.gate_up_proj[4].chunk(2)
+    down = mlp.experts.down_proj[4]
+    hidden = torch.nn.functional.silu(x[0] @ gate.T) * (x[0] @ up.T)
+    expected = sum(abs(float(h)) * float(down[:, i].norm()) for i, h in enumerate(hidden))
+    assert contribution_mass(mlp, x)[0, 4].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_all_takes_every_expert(mlp: RoutedMLP):
+    assert AllPolicy().choose(mlp, torch.zeros(2, 64))[0].tolist() == [[0, 1, 2, 3, 4, 5]] * 2

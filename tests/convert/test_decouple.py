@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from pregate.base.errors import UserError
+from pregate.convert.controls import OraclePolicy
+from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.progress import QuietProgress
+from pregate.convert.router_training import MassScale
+from pregate.convert.targets import collect_targets
+from pregate.kernels.reference import top_k
+from pregate.model import CheckpointReader, RoutedForCausalLM
+from pregate.model.config import LayerCut
+from pregate.model.layers import contribution_mass
+
+
+@pytest.fixture
+def options(tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> DecoupleOptions:
+    return DecoupleOptions(tiny_layerwise_checkpoint, tmp_path / "out", (tiny_text,), steps=5, dim=16)
+
+
+def test_training_beats_chance_clearly(options: DecoupleOptions):
+    """Chance: 2 of 6 experts agree with the oracle's in a third of the picks."""
+    figures = decouple(replace(options, steps=120, dim=32)).figures["decouple"]
+    assert figures["loss_last"] < 0.7 * figures["loss_first"]
+    assert figures["path_vs_oracle"]["mean_overlap"] > 0.45
+
+
+@torch.no_grad()
+def test_the_checkpoint_is_exact_and_the_rest_of_the_model_unchanged(
+    options: DecoupleOptions, tiny_layerwise_checkpoint: Path
+):
+    manifest = decouple(options)
+    reader = CheckpointReader(options.out, hashes=True)
+    assert (reader.config.routing, reader.config.has_path_router) == ("path", True)
+    assert manifest == reader.manifest
+    assert manifest.method == "cmoe+decouple"
+    assert manifest.options["experts"] == 8  # what the layer-wise manifest said is kept
+    assert manifest.calibration["decouple"]["num_documents"] > 2
+    before = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint).state_dict()
+    model = RoutedForCausalLM.from_pretrained(options.out).eval()
+    after = model.state_dict()
+    assert {n for n in after if n not in before} == {n for n in after if n.startswith("path_router.")}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    ids = AutoTokenizer.from_pretrained(options.out)("The harbour lay quiet")["input_ids"]
+    paths = model.paths(ids)
+    paths.check(reader.config.cuts)
+    assert paths.exact
+    assert paths.ids.shape == (len(ids), 3, 2)
+
+
+def test_two_runs_train_the_same_router(options: DecoupleOptions, tmp_path: Path):
+    first, again = decouple(options), decouple(replace(options, out=tmp_path / "again"))
+    other = decouple(replace(options, out=tmp_path / "other", seed=1))
+    assert first.files["model.safetensors"] == again.files["model.safetensors"] != other.files["model.safetensors"]
+
+
+def test_weights_stay_in_their_type_and_the_router_in_float32(
+    tiny_dense: Path, tiny_text: Path, options: DecoupleOptions, tmp_path: Path
+):
+    half = tmp_path / "half"
+    convert(ConvertOptions(tiny_dense, half, 8, 2, 2, (tiny_text,), samples=2, sequence_length=32, dtype="float16"))
+    decouple(replace(options, model=half))
+    assert CheckpointReader(options.out).read_unit(1, 0)[1].dtype == torch.float16
+    model = RoutedForCausalLM.from_pretrained(options.out)
+    assert model.path_router is not None
+    assert model.path_router.heads.weight.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_targets_are_the_masses_along_the_routed_model(tiny_layerwise_checkpoint: Path):
+    model = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, dtype=torch.float32).eval()
+    rows = [[1, 7, 9, 11, 13], [1, 44]]
+    pool = collect_targets(model, rows, QuietProgress())
+    assert [m.shape for m in pool.mass] == [(5, 18), (2, 18)]
+    seen: list[torch.Tensor] = []
+
+    def see(mlp: Any, args: tuple[torch.Tensor]) -> None:
+        seen.append(contribution_mass(mlp, args[0].reshape(-1, 64)))
+
+    for mlp in model.routed_mlps:
+        mlp.register_forward_pre_hook(see)
+    model(torch.tensor(rows[:1]), use_cache=False)
+    torch.testing.assert_close(pool.mass[0], torch.cat(seen, dim=-1), rtol=1e-4, atol=1e-5)
+
+
+def test_oracle_targets_follow_the_oracle(tiny_layerwise_checkpoint: Path):
+    model = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, dtype=torch.float32).eval()
+    row = [1, 7, 9, 11, 13]
+    gate, oracle = (collect_targets(model, [row], QuietProgress(), flag).mass[0] for flag in (False, True))
+    assert torch.allclose(gate[:, :6], oracle[:, :6])  # layer 0 gets the same input either way
+    assert not torch.allclose(gate[:, 6:], oracle[:, 6:])
+    chosen: list[torch.Tensor] = []
+
+    class Recorder(OraclePolicy):
+        def choose(self, mlp, x_TD):
+            ids = super().choose(mlp, x_TD)
+            chosen.append(ids[0])
+            return ids
+
+    model.routing_policy = Recorder()
+    model(torch.tensor([row]), use_cache=False)
+    assert all(torch.equal(ids, top_k(m, 2)) for ids, m in zip(chosen, oracle.split(6, dim=-1), strict=True))
+
+
+def test_scale_by_hand():
+    cuts = (LayerCut(2, 0, 1, 1), LayerCut(0, 1, 0, 4), LayerCut(2, 0, 1, 1))
+    mass = torch.tensor([[1.0, 3.0, 10.0, 30.0], [5.0, 7.0, 50.0, 70.0]])
+    targets = MassScale.of(mass, cuts).targets(mass, cuts)
+    # Centred within token and layer: -1, 1 and -10, 10; the layers' deviations differ by the factor 10.
+    deviation = mass[:, :2].std().item()
+    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0]] * 2) / deviation
+    torch.testing.assert_close(targets, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"steps": 0}, "--steps 0: allowed: 1 or more"),
+        ({"dim": 30}, "--dim 30: must be a positive multiple of the 4 heads"),
+        ({"blocks": 0}, "--blocks 0: allowed: 1 or more"),
+        ({"text": ()}, "--text: give at least one"),
+        ({"text": (Path("/nowhere"),)}, "--text /nowhere: no such path"),
+        ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
+    ],
+)
+def test_bad_options_are_refused_and_nothing_is_written(options: DecoupleOptions, change: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        decouple(replace(options, **change))
+    assert list(options.out.parent.iterdir()) == []
+
+
+def test_models_that_cannot_be_decoupled(
+    options: DecoupleOptions, tiny_dense: Path, tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path
+):
+    static = tmp_path / "static"
+    convert(ConvertOptions(tiny_dense, static, 8, 4, 0, (tiny_text,), samples=2, sequence_length=32))
+    for model, reason in (
+        (tiny_dense, "is a dense model; convert it first"),
+        (tiny_path_checkpoint, "already decoupled"),
+        (static, "there is nothing to route"),
+    ):
+        with pytest.raises(UserError, match=f"--model .*{reason}"):
+            decouple(replace(options, model=model))
+    assert not options.out.exists()
