@@ -1,0 +1,298 @@
+"""The gRPC client: text or token ids in; streamed text, completions and expert paths out."""
+
+from __future__ import annotations
+
+import array
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from pregate.base.errors import BY_CODE, PregateError, UserError
+from pregate.base.network import is_loopback
+from pregate.client.proto import pregate_pb2 as pb
+from pregate.client.proto import pregate_pb2_grpc as pb_grpc
+
+_T = TypeVar("_T")
+_RETRIES = {
+    "methodConfig": [
+        {
+            "name": [{"service": "pregate.v1.Pregate"}],
+            # Only what was refused before its first answer is sent again, and only if it is safe to.
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "loadBalancingConfig": [{"round_robin": {}}],
+}
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.service_config", json.dumps(_RETRIES)),
+)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is new since the chunk before: ids, and text that is certain by now (either may be empty)."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished request. `rows_per_host[h]`: the (token, layer, expert) rows that host h computed for it."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    rows_per_host: tuple[int, ...]
+    request_id: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """The routed experts of every prompt token: `paths[token][layer]` holds their ids, ascending.
+
+    `exact`: the path is the routing; otherwise it is a forecast. `version` names the path router.
+    """
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    paths: tuple[tuple[tuple[int, ...], ...], ...]
+    exact: bool
+    version: str
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a server serves, and how busy it is."""
+
+    model: str
+    max_context_length: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    routing: str
+    has_path_router: bool
+    num_layers: int
+    num_hosts: int
+    num_running: int
+    num_queued: int
+    version: str
+
+
+class Generation(Iterator[Chunk]):
+    """A running request: iterate for its chunks; `completion` is set when the iteration has ended.
+
+    `cancel`, or leaving a `with` block, gives the request up.
+    """
+
+    def __init__(self, call: Any, target: str) -> None:
+        self._call = call
+        self._target = target
+        self._cancelled = False
+        self.completion: Completion | None = None
+
+    def __next__(self) -> Chunk:
+        while True:
+            try:
+                response = next(self._call)
+            except grpc.RpcError as error:
+                if self._cancelled:
+                    raise StopIteration from None
+                raise _translate(error, self._target) from None
+            if response.WhichOneof("response") == "chunk":
+                chunk = response.chunk
+                return Chunk(tuple(chunk.token_ids), chunk.text, chunk.prompt_tokens, chunk.completion_tokens)
+            self.completion = _completion(response.complete)
+
+    def cancel(self) -> None:
+        """Stop the request on the server; the iteration ends. A finished one is left as it is."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+
+class Client:
+    """Talks to one pregate server at `target` (`HOST:PORT`).
+
+    `ca` (a PEM file) turns TLS on, `token` is sent with every call, `timeout_s` is each call's deadline. Methods raise
+    the errors of pregate.base.errors: UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError,
+    PregateError. Threads may share a client. Close it, or use it in a `with` block.
+    """
+
+    def __init__(
+        self, target: str, token: str | None = None, ca: str | Path | None = None, timeout_s: float = 600.0
+    ) -> None:
+        if timeout_s <= 0:
+            raise UserError.of("--timeout", timeout_s, "must be above 0 seconds")
+        if token is not None and ca is None and not _stays_here(target):
+            raise UserError.of("--token", f"for {target}", "would travel in clear text; give --ca too")
+        self._target = target
+        self._timeout_s = timeout_s
+        self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self._channel = _open_channel(target, ca)
+        self._stub = pb_grpc.PregateStub(self._channel)
+        self._health = health_pb2_grpc.HealthStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_tokens: int = 64,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        stream: bool = True,
+        ignore_eos: bool = False,
+        stop_token_ids: Sequence[int] = (),
+        model: str = "",
+        request_id: str = "",
+    ) -> Generation:
+        """Start a request and return its chunks as they arrive; with `stream` False only its `completion` arrives.
+
+        `prompt` is text or token ids. Temperature 0 is greedy.
+        """
+        request = _build(
+            pb.GenerateRequest,
+            request_id=request_id,
+            sampling_params=_build(
+                pb.SamplingParams,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                ignore_eos=ignore_eos,
+                stop_token_ids=stop_token_ids,
+            ),
+            stream=stream,
+            model=model,
+            **_input(prompt),
+        )
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
+        return Generation(call, self._target)
+
+    def complete(self, prompt: str | Sequence[int], max_tokens: int = 64, **options: Any) -> Completion:
+        """Generate and wait for the whole; `options` are those of `generate` (`temperature`, `seed`, ...)."""
+        with self.generate(prompt, max_tokens, **{**options, "stream": False}) as generation:
+            for _ in generation:
+                pass
+        if generation.completion is None:
+            raise PregateError(f"{self._target}: the stream ended without a completion")
+        return generation.completion
+
+    def route(self, prompt: str | Sequence[int], *, model: str = "") -> Route:
+        """Return the expert path of every prompt token, without a forward pass."""
+        request = _build(pb.RouteRequest, model=model, **_input(prompt))
+        reply = self._unary(self._stub.Route, request)
+        token_ids, tokens = tuple(reply.token_ids), tuple(reply.tokens)
+        return Route(token_ids, tokens, _unpack_paths(reply), reply.exact, reply.version)
+
+    def model_info(self, *, model: str = "") -> ModelInfo:
+        """Return what the server serves."""
+        reply = self._unary(self._stub.GetModelInfo, pb.GetModelInfoRequest(model=model))
+        values = {name: getattr(reply, name) for name in ModelInfo.__dataclass_fields__}
+        return ModelInfo(**{**values, "eos_token_ids": tuple(reply.eos_token_ids)})
+
+    def health(self, service: str = "") -> bool:
+        """Return whether the server takes requests; raises UnavailableError when nothing answers at `target`."""
+        check: Any = self._health.Check  # pyright: ignore[reportAttributeAccessIssue] - untyped package
+        reply = self._unary(check, health_pb2.HealthCheckRequest(service=service))
+        return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def close(self) -> None:
+        """Close the connection; running requests end."""
+        self._channel.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _unary(self, method: Any, request: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _translate(error, self._target) from None
+
+
+def _stays_here(target: str) -> bool:
+    return target.startswith("unix:") or is_loopback(target.rpartition(":")[0])
+
+
+def _open_channel(target: str, ca: str | Path | None) -> grpc.Channel:
+    if ca is None:
+        return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+    try:
+        credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes())
+    except OSError as error:
+        raise UserError.of("--ca", ca, f"cannot be read: {error.strerror}") from error
+    return grpc.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+
+
+def _build(kind: type[_T], **fields: Any) -> _T:
+    try:
+        return kind(**fields)
+    except (ValueError, TypeError) as error:  # protobuf's words for a value its field cannot carry
+        raise UserError(f"{kind.__name__}: {error}") from None
+
+
+def _input(prompt: str | Sequence[int]) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"text": prompt}
+    return {"tokenized": _build(pb.TokenizedInput, input_ids=prompt)}
+
+
+def _translate(error: grpc.RpcError, target: str) -> PregateError:
+    """Return the typed error of a call's status; the sentence is the server's."""
+    code, details = error.code().name, error.details() or "no details"  # pyright: ignore[reportAttributeAccessIssue]
+    if code == "UNAUTHENTICATED":
+        return UserError.of("--token", "", details)
+    if code in BY_CODE and code != "INTERNAL":
+        return BY_CODE[code](details)
+    return PregateError(f"{target} answered {code}: {details}")
+
+
+def _completion(reply: pb.GenerateComplete) -> Completion:
+    return Completion(
+        reply.text,
+        tuple(reply.output_ids),
+        reply.finish_reason,
+        reply.prompt_tokens,
+        reply.completion_tokens,
+        tuple(reply.rows_per_host),
+        reply.request_id,
+    )
+
+
+def _unpack_paths(reply: pb.RouteResponse) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    ids = array.array("h", reply.expert_ids)
+    if sys.byteorder == "big":
+        ids.byteswap()
+    width = reply.num_active
+    rows = [tuple(e for e in ids[i : i + width] if e >= 0) for i in range(0, len(ids), width or 1)]
+    depth = reply.num_layers
+    return tuple(tuple(rows[t : t + depth]) for t in range(0, len(rows), depth or 1))

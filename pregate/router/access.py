@@ -1,0 +1,72 @@
+"""Who may connect to a front door: bearer tokens, TLS, and the rule when they are needed."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pregate.base.errors import UserError
+from pregate.base.network import is_loopback
+
+
+@dataclass(frozen=True)
+class AccessOptions:
+    """`host` is the interface to listen on. TLS and tokens are optional on loopback and required elsewhere.
+
+    `token_file` holds one bearer token a line; blank lines and lines that start with `#` are skipped.
+    """
+
+    host: str = "127.0.0.1"
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    token_file: Path | None = None
+
+    def validate(self) -> None:
+        """Raise UserError for half a TLS pair, or a public interface without TLS and tokens."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
+            raise UserError.of(given, self.tls_cert or self.tls_key, f"needs {missing} beside it")
+        if not is_loopback(self.host) and (self.tls_cert is None or self.token_file is None):
+            allowed = "needs --tls-cert, --tls-key and --token-file; without them allowed: 127.0.0.1, ::1, localhost"
+            raise UserError.of("--host", self.host, allowed)
+
+    def read_tls(self) -> tuple[bytes, bytes] | None:
+        """Return (certificate chain, key) in PEM, or None. Raises UserError naming the option of a bad file."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return _read_pem("--tls-cert", self.tls_cert), _read_pem("--tls-key", self.tls_key)
+
+    def read_tokens(self) -> frozenset[str]:
+        """Return the accepted tokens; empty means that none is asked for. Raises UserError for a file without any."""
+        if self.token_file is None:
+            return frozenset()
+        lines = (
+            line.strip() for line in _read("--token-file", self.token_file).decode("utf-8", "replace").splitlines()
+        )
+        tokens = frozenset(line for line in lines if line and not line.startswith("#"))
+        if not tokens:
+            raise UserError.of("--token-file", self.token_file, "holds no token; expected one a line")
+        return tokens
+
+
+def is_authorized(header: str | None, tokens: Iterable[str]) -> bool:
+    """Return whether an `Authorization` header carries one of `tokens`, in a time that tells nothing about them."""
+    scheme, _, given = (header or "").partition(" ")
+    matches = [hmac.compare_digest(given.strip().encode(), token.encode()) for token in tokens]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def _read(option: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError.of(option, path, f"cannot be read: {error.strerror}") from error
+
+
+def _read_pem(option: str, path: Path) -> bytes:
+    data = _read(option, path)
+    if b"-----BEGIN " not in data:
+        raise UserError.of(option, path, "is not a PEM file")
+    return data

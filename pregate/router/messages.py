@@ -1,0 +1,157 @@
+"""What front doors and engines say to each other, as frozen dataclasses; `packet.py` carries them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from pregate.base.errors import ProtocolError, UserError
+
+MAX_SEED = (1 << 63) - 1
+FINISH_REASONS = ("stop", "length", "cancelled", "deadline")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to pick tokens. Temperature 0 is greedy; `seed` None draws a fresh one."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    def validate(self) -> None:
+        """Raise the UserError that every entrance prints for a value out of range."""
+        if self.max_tokens < 1:
+            raise UserError.of("--max-tokens", self.max_tokens, "must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError.of("--temperature", self.temperature, "must be 0 (greedy) or a finite number above 0")
+        if not 0 < self.top_p <= 1:
+            raise UserError.of("--top-p", self.top_p, "must be above 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            raise UserError.of("--seed", self.seed, f"must be 0 to {MAX_SEED}")
+
+
+def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_context: int) -> None:
+    """Raise UserError unless the prompt holds 1 to `max_context - 1` ids of the vocabulary."""
+    if not token_ids:
+        raise UserError.of("--prompt", "of 0 tokens", f"must hold 1 to {max_context - 1} tokens")
+    if len(token_ids) >= max_context:
+        sentence = f"longer than the context of {max_context} tokens allows; allowed: 1 to {max_context - 1} tokens"
+        raise UserError.of("--prompt", f"of {len(token_ids)} tokens", sentence)
+    outside = next((i for i in token_ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise UserError.of("--prompt", f"token id {outside}", f"must be 0 to {vocab_size - 1}")
+
+
+@dataclass(frozen=True)
+class SubmitRequest:
+    """Generate from a prompt. `deadline_s` counts from the moment the engine takes the request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class CancelRequest:
+    """The caller is gone; unknown ids are ignored. No event follows."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class RouteRequest:
+    """Ask for the paths of a prompt, without a forward pass."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InfoRequest:
+    """Ask what the engine serves and how busy it is."""
+
+    request_id: str
+
+
+@dataclass(frozen=True)
+class KeepAlive:
+    """Sent by both sides every second; `sender` is the incarnation.
+
+    An engine says in `unavailable` why it takes no work. A door lists the requests it waits for: one that the engine
+    does not know (it was restarted, or had given the door up) is answered with a FailedEvent, and one that the engine
+    runs for this door but the door does not list is cancelled.
+    """
+
+    sender: str
+    unavailable: str | None = None
+    request_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokensEvent:
+    """New tokens of one request, in order."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FinishedEvent:
+    """The one last event of a request that ran; `reason` is one of FINISH_REASONS.
+
+    `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request.
+    """
+
+    request_id: str
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    rows_per_host: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FailedEvent:
+    """The one last event of a request that was refused or failed; `code` is a gRPC status name (base/errors.py)."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RouteReply:
+    """Paths of a prompt: `ids` is int16 little-endian of `shape` (tokens, layers, k), -1 padding at the end of a row.
+
+    `version` names the path router that made them.
+    """
+
+    request_id: str
+    ids: bytes
+    shape: tuple[int, int, int]
+    exact: bool
+    version: str
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 0 or len(self.ids) != 2 * math.prod(self.shape):
+            raise ProtocolError(f"route reply of {len(self.ids)} bytes does not hold int16 of shape {self.shape}")
+
+
+@dataclass(frozen=True)
+class InfoReply:
+    """What `Engine.info` returned."""
+
+    request_id: str
+    info: dict[str, Any]
+
+
+EngineBound: TypeAlias = SubmitRequest | CancelRequest | RouteRequest | InfoRequest | KeepAlive
+Event: TypeAlias = TokensEvent | FinishedEvent | FailedEvent
+DoorBound: TypeAlias = Event | RouteReply | InfoReply | KeepAlive
+Message: TypeAlias = EngineBound | DoorBound

@@ -1,0 +1,253 @@
+"""The one async API behind every front door: validate, tokenise, admit, stream text, route."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from pregate.base.errors import (
+    CheckpointError,
+    DeadlineError,
+    NotFoundError,
+    QueueFullError,
+    UnavailableError,
+    UserError,
+)
+from pregate.router.detokenize import Detokenizer
+from pregate.router.engine_client import EngineClient
+from pregate.router.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
+
+#: A text above this is tokenised beside the event loop, so that other streams do not wait for it.
+_LONG_TEXT_CHARS = 4096
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """`max_requests` bounds what one front door has in flight; the engine bounds its own queue besides."""
+
+    max_requests: int = 1024
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What is new: ids, and the text that is certain by now (either may be empty)."""
+
+    token_ids: tuple[int, ...]
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The end of a request. `text` and `token_ids` are whole: the chunks' joined; an end-of-text token is in neither.
+
+    `completion_tokens` counts the end-of-text token when there was one.
+    """
+
+    finish_reason: str
+    token_ids: tuple[int, ...]
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    rows_per_host: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Route:
+    """Paths of a prompt: `ids` int16 little-endian of `shape` (tokens, layers, k), -1 padding at the end of a row."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    ids: bytes
+    shape: tuple[int, int, int]
+    exact: bool
+    version: str
+
+
+class RouterService:
+    """Speaks token ids to the engine and text to the doors. Raises CheckpointError without a readable tokenizer."""
+
+    def __init__(
+        self,
+        engine_client: EngineClient,
+        tokenizer_dir: str | Path,
+        model_name: str,
+        *,
+        options: ServiceOptions | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self._engine = engine_client
+        self._tokenizer = _load_tokenizer(Path(tokenizer_dir))
+        self._options = options or ServiceOptions()
+        self._num_requests = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._limits: tuple[int, int] | None = None  # vocab_size, max_context
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why requests are refused now, or None."""
+        return "the server is draining" if self._draining else self._engine.unavailable
+
+    def open(self) -> None:
+        """Connect to the engine. Must be called inside a running event loop; `generate` and others do it too."""
+        self._engine.open()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        deadline_s: float | None = None,
+        model: str = "",
+    ) -> AsyncGenerator[Chunk | Completion, None]:
+        """Yield chunks as they are made, then one Completion.
+
+        `max_tokens` is cut to what the context leaves. Leaving early (use `contextlib.aclosing`) cancels.
+        Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
+        """
+        self._check_model(model)
+        sampling.validate()
+        with self._admitted():
+            vocab_size, max_context = await self._get_limits()
+            prompt_ids = await self._encode(prompt)
+            check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
+            max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
+            sampling = replace(sampling, max_tokens=max_tokens)
+            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s)
+            async with aclosing(self._stream(request)) as stream:
+                async for item in stream:
+                    yield item
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        deadline_s: float | None = None,
+        model: str = "",
+    ) -> Completion:
+        """Return the end of `generate`, when only that is wanted."""
+        async with aclosing(self.generate(prompt, sampling, deadline_s=deadline_s, model=model)) as stream:
+            async for item in stream:
+                if isinstance(item, Completion):
+                    return item
+        raise UnavailableError("the engine ended the stream early")
+
+    async def route(self, prompt: str | Sequence[int], *, model: str = "") -> Route:
+        """Return the expert path of every prompt token. Raises UserError when the checkpoint has no path router."""
+        self._check_model(model)
+        self._check_draining()
+        vocab_size, max_context = await self._get_limits()
+        token_ids = await self._encode(prompt)
+        check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
+        reply = await self._engine.route(token_ids)
+        tokens = tuple(self._tokenizer.id_to_token(i) or "" for i in token_ids)
+        return Route(token_ids, tokens, reply.ids, reply.shape, reply.exact, reply.version)
+
+    async def model_info(self, *, model: str = "") -> dict[str, Any]:
+        """Return the engine's info (see Engine.info) under the name this service serves it by."""
+        self._check_model(model)
+        return {**await self._engine.info(), "model": self.model_name}
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests; wait for the running ones. Returns whether all ended in time."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Disconnect from the engine; what still runs fails with UnavailableError."""
+        self._draining = True
+        await self._engine.close()
+
+    async def _stream(self, request: SubmitRequest) -> AsyncGenerator[Chunk | Completion, None]:
+        detokenizer = Detokenizer(self._tokenizer, request.token_ids)
+        num_prompt = len(request.token_ids)
+        token_ids: list[int] = []
+        texts: list[str] = []
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                new_ids = event.token_ids if isinstance(event, TokensEvent) else ()
+                text = detokenizer.push(new_ids) if new_ids else detokenizer.flush()
+                token_ids.extend(new_ids)
+                texts.append(text)
+                if new_ids or text:
+                    yield Chunk(new_ids, text, num_prompt, len(token_ids))
+                if isinstance(event, TokensEvent):
+                    continue
+                _check_reason(event.reason, request.deadline_s)
+                yield Completion(
+                    event.reason,
+                    tuple(token_ids),
+                    "".join(texts),
+                    event.prompt_tokens,
+                    event.completion_tokens,
+                    event.rows_per_host,
+                )
+
+    async def _get_limits(self) -> tuple[int, int]:
+        if self._limits is None:
+            info = await self._engine.info()
+            self._limits = int(info["vocab_size"]), int(info["max_context"])
+        return self._limits
+
+    async def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError.of("--prompt", "with half of a surrogate pair", "must be text that UTF-8 can carry")
+        if len(prompt) > _LONG_TEXT_CHARS:
+            return tuple((await asyncio.to_thread(self._tokenizer.encode, prompt)).ids)
+        return tuple(self._tokenizer.encode(prompt).ids)
+
+    def _check_model(self, model: str) -> None:
+        if model and model != self.model_name:
+            raise NotFoundError.of("--model", model, f"is not served here; allowed: {self.model_name}")
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is draining")
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        self._check_draining()
+        if self._num_requests >= self._options.max_requests:
+            raise QueueFullError(f"the server holds {self._num_requests} requests, as many as it may; try again later")
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+            if not self._num_requests:
+                self._idle.set()
+
+
+def _check_reason(reason: str, deadline_s: float | None) -> None:
+    if reason == "deadline":
+        raise DeadlineError(f"the deadline of {deadline_s or 0:.1f} s passed before the answer was complete")
+    if reason == "cancelled":
+        raise UnavailableError("the engine cancelled the request")
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file; a served model needs its tokenizer")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the tokenizers library raises no narrower one
+        raise CheckpointError(f"{file}: {error}") from error

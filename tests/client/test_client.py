@@ -1,0 +1,73 @@
+"""The client alone: it is light, it is careful with tokens, and it turns statuses into typed errors."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pregate import Client
+from pregate.base.errors import UnavailableError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCKED = ("torch", "ray", "transformers", "numpy", "tokenizers", "zmq", "fastapi", "pregate.router", "pregate.model")
+SCRIPT = f"""
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == b or name.startswith(b + ".") for b in {BLOCKED}):
+            raise ImportError("blocked: " + name)
+
+sys.meta_path.insert(0, Blocker())
+from pregate.client.client import Client
+client = Client("127.0.0.1:1", timeout_s=1)
+try:
+    client.health()
+except Exception as error:
+    assert type(error).__name__ == "UnavailableError", error
+else:
+    raise AssertionError("nothing listens there")
+assert not set({BLOCKED}) & set(sys.modules)
+print("light")
+"""
+
+
+def test_it_works_without_the_heavy_packages():
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "light\n"
+
+
+def test_nothing_at_the_target_is_unavailable_soon():
+    start_s = time.monotonic()
+    with Client("127.0.0.1:1", timeout_s=20) as client:
+        with pytest.raises(UnavailableError):
+            client.model_info()
+        with pytest.raises(UnavailableError):
+            list(client.generate("x"))
+    assert time.monotonic() - start_s < 15
+
+
+@pytest.mark.parametrize("target", ["10.0.0.1:1", "example.org:50051", "localhost.example.org:1", "127.example.org:1"])
+def test_a_token_does_not_travel_in_clear_text(target):
+    with pytest.raises(UserError, match="would travel in clear text"):
+        Client(target, token="secret")
+
+
+@pytest.mark.parametrize("target", ["localhost:1", "127.0.0.1:1", "[::1]:1", "unix:/tmp/x"])
+def test_on_loopback_a_token_may(target):
+    Client(target, token="secret").close()
+
+
+def test_bad_arguments_are_named(tmp_path):
+    with pytest.raises(UserError, match="--timeout 0: must be above 0"):
+        Client("127.0.0.1:1", timeout_s=0)
+    with pytest.raises(UserError, match=r"--ca .*none\.pem: cannot be read"):
+        Client("127.0.0.1:1", ca=tmp_path / "none.pem")
+    with Client("127.0.0.1:1") as client:
+        for prompt, options in [([-1], {}), ([1 << 40], {}), ("x", {"max_tokens": 1 << 70}), ("\ud800", {})]:
+            with pytest.raises(UserError):
+                client.generate(prompt, **options)
