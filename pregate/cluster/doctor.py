@@ -1,0 +1,193 @@
+"""`pregate doctor`: what this machine has, what would fail, and how to mend it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import resource
+import shutil
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pregate.base.errors import UserError
+from pregate.cluster.local_ray import OBJECT_STORE_BYTES
+
+DEFAULT_GRPC_PORT = 50051
+#: Ray keeps logs, sockets and spilled objects there.
+MIN_TEMP_BYTES = 2 * 10**9
+MIN_OPEN_FILES = 4096
+_PACKAGES = ("torch", "ray", "transformers", "grpcio", "pyzmq", "safetensors", "tokenizers")
+_MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: `state` ok, warn or fail; `mend` says what to do about the last two."""
+
+    what: str
+    state: str
+    value: str
+    mend: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.state == "fail"
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print the findings as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "what", "found", "how to mend it", box=None, header_style="bold")
+    for finding in findings:
+        table.add_row(_MARKS[finding.state], finding.what, finding.value, finding.mend)
+    Console().print(table)
+
+
+def examine_machine() -> Iterator[Finding]:
+    """What holds for any model: versions, devices, port, shared memory, limits, memory."""
+    yield _python()
+    yield from (_package(name) for name in _PACKAGES)
+    yield from _devices()
+    yield _port(DEFAULT_GRPC_PORT)
+    yield _shared_memory()
+    yield _open_files()
+    yield _temp_folder()
+    yield Finding("memory available", "ok", _gigabytes(available_bytes()))
+
+
+def examine_model(model: Path, hosts: int) -> list[Finding]:
+    """Bytes of each role of serving `model` on `hosts` hosts of this machine, and whether they fit."""
+    from pregate.cluster import preflight
+    from pregate.cluster.config import ServeConfig
+    from pregate.cluster.footprint import PROCESS_BYTES, measure
+    from pregate.model.checkpoint import CheckpointReader
+
+    try:
+        config = ServeConfig.from_dict({"model": str(model), "hosts": hosts})
+        preflight.check_config(config)
+    except UserError as error:
+        return [Finding("model", "fail", str(error), "see the sentence; `pregate convert` makes checkpoints")]
+    roles = measure(CheckpointReader(config.model), config)
+    available, needed = available_bytes(), roles.total_bytes
+    fits = needed <= available
+    mend = "" if fits else "fewer bytes: --dtype bfloat16 or float16 where supported, or more machines"
+    each = f"{_gigabytes(min(roles.units_bytes))} to {_gigabytes(max(roles.units_bytes))}"
+    return [
+        Finding("backbone", "ok", _gigabytes(roles.backbone_bytes)),
+        Finding("shared experts", "ok", _gigabytes(roles.shared_bytes)),
+        Finding("KV cache", "ok", _gigabytes(roles.kv_cache_bytes)),
+        Finding("units", "ok", f"{_gigabytes(sum(roles.units_bytes))}; {each} per host"),
+        Finding("processes", "ok", f"{roles.num_processes} x {_gigabytes(PROCESS_BYTES)}"),
+        Finding("all of it here", "ok" if fits else "fail", f"{_gigabytes(needed)} of {_gigabytes(available)}", mend),
+    ]
+
+
+def available_bytes() -> int:
+    """Memory that can still be had: the machine's, or what the container's limit leaves."""
+    import psutil
+
+    free = psutil.virtual_memory().available
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - used))
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = (3, 10) <= sys.version_info[:2] < (3, 14)
+    return Finding("python", "ok" if good else "fail", version, "" if good else "use Python 3.10 to 3.13")
+
+
+def _package(name: str) -> Finding:
+    wanted = _wanted().get(name)
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, "fail", "missing", f"pip install {name}{wanted or ''}")
+    if wanted is None or _satisfies(version, wanted):
+        return Finding(name, "ok", version)
+    return Finding(name, "fail", f"{version}; {wanted} is needed", f"pip install '{name}{wanted}'")
+
+
+def _wanted() -> dict[str, str]:
+    """Version bounds of our own metadata; empty when pregate runs from its folder without being installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = importlib.metadata.requires("pregate") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    needs = [Requirement(line) for line in lines]
+    return {need.name: str(need.specifier) for need in needs if need.marker is None}
+
+
+def _satisfies(version: str, specifier: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(specifier).contains(version, prereleases=True)
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    yield Finding("cpu", "ok", f"{os.cpu_count()} logical CPUs")
+    if not torch.cuda.is_available():
+        yield Finding("gpu", "ok", "none; serve with --device cpu")
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(f"gpu {index}", "ok", f"{properties.name}, {_gigabytes(properties.total_memory)}")
+    try:
+        yield Finding("triton", "ok", importlib.metadata.version("triton"))
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("triton", "warn", "missing", "pip install 'pregate[gpu]'")
+
+
+def _port(port: int) -> Finding:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            return Finding(f"port {port}", "warn", str(error.strerror), "give `pregate serve` another --grpc-port")
+    return Finding(f"port {port}", "ok", "free")
+
+
+def _shared_memory() -> Finding:
+    folder = Path("/dev/shm")
+    if not folder.is_dir():
+        return Finding("shared memory", "ok", "no /dev/shm; Ray uses the temporary folder")
+    free = shutil.disk_usage(folder).free
+    value = f"{_gigabytes(free)} free in /dev/shm, {_gigabytes(OBJECT_STORE_BYTES)} needed"
+    if free >= OBJECT_STORE_BYTES:
+        return Finding("shared memory", "ok", value)
+    return Finding("shared memory", "warn", value, "docker run --shm-size=1g; Ray falls back to slower disk")
+
+
+def _open_files() -> Finding:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= MIN_OPEN_FILES:
+        return Finding("open files", "ok", f"{soft} (hard limit {hard})")
+    return Finding("open files", "warn", f"{soft} (hard limit {hard})", f"ulimit -n {MIN_OPEN_FILES} or more")
+
+
+def _temp_folder() -> Finding:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    value = f"{_gigabytes(free)} free in {folder}"
+    if free >= MIN_TEMP_BYTES:
+        return Finding("temporary folder", "ok", value)
+    return Finding("temporary folder", "fail", value, f"free {_gigabytes(MIN_TEMP_BYTES)} there, or set TMPDIR")
+
+
+def _gigabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"

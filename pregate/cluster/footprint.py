@@ -1,0 +1,73 @@
+"""How many bytes each role of a deployment holds. Reads the checkpoint's header files, no weights.
+
+An estimate for people: weights at the dtype they are computed in, and the KV cache at its full size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.placement import Placement, place
+from pregate.model.checkpoint import CheckpointReader
+
+#: What a Python process with torch and transformers holds before any weight. Measured: 0.4 to 0.5 GB.
+PROCESS_BYTES = 500 * 10**6
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 4}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes per role. `units_bytes` has one entry per host (one for the engine's own host when hosts is 0)."""
+
+    backbone_bytes: int
+    shared_bytes: int
+    kv_cache_bytes: int
+    units_bytes: tuple[int, ...]
+    num_processes: int
+
+    @property
+    def engine_bytes(self) -> int:
+        """Weights and cache of the engine's process, without the experts."""
+        return self.backbone_bytes + self.shared_bytes + self.kv_cache_bytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything, as if all processes shared one machine."""
+        return self.engine_bytes + sum(self.units_bytes) + self.num_processes * PROCESS_BYTES
+
+
+def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
+    """The footprint of serving a checkpoint as `config` says. UserError when its hosts cannot be placed."""
+    cuts = reader.config.cuts
+    stored = str(reader.config.dtype or "float32").removeprefix("torch.")
+    growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
+    placement = place([c.num_routed for c in cuts], max(1, config.hosts), config.placement)
+    unit_bytes = [reader.unit_bytes(layer) if cut.num_routed else 0 for layer, cut in enumerate(cuts)]
+    units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
+    # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
+    shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
+    weights = sum(f["bytes"] for name, f in reader.manifest.files.items() if name.endswith(".safetensors"))
+    return Footprint(
+        backbone_bytes=int((weights - units - shared) * growth),
+        shared_bytes=int(shared * growth),
+        kv_cache_bytes=_kv_cache_bytes(reader, config),
+        units_bytes=tuple(
+            int(_host_bytes(placement, host, unit_bytes) * growth) for host in range(placement.num_hosts)
+        ),
+        num_processes=config.hosts + 3,  # supervisor, engine, front door
+    )
+
+
+def _host_bytes(placement: Placement, host: int, unit_bytes: list[int]) -> int:
+    per_layer = np.count_nonzero(placement.hosts_of == host, axis=1)
+    return int(per_layer @ np.asarray(unit_bytes, dtype=np.int64))
+
+
+def _kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:
+    text = reader.config.text_config
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * _ITEM_BYTES[config.dtype]
+    return config.engine_options.kv_capacity(text.max_position_embeddings) * per_token

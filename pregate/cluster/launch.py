@@ -1,0 +1,244 @@
+"""Get a deployment and hold it: the one composition behind `pregate serve` and the Serve application."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pregate.base.errors import BY_CODE, PregateError, UnavailableError
+from pregate.base.log import get_logger
+from pregate.cluster import local_ray, strict
+from pregate.cluster.children import RayChildren
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.leases import RENEW_EVERY_S
+from pregate.cluster.local_ray import NAMESPACE, SUPERVISOR_PREFIX, LocalRay
+from pregate.cluster.supervisor import Supervisor
+from pregate.router.grpc_server import GrpcOptions
+
+#: The supervisor answers from an event loop that never blocks; this is for a machine that is short of time.
+CALL_TIMEOUT_S = 30.0
+POLL_S = 0.2
+#: Room for the clean-up that comes after the drain.
+STOP_MARGIN_S = 30.0
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class RayAccess:
+    """Where Ray is. `address` None starts one on this machine, unless this process is connected already."""
+
+    address: str | None = None
+
+
+class Deployment:
+    """A deployment this process holds a lease of. `info` is what `Children.start` returned."""
+
+    def __init__(self, config: ServeConfig, supervisor: Any, launcher_id: str, kept: LocalRay | None) -> None:
+        self.config = config
+        self.ray_address = ray.get_runtime_context().gcs_address
+        self.info: dict[str, Any] = {}
+        self.lost: str | None = None  # why the deployment is no more
+        self.dead: dict[str, str] = {}  # which parts died, and why
+        self._supervisor = supervisor
+        self._launcher_id = launcher_id
+        self._kept = kept
+        self._closing = threading.Event()
+        self._closed = False
+        self._renewal = threading.Thread(target=self._renew, name="pregate-lease", daemon=True)
+
+    def wait_ready(self, on_stage: Callable[[str], None]) -> None:
+        """Wait for the start to end, telling its stages. Raises what it failed with, or UnavailableError in time."""
+        self._renewal.start()
+        give_up_s = time.monotonic() + self.config.start_timeout_s
+        stage = ""
+        while time.monotonic() < give_up_s:
+            status = self._call("status")
+            if status["stage"] != stage:
+                stage = status["stage"]
+                on_stage(stage)
+            if status["failure"] is not None:
+                raise _error_of(status["failure"])
+            if status["state"] == "ready":
+                self.info = status["info"]
+                return
+            time.sleep(POLL_S)
+        raise UnavailableError(f"not ready within {self.config.start_timeout_s:.0f} s; it was at: {stage}")
+
+    def add_door(self, options: GrpcOptions) -> tuple[str, int]:
+        """Start a gRPC front door that lives as long as this lease; returns its interface and port."""
+        arguments = (self._launcher_id, strict.to_dict(options))
+        reply = call(self._supervisor, "add_door", *arguments, timeout_s=self.config.start_timeout_s)
+        if reply.get("failure"):
+            raise _error_of(reply["failure"])
+        return reply["host"], reply["port"]
+
+    def release(self) -> None:
+        """Give the lease back, without waiting for what follows from it. Repeating it is harmless."""
+        if self._closing.is_set():
+            return
+        self._closing.set()
+        try:
+            self._call("release", self._launcher_id)
+        except UnavailableError as error:
+            logger.info("nothing to release: %s", error)
+
+    def close(self) -> bool:
+        """Give the lease back and wait for what hangs on it to end; with the last lease that is everything.
+
+        Returns False when the clean-up was not seen to end in time. Repeating it is harmless.
+        """
+        if self._closed:
+            return True
+        self._closed = True
+        give_up_s = time.monotonic() + self.config.drain_s + STOP_MARGIN_S
+        self.release()
+        gone = self._wait_let_go(give_up_s)
+        if self._renewal.is_alive():
+            self._renewal.join(CALL_TIMEOUT_S)
+        if self._kept is None:
+            return gone is not None
+        ray.shutdown()
+        if gone is False:  # another launcher goes on with the deployment, and so the keeper with Ray
+            self._kept.let_go()
+            return True
+        return self._kept.wait_gone(max(1.0, give_up_s - time.monotonic())) and gone is not None
+
+    def _wait_let_go(self, give_up_s: float) -> bool | None:
+        """True: the supervisor is gone. False: it goes on, without anything of ours. None: not seen in time."""
+        try:
+            while time.monotonic() < give_up_s:
+                if not self._call("holds", self._launcher_id):
+                    return False
+                time.sleep(POLL_S)
+        except SilentError:
+            return None
+        except UnavailableError:
+            return True
+        return None
+
+    def _renew(self) -> None:
+        while not self._closing.wait(RENEW_EVERY_S):
+            try:
+                status = self._call("renew", self._launcher_id)
+            except SilentError as error:
+                logger.warning("%s; trying again", error)
+                continue
+            except UnavailableError as error:
+                self.lost = str(error)
+                return
+            self.dead = status["dead"]
+            if not status["leased"]:
+                self.lost = "the lease lapsed: this process was stopped or starved for too long"
+                return
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return call(self._supervisor, method, *arguments)
+
+
+def launch(
+    config: ServeConfig,
+    ray_access: RayAccess | None = None,
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> Deployment:
+    """Start the deployment `config` describes, or join the one that runs under its name, and wait until it is ready.
+
+    `on_stage` hears readable progress. A launch that fails leaves nothing behind. Raises UserError (a join with other
+    options, a model that cannot be served) and UnavailableError (Ray, or a part, does not come up).
+    """
+    kept = _connect(config, ray_access or RayAccess(), on_stage)
+    try:
+        deployment = _join(config, kept)
+    except BaseException:
+        if kept is not None:
+            ray.shutdown()
+            kept.wait_gone(STOP_MARGIN_S)
+        raise
+    try:
+        deployment.wait_ready(on_stage)
+    except BaseException:  # Ctrl-C too
+        deployment.close()
+        raise
+    return deployment
+
+
+class SilentError(UnavailableError):
+    """The supervisor did not answer; it may be alive, and may have done what it was asked."""
+
+
+def call(supervisor: Any, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+    """Call the supervisor. UnavailableError when it is gone, SilentError when that is not known."""
+    try:
+        return ray.get(getattr(supervisor, method).remote(*arguments), timeout=timeout_s)
+    except ray.exceptions.ActorDiedError as error:
+        raise UnavailableError("the supervisor of the deployment is gone") from error
+    except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:
+        raise SilentError(f"the supervisor did not answer: {error}") from error
+
+
+def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str], None]) -> LocalRay | None:
+    """Be connected to Ray afterwards; returns the keeper when we had to start one."""
+    if ray.is_initialized():
+        return None
+    address, kept = ray_access.address, None
+    if address is None:
+        on_stage("starting Ray on this machine")
+        # Logical CPUs only admit actors; ours ask for a tenth each, and a Serve application needs room beside them.
+        kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
+        address = kept.address
+    try:
+        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if kept is not None:
+            kept.wait_gone(STOP_MARGIN_S)
+        raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
+    return kept
+
+
+def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
+    """Get or create the supervisor and take a lease; waits for one that is stopping to be gone."""
+    launcher_id = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    give_up_s = time.monotonic() + config.drain_s + STOP_MARGIN_S
+    while True:
+        try:
+            supervisor = _get_or_create(config.name)
+            reply = call(supervisor, "launch", launcher_id, config.to_dict())
+            error = None if reply["state"] != "refused" else _error_of(reply["failure"])
+        except UnavailableError as gone:
+            error = gone
+        else:
+            if error is None:
+                return Deployment(config, supervisor, launcher_id, kept)
+        if not isinstance(error, UnavailableError) or time.monotonic() > give_up_s:
+            raise error
+        time.sleep(POLL_S)
+
+
+def _get_or_create(name: str) -> Any:
+    """The supervisor actor, on this node: front doors run beside it, and their ports were checked here."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(Supervisor).options(
+        name=SUPERVISOR_PREFIX + name,
+        namespace=NAMESPACE,
+        lifetime="detached",
+        get_if_exists=True,
+        num_cpus=0,
+        max_restarts=0,
+        max_task_retries=0,
+        scheduling_strategy=here,
+    )
+    return actor.remote(name, RayChildren)
+
+
+def _error_of(failure: dict[str, str]) -> PregateError:
+    return BY_CODE.get(failure["code"], PregateError)(failure["message"])

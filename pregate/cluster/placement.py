@@ -1,0 +1,97 @@
+"""Which host is home to which unit. Pure: a snapshot in, a frozen placement out, and a checker of its invariants.
+
+Letters: L layers, R the largest number of routed experts in a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pregate.base.errors import UserError
+
+STRATEGIES = ("linear", "round_robin")
+NO_HOST = -1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Homes of all units. `hosts_of` int16 [L, R]: the home host of unit (layer, expert), -1 where no unit is.
+
+    Worked example, two layers of 5 and 2 experts (R = 5) on two hosts:
+
+        linear       [[0, 0, 0, 1, 1], [0, 1, -1, -1, -1]]
+        round_robin  [[0, 1, 0, 1, 0], [0, 1, -1, -1, -1]]
+    """
+
+    version: int
+    num_hosts: int
+    hosts_of: NDArray[np.int16]
+
+    def units_of(self, host: int) -> list[tuple[int, int]]:
+        """Units whose home is `host`, as (layer, expert), layers first."""
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(self.hosts_of == host)]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values only, to cross a process boundary."""
+        return {"version": self.version, "num_hosts": self.num_hosts, "hosts_of": self.hosts_of.tolist()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> Placement:
+        """Undo `to_dict`."""
+        version, num_hosts, hosts_of = values["version"], values["num_hosts"], values["hosts_of"]
+        assert isinstance(version, int)
+        assert isinstance(num_hosts, int)
+        return cls(version, num_hosts, np.asarray(hosts_of, dtype=np.int16))
+
+
+def place(num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", version: int = 1) -> Placement:
+    """Give every routed expert of every layer one home host.
+
+    `num_routed`: routed experts of each layer, 0 for a dense layer. `linear` gives each host one contiguous block
+    of a layer's experts (sizes differ by at most one, larger blocks first); `round_robin` gives expert e to host
+    e mod num_hosts. UserError when a layer would leave a host without experts, or the strategy is unknown.
+    """
+    check_request(num_routed, num_hosts, strategy)
+    hosts_of = np.full((len(num_routed), max(num_routed, default=0)), NO_HOST, dtype=np.int16)
+    for layer, count in enumerate(num_routed):
+        experts = np.arange(count)
+        hosts_of[layer, :count] = experts % num_hosts if strategy == "round_robin" else _blocks(count, num_hosts)
+    return Placement(version, num_hosts, hosts_of)
+
+
+def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str) -> None:
+    """Refuse what `place` cannot do, naming the command line's options. UserError."""
+    if strategy not in STRATEGIES:
+        raise UserError.of("--placement", strategy, f"allowed: {', '.join(STRATEGIES)}")
+    routed_layers = [count for count in num_routed if count > 0]
+    if not routed_layers:
+        raise UserError.of("--hosts", num_hosts, "the model has no routed experts to place")
+    most = min(routed_layers)
+    if not 1 <= num_hosts <= most:
+        raise UserError.of("--hosts", num_hosts, f"allowed: 0 to {most} (each host needs an expert in every layer)")
+
+
+def check(placement: Placement, num_routed: Sequence[int]) -> None:
+    """Hold the invariants of a placement; AssertionError says which is broken.
+
+    Every unit has exactly one home, no home is given where no unit is, and in every layer the hosts' shares
+    differ by at most one expert.
+    """
+    hosts_of = placement.hosts_of
+    assert hosts_of.shape == (len(num_routed), max(num_routed, default=0)), f"shape {hosts_of.shape}"
+    for layer, count in enumerate(num_routed):
+        homes, rest = hosts_of[layer, :count], hosts_of[layer, count:]
+        assert (rest == NO_HOST).all(), f"layer {layer}: a home beyond its {count} experts"
+        assert ((homes >= 0) & (homes < placement.num_hosts)).all(), f"layer {layer}: an expert without a home"
+        shares = np.bincount(homes, minlength=placement.num_hosts)
+        assert shares.max() - shares.min() <= 1, f"layer {layer}: shares {shares.tolist()} differ by more than one"
+
+
+def _blocks(count: int, num_hosts: int) -> NDArray[np.int64]:
+    """Hosts of `count` experts in contiguous blocks: 5 experts on 2 hosts -> [0, 0, 0, 1, 1]."""
+    sizes = [count // num_hosts + (host < count % num_hosts) for host in range(num_hosts)]
+    return np.repeat(np.arange(num_hosts), sizes)

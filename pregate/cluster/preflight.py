@@ -1,0 +1,54 @@
+"""What can be refused before anything starts: the model, the hosts, the ports."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from pregate.base.errors import CheckpointError, UserError
+from pregate.cluster import placement
+from pregate.cluster.config import ServeConfig
+from pregate.router.family import check_family
+from pregate.router.grpc_server import GrpcOptions
+
+
+def check_config(config: ServeConfig) -> None:
+    """Refuse a deployment that cannot come up. UserError or CheckpointError with the house's sentence."""
+    import torch
+
+    from pregate.kernels import expert_ffn
+    from pregate.model.checkpoint import CheckpointReader
+
+    if not Path(config.model).is_dir():
+        raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
+    reader = CheckpointReader(config.model)
+    if not (Path(config.model) / "tokenizer.json").is_file():
+        raise CheckpointError(f"{config.model}/tokenizer.json: missing; a served model needs its tokenizer")
+    if config.hosts:
+        placement.check_request([cut.num_routed for cut in reader.config.cuts], config.hosts, config.placement)
+    device = torch.device(config.device)
+    widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts)}
+    dtype = expert_ffn.choose_dtype(config.dtype, device)
+    expert_ffn.choose(config.host.expert_ffn, device, dtype, act=reader.hidden_act, widths=tuple(widths))
+    check_family(reader.config.text_config)
+
+
+def check_door(options: GrpcOptions) -> None:
+    """Refuse a door whose access rules, files or port cannot work on this machine. UserError names the option."""
+    access = options.access
+    access.validate()
+    access.read_tls()
+    access.read_tokens()
+    if not 0 <= options.port <= 65535:
+        raise UserError.of("--grpc-port", options.port, "allowed: 0 (any free one) to 65535")
+    family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the server will: an old connection that lingers is no hindrance, a listener is.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((access.host.strip("[]"), options.port))
+        except OSError as error:
+            where = f"{options.port} on {access.host}"
+            raise UserError.of(
+                "--grpc-port", where, f"cannot be listened on ({error.strerror}); use another"
+            ) from error

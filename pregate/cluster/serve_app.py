@@ -1,0 +1,137 @@
+"""The HTTP front door as a Ray Serve application.
+
+    serve run pregate.cluster.serve_app:build_app model=DIR hosts=2
+
+Each replica holds a lease of the deployment `pregate serve` would start under the same name, and so shares the hosts
+and the engine with it. Replicas hold no weights; they run on the engine's node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from pregate.base import log
+from pregate.base.errors import UnavailableError, UserError
+from pregate.cluster import preflight, strict
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.launch import Deployment, launch
+from pregate.router import openai_app
+from pregate.router.endpoint import ipc_file
+from pregate.router.engine_client import EngineClient
+from pregate.router.service import RouterService
+
+logger = log.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """What `key=value` arguments may say: the deployment as for `pregate serve`, and Serve's own limits.
+
+    Serve's defaults (5 ongoing, an unbounded queue) do not suit a language model.
+    """
+
+    model: str
+    hosts: int = 0
+    name: str = "pregate"
+    served_model_name: str = ""
+    placement: str = "linear"
+    device: str = "cpu"
+    dtype: str = "float32"
+    gpus_per_host: float = 0.0
+    router_gpus: float = 0.0
+    num_replicas: int = 1
+    max_ongoing_requests: int = 256
+    max_queued_requests: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("num_replicas", "max_ongoing_requests", "max_queued_requests"):
+            if getattr(self, name) < 1:
+                raise UserError.of(name, getattr(self, name), "must be 1 or more")
+
+    def config(self) -> ServeConfig:
+        """The deployment these options ask for; UserError as `pregate serve` would give it."""
+        shared = {f.name for f in fields(ServeConfig)} & {f.name for f in fields(self)}
+        values: dict[str, Any] = {name: getattr(self, name) for name in shared}
+        return ServeConfig.from_dict({**values, "engine": {"model": "", "name": self.served_model_name}})
+
+
+def build_app(args: Mapping[str, Any]) -> serve.Application:
+    """Build the application from `serve run`'s arguments (text) or a config file's `args`.
+
+    Raises UserError for an unknown key, a bad value, or a model that cannot be served.
+    """
+    options = strict.from_dict(AppOptions, args)
+    config = options.config()
+    preflight.check_config(config)
+    deployment = serve.deployment(
+        _replica_class(),
+        name="pregate",
+        num_replicas=options.num_replicas,
+        max_ongoing_requests=options.max_ongoing_requests,
+        max_queued_requests=options.max_queued_requests,
+        graceful_shutdown_timeout_s=config.drain_s + 10,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return deployment.bind(config.to_dict())
+
+
+class Replica:
+    """Joins or launches the deployment and answers HTTP from it."""
+
+    app: Any = None
+
+    async def __init__(self, config_values: Mapping[str, Any], mount: Callable[[Any], None]) -> None:
+        log.configure("http door")
+        config = ServeConfig.from_dict(config_values)
+        self._deployment: Deployment = await asyncio.to_thread(launch, config, None, logger.info)
+        endpoint = self._deployment.info["endpoint"]
+        file = ipc_file(endpoint)
+        if file is not None and not file.exists():
+            self._deployment.release()
+            raise UnavailableError(f"a replica must run on the engine's node, {self._deployment.info['node_ip']}")
+        self._service = RouterService(EngineClient(endpoint), Path(config.model), config.model_name)
+        await self._service.model_info()  # the engine answers before Serve calls this replica ready
+        mount(openai_app.build_app(self._service))
+
+    def check_health(self) -> None:
+        """Serve restarts a replica whose deployment is gone; a new one launches it again."""
+        if self._deployment.lost is not None:
+            raise UnavailableError(self._deployment.lost)
+
+    async def __del__(self) -> None:
+        if hasattr(self, "_service"):
+            await self._service.close()
+            await asyncio.to_thread(self._deployment.release)
+
+
+class _Mount:
+    """An ASGI application that is filled in when the replica has launched its deployment."""
+
+    def __init__(self) -> None:
+        self.app: Any = None
+
+    def set(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.app(scope, receive, send)
+
+
+def _replica_class() -> type:
+    """Replica as Serve wants it. Serve builds the ASGI application after the constructor, from a function."""
+    mount = _Mount()
+
+    def asgi() -> _Mount:
+        return mount
+
+    class PregateReplica(Replica):
+        async def __init__(self, config_values: Mapping[str, Any]) -> None:
+            await super().__init__(config_values, mount.set)
+
+    return serve.ingress(asgi)(PregateReplica)

@@ -1,0 +1,222 @@
+"""The one named, detached actor that owns a deployment: leases in, life and death of everything else out.
+
+It is an async actor that never blocks: launchers renew while hosts load. When the last lease is released or lapses
+it drains, stops what it owns, and then itself. What it owns is not detached, so it dies with the supervisor too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pregate.base import log
+from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.leases import Leases
+
+CHECK_EVERY_S = 1.0
+#: Between the end of clean-up and our own death: replies on their way get out.
+LAST_WORD_S = 0.3
+
+logger = log.get_logger(__name__)
+
+
+class Children(Protocol):
+    """What the supervisor owns (children.py). All calls come from its event loop."""
+
+    stage: str
+
+    async def start(self) -> dict[str, Any]:
+        """Bring everything up and return what launchers need to know (plain values)."""
+        ...
+
+    async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Start a front door for a launcher; returns its host and port."""
+        ...
+
+    async def drop_doors(self, owner: str, grace_s: float) -> None:
+        """Drain and stop a launcher's doors."""
+        ...
+
+    async def check(self) -> dict[str, str]:
+        """Return who is dead or does not answer, and why."""
+        ...
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain the doors, then remove every process, placement group and file."""
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as it crosses Ray: its gRPC status name (base/errors.py, BY_CODE) and its sentence."""
+
+    code: str
+    message: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        cause = getattr(error, "cause", None) or error  # RayTaskError keeps the original there
+        if isinstance(cause, PregateError):
+            return cls(cause.code, str(cause))
+        return cls(PregateError.code, f"{type(cause).__name__}: {cause}".splitlines()[0])
+
+
+class Supervisor:
+    """One deployment's owner. States: new, starting, ready, failed, stopping."""
+
+    def __init__(self, name: str, make_children: Callable[[ServeConfig], Children]) -> None:
+        log.configure(f"supervisor {name}")
+        self._name = name
+        self._make_children = make_children
+        self._leases = Leases()
+        self._state = "new"
+        self._config: ServeConfig | None = None
+        self._children: Children | None = None
+        self._info: dict[str, Any] | None = None
+        self._failure: Failure | None = None
+        self._dead: dict[str, str] = {}
+        self._leaving: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._start_task: asyncio.Task[None] | None = None
+
+    # ---- what launchers call ----
+
+    async def launch(self, launcher_id: str, config_values: dict[str, Any]) -> dict[str, Any]:
+        """Take a lease and start the deployment, or join the one that runs; returns `status` at once.
+
+        Repeating it is harmless. A config that differs from the running one comes back as a failure that names the
+        option; then no lease is held.
+        """
+        if self._state in ("stopping", "failed"):
+            return self._refusal(UnavailableError(f"deployment {self._name!r} is {self._state}; try again"))
+        try:
+            config = ServeConfig.from_dict(config_values)
+            if self._config is not None:
+                config.check_joins(self._config)
+        except UserError as error:
+            return self._refusal(error)
+        self._leases.take(launcher_id, time.monotonic())
+        if self._config is None:
+            self._config, self._state = config, "starting"
+            self._children = self._make_children(config)
+            self._start_task = self._spawn(self._start(self._children))
+            self._spawn(self._watch())
+        return await self.status()
+
+    async def renew(self, launcher_id: str) -> dict[str, Any]:
+        """Renew a lease; `status`, with `leased` false when the lease is gone."""
+        leased = self._leases.renew(launcher_id, time.monotonic())
+        return {**await self.status(), "leased": leased}
+
+    async def release(self, launcher_id: str) -> None:
+        """Give a lease back; the launcher's doors are drained, and with the last lease everything goes."""
+        if self._leases.release(launcher_id):
+            self._let_go([launcher_id])
+
+    async def holds(self, launcher_id: str) -> bool:
+        """Whether anything of a launcher is still here: its lease, its doors, or all of it while we stop."""
+        return self._state == "stopping" or launcher_id in self._leaving or launcher_id in self._leases.holders
+
+    async def add_door(self, launcher_id: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Start a front door that lives as long as the launcher's lease. Returns {"host", "port"} or {"failure"}."""
+        if self._state != "ready" or self._children is None or launcher_id not in self._leases.holders:
+            return self._refusal(UnavailableError(f"deployment {self._name!r} is {self._state}"))
+        task = asyncio.ensure_future(self._children.add_door(launcher_id, options))
+        await asyncio.wait([task])
+        error = task.exception()
+        return self._refusal(error) if error is not None else task.result()
+
+    async def status(self) -> dict[str, Any]:
+        """State, stage of the start, the failure if any, who is dead, and what `Children.start` returned."""
+        return {
+            "state": self._state,
+            "stage": self._children.stage if self._children is not None else "",
+            "failure": None if self._failure is None else vars(self._failure),
+            "dead": dict(self._dead),
+            "launchers": list(self._leases.holders),
+            "info": self._info,
+            "leased": True,
+        }
+
+    # ---- what runs by itself ----
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._on_task_end)
+        return task
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("supervisor task failed", exc_info=error)
+
+    async def _start(self, children: Children) -> None:
+        start = asyncio.ensure_future(children.start())
+        try:
+            await asyncio.wait([start])
+        except asyncio.CancelledError:
+            start.cancel()
+            await asyncio.wait([start])
+            raise
+        error = start.exception()
+        if error is None:
+            self._info, self._state = start.result(), "ready"
+            return
+        self._failure, self._state = Failure.of(error), "failed"
+        logger.error("the deployment did not start", exc_info=error)
+        await children.stop(grace_s=0)
+
+    async def _watch(self) -> None:
+        """Every second: drop lapsed leases, see who died. Ends with the deployment."""
+        while self._state != "stopping":
+            lapsed = self._leases.lapse(time.monotonic())
+            for launcher in lapsed:
+                logger.warning("the lease of launcher %s lapsed", launcher)
+            self._let_go(lapsed)
+            if self._state == "ready" and self._children is not None:
+                self._note_dead(await self._children.check())
+            await asyncio.sleep(CHECK_EVERY_S)
+
+    def _note_dead(self, dead: dict[str, str]) -> None:
+        for who, reason in dead.items():
+            if who not in self._dead:
+                logger.error("%s is gone: %s", who, reason)
+        self._dead = dead
+
+    def _let_go(self, launchers: list[str]) -> None:
+        """Drain the doors of launchers that are gone; after the last launcher, everything."""
+        if self._state == "stopping" or self._children is None or self._config is None:
+            return
+        if not self._leases:
+            self._spawn(self._stop(self._children, self._config.drain_s))
+            self._state = "stopping"
+            return
+        for launcher in launchers:
+            self._leaving.add(launcher)
+            self._spawn(self._drop_doors(self._children, launcher, self._config.drain_s))
+
+    async def _drop_doors(self, children: Children, launcher: str, drain_s: float) -> None:
+        try:
+            await children.drop_doors(launcher, drain_s)
+        finally:
+            self._leaving.discard(launcher)
+
+    async def _stop(self, children: Children, drain_s: float) -> None:
+        import ray
+
+        if self._start_task is not None and not self._start_task.done():
+            self._start_task.cancel()
+            await asyncio.wait([self._start_task])
+        try:
+            await children.stop(drain_s)
+            await asyncio.sleep(LAST_WORD_S)
+        finally:
+            ray.kill(ray.get_runtime_context().current_actor)
+
+    def _refusal(self, error: BaseException) -> dict[str, Any]:
+        return {"state": "refused", "failure": vars(Failure.of(error))}

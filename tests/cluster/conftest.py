@@ -1,0 +1,53 @@
+"""Tiny random checkpoints with a tokenizer, made once per session."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig
+
+from pregate.model.checkpoint import Manifest
+from pregate.model.config import RoutedConfig
+from pregate.model.modeling import RoutedForCausalLM
+
+NUM_LAYERS, NUM_ROUTED = 3, 5
+
+
+def make_checkpoint(folder, routing, context=4096):
+    """A random Llama cut S3A3E8 whose tokens are single bytes."""
+    torch.manual_seed(0)
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    parent = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    cut = {"num_routed": NUM_ROUTED, "num_shared": 3, "num_active": 3, "expert_width": 16}
+    path_router = {"dim": 16, "num_blocks": 1, "num_heads": 2, "window": 16} if routing == "path" else None
+    config = RoutedConfig(parent, [cut] * NUM_LAYERS, routing=routing, path_router=path_router)
+    model = RoutedForCausalLM(config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.manifest = Manifest(method="random")
+    model.save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def layerwise_checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("layerwise") / "tiny", "layerwise")
+
+
+@pytest.fixture(scope="session")
+def path_checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("path") / "tiny", "path")

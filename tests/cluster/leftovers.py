@@ -1,0 +1,119 @@
+"""What a deployment may leave behind, and a `pregate serve` of one's own to leave it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 240.0
+
+
+def own_environment(folder):
+    """Every process of the run carries PREGATE_TEST_MARK; its temporary files go to `folder`."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder),
+        "PREGATE_TEST_MARK": str(folder),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+
+
+def processes_of(folder):
+    """Processes of the run, by the mark in their environment (Ray hands it to all it starts)."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PREGATE_TEST_MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def shared_memory():
+    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(("plasma", "ray", "pregate"))}
+
+
+def listening_ports(processes):
+    ports = set()
+    for process in processes:
+        try:
+            ports |= {c.laddr[1] for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+        except psutil.Error:
+            continue
+    return ports
+
+
+def still_listening(ports):
+    open_now = {c.laddr[1] for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.laddr}
+    return open_now & ports
+
+
+@dataclass
+class Running:
+    """A `pregate serve` process, the folder of its run, and what it printed."""
+
+    process: subprocess.Popen
+    folder: Path
+    log: Path
+
+    @property
+    def target(self):
+        return next(line.split()[1] for line in self.log.read_text().splitlines() if line.startswith("gRPC"))
+
+    @property
+    def ray_address(self):
+        return next(line.split()[1] for line in self.log.read_text().splitlines() if line.startswith("Ray"))
+
+    def children(self, name):
+        return [p for p in processes_of(self.folder) if name in " ".join(p.cmdline())]
+
+    def wait_nothing_left(self, timeout_s):
+        """Wait until no process and no file of the run is left; returns what remains."""
+        give_up_s = time.monotonic() + timeout_s
+        while time.monotonic() < give_up_s:
+            left = [" ".join(p.cmdline())[:100] for p in processes_of(self.folder)]
+            left += [str(p) for p in self.folder.rglob("*") if p != self.log]
+            if not left:
+                return []
+            time.sleep(0.2)
+        return left
+
+
+@contextmanager
+def serving(*arguments):
+    """Run `pregate serve` on a free port until it serves; kills whatever is left at the end."""
+    with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp", ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        log = folder / "serve.log"
+        command = [sys.executable, "-m", "pregate.cluster.cli", "serve", "--grpc-port", "0", *map(str, arguments)]
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=own_environment(folder), start_new_session=True
+            )
+        running = Running(process, folder, log)
+        try:
+            wait_for(log, "stop  ", process)
+            yield running
+        finally:
+            for left in processes_of(folder):
+                left.send_signal(signal.SIGKILL)
+            process.wait(10)
+
+
+def wait_for(log, text, process, timeout_s=START_TIMEOUT_S):
+    give_up_s = time.monotonic() + timeout_s
+    while text not in log.read_text():
+        assert process.poll() is None, f"ended early:\n{log.read_text()}"
+        assert time.monotonic() < give_up_s, f"not ready within {timeout_s} s:\n{log.read_text()}"
+        time.sleep(0.1)

@@ -1,0 +1,33 @@
+import pytest
+
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.footprint import measure
+from pregate.model.checkpoint import CheckpointReader
+
+HIDDEN, WIDTH, LAYERS, ROUTED, SHARED = 64, 16, 3, 5, 3
+UNIT = 3 * HIDDEN * WIDTH * 4
+
+
+def footprint(path, **options):
+    return measure(CheckpointReader(path), ServeConfig.from_dict({"model": str(path), **options}))
+
+
+def test_bytes_of_each_role(layerwise_checkpoint):
+    found = footprint(layerwise_checkpoint, hosts=2)
+    assert found.units_bytes == (LAYERS * 3 * UNIT, LAYERS * 2 * UNIT)
+    assert found.shared_bytes == LAYERS * SHARED * UNIT
+    assert found.kv_cache_bytes == 65536 * LAYERS * 2 * 2 * 16 * 4
+    file_bytes = (layerwise_checkpoint / "model.safetensors").stat().st_size
+    assert found.backbone_bytes + found.shared_bytes + sum(found.units_bytes) == file_bytes
+    assert found.num_processes == 5
+
+
+@pytest.mark.parametrize("hosts", [0, 1])
+def test_one_holder_has_every_unit(layerwise_checkpoint, hosts):
+    assert footprint(layerwise_checkpoint, hosts=hosts).units_bytes == (LAYERS * ROUTED * UNIT,)
+
+
+def test_half_the_dtype_is_half_the_bytes(layerwise_checkpoint):
+    whole, half = (footprint(layerwise_checkpoint, hosts=1, dtype=d) for d in ("float32", "float16"))
+    assert half.units_bytes[0] * 2 == whole.units_bytes[0]
+    assert half.kv_cache_bytes * 2 == whole.kv_cache_bytes

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+
+from pregate.base.errors import UserError
+from pregate.cluster.placement import STRATEGIES, Placement, check, place
+
+
+def test_linear_gives_contiguous_blocks():
+    placement = place([5, 2], num_hosts=2, strategy="linear")
+    assert placement.hosts_of.tolist() == [[0, 0, 0, 1, 1], [0, 1, -1, -1, -1]]
+
+
+def test_round_robin_deals_like_cards():
+    placement = place([5, 0, 3], num_hosts=3, strategy="round_robin")
+    assert placement.hosts_of.tolist() == [[0, 1, 2, 0, 1], [-1] * 5, [0, 1, 2, -1, -1]]
+
+
+def test_units_of_lists_each_unit_once():
+    placement = place([3, 0, 2], num_hosts=2)
+    assert placement.units_of(0) == [(0, 0), (0, 1), (2, 0)]
+    assert placement.units_of(1) == [(0, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("num_hosts", [1, 2, 3, 5])
+def test_random_cuts_hold_the_invariants(strategy, num_hosts):
+    rng = np.random.default_rng(num_hosts)
+    for _ in range(50):
+        counts = [0 if rng.random() < 0.2 else int(rng.integers(num_hosts, 70)) for _ in range(6)] + [num_hosts]
+        placement = place(counts, num_hosts, strategy)
+        check(placement, counts)
+        units = [unit for host in range(num_hosts) for unit in placement.units_of(host)]
+        assert sorted(units) == [(layer, e) for layer, count in enumerate(counts) for e in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [((0, 1, 7), "without a home"), ((1, 2, 0), "beyond its 2"), ((0, 3, 0), "differ by more")],
+)
+def test_checker_sees_damage(damage, sentence):
+    placement = place([5, 2], num_hosts=2)
+    layer, expert, host = damage
+    hosts_of = placement.hosts_of.copy()
+    hosts_of[layer, expert] = host
+    with pytest.raises(AssertionError, match=sentence):
+        check(Placement(1, 2, hosts_of), [5, 2])
+
+
+@pytest.mark.parametrize("num_hosts", [0, -1, 6])
+def test_too_many_hosts_names_the_option(num_hosts):
+    with pytest.raises(UserError, match=rf"--hosts {num_hosts}: allowed: 0 to 5"):
+        place([8, 5], num_hosts)
+
+
+def test_unknown_strategy_and_dense_model():
+    with pytest.raises(UserError, match="--placement spread: allowed: linear, round_robin"):
+        place([4], 2, "spread")
+    with pytest.raises(UserError, match="no routed experts"):
+        place([0, 0], 2)
+
+
+def test_dict_round_trip():
+    placement = place([4, 0, 3], 2, "round_robin")
+    again = Placement.from_dict(placement.to_dict())
+    assert again.version == placement.version
+    assert again.hosts_of.dtype == np.int16
+    np.testing.assert_array_equal(again.hosts_of, placement.hosts_of)

@@ -1,0 +1,88 @@
+"""The Serve application on the Ray of a running `pregate serve`: one deployment, two doors, the same text."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from pregate.base.errors import UserError
+from pregate.client.client import Client
+from tests.cluster.leftovers import ROOT, own_environment, serving, wait_for
+
+PROMPT = "to be or not"
+RUN = """
+import sys, signal
+import ray
+from ray import serve
+from pregate.cluster.serve_app import build_app
+address, port, model = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+serve.start(http_options={"port": int(port)})
+serve.run(build_app({"model": model, "hosts": "2"}))
+print("app ready", flush=True)
+signal.sigwait({signal.SIGINT})
+serve.shutdown()
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"hosts": "2"}, "model: missing"),
+        ({"model": "TINY", "hosts": "2", "colour": "1"}, "colour 1: unknown option; allowed: model, hosts"),
+        ({"model": "TINY", "hosts": "two"}, "hosts two: must be a whole number"),
+        ({"model": "TINY", "hosts": "6"}, "--hosts 6: allowed: 0 to 5"),
+        ({"model": "TINY", "max_queued_requests": "0"}, "max_queued_requests 0"),
+        ({"model": "/no/such"}, "--model /no/such: no such folder"),
+    ],
+)
+def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
+    from pregate.cluster.serve_app import build_app
+
+    with pytest.raises(UserError, match=sentence):
+        build_app({k: str(layerwise_checkpoint) if v == "TINY" else v for k, v in args.items()})
+
+
+def ask(port, **fields):
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return reply.read().decode()
+
+
+def streamed_ids(text):
+    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_http_shares_the_hosts_of_a_running_server_and_outlives_it(path_checkpoint):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serving("--model", path_checkpoint, "--hosts", 2) as running:
+        log = running.folder / "app.log"
+        environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
+        command = [sys.executable, "-c", RUN, running.ray_address, str(port), str(path_checkpoint)]
+        with log.open("w") as file:
+            app = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+        wait_for(log, "app ready", app)
+        with Client(running.target, timeout_s=60) as client:
+            expected = list(client.complete(PROMPT, max_tokens=8).token_ids)
+        assert len(running.children("ExpertHostActor")) == 2
+        assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
+        assert streamed_ids(ask(port, stream=True)) == expected
+        running.process.send_signal(signal.SIGINT)
+        assert running.process.wait(60) == 0
+        assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
+        app.send_signal(signal.SIGINT)
+        assert app.wait(60) == 0
+        log.unlink()
+        assert running.wait_nothing_left(60) == []
