@@ -43,5 +43,14 @@ bench: install
 	$(BIN)/python benchmarks/stories.py
 	$(BIN)/python benchmarks/dispatch.py
 
+# Generated with protobuf 6.33's compiler, so that the code runs on 6.33 and on 7; in a folder of its own, because
+# those tools and the newest health-checking package want different versions of protobuf.
+proto:
+	@tools=$$(mktemp -d) && $(PYTHON) -m venv $$tools \
+	  && $$tools/bin/pip install --quiet "grpcio-tools>=1.76,<1.77" \
+	  && $$tools/bin/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+	       pregate/client/proto/pregate.proto; \
+	status=$$?; rm -rf $$tools; exit $$status
+
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -30,7 +30,7 @@ def expert_ffn(x_TD: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, ac
     return F.linear(gated_hidden(x_TD, gate_up, act), down)
 
 
-def add_routed(  # noqa: PLR0917
+def add_routed(
     out_TD: torch.Tensor,
     x_TD: torch.Tensor,
     ids_TK: torch.Tensor,
