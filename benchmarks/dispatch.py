@@ -128,6 +128,8 @@ class Streams:
         command = [sys.executable, str(script), "--target", target, "--clients", str(num_clients)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.ready = self._line()
+        if self.ready["ready"] < num_clients:
+            raise SystemExit(f"only {self.ready['ready']} of {num_clients} clients stream: {self.stop()['errors']}")
 
     def _line(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -107,11 +107,13 @@ def hold_to_reference(model: Path, texts: dict[str, list[int]]) -> bool:
     from transformers import AutoTokenizer
 
     from pregate.model import RoutedForCausalLM
+    from pregate.model.quiet import quiet_transformers
     from pregate.router.messages import SamplingParams
     from pregate.router.sampling import draw
     from tests.equality import Tally, reference_text
 
     torch.set_num_threads(1)
+    quiet_transformers()
     reference = RoutedForCausalLM.from_pretrained(model).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     sampling = SamplingParams(1, temperature=TEMPERATURE)

@@ -12,9 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pregate.cluster import local_ray
 from pregate.convert.conversion import ConvertOptions, convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.model.quiet import quiet_transformers
 
 # Before Ray is imported anywhere: it reads its environment once, and every process of a test must agree on it.
 local_ray.prepare_environment()
+quiet_transformers()
 
 PARAGRAPHS = """\
 The harbour lay quiet before the storm. Three boats had come in at noon, and the fishermen mended their nets on the

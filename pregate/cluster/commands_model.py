@@ -33,7 +33,9 @@ def convert(
     from pregate.convert.conversion import ConvertOptions
     from pregate.convert.conversion import convert as run
     from pregate.convert.progress import RichProgress
+    from pregate.model.quiet import quiet_transformers
 
+    quiet_transformers()
     options = ConvertOptions(
         model=model,
         out=out,
@@ -66,7 +68,9 @@ def decouple(
     from pregate.convert.decouple import DecoupleOptions
     from pregate.convert.decouple import decouple as run
     from pregate.convert.progress import RichProgress
+    from pregate.model.quiet import quiet_transformers
 
+    quiet_transformers()
     options = DecoupleOptions(model, out, tuple(text), steps=steps, dim=dim, blocks=blocks, seed=seed)
     _report(out, run(options, RichProgress()).figures)
 
@@ -81,7 +85,9 @@ def evaluate(
     from pregate.convert.evaluate import EvaluateOptions
     from pregate.convert.evaluate import evaluate as run
     from pregate.convert.progress import RichProgress
+    from pregate.model.quiet import quiet_transformers
 
+    quiet_transformers()
     result = run(EvaluateOptions(model, text, max_tokens), RichProgress())
     if as_json:
         typer.echo(json.dumps(result))

@@ -159,13 +159,13 @@ def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any
 
 def _load(path: Path) -> Any:
     import torch
-    from transformers.utils import logging
 
     from pregate.model.modeling import RoutedForCausalLM
+    from pregate.model.quiet import quiet_transformers
 
     if not path.is_dir():
         raise UserError.of("--model", path, "no such folder; allowed: a checkpoint folder")
-    logging.disable_progress_bar()
+    quiet_transformers()
     return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 

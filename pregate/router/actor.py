@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pregate.base import log
+from pregate.model.quiet import quiet_transformers
 from pregate.router.engine import Engine, EngineOptions, build_engine
 from pregate.router.engine_server import EngineServer
 
@@ -43,6 +44,7 @@ class EngineActor:
 
         `hosts_of_LR` int16: each unit's home. `make_clients` connects to the hosts, or builds one in this process.
         """
+        quiet_transformers()
         self._clients = make_clients()
         self._engine = build_engine(self._options, self._clients, hosts_of_LR)
         self._server = EngineServer(self._engine, self._endpoint)
