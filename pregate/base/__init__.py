@@ -1,1 +1,1 @@
-"""Errors, logging, metric definitions: what every other package stands on."""
+"""Errors and logging: what every other package stands on."""

@@ -51,6 +51,11 @@ class HostLostError(UnavailableError):
     def __init__(self, host_id: int, reason: str) -> None:
         super().__init__(f"expert host {host_id} is lost: {reason}")
         self.host_id = host_id
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[HostLostError], tuple[int, str]]:
+        """Let it cross process boundaries inside Ray, which rebuilds errors from their arguments."""
+        return HostLostError, (self.host_id, self.reason)
 
 
 class ProtocolError(PregateError):

@@ -21,7 +21,7 @@ def check_config(config: ServeConfig) -> None:
 
     if not Path(config.model).is_dir():
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
-    reader = CheckpointReader(config.model)
+    reader = CheckpointReader(config.model, hashes=True)
     if not (Path(config.model) / "tokenizer.json").is_file():
         raise CheckpointError(f"{config.model}/tokenizer.json: missing; a served model needs its tokenizer")
     if config.hosts:

@@ -58,9 +58,9 @@ def write_checkpoint(model: RoutedForCausalLM, folder: Path, source: Path, manif
 
     The path router stays float32: it is tiny, and its scores decide.
     """
+    for pattern in _TOKENIZER_FILES:  # before the manifest, which lists every file's hash
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
     model.parent.to(getattr(torch, dtype))
     model.manifest = manifest
     model.save_pretrained(folder)
-    for pattern in _TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)

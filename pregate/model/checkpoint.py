@@ -27,7 +27,6 @@ from pregate.model.config import RoutedConfig
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-_HASHED = ("*.safetensors", "config.json", "*.index.json")
 _EXPERTS = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)$")
 
 
@@ -54,8 +53,8 @@ def file_sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Hash the folder's config and shards and write `manifest.json` beside them."""
-    paths = sorted({p for pattern in _HASHED for p in folder.glob(pattern)})
+    """Hash every file of the folder and write `manifest.json` beside them."""
+    paths = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
     files = {p.name: {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
     text = json.dumps(asdict(manifest) | {"files": files}, indent=1, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n")
@@ -71,7 +70,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(path.read_text())
         manifest = Manifest(**fields)
-    except (ValueError, TypeError) as error:
+        for name, entry in manifest.files.items():
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or "/" in name:
+                raise ValueError(f"entry of {name}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error})") from error
     if manifest.format_version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {manifest.format_version}; allowed: {FORMAT_VERSION}")
@@ -108,11 +110,14 @@ class CheckpointReader:
         self._experts = self._index()
 
     def _config(self) -> RoutedConfig:
-        fields = json.loads((self.path / "config.json").read_text())
-        if fields.get("model_type") != RoutedConfig.model_type:
-            raise CheckpointError(
-                f"{self.path / 'config.json'}: model_type {fields.get('model_type')!r}; allowed: 'pregate'"
-            )
+        path = self.path / "config.json"
+        try:
+            fields = json.loads(path.read_text())
+            model_type = fields["model_type"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}: not a readable model config ({error!r})") from error
+        if model_type != RoutedConfig.model_type:
+            raise CheckpointError(f"{path}: model_type {model_type!r}; allowed: {RoutedConfig.model_type!r}")
         return RoutedConfig.from_dict(fields)
 
     @staticmethod

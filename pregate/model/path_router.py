@@ -181,9 +181,3 @@ class PathComputer:
             active = self.cuts[layer].num_active
             ids[:, layer, :active] = top_k(scores, active).cpu().numpy()
         return Paths(ids)
-
-    def scores(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Scores [T, S] (float64) of one whole sequence; for reports and tests of margins."""
-        with torch.no_grad():
-            ids = torch.tensor([list(token_ids)], device=self.device)
-            return self._router(ids)[0][0]

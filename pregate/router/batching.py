@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from pregate.base.errors import QueueFullError
-from pregate.router.kv_cache import BlockAllocator
+from pregate.router.blocks import BlockAllocator
 from pregate.router.sequence import Sequence
 
 

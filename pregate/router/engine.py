@@ -25,8 +25,9 @@ from pregate.model.paths import Paths
 from pregate.router.attention import StepLayout
 from pregate.router.backbone import Backbone
 from pregate.router.batching import Batcher, BatchLimits, Slice
+from pregate.router.blocks import BlockAllocator, slots_of
 from pregate.router.exchange import Exchange
-from pregate.router.kv_cache import BlockAllocator, PagedKV, slots_of
+from pregate.router.kv_cache import PagedKV
 from pregate.router.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
 from pregate.router.sampling import sample
 from pregate.router.sequence import Sequence
@@ -57,7 +58,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name in ("threads", "max_running", "max_queued", "step_tokens", "block_size"):
             if getattr(self, name) < 1:
-                raise UserError.of(f"--{name.replace('_', '-')}", getattr(self, name), "must be 1 or more")
+                raise UserError.of(f"engine option {name}", getattr(self, name), "must be 1 or more")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise UserError.of("--dtype", self.dtype, "allowed: float32, float16, bfloat16")
 
@@ -194,8 +195,8 @@ class Engine:
         self._extend_paths([s for s in sampled if s.request_id in self._sequences])
         return events
 
-    def _expire(self, now: float) -> list[Event]:
-        late = [s for s in self._sequences.values() if s.deadline is not None and s.deadline <= now]
+    def _expire(self, now_s: float) -> list[Event]:
+        late = [s for s in self._sequences.values() if s.deadline_s is not None and s.deadline_s <= now_s]
         for sequence in late:
             self._drop(sequence)
         return [_finished(s, "deadline") for s in late]

@@ -113,6 +113,8 @@ class EngineClient:
                 for event in _merged(await _drain(queue)):
                     ended = not isinstance(event, TokensEvent)
                     yield _checked(event, (TokensEvent, FinishedEvent))
+                    if ended:  # a keep-alive of ours may have crossed the end, and the engine answered it
+                        break
         finally:
             del self._waiting[request_id]
             self._running_ids.discard(request_id)

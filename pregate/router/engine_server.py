@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import zmq
 
-from pregate.base.errors import HostLostError, PregateError, ProtocolError, UnavailableError, UserError
+from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError
 from pregate.base.log import get_logger
 from pregate.router.endpoint import ipc_file
 from pregate.router.messages import (
@@ -103,7 +103,7 @@ class EngineServer:
                 self._turn()
             self._fail_requests(UnavailableError("the engine is stopping"))
         except Exception:
-            # A bug: the process ends with it, but callers are told now rather than by silence.
+            # A bug: the loop ends with it, but callers are told now rather than by silence.
             self._fail_requests(PregateError("internal error in the engine"))
             raise
         finally:
@@ -126,10 +126,11 @@ class EngineServer:
                 self._deliver(self._engine.step())
             else:
                 self._engine.idle()
-        except HostLostError as error:
+        except PregateError as error:
+            # A lost host, or one that failed or refused a group: nothing can be computed any more.
             logger.error("%s; requests are refused from now on", error)
-            self._lost = error
-            self._fail_requests(error)
+            self._lost = error if isinstance(error, UnavailableError) else UnavailableError(str(error))
+            self._fail_requests(self._lost)
             self._next_keep_alive_s = 0.0  # tell the doors at once
 
     # --- receiving ---

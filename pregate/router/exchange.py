@@ -8,7 +8,6 @@ Shape letters: T tokens, D hidden width, K experts per token, L layers, R routed
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -51,7 +50,6 @@ class Exchange:
     ) -> None:
         self.engine, self.clients, self.hosts_of_LR = engine, list(clients), hosts_of_LR
         self.group_timeout_s = group_timeout_s
-        self.wait_s = 0.0  # time spent waiting for answers, since the start
         self._step = _Step(-1, 0, None, np.zeros((0, len(clients)), dtype=np.int64))
 
     def begin_step(self, number: int, num_tokens: int, ids_TLK: np.ndarray | None) -> None:
@@ -90,9 +88,7 @@ class Exchange:
 
     def combine(self, receipt: Receipt, out_TD: torch.Tensor) -> torch.Tensor:
         """Wait for the groups of `receipt` and add each token's experts to `out_TD` in ascending expert id."""
-        started = time.perf_counter()
         answers = [client.receive(key, self.group_timeout_s) for client, key in receipt.keys]
-        self.wait_s += time.perf_counter() - started
         spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
         rows_PD = torch.cat([*answers, spare_1D]).to(out_TD.device)
         for slots_T in receipt.slots_TK.to(out_TD.device).unbind(dim=1):

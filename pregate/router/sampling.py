@@ -23,8 +23,8 @@ def sample(logits_BV: torch.Tensor, sequences: list[Sequence]) -> list[int]:
 
 def draw(logits_V: torch.Tensor, sampling: SamplingParams, seed: int, position: int) -> int:
     """Draw the token at `position` of a text: a function of logits, seed and position alone (Philox counter)."""
-    scaled = logits_V.double().cpu().numpy() / sampling.temperature
-    probability = np.exp(scaled - scaled.max())
+    logits = logits_V.double().cpu().numpy()
+    probability = np.exp((logits - logits.max()) / sampling.temperature)
     probability /= probability.sum()
     order = np.argsort(-probability, kind="stable")
     cumulative = np.cumsum(probability[order])

@@ -22,7 +22,7 @@ class Sequence:
     max_tokens: int
     sampling: SamplingParams
     seed: int
-    deadline: float | None
+    deadline_s: float | None
     path_ids: np.ndarray | None
     pairs_per_host: np.ndarray
     num_computed: int = 0
@@ -41,7 +41,3 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens that are not computed yet: the rest of the prompt, or the one last sampled."""
         return len(self.token_ids) - self.num_computed
-
-    @property
-    def decoding(self) -> bool:
-        return self.num_generated > 0

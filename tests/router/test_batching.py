@@ -5,7 +5,7 @@ import pytest
 
 from pregate.base.errors import QueueFullError
 from pregate.router.batching import Batcher, BatchLimits
-from pregate.router.kv_cache import BlockAllocator, slots_of
+from pregate.router.blocks import BlockAllocator, slots_of
 from pregate.router.messages import SamplingParams
 from pregate.router.sequence import Sequence
 
