@@ -1,9 +1,10 @@
 """Held to the reference: 16 prompts x 64 tokens, one by one and all at once, on 0 to 3 hosts, both routings.
 
-    python benchmarks/served_equality.py [--layerwise DIR --path DIR] [--text FILE]
+    python -m benchmarks.served_equality --shared-folder DIR
 
-Without checkpoints it converts and decouples ../shared/models/stories3M. Prints, per deployment, positions compared
-and excused and the largest logit difference; then messages and bytes per step, exact paths beside gated layers.
+Converts and decouples models/stories3M of that folder and prompts it with text/stories. Prints, per deployment,
+positions compared and excused and the largest logit difference; then messages and bytes per step, exact paths beside
+gated layers.
 """
 
 from __future__ import annotations
@@ -24,18 +25,16 @@ from pregate.model.quiet import quiet_transformers
 from tests.equality import ReferenceText, Tally, reference_text, refuse_degenerate
 from tests.router.serving import compare, engine_over, expert_hosts, serve
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 NUM_PROMPTS = 16
 NUM_TOKENS = 64
 
 
-def make_checkpoints(folder: Path) -> dict[str, Path]:
+def make_checkpoints(shared: Path, folder: Path) -> dict[str, Path]:
     from pregate.convert.conversion import ConvertOptions, convert
     from pregate.convert.decouple import DecoupleOptions, decouple
 
-    text = (SHARED / "text" / "stories" / "ts_train.jsonl",)
-    convert(ConvertOptions(SHARED / "models" / "stories3M", folder / "layerwise", 8, 3, 3, text))
+    text = (shared / "text" / "stories" / "ts_train.jsonl",)
+    convert(ConvertOptions(shared / "models" / "stories3M", folder / "layerwise", 8, 3, 3, text))
     decouple(DecoupleOptions(folder / "layerwise", folder / "path", text))
     return {"layerwise": folder / "layerwise", "path": folder / "path"}
 
@@ -98,17 +97,15 @@ def totals(engine) -> dict[str, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layerwise", type=Path)
-    parser.add_argument("--path", type=Path)
-    parser.add_argument("--text", type=Path, default=SHARED / "text" / "stories" / "ts_heldout.jsonl")
+    parser.add_argument("--shared-folder", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(1)
     quiet_transformers()
     total = Tally()
     with tempfile.TemporaryDirectory(prefix="pregate-eq-") as name:
         folder = Path(name)
-        given = {"layerwise": args.layerwise, "path": args.path}
-        checkpoints = given if all(given.values()) else make_checkpoints(folder)
+        checkpoints = make_checkpoints(args.shared_folder, folder)
+        held_out = args.shared_folder / "text" / "stories" / "ts_heldout.jsonl"
         print(
             "| routing | hosts | prompts | positions | excused | max logit diff | steps | plans/step | groups/step"
             " | with index | plan bytes/step | group bytes/step | s |"
@@ -116,7 +113,7 @@ def main() -> None:
         print("| --- " * 13 + "|")
         for routing, path in checkpoints.items():
             (folder / routing[:1]).mkdir(mode=0o700)
-            measure(routing, path, args.text, folder / routing[:1], total)
+            measure(routing, path, held_out, folder / routing[:1], total)
     print(f"\n{total}")
     total.check()
 

@@ -167,13 +167,13 @@ class RayChildren:
             .options(**placed)
             .remote(f"ipc://{folder}/engine", config.model, config.model_name, strict.from_dict(GrpcOptions, options))
         )
-        door = _Door(owner, actor, 0)
-        self._parts.doors.append(door)
+        door, parts = _Door(owner, actor, 0), self._parts
+        parts.doors.append(door)
         try:
             started = await asyncio.wait_for(actor.start.remote(), config.start_timeout_s)
         except BaseException:
-            self._parts.doors.remove(door)
             ray.kill(actor)
+            parts.doors = [d for d in parts.doors if d is not door]  # `stop` may have emptied the list meanwhile
             raise
         door.port = started["port"]
         return started
@@ -194,18 +194,20 @@ class RayChildren:
         """Drain and stop the doors of a launcher, all at once."""
         mine = [door for door in self._parts.doors if door.owner == owner]
         self._parts.doors = [door for door in self._parts.doors if door.owner != owner]
-        await asyncio.gather(*(_end(door.actor, door.actor.stop.remote(grace_s), grace_s) for door in mine))
+        await _stop_doors(mine, grace_s)
 
     async def stop(self, grace_s: float) -> None:
-        """Drain and stop everything there is. Repeating it is harmless."""
-        self.stage = "stopping"
+        """Drain and stop everything there is; what has not come up is killed. Repeating it is harmless."""
+        came_up, self.stage = self.stage == "ready", "stopping"
         parts, self._parts = self._parts, _Parts()
-        await asyncio.gather(*(_end(door.actor, door.actor.stop.remote(grace_s), grace_s) for door in parts.doors))
-        if parts.engine is not None:
-            with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
-                await asyncio.wait_for(parts.engine.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
-            await _end(parts.engine, parts.engine.stop.remote())
-        await asyncio.gather(*(_end(host, host.stop.remote()) for host in parts.hosts))
+        await _stop_doors(parts.doors, grace_s)
+        if came_up:
+            await _settle(parts.engine.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
+            await _settle(parts.engine.stop.remote(), STOP_TIMEOUT_S)
+            await asyncio.gather(*(_settle(host.stop.remote(), STOP_TIMEOUT_S) for host in parts.hosts))
+        for actor in (parts.engine, *parts.hosts):
+            if actor is not None:
+                ray.kill(actor)
         if parts.group is not None:
             remove_placement_group(parts.group)
         if parts.folder is not None:
@@ -230,11 +232,16 @@ async def _ailment(actor: Any) -> str:
     return "" if status.get("running", True) else "its loop has ended; its log says why"
 
 
-async def _end(actor: Any, stopped: Awaitable[Any], grace_s: float = 0.0) -> None:
-    """Let an actor stop by itself, then make sure that it is gone."""
+async def _stop_doors(doors: Sequence[_Door], grace_s: float) -> None:
+    await asyncio.gather(*(_settle(door.actor.stop.remote(grace_s), grace_s + STOP_TIMEOUT_S) for door in doors))
+    for door in doors:
+        ray.kill(door.actor)
+
+
+async def _settle(stopped: Awaitable[Any], timeout_s: float) -> None:
+    """Let an actor end by itself; whether it does or not, it is killed afterwards."""
     with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
-        await asyncio.wait_for(stopped, grace_s + STOP_TIMEOUT_S)
-    ray.kill(actor)
+        await asyncio.wait_for(stopped, timeout_s)
 
 
 def _make_folder() -> Path:

@@ -62,15 +62,15 @@ def serve(
         }
     )
     door = GrpcOptions(port=grpc_port, access=AccessOptions(host, tls_cert, tls_key, token_file))
-    preflight.check_door(door)
     preflight.check_config(config)
+    preflight.check_door(door)
     _serve(config, door, ray_address)
 
 
 def _serve(config: ServeConfig, door: GrpcOptions, ray_address: str | None) -> None:
     from pregate.cluster.launch import RayAccess, launch
 
-    for number in _SIGNALS:  # Ray takes SIGTERM over; it ends in a clean-up all the same
+    for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
         signal.signal(number, _interrupt)
     deployment = launch(config, RayAccess(ray_address), lambda stage: typer.echo(f"  {stage}", err=True))
     try:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pregate.base.errors import CheckpointError, UserError
+from pregate.base.sampling import check_sampling
+from pregate.base.tokens import read_tokens
 
 if TYPE_CHECKING:
     from pregate.client.client import Client
@@ -34,12 +36,7 @@ class Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise UserError.of("--max-tokens", self.max_tokens, "must be at least 1")
-        if self.temperature < 0:
-            raise UserError.of("--temperature", self.temperature, "must be 0 (greedy) or a finite number above 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError.of("--top-p", self.top_p, "must be above 0 and at most 1")
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
 
 
 def generate(
@@ -102,10 +99,7 @@ def _client(target: str, token_file: Path | None, ca: Path | None) -> Client:
     host, _, port = target.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError.of("--target", target, "must be HOST:PORT")
-    try:
-        token = token_file.read_text().split()[0] if token_file else None
-    except (OSError, IndexError) as error:
-        raise UserError.of("--token-file", token_file, f"holds no readable token ({error})") from error
+    token = read_tokens(token_file)[0] if token_file else None
     return Client(target, token, ca)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +186,8 @@ def call(supervisor: Any, method: str, *arguments: Any, timeout_s: float = CALL_
         raise UnavailableError("the supervisor of the deployment is gone") from error
     except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:
         raise SilentError(f"the supervisor did not answer: {error}") from error
+    except ray.exceptions.RayError as error:
+        raise UnavailableError(f"the supervisor failed: {type(error).__name__}") from error
 
 
 def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str], None]) -> LocalRay | None:
@@ -197,7 +201,8 @@ def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str
         kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
         address = kept.address
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_signals():
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         if kept is not None:
             kept.wait_gone(STOP_MARGIN_S)
@@ -205,20 +210,32 @@ def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str
     return kept
 
 
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put the caller's SIGTERM handler back: Ray installs one that aborts the process, without any clean-up."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
 def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
     """Get or create the supervisor and take a lease; waits for one that is stopping to be gone."""
     launcher_id = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     give_up_s = time.monotonic() + config.drain_s + STOP_MARGIN_S
     while True:
+        supervisor = _get_or_create(config.name)
         try:
-            supervisor = _get_or_create(config.name)
-            reply = call(supervisor, "launch", launcher_id, config.to_dict())
-            error = None if reply["state"] != "refused" else _error_of(reply["failure"])
+            arguments = (launcher_id, config.to_dict())
+            reply = call(supervisor, "launch", *arguments, timeout_s=config.start_timeout_s)
+            if reply["state"] != "refused":
+                return Deployment(config, supervisor, launcher_id, kept)
+            error = _error_of(reply["failure"])
         except UnavailableError as gone:
             error = gone
-        else:
-            if error is None:
-                return Deployment(config, supervisor, launcher_id, kept)
+        except BaseException:  # Ctrl-C: the call may have been heard
+            supervisor.release.remote(launcher_id)
+            raise
         if not isinstance(error, UnavailableError) or time.monotonic() > give_up_s:
             raise error
         time.sleep(POLL_S)

@@ -236,14 +236,18 @@ def _lock(run_dir: Path) -> IO[str]:
 def sweep_abandoned() -> None:
     """Remove folders of keepers that were killed before they could do so themselves."""
     for lock_path in Path(_short_folder()).glob(f"{_FOLDER_PREFIX}*/lock"):
-        if lock_path.stat().st_uid != os.getuid():
-            continue
-        with lock_path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(lock_path.parent, ignore_errors=True)
+        try:
+            _remove_if_abandoned(lock_path)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # in use; or another keeper was quicker
+
+
+def _remove_if_abandoned(lock_path: Path) -> None:
+    if lock_path.stat().st_uid != os.getuid():
+        return
+    with lock_path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(lock_path.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

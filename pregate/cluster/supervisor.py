@@ -18,6 +18,8 @@ from pregate.cluster.config import ServeConfig
 from pregate.cluster.leases import Leases
 
 CHECK_EVERY_S = 1.0
+#: Holds a new supervisor until its creator's first call; who dies or is refused before it leaves nothing behind.
+CREATOR = "creator"
 #: Between the end of clean-up and our own death: replies on their way get out.
 LAST_WORD_S = 0.3
 
@@ -82,6 +84,8 @@ class Supervisor:
         self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._start_task: asyncio.Task[None] | None = None
+        self._leases.take(CREATOR, time.monotonic())
+        self._spawn(self._watch())  # Ray constructs async actors on their event loop
 
     # ---- what launchers call ----
 
@@ -100,11 +104,11 @@ class Supervisor:
         except UserError as error:
             return self._refusal(error)
         self._leases.take(launcher_id, time.monotonic())
+        self._leases.release(CREATOR)
         if self._config is None:
             self._config, self._state = config, "starting"
             self._children = self._make_children(config)
             self._start_task = self._spawn(self._start(self._children))
-            self._spawn(self._watch())
         return await self.status()
 
     async def renew(self, launcher_id: str) -> dict[str, Any]:
@@ -172,15 +176,23 @@ class Supervisor:
         await children.stop(grace_s=0)
 
     async def _watch(self) -> None:
-        """Every second: drop lapsed leases, see who died. Ends with the deployment."""
-        while self._state != "stopping":
-            lapsed = self._leases.lapse(time.monotonic())
-            for launcher in lapsed:
-                logger.warning("the lease of launcher %s lapsed", launcher)
-            self._let_go(lapsed)
-            if self._state == "ready" and self._children is not None:
-                self._note_dead(await self._children.check())
-            await asyncio.sleep(CHECK_EVERY_S)
+        """Every second: drop lapsed leases, see who died. Ends with the deployment, and ends it should it fail."""
+        try:
+            while self._state != "stopping":
+                await self._look()
+                await asyncio.sleep(CHECK_EVERY_S)
+        finally:
+            if self._state != "stopping":
+                self._state = "stopping"
+                self._spawn(self._stop())
+
+    async def _look(self) -> None:
+        lapsed = self._leases.lapse(time.monotonic())
+        for launcher in lapsed:
+            logger.warning("the lease of launcher %s lapsed", launcher)
+        self._let_go(lapsed)
+        if self._state == "ready" and self._children is not None:
+            self._note_dead(await self._children.check())
 
     def _note_dead(self, dead: dict[str, str]) -> None:
         for who, reason in dead.items():
@@ -190,11 +202,13 @@ class Supervisor:
 
     def _let_go(self, launchers: list[str]) -> None:
         """Drain the doors of launchers that are gone; after the last launcher, everything."""
-        if self._state == "stopping" or self._children is None or self._config is None:
+        if self._state == "stopping":
             return
         if not self._leases:
-            self._spawn(self._stop(self._children, self._config.drain_s))
+            self._spawn(self._stop())
             self._state = "stopping"
+            return
+        if self._children is None or self._config is None:
             return
         for launcher in launchers:
             self._leaving.add(launcher)
@@ -206,14 +220,15 @@ class Supervisor:
         finally:
             self._leaving.discard(launcher)
 
-    async def _stop(self, children: Children, drain_s: float) -> None:
+    async def _stop(self) -> None:
         import ray
 
         if self._start_task is not None and not self._start_task.done():
             self._start_task.cancel()
             await asyncio.wait([self._start_task])
         try:
-            await children.stop(drain_s)
+            if self._children is not None and self._config is not None:
+                await self._children.stop(self._config.drain_s)
             await asyncio.sleep(LAST_WORD_S)
         finally:
             ray.kill(ray.get_runtime_context().current_actor)

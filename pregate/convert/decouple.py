@@ -14,7 +14,7 @@ from pregate.convert.calibration import encode_pool
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
 from pregate.convert.evaluate import score_rows
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.router_training import TrainingOptions, hit_rate, train
+from pregate.convert.router_training import TrainingOptions, hit_rate, start_from, train
 from pregate.convert.targets import TargetPool, collect_targets
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest
@@ -36,11 +36,11 @@ class DecoupleOptions:
     model: Path
     out: Path
     text: tuple[Path, ...]
-    steps: int = 600
+    steps: int = 1000
     dim: int = 128
     blocks: int = 1
     seed: int = 0
-    pool_tokens: int = 300_000
+    pool_tokens: int = 200_000
     sequence_length: int = 512
 
     def __post_init__(self) -> None:
@@ -108,6 +108,8 @@ def train_router(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         router = PathRouter(options.shape(), model.config.text_config.vocab_size, model.config.cuts)
+    embedding: Any = model.get_input_embeddings()
+    start_from(router, embedding.weight)
     losses = train(router, _training(pool), TrainingOptions(options.steps, options.seed), progress)
     router.requires_grad_(False)
     last = losses[-max(1, len(losses) // 20) :]

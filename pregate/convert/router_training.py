@@ -1,9 +1,9 @@
 """Training a path router: regression of every layer's contribution masses from token ids alone.
 
-The masses are standardised within their layer, then centred within each token and layer: only the order of a
-layer's experts decides, and a common rise of all of them is nothing the router has to learn.
+What the masses are turned into, and why, is said at `MassScale`; the embedding starts from the parent's.
 
-Shape letters: B documents of a batch, N tokens, S the routed experts of all layers side by side.
+Shape letters: B documents of a batch, N tokens, T tokens of all documents, S the routed experts of all layers side by
+side, L layers, V vocabulary, D the parent's hidden width, C router width.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from pregate.kernels.reference import top_k
 from pregate.model.config import LayerCut
 from pregate.model.path_router import PathRouter
 
+#: Added to a token's spread of standardised masses before its root is taken.
+LEAST_SPREAD = 0.05
+#: Standard deviation the embedding starts with. Small, so that the first steps already move it (measured: 1.0 costs 2 %
+#: in perplexity at 300 steps).
+EMBEDDING_STD = 0.3
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -29,33 +35,52 @@ class TrainingOptions:
 
     steps: int
     seed: int
-    batch_tokens: int = 4096
-    learning_rate: float = 3e-3
+    batch_tokens: int = 1024
+    learning_rate: float = 6e-3
     weight_decay: float = 0.05
     warmup_share: float = 0.05
 
 
 @dataclass(frozen=True)
 class MassScale:
-    """Mean and standard deviation of each layer's masses over tokens and experts, float64 [L]."""
+    """Standard deviation of each layer's masses over tokens and experts, [L]: brings layers to one scale."""
 
-    mean_L: torch.Tensor
     std_L: torch.Tensor
 
     @classmethod
     def of(cls, mass_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> MassScale:
-        layers = _split(mass_TS.double(), cuts)
-        means = [x.mean() if x.numel() else torch.zeros(()) for x in layers]
-        stds = [x.std() if x.numel() else torch.ones(()) for x in layers]
-        return cls(torch.stack(means), torch.stack(stds).clamp_min(1e-12))
+        stds = [x.double().std() if x.numel() else torch.ones(()) for x in _split(mass_TS, cuts)]
+        return cls(torch.stack(stds).clamp_min(1e-12).float())
 
     def targets(self, mass_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> torch.Tensor:
-        """Standardised and centred masses, float32 [T, S]."""
-        parts = [
-            (x - x.mean(dim=-1, keepdim=True)) / std.float()
-            for x, std in zip(_split(mass_TS, cuts), self.std_L, strict=True)
-        ]
+        """What the router regresses, float32 [T, S].
+
+        Masses are standardised within their layer, then centred within each token and layer: only the order of a
+        layer's experts decides, and a common rise of all of them is nothing to learn. Then each token's masses are
+        divided by the root of their own spread, so that a few tokens of huge mass do not rule the squared error.
+        (Measured on stories3M, 300 steps, perplexity: standardised only 13.3, centred 13.0, root of spread 12.9.)
+        """
+        parts = []
+        for x, std in zip(_split(mass_TS, cuts), self.std_L, strict=True):
+            centred = (x - x.mean(dim=-1, keepdim=True)) / std
+            spread = centred.std(dim=-1, keepdim=True) if centred.shape[-1] > 1 else centred.abs()
+            parts.append(centred / (spread + LEAST_SPREAD).sqrt())
         return torch.cat(parts, dim=-1)
+
+
+@torch.no_grad()
+def start_from(router: PathRouter, parent_VD: torch.Tensor) -> None:
+    """Start the router's embedding from the principal components of the parent's, so that rare tokens have a place.
+
+    Columns beyond the parent's width keep their random start, on the same scale.
+    """
+    centred_VD = parent_VD.double() - parent_VD.double().mean(dim=0)
+    _, components_DD = torch.linalg.eigh(centred_VD.T @ centred_VD)  # ascending eigenvalues
+    weight_VC = router.embedding.weight
+    width = min(weight_VC.shape[1], parent_VD.shape[1])
+    projected_VC = centred_VD @ components_DD.flip(1)[:, :width]
+    weight_VC.mul_(EMBEDDING_STD)
+    weight_VC[:, :width] = projected_VC / projected_VC.std() * EMBEDDING_STD
 
 
 def _split(x_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> tuple[torch.Tensor, ...]:
@@ -64,9 +89,13 @@ def _split(x_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> tuple[torch.Tensor, 
 
 @torch.enable_grad()
 def train(router: PathRouter, pool: TargetPool, options: TrainingOptions, progress: Progress) -> list[float]:
-    """Train `router` in place on the documents and masses of `pool`; returns the loss of every step."""
+    """Train `router` in place on the documents and masses of `pool`.
+
+    Returns the loss of every step: the squared error as a share of the targets' variance.
+    """
     scale = MassScale.of(torch.cat(pool.mass), router.cuts)
     targets = [scale.targets(mass, router.cuts) for mass in pool.mass]
+    variance = torch.cat(targets).var().clamp_min(1e-12)
     optimizer = torch.optim.AdamW(router.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     losses: list[float] = []
     order = _endless_batches(pool.rows, options)
@@ -75,10 +104,7 @@ def train(router: PathRouter, pool: TargetPool, options: TrainingOptions, progre
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _schedule(step, options)
             batch = next(order)
-            ids_BN, mask_BN = padded([pool.rows[i] for i in batch])
-            scores_BNS, _ = router(ids_BN)
-            target_TS = torch.cat([targets[i] for i in batch])
-            loss = torch.nn.functional.mse_loss(scores_BNS[mask_BN.bool()], target_TS)
+            loss = _squared_error(router, [pool.rows[i] for i in batch], [targets[i] for i in batch]) / variance
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
@@ -86,6 +112,12 @@ def train(router: PathRouter, pool: TargetPool, options: TrainingOptions, progre
             losses.append(loss.item())
             advance(1)
     return losses
+
+
+def _squared_error(router: PathRouter, rows: list[list[int]], targets: list[torch.Tensor]) -> torch.Tensor:
+    ids_BN, mask_BN = padded(rows)
+    scores_BNS, _ = router(ids_BN)
+    return torch.nn.functional.mse_loss(scores_BNS[mask_BN.bool()], torch.cat(targets))
 
 
 def _schedule(step: int, options: TrainingOptions) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pregate.base.errors import UserError
 from pregate.base.network import is_loopback
+from pregate.base.tokens import read_tokens
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,7 @@ class AccessOptions:
 
     def read_tokens(self) -> frozenset[str]:
         """Return the accepted tokens; empty means that none is asked for. Raises UserError for a file without any."""
-        if self.token_file is None:
-            return frozenset()
-        lines = (
-            line.strip() for line in _read("--token-file", self.token_file).decode("utf-8", "replace").splitlines()
-        )
-        tokens = frozenset(line for line in lines if line and not line.startswith("#"))
-        if not tokens:
-            raise UserError.of("--token-file", self.token_file, "holds no token; expected one a line")
-        return tokens
+        return frozenset() if self.token_file is None else frozenset(read_tokens(self.token_file))
 
 
 def is_authorized(header: str | None, tokens: Iterable[str]) -> bool:

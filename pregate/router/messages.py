@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pregate.base.errors import ProtocolError, UserError
+from pregate.base.sampling import check_sampling
 
-MAX_SEED = (1 << 63) - 1
 FINISH_REASONS = ("stop", "length", "cancelled", "deadline")
 
 
@@ -26,14 +26,7 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raise the UserError that every entrance prints for a value out of range."""
-        if self.max_tokens < 1:
-            raise UserError.of("--max-tokens", self.max_tokens, "must be at least 1")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError.of("--temperature", self.temperature, "must be 0 (greedy) or a finite number above 0")
-        if not 0 < self.top_p <= 1:
-            raise UserError.of("--top-p", self.top_p, "must be above 0 and at most 1")
-        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
-            raise UserError.of("--seed", self.seed, f"must be 0 to {MAX_SEED}")
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
 
 
 def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_context: int) -> None:

@@ -40,6 +40,15 @@ def processes_of(folder):
     return found
 
 
+def files_in(folder):
+    """Everything in the folder but torch's compile cache, which is not ours; may run while it is being removed."""
+    found = []
+    for path, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith("torchinductor_")]
+        found += [os.path.join(path, name) for name in (*folders, *files)]
+    return found
+
+
 def shared_memory():
     return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(("plasma", "ray", "pregate"))}
 
@@ -83,7 +92,7 @@ class Running:
         give_up_s = time.monotonic() + timeout_s
         while time.monotonic() < give_up_s:
             left = [" ".join(p.cmdline())[:100] for p in processes_of(self.folder)]
-            left += [str(p) for p in self.folder.rglob("*") if p != self.log]
+            left += [path for path in files_in(self.folder) if path != str(self.log)]
             if not left:
                 return []
             time.sleep(0.2)

@@ -57,7 +57,8 @@ def ask(port, **fields):
 
 
 def streamed_ids(text):
-    events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
+    assert all("choices" in event for event in events), text
     return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
 
 

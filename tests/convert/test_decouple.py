@@ -13,12 +13,13 @@ from pregate.convert.controls import OraclePolicy
 from pregate.convert.conversion import ConvertOptions, convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import QuietProgress
-from pregate.convert.router_training import MassScale
+from pregate.convert.router_training import EMBEDDING_STD, LEAST_SPREAD, MassScale, start_from
 from pregate.convert.targets import collect_targets
 from pregate.kernels.reference import top_k
 from pregate.model import CheckpointReader, RoutedForCausalLM
-from pregate.model.config import LayerCut
+from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.layers import contribution_mass
+from pregate.model.path_router import PathRouter
 
 
 @pytest.fixture
@@ -114,10 +115,26 @@ def test_scale_by_hand():
     cuts = (LayerCut(2, 0, 1, 1), LayerCut(0, 1, 0, 4), LayerCut(2, 0, 1, 1))
     mass = torch.tensor([[1.0, 3.0, 10.0, 30.0], [5.0, 7.0, 50.0, 70.0]])
     targets = MassScale.of(mass, cuts).targets(mass, cuts)
-    # Centred within token and layer: -1, 1 and -10, 10; the layers' deviations differ by the factor 10.
-    deviation = mass[:, :2].std().item()
-    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0]] * 2) / deviation
-    torch.testing.assert_close(targets, expected)
+    # Layer 0: masses 1 3 5 7 have standard deviation 2.582; centred within the token they are -1 and 1, so -0.3873
+    # and 0.3873, whose own deviation is 0.5477. Layer 2 is ten times layer 0, so the same after standardising.
+    value = 0.3873 / (0.5477 + LEAST_SPREAD) ** 0.5
+    expected = torch.tensor([[-value, value, -value, value]] * 2)
+    torch.testing.assert_close(targets, expected, rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dim", [4, 12])
+def test_the_embedding_starts_from_the_parents_principal_components(dim: int):
+    parent = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(8, 0, -1)
+    router = PathRouter(PathRouterConfig(dim=dim), 50, [LayerCut(2, 0, 1, 1)])
+    start_from(router, parent)
+    weight, kept = router.embedding.weight.double(), min(dim, 8)
+    assert weight[:, :kept].std().item() == pytest.approx(EMBEDDING_STD, rel=0.02)
+    centred = (parent - parent.mean(dim=0)).double()
+    variances = torch.linalg.svdvals(centred)[:kept] ** 2
+    ours = weight[:, :kept].T @ weight[:, :kept]
+    factor = (ours.diagonal() / variances).mean()
+    torch.testing.assert_close(ours, torch.diag(variances) * factor, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from pregate.base.errors import UserError
-from pregate.router.messages import MAX_SEED, SamplingParams, check_prompt
+from pregate.base.sampling import MAX_SEED
+from pregate.router.messages import SamplingParams, check_prompt
 
 GOOD = SamplingParams(max_tokens=1)
 
