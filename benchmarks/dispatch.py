@@ -190,7 +190,7 @@ def conditions(arguments: argparse.Namespace, load_before: float) -> dict[str, A
     """What a reader needs to judge the numbers."""
     packages = ("ray", "pyzmq", "torch", "numpy", "grpcio")
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(__file__).stem}", *sys.argv[1:]]),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
         "cores": os.cpu_count(),

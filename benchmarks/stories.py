@@ -134,7 +134,7 @@ def surroundings() -> dict[str, Any]:
     """Command, versions, hardware and time of this run."""
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(__file__).stem}", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "numpy")},
