@@ -80,6 +80,8 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_address: str | None) -> N
         reason = _wait(deployment, stopping)
     finally:
         typer.echo("  draining and stopping", err=True)
+        if deployment.num_launchers > 1:
+            typer.echo("  another launcher uses the deployment; it and its Ray go on until that one ends", err=True)
         clean = deployment.close()
     if reason is not None:
         _end(f"the deployment is gone: {reason}")
@@ -133,16 +135,18 @@ def _print_served(deployment: Deployment, host: str, port: int) -> None:
         f"  {info['info']['num_layers']} layers of {experts} experts, {info['info']['routing']} routing,"
         f" {where}, placement {config.placement}, {config.dtype} on {config.device}",
         f"gRPC     {host}:{port}",
-        f"Ray      {deployment.ray_address}{_how_to_join()}",
+        f"Ray      {deployment.ray_address}",
+        f"join it  {_how_to_join(deployment.ray_address)}",
         f'try      pregate generate --target {host}:{port} --prompt "Once upon a time"',
         "stop     Ctrl-C",
     ]
     typer.echo("\n".join(lines))
 
 
-def _how_to_join() -> str:
+def _how_to_join(address: str) -> str:
     """Ray does not find out by itself that an address wants the user's token."""
-    return "  (to join: RAY_AUTH_MODE=token)" if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    return f"export {token}RAY_ADDRESS={address}"
 
 
 def doctor(

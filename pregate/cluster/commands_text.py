@@ -204,7 +204,7 @@ def _print_route(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     kind = "exact: these are the routing" if result["exact"] else "predicted: the gates decide"
-    table = Table("token", title=f"experts of each layer ({kind})", box=None)
+    table = Table("token", title=f"routed experts of each layer ({kind})", box=None)
     for layer in range(len(result["paths"][0]) if result["paths"] else 0):
         table.add_column(str(layer))
     for token, layers in zip(result["tokens"], result["paths"], strict=True):

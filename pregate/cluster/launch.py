@@ -52,6 +52,7 @@ class Deployment:
         self.info: dict[str, Any] = {}
         self.lost: str | None = None  # why the deployment is no more
         self.dead: dict[str, str] = {}  # which parts died, and why
+        self.num_launchers = 1  # who holds leases, this process included
         self._supervisor = supervisor
         self._launcher_id = launcher_id
         self._kept = kept
@@ -140,6 +141,7 @@ class Deployment:
                 self.lost = str(error)
                 return
             self.dead = status["dead"]
+            self.num_launchers = len(status["launchers"])
             if not status["leased"]:
                 self.lost = "the lease lapsed: this process was stopped or starved for too long"
                 return
