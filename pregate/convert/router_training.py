@@ -22,10 +22,9 @@ from pregate.kernels.reference import top_k
 from pregate.model.config import LayerCut
 from pregate.model.path_router import PathRouter
 
-#: Added to a token's spread of standardised masses before its root is taken.
+#: Added to a token's spread of standardised masses before they are divided by it.
 LEAST_SPREAD = 0.05
-#: Standard deviation the embedding starts with. Small, so that the first steps already move it (measured: 1.0 costs 2 %
-#: in perplexity at 300 steps).
+#: Standard deviation the embedding starts with: small, so that the first steps already move it.
 EMBEDDING_STD = 0.3
 
 
@@ -57,14 +56,14 @@ class MassScale:
 
         Masses are standardised within their layer, then centred within each token and layer: only the order of a
         layer's experts decides, and a common rise of all of them is nothing to learn. Then each token's masses are
-        divided by the root of their own spread, so that a few tokens of huge mass do not rule the squared error.
-        (Measured on stories3M, 300 steps, perplexity: standardised only 13.3, centred 13.0, root of spread 12.9.)
+        divided by their own spread, so that a few tokens of huge mass do not rule the squared error. (Measured on
+        stories3M S3A3E8, 1000 steps, held-out perplexity: standardised only 11.71, centred 11.54, as here 11.45.)
         """
         parts = []
         for x, std in zip(_split(mass_TS, cuts), self.std_L, strict=True):
             centred = (x - x.mean(dim=-1, keepdim=True)) / std
             spread = centred.std(dim=-1, keepdim=True) if centred.shape[-1] > 1 else centred.abs()
-            parts.append(centred / (spread + LEAST_SPREAD).sqrt())
+            parts.append(centred / (spread + LEAST_SPREAD))
         return torch.cat(parts, dim=-1)
 
 
@@ -72,7 +71,8 @@ class MassScale:
 def start_from(router: PathRouter, parent_VD: torch.Tensor) -> None:
     """Start the router's embedding from the principal components of the parent's, so that rare tokens have a place.
 
-    Columns beyond the parent's width keep their random start, on the same scale.
+    Columns beyond the parent's width keep their random start, on the same scale. (Measured as above: 11.43, random
+    start of the same size 11.52.)
     """
     centred_VD = parent_VD.double() - parent_VD.double().mean(dim=0)
     _, components_DD = torch.linalg.eigh(centred_VD.T @ centred_VD)  # ascending eigenvalues

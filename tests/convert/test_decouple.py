@@ -117,7 +117,7 @@ def test_scale_by_hand():
     targets = MassScale.of(mass, cuts).targets(mass, cuts)
     # Layer 0: masses 1 3 5 7 have standard deviation 2.582; centred within the token they are -1 and 1, so -0.3873
     # and 0.3873, whose own deviation is 0.5477. Layer 2 is ten times layer 0, so the same after standardising.
-    value = 0.3873 / (0.5477 + LEAST_SPREAD) ** 0.5
+    value = 0.3873 / (0.5477 + LEAST_SPREAD)
     expected = torch.tensor([[-value, value, -value, value]] * 2)
     torch.testing.assert_close(targets, expected, rtol=1e-3, atol=0)
 
