@@ -42,6 +42,7 @@ _FOLDER_PREFIX = "pregate-"
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray's ports are open to the network; only who holds the token gets in
+    "RAY_worker_niceness": "0",  # at Ray's 15 any other program starves hosts, engine and the renewal of leases
     "RAY_prestart_worker_first_driver": "0",  # one idle Python per logical CPU otherwise
     "RAY_enable_worker_prestart": "0",
 }

@@ -71,8 +71,8 @@ class MassScale:
 def start_from(router: PathRouter, parent_VD: torch.Tensor) -> None:
     """Start the router's embedding from the principal components of the parent's, so that rare tokens have a place.
 
-    Columns beyond the parent's width keep their random start, on the same scale. (Measured as above: 11.43, random
-    start of the same size 11.52.)
+    Columns beyond the parent's width keep their random start, on the same scale. (Measured likewise, with another
+    seed: 11.43, random start of the same size 11.52.)
     """
     centred_VD = parent_VD.double() - parent_VD.double().mean(dim=0)
     _, components_DD = torch.linalg.eigh(centred_VD.T @ centred_VD)  # ascending eigenvalues
