@@ -30,8 +30,8 @@ def convert(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
 ) -> None:
     """Cut a dense model's FFNs into shared and routed experts (CMoE, no training)."""
-    from pregate.convert.conversion import ConvertOptions
     from pregate.convert.conversion import convert as run
+    from pregate.convert.options import ConvertOptions
     from pregate.convert.progress import RichProgress
     from pregate.model.quiet import quiet_transformers
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import Progress, QuietProgress, RichProgress
 
 __all__ = [

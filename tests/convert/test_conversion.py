@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from pregate.base.errors import UserError
 from pregate.convert.calibration import read_calibration
 from pregate.convert.controls import AllPolicy
-from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.conversion import convert
 from pregate.convert.gates import ridge
+from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.gated_mlp import find_gated_mlps

@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
 from pregate.convert.controls import OraclePolicy
-from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.router_training import EMBEDDING_STD, LEAST_SPREAD, MassScale, start_from
 from pregate.convert.targets import collect_targets

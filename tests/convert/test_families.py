@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from pregate.convert.controls import AllPolicy
-from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.options import ConvertOptions
 from pregate.model import RoutedForCausalLM
 
 SIZES = {

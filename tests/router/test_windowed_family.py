@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, DiffLlamaConfig, MistralConfig
 
 from pregate.base.errors import UserError
 from pregate.cluster.cli import main
-from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.options import ConvertOptions
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.family import check_family
 from tests.equality import Tally, reference_text, refuse_degenerate
