@@ -32,7 +32,7 @@ from pregate.convert.agreement import AgreementMeter
 from pregate.convert.api import ConvertOptions, DecoupleOptions, RichProgress, convert, decouple
 from pregate.convert.controls import AllPolicy, OraclePolicy, RandomPolicy
 from pregate.convert.dense import context_tokens, load_tokenizer
-from pregate.convert.evaluate import encode_all, load_any, score_rows
+from pregate.convert.scoring import encode_all, load_any, score_rows
 from pregate.convert.text import read_documents
 from pregate.model.layers import RoutingPolicy
 

@@ -1,6 +1,6 @@
 """Routing agreement: how often two routers of one model choose the same experts for the same token and layer.
 
-Shape letters: T tokens (padding included), D hidden width, L layers, K active experts.
+Shape letters: T tokens (padding included), D hidden width, L layers, K active experts at most, R routed experts.
 """
 
 from __future__ import annotations
@@ -10,23 +10,29 @@ from itertools import combinations
 
 import torch
 
-from pregate.convert.controls import Choice, OraclePolicy
-from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy
+from pregate.convert.controls import OraclePolicy
+from pregate.model.gates import Choice
+from pregate.model.layers import RoutedMLP, RoutingPolicy
 
 
 @dataclass
 class Tally:
-    """Counts of (token, layer) pairs: all, those with equal sets, and the sum of the share of picks in common."""
+    """Counts of (token, layer) pairs: all, those with equal sets, and the sum of the picks in common.
+
+    Picks in common are 2 |A and B| / (|A| + |B|): with k experts each the share of k, and 1 for two empty sets.
+    """
 
     num_pairs: int = 0
     num_equal: int = 0
     sum_overlap: float = 0.0
 
     def add(self, first_TK: torch.Tensor, second_TK: torch.Tensor) -> None:
-        common_TK = (first_TK[:, :, None] == second_TK[:, None, :]).any(dim=-1)
-        self.num_pairs += common_TK.shape[0]
-        self.num_equal += int(common_TK.all(dim=-1).sum())
-        self.sum_overlap += float(common_TK.float().mean(dim=-1).sum())
+        """Compare ids [T, K] with ids [T, K'] (ascending, -1 padding) token by token."""
+        common_T = (first_TK[:, :, None] == second_TK[:, None, :]).logical_and(first_TK[:, :, None] >= 0).sum((1, 2))
+        sizes_T = (first_TK >= 0).sum(1) + (second_TK >= 0).sum(1)
+        self.num_pairs += common_T.shape[0]
+        self.num_equal += int((2 * common_T == sizes_T).sum())
+        self.sum_overlap += float(torch.where(sizes_T > 0, 2.0 * common_T / sizes_T.clamp_min(1), 1.0).double().sum())
 
     def figures(self) -> dict[str, float]:
         pairs = max(1, self.num_pairs)
@@ -35,17 +41,30 @@ class Tally:
 
 @dataclass
 class AgreementMeter:
-    """Collects what gate, path router and oracle choose on the hidden states of one run.
+    """Collects what gate, path router and oracle choose on the hidden states of one run, and how much is active.
 
     All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
-    active, or all of them) do not count.
+    active, or all of them) do not count towards agreement.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
+    active_neurons: int = 0
+    all_neurons: int = 0
 
     def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
         for (name, ids), (other, other_ids) in combinations(choices.items(), 2):
             self.tallies.setdefault(f"{name}_vs_{other}", Tally()).add(ids[real_T], other_ids[real_T])
+
+    def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
+        """Count the neurons that the tokens of one layer run."""
+        tokens, width = int(real_T.sum()), mlp.cut.expert_width
+        self.active_neurons += tokens * mlp.cut.shared_width + int((ids_TK[real_T] >= 0).sum()) * width
+        self.all_neurons += tokens * len(mlp.neuron_index)
+
+    @property
+    def active_share(self) -> float:
+        """Share of the FFN neurons that ran, over all tokens and layers measured."""
+        return self.active_neurons / max(1, self.all_neurons)
 
     def figures(self) -> dict[str, dict[str, float]]:
         return {name: tally.figures() for name, tally in self.tallies.items()}
@@ -71,13 +90,14 @@ class MeteredPolicy:
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         chosen = self._inner.choose(mlp, x_TD)
+        self._meter.count(mlp, chosen.ids, self._real_T)
         if 0 < mlp.cut.num_active < mlp.cut.num_routed:
             choices: dict[str, torch.Tensor] = {}
             if self._control_name is not None:
-                choices[self._control_name] = chosen[0]
+                choices[self._control_name] = chosen.ids
             if self._paths_TLK is not None:
-                choices["path"] = self._paths_TLK[:, mlp.layer, : mlp.cut.num_active]
-            choices["gate"] = GatePolicy().choose(mlp, x_TD)[0]
-            choices["oracle"] = OraclePolicy().choose(mlp, x_TD)[0]
+                choices["path"] = self._paths_TLK[:, mlp.layer]
+            choices["gate"] = mlp.gate.choose(x_TD).ids
+            choices["oracle"] = OraclePolicy().choose(mlp, x_TD).ids
             self._meter.add(choices, self._real_T)
         return chosen

@@ -1,16 +1,21 @@
-"""Routing policies to compare a real router with: random choice, the oracle, every expert on.
+"""Routing policies to compare a real router with: random choice, either gate, the oracle, every expert on; and a
+static mask, which is no routing at all.
 
-Set one as `RoutedForCausalLM.routing_policy`. Shape letters: T tokens, D hidden width, R routed experts, K active.
+Set a policy as `RoutedForCausalLM.routing_policy`. Shape letters: T tokens, D hidden width, R routed experts, K active,
+M expert width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from pregate.kernels.reference import top_k
-from pregate.model.layers import RoutedMLP, contribution_mass
-
-Choice = tuple[torch.Tensor, torch.Tensor | None]
+from pregate.kernels.reference import above, top_k
+from pregate.model.gates import Choice
+from pregate.model.layers import RoutedMLP, SharedExpert, contribution_mass, find_routed_slots
+from pregate.model.modeling import RoutedForCausalLM
 
 
 class RandomPolicy:
@@ -21,18 +26,73 @@ class RandomPolicy:
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         scores_TR = torch.rand(x_TD.shape[0], mlp.cut.num_routed, generator=self._generator)
-        return top_k(scores_TR.to(x_TD.device), mlp.cut.num_active), None
+        return Choice(top_k(scores_TR.to(x_TD.device), mlp.cut.num_active))
+
+
+class LinearGatePolicy:
+    """Each layer's linear gate, whichever gate or router is in force."""
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        assert mlp.linear_gate is not None
+        return mlp.linear_gate.choose(x_TD)
+
+
+class PaperGatePolicy:
+    """Each layer's representative gate (CMoE), whichever gate or router is in force."""
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        assert mlp.paper_gate is not None
+        return mlp.paper_gate.choose(x_TD)
 
 
 class OraclePolicy:
-    """The experts of greatest contribution mass, which no router can know without computing them all."""
+    """The experts of greatest contribution mass, which no router can know without computing them all.
+
+    It chooses as the layer does: a fixed number of experts, or those above the mass that made their mean number
+    `num_active` on the calibration text. With `fixed_number` always the former.
+    """
+
+    def __init__(self, fixed_number: bool = False) -> None:
+        self._fixed_number = fixed_number
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        return top_k(contribution_mass(mlp, x_TD), mlp.cut.num_active), None
+        mass_TR = contribution_mass(mlp, x_TD)
+        if mlp.selection == "threshold" and not self._fixed_number:
+            return Choice(above(mass_TR, mlp.mass_threshold))
+        return Choice(top_k(mass_TR, mlp.cut.num_active))
 
 
 class AllPolicy:
     """Every routed expert, weights 1: the dense model again."""
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        return torch.arange(mlp.cut.num_routed, device=x_TD.device).expand(x_TD.shape[0], -1), None
+        return Choice(torch.arange(mlp.cut.num_routed, device=x_TD.device).expand(x_TD.shape[0], -1))
+
+
+@contextmanager
+def static_mask(model: RoutedForCausalLM) -> Iterator[None]:
+    """Within the block every FFN is its own neurons of greatest mean contribution, (S + A) * M of them, always on.
+
+    That is what pruning gives at the same active share, by the scores kept from the calibration text.
+    """
+    slots = find_routed_slots(model.parent)
+    try:
+        for slot in slots:
+            slot.replace(_pruned(slot.mlp))
+        yield
+    finally:
+        for slot in slots:
+            slot.replace(slot.mlp)
+
+
+def _pruned(mlp: RoutedMLP) -> SharedExpert:
+    """The best neurons of `mlp` as one FFN, in row order."""
+    cut = mlp.cut
+    width = (cut.num_shared + cut.num_active) * cut.expert_width
+    kept = torch.argsort(mlp.neuron_score, descending=True, stable=True)[:width].sort().values
+    gate_up, down = mlp.dense_weights()
+    pruned = SharedExpert(mlp.hidden_size, width, mlp.act_name).to(down)
+    gate, up = gate_up.chunk(2)
+    pruned.gate_up_proj.data = torch.cat([gate[kept], up[kept]])
+    pruned.down_proj.data = down[:, kept]
+    return pruned.requires_grad_(False)

@@ -21,7 +21,7 @@ from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import Calibration, read_calibration
 from pregate.convert.cmoe import CHUNK_TOKENS
 from pregate.convert.dense import context_tokens, load_dense, load_tokenizer, outline, source_of
-from pregate.convert.evaluate import score_rows
+from pregate.convert.scoring import score_rows
 from pregate.convert.layer_cut import cut_one
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import Progress, QuietProgress

@@ -12,7 +12,7 @@ from pregate.base.errors import UserError
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import encode_pool
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
-from pregate.convert.evaluate import score_rows
+from pregate.convert.scoring import score_rows
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.router_training import TrainingOptions, hit_rate, start_from, train
 from pregate.convert.targets import TargetPool, collect_targets

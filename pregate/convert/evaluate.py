@@ -1,162 +1,54 @@
-"""Perplexity and bits per byte by one protocol: per document, BOS prepended, truncated to the context.
-
-A document's first token (BOS, where the tokenizer has one) is given and not scored; perplexity is over all
-scored tokens of all documents together. Documents of like length share a batch, padded on the right; that changes
-nothing (a test holds it).
-
-Shape letters: B documents of a batch, N tokens, V vocabulary, L layers, K active experts.
-"""
+"""`evaluate`: perplexity and bits per byte of a model on text; for a routed one, how its routers agree and controls."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
-
 from pregate.base.errors import UserError
-from pregate.convert.agreement import AgreementMeter, MeteredPolicy
-from pregate.convert.calibration import encode
+from pregate.convert.agreement import AgreementMeter
+from pregate.convert.control_table import control_rows
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.scoring import encode_all, load_any, score_rows
 from pregate.convert.text import read_documents
 from pregate.model.config import RoutedConfig
-from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
-
-#: Tokens of one batch, padding included: bounds the [B, N, V] logits in memory.
-BATCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `pregate evaluate` is asked: a model folder (dense or routed), text, and how much of it at most."""
+    """What `pregate evaluate` is asked: a model folder (dense or routed), text, and how much of it at most.
+
+    With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
+    dense model it came from (None: the model itself with every expert on, which is the same until it is tuned).
+    `seed` is that of random routing.
+    """
 
     model: Path
     text: Path
     max_tokens: int | None = None
+    controls: bool = False
+    parent: Path | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
-
-
-@dataclass(frozen=True)
-class Score:
-    """Summed negative log-likelihood (natural log) of `num_tokens` scored tokens."""
-
-    nats: float
-    num_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nats / self.num_tokens)
-
-    def bits_per_byte(self, num_bytes: int) -> float:
-        return self.nats / math.log(2) / num_bytes
-
-
-def batches(rows: Sequence[list[int]], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
-    """Give the indexes of `rows` in batches of like length, each at most `batch_tokens` with padding.
-
-    A single longer row is its own batch.
-    """
-    batch: list[int] = []
-    for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
-        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
-
-
-def padded(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask, int64 [B, N], of rows padded on the right with id 0."""
-    longest = max(len(row) for row in rows)
-    ids_BN = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask_BN = torch.zeros_like(ids_BN)
-    for ids, mask, row in zip(ids_BN, mask_BN, rows, strict=True):
-        ids[: len(row)] = torch.tensor(row)
-        mask[: len(row)] = 1
-    return ids_BN, mask_BN
-
-
-@torch.no_grad()
-def score_rows(
-    model: Any,
-    rows: Sequence[list[int]],
-    meter: AgreementMeter | None = None,
-    progress: Progress | None = None,
-    control: RoutingPolicy | None = None,
-) -> Score:
-    """Score rows of token ids (each of 2 or more); with `meter`, collect the routers' agreement on the way.
-
-    `control` takes the routing over from what the checkpoint says.
-    """
-    nats, num_tokens = 0.0, 0
-    with (progress or QuietProgress()).stage("scoring", len(rows)) as advance:
-        for batch in batches(rows):
-            ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
-            logits = _logits(model, ids_BN, mask_BN, meter, control)
-            targets_BN = ids_BN[:, 1:].masked_fill(mask_BN[:, 1:] == 0, -100)
-            losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets_BN, reduction="none")
-            nats += losses.double().sum().item()
-            num_tokens += int(mask_BN[:, 1:].sum())
-            advance(len(batch))
-    return Score(nats, num_tokens)
-
-
-def _logits(
-    model: Any,
-    ids_BN: torch.Tensor,
-    mask_BN: torch.Tensor,
-    meter: AgreementMeter | None,
-    control: RoutingPolicy | None,
-) -> torch.Tensor:
-    policy = control if meter is None else _metered(model, ids_BN, mask_BN, meter, control)
-    if policy is None:
-        return model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits
-    model.routing_policy = policy
-    try:
-        return model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits
-    finally:
-        model.routing_policy = None
-
-
-def _metered(
-    model: RoutedForCausalLM,
-    ids_BN: torch.Tensor,
-    mask_BN: torch.Tensor,
-    meter: AgreementMeter,
-    control: RoutingPolicy | None,
-) -> MeteredPolicy:
-    """The routing in force (`control`, else the checkpoint's own), watched by `meter`."""
-    real_T, paths_TLK = mask_BN.flatten().bool(), None
-    if model.path_router is not None:
-        states = [model.path_computer.new_state() for _ in ids_BN]
-        paths_TLK = model.batch_paths(ids_BN, mask_BN, states)[0].flatten(0, 1)
-    if control is not None:
-        return MeteredPolicy(control, meter, real_T, paths_TLK, control_name="control")
-    by_path = paths_TLK is not None and model.config.routing == "path"
-    own = PathPolicy(paths_TLK) if by_path else GatePolicy()  # pyright: ignore[reportArgumentType]
-    return MeteredPolicy(own, meter, real_T, paths_TLK)
-
-
-def load_any(path: Path) -> Any:
-    """Load a routed or a dense model folder in float32."""
-    if check_model_folder(path)["model_type"] == RoutedConfig.model_type:
-        return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return load_dense(path)
+        if self.parent is not None and not self.controls:
+            raise UserError.of("--parent", self.parent, "needs --controls")
 
 
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Score a model on text; for a routed model also how its routers agree with each other and with the oracle."""
-    check_model_folder(options.model)
+    """Score a model on text; for a routed model also how its routers agree with each other and with the oracle.
+
+    With `options.controls` "controls" maps a control's name to its figures (`control_table.control_rows`).
+    UserError for a folder that is no model, text that cannot be read, and controls of a dense model.
+    """
+    progress = progress or QuietProgress()
+    if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
+        raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
     tokenizer = load_tokenizer(options.model)
     context = context_tokens(options.model)
     documents = read_documents([options.text], context, "--text")
@@ -164,8 +56,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     rows, num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
     if not rows:
         raise UserError.of("--text", options.text, "holds no document of two tokens or more")
-    routed = isinstance(model, RoutedForCausalLM)
-    meter = AgreementMeter() if routed else None
+    meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, rows, meter, progress)
     result: dict[str, Any] = {
         "model": str(options.model),
@@ -177,21 +68,9 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     }
     if meter is not None:
         result["routing"] = model.config.routing
+        result["active_share"] = round(meter.active_share, 4)
         result["agreement"] = meter.figures()
+    if options.controls:
+        parent = None if options.parent is None else load_dense(options.parent)
+        result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed, progress)
     return result
-
-
-def encode_all(
-    tokenizer: Any, texts: Sequence[str], context: int, max_tokens: int | None
-) -> tuple[list[list[int]], int]:
-    """Rows of ids until `max_tokens` scored tokens are reached, and how many bytes of text are scored."""
-    rows, num_bytes, left = [], 0, math.inf if max_tokens is None else max_tokens
-    for text in texts:
-        if left < 1:
-            break
-        ids = encode(tokenizer, text, int(min(context, left + 1)))
-        if len(ids) > 1:
-            rows.append(ids)
-            num_bytes += len(tokenizer.decode(ids[1:]).encode())
-            left -= len(ids) - 1
-    return rows, num_bytes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from pregate.convert.agreement import Tally
-from pregate.convert.evaluate import batches, padded
+from pregate.convert.scoring import batches, padded
 from pregate.convert.progress import Progress
 from pregate.convert.targets import TargetPool
 from pregate.kernels.reference import top_k

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pregate.convert.controls import Choice
-from pregate.convert.evaluate import batches, padded
+from pregate.convert.scoring import batches, padded
 from pregate.convert.progress import Progress
 from pregate.kernels.reference import top_k
 from pregate.model.config import LayerCut

@@ -63,3 +63,14 @@ def top_k(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
     """
     order = torch.argsort(scores_TR, dim=-1, descending=True, stable=True)
     return order[:, :num_active].sort(dim=-1).values
+
+
+def above(scores_TR: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+    """Return the ids [T, R] (int64, ascending, then -1) of all scores at or above `threshold` (a scalar tensor).
+
+    Example: scores [[0.5, 0.9, 0.1]], threshold 0.5 gives [[0, 1, -1]].
+    """
+    num_routed = scores_TR.shape[-1]
+    ids_TR = torch.arange(num_routed, device=scores_TR.device).expand_as(scores_TR)
+    ids_TR = ids_TR.masked_fill(scores_TR < threshold, num_routed).sort(dim=-1).values
+    return ids_TR.masked_fill(ids_TR == num_routed, -1)

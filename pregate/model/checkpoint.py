@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from pregate.base.errors import CheckpointError, UserError
 from pregate.model.config import RoutedConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _EXPERTS = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)$")
 
@@ -76,7 +76,8 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a readable manifest ({error})") from error
     if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: format version {manifest.format_version}; allowed: {FORMAT_VERSION}")
+        known = f"allowed: {FORMAT_VERSION}; convert the dense model again"
+        raise CheckpointError(f"{path}: format version {manifest.format_version}; {known}")
     return manifest
 
 

@@ -10,13 +10,15 @@ from transformers import AutoConfig, PretrainedConfig
 from pregate.base.errors import UserError
 
 ROUTINGS = ("layerwise", "path")
-GATES = ("linear", "representative")
+GATES = ("linear", "representative", "representative-signed")
+SELECTIONS = ("top_k", "threshold")
 
 
 @dataclass(frozen=True)
 class LayerCut:
     """How one layer's FFN was cut. Total experts E = num_routed + num_shared; 0 routed is a dense layer.
 
+    `num_active` routed experts are chosen per token: exactly, or with selection by threshold on average.
     `expert_width` is m, the neurons of one expert; the shared expert is num_shared * m wide, stored as one.
     """
 
@@ -57,7 +59,8 @@ class RoutedConfig(PretrainedConfig):
 
     `layer_cuts`: one dict of `LayerCut` fields per layer. `routing` says who decides: "layerwise" (a gate per
     layer) or "path" (the path router, before the backbone). `path_router` is independent of it: a path router
-    beside layerwise routing is a forecast only.
+    beside layerwise routing is a forecast only. `selection` says how scores choose experts: "top_k", a fixed number
+    per token, or "threshold", as many as score high enough (0 to R); CMoE's representative gates know only "top_k".
     """
 
     model_type = "pregate"
@@ -69,6 +72,7 @@ class RoutedConfig(PretrainedConfig):
         layer_cuts: list[dict[str, int]] | None = None,
         routing: str = "layerwise",
         gate: str = "linear",
+        selection: str = "top_k",
         path_router: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -79,6 +83,7 @@ class RoutedConfig(PretrainedConfig):
         self.layer_cuts = layer_cuts or []
         self.routing = routing
         self.gate = gate
+        self.selection = selection
         self.path_router = path_router
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "vocab_size"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
@@ -90,12 +95,22 @@ class RoutedConfig(PretrainedConfig):
             raise UserError.of("routing", self.routing, f"allowed: {', '.join(ROUTINGS)}")
         if self.gate not in GATES:
             raise UserError.of("gate", self.gate, f"allowed: {', '.join(GATES)}")
+        if self.selection not in SELECTIONS:
+            raise UserError.of("selection", self.selection, f"allowed: {', '.join(SELECTIONS)}")
+        if self.selection == "threshold" and self.gate != "linear":
+            raise UserError.of("selection", self.selection, f"allowed with gate {self.gate}: top_k")
         if self.routing == "path" and self.path_router is None:
             raise UserError("routing path: config has no path_router; a path checkpoint needs one")
 
     @property
     def cuts(self) -> tuple[LayerCut, ...]:
         return tuple(LayerCut(**c) for c in self.layer_cuts)
+
+    @property
+    def most_active(self) -> int:
+        """The most routed experts one token can visit in one layer: the width of `Paths`."""
+        by_threshold = self.selection == "threshold"
+        return max((c.num_routed if by_threshold else c.num_active for c in self.cuts), default=0)
 
     @property
     def has_path_router(self) -> bool:

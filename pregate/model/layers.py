@@ -1,40 +1,19 @@
-"""What replaces a dense FFN: shared expert, gate, routed experts; and who chooses the experts of a token.
+"""What replaces a dense FFN: shared expert, gates, routed experts; and who chooses the experts of a token.
 
 Shape letters: T tokens, D hidden width, M expert width, R routed experts, K active experts.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from pregate.kernels import reference
 from pregate.model.config import LayerCut
-
-
-class Gate(nn.Module):
-    """Scores [T, R] of a layer's routed experts from its FFN input.
-
-    `linear`: closed-form ridge regression onto each expert's contribution mass (reference: D2DMoE-like router,
-    fitted without gradient steps). `representative`: CMoE, section 3.3: |act(x.g) * (x.u)| of one L2-normalised
-    neuron per expert.
-    """
-
-    def __init__(self, kind: str, hidden_size: int, num_routed: int, act: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.act = reference.activation(act)
-        rows = num_routed if kind == "linear" else 2 * num_routed
-        self.weight = nn.Parameter(torch.zeros(rows, hidden_size))
-        self.bias = nn.Parameter(torch.zeros(num_routed)) if kind == "linear" else None
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        if self.bias is not None:
-            return F.linear(x_TD, self.weight, self.bias)
-        return reference.gated_hidden(x_TD, self.weight, self.act).abs()
+from pregate.model.gates import Choice, Gate, LinearGate, RepresentativeGate
 
 
 class SharedExpert(nn.Module):
@@ -62,22 +41,50 @@ class RoutedExperts(nn.Module):
 class RoutedMLP(nn.Module):
     """One layer's FFN after the cut. `experts` is None where the routed experts live elsewhere (a backbone).
 
-    `neuron_index` int32 [(S + R) * M]: the parent neuron of every row, shared rows first, then expert by expert.
+    `mass_threshold` is to contribution mass what a gate's threshold is to its scores: for the oracle, never for routing.
+    Two gates are kept, `linear_gate` and CMoE's `paper_gate`, so that each can be compared with the other on the same
+    cut; `gate` is the one in force. Per row, shared rows first, then expert by expert: `neuron_index` int32
+    [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on the calibration text.
     """
 
     neuron_index: torch.Tensor
+    neuron_score: torch.Tensor
+    mass_threshold: torch.Tensor
 
-    def __init__(self, layer: int, hidden_size: int, act: str, cut: LayerCut, gate: str, hold_experts: bool) -> None:
+    def __init__(
+        self, layer: int, hidden_size: int, act: str, cut: LayerCut, gate: str, selection: str, hold_experts: bool
+    ) -> None:
         super().__init__()
         self.layer, self.cut, self.hidden_size = layer, cut, hidden_size
+        self.gate_kind, self.selection, self.act_name = gate, selection, act
         self.act = reference.activation(act)
         self.shared = SharedExpert(hidden_size, cut.shared_width, act) if cut.num_shared else None
         routed = cut.num_routed > 0
-        self.gate = Gate(gate, hidden_size, cut.num_routed, act) if routed else None
+        signed = gate == "representative-signed"
+        self.linear_gate = LinearGate(hidden_size, cut, selection) if routed else None
+        self.paper_gate = RepresentativeGate(hidden_size, cut, act, signed) if routed else None
         self.experts = RoutedExperts(hidden_size, cut) if routed and hold_experts else None
         rows = cut.shared_width + cut.num_routed * cut.expert_width
         self.register_buffer("neuron_index", torch.zeros(rows, dtype=torch.int32))
+        self.register_buffer("neuron_score", torch.zeros(rows))
+        self.register_buffer("mass_threshold", torch.zeros(()))
         self.policy: RoutingPolicy = GatePolicy()
+
+    @property
+    def gate(self) -> Gate:
+        """The gate in force; only a layer with routed experts has one."""
+        gate = self.linear_gate if self.gate_kind == "linear" else self.paper_gate
+        assert gate is not None
+        return gate
+
+    def dense_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The FFN as one again, in row order: `gate_up` [2I, D] and `down` [D, I]; needs the experts here."""
+        shared = [(*self.shared.gate_up_proj.chunk(2), self.shared.down_proj)] if self.shared is not None else []
+        routed = self.experts
+        pairs = [] if routed is None else zip(routed.gate_up_proj, routed.down_proj, strict=True)
+        parts = shared + [(*gate_up.chunk(2), down) for gate_up, down in pairs]
+        gates, ups, downs = zip(*parts, strict=True)
+        return torch.cat([*gates, *ups]), torch.cat(downs, dim=1)
 
     def shared_output(self, x_TD: torch.Tensor) -> torch.Tensor:
         """The shared expert's output [T, D], the first addend of every token."""
@@ -94,20 +101,42 @@ class RoutedMLP(nn.Module):
         return out_TD.view_as(x)
 
 
+@dataclass(frozen=True)
+class RoutedSlot:
+    """A `RoutedMLP` and where it hangs in the model."""
+
+    owner: nn.Module
+    attribute: str
+    mlp: RoutedMLP
+
+    def replace(self, new: nn.Module) -> None:
+        """Hang `new` in its place."""
+        setattr(self.owner, self.attribute, new)
+
+
+def find_routed_slots(model: nn.Module) -> list[RoutedSlot]:
+    """Every `RoutedMLP` of `model` in layer order."""
+    return [
+        RoutedSlot(owner, attribute, child)
+        for owner in model.modules()
+        for attribute, child in owner.named_children()
+        if isinstance(child, RoutedMLP)
+    ]
+
+
 class RoutingPolicy(Protocol):
     """Chooses each token's routed experts in one layer of the reference model."""
 
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return ids int64 [T, K] (ascending, -1 padding last) and weights [T, K] or None (all 1)."""
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        """Return the experts of each row of `x_TD`."""
         ...
 
 
 class GatePolicy:
     """The layer's own gate decides (layerwise routing)."""
 
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert mlp.gate is not None
-        return reference.top_k(mlp.gate(x_TD), mlp.cut.num_active), None
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        return mlp.gate.choose(x_TD)
 
 
 class PathPolicy:
@@ -117,9 +146,9 @@ class PathPolicy:
         self.ids_TLK = ids_TLK
         self.weights_TLK = weights_TLK
 
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         weights = None if self.weights_TLK is None else self.weights_TLK[:, mlp.layer]
-        return self.ids_TLK[:, mlp.layer], weights
+        return Choice(self.ids_TLK[:, mlp.layer], weights)
 
 
 def contribution_mass(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:

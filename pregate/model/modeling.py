@@ -36,7 +36,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "parent"
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"path_router"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"path_router", "linear_gate", "paper_gate", "neuron_score"}  # noqa: RUF012
     #: False in a backbone: the routed experts live on hosts.
     hold_experts = True
 
@@ -46,7 +46,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         for slot, cut in zip(find_gated_mlps(self.parent), config.cuts, strict=True):
             slot.replace(self._routed_mlp(slot.layer, slot.hidden_size, cut))
         self.path_router = (
-            PathRouter(config.router_shape, config.text_config.vocab_size, config.cuts)
+            PathRouter(config.router_shape, config.text_config.vocab_size, config.cuts, config.selection)
             if config.path_router is not None
             else None
         )
@@ -56,7 +56,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> nn.Module:
-        return RoutedMLP(layer, hidden_size, self.config.hidden_act, cut, self.config.gate, self.hold_experts)
+        config = self.config
+        return RoutedMLP(layer, hidden_size, config.hidden_act, cut, config.gate, config.selection, self.hold_experts)
 
     @property
     def routed_mlps(self) -> list[RoutedMLP]:

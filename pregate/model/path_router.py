@@ -1,9 +1,10 @@
 """The path router: a small causal network from token ids to every layer's experts, and its incremental state.
 
 Data on its way: token ids [B, N] -> own embedding [B, N, C] -> causal blocks over the last `window` tokens ->
-scores [B, N, S], S the routed experts of all layers side by side -> top-k per layer -> `Paths`.
+scores [B, N, S], S the routed experts of all layers side by side -> top-k or threshold per layer -> `Paths`.
 
-Shape letters: B sequences, N new tokens, P past tokens kept, C router width, H heads, W window, S sum of R_l.
+Shape letters: B sequences, N new tokens, P past tokens kept, C router width, H heads, W window, S sum of R_l,
+L layers.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pregate.kernels.reference import top_k
+from pregate.kernels.reference import above, top_k
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.paths import Paths
 
@@ -64,15 +65,23 @@ class _Block(nn.Module):
 
 
 class PathRouter(nn.Module):
-    """Scores of every layer's routed experts from token ids alone (after Read-ME, section 3.2: a decoupled router)."""
+    """Scores of every layer's routed experts from token ids alone (after Read-ME, section 3.2: a decoupled router).
 
-    def __init__(self, config: PathRouterConfig, vocab_size: int, cuts: Sequence[LayerCut]) -> None:
+    With `selection` "threshold" a token visits every expert that scores its layer's of `thresholds` [L] or more.
+    """
+
+    thresholds: torch.Tensor
+
+    def __init__(
+        self, config: PathRouterConfig, vocab_size: int, cuts: Sequence[LayerCut], selection: str = "top_k"
+    ) -> None:
         super().__init__()
-        self.config, self.cuts = config, tuple(cuts)
+        self.config, self.cuts, self.selection = config, tuple(cuts), selection
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.heads = nn.Linear(config.dim, sum(c.num_routed for c in self.cuts))
+        self.register_buffer("thresholds", torch.zeros(len(self.cuts)), persistent=selection == "threshold")
 
     def forward(
         self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None
@@ -113,9 +122,8 @@ class PathComputer:
     def __init__(self, router: PathRouter) -> None:
         self.cuts, self.config = router.cuts, router.config
         self.device = router.embedding.weight.device
-        self._router = PathRouter(router.config, router.embedding.num_embeddings, router.cuts).to(
-            self.device, torch.float64
-        )
+        copy = PathRouter(router.config, router.embedding.num_embeddings, router.cuts, router.selection)
+        self._router = copy.to(self.device, torch.float64)
         self._router.load_state_dict({k: v.double() for k, v in router.state_dict().items()})
         self._router.requires_grad_(False)
 
@@ -143,7 +151,8 @@ class PathComputer:
 
     @property
     def _k_max(self) -> int:
-        return max((c.num_active for c in self.cuts), default=0)
+        by_threshold = self._router.selection == "threshold"
+        return max((c.num_routed if by_threshold else c.num_active for c in self.cuts), default=0)
 
     @torch.no_grad()
     def _extend_chunk(
@@ -176,8 +185,16 @@ class PathComputer:
 
     def _paths(self, scores_NS: torch.Tensor) -> Paths:
         ids = np.full((scores_NS.shape[0], len(self.cuts), self._k_max), -1, dtype=np.int16)
-        rounded = torch.round(scores_NS * 2.0**SCORE_BITS)
-        for layer, scores in enumerate(rounded.split([c.num_routed for c in self.cuts], dim=-1)):
-            active = self.cuts[layer].num_active
-            ids[:, layer, :active] = top_k(scores, active).cpu().numpy()
+        for layer, chosen_NK in enumerate(choose_paths(self._router, scores_NS)):
+            ids[:, layer, : chosen_NK.shape[1]] = chosen_NK.cpu().numpy()
         return Paths(ids)
+
+
+def choose_paths(router: PathRouter, scores_NS: torch.Tensor) -> list[torch.Tensor]:
+    """Per layer the ids [N, K] that scores [N, S] of `router` choose: its k highest, or those above its threshold."""
+    rounded = torch.round(scores_NS * 2.0**SCORE_BITS).split([c.num_routed for c in router.cuts], dim=-1)
+    if router.selection == "top_k":
+        return [top_k(scores, cut.num_active) for scores, cut in zip(rounded, router.cuts, strict=True)]
+    limits_L = torch.round(router.thresholds.to(scores_NS.dtype) * 2.0**SCORE_BITS)
+    chosen = [above(scores, limit) for scores, limit in zip(rounded, limits_L, strict=True)]
+    return [ids if cut.num_active else ids[:, :0] for ids, cut in zip(chosen, router.cuts, strict=True)]

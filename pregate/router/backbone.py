@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pregate.kernels.reference import top_k
-from pregate.model.layers import RoutedMLP
+from pregate.model.layers import RoutedMLP, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.attention import ATTENTION_NAME, StepLayout, register_attention
 from pregate.router.exchange import Exchange
@@ -31,11 +30,8 @@ class ExchangeMLP(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         if not self.mlp.cut.num_active:
             return self.mlp.shared_output(x_TD).view_as(x)
-        ids_TK = None
-        if not self.exact:
-            assert self.mlp.gate is not None
-            ids_TK = top_k(self.mlp.gate(x_TD), self.mlp.cut.num_active)
-        receipt = self.exchange.dispatch(self.mlp.layer, x_TD, ids_TK)
+        ids_TK, weights_TK = (None, None) if self.exact else self.mlp.gate.choose(x_TD)
+        receipt = self.exchange.dispatch(self.mlp.layer, x_TD, ids_TK, weights_TK)
         return self.exchange.combine(receipt, self.mlp.shared_output(x_TD)).view_as(x)
 
 
@@ -52,10 +48,8 @@ class Backbone:
     def __init__(self, model: RoutedBackbone, exchange: Exchange, device: str) -> None:
         self.model, self.exchange, self.device = model, exchange, device
         exact = model.config.routing == "path"
-        for parent in list(model.parent.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, RoutedMLP):
-                    setattr(parent, name, ExchangeMLP(child, exchange, exact))
+        for slot in find_routed_slots(model.parent):
+            slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
 
     @classmethod
     def load(cls, path: str | Path, exchange: Exchange, dtype: str, device: str) -> Backbone:

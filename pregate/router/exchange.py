@@ -24,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What is away in one layer: whom to ask for which group, and where its rows belong."""
+    """What is away in one layer: whom to ask for which group, where its rows belong, and what they weigh (None: 1)."""
 
     layer: int
     keys: tuple[tuple[HostClient, GroupKey], ...]
     slots_TK: torch.Tensor
+    weights_TK: torch.Tensor | None = None
 
 
 @dataclass
@@ -64,8 +65,13 @@ class Exchange:
         slots = [torch.from_numpy(_with_spare_row(layer)) for layer in plan.layers] if plan else []
         self._step = _Step(number, num_tokens, plan, counts, slots)
 
-    def dispatch(self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor | None) -> Receipt:
-        """Send the rows of `layer`. `ids_TK` are a gate's choices, None when the step's plan already has them."""
+    def dispatch(
+        self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor | None, weights_TK: torch.Tensor | None = None
+    ) -> Receipt:
+        """Send the rows of `layer`. `ids_TK` are a gate's choices, None when the step's plan already has them.
+
+        `weights_TK` weigh the experts' outputs when they are added; None when all are 1.
+        """
         step = self._step
         planned = ids_TK is None
         if planned:
@@ -84,15 +90,18 @@ class Exchange:
             rows_ND = x_TD[torch.from_numpy(group.rows)] if len(group.rows) < step.num_tokens else x_TD
             self.clients[group.host].send_group(key, rows_ND, None if planned else group.index)
             keys.append((self.clients[group.host], key))
-        return Receipt(layer, tuple(keys), slots)
+        return Receipt(layer, tuple(keys), slots, weights_TK)
 
     def combine(self, receipt: Receipt, out_TD: torch.Tensor) -> torch.Tensor:
         """Wait for the groups of `receipt` and add each token's experts to `out_TD` in ascending expert id."""
         answers = [client.receive(key, self.group_timeout_s) for client, key in receipt.keys]
         spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
         rows_PD = torch.cat([*answers, spare_1D]).to(out_TD.device)
-        for slots_T in receipt.slots_TK.to(out_TD.device).unbind(dim=1):
-            out_TD = out_TD + rows_PD[slots_T]
+        for column, slots_T in enumerate(receipt.slots_TK.to(out_TD.device).unbind(dim=1)):
+            y_TD = rows_PD[slots_T]
+            if receipt.weights_TK is not None:
+                y_TD = y_TD * receipt.weights_TK[:, column, None].to(y_TD.dtype)
+            out_TD = out_TD + y_TD
         return out_TD
 
     def end_step(self) -> np.ndarray:

@@ -1,0 +1,82 @@
+"""The controls beside a routed checkpoint: the same text, the same active share, other ways to choose.
+
+Data on its way: rows of ids -> per control one scoring run (`score_rows`) with a policy in force and a meter -> its
+figures: perplexity, ratio to dense, bits per byte, active share measured, and how often it picks the oracle's experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pregate.convert.agreement import AgreementMeter
+from pregate.convert.controls import (
+    AllPolicy,
+    LinearGatePolicy,
+    OraclePolicy,
+    PaperGatePolicy,
+    RandomPolicy,
+    static_mask,
+)
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.scoring import Score, score_rows
+from pregate.model.layers import RoutingPolicy
+from pregate.model.modeling import RoutedForCausalLM
+
+DENSE, STATIC = "dense parent", "static mask"
+
+
+def control_rows(
+    model: RoutedForCausalLM,
+    rows: Sequence[list[int]],
+    num_bytes: int,
+    parent: Any = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, float]]:
+    """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
+
+    `parent` is the dense model; None: `model` with every expert on. A control's agreement with the oracle is that
+    on the hidden states its own routing leads to.
+    """
+    progress = progress or QuietProgress()
+    dense = score_rows(model if parent is None else parent, rows, None, progress, AllPolicy() if parent is None else None)
+    with static_mask(model):
+        static = score_rows(model, rows, progress=progress)
+    table = {DENSE: _figures(dense, dense, num_bytes) | {"active_share": 1.0}}
+    table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": _nominal_share(model)}
+    for name, policy in _policies(model, seed).items():
+        meter = AgreementMeter()
+        score = score_rows(model, rows, meter, progress, policy)
+        agreement = meter.tallies.get("path_vs_oracle" if policy is None else "control_vs_oracle")
+        table[name] = _figures(score, dense, num_bytes) | {"active_share": round(meter.active_share, 4)}
+        table[name] |= agreement.figures() if agreement else {}
+    return table
+
+
+def _policies(model: RoutedForCausalLM, seed: int) -> dict[str, RoutingPolicy | None]:
+    """Who routes in each control; None: the path router of an exact checkpoint."""
+    policies: dict[str, RoutingPolicy | None] = {
+        "random routing": RandomPolicy(seed),
+        "paper's gate": PaperGatePolicy(),
+        "linear gate": LinearGatePolicy(),
+    }
+    if model.config.routing == "path":
+        policies["path router"] = None
+    policies["oracle"] = OraclePolicy()
+    if model.config.selection == "threshold":
+        policies["oracle, fixed number"] = OraclePolicy(fixed_number=True)
+    return policies
+
+
+def _figures(score: Score, dense: Score, num_bytes: int) -> dict[str, float]:
+    return {
+        "perplexity": round(score.perplexity, 4),
+        "ratio_to_dense": round(score.perplexity / dense.perplexity, 4),
+        "bits_per_byte": round(score.bits_per_byte(num_bytes), 4),
+    }
+
+
+def _nominal_share(model: RoutedForCausalLM) -> float:
+    active = sum((cut.num_shared + cut.num_active) * cut.expert_width for cut in model.config.cuts)
+    return round(active / sum((cut.num_shared + cut.num_routed) * cut.expert_width for cut in model.config.cuts), 4)

@@ -1,0 +1,155 @@
+"""Perplexity and bits per byte by one protocol: per document, BOS prepended, truncated to the context.
+
+A document's first token (BOS, where the tokenizer has one) is given and not scored; perplexity is over all
+scored tokens of all documents together. Documents of like length share a batch, padded on the right; that changes
+nothing (a test holds it).
+
+Shape letters: B documents of a batch, N tokens, V vocabulary, L layers, K active experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pregate.convert.agreement import AgreementMeter, MeteredPolicy
+from pregate.convert.calibration import encode
+from pregate.convert.dense import check_model_folder, load_dense
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.model.config import RoutedConfig
+from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
+from pregate.model.modeling import RoutedForCausalLM
+
+#: Tokens of one batch, padding included: bounds the [B, N, V] logits in memory.
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Score:
+    """Summed negative log-likelihood (natural log) of `num_tokens` scored tokens."""
+
+    nats: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nats / self.num_tokens)
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        return self.nats / math.log(2) / num_bytes
+
+
+def batches(rows: Sequence[list[int]], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+    """Give the indexes of `rows` in batches of like length, each at most `batch_tokens` with padding.
+
+    A single longer row is its own batch.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(rows)), key=lambda i: (-len(rows[i]), i)):
+        if batch and (len(batch) + 1) * len(rows[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def padded(rows: Sequence[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask, int64 [B, N], of rows padded on the right with id 0."""
+    longest = max(len(row) for row in rows)
+    ids_BN = torch.zeros(len(rows), longest, dtype=torch.int64)
+    mask_BN = torch.zeros_like(ids_BN)
+    for ids, mask, row in zip(ids_BN, mask_BN, rows, strict=True):
+        ids[: len(row)] = torch.tensor(row)
+        mask[: len(row)] = 1
+    return ids_BN, mask_BN
+
+
+@torch.no_grad()
+def score_rows(
+    model: Any,
+    rows: Sequence[list[int]],
+    meter: AgreementMeter | None = None,
+    progress: Progress | None = None,
+    control: RoutingPolicy | None = None,
+) -> Score:
+    """Score rows of token ids (each of 2 or more); with `meter`, collect the routers' agreement on the way.
+
+    `control` takes the routing over from what the checkpoint says.
+    """
+    nats, num_tokens = 0.0, 0
+    with (progress or QuietProgress()).stage("scoring", len(rows)) as advance:
+        for batch in batches(rows):
+            ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
+            logits = _logits(model, ids_BN, mask_BN, meter, control)
+            targets_BN = ids_BN[:, 1:].masked_fill(mask_BN[:, 1:] == 0, -100)
+            losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets_BN, reduction="none")
+            nats += losses.double().sum().item()
+            num_tokens += int(mask_BN[:, 1:].sum())
+            advance(len(batch))
+    return Score(nats, num_tokens)
+
+
+def _logits(
+    model: Any,
+    ids_BN: torch.Tensor,
+    mask_BN: torch.Tensor,
+    meter: AgreementMeter | None,
+    control: RoutingPolicy | None,
+) -> torch.Tensor:
+    policy = control if meter is None else _metered(model, ids_BN, mask_BN, meter, control)
+    if policy is None:
+        return model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits
+    model.routing_policy = policy
+    try:
+        return model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits
+    finally:
+        model.routing_policy = None
+
+
+def _metered(
+    model: RoutedForCausalLM,
+    ids_BN: torch.Tensor,
+    mask_BN: torch.Tensor,
+    meter: AgreementMeter,
+    control: RoutingPolicy | None,
+) -> MeteredPolicy:
+    """The routing in force (`control`, else the checkpoint's own), watched by `meter`."""
+    real_T, paths_TLK = mask_BN.flatten().bool(), None
+    if model.path_router is not None:
+        states = [model.path_computer.new_state() for _ in ids_BN]
+        paths_TLK = model.batch_paths(ids_BN, mask_BN, states)[0].flatten(0, 1)
+    if control is not None:
+        return MeteredPolicy(control, meter, real_T, paths_TLK, control_name="control")
+    by_path = paths_TLK is not None and model.config.routing == "path"
+    own: RoutingPolicy = PathPolicy(paths_TLK) if by_path and paths_TLK is not None else GatePolicy()
+    return MeteredPolicy(own, meter, real_T, paths_TLK)
+
+
+def load_any(path: Path) -> Any:
+    """Load a routed or a dense model folder in float32."""
+    if check_model_folder(path)["model_type"] == RoutedConfig.model_type:
+        return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_dense(path)
+
+
+def encode_all(
+    tokenizer: Any, texts: Sequence[str], context: int, max_tokens: int | None
+) -> tuple[list[list[int]], int]:
+    """Rows of ids until `max_tokens` scored tokens are reached, and how many bytes of text are scored."""
+    rows, num_bytes, left = [], 0, math.inf if max_tokens is None else max_tokens
+    for text in texts:
+        if left < 1:
+            break
+        ids = encode(tokenizer, text, int(min(context, left + 1)))
+        if len(ids) > 1:
+            rows.append(ids)
+            num_bytes += len(tokenizer.decode(ids[1:]).encode())
+            left -= len(ids) - 1
+    return rows, num_bytes

@@ -1,0 +1,103 @@
+"""A layer's gates: scores of its routed experts from its FFN input, and the experts those scores choose.
+
+Gates stay float32 whatever the checkpoint is stored in: they are tiny, and the last bits of a score decide.
+Shape letters: T tokens, D hidden width, R routed experts, K experts of a token (at most).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pregate.kernels import reference
+from pregate.model.config import LayerCut
+
+
+class Choice(NamedTuple):
+    """Experts of T tokens: `ids` int64 [T, K], ascending, -1 padding last; `weights` [T, K], or None when all are 1."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class LinearGate(nn.Module):
+    """Scores x W' + b, fitted in closed form to each expert's contribution mass (the notes on CMoE, section 5.3).
+
+    `selection` "top_k": the `num_active` highest. "threshold": every expert that scores `threshold` or more, so that
+    a token has 0 to R experts; the threshold was set so that their mean on the calibration text is `num_active`.
+    """
+
+    threshold: torch.Tensor
+
+    def __init__(self, hidden_size: int, cut: LayerCut, selection: str) -> None:
+        super().__init__()
+        self.num_active, self.selection = cut.num_active, selection
+        self.weight = nn.Parameter(torch.zeros(cut.num_routed, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(cut.num_routed))
+        self.register_buffer("threshold", torch.zeros(()), persistent=selection == "threshold")
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Scores [T, R], float32."""
+        return F.linear(x_TD.float(), self.weight, self.bias)
+
+    def choose(self, x_TD: torch.Tensor) -> Choice:
+        scores_TR = self(x_TD)
+        if self.selection == "threshold":
+            return Choice(reference.above(scores_TR, self.threshold))
+        return Choice(reference.top_k(scores_TR, self.num_active))
+
+    def margin(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """How far each token's choice is from another one [T]: the least change of a score that would alter it."""
+        scores_TR = self(x_TD)
+        if self.selection == "threshold":
+            return (scores_TR - self.threshold).abs().amin(dim=-1)
+        return _top_k_margin(scores_TR, self.num_active)
+
+
+class RepresentativeGate(nn.Module):
+    """CMoE, section 3.3: one neuron speaks for each expert.
+
+    s = |act(x g) * (x u)| with L2-normalised rows g, u (the released code), or with `signed` the plain product of
+    the neuron's own rows (the paper's text). s' = softmax(s); the `num_active` highest s' + `balance_bias` are
+    chosen, with weight 1 + s' * `scale`. Bias and scale are 0, and all weights 1, until training moves them.
+    """
+
+    balance_bias: torch.Tensor
+
+    def __init__(self, hidden_size: int, cut: LayerCut, act: str, signed: bool) -> None:
+        super().__init__()
+        self.num_active, self.signed = cut.num_active, signed
+        self.act = reference.activation(act)
+        self.weight = nn.Parameter(torch.zeros(2 * cut.num_routed, hidden_size))
+        self.scale = nn.Parameter(torch.zeros(cut.num_routed))
+        self.register_buffer("balance_bias", torch.zeros(cut.num_routed))
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Scores [T, R], float32, before softmax."""
+        product_TR = reference.gated_hidden(x_TD.float(), self.weight, self.act)
+        return product_TR if self.signed else product_TR.abs()
+
+    def choose(self, x_TD: torch.Tensor) -> Choice:
+        shares_TR = self(x_TD).softmax(dim=-1)
+        ids_TK = reference.top_k(shares_TR + self.balance_bias, self.num_active)
+        if not self.scale.any():
+            return Choice(ids_TK)
+        return Choice(ids_TK, 1 + shares_TR.gather(-1, ids_TK) * self.scale[ids_TK])
+
+    def margin(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """As `LinearGate.margin`, in units of s' + bias."""
+        return _top_k_margin(self(x_TD).softmax(dim=-1) + self.balance_bias, self.num_active)
+
+
+Gate = LinearGate | RepresentativeGate
+
+
+def _top_k_margin(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
+    """The k-th minus the next score [T]; infinite where every expert is chosen."""
+    if num_active in (0, scores_TR.shape[-1]):
+        return torch.full(scores_TR.shape[:1], torch.inf)
+    ranked = scores_TR.sort(dim=-1, descending=True).values
+    return ranked[:, num_active - 1] - ranked[:, num_active]
