@@ -53,14 +53,19 @@ def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None =
     return model.eval()
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of the model at `source` into `folder`."""
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
 def write_checkpoint(model: RoutedForCausalLM, folder: Path, source: Path, manifest: Manifest, dtype: str) -> None:
     """Write `model` with its backbone and experts as `dtype` to `folder`, with the tokenizer files of `source`.
 
     The path router stays float32: it is tiny, and its scores decide.
     """
-    for pattern in _TOKENIZER_FILES:  # before the manifest, which lists every file's hash
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
+    copy_tokenizer(source, folder)  # before the manifest, which lists every file's hash
     model.parent.to(getattr(torch, dtype))
     model.manifest = manifest
     model.save_pretrained(folder)

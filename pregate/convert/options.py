@@ -20,7 +20,8 @@ class ConvertOptions:
     `active` 0 makes a static mask: only the shared experts ever run. `calibration`: .txt or .jsonl files, or
     folders of them; `samples` windows of `sequence_length` tokens (cut to the model's context) are drawn from it
     with `seed`. `dtype` is what weights are stored as. `marks_per_token` and `max_iterations` are CMoE's K_a and
-    number of cluster assignments; the defaults are those of its released code.
+    number of cluster assignments; the defaults are those of its released code. `device`: auto (a GPU when there is
+    one), cpu, cuda or cuda:N. `restart` discards what an interrupted conversion left beside `out`.
     """
 
     model: Path
@@ -37,6 +38,8 @@ class ConvertOptions:
     dtype: str = "float32"
     marks_per_token: int = 10
     max_iterations: int = 1
+    device: str = "auto"
+    restart: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("gate", GATES), ("shared_by", SHARED_BY), ("dtype", DTYPES)):
@@ -67,6 +70,7 @@ class ConvertOptions:
 
     def describe(self) -> dict[str, Any]:
         fields = asdict(self) | {"model": str(self.model), "out": str(self.out)}
+        del fields["restart"]  # says nothing about the result
         return fields | {"calibration": [str(p) for p in self.calibration]}
 
 

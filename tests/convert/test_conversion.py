@@ -85,7 +85,9 @@ def test_two_runs_write_the_same_weights(options: ConvertOptions, tmp_path: Path
     first = convert(options)
     again = convert(replace(options, out=tmp_path / "again"))
     other = convert(replace(options, out=tmp_path / "other", seed=1))
-    assert first.files["model.safetensors"] == again.files["model.safetensors"] != other.files["model.safetensors"]
+    assert first.files == again.files
+    assert all(first.files[f"model-0000{n}-of-00004.safetensors"] for n in range(1, 5))
+    assert first.files["model-00001-of-00004.safetensors"] != other.files["model-00001-of-00004.safetensors"]
     assert first.figures == again.figures
 
 
