@@ -10,6 +10,8 @@ import typer
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Model folder.", show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
+MethodOption = Annotated[str | None, typer.Option(show_default=False)]
+NumberOption = Annotated[int | None, typer.Option(show_default=False)]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 
 
@@ -18,36 +20,57 @@ def convert(
     out: OutOption,
     experts: Annotated[int, typer.Option(help="Experts per layer, shared ones included.", show_default=False)],
     shared: Annotated[int, typer.Option(help="Experts that are always on.", show_default=False)],
-    active: Annotated[int, typer.Option(help="Routed experts chosen per token.", show_default=False)],
+    active: Annotated[int, typer.Option(help="Routed experts per token (on average).", show_default=False)],
     calibration: Annotated[
         list[Path], typer.Option(help="Text to profile on: .txt, .jsonl or folders of them.", show_default=False)
     ],
-    gate: Annotated[str, typer.Option(help="linear or representative.")] = "linear",
-    shared_by: Annotated[str, typer.Option(help="contribution or rate.")] = "contribution",
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 64,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
-    seed: SeedOption = 0,
+    recipe: Annotated[str, typer.Option(help="ours, plain, stock or cmoe-paper: defaults of what follows.")] = "ours",
+    clustering: MethodOption = None,
+    shared_by: MethodOption = None,
+    gate: MethodOption = None,
+    selection: MethodOption = None,
+    intercept: Annotated[bool | None, typer.Option(help="Give the linear gate a bias.", show_default=False)] = None,
+    profile: MethodOption = None,
+    marks_per_token: NumberOption = None,
+    distance: MethodOption = None,
+    max_iterations: NumberOption = None,
+    draw: MethodOption = None,
+    samples: NumberOption = None,
+    sequence_length: NumberOption = None,
+    seed: NumberOption = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
 ) -> None:
-    """Cut a dense model's FFNs into shared and routed experts (CMoE, no training)."""
+    """Cut a dense model's FFNs into shared and routed experts, without training."""
     from pregate.convert.conversion import convert as run
     from pregate.convert.options import ConvertOptions
     from pregate.convert.progress import RichProgress
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    options = ConvertOptions(
+    method = {
+        "clustering": clustering,
+        "shared_by": shared_by,
+        "gate": gate,
+        "selection": selection,
+        "intercept": intercept,
+        "profile": profile,
+        "marks_per_token": marks_per_token,
+        "distance": distance,
+        "max_iterations": max_iterations,
+        "draw": draw,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "seed": seed,
+    }
+    options = ConvertOptions.of_recipe(
+        recipe,
+        {name: value for name, value in method.items() if value is not None},
         model=model,
         out=out,
         experts=experts,
         shared=shared,
         active=active,
         calibration=tuple(calibration),
-        gate=gate,
-        shared_by=shared_by,
-        samples=samples,
-        sequence_length=sequence_length,
-        seed=seed,
         dtype=dtype,
     )
     _report(out, run(options, RichProgress()).figures)
@@ -79,20 +102,37 @@ def evaluate(
     model: ModelOption,
     text: Annotated[Path, typer.Option(help="Text to score: .txt or .jsonl.", show_default=False)],
     max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.", show_default=False)] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Score the model by other routings as well.")] = False,
+    parent: Annotated[
+        Path | None, typer.Option(help="The dense parent; without, every expert on.", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Perplexity and bits per byte; for a routed model also how its routers agree."""
+    """Perplexity and bits per byte; for a routed model also how its routers agree, and --controls."""
     from pregate.convert.evaluate import EvaluateOptions
     from pregate.convert.evaluate import evaluate as run
     from pregate.convert.progress import RichProgress
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    result = run(EvaluateOptions(model, text, max_tokens), RichProgress())
+    result = run(EvaluateOptions(model, text, max_tokens, controls, parent, seed), RichProgress())
     if as_json:
         typer.echo(json.dumps(result))
-    else:
-        _print_figures(result)
+        return
+    rows = result.pop("controls", None)
+    _print_figures(result)
+    if rows:
+        _print_controls(rows)
+
+
+def _print_controls(rows: dict[str, dict[str, float]]) -> None:
+    """One line per control: perplexity, its ratio to dense, bits per byte, active share, agreement with the oracle."""
+    columns = ("perplexity", "ratio_to_dense", "bits_per_byte", "active_share", "same_set", "mean_overlap")
+    typer.echo(f"\n{'':<24}" + "".join(f"{name:>16}" for name in columns))
+    for name, row in rows.items():
+        typer.echo(f"{name:<24}" + "".join(f"{row[c]:>16.4f}" if c in row else " " * 16 for c in columns))
+    typer.echo("same_set, mean_overlap: how often a token gets the oracle's experts in a layer, and the share in common")
 
 
 def _report(out: Path, figures: dict[str, Any]) -> None:

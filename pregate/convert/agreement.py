@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import Any
 
 import torch
 
@@ -50,6 +51,12 @@ class AgreementMeter:
     tallies: dict[str, Tally] = field(default_factory=dict)
     active_neurons: int = 0
     all_neurons: int = 0
+
+    @classmethod
+    def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
+        """A meter that goes on from `dataclasses.asdict` of another (or from nothing: {})."""
+        tallies = {name: Tally(**tally) for name, tally in fields.get("tallies", {}).items()}
+        return cls(**fields | {"tallies": tallies})
 
     def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
         for (name, ids), (other, other_ids) in combinations(choices.items(), 2):

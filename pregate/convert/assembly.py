@@ -12,7 +12,7 @@ from pregate.convert.cmoe import NeuronSplit
 from pregate.model.checkpoint import Manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import GatedMLP
-from pregate.model.layers import RoutedMLP
+from pregate.model.layers import RoutedMLP, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
 
@@ -28,15 +28,18 @@ _TOKENIZER_FILES = (
 
 
 @torch.no_grad()
-def cut_layer(mlp: GatedMLP, split: NeuronSplit, cut: LayerCut, act: str, gate: str) -> RoutedMLP:
-    """Regroup a dense FFN's rows as `split` says; the gate is left zero. No weight changes its value."""
-    routed = RoutedMLP(mlp.layer, mlp.hidden_size, act, cut, gate, hold_experts=True)
+def cut_layer(mlp: GatedMLP, split: NeuronSplit, cut: LayerCut, config: RoutedConfig) -> RoutedMLP:
+    """Regroup a dense FFN's rows as `split` says; the gates are left zero. No weight changes its value."""
+    act = config.hidden_act
+    routed = RoutedMLP(mlp.layer, mlp.hidden_size, act, cut, config.gate, config.selection, hold_experts=True)
+    routed = routed.to(mlp.down.device)
     routed.neuron_index.copy_(torch.from_numpy(split.neuron_index))
     if routed.shared is not None:
         shared = torch.from_numpy(split.shared)
         routed.shared.gate_up_proj.copy_(torch.cat([mlp.gate[shared], mlp.up[shared]]))
         routed.shared.down_proj.copy_(mlp.down[:, shared])
-    assert routed.experts is not None
+    if routed.experts is None:
+        return routed
     for expert, neurons in enumerate(torch.from_numpy(split.routed_RM)):
         routed.experts.gate_up_proj[expert].copy_(torch.cat([mlp.gate[neurons], mlp.up[neurons]]))
         routed.experts.down_proj[expert].copy_(mlp.down[:, neurons])
@@ -53,14 +56,21 @@ def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None =
     return model.eval()
 
 
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files of the model at `source` into `folder`."""
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
+
+
 def write_checkpoint(model: RoutedForCausalLM, folder: Path, source: Path, manifest: Manifest, dtype: str) -> None:
     """Write `model` with its backbone and experts as `dtype` to `folder`, with the tokenizer files of `source`.
 
-    The path router stays float32: it is tiny, and its scores decide.
+    Gates and path router stay float32 (`layers.FLOAT32_PARTS`).
     """
-    for pattern in _TOKENIZER_FILES:  # before the manifest, which lists every file's hash
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)
-    model.parent.to(getattr(torch, dtype))
+    copy_tokenizer(source, folder)  # before the manifest, which lists every file's hash
+    for name, tensor in [*model.parent.named_parameters(), *model.parent.named_buffers()]:
+        if tensor.is_floating_point() and not kept_float32(name):
+            tensor.data = tensor.data.to(getattr(torch, dtype))
     model.manifest = manifest
     model.save_pretrained(folder)

@@ -5,6 +5,7 @@ Shape letters: S windows, N tokens of a window.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ HELD_BACK_SHARE = 8
 MAX_HELD_BACK = 16
 
 
-def encode(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
-    """Token ids of one document: BOS (where the tokenizer has one) first, cut to `max_tokens`."""
+def encode(tokenizer: Any, text: str, max_tokens: int | None) -> list[int]:
+    """Token ids of one document: BOS (where the tokenizer has one) first, cut to `max_tokens` (None: whole)."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return (bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[:max_tokens]
 
@@ -64,18 +65,39 @@ def pack_windows(rows: Iterator[list[int]], length: int, count: int) -> list[lis
     return windows
 
 
+def stream_windows(ids: list[int], length: int, count: int, seed: int) -> list[list[int]]:
+    """`count` windows of `length` ids from anywhere in `ids`; all of it as one where it is shorter."""
+    if len(ids) <= length:
+        return [ids] if len(ids) > 1 else []
+    rng = random.Random(seed)
+    starts = [rng.randint(0, len(ids) - length) for _ in range(count)]
+    return [ids[start : start + length] for start in starts]
+
+
 def read_calibration(
-    paths: Sequence[Path], tokenizer: Any, samples: int, length: int, seed: int, option: str = "--calibration"
+    paths: Sequence[Path],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    draw: str = "documents",
+    option: str = "--calibration",
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens with `seed`, and some more to measure on, from the files at `paths`.
 
-    Text that yields fewer windows is used whole. UserError names `option` where there is no text.
+    `draw` "documents": each starts at a document's start; text that yields fewer windows is used whole. "stream":
+    each starts anywhere in the documents joined by blank lines (as CMoE's released code draws them).
+    UserError names `option` where there is no text.
     """
     documents = read_documents(paths, length, option)
     files = tuple(dict.fromkeys(d.source for d in documents))
     wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
-    drawn = draw_documents(documents, seed)
-    windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
+    if draw == "stream":
+        ids = encode(tokenizer, "\n\n".join(d.text for d in documents), None)
+        windows = stream_windows(ids, length, samples + wanted, seed)
+    else:
+        drawn = draw_documents(documents, seed)
+        windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
     if not windows:
         raise UserError.of(option, " ".join(map(str, paths)), "holds fewer than two tokens")
     held = min(wanted, len(windows) // 4)

@@ -19,7 +19,6 @@ from pregate.kernels.reference import Activation, gated_hidden
 from pregate.model.config import LayerCut
 from pregate.model.gated_mlp import GatedMLP
 
-SHARED_BY = ("contribution", "rate")
 #: Rows profiled at a time: bounds the [rows, I] activations in memory.
 CHUNK_TOKENS = 2048
 
@@ -28,9 +27,9 @@ CHUNK_TOKENS = 2048
 class Profile:
     """What the activations of one FFN say of its neurons.
 
-    `marks_TK` int64: each token's K neurons of greatest cosine activation; `rate_I` float64: the share of tokens that
+    `marks_TK` int64: each token's K neurons of greatest activation; `rate_I` float64: the share of tokens that
     mark a neuron. `contribution_I` float64: mean over tokens of |h_i| times the norm of down column i, on the raw
-    activations.
+    activations. All on the CPU.
     """
 
     marks_TK: torch.Tensor
@@ -42,12 +41,11 @@ class Profile:
 class NeuronSplit:
     """Who a layer's neurons belong to, as ids of the parent's neurons.
 
-    `shared` [S * M] and each row of `routed_RM` ascend; `representatives_R` are one neuron of each routed expert.
+    `shared` [S * M] and each row of `routed_RM` ascend.
     """
 
     shared: np.ndarray
     routed_RM: np.ndarray
-    representatives_R: np.ndarray
 
     @property
     def neuron_index(self) -> np.ndarray:
@@ -55,36 +53,45 @@ class NeuronSplit:
         return np.concatenate([self.shared, self.routed_RM.reshape(-1)]).astype(np.int32)
 
 
-def profile(x_TD: torch.Tensor, mlp: GatedMLP, act: Activation, marks_per_token: int) -> Profile:
+def profile(
+    x_TD: torch.Tensor, mlp: GatedMLP, act: Activation, marks_per_token: int, activations: str = "cosine"
+) -> Profile:
     """Profile one gated FFN on its inputs `x_TD`.
 
-    Marks come from cosine activations: x normalised per token and every gate and up row normalised (in L2), the
-    `marks_per_token` largest by absolute value.
+    Marks are each token's `marks_per_token` largest activations by absolute value: "cosine", x normalised per token
+    and every gate and up row normalised (in L2; the released code), or "raw" (the paper's text).
     """
     gate_up = torch.cat([mlp.gate, mlp.up])
     unit_gate_up = F.normalize(gate_up, dim=-1)
-    marks, mass_I = [], torch.zeros(mlp.width, dtype=torch.float64)
+    marks, mass_I = [], torch.zeros(mlp.width, dtype=torch.float64, device=x_TD.device)
     for rows_TD in x_TD.split(CHUNK_TOKENS):
-        cosine_TI = gated_hidden(F.normalize(rows_TD, dim=-1), unit_gate_up, act)
-        marks.append(cosine_TI.abs().topk(marks_per_token, dim=-1).indices)
-        mass_I += gated_hidden(rows_TD, gate_up, act).abs().double().sum(dim=0)
+        raw_TI = gated_hidden(rows_TD, gate_up, act)
+        mass_I += raw_TI.abs().double().sum(dim=0)
+        cosine = activations == "cosine"
+        marked_TI = gated_hidden(F.normalize(rows_TD, dim=-1), unit_gate_up, act) if cosine else raw_TI
+        marks.append(marked_TI.abs().topk(marks_per_token, dim=-1).indices.cpu())
     marks_TK, num_tokens = torch.cat(marks), x_TD.shape[0]
     rate_I = torch.bincount(marks_TK.flatten(), minlength=mlp.width).double() / num_tokens
-    return Profile(marks_TK, rate_I, mass_I / num_tokens * mlp.down.double().norm(dim=0))
+    contribution_I = mass_I / num_tokens * mlp.down.double().norm(dim=0)
+    return Profile(marks_TK, rate_I, contribution_I.cpu())
 
 
-def split_neurons(profile: Profile, cut: LayerCut, shared_by: str, max_iterations: int = 1) -> NeuronSplit:
-    """Divide a layer's neurons: the shared ones by `shared_by` ("rate" or "contribution"), the rest clustered.
+def shared_neurons(profile: Profile, width: int, shared_by: str) -> np.ndarray:
+    """The `width` neurons of greatest rate or contribution, ascending; ties go to the lower neuron."""
+    score_I = profile.rate_I if shared_by == "rate" else profile.contribution_I
+    return torch.argsort(score_I, descending=True, stable=True)[:width].sort().values.numpy()
+
+
+def split_by_marks(
+    profile: Profile, cut: LayerCut, shared: np.ndarray, max_iterations: int = 1, distance: str = "l1"
+) -> NeuronSplit:
+    """Cluster the neurons that are not `shared` into experts by which tokens mark them (CMoE, section 3.2).
 
     The first centroids are the columns of the R remaining neurons of highest rate. Ties go to the lower neuron.
     """
-    score_I = profile.rate_I if shared_by == "rate" else profile.contribution_I
-    order = torch.argsort(score_I, descending=True, stable=True)
-    shared = order[: cut.shared_width].sort().values
-    candidates = order[cut.shared_width :].sort().values
+    candidates = torch.from_numpy(np.setdiff1d(np.arange(len(profile.rate_I)), shared))
     by_rate = torch.argsort(profile.rate_I[candidates], descending=True, stable=True)
     seeds = candidates[by_rate[: cut.num_routed]]
-    clusters = cluster_marks(profile.marks_TK, candidates, seeds, max_iterations)
+    labels_N = cluster_marks(profile.marks_TK, candidates, seeds, max_iterations, distance)
     ids = candidates.numpy()
-    routed = np.stack([ids[clusters.labels_N == cluster] for cluster in range(cut.num_routed)])
-    return NeuronSplit(shared.numpy(), routed, ids[clusters.representatives_R])
+    return NeuronSplit(shared, np.stack([ids[labels_N == cluster] for cluster in range(cut.num_routed)]))

@@ -1,100 +1,166 @@
-"""`convert`: a dense model becomes a layer-wise routed checkpoint by CMoE, without training.
+"""`convert`: a dense model becomes a layer-wise routed checkpoint by CMoE, without training, one layer at a time.
 
-Data on its way: text -> calibration windows [S, N] -> one forward pass in which each FFN, when its turn comes, is
-profiled on the inputs it gets, cut, and replaced; so every layer is profiled on the output of converted layers.
+Data on its way: text -> calibration windows [S, N] -> hidden states [S, N, D], which pass through the layers one by
+one: a layer is loaded, profiled on what it gets from the converted layers before it, cut, written and dropped. So
+memory holds about two layers and the windows' hidden states, however many layers there are.
 
-Shape letters: S windows, N tokens of a window, T = S * N, D hidden width.
+Shape letters: S windows, N tokens of a window, D hidden width, H held-back windows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import json
 from copy import deepcopy
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import functional as F
 
 from pregate.convert.agreement import AgreementMeter
-from pregate.convert.assembly import assemble, write_checkpoint
+from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.calibration import Calibration, read_calibration
-from pregate.convert.cmoe import CHUNK_TOKENS
-from pregate.convert.dense import context_tokens, load_dense, load_tokenizer, outline, source_of
-from pregate.convert.scoring import score_rows
-from pregate.convert.layer_cut import cut_one
+from pregate.convert.dense import context_tokens, load_tokenizer, source_of
+from pregate.convert.device import pick_device
+from pregate.convert.layer_pass import LayerPass, stored
 from pregate.convert.options import ConvertOptions
+from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.model.checkpoint import Manifest, new_folder, read_manifest
+from pregate.convert.scoring import Score
+from pregate.convert.shard_index import write_index
+from pregate.convert.skeleton import Skeleton, round_to
+from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
-from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
-from pregate.model.modeling import RoutedForCausalLM
+
+#: Options that do not change the result.
+_BESIDE_THE_POINT = ("model", "out", "calibration", "device")
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> Manifest:
     """Convert `options.model` and write the checkpoint to `options.out`; returns its manifest.
 
-    Everything a user can get wrong is refused with a UserError before any work; nothing is left half-written.
+    Everything a user can get wrong is refused with a UserError before any work. A conversion that was interrupted
+    after a layer was done goes on there when it is asked for again (`pregate.convert.partial`), and gives the same
+    checkpoint, bit for bit.
     """
     progress = progress or QuietProgress()
-    with new_folder(options.out) as folder:
-        for mlp in outline(options.model):
-            options.cut(mlp.width)
-        tokenizer = load_tokenizer(options.model)
-        length = min(options.sequence_length, context_tokens(options.model))
-        text = read_calibration(options.calibration, tokenizer, options.samples, length, options.seed)
-        dense = load_dense(options.model)
-        figures = {"dense_perplexity": _perplexity(dense, text)}
-        model = cut_model(dense, text.windows_SN, options, progress)
-        model.parent.to(getattr(torch, options.dtype)).float()  # measured as stored
-        figures |= _figures(model, text)
-        manifest = Manifest(
-            "cmoe", options.describe(), source_of(options.model), text.describe() | {"seed": options.seed}, figures
-        )
-        write_checkpoint(model, folder, options.model, manifest, options.dtype)
-        return read_manifest(folder)
+    check_new_folder(options.out)
+    skeleton = Skeleton(options.model, pick_device(options.device))
+    config = routed_config(skeleton, options)
+    tokenizer = load_tokenizer(options.model)
+    length = min(options.sequence_length, context_tokens(options.model))
+    text = read_calibration(
+        options.calibration, tokenizer, options.samples, length, options.seed, options.draw
+    )
+    fingerprint = fingerprint_of(options, skeleton, text)
+    with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
+        layer_pass = _start(skeleton, config, options, text, partial)
+        _cut_layers(layer_pass, partial, progress)
+        figures = _finish_weights(skeleton, options, text, layer_pass, partial)
+        _write_rest(skeleton, config, options, partial)
+        calibration = text.describe() | {"seed": options.seed}
+        manifest = Manifest("cmoe", options.describe(), source_of(options.model), calibration, figures)
+        write_manifest(partial.checkpoint, manifest)
+        partial.finish()
+    return read_manifest(options.out)
+
+
+def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
+    """The config of the checkpoint; UserError when the experts do not divide a layer's FFN."""
+    cuts = [asdict(options.cut(width)) for width in skeleton.widths]
+    return RoutedConfig(text_config=deepcopy(skeleton.model.config), layer_cuts=cuts, gate=options.gate, selection=options.selection)
+
+
+def fingerprint_of(options: ConvertOptions, skeleton: Skeleton, text: Calibration) -> dict[str, Any]:
+    """Everything the resulting weights depend on, by name."""
+    fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
+    ids = json.dumps([text.windows_SN.tolist(), text.held_back])
+    fields["calibration text"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    fields |= {f"source {name}": digest[:16] for name, digest in source_of(options.model)["sha256"].items()}
+    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": skeleton.device.type}
 
 
 @torch.no_grad()
-def cut_model(dense: Any, windows_SN: torch.Tensor, options: ConvertOptions, progress: Progress) -> RoutedForCausalLM:
-    """Cut every FFN of `dense` (in place: its modules go into the result) while the windows pass through it once."""
-    mlps = find_gated_mlps(dense)
-    config = RoutedConfig(
-        text_config=deepcopy(dense.config), layer_cuts=[asdict(options.cut(m.width)) for m in mlps], gate=options.gate
-    )
-    with progress.stage("cutting layers", len(mlps)) as advance:
-        for mlp in mlps:
-            mlp.check(config.hidden_act)
-            mlp.replace(_Cutter(mlp, config, options, advance))
-        dense.base_model(input_ids=windows_SN, use_cache=False)
-    return assemble(config, dense)
+def _start(
+    skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, text: Calibration, partial: PartialCheckpoint
+) -> LayerPass:
+    """The pass at the layer it is at: its hidden states from the embeddings, or as an interrupted run left them."""
+    meter = AgreementMeter.resumed(partial.state.carried)
+    if partial.state.layers_done:
+        hidden_SND = partial.hidden(skeleton.device)
+    else:
+        held_back_HN = torch.tensor(text.held_back, dtype=torch.int64)
+        hidden_SND = {}
+        with skeleton.loaded(skeleton.outer_names):
+            if text.held_back:
+                hidden_SND["dense"] = skeleton.enter(held_back_HN)
+            round_to(skeleton.tensors(skeleton.outer_names).values(), getattr(torch, options.dtype), "the embedding")
+            hidden_SND["calibration"] = skeleton.enter(text.windows_SN)
+            if text.held_back:
+                hidden_SND["routed"] = skeleton.enter(held_back_HN)
+    return LayerPass(skeleton, config, options, hidden_SND, meter)
 
 
-class _Cutter(nn.Module):
-    """Hangs in an FFN's place until it is called once: then it cuts the FFN, hangs the result there, and runs that."""
-
-    def __init__(
-        self, mlp: GatedMLP, config: RoutedConfig, options: ConvertOptions, advance: Callable[[int], None]
-    ) -> None:
-        super().__init__()
-        self._mlp, self._config, self._options, self._advance = mlp, config, options, advance
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x_TD = x.reshape(-1, self._mlp.hidden_size)
-        routed = cut_one(self._mlp, x_TD, self._config, self._options)
-        self._mlp.replace(routed)
-        self._advance(1)
-        return torch.cat([routed(rows) for rows in x_TD.split(CHUNK_TOKENS)]).view_as(x)
+def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Progress) -> None:
+    num_layers, done = partial.state.num_layers, partial.state.layers_done
+    if done:
+        progress.note(f"going on after layer {done} of {num_layers}, where the last run was interrupted")
+    skeleton = layer_pass.skeleton
+    rest = [name for name in skeleton.outer_names if name not in skeleton.embedding_names]
+    with progress.stage("cutting layers", num_layers) as advance, skeleton.loaded(rest):
+        advance(done)
+        for index in range(done, num_layers):
+            partial.write_shard(shard_name(index, num_layers), layer_pass.run(index))
+            partial.layer_done(layer_pass.hidden_SND, asdict(layer_pass.meter))
+            advance(1)
 
 
-def _perplexity(model: Any, text: Calibration) -> float | None:
-    """Perplexity of the held-back windows; None when the text was too short to hold any back."""
-    return round(score_rows(model, text.held_back).perplexity, 4) if text.held_back else None
+def shard_name(index: int, num_layers: int) -> str:
+    """File of layer `index`; of what lies outside the layers for `index` = `num_layers`."""
+    return f"model-{index + 1:05d}-of-{num_layers + 1:05d}.safetensors"
 
 
-def _figures(model: RoutedForCausalLM, text: Calibration) -> dict[str, Any]:
-    if not text.held_back:
-        return {"routed_perplexity": None, "agreement": {}}
-    meter = AgreementMeter()
-    score = score_rows(model, text.held_back, meter)
-    return {"routed_perplexity": round(score.perplexity, 4), "agreement": meter.figures()}
+@torch.no_grad()
+def _finish_weights(
+    skeleton: Skeleton,
+    options: ConvertOptions,
+    text: Calibration,
+    layer_pass: LayerPass,
+    partial: PartialCheckpoint,
+) -> dict[str, Any]:
+    """Write what lies outside the layers, and measure the held-back windows on it."""
+    names, dtype = skeleton.outer_names, getattr(torch, options.dtype)
+    figures: dict[str, Any] = {"dense_perplexity": None, "routed_perplexity": None, "agreement": {}}
+    with skeleton.loaded(names):
+        if text.held_back:
+            figures["dense_perplexity"] = _perplexity(skeleton, layer_pass.hidden_SND["dense"], text.held_back)
+        tensors = skeleton.tensors(names)
+        round_to(tensors.values(), dtype, "the embedding, a norm or the head")
+        if text.held_back:
+            figures["routed_perplexity"] = _perplexity(skeleton, layer_pass.hidden_SND["routed"], text.held_back)
+            figures["active_share"] = round(layer_pass.meter.active_share, 4)
+            figures["agreement"] = layer_pass.meter.figures()
+        outer = {f"parent.{name}": stored(name, tensor, dtype) for name, tensor in tensors.items()}
+        partial.write_shard(shard_name(partial.state.num_layers, partial.state.num_layers), outer)
+    return figures
+
+
+def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
+    nats, num_tokens = 0.0, 0
+    for ids, logits_NV in zip(held_back, skeleton.logits(hidden_HND), strict=True):
+        targets_N = torch.tensor(ids[1:], device=logits_NV.device)
+        nats += F.cross_entropy(logits_NV[:-1].float(), targets_N, reduction="none").double().sum().item()
+        num_tokens += len(targets_N)
+    return round(Score(nats, num_tokens).perplexity, 4)
+
+
+def _write_rest(skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, partial: PartialCheckpoint) -> None:
+    """Everything but the shards and the manifest."""
+    folder = partial.checkpoint
+    copy_tokenizer(options.model, folder)
+    config.architectures, config.dtype = ["RoutedForCausalLM"], options.dtype
+    config.save_pretrained(folder)
+    skeleton.model.generation_config.save_pretrained(folder)
+    write_index(folder)

@@ -14,7 +14,7 @@ from pregate.convert.calibration import encode_pool
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
 from pregate.convert.scoring import score_rows
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.router_training import TrainingOptions, hit_rate, start_from, train
+from pregate.convert.router_training import TrainingOptions, hit_rate, set_thresholds, start_from, train
 from pregate.convert.targets import TargetPool, collect_targets
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest
@@ -107,14 +107,18 @@ def train_router(
     """Train a path router for `model` on the pool less its held-back documents, and measure it on those."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        router = PathRouter(options.shape(), model.config.text_config.vocab_size, model.config.cuts)
+        config = model.config
+        router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
     embedding: Any = model.get_input_embeddings()
     start_from(router, embedding.weight)
     losses = train(router, _training(pool), TrainingOptions(options.steps, options.seed), progress)
     router.requires_grad_(False)
+    set_thresholds(router, _training(pool))
     last = losses[-max(1, len(losses) // 20) :]
     figures = {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
-    return router, figures | {"path_vs_oracle": hit_rate(router, _held_back(pool))}
+    return router, figures | {
+        "path_vs_oracle": hit_rate(router, _held_back(pool), [mlp.mass_threshold for mlp in model.routed_mlps])
+    }
 
 
 def _held_back(pool: TargetPool) -> TargetPool:

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pregate.base.errors import UserError
 from pregate.model.checkpoint import file_sha256
 from pregate.model.config import RoutedConfig
-from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
 
 #: For the rare config that does not say how long a sequence may be.
 DEFAULT_CONTEXT_TOKENS = 2048
@@ -39,7 +38,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError.of("--model", path, f"its tokenizer cannot be loaded ({_first_line(error)})") from error
+        raise UserError.of("--model", path, f"its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def dense_config(path: Path) -> Any:
@@ -49,18 +48,7 @@ def dense_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError.of("--model", path, f"transformers cannot read its config ({_first_line(error)})") from error
-
-
-def outline(path: Path) -> list[GatedMLP]:
-    """Find the model's gated FFNs without loading a weight (tensors are on the meta device)."""
-    config = dense_config(path)
-    with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
-            raise UserError.of("--model", path, f"not a causal language model ({_first_line(error)})") from error
-    return find_gated_mlps(model)
+        raise UserError.of("--model", path, f"transformers cannot read its config ({first_line(error)})") from error
 
 
 def load_dense(path: Path) -> Any:
@@ -68,7 +56,7 @@ def load_dense(path: Path) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError.of("--model", path, f"its weights cannot be loaded ({_first_line(error)})") from error
+        raise UserError.of("--model", path, f"its weights cannot be loaded ({first_line(error)})") from error
 
 
 def context_tokens(path: Path) -> int:
@@ -82,10 +70,11 @@ def source_of(path: Path) -> dict[str, Any]:
 
     Where there is no index, of the weights themselves.
     """
-    weights = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    weights = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
     hashes = {p.name: file_sha256(p) for p in [path / "config.json", *weights]}
     return {"path": str(path), "model_type": check_model_folder(path)["model_type"], "sha256": hashes}
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of a library says first; the rest is advice about the library."""
     return str(error).strip().split("\n", 1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -16,6 +17,10 @@ class Progress(Protocol):
         """Open a stage of `total` steps; the function it gives is called with the steps done since the last call."""
         ...
 
+    def note(self, sentence: str) -> None:
+        """Tell something once, e.g. that an interrupted run goes on."""
+        ...
+
 
 class QuietProgress:
     """Reports nothing; the default of every library call."""
@@ -23,6 +28,9 @@ class QuietProgress:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
         yield lambda _steps: None
+
+    def note(self, sentence: str) -> None:
+        pass
 
 
 class RichProgress:
@@ -45,3 +53,6 @@ class RichProgress:
         with Bars(*columns, console=Console(stderr=True)) as bars:
             task = bars.add_task(name, total=total)
             yield lambda steps: bars.advance(task, steps)
+
+    def note(self, sentence: str) -> None:
+        sys.stderr.write(f"{sentence}\n")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pregate.convert.controls import Choice
+from pregate.convert.controls import OraclePolicy
 from pregate.convert.scoring import batches, padded
 from pregate.convert.progress import Progress
-from pregate.kernels.reference import top_k
 from pregate.model.config import LayerCut
+from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP, contribution_mass
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -40,10 +40,8 @@ class _MassRecorder:
         return torch.cat([p.cpu() for p in parts], dim=-1)
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        mass_TR = contribution_mass(mlp, x_TD)
-        self._mass_TR[mlp.layer] = mass_TR
-        assert mlp.gate is not None
-        return top_k(mass_TR if self._oracle else mlp.gate(x_TD), mlp.cut.num_active), None
+        self._mass_TR[mlp.layer] = contribution_mass(mlp, x_TD)
+        return OraclePolicy().choose(mlp, x_TD) if self._oracle else mlp.gate.choose(x_TD)
 
 
 @torch.no_grad()

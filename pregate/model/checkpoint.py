@@ -171,13 +171,18 @@ class CheckpointReader:
         return 3 * cut.expert_width * self.hidden_size * item
 
 
-@contextmanager
-def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
-    """Give a temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when not."""
+def check_new_folder(path: Path, option: str = "--out") -> None:
+    """Raise UserError unless `path` can be made: it must not exist, and its parent must."""
     if path.exists():
         raise UserError.of(option, path, "exists already; allowed: a folder that does not exist yet")
     if not path.absolute().parent.is_dir():
         raise UserError.of(option, path, "its parent folder does not exist")
+
+
+@contextmanager
+def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
+    """Give a temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when not."""
+    check_new_folder(path, option)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
     try:
         yield temporary

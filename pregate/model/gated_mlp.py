@@ -59,10 +59,11 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 def find_gated_mlps(model: nn.Module) -> list[GatedMLP]:
     """Return every decoder layer's gated FFN; UserError names the module of the first layer that has none."""
-    return [_find_in_layer(index, layer) for index, layer in enumerate(decoder_layers(model))]
+    return [find_gated_mlp(index, layer) for index, layer in enumerate(decoder_layers(model))]
 
 
-def _find_in_layer(index: int, layer: nn.Module) -> GatedMLP:
+def find_gated_mlp(index: int, layer: nn.Module) -> GatedMLP:
+    """Return the gated FFN of decoder layer `index`; UserError names what it has instead."""
     seen: list[str] = []
     for attribute, module in layer.named_children():
         if "attn" in attribute.lower() or "attention" in attribute.lower():

@@ -16,6 +16,15 @@ from pregate.model.config import LayerCut
 from pregate.model.gates import Choice, Gate, LinearGate, RepresentativeGate
 
 
+#: What stays float32 whatever the weights are stored in: small, and it decides who runs.
+FLOAT32_PARTS = ("path_router", "linear_gate", "paper_gate", "neuron_score", "mass_threshold")
+
+
+def kept_float32(name: str) -> bool:
+    """Whether the tensor of this full name is one of `FLOAT32_PARTS`."""
+    return not set(FLOAT32_PARTS).isdisjoint(name.split("."))
+
+
 class SharedExpert(nn.Module):
     """The always-active neurons of one layer, stored as one FFN."""
 

@@ -19,7 +19,7 @@ from pregate.base.errors import CheckpointError, UserError
 from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import find_gated_mlps
-from pregate.model.layers import GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy
+from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy
 from pregate.model.path_router import PathComputer, PathRouter, PathState
 from pregate.model.paths import Paths
 
@@ -36,7 +36,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "parent"
     _supports_sdpa = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = {"path_router", "linear_gate", "paper_gate", "neuron_score"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = set(FLOAT32_PARTS)  # noqa: RUF012
     #: False in a backbone: the routed experts live on hosts.
     hold_experts = True
 

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
-from pregate.convert.cmoe import Profile, profile, split_neurons
+from pregate.convert.cmoe import Profile, profile, shared_neurons, split_by_marks
 from pregate.kernels.reference import activation
 from pregate.model.config import LayerCut
 from pregate.model.gated_mlp import GatedMLP
@@ -42,22 +43,31 @@ def test_profile_against_a_loop_over_tokens():
         assert sorted(seen.marks_TK[token].tolist()) == sorted(best)
 
 
+def test_raw_profiling_sees_lengths():
+    eye = torch.tensor([[1.0, 0.0], [0.0, 10.0], [3.0, 3.0]])
+    x = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    mlp = _mlp(eye, eye, torch.ones(2, 3))
+    # Raw h: token 0: 4, 0, 36; token 1: 0, 100, 9. By direction token 0 would mark neuron 0.
+    assert profile(x, mlp, activation("relu"), 1, "raw").marks_TK.tolist() == [[2], [1]]
+    assert profile(x, mlp, activation("relu"), 1, "cosine").marks_TK.tolist() == [[0], [1]]
+
+
 def test_shared_neurons_follow_the_chosen_score():
     marks = torch.tensor([[0, 1], [0, 2], [0, 3]])
     rate = torch.bincount(marks.flatten(), minlength=8).double() / 3
     contribution = torch.tensor([0, 0, 0, 0, 1, 2, 3, 4], dtype=torch.float64)
-    seen, cut = Profile(marks, rate, contribution), LayerCut(3, 1, 1, 2)
-    assert split_neurons(seen, cut, "rate").shared.tolist() == [0, 1]  # 1, 2 and 3 tie: the lowest
-    assert split_neurons(seen, cut, "contribution").shared.tolist() == [6, 7]
+    seen = Profile(marks, rate, contribution)
+    assert shared_neurons(seen, 2, "rate").tolist() == [0, 1]  # 1, 2 and 3 tie: the lowest
+    assert shared_neurons(seen, 2, "contribution").tolist() == [6, 7]
+    assert split_by_marks(seen, LayerCut(3, 1, 1, 2), np.array([6, 7])).shared.tolist() == [6, 7]
 
 
 def test_split_loses_no_neuron_and_sorts_within_experts():
     generator = torch.Generator().manual_seed(1)
     marks = torch.rand(50, 32, generator=generator).topk(5, dim=-1).indices
     rate = torch.bincount(marks.flatten(), minlength=32).double() / 50
-    split = split_neurons(Profile(marks, rate, rate), LayerCut(6, 2, 3, 4), "rate")
+    seen = Profile(marks, rate, rate)
+    split = split_by_marks(seen, LayerCut(6, 2, 3, 4), shared_neurons(seen, 8, "rate"))
     assert sorted(split.neuron_index.tolist()) == list(range(32))
     assert split.routed_RM.shape == (6, 4)
     assert (split.routed_RM[:, 1:] > split.routed_RM[:, :-1]).all()
-    for expert, representative in enumerate(split.representatives_R):
-        assert representative in split.routed_RM[expert]

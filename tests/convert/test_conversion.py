@@ -12,7 +12,7 @@ from pregate.base.errors import UserError
 from pregate.convert.calibration import read_calibration
 from pregate.convert.controls import AllPolicy
 from pregate.convert.conversion import convert
-from pregate.convert.gates import ridge
+from pregate.convert.ridge import Ridge
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.model import CheckpointReader, RoutedForCausalLM
@@ -38,8 +38,9 @@ def _load(path: Path) -> RoutedForCausalLM:
 @pytest.mark.parametrize("shared", [0, 2, 6])
 @pytest.mark.parametrize("gate", ["linear", "representative"])
 def test_with_all_experts_on_it_is_the_dense_model(options: ConvertOptions, ids: torch.Tensor, shared: int, gate: str):
-    shared_by = "rate" if shared == 2 else "contribution"
-    convert(replace(options, shared=shared, active=1, gate=gate, shared_by=shared_by))
+    method = {"clustering": "marks", "shared_by": "rate"} if shared == 2 else {}
+    selection = "threshold" if gate == "linear" else "top_k"
+    convert(replace(options, shared=shared, active=1, gate=gate, selection=selection, **method))
     dense = AutoModelForCausalLM.from_pretrained(options.model).eval()
     routed = _load(options.out)
     expected = dense(ids).logits
@@ -74,27 +75,30 @@ def test_layers_are_fitted_on_the_outputs_of_converted_layers(options: ConvertOp
     seen: list[torch.Tensor] = []
     last.register_forward_pre_hook(lambda _module, args: seen.append(args[0].reshape(-1, 64)))
     model(text.windows_SN, use_cache=False)
-    weight, bias = ridge(seen[0], contribution_mass(last, seen[0]))
-    assert last.gate is not None
-    assert last.gate.bias is not None
-    torch.testing.assert_close(last.gate.weight.double(), weight, rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(last.gate.bias.double(), bias, rtol=1e-2, atol=1e-2)
+    weight, bias = Ridge(seen[0]).fit(contribution_mass(last, seen[0]))
+    gate = last.linear_gate
+    assert gate is not None
+    torch.testing.assert_close(gate.weight.double(), weight, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(gate.bias.double(), bias, rtol=1e-2, atol=1e-2)
+    chosen = (gate.choose(seen[0]).ids >= 0).sum() / len(seen[0])
+    assert chosen.item() == pytest.approx(last.cut.num_active, abs=0.01)  # the threshold's promise
 
 
 def test_two_runs_write_the_same_weights(options: ConvertOptions, tmp_path: Path):
     first = convert(options)
     again = convert(replace(options, out=tmp_path / "again"))
     other = convert(replace(options, out=tmp_path / "other", seed=1))
-    assert first.files["model.safetensors"] == again.files["model.safetensors"] != other.files["model.safetensors"]
+    assert first.files == again.files
+    assert all(first.files[f"model-0000{n}-of-00004.safetensors"] for n in range(1, 5))
+    assert first.files["model-00001-of-00004.safetensors"] != other.files["model-00001-of-00004.safetensors"]
     assert first.figures == again.figures
 
 
 @torch.no_grad()
 def test_representative_gates_are_unit_rows_of_the_experts(options: ConvertOptions):
-    convert(replace(options, gate="representative"))
+    convert(replace(options, gate="representative", selection="top_k"))
     dense = find_gated_mlps(AutoModelForCausalLM.from_pretrained(options.model))
     for parent, routed in zip(dense, _load(options.out).routed_mlps, strict=True):
-        assert routed.gate is not None
         gates, ups = routed.gate.weight.chunk(2)
         experts = routed.neuron_index[routed.cut.shared_width :].long().split(routed.cut.expert_width)
         for gate, up, neurons in zip(gates, ups, experts, strict=True):
@@ -151,7 +155,9 @@ def test_progress_counts_every_layer(options: ConvertOptions):
         ({"shared": 5, "active": 4}, "--active 4: with --shared 5 it exceeds --experts 8; allowed: 0 to 3"),
         ({"shared": 8, "active": 0}, r"--shared 8: allowed: 0 to 7"),
         ({"gate": "magic"}, "--gate magic: allowed: linear, representative"),
-        ({"shared_by": "luck"}, "--shared-by luck: allowed: contribution, rate"),
+        ({"gate": "representative"}, "--selection threshold: allowed with --gate representative: top_k"),
+        ({"shared_by": "luck"}, "--shared-by luck: allowed: capture, contribution, rate"),
+        ({"clustering": "marks"}, "--shared-by capture: allowed with --clustering marks: contribution, rate"),
         ({"dtype": "int8"}, "--dtype int8: allowed: float32, float16, bfloat16"),
         ({"samples": 0}, "--samples 0: allowed: 1 or more"),
         ({"sequence_length": 1}, "--sequence-length 1: allowed: 2 or more"),

@@ -105,10 +105,11 @@ def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_c
     damaged.mkdir()
     for path in tiny_layerwise_checkpoint.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
-    weights = bytearray((damaged / "model.safetensors").read_bytes())
+    shard = damaged / "model-00002-of-00004.safetensors"
+    weights = bytearray(shard.read_bytes())
     weights[-1] ^= 1
-    (damaged / "model.safetensors").write_bytes(weights)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
+    shard.write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00004\.safetensors: damaged"):
         evaluate(EvaluateOptions(damaged, text))
 
 

@@ -1,0 +1,28 @@
+"""The index that tells which shard of a checkpoint holds a tensor."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from pathlib import Path
+
+from safetensors import safe_open
+
+from pregate.convert.shards import INDEX
+
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+
+
+def write_index(folder: Path) -> None:
+    """Write the index of the safetensors files in `folder`, from their headers."""
+    weight_map: dict[str, str] = {}
+    num_parameters, num_bytes = 0, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                part = shard.get_slice(name)
+                weight_map[name] = path.name
+                num_parameters += prod(part.get_shape())
+                num_bytes += prod(part.get_shape()) * _ITEM_BYTES[part.get_dtype()]
+    index = {"metadata": {"total_parameters": num_parameters, "total_size": num_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Reading a dense model's safetensors tensor by tensor, by name; nothing is held but what was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pregate.base.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Names safetensors gives the types that weights may be stored in; integers occur among buffers.
+_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+_TYPES = (*_WEIGHT_TYPES, "I64", "I32", "BOOL")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, and its shape; `dtype` as safetensors names it (F32, BF16, ...)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class DenseShards:
+    """The tensors of a dense model folder: one `model.safetensors`, or several files under an index.
+
+    Only headers are read until `read` is called, and no file stays open or mapped afterwards. UserError says what is
+    wrong with a folder: no safetensors (pickled `.bin` files are not read), a file missing or damaged, or a
+    quantised type.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self._files():
+            with self._open(file) as shard:
+                for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                    self.tensors[name] = self._describe(file, name, shard.get_slice(name))
+
+    def read(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
+        """Copies of the named tensors on `device`; weights in float32, whatever they are stored as."""
+        found: dict[str, torch.Tensor] = {}
+        for file in sorted({self.tensors[name].file for name in names}):
+            with self._open(file) as shard:  # opened anew each time: closing it unmaps the pages that were touched
+                for name in names:
+                    if self.tensors[name].file == file:
+                        dtype = torch.float32 if self.tensors[name].dtype in _WEIGHT_TYPES else None
+                        found[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+        return found
+
+    def _files(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            return self._indexed(index)
+        if (self.folder / SINGLE).is_file():
+            return [self.folder / SINGLE]
+        pickled = sorted(self.folder.glob("*.bin"))
+        if pickled:
+            reason = f"{pickled[0].name} is a pickle, which pregate does not read; save the model as safetensors first"
+            raise UserError.of("--model", self.folder, f"{reason} (transformers: from_pretrained, save_pretrained)")
+        raise UserError.of("--model", self.folder, f"its weights cannot be loaded (neither {SINGLE} nor {INDEX})")
+
+    def _indexed(self, index: Path) -> list[Path]:
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError.of("--model", self.folder, f"{INDEX} is no index of shards ({error!r})") from error
+        for name in names:
+            if not (self.folder / name).is_file():
+                raise UserError.of("--model", self.folder, f"{INDEX} names {name}, which is missing")
+        return [self.folder / name for name in names]
+
+    def _describe(self, file: Path, name: str, stored: Any) -> StoredTensor:
+        if stored.get_dtype() not in _TYPES:
+            allowed = f"allowed: {', '.join(_TYPES)}"
+            raise UserError.of("--model", self.folder, f"{name} is stored as {stored.get_dtype()}; {allowed}")
+        return StoredTensor(file, tuple(stored.get_shape()), stored.get_dtype())
+
+    @contextmanager
+    def _open(self, file: Path) -> Iterator[Any]:
+        try:
+            with safe_open(file, framework="pt") as shard:
+                yield shard
+        except (SafetensorError, OSError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise UserError.of(
+                "--model", self.folder, f"its weights cannot be loaded ({file.name}: {reason})"
+            ) from error
