@@ -1,44 +1,11 @@
 from __future__ import annotations
 
-from itertools import permutations
-
 import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pregate.convert.clustering import balanced_assignment, cluster_marks
-
-
-def test_worked_example():
-    cost = np.array([[0, 5], [1, 2], [2, 9], [3, 4]], dtype=float)
-    assert balanced_assignment(cost, 2).tolist() == [0, 1, 0, 1]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_tiny_cases_against_every_assignment(seed: int):
-    cost = np.random.default_rng(seed).integers(0, 6, size=(6, 3)).astype(float)
-    ours = balanced_assignment(cost, 2)
-    columns = [0, 0, 1, 1, 2, 2]
-    best = min(sum(cost[row, column] for row, column in enumerate(p)) for p in set(permutations(columns)))
-    assert np.bincount(ours).tolist() == [2, 2, 2]
-    assert cost[np.arange(6), ours].sum() == best
-
-
-@pytest.mark.parametrize(("num_columns", "size"), [(1, 7), (5, 1), (5, 40), (13, 24)])
-def test_larger_cases_against_scipy(num_columns: int, size: int):
-    rng = np.random.default_rng(num_columns)
-    # A common part makes most rows want the same columns, so that long chains of moves are needed.
-    cost = rng.normal(size=(num_columns * size, num_columns)) + np.arange(num_columns)
-    ours = balanced_assignment(cost, size)
-    rows, square = linear_sum_assignment(np.repeat(cost, size, axis=1))
-    assert (np.bincount(ours, minlength=num_columns) == size).all()
-    assert cost[np.arange(len(cost)), ours].sum() == pytest.approx(cost[rows, square // size].sum(), abs=1e-9)
-
-
-def test_rows_that_do_not_fill_the_columns_are_refused():
-    with pytest.raises(ValueError, match="5 rows do not fill 2 columns of 2"):
-        balanced_assignment(np.zeros((5, 2)), 2)
+from pregate.convert.clustering import cluster_marks
 
 
 def test_neurons_marked_together_share_a_cluster():
