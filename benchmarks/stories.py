@@ -1,6 +1,6 @@
 """Quality of every kind of routing on one cut of stories3M, in one run.
 
-    python benchmarks/stories.py --shared-folder ../shared
+    python -m benchmarks.stories --shared-folder ../shared
 
 Dense, static mask of the same active share, random routing, representative gate, linear gate, path router, oracle: on
 the same held-out stories by the protocol of `pregate.convert.evaluate`. All routed rows but the representative gate
@@ -12,22 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.api import ConvertOptions, DecoupleOptions, RichProgress, convert, decouple
 from pregate.convert.controls import AllPolicy, OraclePolicy, RandomPolicy
@@ -130,27 +125,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
 
 
-def surroundings() -> dict[str, Any]:
-    """Command, versions, hardware and time of this run."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(__file__).stem}", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "numpy")},
-        "hardware": {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count()},
-        "torch_threads": torch.get_num_threads(),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
 def markdown(result: dict[str, Any]) -> str:
-    around = result["surroundings"]
-    versions = ", ".join(f"{k} {v}" for k, v in around["versions"].items())
     lines = [
         f"# stories3M {result['cut']}: routing compared",
         "",
@@ -162,15 +137,12 @@ def markdown(result: dict[str, Any]) -> str:
         agreement = [f"{row[k]:.3f}" if k in row else "" for k in ("same_set", "mean_overlap")]
         lines.append(f"| {name} | {' | '.join(figures + agreement)} |")
     seconds = ", ".join(f"{k} {v}" for k, v in result["seconds"].items())
-    hardware = (
-        f"{around['hardware']['cpu']}, {around['hardware']['cores']} cores, {around['torch_threads']} torch threads"
-    )
     notes = f"""
 {result["num_documents"]} held-out stories, {result["num_tokens"]} scored tokens; per document, BOS prepended, truncated
 to the context. No weight was tuned. With every routed expert on, the logits differ from the dense model's by at most
 {result["all_on_max_logit_difference"]:.1e}.
 
-`{around["command"]}`, {around["date"]}; {versions}; {hardware}. Seconds: {seconds}.
+{sentence(result["surroundings"])}. Seconds: {seconds}.
 """
     return "\n".join(lines) + "\n" + notes
 
@@ -192,7 +164,7 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as work:
         result = run(args, Path(work))
-    result["surroundings"] = surroundings()
+    result["surroundings"] = surroundings("stories", ["transformers"])
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "stories.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "stories.md").write_text(markdown(result))

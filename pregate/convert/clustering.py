@@ -30,12 +30,12 @@ def cluster_marks(
     centroids_TR = (marks_TK[:, :, None] == position_I[seeds_R]).any(dim=1).double()
     labels_N = torch.full((len(candidates_N),), -1)
     for _ in range(max_iterations):
-        cost_NR = _distances(marks_TK, len(candidates_N), centroids_TR, distance)
+        cost_NR = distances(marks_TK, len(candidates_N), centroids_TR, distance)
         new_N = torch.from_numpy(balanced_assignment(cost_NR.numpy(), len(candidates_N) // num_clusters))
         if torch.equal(new_N, labels_N):
             break
         labels_N = new_N
-        centroids_TR = _means(marks_TK, labels_N, num_clusters)
+        centroids_TR = means(marks_TK, labels_N, num_clusters)
     return labels_N.numpy()
 
 
@@ -48,7 +48,7 @@ def representatives(marks_TK: torch.Tensor, routed_RM: np.ndarray, distance: str
     candidates_N = torch.from_numpy(routed_RM.reshape(-1))
     marks_TK, _ = _positions(marks_TK, candidates_N)
     labels_N = torch.arange(num_groups).repeat_interleave(size)
-    distance_NR = _distances(marks_TK, len(candidates_N), _means(marks_TK, labels_N, num_groups), distance)
+    distance_NR = distances(marks_TK, len(candidates_N), means(marks_TK, labels_N, num_groups), distance)
     own_RM = distance_NR.gather(1, labels_N[:, None]).view(num_groups, size)
     return np.take_along_axis(routed_RM, own_RM.argmin(dim=1, keepdim=True).numpy(), axis=1)[:, 0]
 
@@ -63,7 +63,7 @@ def _positions(marks_TK: torch.Tensor, candidates_N: torch.Tensor) -> tuple[torc
     return position_I[marks_TK], position_I
 
 
-def _distances(
+def distances(
     marks_TK: torch.Tensor, num_candidates: int, centroids_TR: torch.Tensor, distance: str
 ) -> torch.Tensor:
     """Distance [N, R] of 0/1 columns a to centroids c in [0, 1].
@@ -79,7 +79,7 @@ def _distances(
     return (cost[:num_candidates] + centroids_TR.square().sum(dim=0)).clamp_min(0).sqrt()
 
 
-def _means(marks_TK: torch.Tensor, labels_N: torch.Tensor, num_clusters: int) -> torch.Tensor:
+def means(marks_TK: torch.Tensor, labels_N: torch.Tensor, num_clusters: int) -> torch.Tensor:
     """Mean column [T, R] of each cluster's members."""
     label_of = torch.cat([labels_N, torch.tensor([num_clusters])])
     hits = torch.nn.functional.one_hot(label_of[marks_TK], num_clusters + 1).sum(dim=1)[:, :num_clusters]
