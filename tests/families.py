@@ -122,13 +122,19 @@ FAMILIES = MappingProxyType(
 
 
 def save_random(config: PretrainedConfig, tokenizer_folder: Path, path: Path, dtype: str = "float32", **saving) -> Path:
-    """Write a random model of `config` with the tokenizer of another folder; the same weights every time."""
+    """Write a random model of `config` with the tokenizer of another folder; the same weights every time.
+
+    Biases and norms are random too: at 0 and 1, where transformers starts them, they would show nothing. The last norm
+    has random signs, or a tied head would say the token it is at over and over.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):  # transformers starts them at 0, where they would show nothing
-                torch.nn.init.normal_(parameter, std=0.2)
+            if name == "model.norm.weight":
+                parameter.data += torch.randn(parameter.shape) - 1  # Gemma adds 1 to it and starts at 0
+            elif parameter.dim() == 1:
+                parameter.data += 0.2 * torch.randn(parameter.shape)
     model.to(getattr(torch, dtype)).save_pretrained(path, **saving)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer_folder / name, path)
