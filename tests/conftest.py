@@ -117,9 +117,7 @@ def tiny_path_checkpoint(tiny_layerwise_checkpoint: Path, tiny_text: Path) -> Pa
 
 
 @pytest.fixture(scope="session")
-def family_folder(
-    tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def family_folder(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Give the folder of a family of tests/families.py: `dense`, `layerwise`, `path`; made when first asked for."""
     made: dict[str, Path] = {}
 

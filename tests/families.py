@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,7 +34,7 @@ from pregate.convert.conversion import ConvertOptions, convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 
 WINDOW = 12
-SIZES = MappingProxyType(
+SIZES: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 512,
         "hidden_size": 32,
@@ -77,7 +77,7 @@ def _tiny(make: Callable[..., PretrainedConfig], **switches: Any) -> PretrainedC
 
 
 #: Name of a case -> config. The name begins with the class of the parent model in lower case.
-FAMILIES = MappingProxyType(
+FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
     {
         "llama": _tiny(LlamaConfig, attention_bias=True, rope_parameters=_LLAMA3_ROPE),
         "llama tied": _tiny(LlamaConfig, tie_word_embeddings=True, num_key_value_heads=4),

@@ -45,7 +45,7 @@ def test_converted_and_decoupled(family: str, family_folder: Callable[[str], Pat
     expected = AutoModelForCausalLM.from_pretrained(folder / "dense").eval()(ids).logits
     for routing in ("layerwise", "path"):
         model = RoutedForCausalLM.from_pretrained(folder / routing, dtype=torch.float32).eval()
-        assert type(model.parent).__name__.lower().startswith(family.split()[0])
+        assert type(model.parent).__name__.lower().startswith(family.split(maxsplit=1)[0])
         assert model.config.routing == routing
         assert (model(ids).logits - expected).abs().max() > 1e-2
         whole = model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
@@ -56,9 +56,7 @@ def test_converted_and_decoupled(family: str, family_folder: Callable[[str], Pat
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "llama tied"])
-def test_half_precision_and_sharded_sources(
-    family: str, dtype: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path
-):
+def test_half_precision_and_sharded_sources(family: str, dtype: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path):
     """A sharded bf16 or fp16 folder; stored as it was, each weight keeps its value."""
     dense = save_random(FAMILIES[family], tiny_dense, tmp_path / "dense", dtype, max_shard_size="40KB")
     assert len(list(dense.glob("model-*.safetensors"))) > 1
