@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.options import ConvertOptions
 from pregate.model.quiet import quiet_transformers
+from tests.families import FAMILIES, make_checkpoints, save_random
 
 # Before Ray is imported anywhere: it reads its environment once, and every process of a test must agree on it.
 local_ray.prepare_environment()
@@ -113,3 +115,17 @@ def tiny_path_checkpoint(tiny_layerwise_checkpoint: Path, tiny_text: Path) -> Pa
     out = tiny_layerwise_checkpoint.parent / "tiny-path"
     decouple(DecoupleOptions(tiny_layerwise_checkpoint, out, (tiny_text,), steps=30, dim=32))
     return out
+
+
+@pytest.fixture(scope="session")
+def family_folder(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give the folder of a family of tests/families.py: `dense`, `layerwise`, `path`; made when first asked for."""
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family.replace(" ", "-"))
+            make_checkpoints(save_random(FAMILIES[family], tiny_dense, made[family] / "dense"), tiny_text)
+        return made[family]
+
+    return folder_of

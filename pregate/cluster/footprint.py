@@ -70,4 +70,4 @@ def _kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:
     text = reader.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * _ITEM_BYTES[config.dtype]
-    return config.engine_options.kv_capacity(text.max_position_embeddings) * per_token
+    return config.engine_options.kv_capacity(reader.config.context_tokens) * per_token

@@ -54,6 +54,12 @@ class PathRouterConfig:
             raise UserError.of("--blocks", self.num_blocks, "blocks and window must be 1 or more")
 
 
+def rope_sets(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the rotary settings of a parent's config: one dict, or one for each kind of layer (Gemma 3)."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [r for r in rope.values() if isinstance(r, dict)]
+
+
 class RoutedConfig(PretrainedConfig):
     """Config of a routed checkpoint; `text_config` is the parent's, so transformers' caches understand it.
 
@@ -125,8 +131,27 @@ class RoutedConfig(PretrainedConfig):
 
     @property
     def hidden_act(self) -> str:
-        text = self.text_config
-        return getattr(text, "hidden_act", None) or text.hidden_activation
+        """What the parent calls its FFN's activation; UserError when it does not say.
+
+        Where both names are set (Gemma), `hidden_activation` is the one the model computes with.
+        """
+        for name in ("hidden_activation", "hidden_act"):
+            if act := getattr(self.text_config, name, None):
+                return act
+        raise UserError(f"model family {self.text_config.model_type!r}: its config names no hidden_act")
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence that can be served, in tokens.
+
+        LongRoPE (Phi-3 128k) changes the rotation of every token of a forward pass once its longest sequence passes the
+        length of pretraining; a text must not depend on its batch mates, so there the context ends at that length.
+        """
+        context = int(self.text_config.max_position_embeddings)
+        for rope in rope_sets(self.text_config):
+            if rope.get("rope_type") == "longrope":
+                context = min(context, int(rope["original_max_position_embeddings"]))
+        return context
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """Give transformers' caches and generation the parent's config."""

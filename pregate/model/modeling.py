@@ -5,7 +5,9 @@ It imports nothing of the router, the planner or the fast kernels, so that it st
 
 from __future__ import annotations
 
+import inspect
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +86,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the parent on `input_ids` [B, N] with routed FFNs; same contract as the parent's own forward.
 
-        With path routing the state of the path router travels with `past_key_values`.
+        With path routing the state of the path router travels with `past_key_values`, which transformers calls `cache`
+        from 5.24 on: either name is taken, and the parent is given its own.
         """
+        past_key_values = past_key_values if cache is None else cache
         if past_key_values is None and (use_cache if use_cache is not None else self.config.text_config.use_cache):
             past_key_values = DynamicCache(config=self.config.text_config)
         policy = self.routing_policy
@@ -102,10 +107,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return self.parent(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None,
+            **{self._cache_argument: past_key_values},
             **kwargs,
         )
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        """What the parent's forward calls its cache."""
+        return "cache" if "cache" in inspect.signature(self.parent.forward).parameters else "past_key_values"
 
     def _path_policy(self, ids_BN: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> PathPolicy:
         states, num_seen = getattr(cache, "pregate_path_states", (None, 0))

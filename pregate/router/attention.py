@@ -88,7 +88,8 @@ def paged_attention(
     if unknown or dropout or attention_mask is not None or not getattr(module, "is_causal", True):
         what = ", ".join(unknown) or "a mask, dropout or attention that is not causal"
         raise UserError(f"{type(module).__name__} asks attention for {what}; pregate does not know how to serve that")
-    assert pregate_step is not None, "the backbone passes pregate_step to every forward"
+    if pregate_step is None:
+        raise UserError(f"{type(module).__name__} is not handed the arguments that its model is called with")
     layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
     step = pregate_step
     step.kv.write(layer, step.slot_T, key[0].transpose(0, 1), value[0].transpose(0, 1))

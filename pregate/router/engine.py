@@ -74,7 +74,7 @@ class Engine:
         self.options, self.backbone, self.exchange, self.version = options, backbone, exchange, version
         self.config = backbone.model.config
         self.exact = self.config.routing == "path"
-        self.context = int(self.config.text_config.max_position_embeddings)
+        self.context = self.config.context_tokens
         blocks = -(-options.kv_capacity(self.context) // options.block_size)
         self.allocator = BlockAllocator(blocks, options.block_size)
         self.kv = PagedKV(blocks * options.block_size)

@@ -6,9 +6,12 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     GPT2Config,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
@@ -38,6 +41,29 @@ def test_an_ffn_that_is_not_gated_is_refused_by_name():
         find_gated_mlps(model)
 
 
+@pytest.mark.parametrize("config", [MixtralConfig(), GraniteMoeConfig()], ids=lambda c: c.model_type)
+def test_a_mixture_is_refused_by_name_as_one(config):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UserError, match=rf"'{config.model_type}'.*experts is a \w+Experts.*mixture already"):
+        find_gated_mlps(model)
+
+
+def test_experts_in_a_list_are_a_mixture_too():
+    layer, model = nn.Module(), nn.Module()
+    layer.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+    model.layers = nn.ModuleList([layer])
+    with pytest.raises(UserError, match=r"layers\.0\.experts is a ModuleList.*mixture already"):
+        find_gated_mlps(model)
+
+
+def test_a_model_of_more_than_text_is_refused_by_name():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Gemma3Config())
+    with pytest.raises(UserError, match=r"'gemma3'.*text"):
+        find_gated_mlps(model)
+
+
 def test_linear_layers_with_biases_are_refused():
     model = AutoModelForCausalLM.from_config(tiny_config(LlamaConfig(mlp_bias=True)))
     with pytest.raises(UserError, match="biases"):
@@ -61,6 +87,19 @@ def test_the_right_shape_with_another_formula_is_refused():
     (found,) = find_gated_mlps(model)
     with pytest.raises(UserError, match="Odd in layer 0"):
         found.check("silu")
+
+
+@pytest.mark.parametrize("std", [0.02, 0.3])
+def test_the_two_forms_of_gelu_are_told_apart(std):
+    """They differ by a few millionths of the output where the gate's inputs are small; that must not pass."""
+    config = tiny_config(LlamaConfig(hidden_act="gelu", initializer_range=std))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = find_gated_mlps(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    for mlp in found:
+        mlp.check("gelu")
+        with pytest.raises(UserError, match="gelu_pytorch_tanh"):
+            mlp.check("gelu_pytorch_tanh")
 
 
 def test_a_square_ffn_goes_by_names():

@@ -27,11 +27,17 @@ def units_of(hosts_of_LR: np.ndarray, host: int) -> list[tuple[int, int]]:
     return [(int(layer), int(expert)) for layer, expert in np.argwhere(hosts_of_LR == host)]
 
 
-def _host_process(options: ActorOptions, ready, stop) -> None:
-    actor = ExpertHostActor(options)
-    ready.put(actor.start())
-    stop.wait(600)
-    actor.stop()
+def _host_process(orders, ready) -> None:
+    """Be the host each order describes until the next one comes; None ends the process."""
+    actor = None
+    while True:
+        options = orders.get(timeout=600)
+        if actor is not None:
+            actor.stop()
+        if options is None:
+            return
+        actor = ExpertHostActor(options)
+        ready.put(actor.start())
 
 
 def _actor_options(path: Path, hosts_of_LR: np.ndarray, host: int, folder: Path) -> ActorOptions:
@@ -44,28 +50,45 @@ def _actor_options(path: Path, hosts_of_LR: np.ndarray, host: int, folder: Path)
     )
 
 
+class HostProcesses:
+    """Processes that are the expert hosts of one checkpoint after another, over ipc: starting them costs seconds."""
+
+    def __init__(self, num_hosts: int, folder: Path) -> None:
+        self._folder = folder
+        spawn = multiprocessing.get_context("spawn")
+        self._ready, self._orders = spawn.Queue(), [spawn.Queue() for _ in range(num_hosts)]
+        self._processes = [
+            spawn.Process(target=_host_process, args=(orders, self._ready), daemon=True) for orders in self._orders
+        ]
+        for process in self._processes:
+            process.start()
+
+    def serve(self, path: Path) -> list[HostAddress]:
+        """Hold the units of the checkpoint at `path`, each host its own of a linear placement; drop those before."""
+        hosts_of = placement_of(path, len(self._orders))
+        for host, orders in enumerate(self._orders):
+            orders.put(_actor_options(path, hosts_of, host, self._folder))
+        try:
+            addresses = [self._ready.get(timeout=90) for _ in self._orders]
+        except queue.Empty as error:
+            raise TimeoutError("host processes did not start within 90 s") from error
+        return sorted(addresses, key=lambda a: a.host_id)
+
+    def close(self) -> None:
+        for orders, process in zip(self._orders, self._processes, strict=True):
+            orders.put(None)
+            process.join(timeout=20)
+            process.kill()
+
+
 @contextmanager
 def expert_hosts(path: Path, num_hosts: int, folder: Path) -> Iterator[list[HostAddress]]:
     """Start `num_hosts` host processes over ipc, each with its own units of a linear placement."""
-    hosts_of = placement_of(path, num_hosts)
-    spawn = multiprocessing.get_context("spawn")
-    ready, stop = spawn.Queue(), spawn.Event()
-    processes = [
-        spawn.Process(target=_host_process, args=(_actor_options(path, hosts_of, h, folder), ready, stop), daemon=True)
-        for h in range(num_hosts)
-    ]
-    for process in processes:
-        process.start()
+    processes = HostProcesses(num_hosts, folder)
     try:
-        addresses = [ready.get(timeout=90) for _ in processes]
-        yield sorted(addresses, key=lambda a: a.host_id)
-    except queue.Empty as error:
-        raise TimeoutError("host processes did not start within 90 s") from error
+        yield processes.serve(path)
     finally:
-        stop.set()
-        for process in processes:
-            process.join(timeout=20)
-            process.kill()
+        processes.close()
 
 
 def placement_of(path: Path, num_hosts: int) -> np.ndarray:
