@@ -28,8 +28,10 @@ def convert(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     seed: SeedOption = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
-    """Cut a dense model's FFNs into shared and routed experts (CMoE, no training)."""
+    """Cut a dense model's FFNs into shared and routed experts (CMoE, no training). Interrupted, it can go on."""
     from pregate.convert.conversion import convert as run
     from pregate.convert.options import ConvertOptions
     from pregate.convert.progress import RichProgress
@@ -49,8 +51,15 @@ def convert(
         sequence_length=sequence_length,
         seed=seed,
         dtype=dtype,
+        device=device,
+        restart=restart,
     )
-    _report(out, run(options, RichProgress()).figures)
+    try:
+        figures = run(options, RichProgress()).figures
+    except KeyboardInterrupt:
+        typer.echo(f"pregate: {_interrupted(out)}", err=True)
+        raise typer.Exit(130) from None
+    _report(out, figures)
 
 
 def decouple(
@@ -93,6 +102,17 @@ def evaluate(
         typer.echo(json.dumps(result))
     else:
         _print_figures(result)
+
+
+def _interrupted(out: Path) -> str:
+    """What an interrupted conversion leaves, and how to go on."""
+    from pregate.convert.partial import read_state
+
+    state = read_state(out)
+    if state is None:
+        return "interrupted; nothing was kept"
+    done = f"interrupted after layer {state.layers_done} of {state.num_layers}"
+    return f"{done}; the same command goes on there, with --restart it begins anew"
 
 
 def _report(out: Path, figures: dict[str, Any]) -> None:

@@ -52,14 +52,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     tokenizer = load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
     text = read_calibration(options.calibration, tokenizer, options.samples, length, options.seed)
-    fingerprint = fingerprint_of(options, skeleton, text)
+    source = source_of(options.model)
+    fingerprint = fingerprint_of(options, source, skeleton.device, text)
     with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
         layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
-        figures = _finish_weights(skeleton, options, text, layer_pass, partial)
+        figures = _write_outer(skeleton, options, text, layer_pass, partial)
         _write_rest(skeleton, config, options, partial)
         calibration = text.describe() | {"seed": options.seed}
-        manifest = Manifest("cmoe", options.describe(), source_of(options.model), calibration, figures)
+        manifest = Manifest("cmoe", options.describe(), source, calibration, figures)
         write_manifest(partial.checkpoint, manifest)
         partial.finish()
     return read_manifest(options.out)
@@ -71,13 +72,15 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
     return RoutedConfig(text_config=deepcopy(skeleton.model.config), layer_cuts=cuts, gate=options.gate)
 
 
-def fingerprint_of(options: ConvertOptions, skeleton: Skeleton, text: Calibration) -> dict[str, Any]:
+def fingerprint_of(
+    options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
+) -> dict[str, Any]:
     """Everything the resulting weights depend on, by name."""
     fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     ids = json.dumps([text.windows_SN.tolist(), text.held_back])
     fields["calibration text"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
-    fields |= {f"source {name}": digest[:16] for name, digest in source_of(options.model)["sha256"].items()}
-    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": skeleton.device.type}
+    fields |= {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
+    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
 
 
 @torch.no_grad()
@@ -111,9 +114,8 @@ def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Pro
         advance(done)
         for index in range(done, num_layers):
             partial.write_shard(shard_name(index, num_layers), layer_pass.run(index))
-            partial.layer_done(
-                layer_pass.hidden_SND, {name: asdict(tally) for name, tally in layer_pass.meter.tallies.items()}
-            )
+            tallies = {name: asdict(tally) for name, tally in layer_pass.meter.tallies.items()}
+            partial.layer_done(layer_pass.hidden_SND, tallies)
             advance(1)
 
 
@@ -123,7 +125,7 @@ def shard_name(index: int, num_layers: int) -> str:
 
 
 @torch.no_grad()
-def _finish_weights(
+def _write_outer(
     skeleton: Skeleton,
     options: ConvertOptions,
     text: Calibration,
