@@ -30,7 +30,8 @@ from transformers import (
     SmolLM3Config,
 )
 
-from pregate.convert.conversion import ConvertOptions, convert
+from pregate.convert.conversion import convert
+from pregate.convert.options import ConvertOptions
 from pregate.convert.decouple import DecoupleOptions, decouple
 
 WINDOW = 12

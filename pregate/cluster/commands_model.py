@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from pregate.base.errors import UserError
+
 ModelOption = Annotated[Path, typer.Option("--model", help="Model folder.", show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
 MethodOption = Annotated[str | None, typer.Option(show_default=False)]
@@ -19,8 +21,13 @@ def convert(
     model: ModelOption,
     out: OutOption,
     experts: Annotated[int, typer.Option(help="Experts per layer, shared ones included.", show_default=False)],
-    shared: Annotated[int, typer.Option(help="Experts that are always on.", show_default=False)],
-    active: Annotated[int, typer.Option(help="Routed experts per token (on average).", show_default=False)],
+    shared: Annotated[
+        str, typer.Option(help="Experts that are always on; auto: found for each layer.", show_default=False)
+    ],
+    active: Annotated[
+        int,
+        typer.Option(help="Routed experts per token (on average); shared ones too with auto.", show_default=False),
+    ],
     calibration: Annotated[
         list[Path], typer.Option(help="Text to profile on: .txt, .jsonl or folders of them.", show_default=False)
     ],
@@ -39,8 +46,10 @@ def convert(
     sequence_length: NumberOption = None,
     seed: NumberOption = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
-    """Cut a dense model's FFNs into shared and routed experts, without training."""
+    """Cut a dense model's FFNs into shared and routed experts, without training. Interrupted, it can go on."""
     from pregate.convert.conversion import convert as run
     from pregate.convert.options import ConvertOptions
     from pregate.convert.progress import RichProgress
@@ -68,12 +77,19 @@ def convert(
         model=model,
         out=out,
         experts=experts,
-        shared=shared,
+        shared=_shared(shared),
         active=active,
         calibration=tuple(calibration),
         dtype=dtype,
+        device=device,
+        restart=restart,
     )
-    _report(out, run(options, RichProgress()).figures)
+    try:
+        figures = run(options, RichProgress()).figures
+    except KeyboardInterrupt:
+        typer.echo(f"pregate: {_interrupted(out)}", err=True)
+        raise typer.Exit(130) from None
+    _report(out, figures)
 
 
 def decouple(
@@ -133,6 +149,25 @@ def _print_controls(rows: dict[str, dict[str, float]]) -> None:
     for name, row in rows.items():
         typer.echo(f"{name:<24}" + "".join(f"{row[c]:>16.4f}" if c in row else " " * 16 for c in columns))
     typer.echo("same_set, mean_overlap: how often a token gets the oracle's experts in a layer, and the share in common")
+
+
+def _shared(value: str) -> int | None:
+    if value == "auto":
+        return None
+    if not value.isdecimal():
+        raise UserError.of("--shared", value, "allowed: auto, or a number from 0")
+    return int(value)
+
+
+def _interrupted(out: Path) -> str:
+    """What an interrupted conversion leaves, and how to go on."""
+    from pregate.convert.partial import read_state
+
+    state = read_state(out)
+    if state is None:
+        return "interrupted; nothing was kept"
+    done = f"interrupted after layer {state.layers_done} of {state.num_layers}"
+    return f"{done}; the same command goes on there, with --restart it begins anew"
 
 
 def _report(out: Path, figures: dict[str, Any]) -> None:

@@ -66,8 +66,8 @@ def split_by_capture(
     selection: str,
     shared: np.ndarray | None = None,
     rounds: int = ROUNDS,
-) -> NeuronSplit:
-    """Divide a layer's neurons; the best round counts, by the share of contribution its sets capture.
+) -> tuple[NeuronSplit, float]:
+    """Divide a layer's neurons; returns the split of the best round and the share of contribution it captures.
 
     `shared`, ids of the shared neurons, if they are chosen already.
     """
@@ -83,7 +83,7 @@ def split_by_capture(
         labels_I = _assign(c_TI.T @ sets_TR.to(c_TI.dtype), total_I, cut, shared)
         if torch.equal(labels_I, best):
             break
-    return _split(best, cut)
+    return _split(best, cut), best_captured / float(total_I.double().sum().clamp_min(1e-30))
 
 
 def _first_labels(total_I: torch.Tensor, cut: LayerCut, shared: np.ndarray | None) -> torch.Tensor:

@@ -51,35 +51,40 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     config = routed_config(skeleton, options)
     tokenizer = load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
-    text = read_calibration(
-        options.calibration, tokenizer, options.samples, length, options.seed, options.draw
-    )
-    fingerprint = fingerprint_of(options, skeleton, text)
+    text = read_calibration(options.calibration, tokenizer, options.samples, length, options.seed, options.draw)
+    source = source_of(options.model)
+    fingerprint = fingerprint_of(options, source, skeleton.device, text)
     with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
         layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
-        figures = _finish_weights(skeleton, options, text, layer_pass, partial)
+        figures = _write_outer(skeleton, options, text, layer_pass, partial)
         _write_rest(skeleton, config, options, partial)
         calibration = text.describe() | {"seed": options.seed}
-        manifest = Manifest("cmoe", options.describe(), source_of(options.model), calibration, figures)
+        manifest = Manifest("cmoe", options.describe(), source, calibration, figures)
         write_manifest(partial.checkpoint, manifest)
         partial.finish()
     return read_manifest(options.out)
 
 
 def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
-    """The config of the checkpoint; UserError when the experts do not divide a layer's FFN."""
-    cuts = [asdict(options.cut(width)) for width in skeleton.widths]
-    return RoutedConfig(text_config=deepcopy(skeleton.model.config), layer_cuts=cuts, gate=options.gate, selection=options.selection)
+    """The config of the checkpoint; UserError when the experts do not divide a layer's FFN.
+
+    Where a layer's shared experts are still to be found, it says what would do; cutting the layer settles it.
+    """
+    cuts = [asdict(options.cuts(width)[0]) for width in skeleton.widths]
+    parent = deepcopy(skeleton.model.config)
+    return RoutedConfig(text_config=parent, layer_cuts=cuts, gate=options.gate, selection=options.selection)
 
 
-def fingerprint_of(options: ConvertOptions, skeleton: Skeleton, text: Calibration) -> dict[str, Any]:
+def fingerprint_of(
+    options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
+) -> dict[str, Any]:
     """Everything the resulting weights depend on, by name."""
     fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     ids = json.dumps([text.windows_SN.tolist(), text.held_back])
     fields["calibration text"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
-    fields |= {f"source {name}": digest[:16] for name, digest in source_of(options.model)["sha256"].items()}
-    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": skeleton.device.type}
+    fields |= {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
+    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
 
 
 @torch.no_grad()
@@ -87,7 +92,8 @@ def _start(
     skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, text: Calibration, partial: PartialCheckpoint
 ) -> LayerPass:
     """The pass at the layer it is at: its hidden states from the embeddings, or as an interrupted run left them."""
-    meter = AgreementMeter.resumed(partial.state.carried)
+    meter = AgreementMeter.resumed(partial.state.carried.get("meter", {}))
+    config.layer_cuts = partial.state.carried.get("layer_cuts", config.layer_cuts)
     if partial.state.layers_done:
         hidden_SND = partial.hidden(skeleton.device)
     else:
@@ -113,7 +119,8 @@ def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Pro
         advance(done)
         for index in range(done, num_layers):
             partial.write_shard(shard_name(index, num_layers), layer_pass.run(index))
-            partial.layer_done(layer_pass.hidden_SND, asdict(layer_pass.meter))
+            carried = {"meter": asdict(layer_pass.meter), "layer_cuts": layer_pass.config.layer_cuts}
+            partial.layer_done(layer_pass.hidden_SND, carried)
             advance(1)
 
 
@@ -123,7 +130,7 @@ def shard_name(index: int, num_layers: int) -> str:
 
 
 @torch.no_grad()
-def _finish_weights(
+def _write_outer(
     skeleton: Skeleton,
     options: ConvertOptions,
     text: Calibration,

@@ -13,7 +13,7 @@ from pregate.convert.clustering import representatives
 from pregate.convert.cmoe import NeuronSplit, Profile, profile, shared_neurons, split_by_marks
 from pregate.convert.gates import fit_linear, set_representatives
 from pregate.convert.options import ConvertOptions
-from pregate.kernels.reference import activation
+from pregate.kernels.reference import Activation, activation
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import GatedMLP
 from pregate.model.layers import RoutedMLP
@@ -21,24 +21,34 @@ from pregate.model.layers import RoutedMLP
 
 def cut_one(mlp: GatedMLP, x_TD: torch.Tensor, config: RoutedConfig, options: ConvertOptions) -> RoutedMLP:
     """Profile one FFN on its inputs, split its neurons, and make both gates (`options.gate` is in force)."""
-    cut, act = config.cuts[mlp.layer], activation(config.hidden_act)
+    act = activation(config.hidden_act)
     seen = profile(x_TD, mlp, act, options.marks_per_token, options.profile)
-    split = _split(mlp, x_TD, seen, cut, config, options)
+    if options.clustering == "marks":
+        (cut,) = options.cuts(mlp.width)
+        shared = shared_neurons(seen, cut.shared_width, options.shared_by)
+        split = split_by_marks(seen, cut, shared, options.max_iterations, options.distance)
+    else:
+        cut, split = _capture(mlp, x_TD, seen, act, options)
     routed = cut_layer(mlp, split, cut, config)
     routed.neuron_score.copy_(seen.contribution_I[routed.neuron_index.long().cpu()])
-    fit_linear(routed, x_TD, options.intercept)
-    set_representatives(routed, mlp, representatives(seen.marks_TK, split.routed_RM, options.distance))
+    if cut.num_routed:
+        fit_linear(routed, x_TD, options.intercept)
+        set_representatives(routed, mlp, representatives(seen.marks_TK, split.routed_RM, options.distance))
     return routed
 
 
-def _split(
-    mlp: GatedMLP, x_TD: torch.Tensor, seen: Profile, cut: LayerCut, config: RoutedConfig, options: ConvertOptions
-) -> NeuronSplit:
-    joint = options.shared_by == "capture"
-    shared = None if joint else shared_neurons(seen, cut.shared_width, options.shared_by)
-    if options.clustering == "marks":
-        assert shared is not None
-        return split_by_marks(seen, cut, shared, options.max_iterations, options.distance)
+def _capture(
+    mlp: GatedMLP, x_TD: torch.Tensor, seen: Profile, act: Activation, options: ConvertOptions
+) -> tuple[LayerCut, NeuronSplit]:
+    """The cut, of those allowed, that captures most contribution; of equals that with more shared experts."""
     rows_TD = sample_rows(x_TD)
-    c_TI = contributions(rows_TD, mlp, activation(config.hidden_act))
-    return split_by_capture(rows_TD, c_TI, cut, options.selection, shared)
+    c_TI = contributions(rows_TD, mlp, act)
+    best: tuple[float, LayerCut, NeuronSplit] | None = None
+    for cut in reversed(options.cuts(mlp.width)):
+        joint = options.shared_by == "capture"
+        shared = None if joint else shared_neurons(seen, cut.shared_width, options.shared_by)
+        split, captured = split_by_capture(rows_TD, c_TI, cut, options.selection, shared)
+        if best is None or captured > best[0]:
+            best = captured, cut, split
+    assert best is not None
+    return best[1:]

@@ -8,6 +8,8 @@ Shape letters: S windows, N tokens of a window, D hidden width, T = S * N.
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 from torch import nn
 
@@ -32,7 +34,7 @@ class LayerPass:
         hidden_SND: dict[str, torch.Tensor],
         meter: AgreementMeter,
     ) -> None:
-        self.skeleton, self._config, self._options = skeleton, config, options
+        self.skeleton, self.config, self._options = skeleton, config, options
         self._dtype: torch.dtype = getattr(torch, options.dtype)
         self.hidden_SND, self.meter = hidden_SND, meter
 
@@ -51,8 +53,9 @@ class LayerPass:
                 mlp.replace(mlp.module)
 
     def _cut(self, mlp: GatedMLP) -> dict[str, torch.Tensor]:
-        mlp.check(self._config.hidden_act)
-        routed = cut_one(mlp, self._ffn_inputs(mlp), self._config, self._options).to(self.skeleton.device)
+        mlp.check(self.config.hidden_act)
+        routed = cut_one(mlp, self._ffn_inputs(mlp), self.config, self._options).to(self.skeleton.device)
+        self.config.layer_cuts[mlp.layer] = asdict(routed.cut)
         mlp.replace(routed)
         self._move("calibration", mlp.layer)
         self._move_metered(routed)

@@ -1,0 +1,195 @@
+"""Conversions that are interrupted: what stays, what goes on, what is refused; and that the result is the same."""
+
+from __future__ import annotations
+
+import _thread
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from pregate.base.errors import UserError
+from pregate.cluster.cli import main
+from pregate.convert.conversion import convert
+from pregate.convert.options import ConvertOptions
+from pregate.convert.partial import open_partial, partial_folder, read_state
+from pregate.convert.progress import QuietProgress
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def options(tiny_dense: Path, tiny_text: Path, tmp_path: Path) -> ConvertOptions:
+    return ConvertOptions(tiny_dense, tmp_path / "out", 8, 2, 2, (tiny_text,), samples=8, sequence_length=64)
+
+
+class StopsAfter(QuietProgress):
+    """Raises Ctrl-C once `num_layers` are done; keeps what it was told."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._left = num_layers
+        self.steps: list[int] = []
+        self.notes: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator:
+        yield self._advance
+
+    def _advance(self, steps: int) -> None:
+        self.steps.append(steps)
+        self._left -= steps
+        if self._left == 0:
+            raise KeyboardInterrupt
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+def interrupt(options: ConvertOptions, num_layers: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        convert(options, StopsAfter(num_layers))
+    assert not options.out.exists()
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_it_goes_on_where_it_was_and_gives_the_same(options: ConvertOptions, num_layers: int, tmp_path: Path):
+    straight = convert(replace(options, out=tmp_path / "straight"))
+    interrupt(options, num_layers)
+    state = read_state(options.out)
+    assert state is not None
+    assert (state.layers_done, state.num_layers) == (num_layers, 3)
+    progress = StopsAfter(-1)
+    resumed = convert(options, progress)
+    assert progress.steps == [num_layers] + [1] * (3 - num_layers)
+    assert progress.notes == [f"going on after layer {num_layers} of 3, where the last run was interrupted"]
+    assert resumed.files == straight.files
+    assert resumed.figures == straight.figures
+    assert sorted(p.name for p in options.out.parent.iterdir()) == ["out", "straight"]
+
+
+def test_nothing_is_computed_twice(options: ConvertOptions):
+    interrupt(options, 2)
+    shard = partial_folder(options.out) / "checkpoint" / "model-00001-of-00004.safetensors"
+    before = (shard.stat().st_ino, shard.stat().st_mtime_ns)
+    convert(options)
+    after = (options.out / shard.name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == before
+
+
+def test_interrupted_before_a_layer_is_done_it_leaves_nothing(options: ConvertOptions):
+    interrupt(options, 0)
+    assert list(options.out.parent.iterdir()) == []
+
+
+def ctrl_c_after(out: Path, num_layers: int) -> None:
+    """Send this process Ctrl-C once that many layers are done."""
+
+    def watch() -> None:
+        deadline_s = time.monotonic() + 120
+        while time.monotonic() < deadline_s:
+            state = read_state(out)
+            if state is not None and state.layers_done >= num_layers:
+                _thread.interrupt_main()
+                return
+            time.sleep(0.001)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def test_a_killed_conversion_goes_on(capsys, tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+    """SIGKILL at whatever it is doing once its third shard is there; then Ctrl-C; then to the end."""
+    source = tmp_path / "dense"
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=24)
+    AutoModelForCausalLM.from_config(config).save_pretrained(source)
+    AutoTokenizer.from_pretrained(tiny_dense).save_pretrained(source)
+    arguments = ["convert", "--model", source, "--experts", 8, "--shared", 2, "--active", 2, "--samples", 8]
+    arguments = [str(a) for a in [*arguments, "--sequence-length", 64, "--calibration", tiny_text]]
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pregate.cluster.cli", *arguments, "--out", str(out)]
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    third = partial_folder(out) / "checkpoint" / "model-00003-of-00025.safetensors"
+    deadline_s = time.monotonic() + 120
+    while not third.exists():
+        assert child.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait(30) == -signal.SIGKILL
+    state = read_state(out)
+    assert state is not None
+    assert 2 <= state.layers_done < 24
+    ctrl_c_after(out, state.layers_done + 3)
+    assert main([*arguments, "--out", str(out)]) == 130
+    told = capsys.readouterr().err
+    assert f"going on after layer {state.layers_done} of 24" in told
+    assert re.search(r"^pregate: interrupted after layer \d+ of 24; the same command goes on there", told, re.M)
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "straight")]) == 0
+    for path in sorted((tmp_path / "straight").iterdir()):
+        if path.name != "manifest.json":  # it names --out
+            assert path.read_bytes() == (out / path.name).read_bytes(), path.name
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "straight").iterdir()}
+    assert not partial_folder(out).exists()
+
+
+def test_other_options_are_refused_and_restart_discards(options: ConvertOptions, tmp_path: Path):
+    interrupt(options, 1)
+    other = replace(options, seed=1)
+    with pytest.raises(UserError, match=r"--out .*\.out\.partial holds .*--seed 0 there, 1 here.*--restart") as error:
+        convert(other)
+    assert str(partial_folder(options.out)) in str(error.value)
+    assert read_state(options.out) is not None
+    convert(replace(other, restart=True))
+    straight = convert(replace(other, out=tmp_path / "straight"))
+    assert {p.name: p.read_bytes() for p in options.out.glob("*.safetensors")} == {
+        p.name: p.read_bytes() for p in (tmp_path / "straight").glob("*.safetensors")
+    }
+    assert straight.options["seed"] == 1
+    assert "restart" not in straight.options
+
+
+def test_another_source_or_text_is_refused(options: ConvertOptions, tiny_text: Path, tmp_path: Path):
+    interrupt(options, 1)
+    text = tmp_path / "text" / "other.txt"
+    text.parent.mkdir()
+    text.write_text("A different harbour. " * 400)
+    with pytest.raises(UserError, match="calibration text"):
+        convert(replace(options, calibration=(text,)))
+    moved = tmp_path / "text" / "same.txt"
+    moved.write_bytes(tiny_text.read_bytes())
+    convert(replace(options, calibration=(moved,)))  # the same words elsewhere are the same text
+
+
+def test_one_conversion_at_a_time(options: ConvertOptions):
+    with open_partial(options.out, {}, 3, restart=False) as partial:
+        for restart in (False, True):
+            with pytest.raises(UserError, match=r"--out .*another conversion is writing it"):
+                convert(replace(options, restart=restart))
+        assert partial.checkpoint.is_dir()
+    assert list(options.out.parent.iterdir()) == []
+    convert(options)
+
+
+def test_a_state_that_cannot_be_read_names_the_way_out(options: ConvertOptions):
+    interrupt(options, 1)
+    (partial_folder(options.out) / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json cannot be read .*--restart discards"):
+        convert(options)
+    convert(replace(options, restart=True))
+
+
+def test_hidden_states_that_are_gone_name_the_way_out(options: ConvertOptions):
+    interrupt(options, 1)
+    (partial_folder(options.out) / "hidden-00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"hidden-00001\.safetensors is missing; --restart discards"):
+        convert(options)
