@@ -2,7 +2,8 @@
 
 Floating-point sums in another order differ in the last bits. So: while the served text follows the reference's own
 greedy text, every logit is within `LOGIT_TOLERANCE` and every path equal; they may part only at a position where the
-reference's own margin (its top two logits, or a layer's k-th against its next gate score) is below `MIN_MARGIN`.
+reference's own margin (its top two logits, or how far a layer's gate scores are from another choice) is below
+`MIN_MARGIN`.
 Such a position is excused, and comparison of that text ends there. Excused positions are counted and bounded.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pregate.kernels.reference import top_k
+from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -46,17 +47,11 @@ class _RecordingGates:
         self.ids: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self.margins: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
 
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        assert mlp.gate is not None
-        scores_TR = mlp.gate(x_TD)
-        ids_TK = top_k(scores_TR, mlp.cut.num_active)
-        ranked = scores_TR.sort(dim=-1, descending=True).values
-        k = mlp.cut.num_active
-        full = k == mlp.cut.num_routed
-        margin_T = torch.full(ids_TK.shape[:1], torch.inf) if full else ranked[:, k - 1] - ranked[:, k]
-        self.ids[mlp.layer].append(ids_TK)
-        self.margins[mlp.layer].append(margin_T)
-        return ids_TK, None
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        choice = mlp.gate.choose(x_TD)
+        self.ids[mlp.layer].append(choice.ids)
+        self.margins[mlp.layer].append(mlp.gate.margin(x_TD))
+        return choice
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.stack([torch.cat(layer) for layer in self.ids], dim=1)

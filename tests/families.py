@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from pregate.convert.conversion import convert
-from pregate.convert.options import ConvertOptions
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.options import ConvertOptions
 
 WINDOW = 12
 SIZES: Mapping[str, Any] = MappingProxyType(

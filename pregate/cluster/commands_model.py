@@ -148,7 +148,7 @@ def _print_controls(rows: dict[str, dict[str, float]]) -> None:
     typer.echo(f"\n{'':<24}" + "".join(f"{name:>16}" for name in columns))
     for name, row in rows.items():
         typer.echo(f"{name:<24}" + "".join(f"{row[c]:>16.4f}" if c in row else " " * 16 for c in columns))
-    typer.echo("same_set, mean_overlap: how often a token gets the oracle's experts in a layer, and the share in common")
+    typer.echo("same_set: how often a token gets the oracle's experts in a layer; mean_overlap: the share in common")
 
 
 def _shared(value: str) -> int | None:

@@ -56,7 +56,7 @@ class AgreementMeter:
     def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
         """A meter that goes on from `dataclasses.asdict` of another (or from nothing: {})."""
         tallies = {name: Tally(**tally) for name, tally in fields.get("tallies", {}).items()}
-        return cls(**fields | {"tallies": tallies})
+        return cls(tallies, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
 
     def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
         for (name, ids), (other, other_ids) in combinations(choices.items(), 2):

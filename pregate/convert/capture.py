@@ -98,9 +98,7 @@ def _first_labels(total_I: torch.Tensor, cut: LayerCut, shared: np.ndarray | Non
     return labels_I
 
 
-def _assign(
-    benefit_IR: torch.Tensor, total_I: torch.Tensor, cut: LayerCut, shared: np.ndarray | None
-) -> torch.Tensor:
+def _assign(benefit_IR: torch.Tensor, total_I: torch.Tensor, cut: LayerCut, shared: np.ndarray | None) -> torch.Tensor:
     """Labels [I] of greatest benefit, `expert_width` neurons to each routed expert, the rest shared."""
     benefit = benefit_IR.double().cpu().numpy()
     labels = np.full(len(benefit), -1)

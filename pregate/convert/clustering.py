@@ -63,9 +63,7 @@ def _positions(marks_TK: torch.Tensor, candidates_N: torch.Tensor) -> tuple[torc
     return position_I[marks_TK], position_I
 
 
-def distances(
-    marks_TK: torch.Tensor, num_candidates: int, centroids_TR: torch.Tensor, distance: str
-) -> torch.Tensor:
+def distances(marks_TK: torch.Tensor, num_candidates: int, centroids_TR: torch.Tensor, distance: str) -> torch.Tensor:
     """Distance [N, R] of 0/1 columns a to centroids c in [0, 1].
 
     L1: sum |a - c| = sum c + sum of (1 - 2c) at marks. L2 squared likewise: sum c^2 + sum of (1 - 2c) at marks.

@@ -40,7 +40,9 @@ def control_rows(
     on the hidden states its own routing leads to.
     """
     progress = progress or QuietProgress()
-    dense = score_rows(model if parent is None else parent, rows, None, progress, AllPolicy() if parent is None else None)
+    dense = score_rows(
+        model if parent is None else parent, rows, None, progress, AllPolicy() if parent is None else None
+    )
     with static_mask(model):
         static = score_rows(model, rows, progress=progress)
     table = {DENSE: _figures(dense, dense, num_bytes) | {"active_share": 1.0}}

@@ -12,9 +12,9 @@ from pregate.base.errors import UserError
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import encode_pool
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
-from pregate.convert.scoring import score_rows
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.router_training import TrainingOptions, hit_rate, set_thresholds, start_from, train
+from pregate.convert.scoring import score_rows
 from pregate.convert.targets import TargetPool, collect_targets
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest

@@ -18,8 +18,8 @@ class ConvertOptions(Recipe):
     """How to cut a dense model. `experts` is the total E, `shared` of them always on, `active` of the rest per token.
 
     `active` 0 makes a static mask: only the shared experts ever run. `shared` None: each layer gets the number of
-    shared experts that captures most contribution, and `active` counts them too. `calibration`: .txt or .jsonl files, or
-    folders of them; `samples` windows of `sequence_length` tokens (cut to the model's context) are drawn from it
+    shared experts that captures most contribution, and `active` counts them too. `calibration`: .txt or .jsonl files,
+    or folders of them; `samples` windows of `sequence_length` tokens (cut to the model's context) are drawn from it
     with `seed`. `dtype` is what weights are stored as. `device`: auto (a GPU when there is one), cpu, cuda or cuda:N.
     `restart` discards what an interrupted conversion left beside `out`. Everything else is the method; see `Recipe`.
     """

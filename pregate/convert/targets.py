@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from pregate.convert.controls import OraclePolicy
-from pregate.convert.scoring import batches, padded
 from pregate.convert.progress import Progress
+from pregate.convert.scoring import batches, padded
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP, contribution_mass

@@ -15,7 +15,6 @@ from pregate.kernels import reference
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice, Gate, LinearGate, RepresentativeGate
 
-
 #: What stays float32 whatever the weights are stored in: small, and it decides who runs.
 FLOAT32_PARTS = ("path_router", "linear_gate", "paper_gate", "neuron_score", "mass_threshold")
 
@@ -50,7 +49,7 @@ class RoutedExperts(nn.Module):
 class RoutedMLP(nn.Module):
     """One layer's FFN after the cut. `experts` is None where the routed experts live elsewhere (a backbone).
 
-    `mass_threshold` is to contribution mass what a gate's threshold is to its scores: for the oracle, never for routing.
+    `mass_threshold` is to contribution mass what a gate's threshold is to its scores: for the oracle, not for routing.
     Two gates are kept, `linear_gate` and CMoE's `paper_gate`, so that each can be compared with the other on the same
     cut; `gate` is the one in force. Per row, shared rows first, then expert by expert: `neuron_index` int32
     [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on the calibration text.

@@ -30,11 +30,16 @@ def test_random_is_uniform_and_seeded(mlp: RoutedMLP):
 @torch.no_grad()
 def test_oracle_takes_the_greatest_masses(mlp: RoutedMLP):
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
-    ids, _ = OraclePolicy().choose(mlp, x)
     mass = contribution_mass(mlp, x)
+    ids = OraclePolicy(fixed_number=True).choose(mlp, x).ids
     chosen = mass.gather(1, ids)
     others = mass.scatter(1, ids, -torch.inf)
     assert (chosen.min(dim=1).values >= others.max(dim=1).values).all()
+    by_mass = OraclePolicy().choose(mlp, x).ids
+    assert [[i for i in row if i >= 0] for row in by_mass.tolist()] == [
+        [i for i, m in enumerate(row) if m >= mlp.mass_threshold] for row in mass.tolist()
+    ]
+    assert 0 < int((by_mass >= 0).sum()) != ids.numel()  # else the two could not be told apart
 
 
 @torch.no_grad()

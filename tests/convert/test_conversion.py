@@ -12,9 +12,9 @@ from pregate.base.errors import UserError
 from pregate.convert.calibration import read_calibration
 from pregate.convert.controls import AllPolicy
 from pregate.convert.conversion import convert
-from pregate.convert.ridge import Ridge
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
+from pregate.convert.ridge import Ridge
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import contribution_mass
@@ -161,7 +161,7 @@ def test_progress_counts_every_layer(options: ConvertOptions):
         ({"dtype": "int8"}, "--dtype int8: allowed: float32, float16, bfloat16"),
         ({"samples": 0}, "--samples 0: allowed: 1 or more"),
         ({"sequence_length": 1}, "--sequence-length 1: allowed: 2 or more"),
-        ({"marks_per_token": 200}, "marks per token 200: allowed: 1 to 128"),
+        ({"marks_per_token": 200}, "--marks-per-token 200: allowed: 1 to 128"),
         ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
         ({"calibration": (Path("/nowhere.txt"),)}, "--calibration /nowhere.txt: no such path"),
         ({"calibration": ()}, "--calibration: give at least one"),

@@ -16,7 +16,7 @@ from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.router_training import EMBEDDING_STD, LEAST_SPREAD, MassScale, start_from
 from pregate.convert.targets import collect_targets
-from pregate.kernels.reference import top_k
+from pregate.kernels.reference import above
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.layers import contribution_mass
@@ -55,7 +55,7 @@ def test_the_checkpoint_is_exact_and_the_rest_of_the_model_unchanged(
     paths = model.paths(ids)
     paths.check(reader.config.cuts)
     assert paths.exact
-    assert paths.ids.shape == (len(ids), 3, 2)
+    assert paths.ids.shape == (len(ids), 3, 6)  # as many as score high enough, up to all
 
 
 def test_two_runs_train_the_same_router(options: DecoupleOptions, tmp_path: Path):
@@ -109,18 +109,24 @@ def test_oracle_targets_follow_the_oracle(tiny_layerwise_checkpoint: Path):
 
     model.routing_policy = Recorder()
     model(torch.tensor([row]), use_cache=False)
-    assert all(torch.equal(ids, top_k(m, 2)) for ids, m in zip(chosen, oracle.split(6, dim=-1), strict=True))
+    assert all(
+        torch.equal(ids, above(m, mlp.mass_threshold))
+        for ids, m, mlp in zip(chosen, oracle.split(6, dim=-1), model.routed_mlps, strict=True)
+    )
 
 
 def test_scale_by_hand():
     cuts = (LayerCut(2, 0, 1, 1), LayerCut(0, 1, 0, 4), LayerCut(2, 0, 1, 1))
     mass = torch.tensor([[1.0, 3.0, 10.0, 30.0], [5.0, 7.0, 50.0, 70.0]])
-    targets = MassScale.of(mass, cuts).targets(mass, cuts)
+    targets = MassScale.of(mass, cuts).targets(mass, cuts, "top_k")
     # Layer 0: masses 1 3 5 7 have standard deviation 2.582; centred within the token they are -1 and 1, so -0.3873
     # and 0.3873, whose own deviation is 0.5477. Layer 2 is ten times layer 0, so the same after standardising.
     value = 0.3873 / (0.5477 + LEAST_SPREAD)
     expected = torch.tensor([[-value, value, -value, value]] * 2)
     torch.testing.assert_close(targets, expected, rtol=1e-3, atol=0)
+    # For a threshold the level counts: layer 0 has mean 4, layer 2 mean 40.
+    levels = torch.tensor([[-3.0, -1.0, -3.0, -1.0], [1.0, 3.0, 1.0, 3.0]]) / 2.582
+    torch.testing.assert_close(MassScale.of(mass, cuts).targets(mass, cuts, "threshold"), levels, rtol=1e-3, atol=0)
 
 
 @torch.no_grad()

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pregate.base.errors import CheckpointError, UserError
 from pregate.convert.agreement import AgreementMeter, Tally
 from pregate.convert.controls import OraclePolicy, RandomPolicy
-from pregate.convert.evaluate import EvaluateOptions, batches, evaluate, padded, score_rows
+from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.convert.scoring import batches, padded, score_rows
 from pregate.model import RoutedForCausalLM
 
 TEXTS = ["The harbour lay quiet.", "O wind", "Seven loaves at four pence each make twenty-eight pence. " * 40, "x"]

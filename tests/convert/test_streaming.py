@@ -51,8 +51,8 @@ def test_it_is_the_conversion_of_the_whole_model_at_once(options: ConvertOptions
     convert(options)
     dense: Any = AutoModelForCausalLM.from_pretrained(options.model).eval()
     mlps = find_gated_mlps(dense)
-    cuts = [asdict(options.cut(mlp.width)) for mlp in mlps]
-    config = RoutedConfig(text_config=deepcopy(dense.config), layer_cuts=cuts, gate=options.gate)
+    cuts = [asdict(options.cuts(mlp.width)[0]) for mlp in mlps]
+    config = RoutedConfig(text_config=deepcopy(dense.config), layer_cuts=cuts, selection=options.selection)
     for mlp in mlps:
         mlp.replace(_CutWhenCalled(mlp, config, options))
     tokenizer = AutoTokenizer.from_pretrained(options.model)

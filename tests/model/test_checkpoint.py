@@ -98,7 +98,7 @@ def test_a_dense_folder_is_foreign(tiny_dense):
 def test_another_format_version_is_refused(copy):
     manifest = json.loads((copy / "manifest.json").read_text()) | {"format_version": 99}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match="format version 99; allowed: 1"):
+    with pytest.raises(CheckpointError, match="format version 99; allowed: 2; convert the dense model again"):
         CheckpointReader(copy)
 
 
