@@ -8,6 +8,7 @@ import time
 import grpc
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from pregate.base.errors import DeadlineError, NotFoundError, QueueFullError, UnavailableError, UserError
 from pregate.client.client import Client
@@ -66,9 +67,10 @@ def test_many_streams_at_once_say_what_each_says_alone(client):
 
 def test_rows_per_host_count_every_expert_of_every_computed_token(client, checkpoint):
     done = client.complete("The harbour", 5, ignore_eos=True)
-    cuts = RoutedForCausalLM.from_pretrained(checkpoint).config.cuts
-    computed = done.prompt_tokens + done.completion_tokens - 1  # the last token is not fed back
-    assert sum(done.rows_per_host) == computed * sum(c.num_active for c in cuts)
+    prompt = AutoTokenizer.from_pretrained(checkpoint)("The harbour")["input_ids"]
+    computed = [*prompt, *done.token_ids[:-1]]  # the last token is not fed back
+    paths = RoutedForCausalLM.from_pretrained(checkpoint).paths(computed)
+    assert sum(done.rows_per_host) == (paths.ids >= 0).sum()
 
 
 def test_a_seed_fixes_the_sampled_text(client):
