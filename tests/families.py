@@ -14,11 +14,14 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     Exaone4Config,
+    ExaoneConfig,
+    FalconH1Config,
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
     GlmConfig,
     GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -77,7 +80,7 @@ def _tiny(make: Callable[..., PretrainedConfig], **switches: Any) -> PretrainedC
     return make(**{**SIZES, **switches})
 
 
-#: Name of a case -> config. The name begins with the class of the parent model in lower case.
+#: Name of a case -> config.
 FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
     {
         "llama": _tiny(LlamaConfig, attention_bias=True, rope_parameters=_LLAMA3_ROPE),
@@ -103,6 +106,14 @@ FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
             layer_types=["sliding_attention", *_SLIDING_THEN_FULL],
             rope_parameters=_LOCAL_AND_GLOBAL_ROPE,
         ),
+        "granitemoehybrid": _tiny(  # Granite 4 without experts is dense; its config holds an infinity
+            GraniteMoeHybridConfig,
+            num_local_experts=0,
+            shared_intermediate_size=64,
+            layer_types=["attention", "attention"],
+            mamba_n_heads=8,
+            mamba_d_head=8,
+        ),
         "granite": _tiny(
             GraniteConfig,
             embedding_multiplier=3.0,
@@ -116,9 +127,20 @@ FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
         "cohere": _tiny(CohereConfig, use_qk_norm=True, logit_scale=0.5),
         "cohere2": _tiny(Cohere2Config, sliding_window=WINDOW, layer_types=_SLIDING_THEN_FULL, logit_scale=0.5),
         "glm": _tiny(GlmConfig, attention_bias=True),
+        "exaone": _tiny(ExaoneConfig),  # a Llama inside, whose stored layers are called h
         "exaone4": _tiny(Exaone4Config, sliding_window=WINDOW, layer_types=_SLIDING_THEN_FULL),
         "smollm3": _tiny(SmolLM3Config, no_rope_layers=[1, 0]),
     }
+)
+
+#: Converts, and is not served: its layers mix attention with a state-space model.
+FALCON_H1 = _tiny(
+    FalconH1Config,
+    ssm_multipliers=[0.5, 0.6, 0.7, 0.8, 0.9],
+    mamba_d_ssm=64,
+    mamba_n_heads=8,
+    mamba_d_head=8,
+    mamba_d_state=8,
 )
 
 

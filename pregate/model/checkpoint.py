@@ -27,7 +27,7 @@ from pregate.model.config import RoutedConfig
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-_EXPERTS = re.compile(r"\.layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)$")
+_EXPERTS = re.compile(r"\.(\d+)\.(?:.*\.)?experts\.(gate_up_proj|down_proj)$")
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class CheckpointReader:
             raise CheckpointError(f"{path}: not a readable model config ({error!r})") from error
         if model_type != RoutedConfig.model_type:
             raise CheckpointError(f"{path}: model_type {model_type!r}; allowed: {RoutedConfig.model_type!r}")
-        return RoutedConfig.from_dict(fields)
+        return RoutedConfig.from_json_file(path)  # which knows transformers' way of writing an infinity
 
     @staticmethod
     def _open(path: Path) -> Any:

@@ -57,6 +57,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         self._computer: PathComputer | None = None
         self.post_init()
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: so that loading sets every buffer of the parent that no shard holds.
+
+        In a model it takes for custom code, transformers passes over modules without tensors of their own, and what
+        those set in others (Falcon-H1's multipliers) stays uninitialised memory.
+        """
+        return False
+
     def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> nn.Module:
         config = self.config
         return RoutedMLP(layer, hidden_size, config.hidden_act, cut, config.gate, config.selection, self.hold_experts)
