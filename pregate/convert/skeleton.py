@@ -21,6 +21,8 @@ from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 
 #: Tokens that run through a layer at a time, in whole windows: bounds what attention and FFN hold between.
 SLICE_TOKENS = 2048
+#: Elements rounded at a time: bounds the copies made on the way.
+ROUND_ELEMENTS = 1 << 22
 
 
 class Skeleton:
@@ -82,6 +84,14 @@ class Skeleton:
         """The named tensors as they are now (meta where not loaded); they share the model's memory."""
         own = self.model.state_dict()
         return {name: own[name] for name in names}
+
+    def stored(self, names: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The named tensors from the shards, weights in `dtype`, on the CPU; the model stays as it is."""
+        found = {}
+        for name in names:
+            tensor = self.shards.read([self._stored[name]], torch.device("cpu"))[self._stored[name]]
+            found[name] = as_stored(tensor, dtype)
+        return found
 
     def _assign(self, tensors: dict[str, torch.Tensor] | None, names: Collection[str]) -> None:
         """Hang `tensors` (by stored name) in the model's places, or meta tensors for None."""
@@ -192,12 +202,17 @@ def round_to(tensors: Iterable[torch.Tensor], dtype: torch.dtype, what: str) -> 
     """Round float32 tensors in place to what `dtype` can hold; UserError where a value becomes infinite."""
     if dtype == torch.float32:
         return
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
-            if not torch.isfinite(tensor).all():
-                name = str(dtype).removeprefix("torch.")
-                raise UserError.of("--dtype", name, f"{what} has values it cannot hold; allowed: bfloat16, float32")
+    parts = (part for t in tensors if t.is_floating_point() for part in t.view(-1).split(ROUND_ELEMENTS))
+    for part in parts:
+        part.copy_(part.to(dtype))
+        if not torch.isfinite(part).all():
+            name = str(dtype).removeprefix("torch.")
+            raise UserError.of("--dtype", name, f"{what} has values it cannot hold; allowed: bfloat16, float32")
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as the checkpoint holds it: weights in `dtype`, integers as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
