@@ -29,8 +29,9 @@ from pregate.convert.layer_pass import LayerPass
 from pregate.convert.options import ConvertOptions
 from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.rounding import round_to
 from pregate.convert.shard_index import write_index
-from pregate.convert.skeleton import Skeleton, round_to
+from pregate.convert.skeleton import Skeleton
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
 

@@ -14,7 +14,8 @@ from torch import nn
 from pregate.convert.agreement import AgreementMeter, MeteredPolicy
 from pregate.convert.layer_cut import cut_one
 from pregate.convert.options import ConvertOptions
-from pregate.convert.skeleton import Skeleton, as_stored, round_to
+from pregate.convert.rounding import as_stored, round_to
+from pregate.convert.skeleton import Skeleton
 from pregate.model.config import RoutedConfig
 from pregate.model.gated_mlp import GatedMLP, find_gated_mlp
 from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy

@@ -6,7 +6,7 @@ Shape letters: S windows, N tokens of a window, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from pregate.base.errors import UserError
 from pregate.convert.dense import dense_config, first_line
+from pregate.convert.rounding import as_stored
 from pregate.convert.shards import DenseShards
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 
 #: Tokens that run through a layer at a time, in whole windows: bounds what attention and FFN hold between.
 SLICE_TOKENS = 2048
-#: Elements rounded at a time: bounds the copies made on the way.
-ROUND_ELEMENTS = 1 << 22
 
 
 class Skeleton:
@@ -196,23 +195,6 @@ def hand_on(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.T
 def windows_per_slice(window_tokens: int) -> int:
     """How many windows run through a layer at a time."""
     return max(1, SLICE_TOKENS // window_tokens)
-
-
-def round_to(tensors: Iterable[torch.Tensor], dtype: torch.dtype, what: str) -> None:
-    """Round float32 tensors in place to what `dtype` can hold; UserError where a value becomes infinite."""
-    if dtype == torch.float32:
-        return
-    parts = (part for t in tensors if t.is_floating_point() for part in t.view(-1).split(ROUND_ELEMENTS))
-    for part in parts:
-        part.copy_(part.to(dtype))
-        if not torch.isfinite(part).all():
-            name = str(dtype).removeprefix("torch.")
-            raise UserError.of("--dtype", name, f"{what} has values it cannot hold; allowed: bfloat16, float32")
-
-
-def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor as the checkpoint holds it: weights in `dtype`, integers as they are."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
