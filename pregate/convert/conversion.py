@@ -24,13 +24,14 @@ from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.calibration import Calibration, read_calibration
 from pregate.convert.dense import context_tokens, load_tokenizer, source_of
 from pregate.convert.device import pick_device
-from pregate.convert.layer_pass import LayerPass, stored
+from pregate.convert.layer_pass import LayerPass
 from pregate.convert.options import ConvertOptions
 from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.rounding import round_to
 from pregate.convert.scoring import Score
 from pregate.convert.shard_index import write_index
-from pregate.convert.skeleton import Skeleton, round_to
+from pregate.convert.skeleton import Skeleton
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
 
@@ -57,7 +58,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
         layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
-        figures = _write_outer(skeleton, options, text, layer_pass, partial)
+        figures = _measure(skeleton, options, text, layer_pass)
         _write_rest(skeleton, config, options, partial)
         calibration = text.describe() | {"seed": options.seed}
         manifest = Manifest("cmoe", options.describe(), source, calibration, figures)
@@ -130,28 +131,20 @@ def shard_name(index: int, num_layers: int) -> str:
 
 
 @torch.no_grad()
-def _write_outer(
-    skeleton: Skeleton,
-    options: ConvertOptions,
-    text: Calibration,
-    layer_pass: LayerPass,
-    partial: PartialCheckpoint,
-) -> dict[str, Any]:
-    """Write what lies outside the layers, and measure the held-back windows on it."""
-    names, dtype = skeleton.outer_names, getattr(torch, options.dtype)
-    figures: dict[str, Any] = {"dense_perplexity": None, "routed_perplexity": None, "agreement": {}}
+def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, layer_pass: LayerPass) -> dict[str, Any]:
+    """The held-back windows' figures, from what the last layer gave: dense as it was, routed as stored."""
+    if not text.held_back:
+        return {"dense_perplexity": None, "routed_perplexity": None, "agreement": {}}
+    names, hidden_SND = skeleton.outer_names, layer_pass.hidden_SND
     with skeleton.loaded(names):
-        if text.held_back:
-            figures["dense_perplexity"] = _perplexity(skeleton, layer_pass.hidden_SND["dense"], text.held_back)
-        tensors = skeleton.tensors(names)
-        round_to(tensors.values(), dtype, "the embedding, a norm or the head")
-        if text.held_back:
-            figures["routed_perplexity"] = _perplexity(skeleton, layer_pass.hidden_SND["routed"], text.held_back)
-            figures["active_share"] = round(layer_pass.meter.active_share, 4)
-            figures["agreement"] = layer_pass.meter.figures()
-        outer = {f"parent.{name}": stored(name, tensor, dtype) for name, tensor in tensors.items()}
-        partial.write_shard(shard_name(partial.state.num_layers, partial.state.num_layers), outer)
-    return figures
+        dense = _perplexity(skeleton, hidden_SND["dense"], text.held_back)
+        round_to(skeleton.tensors(names).values(), getattr(torch, options.dtype), "an embedding, norm or the head")
+        routed = _perplexity(skeleton, hidden_SND["routed"], text.held_back)
+    figures = {"dense_perplexity": dense, "routed_perplexity": routed}
+    return figures | {
+        "active_share": round(layer_pass.meter.active_share, 4),
+        "agreement": layer_pass.meter.figures(),
+    }
 
 
 def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
@@ -164,8 +157,10 @@ def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[li
 
 
 def _write_rest(skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, partial: PartialCheckpoint) -> None:
-    """Everything but the shards and the manifest."""
-    folder = partial.checkpoint
+    """Everything but the layers' shards and the manifest."""
+    folder, num_layers = partial.checkpoint, partial.state.num_layers
+    outer = skeleton.stored(skeleton.outer_names, getattr(torch, options.dtype))
+    partial.write_shard(shard_name(num_layers, num_layers), {f"parent.{name}": t for name, t in outer.items()})
     copy_tokenizer(options.model, folder)
     config.architectures, config.dtype = ["RoutedForCausalLM"], options.dtype
     config.save_pretrained(folder)

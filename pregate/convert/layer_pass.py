@@ -16,7 +16,8 @@ from torch import nn
 from pregate.convert.agreement import AgreementMeter, MeteredPolicy
 from pregate.convert.layer_cut import cut_one
 from pregate.convert.options import ConvertOptions
-from pregate.convert.skeleton import Skeleton, round_to
+from pregate.convert.rounding import as_stored, round_to
+from pregate.convert.skeleton import Skeleton
 from pregate.model.config import RoutedConfig
 from pregate.model.gated_mlp import GatedMLP, find_gated_mlp
 from pregate.model.gates import Choice
@@ -61,7 +62,9 @@ class LayerPass:
         self._move_metered(routed)
         prefix = f"parent.{self.skeleton.layers_name}.{mlp.layer}."
         tensors = self.skeleton.layers[mlp.layer].state_dict(prefix=prefix)
-        return {name: stored(name, tensor, self._dtype) for name, tensor in tensors.items()}
+        return {
+            name: tensor if kept_float32(name) else as_stored(tensor, self._dtype) for name, tensor in tensors.items()
+        }
 
     def _ffn_inputs(self, mlp: GatedMLP) -> torch.Tensor:
         """What the FFN gets [T, D] on the calibration windows; it is not computed itself."""
@@ -87,11 +90,6 @@ class LayerPass:
         routed.policy = _Watched(self.meter)
         self._move("routed", routed.layer)
         routed.policy = gate
-
-
-def stored(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor as the checkpoint holds it: weights in `dtype`, gates and what was measured in float32."""
-    return tensor.to(dtype) if tensor.is_floating_point() and not kept_float32(name) else tensor
 
 
 class _Collector(nn.Module):

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
@@ -79,16 +80,16 @@ class PartialCheckpoint:
     def write_shard(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write one safetensors file of the checkpoint."""
         on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        _write(self.checkpoint / name, lambda path: save_file(on_cpu, path, metadata={"format": "pt"}))
+        self._write(self.checkpoint / name, lambda path: save_file(on_cpu, path, metadata={"format": "pt"}))
 
     def layer_done(self, hidden: dict[str, torch.Tensor], carried: dict[str, Any]) -> None:
         """Record that the layer whose shard was just written is done, and where the next one starts."""
         done = self.state.layers_done + 1
         on_cpu = {name: tensor.cpu().contiguous() for name, tensor in hidden.items()}
-        _write(self._hidden_path(done), lambda path: save_file(on_cpu, path))
+        self._write(self._hidden_path(done), lambda path: save_file(on_cpu, path))
         self.state = State(self.state.fingerprint, self.state.num_layers, done, carried)
         text = json.dumps(vars(self.state) | {"format_version": FORMAT_VERSION}, indent=1)
-        _write(self._folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))
+        self._write(self._folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))
         self._hidden_path(done - 1).unlink(missing_ok=True)
 
     def finish(self) -> None:
@@ -96,16 +97,19 @@ class PartialCheckpoint:
         self.checkpoint.rename(self._out)
         shutil.rmtree(self._folder)
 
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        temporary = path.with_name(f"{path.name}.tmp")
+        try:
+            write(temporary)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            reason = f"{path} cannot be written ({error}); layers that are done are kept, the same command goes on"
+            raise UserError.of("--out", self._out, reason) from error
+
     def _hidden_path(self, layer: int) -> Path:
         return self._folder / f"hidden-{layer:05d}.safetensors"
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @contextmanager
@@ -134,7 +138,10 @@ def open_partial(out: Path, fingerprint: dict[str, Any], num_layers: int, restar
 
 @contextmanager
 def _locked(out: Path, folder: Path) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError.of("--out", out, f"cannot be written ({error})") from error
     with (folder / "lock").open("ab") as lock:
         if not _lock(lock) or out.exists():
             raise UserError.of("--out", out, f"another conversion is writing it (in {folder})")

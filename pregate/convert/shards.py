@@ -49,12 +49,11 @@ class DenseShards:
     def read(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
         """Copies of the named tensors on `device`; weights in float32, whatever they are stored as."""
         found: dict[str, torch.Tensor] = {}
-        for file in sorted({self.tensors[name].file for name in names}):
-            with self._open(file) as shard:  # opened anew each time: closing it unmaps the pages that were touched
-                for name in names:
-                    if self.tensors[name].file == file:
-                        dtype = torch.float32 if self.tensors[name].dtype in _WEIGHT_TYPES else None
-                        found[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+        for name in names:
+            stored = self.tensors[name]
+            dtype = torch.float32 if stored.dtype in _WEIGHT_TYPES else None
+            with self._open(stored.file) as shard:  # opened anew each time: closing unmaps the pages that were touched
+                found[name] = shard.get_tensor(name).to(device, dtype, copy=True)
         return found
 
     def _files(self) -> list[Path]:

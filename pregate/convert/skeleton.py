@@ -6,7 +6,7 @@ Shape letters: S windows, N tokens of a window, D hidden width, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from pregate.base.errors import UserError
 from pregate.convert.dense import dense_config, first_line
+from pregate.convert.rounding import as_stored
 from pregate.convert.shards import DenseShards
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 
@@ -82,6 +83,14 @@ class Skeleton:
         """The named tensors as they are now (meta where not loaded); they share the model's memory."""
         own = self.model.state_dict()
         return {name: own[name] for name in names}
+
+    def stored(self, names: Collection[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """The named tensors from the shards, weights in `dtype`, on the CPU; the model stays as it is."""
+        found = {}
+        for name in names:
+            tensor = self.shards.read([self._stored[name]], torch.device("cpu"))[self._stored[name]]
+            found[name] = as_stored(tensor, dtype)
+        return found
 
     def _assign(self, tensors: dict[str, torch.Tensor] | None, names: Collection[str]) -> None:
         """Hang `tensors` (by stored name) in the model's places, or meta tensors for None."""
@@ -186,18 +195,6 @@ def hand_on(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.T
 def windows_per_slice(window_tokens: int) -> int:
     """How many windows run through a layer at a time."""
     return max(1, SLICE_TOKENS // window_tokens)
-
-
-def round_to(tensors: Iterable[torch.Tensor], dtype: torch.dtype, what: str) -> None:
-    """Round float32 tensors in place to what `dtype` can hold; UserError where a value becomes infinite."""
-    if dtype == torch.float32:
-        return
-    for tensor in tensors:
-        if tensor.is_floating_point():
-            tensor.copy_(tensor.to(dtype))
-            if not torch.isfinite(tensor).all():
-                name = str(dtype).removeprefix("torch.")
-                raise UserError.of("--dtype", name, f"{what} has values it cannot hold; allowed: bfloat16, float32")
 
 
 def make_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -193,3 +193,15 @@ def test_hidden_states_that_are_gone_name_the_way_out(options: ConvertOptions):
     (partial_folder(options.out) / "hidden-00001.safetensors").unlink()
     with pytest.raises(UserError, match=r"hidden-00001\.safetensors is missing; --restart discards"):
         convert(options)
+
+
+def test_a_shard_that_cannot_be_written_keeps_what_is_done(options: ConvertOptions):
+    interrupt(options, 1)
+    obstacle = partial_folder(options.out) / "checkpoint" / "model-00002-of-00004.safetensors.tmp"
+    obstacle.mkdir()
+    with pytest.raises(UserError, match=r"--out .*model-00002-of-00004\.safetensors cannot be written"):
+        convert(options)
+    obstacle.rmdir()
+    progress = StopsAfter(-1)
+    convert(options, progress)
+    assert progress.steps == [1, 1, 1]

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Co
 from pregate.base.errors import UserError
 from pregate.convert.conversion import convert
 from pregate.convert.options import ConvertOptions
+from pregate.convert.rounding import round_to
 from pregate.convert.shards import INDEX, DenseShards
-from pregate.convert.skeleton import Skeleton, round_to
+from pregate.convert.skeleton import Skeleton
 from pregate.model import RoutedForCausalLM
 
 SIZES = {

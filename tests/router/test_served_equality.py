@@ -58,7 +58,14 @@ def test_messages_of_a_step(served):
 
 def break_row_order(monkeypatch):
     original = planning._slots
-    monkeypatch.setattr(planning, "_slots", lambda *a: original(*a)[::-1])
+
+    def reversed_within_layers(group, *rest):
+        slots = original(group, *rest)
+        for one in np.unique(group):
+            slots[group == one] = slots[group == one][::-1]
+        return slots
+
+    monkeypatch.setattr(planning, "_slots", reversed_within_layers)
 
 
 def break_a_weight(monkeypatch):
