@@ -95,7 +95,7 @@ FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
             Gemma2Config,
             sliding_window=WINDOW,
             query_pre_attn_scalar=16,
-            attn_logit_softcapping=2.0,
+            attn_logit_softcapping=4.0,
             final_logit_softcapping=5.0,
         ),
         "gemma3": _tiny(
@@ -127,13 +127,14 @@ FAMILIES: Mapping[str, PretrainedConfig] = MappingProxyType(
         "cohere": _tiny(CohereConfig, use_qk_norm=True, logit_scale=0.5),
         "cohere2": _tiny(Cohere2Config, sliding_window=WINDOW, layer_types=_SLIDING_THEN_FULL, logit_scale=0.5),
         "glm": _tiny(GlmConfig, attention_bias=True),
-        "exaone": _tiny(ExaoneConfig),  # a Llama inside, whose stored layers are called h
         "exaone4": _tiny(Exaone4Config, sliding_window=WINDOW, layer_types=_SLIDING_THEN_FULL),
         "smollm3": _tiny(SmolLM3Config, no_rope_layers=[1, 0]),
     }
 )
 
-#: Converts, and is not served: its layers mix attention with a state-space model.
+#: Not converted: a Llama inside, but its tensors are stored under other names than the module's.
+EXAONE = _tiny(ExaoneConfig)
+#: Not converted: buffers that only its own loading fills.
 FALCON_H1 = _tiny(
     FalconH1Config,
     ssm_multipliers=[0.5, 0.6, 0.7, 0.8, 0.9],

@@ -20,7 +20,7 @@ import torch
 from pregate.convert.assignment import balanced_assignment
 from pregate.convert.cmoe import CHUNK_TOKENS, NeuronSplit
 from pregate.convert.ridge import Ridge
-from pregate.kernels.reference import Activation, gated_hidden
+from pregate.kernels.reference import Activation
 from pregate.model.config import LayerCut
 from pregate.model.gated_mlp import GatedMLP
 
@@ -32,8 +32,11 @@ ROUNDS = 6
 
 def contributions(x_TD: torch.Tensor, mlp: GatedMLP, act: Activation) -> torch.Tensor:
     """|h_i| times the norm of down column i, float32 [T, I]."""
-    gate_up, norm_I = torch.cat([mlp.gate, mlp.up]), mlp.down.norm(dim=0)
-    return torch.cat([gated_hidden(rows, gate_up, act).abs() * norm_I for rows in x_TD.split(CHUNK_TOKENS)])
+    norm_I = mlp.down.norm(dim=0)
+    c_TI = torch.empty(x_TD.shape[0], mlp.width, device=x_TD.device)
+    for c_rows, rows in zip(c_TI.split(CHUNK_TOKENS), x_TD.split(CHUNK_TOKENS), strict=True):
+        torch.mul(mlp.hidden(rows, act).abs_(), norm_I, out=c_rows)
+    return c_TI
 
 
 def sample_rows(x_TD: torch.Tensor, num_rows: int = SAMPLE_TOKENS) -> torch.Tensor:

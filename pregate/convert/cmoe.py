@@ -15,12 +15,12 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.clustering import cluster_marks
-from pregate.kernels.reference import Activation, gated_hidden
+from pregate.kernels.reference import Activation
 from pregate.model.config import LayerCut
 from pregate.model.gated_mlp import GatedMLP
 
 #: Rows profiled at a time: bounds the [rows, I] activations in memory.
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,17 @@ def profile(
     Marks are each token's `marks_per_token` largest activations by absolute value: "cosine", x normalised per token
     and every gate and up row normalised (in L2; the released code), or "raw" (the paper's text).
     """
-    gate_up = torch.cat([mlp.gate, mlp.up])
-    unit_gate_up = F.normalize(gate_up, dim=-1)
+    norms = [weight.norm(dim=-1).clamp_min(1e-12) for weight in (mlp.gate, mlp.up)]
     marks, mass_I = [], torch.zeros(mlp.width, dtype=torch.float64, device=x_TD.device)
     for rows_TD in x_TD.split(CHUNK_TOKENS):
-        raw_TI = gated_hidden(rows_TD, gate_up, act)
-        mass_I += raw_TI.abs().double().sum(dim=0)
-        cosine = activations == "cosine"
-        marked_TI = gated_hidden(F.normalize(rows_TD, dim=-1), unit_gate_up, act) if cosine else raw_TI
-        marks.append(marked_TI.abs().topk(marks_per_token, dim=-1).indices.cpu())
+        gate_TI, up_TI = F.linear(rows_TD, mlp.gate), F.linear(rows_TD, mlp.up)
+        raw_TI = act(gate_TI) * up_TI
+        mass_I += raw_TI.abs().sum(dim=0, dtype=torch.float64)
+        if activations == "cosine":
+            # Dividing the products is normalising rows and inputs, without a normalised copy of the weights.
+            length_T1 = rows_TD.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+            raw_TI = act(gate_TI / length_T1 / norms[0]) * (up_TI / length_T1 / norms[1])
+        marks.append(raw_TI.abs().topk(marks_per_token, dim=-1).indices.cpu())
     marks_TK, num_tokens = torch.cat(marks), x_TD.shape[0]
     rate_I = torch.bincount(marks_TK.flatten(), minlength=mlp.width).double() / num_tokens
     contribution_I = mass_I / num_tokens * mlp.down.double().norm(dim=0)

@@ -10,7 +10,7 @@ import torch
 #: Ridge strength relative to the mean diagonal of the inputs' covariance.
 STRENGTH = 1e-3
 #: Rows turned into float64 at a time.
-CHUNK_ROWS = 8192
+CHUNK_ROWS = 2048
 
 
 class Ridge:

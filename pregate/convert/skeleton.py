@@ -113,8 +113,11 @@ class Skeleton:
         self._names = [name for name in own if name not in self._tied]
         for name in self._names:
             if self._stored[name] not in have:
+                family = self.model.config.model_type
                 known = next(iter(sorted(have)), "no tensor")
-                raise UserError.of("--model", self.path, f"its weights lack {name} (they have {known}, for one)")
+                raise UserError.of(
+                    "--model", self.path, f"its weights lack {name} of family {family!r} (they have {known}, for one)"
+                )
             if have[self._stored[name]].shape != own[name]:
                 shapes = f"{list(have[self._stored[name]].shape)}, its config says {list(own[name])}"
                 raise UserError.of("--model", self.path, f"{name} has shape {shapes}")
@@ -215,5 +218,6 @@ def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for name in names:
             buffer = getattr(module, name)
             if buffer.is_meta or buffer.isnan().any():
-                raise UserError(f"{type(model).__name__}: buffer {path}.{name} cannot be made without the checkpoint")
+                family = f"model family {model.config.model_type!r} cannot be converted"
+                raise UserError(f"{family}: buffer {path}.{name} is in no checkpoint, and not made by its module")
             setattr(module, name, buffer.to(device))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from pregate.base.errors import UserError
 from pregate.kernels import reference
@@ -39,6 +40,10 @@ class GatedMLP:
     @property
     def width(self) -> int:
         return self.gate.shape[0]
+
+    def hidden(self, x_TD: torch.Tensor, act: reference.Activation) -> torch.Tensor:
+        """h = act(x gate') * (x up') [T, I]; without a copy of the weights, unlike `reference.gated_hidden`."""
+        return act(F.linear(x_TD, self.gate)) * F.linear(x_TD, self.up)
 
     def replace(self, new: nn.Module) -> None:
         """Hang `new` in the FFN's place."""

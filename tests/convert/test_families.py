@@ -25,7 +25,7 @@ from pregate.convert.controls import AllPolicy
 from pregate.convert.conversion import convert
 from pregate.convert.options import ConvertOptions
 from pregate.model import RoutedForCausalLM
-from tests.families import FALCON_H1, FAMILIES, SIZES, save_random
+from tests.families import EXAONE, FALCON_H1, FAMILIES, SIZES, save_random
 
 
 def all_on_difference(routed: RoutedForCausalLM, dense: Path) -> float:
@@ -95,11 +95,12 @@ def test_an_older_gemma_config_that_names_two_activations(tiny_dense: Path, tiny
 
 @torch.no_grad()
 def test_buffers_that_no_shard_holds_are_set_on_loading(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
-    """Falcon-H1 sets its multipliers from the top of the model: loaded as a stranger's code it would keep garbage."""
-    dense = save_random(FALCON_H1, tiny_dense, tmp_path / "dense")
+    """Embedding scales and two kinds of rotary frequencies: loaded as a stranger's code they would be garbage."""
+    dense = save_random(FAMILIES["gemma3"], tiny_dense, tmp_path / "dense")
     convert(ConvertOptions(dense, tmp_path / "out", 8, 2, 3, (tiny_text,), samples=2, sequence_length=24))
     model = RoutedForCausalLM.from_pretrained(tmp_path / "out").eval()
     expected = dict(AutoModelForCausalLM.from_pretrained(dense).named_buffers())
+    assert len(expected) >= 3
     for name, buffer in model.parent.named_buffers():
         assert "mlp" in name or "feed_forward" in name or torch.equal(buffer, expected[name]), name
     assert all_on_difference(model, dense) < 1e-4
@@ -113,6 +114,8 @@ REFUSED = {
     "qwen2_moe": (Qwen2MoeConfig(**SMALL_MIXTURE, num_experts=4), "is a mixture already"),
     "llama": (LlamaConfig(**SIZES, mlp_bias=True), "LlamaMLP in layer 0: linear layers with biases"),
     "bitnet": (BitNetConfig(**SIZES), "BitNetMLP in layer 0 does not compute"),
+    "exaone": (EXAONE, "its weights lack model.embed_tokens.weight"),
+    "falcon_h1": (FALCON_H1, "buffer model.layers.0.mamba.mup_vector is in no checkpoint"),
 }
 
 

@@ -12,7 +12,7 @@ from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.router.family import check_family
 from pregate.router.messages import SamplingParams, SubmitRequest
 from tests.equality import Tally, reference_text, refuse_degenerate
-from tests.families import FALCON_H1, FAMILIES, SIZES, WINDOW, save_random
+from tests.families import FAMILIES, SIZES, WINDOW, save_random
 from tests.router.serving import HostProcesses, compare, engine_over, serve
 
 NUM_TOKENS = 24
@@ -20,7 +20,6 @@ WINDOWED = [name for name, config in FAMILIES.items() if getattr(config, "slidin
 UNSERVED = {
     "diffllama": DiffLlamaConfig(**SIZES),
     "stablelm": StableLmConfig(**SIZES),
-    "falcon_h1": FALCON_H1,
     "qwen3_5_text": Qwen3_5TextConfig(**SIZES, layer_types=["linear_attention", "full_attention"]),
 }
 
