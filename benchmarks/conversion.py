@@ -208,7 +208,9 @@ def main() -> None:
     subjects = list(run(args.models, args.seeds, args.shared_folder, args.work))
     rows = [json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json"))]
     facts = {s.name: {"num_documents": len(s.rows), "num_tokens": sum(len(r) - 1 for r in s.rows)} for s in subjects}
-    write_report(rows, facts, {n: vars(r) for n, r in RECIPES.items()}, surroundings("conversion"), args.out)
+    write_report(
+        rows, facts, {n: vars(r) for n, r in RECIPES.items()}, surroundings("conversion", ("transformers",)), args.out
+    )
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ def _pick(rows: list[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
 
 def _markdown(rows: list[dict[str, Any]], facts: dict[str, Any], around: dict[str, Any]) -> str:
     parts = ["# Training-free conversion: every recipe, three calibration seeds", ""]
-    for model in facts:
-        parts += _model_part(rows, model, facts[model])
+    for model, about in facts.items():
+        parts += _model_part(rows, model, about)
     minutes = sum(r["seconds"] for r in rows) / 60
     parts += [
-        "Perplexity per document, BOS prepended, truncated to the context; no weight was tuned. Ratios to the dense parent;"
-        " three seeds, smallest and largest. `static` and `random` run on ours' cut. An oracle chooses by true"
+        "Perplexity per document, BOS prepended, truncated to the context; no weight was tuned. Mean of three seeds,"
+        " smallest and largest. `static` and `random` run on ours' cut. An oracle chooses by true"
         " contribution, as its recipe does: a fixed number of experts (plain), or all above a threshold (ours).",
         "",
         f"{sentence(around)} {minutes:.0f} minutes of computing in all.",
