@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import cdist
+from scipy.spatial import distance as spatial
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,12 @@ def mark(hidden_TH: np.ndarray, num_marked: int) -> np.ndarray:
     return marks_TH
 
 
+def distances(columns_NT: np.ndarray, centroids_RT: np.ndarray, metric: str) -> np.ndarray:
+    """[N, R]: `metric` as `Column.distance` names it."""
+    known = {"cityblock": spatial.cityblock, "euclidean": spatial.euclidean}
+    return np.array([[known[metric](column, centroid) for centroid in centroids_RT] for column in columns_NT])
+
+
 def by_rate(rates: np.ndarray) -> np.ndarray:
     """Positions from the highest rate to the lowest, the lower position first where they are equal."""
     return np.argsort(-rates, kind="stable")
@@ -81,7 +87,7 @@ def assign(columns_QT: np.ndarray, centroids_RT: np.ndarray, distance: str) -> t
     matrix square and the problem an ordinary linear assignment.
     """
     places = len(columns_QT) // len(centroids_RT)
-    cost_QR = cdist(columns_QT, centroids_RT, metric=distance)
+    cost_QR = distances(columns_QT, centroids_RT, distance)
     rows, slots = linear_sum_assignment(np.repeat(cost_QR, places, axis=1))
     labels_Q = np.empty(len(columns_QT), dtype=int)
     labels_Q[rows] = slots // places
@@ -89,7 +95,7 @@ def assign(columns_QT: np.ndarray, centroids_RT: np.ndarray, distance: str) -> t
 
 
 def split_marks(marks_TH: np.ndarray, num_experts: int, num_shared: int, column: Column) -> Split:
-    """Cut the columns of the marks into one shared expert of `num_shared` widths and `num_experts - num_shared` others."""
+    """Cut the columns of the marks into `num_experts` of one width; `num_shared` of them are the shared expert."""
     width = marks_TH.shape[1] // num_experts
     num_routed = num_experts - num_shared
     rates_H = marks_TH.mean(axis=0)
@@ -116,8 +122,8 @@ def represent(
     chosen = []
     for expert, centroid_T in enumerate(centroids_RT):
         members = np.flatnonzero(labels_Q == expert)
-        distances = cdist(columns_QT[members], centroid_T[None], metric=distance)[:, 0]
-        chosen.append(routed[members[int(distances.argmin())]])
+        away = distances(columns_QT[members], centroid_T[None], distance)[:, 0]
+        chosen.append(routed[members[int(away.argmin())]])
     return np.array(chosen)
 
 

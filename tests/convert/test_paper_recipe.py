@@ -22,7 +22,7 @@ from pregate.cluster.cli import main
 from pregate.convert import layer_pass
 from pregate.convert.calibration import encode, read_calibration
 from pregate.convert.clustering import representatives
-from pregate.convert.cmoe import profile, shared_neurons, split_by_marks
+from pregate.convert.cmoe import Profile, profile, shared_neurons, split_by_marks
 from pregate.convert.layer_cut import cut_one
 from pregate.convert.options import ConvertOptions
 from pregate.convert.recipes import RECIPES, Recipe
@@ -183,6 +183,28 @@ def test_the_second_example_says_the_same_of_the_notes():
     assert first.cost == pytest.approx(2 + 2 * math.sqrt(2))
 
 
+# Where the two distances part. Ten tokens, three marks each; neurons 4 and 5 are shared and fill the rows up.
+#
+#   neuron 0 is marked by tokens 0 1 2 3 4 5, 1 by 3 4 5 6 7 8: the highest rates, so the first centroids
+#   neuron 2 by 1 2 3 4 5:  off the centroids by {0} and by {1 2 6 7 8}: 1 and 5
+#   neuron 3 by 0 1 2 9:    off by {3 4 5 9} and by all of {0 .. 9}: 4 and 10
+#
+# 0 and 1 stay with themselves, at no cost. 2 to 0 and 3 to 1: L1 11, L2 1 + sqrt 10 = 4.162. The other way round: L1
+# 5 + 4 = 9, L2 sqrt 5 + 2 = 4.236. So L1 parts 0 from 2, and L2 does not. (0 and 1 together cost 6, sqrt 6, more.)
+@pytest.mark.parametrize(("distance", "groups"), [("l1", [[0, 3], [1, 2]]), ("l2", [[0, 2], [1, 3]])])
+def test_third_example_by_hand(distance: str, groups: list[list[int]]):
+    marked_by = [{0, 1, 2, 3, 4, 5}, {3, 4, 5, 6, 7, 8}, {1, 2, 3, 4, 5}, {0, 1, 2, 9}, {0, 6, 7, 8, 9}, {6, 7, 8, 9}]
+    marks = torch.tensor([[n for n, tokens in enumerate(marked_by) if token in tokens] for token in range(10)])
+    rates = torch.tensor([len(tokens) / 10 for tokens in marked_by], dtype=torch.float64)
+    shared = np.array([4, 5])
+    split = split_by_marks(Profile(marks, rates, rates), LayerCut(2, 1, 1, 2), shared, 1, distance)
+    assert split.routed_RM.tolist() == groups
+    columns = np.array([[float(token in tokens) for token in range(10)] for tokens in marked_by[:4]])
+    labels, cost = notes.assign(columns, columns[:2], "cityblock" if distance == "l1" else "euclidean")
+    assert [np.flatnonzero(labels == expert).tolist() for expert in (0, 1)] == groups
+    assert cost == pytest.approx(9 if distance == "l1" else 1 + math.sqrt(10))
+
+
 def test_the_paper_scores_with_the_sign_and_the_code_without():
     gate, up = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[-3.0, 0.0], [0.0, 4.0]])
     mlp, x_TD = _mlp(gate, up, torch.ones(2, 2)), torch.tensor([[1.0, 0.5]])
@@ -242,7 +264,7 @@ def _costs_agree(
     for iterations in range(1, options.max_iterations + 1):
         made = split_by_marks(seen, cut, shared, iterations, options.distance).routed_RM
         labels_Q = np.array([int(np.flatnonzero((made == neuron).any(axis=1))[0]) for neuron in routed])
-        distance_QR = notes.cdist(columns_QT, centroids_RT, metric=column.distance)
+        distance_QR = notes.distances(columns_QT, centroids_RT, column.distance)
         cost = distance_QR[np.arange(len(routed)), labels_Q].sum()
         assert cost == pytest.approx(notes.assign(columns_QT, centroids_RT, column.distance)[1], rel=1e-9)
         centroids_RT = notes.means(columns_QT, labels_Q, cut.num_routed)
@@ -266,7 +288,7 @@ def _with_representatives(
     chosen = []
     for expert, centroid_T in enumerate(split.centroids_RT):
         members = split.members(expert)
-        away = notes.cdist(marks_TI[:, members].T, centroid_T[None], metric=column.distance)[:, 0]
+        away = notes.distances(marks_TI[:, members].T, centroid_T[None], column.distance)[:, 0]
         nearest = members[away < away.min() + 1e-9]
         rows = np.concatenate([gate[nearest], up[nearest]])
         rows = notes.unit_rows(rows) if column.unit_router else rows
@@ -299,12 +321,9 @@ def _outputs_agree(
     scores_TR = notes.router_scores(x, gate, up, split.representatives_R, column)
     assert np.allclose(_float64(routed.gate(x_TD)), scores_TR, rtol=1e-4, atol=1e-5)
     generator = np.random.default_rng(1)
-    for bias, scale in (
-        (np.zeros(num_routed), np.zeros(num_routed)),
-        (generator.normal(0, 0.2, num_routed), generator.normal(0, 0.5, num_routed)),
-    ):
-        paper.balance_bias.copy_(torch.from_numpy(bias))
-        paper.scale.copy_(torch.from_numpy(scale))
+    for bias_std, scale_std in ((0.0, 0.0), (0.2, 0.5)):
+        paper.balance_bias.copy_(torch.from_numpy(generator.normal(0, bias_std, num_routed)))
+        paper.scale.copy_(torch.from_numpy(generator.normal(0, scale_std, num_routed)))
         bias, scale = _float64(paper.balance_bias), _float64(paper.scale)
         weights_TR = notes.choose(scores_TR, num_active, bias, scale)
         ranked = np.sort(notes.softmax(scores_TR) + bias, axis=1)[:, ::-1]
@@ -324,9 +343,12 @@ def _outputs_agree(
 @pytest.mark.parametrize(("counts", "seed"), [((8, 3, 3), 0), ((8, 0, 2), 1), ((4, 1, 1), 2), ((16, 2, 2), 3)])
 def test_a_random_ffn_is_cut_as_the_notes_say(method: dict, column: notes.Column, counts: tuple, seed: int):
     generator = torch.Generator().manual_seed(seed)
-    gate, up = (torch.randn(48, 12, generator=generator) * (0.5 + torch.rand(48, 1, generator=generator)) for _ in "gu")
+    # Rows near a few directions, of many lengths: unrelated columns would cost as little by either distance.
+    directions, lengths = torch.randn(3, 12, generator=generator), 0.3 + torch.rand(48, 1, generator=generator)
+    latent = torch.randn(48, 3, generator=generator)
+    gate, up = (lengths * (latent @ directions + 0.2 * torch.randn(48, 12, generator=generator)) for _ in range(2))
     mlp = _mlp(gate, up, torch.randn(12, 48, generator=generator))
-    x_TD = 0.5 * torch.randn(70, 12, generator=generator)
+    x_TD = 0.1 * torch.randn(150, 12, generator=generator)
     method = method | {"marks_per_token": 5}
     routed = _cut(mlp, x_TD, counts, method)
     _hold(routed, mlp, x_TD, Recipe(**(vars(RECIPES["cmoe-paper"]) | method)), column)
