@@ -101,6 +101,7 @@ def _first_example() -> tuple[GatedMLP, torch.Tensor]:
     return _mlp(gate, up * lengths, down), torch.diag(torch.tensor([2.0, 1.0, 0.5, 3.0]))
 
 
+@torch.no_grad()
 def test_first_example_by_hand():
     mlp, x_TD = _first_example()
     seen = profile(x_TD, mlp, activation("silu"), 3)
