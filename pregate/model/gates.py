@@ -83,7 +83,8 @@ class RepresentativeGate(nn.Module):
     def choose(self, x_TD: torch.Tensor) -> Choice:
         shares_TR = self(x_TD).softmax(dim=-1)
         ids_TK = reference.top_k(shares_TR + self.balance_bias, self.num_active)
-        if not self.scale.any():
+        learns = torch.is_grad_enabled() and self.scale.requires_grad  # from 0 too: there the weights have a gradient
+        if not learns and not self.scale.any():
             return Choice(ids_TK)
         return Choice(ids_TK, 1 + shares_TR.gather(-1, ids_TK) * self.scale[ids_TK])
 

@@ -101,7 +101,7 @@ class RoutedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, self.hidden_size)
         out_TD = self.shared_output(x_TD)
-        if self.experts is not None and self.cut.num_active:
+        if self.experts is not None:  # with no expert active too: a policy may take others, and counts what runs
             ids_TK, weights_TK = self.policy.choose(self, x_TD)
             out_TD = reference.add_routed(
                 out_TD, x_TD, ids_TK, weights_TK, self.experts.gate_up_proj, self.experts.down_proj, self.act
