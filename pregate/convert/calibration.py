@@ -65,13 +65,20 @@ def pack_windows(rows: Iterator[list[int]], length: int, count: int) -> list[lis
     return windows
 
 
-def stream_windows(ids: list[int], length: int, count: int, seed: int) -> list[list[int]]:
-    """`count` windows of `length` ids from anywhere in `ids`; all of it as one where it is shorter."""
-    if len(ids) <= length:
-        return [ids] if len(ids) > 1 else []
+def stream_windows(
+    ids: list[int], length: int, count: int, num_held_back: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """`count` windows of `length` ids from anywhere in `ids`, then at most `num_held_back` that overlap none of them.
+
+    All of `ids` is one window where it is shorter. The first are drawn as CMoE's released code draws them.
+    """
+    if len(ids) <= length + 1:
+        return ([ids[:length]] if len(ids) > 1 else []), []
     rng = random.Random(seed)
-    starts = [rng.randint(0, len(ids) - length) for _ in range(count)]
-    return [ids[start : start + length] for start in starts]
+    starts = [rng.randint(0, len(ids) - length - 1) for _ in range(count)]
+    tried = (rng.randint(0, len(ids) - length - 1) for _ in range(100 * num_held_back))
+    free = [at for at in tried if all(abs(at - start) >= length for start in starts)][:num_held_back]
+    return [ids[at : at + length] for at in starts], [ids[at : at + length] for at in free]
 
 
 def read_calibration(
@@ -94,15 +101,15 @@ def read_calibration(
     wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
     if draw == "stream":
         ids = encode(tokenizer, "\n\n".join(d.text for d in documents), None)
-        windows = stream_windows(ids, length, samples + wanted, seed)
+        kept, held_back = stream_windows(ids, length, samples, wanted, seed)
     else:
         drawn = draw_documents(documents, seed)
         windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
-    if not windows:
+        held = min(wanted, len(windows) // 4)
+        kept, held_back = windows[held:][:samples], windows[:held]
+    if not kept:
         raise UserError.of(option, " ".join(map(str, paths)), "holds fewer than two tokens")
-    held = min(wanted, len(windows) // 4)
-    kept = windows[held:][:samples]
-    return Calibration(torch.tensor(kept, dtype=torch.int64), windows[:held], files)
+    return Calibration(torch.tensor(kept, dtype=torch.int64), held_back, files)
 
 
 def encode_pool(

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
-from pregate.convert.calibration import encode, encode_pool, pack_windows, read_calibration
+from pregate.convert.calibration import encode, encode_pool, pack_windows, read_calibration, stream_windows
 from pregate.convert.text import Document
 
 
@@ -48,3 +49,14 @@ def test_pool_keeps_to_its_token_budget(tiny_dense: Path):
     documents = [Document("The harbour lay quiet before the storm.", Path("a.txt"))] * 5
     rows = list(encode_pool(documents, tokenizer, max_tokens=6, total_tokens=15))
     assert [len(r) for r in rows] == [6, 6, 3]
+
+
+def test_windows_of_a_stream_lie_anywhere_and_held_back_ones_elsewhere():
+    ids = list(range(1000))
+    kept, held_back = stream_windows(ids, 50, 4, 3, seed=0)
+    rng = random.Random(0)  # as the released code draws: randint(0, len - length - 1)
+    assert [window[0] for window in kept] == [rng.randint(0, 949) for _ in range(4)]
+    assert all(window == list(range(window[0], window[0] + 50)) for window in kept + held_back)
+    assert len(held_back) == 3
+    assert not {i for window in kept for i in window} & {i for window in held_back for i in window}
+    assert stream_windows(ids[:40], 50, 4, 3, seed=0) == ([ids[:40]], [])
