@@ -19,6 +19,7 @@ from pregate.convert.targets import TargetPool, collect_targets
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest
 from pregate.model.config import PathRouterConfig, RoutedConfig
+from pregate.model.gates import RepresentativeGate
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
 
@@ -68,6 +69,7 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
         config = _layerwise_config(options.model)
         rows = _read_rows(options)
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        _refuse_weights(model, options)
         pool = collect_targets(model, rows, progress)
         router, figures = train_router(model, pool, options, progress)
         measured_on = _held_back(pool).rows
@@ -140,6 +142,14 @@ def _layerwise_config(path: Path) -> RoutedConfig:
     if not any(c.num_active for c in config.cuts):
         raise UserError.of("--model", path, "has no layer with an active routed expert; there is nothing to route")
     return config
+
+
+def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
+    """A path's experts all weigh 1; a gate that has learned to weigh them would lose that in silence."""
+    for mlp in model.routed_mlps:
+        if isinstance(mlp.gate, RepresentativeGate) and mlp.gate.scale.any():
+            reason = f"layer {mlp.layer}'s gate weighs its experts (scale is not 0); paths cannot"
+            raise UserError.of("--model", options.model, reason)
 
 
 def _exact_config(config: RoutedConfig, options: DecoupleOptions) -> RoutedConfig:

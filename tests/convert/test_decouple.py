@@ -18,6 +18,7 @@ from pregate.convert.router_training import EMBEDDING_STD, LEAST_SPREAD, MassSca
 from pregate.convert.targets import collect_targets
 from pregate.kernels.reference import above
 from pregate.model import CheckpointReader, RoutedForCausalLM
+from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.layers import contribution_mass
 from pregate.model.path_router import PathRouter
@@ -174,3 +175,17 @@ def test_models_that_cannot_be_decoupled(
         with pytest.raises(UserError, match=f"--model .*{reason}"):
             decouple(replace(options, model=model))
     assert not options.out.exists()
+
+
+def test_a_gate_that_weighs_its_experts_is_refused(
+    options: DecoupleOptions, tiny_dense: Path, tiny_text: Path, tmp_path: Path
+):
+    method = {"gate": "representative", "selection": "top_k", "samples": 2, "sequence_length": 32}
+    convert(ConvertOptions(tiny_dense, tmp_path / "paper", 8, 2, 2, (tiny_text,), **method))
+    model = RoutedForCausalLM.from_pretrained(tmp_path / "paper")
+    model.routed_mlps[1].gate.scale.data += 0.5
+    model.save_pretrained(tmp_path / "learned")
+    AutoTokenizer.from_pretrained(tiny_dense).save_pretrained(tmp_path / "learned")
+    write_manifest(tmp_path / "learned", read_manifest(tmp_path / "paper"))
+    with pytest.raises(UserError, match="layer 1's gate weighs its experts"):
+        decouple(replace(options, model=tmp_path / "learned"))
