@@ -1,0 +1,116 @@
+"""How far to shrink a gate so that a softmax over it gives every chosen expert the same weight.
+
+A stock class weighs its k experts by softmax, normalised over them; ours by 1. With scores near 0 the weights are
+near 1/k, and down-projections k times as large do the rest (the notes on CMoE, section 5.4). Scores too near 0
+are lost in the rounding of the softmax, and other experts are chosen; so the factor is measured, layer by layer.
+
+A softmax does not see what all experts' scores have in common, so the mean row is taken from the gate: what is left
+is smaller, and keeps more of its digits in a half type.
+
+Shape letters: T tokens, D hidden width, R routed experts, K experts of a token, C candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from pregate.model.gates import Choice, LinearGate
+from pregate.model.layers import RoutedMLP, RoutingPolicy
+
+#: Candidates: powers of two (they change no digit) that bring the largest weight to 1/2 .. 1 and below, down to this.
+NUM_CANDIDATES = 25
+
+
+@dataclass(frozen=True)
+class RouterScale:
+    """One layer's factor, and what it does: mean squared error of a token's expert weights, times k, against 1 and 0.
+
+    `other_experts`: the share of tokens that get other experts than the gate chooses.
+    """
+
+    factor: float
+    weight_error: float
+    other_experts: float
+
+
+def centred(gate_RD: torch.Tensor) -> torch.Tensor:
+    """The gate less its mean row, float32: the same order of scores."""
+    wide_RD = gate_RD.double()
+    return (wide_RD - wide_RD.mean(dim=0)).float()
+
+
+def candidate_factors(gate_RD: torch.Tensor, scale: float | None) -> list[float]:
+    """Factors to try on a centred gate; with `scale`, only the one that makes its largest weight that."""
+    largest = gate_RD.abs().max().item()
+    if largest == 0:
+        return [1.0]
+    if scale is not None:
+        return [scale / largest]
+    first = -math.ceil(math.log2(largest))
+    return [2.0 ** (first - step) for step in range(NUM_CANDIDATES)]
+
+
+def stock_weights(x_TD: torch.Tensor, gate_RD: torch.Tensor, num_active: int) -> torch.Tensor:
+    """Expert weights [T, R] as Qwen2-MoE's router computes them in the type of `gate_RD`, 0 where not chosen."""
+    shares_TR = F.linear(x_TD.to(gate_RD.dtype), gate_RD).softmax(dim=-1, dtype=torch.float32)
+    shares_TK, ids_TK = shares_TR.topk(num_active, dim=-1)
+    weights_TK = (shares_TK / shares_TK.sum(dim=-1, keepdim=True)).to(gate_RD.dtype).float()
+    return torch.zeros_like(shares_TR).scatter(-1, ids_TK, weights_TK)
+
+
+class ScaleMeter(RoutingPolicy):
+    """The gate decides, and every candidate factor is tried beside it, in `dtype`."""
+
+    def __init__(self, dtype: torch.dtype, scale: float | None = None) -> None:
+        self._dtype, self._scale = dtype, scale
+        self._gates: dict[int, list[torch.Tensor]] = {}
+        self._factors: dict[int, list[float]] = {}
+        self._sums: dict[int, torch.Tensor] = {}
+        self._num_tokens: dict[int, int] = {}
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        gate, layer, k = mlp.gate, mlp.layer, mlp.cut.num_active
+        assert isinstance(gate, LinearGate)
+        if layer not in self._gates:
+            gate_RD = centred(gate.weight)
+            self._factors[layer] = candidate_factors(gate_RD, self._scale)
+            self._gates[layer] = [(gate_RD * factor).to(self._dtype) for factor in self._factors[layer]]
+            self._sums[layer] = torch.zeros(2, len(self._factors[layer]), dtype=torch.float64)
+            self._num_tokens[layer] = 0
+        choice = gate.choose(x_TD)
+        wanted_TR = torch.zeros(len(x_TD), mlp.cut.num_routed, device=x_TD.device).scatter(-1, choice.ids, 1.0)
+        for column, candidate in enumerate(self._gates[layer]):
+            got_TR = k * stock_weights(x_TD, candidate, k)
+            self._sums[layer][0, column] += (got_TR - wanted_TR).square().sum().item()
+            self._sums[layer][1, column] += ((got_TR > 0) != (wanted_TR > 0)).any(dim=-1).sum().item()
+        self._num_tokens[layer] += len(x_TD)
+        return choice
+
+    def scales(self) -> list[RouterScale]:
+        """The best factor of every layer, in order: that of least weight error."""
+        found = []
+        for layer in sorted(self._sums):
+            error_C, others_C = self._sums[layer] / self._num_tokens[layer]
+            best = int(error_C.argmin())
+            found.append(RouterScale(self._factors[layer][best], error_C[best].item(), others_C[best].item()))
+        return found
+
+
+@torch.no_grad()
+def measure_scales(
+    model: torch.nn.Module, rows: list[list[int]], max_tokens: int, dtype: torch.dtype, scale: float | None
+) -> list[RouterScale]:
+    """Run a routed `model` over `rows` until `max_tokens`, and find each layer's factor for an export as `dtype`."""
+    meter, left = ScaleMeter(dtype, scale), max_tokens
+    model.routing_policy = meter  # pyright: ignore[reportAttributeAccessIssue]
+    for row in rows:
+        model(torch.tensor([row[:left]]), use_cache=False)
+        left -= len(row)
+        if left < 1:
+            break
+    model.routing_policy = None  # pyright: ignore[reportAttributeAccessIssue]
+    return meter.scales()
