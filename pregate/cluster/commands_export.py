@@ -19,7 +19,9 @@ def export(
     text: Annotated[
         Path | None, typer.Option(help="Held-out text to measure on; without, random tokens.", show_default=False)
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Measure on at most so many tokens.", show_default=False)] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Measure on at most so many tokens.", show_default=False)
+    ] = None,
     scale: Annotated[
         float | None,
         typer.Option(help="Largest weight of every gate; without, found by measurement.", show_default=False),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from pregate.base.errors import UserError
 from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.dense import context_tokens, load_tokenizer
 from pregate.convert.export_card import write_card
-from pregate.convert.export_check import compare_logits, compare_texts, load_stock
+from pregate.convert.export_check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export_dense import check_dense, write_dense
 from pregate.convert.export_qwen2_moe import write_qwen2_moe
 from pregate.convert.options import DTYPES
@@ -30,11 +31,12 @@ from pregate.model.modeling import RoutedForCausalLM
 
 FORMATS = ("qwen2_moe", "dense")
 RECORD = "export.json"
+_GENERATION = "generation_config.json"
 #: Median relative difference of logits that rounding may make, by the type exported; beyond it the export is refused.
 #: Experts chosen otherwise at near ties move single positions, not the median.
-TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+TOLERANCE = MappingProxyType({"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1})
 #: Tokens the gates' factors are measured on, and the random ones that stand in where no text is given.
-SCALE_TOKENS, RANDOM_ROWS, RANDOM_TOKENS = 4096, 8, 64
+SCALE_TOKENS, RANDOM_ROWS, RANDOM_TOKENS = 4096, 64, 64
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,14 @@ def export(options: ExportOptions, progress: Progress | None = None) -> dict[str
     progress = progress or QuietProgress()
     with new_folder(options.out) as folder:
         source = RoutedShards(options.model)
+        copy_tokenizer(options.model, folder)
+        if (options.model / _GENERATION).is_file():
+            shutil.copyfile(options.model / _GENERATION, folder / _GENERATION)
         if options.format == "dense":
             check_dense(source)
-            figures = write_dense(source, folder, options.dtype, progress)
-        else:
-            check_expressible(source)
-            figures = _export_stock(source, options, folder, progress)
-        copy_tokenizer(options.model, folder)
-        return figures
+            return write_dense(source, folder, options.dtype, progress)
+        check_expressible(source)
+        return _export_stock(source, options, folder, progress)
 
 
 def _export_stock(source: RoutedShards, options: ExportOptions, folder: Path, progress: Progress) -> dict[str, Any]:
@@ -93,8 +95,6 @@ def _export_stock(source: RoutedShards, options: ExportOptions, folder: Path, pr
     routed: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     scales = measure_scales(routed, rows, SCALE_TOKENS, getattr(torch, dtype), options.scale)
     write_stock_config(stock, folder)
-    if (options.model / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(options.model).save_pretrained(folder)
     write_qwen2_moe(source, [scale.factor for scale in scales], folder, getattr(torch, dtype), progress)
     model = load_stock(folder)
     figures = _figures(options, dtype, stock.max_position_embeddings, scales)
@@ -117,16 +117,19 @@ def _figures(options: ExportOptions, dtype: str, context: int, scales: list[Rout
         "stored_as": dtype,
         "context_tokens": context,
         "gate_factors": f"{min(factors):.3g} to {max(factors):.3g}",
-        "other_experts": max(scale.other_experts for scale in scales),
+        "other_experts": rounded(max(scale.other_experts for scale in scales)),
         "measured_on": "random tokens (give --text for perplexity)" if options.text is None else str(options.text),
     }
 
 
 def _check_difference(options: ExportOptions, dtype: str, median: float) -> None:
     if not median <= TOLERANCE[dtype]:
-        reason = f"{options.model}: the class does not compute what the checkpoint does: logits differ by {median:.2g}"
-        allowed = f"of the largest at the median position; allowed for {dtype}: {TOLERANCE[dtype]:g}"
-        raise UserError.of("--format", options.format, f"{reason} {allowed}")
+        differ = f"logits differ by {median:.2g} of the largest at the median position"
+        allowed = f"allowed for {dtype}: {TOLERANCE[dtype]:g}"
+        if options.scale is not None:
+            raise UserError.of("--scale", options.scale, f"{differ}; {allowed}; without --scale it is measured")
+        reason = f"{options.model}: the class does not compute what the checkpoint does: {differ}; {allowed}"
+        raise UserError.of("--format", options.format, reason)
 
 
 def _rows(options: ExportOptions, context: int, vocab_size: int) -> list[list[int]]:

@@ -48,5 +48,5 @@ def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any]) -> N
 
 def _number(value: Any) -> str:
     if isinstance(value, list):
-        return "; ".join(f"prompt {p['prompt']} at token {p['token']}, margin {p['margin']:.2g}" for p in value) or "none"
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e-2 else str(value)
+        return "; ".join(f"prompt {p['prompt']} at token {p['token']}, margin {p['margin']}" for p in value) or "none"
+    return str(value)

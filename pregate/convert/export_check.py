@@ -7,6 +7,7 @@ Shape letters: B documents of a batch, N tokens, V vocabulary, P positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from transformers import AutoModelForCausalLM
 from pregate.base.errors import PregateError
 from pregate.convert.progress import Progress
 from pregate.convert.scoring import Score, batches, padded
+from pregate.model.gates import Choice
+from pregate.model.layers import RoutedMLP, RoutingPolicy
 
 #: Greedy texts compared, their length, and the length of their prompts, in tokens.
 NUM_PROMPTS, NEW_TOKENS, PROMPT_TOKENS = 8, 48, 12
@@ -62,9 +65,9 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
     before, after = (Score(n, num_tokens).perplexity for n in nats.tolist())
     return {
         "num_positions": len(absolute_P),
-        "largest_logit_difference": absolute_P.max().item(),
-        "median_relative_difference": relative_P.median().item(),
-        "largest_relative_difference": relative_P.max().item(),
+        "largest_logit_difference": rounded(absolute_P.max().item()),
+        "median_relative_difference": rounded(relative_P.median().item()),
+        "largest_relative_difference": rounded(relative_P.max().item()),
         "same_top_token": round(same / len(absolute_P), 6),
         "routed_perplexity": round(before, 5),
         "exported_perplexity": round(after, 5),
@@ -76,9 +79,10 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
 def compare_texts(routed: Any, stock: Any, rows: Sequence[list[int]], context: int) -> dict[str, Any]:
     """Greedy texts after the beginnings of the first rows: how many are equal, and where the others part.
 
-    "margin" is by how much the routed model prefers its token to its second choice where they part.
+    Where they part, "margin" is by how much the routed model prefers its token to its second choice, and "gate_margin"
+    the least by which a gate up to there preferred its last expert to the next: near 0, rounding chooses another one.
     """
-    prompts = [row[:PROMPT_TOKENS] for row in rows[:NUM_PROMPTS]]
+    prompts = [row[: min(PROMPT_TOKENS, context // 2)] for row in rows[:NUM_PROMPTS]]
     same, parted = 0, []
     for number, prompt in enumerate(prompts):
         new_tokens = min(NEW_TOKENS, context - len(prompt))
@@ -87,10 +91,29 @@ def compare_texts(routed: Any, stock: Any, rows: Sequence[list[int]], context: i
             same += 1
             continue
         at = next(i for i in range(len(ours)) if ours[: i + 1] != theirs[: i + 1])
+        routed.routing_policy = watched = _LeastMargin()
         logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
+        routed.routing_policy = None
         first, second = logits.topk(2).values.tolist()
-        parted.append({"prompt": number, "token": at, "margin": first - second})
+        margins = {"margin": rounded(first - second), "gate_margin": rounded(watched.margin)}
+        parted.append({"prompt": number, "token": at} | margins)
     return {"greedy_texts_equal": f"{same} of {len(prompts)}", "greedy_texts_part": parted}
+
+
+class _LeastMargin(RoutingPolicy):
+    """The gates decide; `margin` is the nearest any of them came to another choice."""
+
+    def __init__(self) -> None:
+        self.margin = math.inf
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        self.margin = min(self.margin, mlp.gate.margin(x_TD).min().item())
+        return mlp.gate.choose(x_TD)
+
+
+def rounded(value: float) -> float:
+    """To four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:

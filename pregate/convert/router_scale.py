@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP, RoutingPolicy
+from pregate.model.modeling import RoutedForCausalLM
 
 #: Candidates: powers of two (they change no digit) that bring the largest weight to 1/2 .. 1 and below, down to this.
 NUM_CANDIDATES = 25
@@ -102,15 +103,15 @@ class ScaleMeter(RoutingPolicy):
 
 @torch.no_grad()
 def measure_scales(
-    model: torch.nn.Module, rows: list[list[int]], max_tokens: int, dtype: torch.dtype, scale: float | None
+    model: RoutedForCausalLM, rows: list[list[int]], max_tokens: int, dtype: torch.dtype, scale: float | None
 ) -> list[RouterScale]:
     """Run a routed `model` over `rows` until `max_tokens`, and find each layer's factor for an export as `dtype`."""
     meter, left = ScaleMeter(dtype, scale), max_tokens
-    model.routing_policy = meter  # pyright: ignore[reportAttributeAccessIssue]
+    model.routing_policy = meter
     for row in rows:
         model(torch.tensor([row[:left]]), use_cache=False)
         left -= len(row)
         if left < 1:
             break
-    model.routing_policy = None  # pyright: ignore[reportAttributeAccessIssue]
+    model.routing_policy = None
     return meter.scales()
