@@ -117,7 +117,7 @@ def sweep(source: RoutedShards, routed: RoutedForCausalLM, rows: list[list[int]]
             factors = [s.factor for s in scales]
             write_qwen2_moe(source, factors, Path(name), getattr(torch, dtype), QuietProgress())
             figures = compare_logits(routed, load_stock(Path(name)), rows, QuietProgress())
-        others = max(s.other_experts for s in scales)
+        others = max(s.expected_other_experts for s in scales)
         table.append({"dtype": dtype, "scale": scale, "factors": factors, "other_experts": others} | figures)
     return table
 

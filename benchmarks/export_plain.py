@@ -8,24 +8,22 @@ logits of}. ANSWERS: a .safetensors file with those logits; beside it, as .json,
 
 from __future__ import annotations
 
-import sys
-
-sys.modules["pregate"] = None  # pyright: ignore[reportArgumentType]
-
 import json
 import math
+import sys
 from pathlib import Path
-
-import torch
-import transformers
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from typing import Any
 
 
-@torch.no_grad()
 def main(folder: str, questions: str, answers: str) -> None:
+    sys.modules["pregate"] = None  # pyright: ignore[reportArgumentType]
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
     asked = json.loads(Path(questions).read_text())
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     texts = []
     for prompt in asked["prompts"]:
         ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
@@ -43,7 +41,9 @@ def main(folder: str, questions: str, answers: str) -> None:
     found = {
         "class": type(model).__name__,
         "transformers": transformers.__version__,
-        "modules_of_pregate": [name for name, module in sys.modules.items() if "pregate" in name and module],
+        "modules_of_pregate": [
+            name for name, module in sys.modules.items() if name.split(".")[0] == "pregate" and module
+        ],
         "texts": texts,
         "decoded": [tokenizer.decode(text) for text in texts],
         "perplexity": math.exp(nats / num_tokens),

@@ -117,7 +117,7 @@ def _figures(options: ExportOptions, dtype: str, context: int, scales: list[Rout
         "stored_as": dtype,
         "context_tokens": context,
         "gate_factors": f"{min(factors):.3g} to {max(factors):.3g}",
-        "other_experts": rounded(max(scale.other_experts for scale in scales)),
+        "other_experts": rounded(max(scale.expected_other_experts for scale in scales)),
         "measured_on": "random tokens (give --text for perplexity)" if options.text is None else str(options.text),
     }
 

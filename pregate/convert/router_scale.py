@@ -2,7 +2,8 @@
 
 A stock class weighs its k experts by softmax, normalised over them; ours by 1. With scores near 0 the weights are
 near 1/k, and down-projections k times as large do the rest (the notes on CMoE, section 5.4). Scores too near 0
-are lost in the rounding of the softmax, and other experts are chosen; so the factor is measured, layer by layer.
+are lost in the rounding of the softmax, and other experts are chosen; so the factor is measured, layer by layer: that
+of the least sum of both errors, how far a weight is from 1 and how often an expert is another one.
 
 A softmax does not see what all experts' scores have in common, so the mean row is taken from the gate: what is left
 is smaller, and keeps more of its digits in a half type.
@@ -24,18 +25,22 @@ from pregate.model.modeling import RoutedForCausalLM
 
 #: Candidates: powers of two (they change no digit) that bring the largest weight to 1/2 .. 1 and below, down to this.
 NUM_CANDIDATES = 25
+#: The share of tokens with other experts up to which it goes with 1 / factor.
+RARE = 0.05
 
 
 @dataclass(frozen=True)
 class RouterScale:
-    """One layer's factor, and what it does: mean squared error of a token's expert weights, times k, against 1 and 0.
+    """One layer's factor, and what it does.
 
-    `other_experts`: the share of tokens that get other experts than the gate chooses.
+    `weight_error`: how far a chosen expert's weight is from 1, in the mean. `other_experts`: the share of the tokens
+    measured on that got other experts than the gate chooses; `expected_other_experts`: that of tokens to come.
     """
 
     factor: float
     weight_error: float
     other_experts: float
+    expected_other_experts: float
 
 
 def centred(gate_RD: torch.Tensor) -> torch.Tensor:
@@ -86,19 +91,41 @@ class ScaleMeter(RoutingPolicy):
         wanted_TR = torch.zeros(len(x_TD), mlp.cut.num_routed, device=x_TD.device).scatter(-1, choice.ids, 1.0)
         for column, candidate in enumerate(self._gates[layer]):
             got_TR = k * stock_weights(x_TD, candidate, k)
-            self._sums[layer][0, column] += (got_TR - wanted_TR).square().sum().item()
-            self._sums[layer][1, column] += ((got_TR > 0) != (wanted_TR > 0)).any(dim=-1).sum().item()
+            same_T = ((got_TR > 0) == (wanted_TR > 0)).all(dim=-1)
+            self._sums[layer][0, column] += ((got_TR - wanted_TR).abs().sum(dim=-1) * same_T).sum().item() / k
+            self._sums[layer][1, column] += (~same_T).sum().item()
         self._num_tokens[layer] += len(x_TD)
         return choice
 
     def scales(self) -> list[RouterScale]:
-        """The best factor of every layer, in order: that of least weight error."""
+        """The best factor of every layer, in order."""
         found = []
         for layer in sorted(self._sums):
             error_C, others_C = self._sums[layer] / self._num_tokens[layer]
-            best = int(error_C.argmin())
-            found.append(RouterScale(self._factors[layer][best], error_C[best].item(), others_C[best].item()))
+            factor_C = torch.tensor(self._factors[layer], dtype=torch.float64)
+            # Half types lose so many ties at any factor that counting tells.
+            expected_C = expected_others(factor_C, others_C) if self._dtype == torch.float32 else others_C
+            best = int((error_C + expected_C).argmin())
+            columns = (factor_C, error_C, others_C, expected_C)
+            found.append(RouterScale(*(column[best].item() for column in columns)))
         return found
+
+
+def expected_others(factor_C: torch.Tensor, others_C: torch.Tensor) -> torch.Tensor:
+    """The share of tokens that will get other experts, by factor, from the shares counted; largest factor first.
+
+    The float32 softmax loses a fixed step of the shrunken scores, so ties within step / factor are lost, and their
+    share goes with 1 / factor. One law for all factors, fitted where few tokens are concerned, tells more than the
+    handful of tokens counted at a single one.
+
+    Example: factors 1, 1/2, 1/4 and shares 0, 0.01, 0.02 give the rate 0.03 / 7, so 0.0043, 0.0086, 0.0171.
+    """
+    rare_C = others_C <= RARE
+    if not rare_C.any():
+        return others_C
+    floor = others_C[rare_C][0]
+    rate = (others_C[rare_C] - floor).clamp(min=0).sum() / (1 / factor_C[rare_C]).sum()
+    return floor + rate / factor_C
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from pregate.convert.export_dense import undo_cut
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.routed_shards import CutFFN
-from pregate.convert.router_scale import centred, stock_weights
+from pregate.convert.router_scale import centred, expected_others, stock_weights
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
 from tests.equality import reference_text, refuse_degenerate
@@ -94,6 +94,13 @@ def test_stock_weights_are_those_of_the_class():
     assert torch.equal(small_TR > 0, stock_weights(x_TD, gate_RD, 3) > 0)
 
 
+def test_expected_others_by_hand():
+    """A rate of 0.03 / 7 over the rare ones; the last, where half the tokens are concerned, is left out of it."""
+    factors, shares = torch.tensor([1.0, 0.5, 0.25, 0.125]), torch.tensor([0.0, 0.01, 0.02, 0.5])
+    rate = 0.03 / 7
+    assert torch.allclose(expected_others(factors, shares), torch.tensor([rate, 2 * rate, 4 * rate, 8 * rate]))
+
+
 def test_undo_cut_by_hand():
     """Neurons 0, 1, 2 lie as 2, 0, 1: neuron 2 shared, 0 and 1 in two experts."""
     gate_up = torch.tensor([[[20.0], [21.0]], [[0.0], [1.0]], [[10.0], [11.0]]])
@@ -143,7 +150,7 @@ def test_record_and_older_readers(stock_checkpoint: Path, tiny_text: Path, tmp_p
     record = json.loads((out / "export.json").read_text())
     assert record["figures"] == figures
     assert [layer["other_experts"] for layer in record["layers"]] == [0.0] * 3
-    assert all(layer["weight_error"] < 1e-5 for layer in record["layers"])
+    assert all(layer["weight_error"] < 1e-2 for layer in record["layers"])
     assert abs(figures["perplexity_ratio"] - 1) < 1e-3
     assert int(figures["greedy_texts_equal"].removesuffix(" of 5")) >= 4
     assert all(min(text["margin"], text["gate_margin"]) < 1e-2 for text in figures["greedy_texts_part"])
