@@ -151,7 +151,7 @@ def test_record_and_older_readers(stock_checkpoint: Path, tiny_text: Path, tmp_p
     assert record["figures"] == figures
     assert len(record["layers"]) == 3 and all(layer["other_experts"] < 3e-3 for layer in record["layers"])
     assert all(layer["weight_error"] < 1e-2 for layer in record["layers"])
-    assert abs(figures["perplexity_ratio"] - 1) < 1e-3
+    assert abs(figures["perplexity_ratio"] - 1) < 5e-3
     assert int(figures["greedy_texts_equal"].removesuffix(" of 5")) >= 4
     assert all(min(text["margin"], text["gate_margin"]) < 1e-2 for text in figures["greedy_texts_part"])
     assert str(figures["exported_perplexity"]) in (out / "README.md").read_text()
