@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cluster import commands_model, commands_serve, commands_text
+from pregate.cluster import commands_export, commands_model, commands_serve, commands_text
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text")
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command()(commands_model.convert)
 app.command()(commands_model.decouple)
 app.command()(commands_model.evaluate)
+app.command()(commands_export.export)
 app.command()(commands_text.generate)
 app.command()(commands_text.route)
 app.command()(commands_serve.serve)

@@ -89,7 +89,7 @@ def convert(
     except KeyboardInterrupt:
         typer.echo(f"pregate: {_interrupted(out)}", err=True)
         raise typer.Exit(130) from None
-    _report(out, figures)
+    report(out, figures)
 
 
 def decouple(
@@ -111,7 +111,7 @@ def decouple(
 
     quiet_transformers()
     options = DecoupleOptions(model, out, tuple(text), steps=steps, dim=dim, blocks=blocks, seed=seed)
-    _report(out, run(options, RichProgress()).figures["decouple"])  # the others were measured on another text
+    report(out, run(options, RichProgress()).figures["decouple"])  # the others were measured on another text
 
 
 def evaluate(
@@ -170,7 +170,8 @@ def _interrupted(out: Path) -> str:
     return f"{done}; the same command goes on there, with --restart it begins anew"
 
 
-def _report(out: Path, figures: dict[str, Any]) -> None:
+def report(out: Path, figures: dict[str, Any]) -> None:
+    """Print what was measured of what was written to `out`."""
     _print_figures(figures)
     typer.echo(f"written: {out}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.convert.export import ExportOptions, export
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import Progress, QuietProgress, RichProgress
 
@@ -12,10 +13,12 @@ __all__ = [
     "ConvertOptions",
     "DecoupleOptions",
     "EvaluateOptions",
+    "ExportOptions",
     "Progress",
     "QuietProgress",
     "RichProgress",
     "convert",
     "decouple",
     "evaluate",
+    "export",
 ]

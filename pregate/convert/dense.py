@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import UserError
+from pregate.convert.shards import DenseShards
 from pregate.model.checkpoint import file_sha256
 from pregate.model.config import RoutedConfig
 
@@ -68,11 +69,13 @@ def context_tokens(path: Path) -> int:
 def source_of(path: Path) -> dict[str, Any]:
     """What the manifest keeps of the parent: path, type, and the sha256 of its config and of its weights' index.
 
-    Where there is no index, of the weights themselves.
+    Where there is no index, of the weights themselves. `dtypes`: what its weights are stored as, the commonest first
+    (the conversion may store them otherwise, and `pregate export --format dense` gives them back).
     """
     weights = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
     hashes = {p.name: file_sha256(p) for p in [path / "config.json", *weights]}
-    return {"path": str(path), "model_type": check_model_folder(path)["model_type"], "sha256": hashes}
+    model_type = check_model_folder(path)["model_type"]
+    return {"path": str(path), "model_type": model_type, "sha256": hashes, "dtypes": DenseShards(path).dtypes}
 
 
 def first_line(error: Exception) -> str:

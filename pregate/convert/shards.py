@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,8 +18,8 @@ from pregate.base.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: Names safetensors gives the types that weights may be stored in; integers occur among buffers.
-_WEIGHT_TYPES = ("F64", "F32", "F16", "BF16")
+#: Names safetensors gives the types that weights may be stored in, and torch's; integers occur among buffers.
+_WEIGHT_TYPES = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
 _TYPES = (*_WEIGHT_TYPES, "I64", "I32", "BOOL")
 
 
@@ -55,6 +57,12 @@ class DenseShards:
             with self._open(stored.file) as shard:  # opened anew each time: closing unmaps the pages that were touched
                 found[name] = shard.get_tensor(name).to(device, dtype, copy=True)
         return found
+
+    @property
+    def dtypes(self) -> list[str]:
+        """What weights are stored as, in torch's names, the commonest first."""
+        counts = Counter(tensor.dtype for tensor in self.tensors.values() if tensor.dtype in _WEIGHT_TYPES)
+        return [_WEIGHT_TYPES[dtype] for dtype, _count in counts.most_common()]
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX

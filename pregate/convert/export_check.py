@@ -1,0 +1,123 @@
+"""How far an exported model is from the routed one it was made from: logits, perplexity, greedy text.
+
+The exported folder is loaded as anyone would, by transformers' AutoModelForCausalLM.
+
+Shape letters: B documents of a batch, N tokens, V vocabulary, P positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from pregate.base.errors import PregateError
+from pregate.convert.progress import Progress
+from pregate.convert.scoring import Score, batches, padded
+from pregate.model.gates import Choice
+from pregate.model.layers import RoutedMLP, RoutingPolicy
+
+#: Greedy texts compared, their length, and the length of their prompts, in tokens.
+NUM_PROMPTS, NEW_TOKENS, PROMPT_TOKENS = 8, 48, 12
+
+
+def load_stock(folder: Path) -> Any:
+    """Load a stock folder as stored; PregateError when it lacks a tensor or has one too many (a mistake of ours)."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+    if wrong:
+        raise PregateError(f"{folder}: {type(model).__name__} does not load what was written: {wrong[0]}")
+    return model.eval()
+
+
+@torch.no_grad()
+def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress: Progress) -> dict[str, Any]:
+    """Difference of logits over all positions of `rows`, and both models' perplexity on them.
+
+    A position's relative difference is its largest difference of a logit over its largest logit.
+    """
+    absolute, relative, same, nats, num_tokens = [], [], 0, torch.zeros(2, dtype=torch.float64), 0
+    with progress.stage("comparing logits", len(rows)) as advance:
+        for batch in batches(rows):
+            ids_BN, mask_BN = padded([rows[i] for i in batch])
+            real_BN = mask_BN.bool()
+            ours, theirs = (
+                model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits.float()
+                for model in (routed, stock)
+            )
+            largest_P = (ours - theirs).abs().amax(dim=-1)[real_BN]
+            absolute.append(largest_P)
+            relative.append(largest_P / ours.abs().amax(dim=-1)[real_BN])
+            same += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1))[real_BN].sum())
+            targets_BN = ids_BN[:, 1:].masked_fill(mask_BN[:, 1:] == 0, -100)
+            for which, logits in enumerate((ours, theirs)):
+                losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets_BN, reduction="none")
+                nats[which] += losses.double().sum()
+            num_tokens += int(mask_BN[:, 1:].sum())
+            advance(len(batch))
+    absolute_P, relative_P = torch.cat(absolute), torch.cat(relative)
+    before, after = (Score(n, num_tokens).perplexity for n in nats.tolist())
+    return {
+        "num_positions": len(absolute_P),
+        "largest_logit_difference": rounded(absolute_P.max().item()),
+        "median_relative_difference": rounded(relative_P.median().item()),
+        "largest_relative_difference": rounded(relative_P.max().item()),
+        "same_top_token": round(same / len(absolute_P), 6),
+        "routed_perplexity": round(before, 5),
+        "exported_perplexity": round(after, 5),
+        "perplexity_ratio": round(after / before, 6),
+    }
+
+
+@torch.no_grad()
+def compare_texts(routed: Any, stock: Any, rows: Sequence[list[int]], context: int) -> dict[str, Any]:
+    """Greedy texts after the beginnings of the first rows: how many are equal, and where the others part.
+
+    Where they part, "margin" is by how much the routed model prefers its token to its second choice, and "gate_margin"
+    the least by which a gate up to there preferred its last expert to the next: near 0, rounding chooses another one.
+    """
+    prompts = [row[: min(PROMPT_TOKENS, context // 2)] for row in rows[:NUM_PROMPTS]]
+    same, parted = 0, []
+    for number, prompt in enumerate(prompts):
+        new_tokens = min(NEW_TOKENS, context - len(prompt))
+        ours, theirs = (greedy(model, prompt, new_tokens) for model in (routed, stock))
+        if ours == theirs:
+            same += 1
+            continue
+        at = next(i for i in range(len(ours)) if ours[: i + 1] != theirs[: i + 1])
+        routed.routing_policy = watched = _LeastMargin()
+        logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
+        routed.routing_policy = None
+        first, second = logits.topk(2).values.tolist()
+        margins = {"margin": rounded(first - second), "gate_margin": rounded(watched.margin)}
+        parted.append({"prompt": number, "token": at} | margins)
+    return {"greedy_texts_equal": f"{same} of {len(prompts)}", "greedy_texts_part": parted}
+
+
+class _LeastMargin(RoutingPolicy):
+    """The gates decide; `margin` is the nearest any of them came to another choice."""
+
+    def __init__(self) -> None:
+        self.margin = math.inf
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        self.margin = min(self.margin, mlp.gate.margin(x_TD).min().item())
+        return mlp.gate.choose(x_TD)
+
+
+def rounded(value: float) -> float:
+    """To four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
+    """The tokens `model` adds to a prompt."""
+    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens}
+    ids = torch.tensor([prompt])
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
