@@ -183,7 +183,9 @@ def test_a_gate_that_weighs_its_experts_is_refused(
     method = {"gate": "representative", "selection": "top_k", "samples": 2, "sequence_length": 32}
     convert(ConvertOptions(tiny_dense, tmp_path / "paper", 8, 2, 2, (tiny_text,), **method))
     model = RoutedForCausalLM.from_pretrained(tmp_path / "paper")
-    model.routed_mlps[1].gate.scale.data += 0.5
+    gate = model.routed_mlps[1].paper_gate
+    assert gate is not None
+    gate.scale.data += 0.5
     model.save_pretrained(tmp_path / "learned")
     AutoTokenizer.from_pretrained(tiny_dense).save_pretrained(tmp_path / "learned")
     write_manifest(tmp_path / "learned", read_manifest(tmp_path / "paper"))
