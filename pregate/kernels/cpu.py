@@ -1,73 +1,127 @@
 """The expert FFN on a CPU: a loop over experts, and `grouped_mm` over expert-sorted rows.
 
-Both compute exactly what `reference.expert_ffn` computes for each expert's rows, with the same operations, so they
-agree with each other bit for bit. Shape letters: P pairs, D hidden width, M expert width, S slots, U experts used.
+Both do what `reference.expert_ffn` does for each expert's rows, with the same operations.
+
+Shape letters: T tokens, N rows of a group, P (row, unit) pairs, D hidden width, M expert width, S slots, U units used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from pregate.kernels.reference import Activation, activation
+from pregate.kernels.segments import Segment
+from pregate.kernels.units import GroupRows, LayerUnits, check_present
+from pregate.kernels.weights import PlainLayout
 
 GroupedMM = Callable[..., torch.Tensor]
 #: `grouped_mm` wants every row to start on a 16-byte boundary.
 ROW_ALIGNMENT_BYTES = 16
-
-
-@dataclass(frozen=True, eq=False)
-class LayerWeights:
-    """Stacked experts of one layer: `gate_up_SMD` [S, 2M, D] (gate rows first), `down_SDM` [S, D, M]."""
-
-    gate_up_SMD: torch.Tensor
-    down_SDM: torch.Tensor
+CPU = torch.device("cpu")
 
 
 class LoopFFN:
-    """One matrix product per expert and half. Best for one row per expert, where each product is a vector times a
-    matrix and there is nothing to group."""
+    """One matrix product per expert and half, with the reference's own operations. The base of the others."""
 
     name = "loop"
+    #: Segments for this implementation hold routed units only: one wide product serves the shared expert better.
+    shared_in_segments = False
 
-    def __init__(self, act: str) -> None:
+    def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         self._act: Activation = activation(act)
+        self.layout: Any = PlainLayout(dtype, CPU)
 
-    def __call__(
-        self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: LayerWeights
-    ) -> torch.Tensor:
-        y_PD = torch.empty_like(x_PD)
-        start = 0
-        for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
-            rows = slice(start, start + count)
-            gate_PM, up_PM = torch.mm(x_PD[rows], weights.gate_up_SMD[slot].t()).chunk(2, dim=-1)
-            torch.mm(self._act(gate_PM) * up_PM, weights.down_SDM[slot].t(), out=y_PD[rows])
-            start += count
-        return y_PD
+    def block_m(self, num_rows: int, num_units: int) -> int:
+        """Rows per tile of segments; nothing here reads tiles."""
+        return max(num_rows, 1)
+
+    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> Any:
+        """Return experts as this implementation holds them; without a copy where it holds them as they are."""
+        return self.layout.stack(gate_up_SMD, down_SDM)
+
+    def units(
+        self,
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+        num_shared: int,
+        gate_up_RMD: torch.Tensor,
+        down_RDM: torch.Tensor,
+    ) -> LayerUnits:
+        """Return a layer's routed experts, and its shared expert apart, as one FFN."""
+        num_routed = down_RDM.shape[0]
+        wide = None if shared is None else self.stack(shared[0][None], shared[1][None])
+        routed = self.stack(gate_up_RMD, down_RDM)
+        return LayerUnits(routed, np.arange(num_routed, dtype=np.int32), wide)
+
+    def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:
+        """Return [P, D]: one row per (row, unit) pair, in order. PregateError for a unit that is in no slot."""
+        check_present(rows.slots, rows.counts)
+        whole = len(rows.row_index) == x_ND.shape[0] and (np.diff(rows.row_index) == 1).all()
+        x_PD = x_ND if whole else x_ND.index_select(0, torch.from_numpy(rows.row_index))
+        return self._run(x_PD, rows.slots, rows.counts, weights)
+
+    def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
+        """Return [T, D]: the shared expert, then each token's routed ones, added in ascending unit order."""
+        units.check(segment)
+        num_tokens = x_TD.shape[0]
+        if units.shared is None:
+            out_TD = torch.zeros_like(x_TD)
+        else:
+            out_TD = self._run(x_TD, np.zeros(1, np.int64), np.array([num_tokens]), units.shared)
+        offsets = segment.offsets.numpy()
+        used = np.flatnonzero(np.diff(offsets))
+        if not used.size:
+            return out_TD
+        row_token = segment.row_token[: offsets[-1]]
+        y_PD = self._run(x_TD.index_select(0, row_token), units.unit_slot[used], np.diff(offsets)[used], units.weights)
+        if segment.row_weight is not None:
+            y_PD = y_PD * segment.row_weight[: offsets[-1], None].to(y_PD.dtype)
+        return out_TD.index_add_(0, row_token, y_PD)
+
+    def _run(self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: Any) -> torch.Tensor:
+        """Return [P, D]: rows of `x_PD` through expert `slots[u]` of `weights`, `counts[u]` rows each, in order."""
+        pieces = [
+            self._expert(x_ND, weights, slot)
+            for x_ND, slot in zip(x_PD.split(counts.tolist()), slots.tolist(), strict=True)
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _expert(self, x_ND: torch.Tensor, weights: Any, slot: int) -> torch.Tensor:
+        h_NM = self._gated(torch.mm(x_ND, weights.gate_up_SMD[slot].t()))
+        return torch.mm(h_NM, weights.down_SDM[slot].t())
+
+    def _gated(self, gate_up_NM: torch.Tensor) -> torch.Tensor:
+        gate_NM, up_NM = gate_up_NM.chunk(2, dim=-1)
+        return self._act(gate_NM).mul_(up_NM)
 
 
-class GroupedFFN:
+class GroupedFFN(LoopFFN):
     """`grouped_mm` over all experts at once; the loop where every expert has a single row."""
 
     name = "grouped"
 
-    def __init__(self, act: str) -> None:
-        self._act: Activation = activation(act)
+    def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(act, dtype)
         self._grouped_mm = grouped_mm()
-        self._loop = LoopFFN(act)
 
-    def __call__(
-        self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: LayerWeights
-    ) -> torch.Tensor:
+    def _run(self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: Any) -> torch.Tensor:
         if len(counts) == x_PD.shape[0]:
-            return self._loop(x_PD, slots, counts, weights)
-        ends_S = group_ends(slots, counts, weights.down_SDM.shape[0])
-        h_PM = self._grouped_mm(x_PD, weights.gate_up_SMD.transpose(1, 2), offs=ends_S)
-        gate_PM, up_PM = h_PM.chunk(2, dim=-1)
-        return self._grouped_mm(self._act(gate_PM) * up_PM, weights.down_SDM.transpose(1, 2), offs=ends_S)
+            return super()._run(x_PD, slots, counts, weights)
+        if (np.diff(slots) < 0).any():
+            return self._in_slot_order(x_PD, slots, counts, weights)
+        ends_S = group_ends(slots, counts, weights.num_slots)
+        h_PM = self._gated(self._grouped_mm(x_PD, weights.gate_up_SMD.transpose(1, 2), offs=ends_S))
+        return self._grouped_mm(h_PM, weights.down_SDM.transpose(1, 2), offs=ends_S)
+
+    def _in_slot_order(self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: Any) -> torch.Tensor:
+        """Sort rows by slot, as `grouped_mm` walks the stack, and put the answers back."""
+        order_P = torch.from_numpy(np.argsort(np.repeat(slots, counts), kind="stable"))
+        by_slot = np.argsort(slots)
+        sorted_PD = self._run(x_PD.index_select(0, order_P), slots[by_slot], counts[by_slot], weights)
+        return torch.empty_like(sorted_PD).index_copy_(0, order_P, sorted_PD)
 
 
 def group_ends(slots: np.ndarray, counts: np.ndarray, num_slots: int) -> torch.Tensor:
@@ -92,11 +146,24 @@ def why_not_grouped(widths: Iterable[int], dtype: torch.dtype) -> str:
         if width * dtype.itemsize % ROW_ALIGNMENT_BYTES:
             return f"rows of {width} {dtype} values do not start on {ROW_ALIGNMENT_BYTES}-byte boundaries"
     probe = torch.ones(2, 8, dtype=dtype)
+    return why_not(
+        f"grouped_mm for {dtype}",
+        lambda: grouped_mm()(probe, torch.ones(1, 8, 8, dtype=dtype), offs=torch.tensor([2], dtype=torch.int32)),
+    )
+
+
+def has_avx512() -> bool:
+    """True where torch runs its AVX-512 code."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def why_not(what: str, probe: Callable[[], torch.Tensor]) -> str:
+    """Run `probe`, whose answer must be all 8s; return what is wrong with it."""
     try:
-        grouped_mm()(probe, torch.ones(1, 8, 8, dtype=dtype), offs=torch.tensor([2], dtype=torch.int32))
+        answer = probe()
     except (AttributeError, RuntimeError, NotImplementedError) as error:
-        return f"torch {torch.__version__} has no grouped_mm for {dtype} on a CPU ({error})"
-    return ""
+        return f"torch {torch.__version__} has no {what} on a CPU ({str(error).splitlines()[0]})"
+    return "" if (answer == 8).all() else f"torch {torch.__version__}: {what} gives wrong answers"
 
 
 def why_not_dtype(dtype: torch.dtype) -> str:

@@ -2,36 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
-from pregate.kernels import cpu
-from pregate.kernels.cpu import LayerWeights
+from pregate.kernels import cpu, cpu_packed
+from pregate.kernels.segments import Segment
+from pregate.kernels.units import GroupRows, LayerUnits
 
-IMPLEMENTATIONS = ("auto", "loop", "grouped")
+#: By name; "auto" takes the first that can run of those that compute without loss.
+IMPLEMENTATIONS = ("auto", "packed", "grouped", "loop", "int8", "triton", "triton-int8", "triton-fp8")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: What `triton_path.ACTIVATIONS` has; kept here because importing that needs Triton.
+TRITON_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
+_TRITON_WEIGHTS = {"triton": None, "triton-int8": torch.int8, "triton-fp8": torch.float8_e4m3fn}
 
 _log = get_logger(__name__)
 
 
+class Layout(Protocol):
+    """How an implementation holds experts in slots. Weights are opaque to everyone else."""
+
+    def allocate(self, num_slots: int, width: int, hidden: int) -> Any:
+        """Return slots for experts `width` wide; they have `num_slots` and `slot_bytes`."""
+        ...
+
+    def put(self, weights: Any, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Write one expert, `gate_up` [2M, D] and `down` [D, M] in any dtype, into `slot`."""
+        ...
+
+    def move(self, old: Any, old_slot: int, new: Any, new_slot: int) -> None:
+        """Take over a slot of other weights of the same widths as it is held."""
+        ...
+
+
 class ExpertFFN(Protocol):
-    """Runs experts on rows sorted by expert. Shape letters: P pairs, D hidden width, U experts used."""
+    """Runs experts. Shape letters: T tokens, N rows, P (row, unit) pairs, S slots, D hidden width, M expert width.
+
+    `shared_in_segments`: whether `layer` wants segments that hold the shared units too.
+    """
 
     @property
     def name(self) -> str: ...
 
-    def __call__(
-        self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: LayerWeights
-    ) -> torch.Tensor:
-        """Return [P, D]: rows of `x_PD` through expert `slots[u]` of `weights`, `counts[u]` rows each, in order.
+    @property
+    def layout(self) -> Layout: ...
 
-        `slots` [U] ascending, `counts` [U] positive with sum P.
-        """
+    @property
+    def shared_in_segments(self) -> bool: ...
+
+    def block_m(self, num_rows: int, num_units: int) -> int:
+        """Return the rows per tile that segments should be built with, for rows over units of a layer (means)."""
+        ...
+
+    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> Any:
+        """Return experts `gate_up_SMD` [S, 2M, D] (gate rows first) and `down_SDM` [S, D, M] in this layout."""
+        ...
+
+    def units(
+        self,
+        shared: tuple[torch.Tensor, torch.Tensor] | None,
+        num_shared: int,
+        gate_up_RMD: torch.Tensor,
+        down_RDM: torch.Tensor,
+    ) -> LayerUnits:
+        """Return a whole layer for `layer`: its shared expert (one FFN, `num_shared` units wide) and routed ones."""
+        ...
+
+    def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:
+        """Return [P, D], one row per pair in order: what a host answers. PregateError for a unit without a slot."""
+        ...
+
+    def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
+        """Return [T, D], the sum over each token's units. PregateError for a unit without a slot."""
         ...
 
 
@@ -44,25 +92,88 @@ def choose(
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError.of("--expert-ffn", implementation, f"unknown; allowed: {', '.join(IMPLEMENTATIONS)}")
-    if device.type != "cpu":
-        raise UserError.of("--device", device, "no expert FFN for it; allowed: cpu")
-    hindrance = cpu.why_not_grouped(widths, dtype) if implementation != "loop" else "asked for by name"
-    if implementation == "grouped" and hindrance:
-        raise UserError.of("--expert-ffn", implementation, f"not possible here: {hindrance}; allowed: auto, loop")
-    ffn = cpu.LoopFFN(act) if hindrance else cpu.GroupedFFN(act)
-    reason = hindrance or "sorted rows; a loop where every expert has one row"
+    if device.type not in ("cpu", "cuda"):
+        raise UserError.of("--device", device, "no expert FFN for it; allowed: cpu, cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError.of("--device", device, "torch finds no CUDA device; allowed here: cpu")
+    widths = tuple(widths)
+    if implementation == "auto":
+        name, reason = _best(device, dtype, act, widths)
+    else:
+        name, reason = implementation, "asked for by name"
+        if hindrance := why_not(name, device, dtype, act, widths):
+            allowed = [n for n in IMPLEMENTATIONS[1:] if not why_not(n, device, dtype, act, widths)]
+            raise UserError.of(
+                "--expert-ffn", name, f"not possible here: {hindrance}; allowed: {', '.join(['auto', *allowed])}"
+            )
+    ffn = _make(name, device, dtype, act)
     _log.info("expert FFN on %s in %s: %s (%s)", device, str(dtype).removeprefix("torch."), ffn.name, reason)
     return ffn
 
 
+def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> str:
+    """Return why implementation `name` cannot run here; empty if it can."""
+    if name in _TRITON_WEIGHTS:
+        return _why_not_triton(device, act)
+    if device.type != "cpu":
+        return f"it runs on a CPU, not on {device.type}"
+    checks: dict[str, Callable[[], str]] = {
+        "packed": lambda: cpu_packed.why_not_packed(dtype),
+        "grouped": lambda: cpu.why_not_grouped(widths, dtype),
+        "loop": lambda: "",
+        "int8": lambda: cpu_packed.why_not_int8(dtype),
+    }
+    return checks[name]()
+
+
+def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> tuple[str, str]:
+    """Return the implementation that "auto" means, and why."""
+    if device.type == "cuda":
+        if hindrance := _why_not_triton(device, act):
+            raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
+        return "triton", "the kernels for CUDA devices"
+    unpacked = "" if cpu.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"
+    unpacked = unpacked or why_not("packed", device, dtype, act, widths)
+    if not unpacked:
+        return "packed", "AVX-512: packed weights are fastest at every batch size"
+    ungrouped = why_not("grouped", device, dtype, act, widths)
+    return ("loop", f"{unpacked}; {ungrouped}") if ungrouped else ("grouped", unpacked)
+
+
+def _make(name: str, device: torch.device, dtype: torch.dtype, act: str) -> ExpertFFN:
+    if name in _TRITON_WEIGHTS:
+        from pregate.kernels.triton_path import TritonFFN
+
+        return TritonFFN(act, device, dtype, weight_dtype=_TRITON_WEIGHTS[name])
+    makers = {
+        "packed": cpu_packed.PackedFFN,
+        "grouped": cpu.GroupedFFN,
+        "loop": cpu.LoopFFN,
+        "int8": cpu_packed.Int8FFN,
+    }
+    return makers[name](act, dtype)
+
+
+def _why_not_triton(device: torch.device, act: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'pregate[gpu]')"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton's kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"
+    if act not in TRITON_ACTIVATIONS:
+        return f"Triton's kernels have no {act}; they have {', '.join(TRITON_ACTIVATIONS)}"
+    return ""
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype to compute in. "auto" is float32 on a CPU, whatever the checkpoint is stored in.
+    """Return the dtype to compute in. "auto" is float32 on a CPU, bfloat16 on CUDA, whatever the checkpoint holds.
 
     Raises UserError for an unknown name and for one this machine has no instructions for.
     """
     if name not in COMPUTE_DTYPES:
         raise UserError.of("--dtype", name, f"unknown; allowed: {', '.join(COMPUTE_DTYPES)}")
-    dtype = torch.float32 if name == "auto" else getattr(torch, name)
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = getattr(torch, name)
     if device.type == "cpu" and (hindrance := cpu.why_not_dtype(dtype)):
         raise UserError.of("--dtype", name, f"{hindrance}; allowed here: auto, float32")
     return dtype

@@ -15,6 +15,7 @@ import torch
 
 from pregate.base.errors import ProtocolError, UserError
 from pregate.kernels import expert_ffn
+from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.plans import PlanShelf
 from pregate.workers.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
@@ -24,7 +25,7 @@ from pregate.workers.store import UnitStore
 
 @dataclass(frozen=True)
 class HostOptions:
-    """How a host computes. `device` cpu; `dtype` auto is float32 there; `num_plans` is kept per engine."""
+    """How a host computes. `dtype` auto is float32 on cpu, bfloat16 on cuda; `num_plans` is kept per engine."""
 
     host_id: int = 0
     device: str = "cpu"
@@ -77,11 +78,13 @@ class ExpertHost:
         self.incarnation = uuid.uuid4().hex
         self.fingerprint = reader.fingerprint
         self._reader = reader
-        device = torch.device(options.device)
-        self._dtype = expert_ffn.choose_dtype(options.dtype, device)
-        self._store = UnitStore(reader, units, self._dtype)
+        self._device = torch.device(options.device)
+        self._dtype = expert_ffn.choose_dtype(options.dtype, self._device)
         widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
-        self._ffn = expert_ffn.choose(options.expert_ffn, device, self._dtype, act=reader.hidden_act, widths=widths)
+        self._ffn = expert_ffn.choose(
+            options.expert_ffn, self._device, self._dtype, act=reader.hidden_act, widths=widths
+        )
+        self._store = UnitStore(reader, units, self._ffn.layout)
         self._plans = PlanShelf(options.num_plans)
         self._num_groups = 0
         self._num_rows = 0
@@ -112,15 +115,16 @@ class ExpertHost:
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
         index = self._index_of(key, rows_ND.shape[0], index)
         self._check_size(rows_ND, index)
-        with torch.no_grad():
-            x_PD = rows_ND[torch.from_numpy(index.row_index)].to(self._dtype)
-            if index.num_pairs:
-                slots, weights = self._store.lookup(key.layer, index.expert_ids)
-                x_PD = self._ffn(x_PD, slots, index.counts, weights)
+        y_PD = rows_ND.new_empty(0, rows_ND.shape[1])
+        if index.num_pairs:
+            slots, weights = self._store.lookup(key.layer, index.expert_ids)
+            x_ND = rows_ND.to(self._device, self._dtype)
+            with torch.no_grad():
+                y_PD = self._ffn.pairs(x_ND, GroupRows(slots, index.counts, index.row_index), weights)
         self._num_groups += 1
         self._num_rows += rows_ND.shape[0]
         self._num_pairs += index.num_pairs
-        return x_PD.to(rows_ND.dtype)
+        return y_PD.to(rows_ND.device, rows_ND.dtype)
 
     def _index_of(self, key: GroupKey, num_rows: int, index: GroupIndex | None) -> GroupIndex:
         """Return the group's own index, or the plan's; ProtocolError where it does not fit the rows."""

@@ -1,18 +1,16 @@
-"""The units a host holds: stacked per layer, read from the checkpoint one by one, nothing else read.
-
-Shape letters: S slots, M expert width, D hidden width.
-"""
+"""The units a host holds: in slots per layer, read from the checkpoint one by one, nothing else read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from pregate.base.log import get_logger
-from pregate.kernels.expert_ffn import LayerWeights
+from pregate.kernels.expert_ffn import Layout
 from pregate.model.checkpoint import CheckpointReader
 
 _log = get_logger(__name__)
@@ -35,11 +33,11 @@ class UnitStore:
     A unit that is asked for and not held is read then and there (a miss) and kept.
     """
 
-    def __init__(self, reader: CheckpointReader, units: Iterable[tuple[int, int]], dtype: torch.dtype) -> None:
+    def __init__(self, reader: CheckpointReader, units: Iterable[tuple[int, int]], layout: Layout) -> None:
         self._reader = reader
-        self._dtype = dtype
+        self._layout = layout
         self._experts: dict[int, np.ndarray] = {}
-        self._weights: dict[int, LayerWeights] = {}
+        self._weights: dict[int, Any] = {}
         self.stats = StoreStats()
         by_layer: dict[int, list[int]] = {}
         for layer, expert in sorted(set(units)):
@@ -47,7 +45,7 @@ class UnitStore:
         for layer, experts in by_layer.items():
             self._load(layer, experts)
 
-    def lookup(self, layer: int, expert_ids: np.ndarray) -> tuple[np.ndarray, LayerWeights]:
+    def lookup(self, layer: int, expert_ids: np.ndarray) -> tuple[np.ndarray, Any]:
         """Return the slots of these experts (ascending ids) and the layer's weights; reads what is missing.
 
         Raises the checkpoint's UserError for a unit that does not exist.
@@ -71,26 +69,18 @@ class UnitStore:
         held = self._experts[layer].tolist() if layer in self._experts else []
         both = sorted(held + experts)
         old = self._weights.get(layer)
-        stacks: LayerWeights | None = None
+        first = self._read(layer, experts[0])
+        hidden, width = first[1].shape
+        new = self._layout.allocate(len(both), width, hidden)
         for slot, expert in enumerate(both):
-            if old is not None and expert in held:
-                index = held.index(expert)
-                gate_up, down = old.gate_up_SMD[index], old.down_SDM[index]
+            if expert in held:
+                self._layout.move(old, held.index(expert), new, slot)
             else:
-                gate_up, down = self._read(layer, expert)
-            stacks = stacks or self._allocate(len(both), gate_up, down)
-            stacks.gate_up_SMD[slot], stacks.down_SDM[slot] = gate_up, down
-        assert stacks is not None
+                self._layout.put(new, slot, *(first if expert == experts[0] else self._read(layer, expert)))
         self._experts[layer] = np.array(both, dtype=np.int32)
-        self._weights[layer] = stacks
+        self._weights[layer] = new
         self.stats.num_units += len(experts)
-        self.stats.held_bytes += len(experts) * (stacks.gate_up_SMD[0].nbytes + stacks.down_SDM[0].nbytes)
-
-    def _allocate(self, num_slots: int, gate_up: torch.Tensor, down: torch.Tensor) -> LayerWeights:
-        return LayerWeights(
-            torch.empty(num_slots, *gate_up.shape, dtype=self._dtype),
-            torch.empty(num_slots, *down.shape, dtype=self._dtype),
-        )
+        self.stats.held_bytes += len(experts) * new.slot_bytes
 
     def _read(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         unit = self._reader.read_unit(layer, expert)

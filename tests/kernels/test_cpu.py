@@ -1,48 +1,139 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from pregate.kernels import cpu, reference
-from pregate.kernels.cpu import GroupedFFN, LayerWeights, LoopFFN, group_ends
+from pregate.base.errors import PregateError
+from pregate.kernels import cpu, cpu_packed, reference, segments
+from pregate.kernels.cpu import GroupedFFN, LoopFFN, group_ends
+from pregate.kernels.cpu_packed import Int8FFN, PackedFFN
+from pregate.kernels.units import GroupRows, LayerUnits
 
 D, M, S = 32, 24, 5
+EXACT = [LoopFFN, GroupedFFN, PackedFFN]
 
 
-def random_weights() -> LayerWeights:
+def random_experts(num_slots: int = S, width: int = M) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return LayerWeights(
-        torch.randn(S, 2 * M, D, generator=generator) / D**0.5, torch.randn(S, D, M, generator=generator) / M**0.5
-    )
+    gate_up = torch.randn(num_slots, 2 * width, D, generator=generator) / D**0.5
+    return gate_up, torch.randn(num_slots, D, width, generator=generator) / width**0.5
 
 
-def expected(x_PD, slots, counts, weights, act):
-    """The reference, expert by expert."""
-    pieces = torch.split(x_PD, list(counts))
+def expected(x_ND, rows: GroupRows, gate_up, down, act):
+    """The reference, pair by pair."""
+    slots = np.repeat(rows.slots, rows.counts).tolist()
     return torch.cat(
         [
-            reference.expert_ffn(piece, weights.gate_up_SMD[slot], weights.down_SDM[slot], reference.activation(act))
-            for piece, slot in zip(pieces, slots, strict=True)
+            reference.expert_ffn(x_ND[row : row + 1], gate_up[slot], down[slot], reference.activation(act))
+            for row, slot in zip(rows.row_index.tolist(), slots, strict=True)
         ]
     )
 
 
-@pytest.mark.parametrize("ffn_class", [LoopFFN, GroupedFFN])
+def group(slots, counts, num_rows, seed=3) -> GroupRows:
+    """Each unit takes random rows, ascending."""
+    pick = np.random.default_rng(seed)
+    index = np.concatenate([np.sort(pick.choice(num_rows, count, replace=False)) for count in counts])
+    return GroupRows(np.array(slots, np.int32), np.array(counts, np.int32), index.astype(np.int32))
+
+
+@pytest.mark.parametrize("ffn_class", EXACT)
 @pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
 @pytest.mark.parametrize(
-    ("slots", "counts"),
+    ("slots", "counts", "num_rows"),
     [
-        ([2], [1]),  # one row, one expert
-        ([0, 3, 4], [1, 1, 1]),  # one row, three experts
-        ([1], [9]),  # one expert takes all
-        ([0, 2, 4], [3, 1, 7]),  # slots 1 and 3 are empty
-        ([0, 1, 2, 3, 4], [2, 5, 1, 1, 600]),  # ragged
+        ([2], [1], 1),  # one row, one expert
+        ([0, 3, 4], [1, 1, 1], 1),  # one row, three experts
+        ([1], [9], 9),  # one expert takes all
+        ([0, 2, 4], [3, 1, 7], 8),  # slots 1 and 3 are empty
+        ([0, 1, 2, 3, 4], [2, 5, 1, 1, 600], 600),  # ragged
+        ([4, 0, 2], [3, 6, 2], 7),  # a cache: slots in any order
     ],
 )
-def test_implementations_equal_the_reference(ffn_class, act, slots, counts):
-    weights = random_weights()
-    x_PD = torch.randn(sum(counts), D, generator=torch.Generator().manual_seed(1))
-    y_PD = ffn_class(act)(x_PD, np.array(slots, np.int32), np.array(counts, np.int32), weights)
-    torch.testing.assert_close(y_PD, expected(x_PD, slots, counts, weights, act), rtol=0, atol=1e-6)
+def test_pairs_equal_the_reference(ffn_class, act, slots, counts, num_rows):
+    gate_up, down = random_experts()
+    x_ND = torch.randn(num_rows, D, generator=torch.Generator().manual_seed(1))
+    ffn, rows = ffn_class(act), group(slots, counts, num_rows)
+    y_PD = ffn.pairs(x_ND, rows, ffn.stack(gate_up, down))
+    torch.testing.assert_close(y_PD, expected(x_ND, rows, gate_up, down, act), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("ffn_class", EXACT)
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_layer_equals_float64_token_by_token(ffn_class, num_tokens, weighted):
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    gate_up, down = random_experts()
+    wide = random_experts(1, 2 * M)
+    shared = (wide[0][0], wide[1][0])
+    x_TD = torch.randn(num_tokens, D, generator=generator)
+    ids_TK = torch.rand(num_tokens, S, generator=generator).argsort(dim=1)[:, :3].sort(dim=1).values
+    # Tokens with fewer experts, and one expert that nobody takes.
+    ids_TK = torch.where((torch.rand(ids_TK.shape, generator=generator) < 0.3) | (ids_TK == 3), -1, ids_TK)
+    weights_TK = torch.rand(num_tokens, 3, generator=generator) if weighted else None
+    wanted = reference.add_routed(
+        reference.expert_ffn(x_TD.double(), shared[0].double(), shared[1].double(), torch.nn.functional.silu),
+        x_TD.double(),
+        ids_TK,
+        weights_TK,
+        gate_up.double(),
+        down.double(),
+        torch.nn.functional.silu,
+    )
+    ffn = ffn_class("silu")
+    segment = segments.build(ids_TK[:, None], S, weights_TLK=None if weights_TK is None else weights_TK[:, None]).layer(
+        0
+    )
+    got = ffn.layer(x_TD, segment, ffn.units(shared, 2, gate_up, down))
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+    if num_tokens > 1:
+        alone = torch.full_like(ids_TK, -1)
+        only = ffn.layer(x_TD, segments.build(alone[:, None], S).layer(0), ffn.units(None, 0, gate_up, down))
+        assert torch.equal(only, torch.zeros_like(x_TD)), "no shared expert and no routed one: nothing"
+
+
+@pytest.mark.parametrize("ffn_class", [*EXACT, Int8FFN])
+def test_a_unit_without_a_slot_is_an_error(ffn_class):
+    ffn = ffn_class("silu")
+    gate_up, down = random_experts()
+    with pytest.raises(PregateError, match=r"units \[1\]"):
+        ffn.pairs(torch.ones(2, D), group([0, -1], [1, 2], 2), ffn.stack(gate_up, down))
+    segment = segments.build(torch.tensor([[[0, 2]], [[2, -1]]]), S).layer(0)
+    units = ffn.units(None, 0, gate_up, down)
+    absent = LayerUnits(units.weights, np.array([0, 1, -1, 3, 4], np.int32))
+    with pytest.raises(PregateError, match=r"units \[2\]"):
+        ffn.layer(torch.ones(2, D), segment, absent)
+    unused = LayerUnits(units.weights, np.array([0, -1, 2, -1, 4], np.int32))
+    torch.testing.assert_close(
+        ffn.layer(torch.ones(2, D), segment, unused), ffn.layer(torch.ones(2, D), segment, units)
+    )
+
+
+def test_int8_is_near_and_not_exact():
+    ffn, exact = Int8FFN("silu"), LoopFFN("silu")
+    gate_up, down = random_experts()
+    x_ND, rows = torch.randn(9, D, generator=torch.Generator().manual_seed(2)), group([0, 3], [6, 7], 9)
+    wanted = exact.pairs(x_ND, rows, exact.stack(gate_up, down))
+    error = (ffn.pairs(x_ND, rows, ffn.stack(gate_up, down)) - wanted).norm() / wanted.norm()
+    assert 0.001 < error < 0.05
+
+
+@pytest.mark.parametrize("ffn_class", [*EXACT, Int8FFN])
+def test_a_slot_moves_as_it_is_held(ffn_class):
+    ffn = ffn_class("silu")
+    gate_up, down = random_experts()
+    old, new = ffn.stack(gate_up, down), ffn.layout.allocate(2, M, D)
+    assert new.num_slots == 2
+    ffn.layout.move(old, 4, new, 0)
+    ffn.layout.put(new, 1, gate_up[2], down[2])
+    x_ND = torch.randn(3, D, generator=torch.Generator().manual_seed(2))
+    moved = ffn.pairs(x_ND, group([0, 1], [2, 3], 3), new)
+    assert torch.equal(moved, ffn.pairs(x_ND, group([4, 2], [2, 3], 3), old))
+    item = 1 if ffn_class is Int8FFN else 4
+    assert new.slot_bytes == 3 * M * D * item
 
 
 def test_group_ends_worked_example():
@@ -52,6 +143,11 @@ def test_group_ends_worked_example():
 def test_unaligned_rows_are_refused_with_the_width():
     assert "43" in cpu.why_not_grouped([64, 43], torch.float32)
     assert cpu.why_not_grouped([64, 44], torch.float32) == ""
+
+
+def test_a_product_that_answers_wrongly_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu_packed, "packed_linear", lambda x, packed: x)
+    assert "wrong answers" in cpu_packed.why_not_packed(torch.float32)
 
 
 def test_half_precision_needs_native_instructions(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pregate.base.errors import UserError
-from pregate.kernels import cpu
+from pregate.kernels import cpu, cpu_packed
 from pregate.kernels.expert_ffn import choose, choose_dtype
 
 CPU = torch.device("cpu")
@@ -36,31 +36,59 @@ def log():
     logger.setLevel(before)
 
 
-def test_auto_groups_and_says_why(log):
+def test_auto_takes_the_fastest_of_this_machine_and_says_why(log, monkeypatch):
+    monkeypatch.setattr(cpu, "has_avx512", lambda: True)
+    assert pick("auto").name == "packed"
+    monkeypatch.setattr(cpu, "has_avx512", lambda: False)
     assert pick("auto").name == "grouped"
     assert pick("auto", widths=(64, 43)).name == "loop"
-    assert len(log) == 2
-    assert "cpu in float32: grouped" in log[0]
-    assert "loop (rows of 43" in log[1]
+    assert len(log) == 3
+    assert "cpu in float32: packed (AVX-512" in log[0]
+    assert "grouped (without AVX-512" in log[1]
+    assert "loop (without AVX-512" in log[2] and "rows of 43" in log[2]
 
 
 def test_a_named_implementation_is_taken_or_refused():
-    assert pick("loop").name == "loop"
-    assert pick("grouped").name == "grouped"
-    with pytest.raises(UserError, match=r"--expert-ffn grouped: .*43.*allowed: auto, loop"):
+    for name in ("loop", "grouped", "packed", "int8"):
+        assert pick(name).name == name
+    with pytest.raises(UserError, match=r"--expert-ffn grouped: .*43.*allowed: auto, packed, loop, int8"):
         pick("grouped", widths=(64, 43))
-    with pytest.raises(UserError, match="allowed: auto, loop, grouped"):
+    with pytest.raises(UserError, match="allowed: auto, packed, grouped, loop"):
         pick("fastest")
+    with pytest.raises(UserError, match="int8 takes float32 rows"):
+        choose("int8", CPU, torch.bfloat16, act="silu", widths=(64,))
 
 
-def test_no_grouped_mm_in_this_torch_leaves_the_loop(monkeypatch):
-    def missing():
-        raise AttributeError("no grouped_mm")
+def test_int8_is_never_chosen_for_the_user():
+    assert pick("auto").name in ("packed", "grouped", "loop")
 
+
+def test_no_packed_product_in_this_torch_leaves_the_others(monkeypatch):
+    def missing(*_):
+        raise AttributeError("no such operation")
+
+    monkeypatch.setattr(cpu, "has_avx512", lambda: True)
+    monkeypatch.setattr(cpu_packed, "pack_linear", missing)
+    assert pick("auto").name == "grouped"
+    with pytest.raises(UserError, match="no packed linear"):
+        pick("packed")
     monkeypatch.setattr(cpu, "grouped_mm", missing)
     assert pick("auto").name == "loop"
     with pytest.raises(UserError, match="no grouped_mm"):
         pick("grouped")
+
+
+@pytest.mark.parametrize("name", ["triton", "triton-int8", "triton-fp8"])
+def test_the_kernels_for_cuda_are_refused_without_a_device(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=rf"--expert-ffn {name}: not possible here: .*allowed: auto, packed"):
+        pick(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_refused():
+    with pytest.raises(UserError, match="--device cuda: torch finds no CUDA device"):
+        pick("auto", device=torch.device("cuda"))
 
 
 def test_a_device_without_implementation_is_refused():

@@ -1,0 +1,60 @@
+"""Which units a call runs, and where their weights lie.
+
+Shape letters: U units of a group, E units of a layer, P (row, unit) pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from pregate.base.errors import PregateError
+from pregate.kernels.segments import Segment
+from pregate.kernels.weights import LayerWeights
+
+
+@dataclass(frozen=True, eq=False)
+class GroupRows:
+    """Rows that visit experts, expert by expert. NumPy, on the host.
+
+    `slots` int [U] where each expert's weights lie, in any order, -1 for nowhere; `counts` int [U], all positive;
+    `row_index` int [P], P = sum(counts): pair p reads row `row_index[p]`.
+    """
+
+    slots: np.ndarray
+    counts: np.ndarray
+    row_index: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUnits:
+    """A layer's weights and the slot of each of its units, int32 [E], -1 for nowhere.
+
+    `shared` is set where the shared expert is held apart, as one wide FFN in a stack of one slot.
+    """
+
+    weights: LayerWeights
+    unit_slot: np.ndarray
+    shared: LayerWeights | None = None
+    _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+
+    def slots_on(self, device: torch.device) -> torch.Tensor:
+        """Return `unit_slot` on `device`, copied there once."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.from_numpy(self.unit_slot).to(device)
+        return self._on_device[device]
+
+    def check(self, segment: Segment) -> None:
+        """PregateError if `segment` uses a unit without a slot. A map without gaps costs nothing; one with gaps costs
+        a wait for the device if the segment was built there."""
+        if (self.unit_slot < 0).any():
+            check_present(self.unit_slot, np.diff(segment.offsets.cpu().numpy()))
+
+
+def check_present(slots: np.ndarray, counts: np.ndarray) -> None:
+    """PregateError if a unit with rows has no slot."""
+    absent = np.flatnonzero((slots < 0) & (counts > 0))
+    if absent.size:
+        raise PregateError(f"units {absent.tolist()} have rows but no slot: they are not held here")

@@ -1,0 +1,66 @@
+"""The Triton kernels against float64: in the interpreter everywhere, and on the device where there is one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).with_name("triton_cases.py")
+ROOT = Path(__file__).resolve().parents[2]
+#: What the product and the stores round to, with room for the order of sums.
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
+SEGMENT_BUFFERS = "segments"
+
+
+def hindrance() -> str:
+    """Why the kernels cannot be interpreted here; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 8) and numpy >= (2, 4):
+        return f"the interpreter of Triton {version('triton')} does not work with NumPy {version('numpy')}"
+    return ""
+
+
+def run_cases(device: str) -> list[dict]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": str(int(device == "cpu"))}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), device],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(results: list[dict]) -> None:
+    for case in results:
+        assert case["relative_error"] <= TOLERANCE[case["dtype"]] * (case["by"] != SEGMENT_BUFFERS), case
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(hindrance()), reason=hindrance() or "can run")
+def test_every_case_in_the_interpreter():
+    results = run_cases("cpu")
+    check(results)
+    assert {1, 2, 7, 8, 9, 64, 257} <= {case["tokens"] for case in results}
+    assert {case["dtype"] for case in results} == {"float32", "float16"}, "the interpreter's bf16 product is wrong"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_every_case_on_the_device():
+    results = run_cases("cuda")
+    check(results)
+    assert "bfloat16" in {case["dtype"] for case in results}
