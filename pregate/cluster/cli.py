@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cluster import commands_export, commands_model, commands_serve, commands_text
+from pregate.cluster import commands_bench, commands_export, commands_model, commands_serve, commands_text
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text")
@@ -34,6 +34,7 @@ app.command()(commands_text.generate)
 app.command()(commands_text.route)
 app.command()(commands_serve.serve)
 app.command()(commands_serve.doctor)
+app.add_typer(commands_bench.app, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

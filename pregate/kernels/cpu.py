@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pregate.kernels.reference import Activation, activation
-from pregate.kernels.segments import Segment
+from pregate.kernels.segments import Segment, Visits
 from pregate.kernels.units import GroupRows, LayerUnits, check_present
 from pregate.kernels.weights import PlainLayout
 
@@ -61,31 +61,29 @@ class LoopFFN:
         check_present(rows.slots, rows.counts)
         whole = len(rows.row_index) == x_ND.shape[0] and (np.diff(rows.row_index) == 1).all()
         x_PD = x_ND if whole else x_ND.index_select(0, torch.from_numpy(rows.row_index))
-        return self._run(x_PD, rows.slots, rows.counts, weights)
+        return self._run(x_PD, Visits(rows.slots, rows.counts), weights)
 
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: the shared expert, then each token's routed ones, added in ascending unit order."""
         units.check(segment)
-        num_tokens = x_TD.shape[0]
-        if units.shared is None:
-            out_TD = torch.zeros_like(x_TD)
-        else:
-            out_TD = self._run(x_TD, np.zeros(1, np.int64), np.array([num_tokens]), units.shared)
-        offsets = segment.offsets.numpy()
-        used = np.flatnonzero(np.diff(offsets))
-        if not used.size:
+        out_TD = torch.zeros_like(x_TD) if units.shared is None else self._expert(x_TD, units.shared, 0)
+        visits = units.visits(segment)
+        if not visits.count_list:
             return out_TD
-        row_token = segment.row_token[: offsets[-1]]
-        y_PD = self._run(x_TD.index_select(0, row_token), units.unit_slot[used], np.diff(offsets)[used], units.weights)
+        if x_TD.shape[0] == 1 and segment.row_weight is None:
+            for slot in visits.slot_list:
+                out_TD += self._expert(x_TD, units.weights, slot)
+            return out_TD
+        y_PD = self._run(x_TD.index_select(0, segment.tokens), visits, units.weights)
         if segment.row_weight is not None:
-            y_PD = y_PD * segment.row_weight[: offsets[-1], None].to(y_PD.dtype)
-        return out_TD.index_add_(0, row_token, y_PD)
+            y_PD = y_PD * segment.row_weight[: len(y_PD), None].to(y_PD.dtype)
+        return out_TD.index_add_(0, segment.tokens, y_PD)
 
-    def _run(self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: Any) -> torch.Tensor:
-        """Return [P, D]: rows of `x_PD` through expert `slots[u]` of `weights`, `counts[u]` rows each, in order."""
+    def _run(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
+        """Return [P, D]: sorted rows `x_PD` through the experts that `visits` names."""
         pieces = [
             self._expert(x_ND, weights, slot)
-            for x_ND, slot in zip(x_PD.split(counts.tolist()), slots.tolist(), strict=True)
+            for x_ND, slot in zip(x_PD.split(visits.count_list), visits.slot_list, strict=True)
         ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -107,31 +105,22 @@ class GroupedFFN(LoopFFN):
         super().__init__(act, dtype)
         self._grouped_mm = grouped_mm()
 
-    def _run(self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: Any) -> torch.Tensor:
-        if len(counts) == x_PD.shape[0]:
-            return super()._run(x_PD, slots, counts, weights)
-        if (np.diff(slots) < 0).any():
-            return self._in_slot_order(x_PD, slots, counts, weights)
-        ends_S = group_ends(slots, counts, weights.num_slots)
+    def _run(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
+        if visits.single_rows or len(visits.count_list) == 1:
+            return super()._run(x_PD, visits, weights)
+        if not visits.ascend:
+            return self._in_slot_order(x_PD, visits, weights)
+        ends_S = visits.ends(weights.num_slots)
         h_PM = self._gated(self._grouped_mm(x_PD, weights.gate_up_SMD.transpose(1, 2), offs=ends_S))
         return self._grouped_mm(h_PM, weights.down_SDM.transpose(1, 2), offs=ends_S)
 
-    def _in_slot_order(self, x_PD: torch.Tensor, slots: np.ndarray, counts: np.ndarray, weights: Any) -> torch.Tensor:
+    def _in_slot_order(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
         """Sort rows by slot, as `grouped_mm` walks the stack, and put the answers back."""
-        order_P = torch.from_numpy(np.argsort(np.repeat(slots, counts), kind="stable"))
-        by_slot = np.argsort(slots)
-        sorted_PD = self._run(x_PD.index_select(0, order_P), slots[by_slot], counts[by_slot], weights)
+        order_P = torch.from_numpy(np.argsort(np.repeat(visits.slots, visits.counts), kind="stable"))
+        by_slot = np.argsort(visits.slots)
+        sorted_visits = Visits(visits.slots[by_slot], visits.counts[by_slot])
+        sorted_PD = self._run(x_PD.index_select(0, order_P), sorted_visits, weights)
         return torch.empty_like(sorted_PD).index_copy_(0, order_P, sorted_PD)
-
-
-def group_ends(slots: np.ndarray, counts: np.ndarray, num_slots: int) -> torch.Tensor:
-    """Return int32 [S]: where each slot's rows end, for ascending `slots`.
-
-    Example: slots [0, 2], counts [3, 4] of 4 slots: [3, 3, 7, 7].
-    """
-    count_S = np.zeros(num_slots, dtype=np.int32)
-    count_S[slots] = counts
-    return torch.from_numpy(np.cumsum(count_S, dtype=np.int32))
 
 
 def grouped_mm() -> GroupedMM:

@@ -20,6 +20,9 @@ IMPLEMENTATIONS = ("auto", "packed", "grouped", "loop", "int8", "triton", "trito
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: What `triton_path.ACTIVATIONS` has; kept here because importing that needs Triton.
 TRITON_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
+#: Experts with fewer values in a matrix gain less from packing than each packed product costs to call (measured:
+#: 27,648 lose below 64 rows, 49,152 win).
+MIN_PACKED_VALUES = 32768
 _TRITON_WEIGHTS = {"triton": None, "triton-int8": torch.int8, "triton-fp8": torch.float8_e4m3fn}
 
 _log = get_logger(__name__)
@@ -133,6 +136,8 @@ def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int,
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
     unpacked = "" if cpu.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"
+    if min(widths) * max(widths) < MIN_PACKED_VALUES:
+        unpacked = unpacked or "experts this small do not gain from packed weights"
     unpacked = unpacked or why_not("packed", device, dtype, act, widths)
     if not unpacked:
         return "packed", "AVX-512: packed weights are fastest at every batch size"

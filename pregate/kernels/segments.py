@@ -10,9 +10,50 @@ P = T * J rows at most, X tiles at most.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Visits:
+    """Which slots sorted rows visit: `counts[u]` rows, all positive, go to `slots[u]`. What is derived is kept."""
+
+    slots: np.ndarray
+    counts: np.ndarray
+
+    @cached_property
+    def slot_list(self) -> list[int]:
+        return self.slots.tolist()
+
+    @cached_property
+    def count_list(self) -> list[int]:
+        return self.counts.tolist()
+
+    @cached_property
+    def single_rows(self) -> bool:
+        """True where every slot has one row."""
+        return int(self.counts.sum()) == len(self.counts)
+
+    @cached_property
+    def ascend(self) -> bool:
+        return not (np.diff(self.slots) < 0).any()
+
+    @cached_property
+    def _ends(self) -> dict[int, torch.Tensor]:
+        return {}
+
+    def ends(self, num_slots: int) -> torch.Tensor:
+        """Return int32 [S]: where each slot's rows end, for ascending slots.
+
+        Example: slots [0, 2], counts [3, 4] of 4 slots: [3, 3, 7, 7].
+        """
+        if num_slots not in self._ends:
+            count_S = np.zeros(num_slots, dtype=np.int32)
+            count_S[self.slots] = self.counts
+            self._ends[num_slots] = torch.from_numpy(np.cumsum(count_S, dtype=np.int32))
+        return self._ends[num_slots]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +85,18 @@ class Segment:
     @property
     def num_units(self) -> int:
         return self.offsets.shape[0] - 1
+
+    @cached_property
+    def visits(self) -> Visits:
+        """The units that have rows, for a segment on the host; unit u in slot u."""
+        counts_E = np.diff(self.offsets.numpy())
+        used = np.flatnonzero(counts_E)
+        return Visits(used, counts_E[used])
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        """`row_token` of the rows there are, for a segment on the host."""
+        return self.row_token[: int(self.offsets[-1])]
 
 
 @dataclass(frozen=True, eq=False)

@@ -41,7 +41,7 @@ def column_of_unit(ids_ptr, unit, T, K, NUM_SHARED: tl.constexpr, PADDED: tl.con
     return column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "K"], do_not_specialize_on_alignment=["ids_ptr", "weights_ptr", "unit_slot_ptr"])
 def decode_gate_up_kernel(
     x_ptr,  # [T, D]
     w_ptr,  # [S * 2M, D]
@@ -97,7 +97,7 @@ def decode_gate_up_kernel(
         tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=(column >= 0)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "K", "E"], do_not_specialize_on_alignment=["ids_ptr", "unit_slot_ptr"])
 def decode_down_kernel(
     h_ptr,  # [T, J, M]
     w_ptr,  # [S * D, M]

@@ -48,7 +48,12 @@ def weight_tile(w, row0, k0, num_rows, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.con
     return tile
 
 
-@triton.jit
+#: Index arrays are slices of a step's buffers and start anywhere: their alignment must not be compiled in, or a kernel
+#: would be compiled anew while serving. Likewise counts that change from step to step.
+INDEX_ARRAYS = ("row_token_ptr", "row_weight_ptr", "tiles_ptr", "num_tiles_ptr", "unit_slot_ptr")
+
+
+@triton.jit(do_not_specialize_on_alignment=INDEX_ARRAYS)
 def gate_up_kernel(
     x_ptr,  # [T, D]
     w,  # [S * 2M, D] pointer or TMA descriptor
@@ -69,7 +74,6 @@ def gate_up_kernel(
     TMA: tl.constexpr,
     WEIGHTED: tl.constexpr,
     SCALED: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
 ):
     """(A) h[p] = act(gate) * up * weight of x[row_token[p]]; a persistent grid walks (weight columns, tiles).
 
@@ -78,7 +82,7 @@ def gate_up_kernel(
     """
     num_tiles = tl.load(num_tiles_ptr)
     num_columns = tl.cdiv(M, BLOCK_N)
-    for work in range(tl.program_id(0), num_tiles * num_columns, NUM_PROGRAMS):
+    for work in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
         tile_ptr = tiles_ptr + 3 * (work % num_tiles)
         n0 = (work // num_tiles) * BLOCK_N
         slot_or_absent = tl.load(unit_slot_ptr + tl.load(tile_ptr))
@@ -121,7 +125,7 @@ def gate_up_kernel(
         tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=row_ok[:, None] & n_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDEX_ARRAYS)
 def down_kernel(
     h_ptr,  # [P, M]
     w,  # [S * D, M] pointer or TMA descriptor
@@ -140,7 +144,6 @@ def down_kernel(
     TMA: tl.constexpr,
     SCALED: tl.constexpr,
     ATOMIC: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
 ):
     """(B) y[p] = h[p] through its unit's down matrix, stored at row p, or added to y[row_token[p]] if ATOMIC.
 
@@ -149,7 +152,7 @@ def down_kernel(
     """
     num_tiles = tl.load(num_tiles_ptr)
     num_columns = tl.cdiv(D, BLOCK_N)
-    for work in range(tl.program_id(0), num_tiles * num_columns, NUM_PROGRAMS):
+    for work in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
         tile_ptr = tiles_ptr + 3 * (work % num_tiles)
         n0 = (work // num_tiles) * BLOCK_N
         slot_or_absent = tl.load(unit_slot_ptr + tl.load(tile_ptr))
@@ -185,7 +188,7 @@ def down_kernel(
             tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_of_ptr"], do_not_specialize=["J"])
 def sum_kernel(
     y_ptr,  # [P, D]
     row_of_ptr,  # int32 [T, J]: row of each of a token's units, -1 for none

@@ -175,7 +175,6 @@ class TritonFFN:
             TMA=isinstance(w, TensorDescriptor),
             WEIGHTED=work.row_weight is not None,
             SCALED=self._scaled,
-            NUM_PROGRAMS=programs,
             num_warps=sizes.num_warps,
             num_stages=sizes.num_stages,
         )
@@ -206,7 +205,6 @@ class TritonFFN:
             TMA=isinstance(w, TensorDescriptor),
             SCALED=self._scaled,
             ATOMIC=atomic,
-            NUM_PROGRAMS=programs,
             num_warps=sizes.num_warps,
             num_stages=sizes.num_stages,
         )

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "L", "K", "E", "max_tiles"])
 def segments_kernel(
     ids_ptr,  # int32 [T, L, K], -1 for none
     row_token_ptr,  # int32 [L, P]

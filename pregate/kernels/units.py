@@ -6,12 +6,13 @@ Shape letters: U units of a group, E units of a layer, P (row, unit) pairs.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from pregate.base.errors import PregateError
-from pregate.kernels.segments import Segment
+from pregate.kernels.segments import Segment, Visits
 from pregate.kernels.weights import LayerWeights
 
 
@@ -46,11 +47,26 @@ class LayerUnits:
             self._on_device[device] = torch.from_numpy(self.unit_slot).to(device)
         return self._on_device[device]
 
+    @cached_property
+    def has_gaps(self) -> bool:
+        return bool((self.unit_slot < 0).any())
+
+    @cached_property
+    def in_place(self) -> bool:
+        """True where unit u lies in slot u."""
+        return bool((self.unit_slot == np.arange(len(self.unit_slot))).all())
+
     def check(self, segment: Segment) -> None:
         """PregateError if `segment` uses a unit without a slot. A map without gaps costs nothing; one with gaps costs
         a wait for the device if the segment was built there."""
-        if (self.unit_slot < 0).any():
+        if self.has_gaps:
             check_present(self.unit_slot, np.diff(segment.offsets.cpu().numpy()))
+
+    def visits(self, segment: Segment) -> Visits:
+        """Return the slots that a segment on the host visits."""
+        if self.in_place:
+            return segment.visits
+        return Visits(self.unit_slot[segment.visits.slots], segment.visits.counts)
 
 
 def check_present(slots: np.ndarray, counts: np.ndarray) -> None:

@@ -27,6 +27,7 @@ from pregate.kernels.triton_path import FP32_SIZES
 
 TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BUFFERS = ("x_ptr", "h_ptr", "y_ptr", "out_ptr", "w", "w_ptr", "scale_ptr")
 #: Arguments that are multiples of 16 in every model we serve: the compiler then emits 16-byte loads.
 DIVISIBLE = {"D", "M"}
 
@@ -39,13 +40,13 @@ def source(kernel: Any, element: str, constants: dict[str, Any], weights: str) -
             signature[name] = "constexpr"
         elif name in ("w", "w_ptr"):
             signature[name] = weights
-        elif name in ("x_ptr", "h_ptr", "y_ptr", "out_ptr"):
+        elif name in BUFFERS[:4]:
             signature[name] = f"*{element}"
         elif name in ("scale_ptr", "row_weight_ptr", "weights_ptr"):
             signature[name] = "*fp32"
         else:
             signature[name] = "*i32" if name.endswith("_ptr") else "i32"
-        if signature[name].startswith("*") or name in DIVISIBLE:
+        if name in (*BUFFERS, *DIVISIBLE):
             attributes[place,] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 
@@ -59,7 +60,6 @@ def tiled(kernel: str, block_m: int, sizes: BlockSizes, *, tma: bool, scaled: bo
         "SWAP": sizes.swap,
         "TMA": tma,
         "SCALED": scaled,
-        "NUM_PROGRAMS": 132 * sizes.programs_per_sm,
     }
     element = "fp32" if sizes is FP32_SIZES else "bf16"
     held = "i8" if scaled else element

@@ -6,7 +6,7 @@ import torch
 
 from pregate.base.errors import PregateError
 from pregate.kernels import cpu, cpu_packed, reference, segments
-from pregate.kernels.cpu import GroupedFFN, LoopFFN, group_ends
+from pregate.kernels.cpu import GroupedFFN, LoopFFN
 from pregate.kernels.cpu_packed import Int8FFN, PackedFFN
 from pregate.kernels.units import GroupRows, LayerUnits
 
@@ -134,10 +134,6 @@ def test_a_slot_moves_as_it_is_held(ffn_class):
     assert torch.equal(moved, ffn.pairs(x_ND, group([4, 2], [2, 3], 3), old))
     item = 1 if ffn_class is Int8FFN else 4
     assert new.slot_bytes == 3 * M * D * item
-
-
-def test_group_ends_worked_example():
-    assert group_ends(np.array([0, 2]), np.array([3, 4]), 4).tolist() == [3, 3, 7, 7]
 
 
 def test_unaligned_rows_are_refused_with_the_width():

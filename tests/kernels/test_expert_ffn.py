@@ -8,6 +8,7 @@ from pregate.kernels import cpu, cpu_packed
 from pregate.kernels.expert_ffn import choose, choose_dtype
 
 CPU = torch.device("cpu")
+LARGE = (1024, 352)
 
 
 def pick(implementation: str, widths=(64, 32), device=CPU):
@@ -38,14 +39,16 @@ def log():
 
 def test_auto_takes_the_fastest_of_this_machine_and_says_why(log, monkeypatch):
     monkeypatch.setattr(cpu, "has_avx512", lambda: True)
-    assert pick("auto").name == "packed"
-    monkeypatch.setattr(cpu, "has_avx512", lambda: False)
+    assert pick("auto", widths=LARGE).name == "packed"
     assert pick("auto").name == "grouped"
+    monkeypatch.setattr(cpu, "has_avx512", lambda: False)
+    assert pick("auto", widths=LARGE).name == "grouped"
     assert pick("auto", widths=(64, 43)).name == "loop"
-    assert len(log) == 3
+    assert len(log) == 4
     assert "cpu in float32: packed (AVX-512" in log[0]
-    assert "grouped (without AVX-512" in log[1]
-    assert "loop (without AVX-512" in log[2] and "rows of 43" in log[2]
+    assert "grouped (experts this small" in log[1]
+    assert "grouped (without AVX-512" in log[2]
+    assert "loop (without AVX-512" in log[3] and "rows of 43" in log[3]
 
 
 def test_a_named_implementation_is_taken_or_refused():
@@ -60,7 +63,7 @@ def test_a_named_implementation_is_taken_or_refused():
 
 
 def test_int8_is_never_chosen_for_the_user():
-    assert pick("auto").name in ("packed", "grouped", "loop")
+    assert {pick("auto", widths=widths).name for widths in (LARGE, (64, 32), (64, 43))} <= {"packed", "grouped", "loop"}
 
 
 def test_no_packed_product_in_this_torch_leaves_the_others(monkeypatch):
@@ -69,11 +72,11 @@ def test_no_packed_product_in_this_torch_leaves_the_others(monkeypatch):
 
     monkeypatch.setattr(cpu, "has_avx512", lambda: True)
     monkeypatch.setattr(cpu_packed, "pack_linear", missing)
-    assert pick("auto").name == "grouped"
+    assert pick("auto", widths=LARGE).name == "grouped"
     with pytest.raises(UserError, match="no packed linear"):
         pick("packed")
     monkeypatch.setattr(cpu, "grouped_mm", missing)
-    assert pick("auto").name == "loop"
+    assert pick("auto", widths=LARGE).name == "loop"
     with pytest.raises(UserError, match="no grouped_mm"):
         pick("grouped")
 
