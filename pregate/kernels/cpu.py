@@ -63,10 +63,14 @@ class LoopFFN:
         x_PD = x_ND if whole else x_ND.index_select(0, torch.from_numpy(rows.row_index))
         return self._run(x_PD, Visits(rows.slots, rows.counts), weights)
 
+    def dense(self, x_TD: torch.Tensor, weights: Any) -> torch.Tensor:
+        """Return [T, D]: every row through the expert in slot 0."""
+        return self._expert(x_TD, weights, 0)
+
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: the shared expert, then each token's routed ones, added in ascending unit order."""
         units.check(segment)
-        out_TD = torch.zeros_like(x_TD) if units.shared is None else self._expert(x_TD, units.shared, 0)
+        out_TD = torch.zeros_like(x_TD) if units.shared is None else self.dense(x_TD, units.shared)
         visits = units.visits(segment)
         if not visits.count_list:
             return out_TD

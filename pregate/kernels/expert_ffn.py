@@ -81,6 +81,10 @@ class ExpertFFN(Protocol):
         """Return [P, D], one row per pair in order: what a host answers. PregateError for a unit without a slot."""
         ...
 
+    def dense(self, x_TD: torch.Tensor, weights: Any) -> torch.Tensor:
+        """Return [T, D]: every row through the expert in slot 0 (a shared expert in a stack of its own)."""
+        ...
+
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D], the sum over each token's units. PregateError for a unit without a slot."""
         ...

@@ -70,6 +70,7 @@ class TritonFFN:
         properties = torch.cuda.get_device_properties(device) if cuda else None
         self._num_sms = properties.multi_processor_count if properties else NUM_SMS_INTERPRETED
         self._tma = (properties is not None and properties.major >= 9) if tma is None else tma
+        self._dense: Segment | None = None
         self.table = BlockTable.load(properties.name if properties else "")
 
     def block_m(self, num_rows: int, num_units: int) -> int:
@@ -110,6 +111,16 @@ class TritonFFN:
         work = _Work(block_m, num_rows, len(tiles), row_token, None, tile_rows, num_tiles, unit_slot)
         h_PM = self._gate_up(x_ND.contiguous(), work, weights)
         return self._down(h_PM, work, weights, x_ND.new_empty(num_rows, x_ND.shape[1]), atomic=False)
+
+    def dense(self, x_TD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+        """Return [T, D]: every row through the expert in slot 0."""
+        num_tokens = x_TD.shape[0]
+        if self._dense is None or self._dense.num_tokens != num_tokens:
+            # All layers of a step have as many tokens: the last one's rows are kept.
+            ids_T1K = torch.zeros(num_tokens, 1, 0, dtype=torch.int32)
+            built = segments.build(ids_T1K, 0, num_shared=1, block_m=self.block_m(num_tokens, 1))
+            self._dense = built.to(x_TD.device).layer(0)
+        return self.layer(x_TD, self._dense, LayerUnits(weights, np.zeros(1, dtype=np.int32)))
 
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: each token's shared and routed units, summed. PregateError for a unit that is in no slot."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -41,9 +42,10 @@ def time_on_device(call: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     try:
-        return float(do_bench(call, warmup=5, rep=30, return_mode="median"))
+        taken_ms: Any = do_bench(call, warmup=5, rep=30, return_mode="median")
     except OutOfResources:
         return float("inf")
+    return float(taken_ms)
 
 
 def tune(

@@ -77,6 +77,7 @@ class RoutedMLP(nn.Module):
         self.register_buffer("neuron_score", torch.zeros(rows))
         self.register_buffer("mass_threshold", torch.zeros(()))
         self.policy: RoutingPolicy = GatePolicy()
+        self.fast: FastPath | None = None
 
     @property
     def gate(self) -> Gate:
@@ -100,6 +101,8 @@ class RoutedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, self.hidden_size)
+        if self.fast is not None:
+            return self.fast.forward(self, x_TD).view_as(x)
         out_TD = self.shared_output(x_TD)
         if self.experts is not None:  # with no expert active too: a policy may take others, and counts what runs
             ids_TK, weights_TK = self.policy.choose(self, x_TD)
@@ -130,6 +133,14 @@ def find_routed_slots(model: nn.Module) -> list[RoutedSlot]:
         for attribute, child in owner.named_children()
         if isinstance(child, RoutedMLP)
     ]
+
+
+class FastPath(Protocol):
+    """Computes a layer in place of the reference, where `experts_implementation=` asks for it."""
+
+    def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return [T, D]: what `mlp` computes of `x_TD`."""
+        ...
 
 
 class RoutingPolicy(Protocol):

@@ -5,6 +5,7 @@ It imports nothing of the router, the planner or the fast kernels, so that it st
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from functools import cached_property
@@ -31,7 +32,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     `parent` is the dense architecture with its MLPs replaced by `RoutedMLP`; `path_router` is there when the
     checkpoint has one. Set `routing_policy` to override who chooses the experts (controls, oracles); None means
-    what the checkpoint says.
+    what the checkpoint says. `experts_implementation` "eager", the default, is the reference; "fast", or an
+    implementation of `kernels/expert_ffn.py` by name, runs the layers through the kernels' entry point instead.
     """
 
     config_class = RoutedConfig
@@ -44,6 +46,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)
+        self._fast: Any = None
+        # transformers hands the name to the parent too, which has no experts of its own and does not know ours.
+        config.text_config._experts_implementation_internal = None
         self.parent: Any = AutoModelForCausalLM.from_config(config.text_config)
         for slot, cut in zip(find_gated_mlps(self.parent), config.cuts, strict=True):
             slot.replace(self._routed_mlp(slot.layer, slot.hidden_size, cut))
@@ -110,9 +115,12 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         if policy is None:
             by_path = self.config.routing == "path"
             policy = self._path_policy(input_ids, attention_mask, past_key_values) if by_path else GatePolicy()
+        fast = self._fast_path()
         for mlp in self.routed_mlps:
             # A transformers decoder layer hands its MLP the hidden states and nothing else.
-            mlp.policy = policy
+            mlp.policy, mlp.fast = policy, fast
+        if fast is not None:
+            fast.begin(policy)
         return self.parent(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -125,6 +133,29 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     def _cache_argument(self) -> str:
         """What the parent's forward calls its cache."""
         return "cache" if "cache" in inspect.signature(self.parent.forward).parameters else "past_key_values"
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers asks: the name to use. What a name means is checked when the first forward needs it."""
+        return requested_experts or "eager"
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Choose who runs the experts from the next forward on; see the class."""
+        wanted = experts_implementation
+        name = wanted.get("", self.config._experts_implementation) if isinstance(wanted, dict) else wanted
+        self.config._experts_implementation_internal = self.get_correct_experts_implementation(name)
+        self._fast = None
+
+    def _fast_path(self) -> Any:
+        """The fast path asked for, over the weights as they are now; None for the reference."""
+        name = self.config._experts_implementation
+        if name == "eager":
+            return None
+        if self._fast is None or (self._fast.device, self._fast.dtype) != (self.device, self.dtype):
+            # By name, so that importing the reference model reaches none of it.
+            module = importlib.import_module("pregate.model.fast")
+            chosen = "auto" if name == "fast" else name
+            self._fast = module.FastExperts(chosen, self.routed_mlps, self.device, self.dtype)
+        return self._fast
 
     def _path_policy(self, ids_BN: torch.Tensor, mask: torch.Tensor | None, cache: Cache | None) -> PathPolicy:
         states, num_seen = getattr(cache, "pregate_path_states", (None, 0))

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pregate.model.layers import RoutedMLP, find_routed_slots
+from pregate.kernels import expert_ffn
+from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.attention import ATTENTION_NAME, StepLayout, register_attention
 from pregate.router.exchange import Exchange
@@ -35,6 +37,18 @@ class ExchangeMLP(nn.Module):
         return self.exchange.combine(receipt, self.mlp.shared_output(x_TD)).view_as(x)
 
 
+class SharedFFN(nn.Module):
+    """A shared expert through the kernels' entry point; the weights are held as its implementation wants them."""
+
+    def __init__(self, shared: SharedExpert, ffn: ExpertFFN) -> None:
+        super().__init__()
+        self._ffn = ffn
+        self._weights = ffn.stack(shared.gate_up_proj[None], shared.down_proj[None])
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self._ffn.dense(x_TD, self._weights)
+
+
 class RoutedBackbone(RoutedForCausalLM):
     """`RoutedForCausalLM` without the routed experts: their weights are neither made nor read."""
 
@@ -48,7 +62,9 @@ class Backbone:
     def __init__(self, model: RoutedBackbone, exchange: Exchange, device: str) -> None:
         self.model, self.exchange, self.device = model, exchange, device
         exact = model.config.routing == "path"
-        for slot in find_routed_slots(model.parent):
+        slots = find_routed_slots(model.parent)
+        _speed_up_shared(slots, model, torch.device(device))
+        for slot in slots:
             slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
 
     @classmethod
@@ -70,3 +86,15 @@ class Backbone:
             pregate_step=layout,
         )
         return output.logits[0]
+
+
+def _speed_up_shared(slots: list[RoutedSlot], model: RoutedBackbone, device: torch.device) -> None:
+    """Run every shared expert of `model` through the one implementation chosen for this machine."""
+    shared = {slot.mlp: slot.mlp.shared for slot in slots if slot.mlp.shared is not None}
+    if not shared:
+        return
+    widths = {width for expert in shared.values() for width in expert.down_proj.shape}
+    act = model.config.hidden_act
+    ffn = expert_ffn.choose("auto", device, model.dtype, act=act, widths=widths)
+    for mlp, expert in shared.items():
+        mlp.add_module("shared", SharedFFN(expert, ffn))

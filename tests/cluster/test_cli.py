@@ -32,6 +32,11 @@ def fails(capsys, *arguments):
         (["serve", "--model", "TINY", "--grpc-port", "70000"], "--grpc-port 70000: allowed: 0"),
         (["serve", "--model", "TINY", "--token-file", "/no/such"], "--token-file /no/such"),
         (["serve", "--modle", "x"], "--modle"),
+        (["bench", "kernels", "--shape", "13b"], "--shape 13b: allowed: llama-2-7b, 1b, quartet"),
+        (["bench", "kernels", "--percent", "30"], "--percent 30: allowed: 25, 50, 75"),
+        (["bench", "kernels", "--tokens", "1,0"], "--tokens 1,0: allowed"),
+        (["bench", "kernels", "--tune", "--shape", "quartet"], "has no block sizes"),
+        (["bench", "kernels", "--expert-ffn", "fastest"], "--expert-ffn fastest: unknown"),
         (["brew"], "brew"),
         (["generate", "--prompt", "a"], "--model, --target: give one of them"),
         (["generate", "--model", "a", "--target", "b:1", "--prompt", "a"], "--model, --target: give one of them"),
@@ -121,3 +126,11 @@ def test_doctor_says_what_fits(capsys, layerwise_checkpoint):
         assert word in out
     assert main(["doctor", "--model", str(layerwise_checkpoint), "--hosts", "6"]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_bench_kernels_prints_a_line_per_batch_size(capsys):
+    assert main(["bench", "kernels", "--shape", "quartet", "--tokens", "1,8", "--expert-ffn", "loop"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "quartet, 25 % active, loop on cpu in float32, ms"
+    assert [line.split()[0] for line in lines] == ["1", "8"]
+    assert all(float(value) > 0 for line in lines for value in line.split()[1:])

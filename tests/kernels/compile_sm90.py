@@ -30,6 +30,8 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BUFFERS = ("x_ptr", "h_ptr", "y_ptr", "out_ptr", "w", "w_ptr", "scale_ptr")
 #: Arguments that are multiples of 16 in every model we serve: the compiler then emits 16-byte loads.
 DIVISIBLE = {"D", "M"}
+#: What 8-bit weights are called in a signature.
+QUANTISED = ("i8", "fp8e4nv")
 
 
 def source(kernel: Any, element: str, constants: dict[str, Any], weights: str) -> ASTSource:
@@ -51,7 +53,7 @@ def source(kernel: Any, element: str, constants: dict[str, Any], weights: str) -
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def tiled(kernel: str, block_m: int, sizes: BlockSizes, *, tma: bool, scaled: bool = False, atomic: bool = False):
+def tiled(kernel: str, block_m: int, sizes: BlockSizes, *, tma: bool, quant: str = "", atomic: bool = False):
     """The source of kernel A or B."""
     constants: dict[str, Any] = {
         "BLOCK_M": block_m,
@@ -59,28 +61,28 @@ def tiled(kernel: str, block_m: int, sizes: BlockSizes, *, tma: bool, scaled: bo
         "BLOCK_K": sizes.block_k,
         "SWAP": sizes.swap,
         "TMA": tma,
-        "SCALED": scaled,
+        "SCALED": bool(quant),
     }
     element = "fp32" if sizes is FP32_SIZES else "bf16"
-    held = "i8" if scaled else element
+    held = quant or element
     weights = f"tensordesc<{held}[{sizes.block_n},{sizes.block_k}]>" if tma else f"*{held}"
-    constants |= {} if scaled else {"scale_ptr": None}
+    constants |= {} if quant else {"scale_ptr": None}
     if kernel == "gate_up":
         constants |= {"ACT": "silu", "WEIGHTED": False, "row_weight_ptr": None}
         return source(triton_ffn.gate_up_kernel, element, constants, weights)
     return source(triton_ffn.down_kernel, element, {**constants, "ATOMIC": atomic}, weights)
 
 
-def decode(kernel: str, sizes: BlockSizes, *, scaled: bool = False):
+def decode(kernel: str, sizes: BlockSizes, *, quant: str = ""):
     """The source of one half of kernel C."""
     constants: dict[str, Any] = {
         "NUM_SHARED": 1,
         "BLOCK_K": sizes.block_k,
-        "SCALED": scaled,
+        "SCALED": bool(quant),
         "PADDED": triton_decode.PADDED_TOKENS,
     }
-    constants |= {} if scaled else {"scale_ptr": None}
-    weights = "*i8" if scaled else "*bf16"
+    constants |= {} if quant else {"scale_ptr": None}
+    weights = f"*{quant or 'bf16'}"
     if kernel == "decode_gate_up":
         constants |= {"ACT": "silu", "WEIGHTED": False, "weights_ptr": None, "HALF_N": triton_decode.HALF}
         return source(triton_decode.decode_gate_up_kernel, "bf16", constants, weights)
@@ -97,14 +99,16 @@ def configurations() -> Iterator[tuple[str, ASTSource, BlockSizes, bool]]:
             sizes = table.sizes(kernel, block_m)
             yield f"{kernel} {block_m} pointers", tiled(kernel, block_m, sizes, tma=False), sizes, True
         sizes = table.sizes(kernel, 64)
-        yield f"{kernel} 64 int8", tiled(kernel, 64, sizes, tma=True, scaled=True), sizes, True
+        for quant in QUANTISED:
+            yield f"{kernel} 64 tma {quant}", tiled(kernel, 64, sizes, tma=True, quant=quant), sizes, True
         yield f"{kernel} 128 fp32", tiled(kernel, 128, FP32_SIZES, tma=True), FP32_SIZES, False
     sizes = table.sizes("down", 64)
     yield "down 64 atomic", tiled("down", 64, sizes, tma=True, atomic=True), sizes, True
     for kernel in ("decode_gate_up", "decode_down"):
         sizes = table.sizes(kernel, 16)
         yield kernel, decode(kernel, sizes), sizes, True
-        yield f"{kernel} int8", decode(kernel, sizes, scaled=True), sizes, True
+        for quant in QUANTISED:
+            yield f"{kernel} {quant}", decode(kernel, sizes, quant=quant), sizes, True
     small = BlockSizes(block_n=1, block_k=1, num_warps=4, num_stages=2)
     yield "sum", source(triton_ffn.sum_kernel, "bf16", {"BLOCK_D": 1024}, ""), small, False
     constants = {"NUM_SHARED": 1, "BLOCK_M": 64, "BLOCK": 256, "PADDED_E": 16}

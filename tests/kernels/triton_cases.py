@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ import torch
 from torch.nn import functional as F
 
 from pregate.base.errors import PregateError
-from pregate.kernels import segments, triton_path
+from pregate.kernels import bench, segments, triton_path, tune
+from pregate.kernels.block_sizes import BlockSizes
 from pregate.kernels.triton_path import TritonFFN
 from pregate.kernels.units import GroupRows, LayerUnits
 from pregate.kernels.weights import quantise_rows
@@ -86,6 +88,7 @@ def cases(device: torch.device) -> list[Case]:
         Case("absent units", tokens=12, by="absent"),
         Case("absent units of 2 tokens", tokens=2, by="absent"),
         Case("absent units of a group", tokens=5, by="absent pairs"),
+        Case("tuned", hidden=64, by="tune"),
         Case("segments of 5 tokens", tokens=5, by="segments", routing="ragged", block_m=2),
         Case("segments of 300 tokens", tokens=300, by="segments", routing="ragged", k=3, routed=6),
     ]
@@ -211,6 +214,26 @@ def run_segments(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     return pick[0], pick[1]
 
 
+def run_tune(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two candidates per row, the second said to be faster: every row of the table becomes the second."""
+    shape = bench.Shape("tiny", case.hidden, 8 * case.width)
+    ffn = TritonFFN("silu", inputs.device, torch.float16, tma=False)
+    runs: list[int] = []
+
+    def timer(call: Callable[[], object]) -> float:
+        call()
+        runs.append(1)
+        return 1.0 / len(runs)
+
+    def choices(kernel: str, block_m: int) -> Iterator[BlockSizes]:
+        yield ffn.table.sizes(kernel, block_m)
+        yield BlockSizes(32, 32, 4, 2)
+
+    table = tune.tune(ffn, shape, inputs.device, torch.float16, timer=timer, choices=choices)
+    found = [sizes == BlockSizes(32, 32, 4, 2) for rows in table.by_rows.values() for sizes in rows.values()]
+    return torch.tensor(found).double(), torch.ones(10, dtype=torch.float64)
+
+
 def run_absent(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """A used unit without a slot must raise; one that nobody uses must not matter."""
     unit_slot = np.zeros(case.shared + case.routed, dtype=np.int32)
@@ -229,7 +252,7 @@ def run_absent(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def run(case: Case, device: torch.device, seed: int) -> dict[str, object]:
     inputs = Inputs(case, device, torch.Generator().manual_seed(seed))
     started_s = time.perf_counter()
-    runners = {"layer": run_layer, "pairs": run_pairs, "segments": run_segments}
+    runners = {"layer": run_layer, "pairs": run_pairs, "segments": run_segments, "tune": run_tune}
     got, wanted = runners.get(case.by, run_absent)(case, inputs)
     error = (got.double() - wanted).abs().max().item() if got.numel() else 0.0
     # A NaN must not compare as small.

@@ -1,0 +1,80 @@
+"""The fast path inside the in-process model: its layers through the kernels' entry point.
+
+Loaded by name, and only when `experts_implementation=` asks for it: without it the model is an independent oracle.
+
+Shape letters: T tokens, L layers, K experts per token, D hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pregate.kernels import expert_ffn, segments
+from pregate.kernels.segments import Segment
+from pregate.model.config import LayerCut
+from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
+
+
+class FastExperts:
+    """Every layer's experts as the chosen implementation holds them, made once from the model's weights.
+
+    Weights that change afterwards are not seen. UserError where `implementation` is unknown or cannot run.
+    """
+
+    def __init__(self, implementation: str, mlps: list[RoutedMLP], device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        widths = {mlps[0].hidden_size, *(mlp.cut.expert_width for mlp in mlps)}
+        self._ffn = expert_ffn.choose(implementation, device, dtype, act=mlps[0].act_name, widths=widths)
+        self._units = {mlp.layer: self._hold(mlp) for mlp in mlps if mlp.experts is not None}
+        self._shared = {
+            mlp.layer: self._ffn.stack(mlp.shared.gate_up_proj[None], mlp.shared.down_proj[None])
+            for mlp in mlps
+            if mlp.shared is not None and mlp.layer not in self._units
+        }
+        self._cuts = {mlp.layer: mlp.cut for mlp in mlps}
+        self._planned: dict[int, Segment] = {}
+
+    @property
+    def name(self) -> str:
+        return self._ffn.name
+
+    def begin(self, policy: RoutingPolicy) -> None:
+        """Start a forward pass. With paths known now, all layers' segments are made now."""
+        self._planned = {}
+        if not isinstance(policy, PathPolicy):
+            return
+        for cut in set(self._cuts.values()):
+            layers = [n for n, other in self._cuts.items() if other == cut and n in self._units]
+            weights = None if policy.weights_TLK is None else policy.weights_TLK[:, layers]
+            if layers:
+                built = self._build(cut, policy.ids_TLK[:, layers], weights)
+                self._planned |= {layer: built.layer(place) for place, layer in enumerate(layers)}
+
+    def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+        """Return [T, D]: what `mlp` computes of `x_TD`."""
+        if mlp.layer in self._shared:
+            return self._ffn.dense(x_TD, self._shared[mlp.layer])
+        if mlp.layer not in self._units:
+            return torch.zeros_like(x_TD)
+        segment = self._planned.get(mlp.layer)
+        if segment is None:
+            ids_TK, weights_TK = mlp.policy.choose(mlp, x_TD)
+            weights_T1K = None if weights_TK is None else weights_TK[:, None]
+            segment = self._build(mlp.cut, ids_TK[:, None], weights_T1K).layer(0)
+        return self._ffn.layer(x_TD, segment, self._units[mlp.layer])
+
+    def _hold(self, mlp: RoutedMLP) -> expert_ffn.LayerUnits:
+        assert mlp.experts is not None
+        shared = None if mlp.shared is None else (mlp.shared.gate_up_proj, mlp.shared.down_proj)
+        return self._ffn.units(shared, mlp.cut.num_shared, mlp.experts.gate_up_proj, mlp.experts.down_proj)
+
+    def _build(self, cut: LayerCut, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor | None) -> segments.Segments:
+        num_shared = cut.num_shared if self._ffn.shared_in_segments else 0
+        num_units, num_rows = num_shared + cut.num_routed, ids_TLK.shape[0] * (num_shared + ids_TLK.shape[2])
+        return segments.build(
+            ids_TLK.cpu(),
+            cut.num_routed,
+            num_shared=num_shared,
+            block_m=self._ffn.block_m(num_rows, num_units),
+            weights_TLK=None if weights_TLK is None else weights_TLK.cpu(),
+        ).to(self.device)
