@@ -43,8 +43,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.dispatch
+	$(BIN)/python -m benchmarks.kernels --out benchmarks/results/kernels.json
 	@if [ -d "$(SHARED)/models/stories3M" ]; then \
 	  $(BIN)/python -m benchmarks.stories --shared-folder "$(SHARED)" && \
+	  $(BIN)/python -m benchmarks.quantised --shared-folder "$(SHARED)" && \
 	  $(BIN)/python -m benchmarks.served_equality --shared-folder "$(SHARED)"; \
 	else echo "skipped stories and served_equality: no models/stories3M in SHARED=$(SHARED)"; fi
 

@@ -5,8 +5,8 @@
 
 Dense FFNs of three shapes are cut into 8 slices, one shared, so that 25, 50 or 75 % are active. Weights rotate over
 enough layers that no cache holds them. All contenders of a cell run in turn. Routing metadata is made before the clock
-starts, for every contender that takes it, and is timed apart; transformers' sort their rows themselves. A picture goes
-beside the JSON. Cells whose dense FFN exceeds --max-gflop are left out, and listed.
+starts, for every contender that takes it, and is timed apart; transformers' sort their rows themselves. A picture and
+tables go beside the JSON. Cells whose dense FFN exceeds --max-gflop are left out, and listed.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import torch
 from torch.nn import functional as F
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from benchmarks.conditions import conditions
+from benchmarks.kernel_tables import tables
 from benchmarks.speedup_picture import draw
+from benchmarks.surroundings import surroundings
 from pregate.kernels import bench, cpu_packed, segments
 from pregate.kernels.bench import ROUTINGS, SHAPES, DenseLayer, Shape
 from pregate.kernels.cpu import grouped_mm
@@ -39,7 +40,7 @@ TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 #: Layers that the metadata is timed for, as a step makes it for all at once.
 METADATA_LAYERS = 32
 #: transformers' batched experts copy the weights of every pair: beyond this they only fill the memory.
-MAX_BATCHED_TOKENS = 16
+MAX_BATCHED_TOKENS = 4
 Run = Callable[[int], object]
 
 
@@ -241,8 +242,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--max-gflop", type=float, help="of the dense FFN; default 75 on a CPU, no limit on CUDA")
-    parser.add_argument("--budget-s", type=float, default=0.5, help="per cell, after four turns of every contender")
-    parser.add_argument("--out", type=Path, help="write the results here as JSON, and a picture beside it")
+    parser.add_argument("--budget-s", type=float, default=0.5, help="per cell, after three turns of every contender")
+    parser.add_argument("--out", type=Path, help="write JSON here, tables and a picture beside it")
     arguments = parser.parse_args()
     arguments.max_gflop = arguments.max_gflop or (75 if arguments.device == "cpu" else float("inf"))
     return arguments
@@ -251,7 +252,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(1)
-    load, started_s = os.getloadavg(), time.perf_counter()
+    around, started_s = surroundings("kernels", ("transformers",)), time.perf_counter()
     device = torch.device(arguments.device)
     dtype = choose_dtype(arguments.dtype, device)
     results: list[dict[str, Any]] = []
@@ -272,13 +273,12 @@ def main() -> None:
         if shape.flops(tokens) > arguments.max_gflop * 1e9
     ]
     report = {
-        **conditions("kernels"),
+        **around,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
-        "threads": 1,
         "clock": "CPU time of the calling thread, lower quartile" if device.type == "cpu" else "CUDA graph replays",
-        "load_average_before": load,
-        "load_average_after": os.getloadavg(),
+        "load_average_after": os.getloadavg()[0],
         "seconds": round(time.perf_counter() - started_s),
         "ceilings": bounds,
         "left_out": left_out,
@@ -287,6 +287,7 @@ def main() -> None:
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
         arguments.out.with_suffix(".svg").write_text(draw(report))
+        arguments.out.with_suffix(".md").write_text(tables(report))
 
 
 if __name__ == "__main__":

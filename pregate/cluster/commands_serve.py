@@ -30,6 +30,7 @@ def serve(
     placement: Annotated[str, typer.Option(help="linear or round_robin.")] = "linear",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    expert_ffn: Annotated[str, typer.Option(help="How hosts run experts: auto, or one by name.")] = "auto",
     gpus_per_host: Annotated[float, typer.Option(help="GPUs each host asks Ray for.")] = 0.0,
     router_gpus: Annotated[float, typer.Option(help="GPUs the engine asks Ray for.")] = 0.0,
     name: Annotated[str, typer.Option(help="Name of the deployment; launchers of one name share it.")] = "pregate",
@@ -59,6 +60,7 @@ def serve(
             "gpus_per_host": gpus_per_host,
             "router_gpus": router_gpus,
             "engine": {"model": "", "name": served_model_name},
+            "host": {"expert_ffn": expert_ffn},
         }
     )
     door = GrpcOptions(port=grpc_port, access=AccessOptions(host, tls_cert, tls_key, token_file))

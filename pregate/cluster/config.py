@@ -21,6 +21,7 @@ SHARED_OPTIONS = {
     "placement": "--placement",
     "device": "--device",
     "dtype": "--dtype",
+    "expert_ffn": "--expert-ffn",
     "gpus_per_host": "--gpus-per-host",
     "router_gpus": "--router-gpus",
 }
@@ -65,6 +66,11 @@ class ServeConfig:
     def model_name(self) -> str:
         """The name clients know the model by: what `engine` says, else the folder's."""
         return self.engine.name or Path(self.model).name
+
+    @property
+    def expert_ffn(self) -> str:
+        """Which implementation runs the experts on the hosts."""
+        return self.host.expert_ffn
 
     @property
     def engine_options(self) -> EngineOptions:

@@ -133,7 +133,7 @@ def time_ms(
             started_s = time.thread_time()
             run(next(layers))
             taken_s[name].append(time.thread_time() - started_s)
-        if turn >= 3 and time.perf_counter() > stop_s:
+        if turn >= 2 and time.perf_counter() > stop_s:
             break
     return {name: sorted(taken)[len(taken) // 4] * 1e3 for name, taken in taken_s.items()}
 

@@ -95,8 +95,8 @@ class Segment:
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        """`row_token` of the rows there are, for a segment on the host."""
-        return self.row_token[: int(self.offsets[-1])]
+        """`row_token` of the rows there are, for a segment on the host; int64, with which torch adds rows faster."""
+        return self.row_token[: int(self.offsets[-1])].long()
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from pregate.kernels import segments, triton_decode, triton_ffn
 from pregate.kernels.block_sizes import BlockSizes, BlockTable, block_m_for
 from pregate.kernels.segments import Segment
-from pregate.kernels.triton_segments import segments_kernel
 from pregate.kernels.units import GroupRows, LayerUnits, check_present
 from pregate.kernels.weights import LayerWeights, PaddedLayout, QuantisedLayout, split_shared
 
@@ -279,48 +278,6 @@ class TritonFFN:
             **shared,
         )
         return out_TD
-
-
-def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, block_m: int) -> segments.Segments:
-    """`segments.build` where `ids_TLK` (int32) lives: one launch after the buffers are cleared, no wait."""
-    num_tokens, num_layers, num_k = ids_TLK.shape
-    num_units, num_columns = num_shared + num_routed, num_shared + num_k
-    num_rows = num_tokens * num_columns
-    size = segments.max_tiles(num_rows, num_units, block_m)
-
-    def full(value: int, *shape: int) -> torch.Tensor:
-        return torch.full(shape, value, dtype=torch.int32, device=ids_TLK.device)
-
-    built = segments.Segments(
-        num_shared,
-        block_m,
-        row_token=full(0, num_layers, num_rows),
-        row_pair=full(0, num_layers, num_rows),
-        row_of=full(-1, num_layers, num_tokens, num_columns),
-        offsets=full(0, num_layers, num_units + 1),
-        tiles=full(0, num_layers, size, 3),
-        num_tiles=full(0, num_layers),
-        ids_TLK=ids_TLK.contiguous(),
-    )
-    _on_grid(segments_kernel, num_layers, num_units)(
-        built.ids_TLK,
-        built.row_token,
-        built.row_pair,
-        built.row_of,
-        built.offsets,
-        built.tiles,
-        built.num_tiles,
-        num_tokens,
-        num_layers,
-        num_k,
-        num_units,
-        size,
-        NUM_SHARED=num_shared,
-        BLOCK_M=block_m,
-        BLOCK=256,
-        PADDED_E=triton.next_power_of_2(num_units),
-    )
-    return built
 
 
 def _on_grid(kernel: Any, *grid: int) -> Any:

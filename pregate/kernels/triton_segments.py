@@ -10,8 +10,16 @@ P = T * J rows at most.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+
+from pregate.kernels.segments import Segments, max_tiles
+
+#: Pairs that a program looks at in one go.
+PAIRS_PER_LOOK = 256
 
 
 @triton.jit(do_not_specialize=["T", "L", "K", "E", "max_tiles"])
@@ -84,3 +92,46 @@ def segments_kernel(
             tl.store(row_pair_ptr + rows0 + rows, tokens * J + columns, mask=hit)
             tl.store(row_of_ptr + rows0 + tokens * J + columns, rows, mask=hit)
             row += tl.sum(hit.to(tl.int32), 0)
+
+
+def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, block_m: int) -> Segments:
+    """`segments.build` where `ids_TLK` (int32) lives: one launch after the buffers are cleared, no wait."""
+    num_tokens, num_layers, num_k = ids_TLK.shape
+    num_units, num_columns = num_shared + num_routed, num_shared + num_k
+    num_rows = num_tokens * num_columns
+    size = max_tiles(num_rows, num_units, block_m)
+
+    def full(value: int, *shape: int) -> torch.Tensor:
+        return torch.full(shape, value, dtype=torch.int32, device=ids_TLK.device)
+
+    built = Segments(
+        num_shared,
+        block_m,
+        row_token=full(0, num_layers, num_rows),
+        row_pair=full(0, num_layers, num_rows),
+        row_of=full(-1, num_layers, num_tokens, num_columns),
+        offsets=full(0, num_layers, num_units + 1),
+        tiles=full(0, num_layers, size, 3),
+        num_tiles=full(0, num_layers),
+        ids_TLK=ids_TLK.contiguous(),
+    )
+    launch: Any = segments_kernel[(num_layers, num_units)]
+    launch(
+        built.ids_TLK,
+        built.row_token,
+        built.row_pair,
+        built.row_of,
+        built.offsets,
+        built.tiles,
+        built.num_tiles,
+        num_tokens,
+        num_layers,
+        num_k,
+        num_units,
+        size,
+        NUM_SHARED=num_shared,
+        BLOCK_M=block_m,
+        BLOCK=PAIRS_PER_LOOK,
+        PADDED_E=triton.next_power_of_2(num_units),
+    )
+    return built

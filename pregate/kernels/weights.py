@@ -87,7 +87,10 @@ class PaddedLayout(PlainLayout):
 
 
 class QuantisedLayout(PaddedLayout):
-    """8-bit weights with one scale per row (W8A16): half the bytes of bf16; the error is measured in the benchmark."""
+    """8-bit weights with one scale per row (W8A16): half the bytes of bf16.
+
+    Measured cost in perplexity on stories3M: int8 times 1.001, fp8 times 1.013 (benchmarks/results/quantised.json).
+    """
 
     def allocate(self, num_slots: int, width: int, hidden: int) -> LayerWeights:
         plain = super().allocate(num_slots, width, hidden)

@@ -28,6 +28,7 @@ def fails(capsys, *arguments):
         (["serve", "--model", "TINY", "--hosts", "two"], "--hosts two:"),
         (["serve", "--model", "TINY", "--placement", "spread"], "--placement spread: allowed: linear, round_robin"),
         (["serve", "--model", "TINY", "--device", "cuda"], "--device cuda"),
+        (["serve", "--model", "TINY", "--expert-ffn", "triton"], "--expert-ffn triton: not possible here"),
         (["serve", "--model", "TINY", "--host", "0.0.0.0"], "--host 0.0.0.0: needs --tls-cert"),
         (["serve", "--model", "TINY", "--grpc-port", "70000"], "--grpc-port 70000: allowed: 0"),
         (["serve", "--model", "TINY", "--token-file", "/no/such"], "--token-file /no/such"),

@@ -24,11 +24,12 @@ import torch
 from torch.nn import functional as F
 
 from pregate.base.errors import PregateError
-from pregate.kernels import bench, segments, triton_path, tune
+from pregate.kernels import bench, segments, tune
 from pregate.kernels.block_sizes import BlockSizes
 from pregate.kernels.triton_path import TritonFFN
+from pregate.kernels.triton_segments import build_on_device
 from pregate.kernels.units import GroupRows, LayerUnits
-from pregate.kernels.weights import quantise_rows
+from pregate.kernels.weights import quantise_rows, split_shared
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
@@ -88,6 +89,9 @@ def cases(device: torch.device) -> list[Case]:
         Case("absent units", tokens=12, by="absent"),
         Case("absent units of 2 tokens", tokens=2, by="absent"),
         Case("absent units of a group", tokens=5, by="absent pairs"),
+        Case("absent units, unchecked", tokens=12, by="absent unchecked"),
+        Case("absent units of 2 tokens, unchecked", tokens=2, by="absent unchecked"),
+        *([Case("captured in a graph", tokens=40, by="graph")] if device.type == "cuda" else []),
         Case("tuned", hidden=64, by="tune"),
         Case("segments of 5 tokens", tokens=5, by="segments", routing="ragged", block_m=2),
         Case("segments of 300 tokens", tokens=300, by="segments", routing="ragged", k=3, routed=6),
@@ -140,7 +144,7 @@ class Inputs:
         out = torch.zeros(self.x_TD.shape, dtype=torch.float64)
         if self.shared is not None:
             # Slice by slice, as rows are quantised slice by slice.
-            for gate_up, down in triton_path.split_shared(*self.shared, self.case.shared):
+            for gate_up, down in split_shared(*self.shared, self.case.shared):
                 out += self.expert(self.x_TD, gate_up, down)
         for token, ids in enumerate(self.ids_TK.tolist()):
             for column, expert in enumerate(ids):
@@ -206,7 +210,7 @@ def run_segments(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     ids_TLK = torch.stack([inputs.ids_TK, inputs.ids_TK.flip(0), torch.full_like(inputs.ids_TK, -1)], dim=1)
     block_m = case.block_m or 64
     host = segments.build(ids_TLK, case.routed, num_shared=case.shared, block_m=block_m)
-    device = triton_path.build_on_device(
+    device = build_on_device(
         ids_TLK.to(inputs.device, torch.int32), case.routed, num_shared=case.shared, block_m=block_m
     )
     names = ("row_token", "row_pair", "row_of", "offsets", "tiles", "num_tiles")
@@ -237,6 +241,8 @@ def run_tune(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 def run_absent(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """A used unit without a slot must raise; one that nobody uses must not matter."""
     unit_slot = np.zeros(case.shared + case.routed, dtype=np.int32)
+    if case.by == "absent unchecked":
+        return run_unchecked(case, inputs)
     if case.by == "absent unused":
         inputs.ids_TK[inputs.ids_TK == 3] = -1
         unit_slot[case.shared + 3] = -1
@@ -249,10 +255,52 @@ def run_absent(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.full((1,), torch.inf), torch.zeros(1)
 
 
+def run_unchecked(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where nobody checked, the rows of a unit without a slot are NaN and all others are right."""
+    ffn = make_ffn(case, inputs)
+    assert inputs.shared is not None
+    units = ffn.units(inputs.shared, case.shared, inputs.gate_up_RMD, inputs.down_RDM)
+    slots = units.unit_slot.copy()
+    slots[case.shared + 2] = -1
+    unchecked = LayerUnits(units.weights, slots)
+    unchecked.__dict__["has_gaps"] = False
+    built = segments.build(inputs.ids_TK[:, None], case.routed, num_shared=case.shared, block_m=16)
+    got = ffn.layer(inputs.on_device("x_TD"), built.to(inputs.device).layer(0), unchecked).cpu()
+    hit_T = (inputs.ids_TK == 2).any(dim=1)
+    wanted = inputs.answer()
+    assert got[hit_T].isnan().all(), "an absent unit must not look like numbers"
+    return got[~hit_T], wanted[~hit_T]
+
+
+def run_graph(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Segments and layer captured once as a CUDA graph, replayed with other ids."""
+    ffn = make_ffn(case, inputs)
+    assert inputs.shared is not None
+    shared = (inputs.shared[0].to(inputs.device), inputs.shared[1].to(inputs.device))
+    units = ffn.units(shared, case.shared, inputs.on_device("gate_up_RMD"), inputs.on_device("down_RDM"))
+    x_TD = inputs.on_device("x_TD")
+    ids_T1K = inputs.ids_TK.flip(0)[:, None].to(inputs.device, torch.int32).contiguous()
+
+    def step() -> torch.Tensor:
+        built = build_on_device(ids_T1K, case.routed, num_shared=case.shared, block_m=16)
+        return ffn.layer(x_TD, built.layer(0), units)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_TD = step()
+    ids_T1K.copy_(inputs.ids_TK[:, None])
+    graph.replay()
+    return out_TD.cpu(), inputs.answer()
+
+
 def run(case: Case, device: torch.device, seed: int) -> dict[str, object]:
     inputs = Inputs(case, device, torch.Generator().manual_seed(seed))
     started_s = time.perf_counter()
-    runners = {"layer": run_layer, "pairs": run_pairs, "segments": run_segments, "tune": run_tune}
+    runners = {"layer": run_layer, "pairs": run_pairs, "segments": run_segments, "tune": run_tune, "graph": run_graph}
     got, wanted = runners.get(case.by, run_absent)(case, inputs)
     error = (got.double() - wanted).abs().max().item() if got.numel() else 0.0
     # A NaN must not compare as small.
