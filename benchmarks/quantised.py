@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.stories import read_held_out
 from benchmarks.surroundings import surroundings
 from pregate.convert.api import ConvertOptions, convert
-from pregate.convert.scoring import score_rows
+from pregate.convert.dense import context_tokens, load_tokenizer
+from pregate.convert.scoring import encode_all, score_rows
+from pregate.convert.text import read_documents
 from pregate.kernels import reference
 from pregate.kernels.cpu import LoopFFN
 from pregate.kernels.cpu_packed import Int8FFN
@@ -78,7 +79,9 @@ def output_error(model: RoutedForCausalLM, name: str) -> float:
 
 @torch.no_grad()
 def measure(path: Path, held_out: Path) -> list[dict[str, Any]]:
-    held = read_held_out(path, held_out)
+    context = context_tokens(path)
+    texts = [document.text for document in read_documents([held_out], context, "--shared-folder")]
+    held, _ = encode_all(load_tokenizer(path), texts, context, None)
     rows: list[dict[str, Any]] = []
     for name in ("reference", "packed", "int8", *WEIGHT_ONLY):
         model = RoutedForCausalLM.from_pretrained(path).eval()
@@ -87,7 +90,7 @@ def measure(path: Path, held_out: Path) -> list[dict[str, Any]]:
             round_model(model, WEIGHT_ONLY[name])
         elif name != "reference":
             model.set_experts_implementation(name)
-        perplexity = score_rows(model, held.rows).perplexity
+        perplexity = score_rows(model, held).perplexity
         first = rows[0]["perplexity"] if rows else perplexity
         rows.append({"experts": name, "perplexity": perplexity, "ratio": perplexity / first, "output_error": error})
         print(rows[-1], flush=True)

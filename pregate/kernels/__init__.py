@@ -1,1 +1,1 @@
-"""The expert FFN: plain-torch reference, CPU path and one entry point."""
+"""The expert FFN: plain-torch reference, segments, CPU and Triton implementations, and one entry point."""

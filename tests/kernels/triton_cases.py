@@ -24,7 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.base.errors import PregateError
-from pregate.kernels import bench, segments, tune
+from pregate.kernels import bench, expert_ffn, segments, triton_path, tune
 from pregate.kernels.block_sizes import BlockSizes
 from pregate.kernels.triton_path import TritonFFN
 from pregate.kernels.triton_segments import build_on_device
@@ -314,6 +314,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.empty(1).isnan().all(), "buffers must start as NaN"
+    assert tuple(triton_path.ACTIVATIONS) == expert_ffn.TRITON_ACTIVATIONS, "the entry point promises what there is"
     only = sys.argv[2] if len(sys.argv) > 2 else ""
     for case in cases(device):
         if only in case.name:
