@@ -40,10 +40,11 @@ CUTS = ((8, 3, 3), (8, 2, 2), (8, 1, 1), (16, 6, 6), (16, 4, 4), (16, 2, 2))
 VARIANT_CUT = (8, 3, 3)
 #: Name -> what is changed in ours.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "plain + threshold": {"clustering": "marks", "shared_by": "contribution"},
+    "plain + threshold": {"clustering": "marks", "shared_by": "contribution", "token_power": 0.0},
     "ours, fixed number": {"selection": "top_k"},
     "ours, fixed number, no intercept (stock)": {"selection": "top_k", "intercept": False},
     "ours, no intercept": {"intercept": False},
+    "ours, tokens weighed as they are": {"token_power": 0.0},
     "ours, shared by contribution": {"shared_by": "contribution"},
     "ours, shared count per layer": {"shared": None},
 }

@@ -1,7 +1,8 @@
 """Cutting an FFN so that the experts a gate chooses capture as much contribution as they can.
 
 A neuron's contribution at a token is |h_i| times the norm of its down column. An expert is worth running where its
-neurons contribute; so a neuron belongs to the expert that runs when it contributes most. Which expert runs when is for
+neurons contribute; so a neuron belongs to the expert that runs when it contributes most. (Contributions are divided
+by a power of the token's sum, lest a few tokens of large activations rule the cut.) Which expert runs when is for
 the gate to say. Hence three steps in turn: fit a linear gate to the experts' masses, take the sets it chooses,
 assign every neuron anew to where those sets capture most of its contribution. The shared expert takes part as one
 that always runs, so shared neurons are not those that contribute most but those that lose most by being routed.
@@ -19,23 +20,25 @@ import torch
 
 from pregate.convert.assignment import balanced_assignment
 from pregate.convert.cmoe import CHUNK_TOKENS, NeuronSplit
-from pregate.convert.ridge import Ridge
+from pregate.convert.ridge import CrossFit
 from pregate.kernels.reference import Activation
 from pregate.model.config import LayerCut
 from pregate.model.gated_mlp import GatedMLP
+from pregate.model.layers import by_token_power
 
 #: Rows the cut is made on: bounds c [T, I] in memory, whatever the calibration text.
 SAMPLE_TOKENS = 8192
-#: Rounds of gate, sets and assignment. Later ones change little (see benchmarks/results/conversion.md).
+#: Rounds of gate, sets and assignment; the best counts.
 ROUNDS = 6
 
 
-def contributions(x_TD: torch.Tensor, mlp: GatedMLP, act: Activation) -> torch.Tensor:
-    """|h_i| times the norm of down column i, float32 [T, I]."""
+def contributions(x_TD: torch.Tensor, mlp: GatedMLP, act: Activation, token_power: float = 0.0) -> torch.Tensor:
+    """|h_i| times the norm of down column i, float32 [T, I], divided by a power of the token's sum (`weighted_mass`)."""
     norm_I = mlp.down.norm(dim=0)
     c_TI = torch.empty(x_TD.shape[0], mlp.width, device=x_TD.device)
     for c_rows, rows in zip(c_TI.split(CHUNK_TOKENS), x_TD.split(CHUNK_TOKENS), strict=True):
-        torch.mul(mlp.hidden(rows, act).abs_(), norm_I, out=c_rows)
+        raw_TI = mlp.hidden(rows, act).abs_().mul_(norm_I)
+        c_rows.copy_(by_token_power(raw_TI, raw_TI.sum(dim=-1, keepdim=True), token_power))
     return c_TI
 
 
@@ -56,14 +59,14 @@ def choose_sets(scores_TR: torch.Tensor, num_active: int, selection: str) -> tor
 
 
 def threshold_for(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
-    """The score that makes the mean number of experts at or above it `num_active` (infinite for 0)."""
-    if num_active == 0:
-        return torch.full((), torch.inf, device=scores_TR.device)
+    """The score that makes the mean number of experts at or above it `num_active`; infinite for none and for all."""
+    if num_active in (0, scores_TR.shape[1]):
+        return scores_TR.new_full((), -torch.inf if num_active else torch.inf)
     return scores_TR.flatten().topk(scores_TR.shape[0] * num_active).values[-1]
 
 
 def split_by_capture(
-    x_TD: torch.Tensor,
+    fits: CrossFit,
     c_TI: torch.Tensor,
     cut: LayerCut,
     selection: str,
@@ -72,14 +75,15 @@ def split_by_capture(
 ) -> tuple[NeuronSplit, float]:
     """Divide a layer's neurons; returns the split of the best round and the share of contribution it captures.
 
+    `fits` are of the inputs [T, D] of the same rows as `c_TI`. A row's sets come from the fit that has not seen it.
     `shared`, ids of the shared neurons, if they are chosen already.
     """
-    ridge, total_I = Ridge(x_TD), c_TI.sum(dim=0)
+    total_I = c_TI.sum(dim=0)
     labels_I = _first_labels(total_I, cut, shared)
     best, best_captured = labels_I, -1.0
     for _ in range(rounds):
         mass_TR = c_TI @ _one_hot(labels_I, cut.num_routed)
-        sets_TR = choose_sets(ridge.fitted(mass_TR), cut.num_active, selection)
+        sets_TR = choose_sets(fits.scores(mass_TR), cut.num_active, selection)
         captured = float((mass_TR * sets_TR).double().sum() + total_I[labels_I < 0].double().sum())
         if captured > best_captured:
             best, best_captured = labels_I, captured

@@ -14,7 +14,7 @@ import torch
 
 from pregate.kernels.reference import above, top_k
 from pregate.model.gates import Choice
-from pregate.model.layers import RoutedMLP, SharedExpert, contribution_mass, find_routed_slots
+from pregate.model.layers import RoutedMLP, SharedExpert, find_routed_slots, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -56,7 +56,7 @@ class OraclePolicy:
         self._fixed_number = fixed_number
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        mass_TR = contribution_mass(mlp, x_TD)
+        mass_TR = weighted_mass(mlp, x_TD)
         if mlp.selection == "threshold" and not self._fixed_number:
             return Choice(above(mass_TR, mlp.mass_threshold))
         return Choice(top_k(mass_TR, mlp.cut.num_active))

@@ -74,7 +74,13 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
     """
     cuts = [asdict(options.cuts(width)[0]) for width in skeleton.widths]
     parent = deepcopy(skeleton.model.config)
-    return RoutedConfig(text_config=parent, layer_cuts=cuts, gate=options.gate, selection=options.selection)
+    return RoutedConfig(
+        text_config=parent,
+        layer_cuts=cuts,
+        gate=options.gate,
+        selection=options.selection,
+        token_power=options.token_power,
+    )
 
 
 def fingerprint_of(

@@ -13,18 +13,18 @@ from pregate.convert.capture import threshold_for
 from pregate.convert.cmoe import CHUNK_TOKENS
 from pregate.convert.ridge import Ridge
 from pregate.model.gated_mlp import GatedMLP
-from pregate.model.layers import RoutedMLP, contribution_mass
+from pregate.model.layers import RoutedMLP, weighted_mass
 
 
 @torch.no_grad()
 def fit_linear(routed: RoutedMLP, x_TD: torch.Tensor, intercept: bool = True) -> None:
-    """Fit the layer's linear gate from its FFN inputs to each expert's contribution mass; no gradient steps.
+    """Fit the layer's linear gate from its FFN inputs to each expert's weighted contribution mass; no gradient steps.
 
     Its threshold, and the oracle's, are set so that `num_active` experts score as much per token, on average.
     """
     gate = routed.linear_gate
     assert gate is not None
-    mass_TR = torch.cat([contribution_mass(routed, rows) for rows in x_TD.split(CHUNK_TOKENS)])
+    mass_TR = torch.cat([weighted_mass(routed, rows) for rows in x_TD.split(CHUNK_TOKENS)])
     weight_RD, bias_R = Ridge(x_TD, intercept).fit(mass_TR)
     gate.weight.copy_(weight_RD)
     gate.bias.copy_(bias_R)

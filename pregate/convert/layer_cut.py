@@ -13,6 +13,7 @@ from pregate.convert.clustering import representatives
 from pregate.convert.cmoe import NeuronSplit, Profile, profile, shared_neurons, split_by_marks
 from pregate.convert.gates import fit_linear, set_representatives
 from pregate.convert.options import ConvertOptions
+from pregate.convert.ridge import CrossFit
 from pregate.kernels.reference import Activation, activation
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import GatedMLP
@@ -42,12 +43,13 @@ def _capture(
 ) -> tuple[LayerCut, NeuronSplit]:
     """The cut, of those allowed, that captures most contribution; of equals that with more shared experts."""
     rows_TD = sample_rows(x_TD)
-    c_TI = contributions(rows_TD, mlp, act)
+    c_TI = contributions(rows_TD, mlp, act, options.token_power)
+    fits = CrossFit(rows_TD, options.intercept)
     best: tuple[float, LayerCut, NeuronSplit] | None = None
     for cut in reversed(options.cuts(mlp.width)):
         joint = options.shared_by == "capture"
         shared = None if joint else shared_neurons(seen, cut.shared_width, options.shared_by)
-        split, captured = split_by_capture(rows_TD, c_TI, cut, options.selection, shared)
+        split, captured = split_by_capture(fits, c_TI, cut, options.selection, shared)
         if best is None or captured > best[0]:
             best = captured, cut, split
     assert best is not None

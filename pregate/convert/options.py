@@ -44,6 +44,8 @@ class ConvertOptions(Recipe):
         for name, least in (lowest | {"marks_per_token": 1, "max_iterations": 1}).items():
             if getattr(self, name) < least:
                 raise UserError.of(_option(name), getattr(self, name), f"allowed: {least} or more")
+        if not 0 <= self.token_power <= 1:
+            raise UserError.of("--token-power", self.token_power, "allowed: 0 to 1")
         self._check_counts()
         self._check_method()
         if not self.calibration:

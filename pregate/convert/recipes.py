@@ -19,7 +19,8 @@ class Recipe:
     `shared_by` chooses the shared neurons: "capture", together with the clusters; "contribution", the greatest mean
     |h| times norm of the down column; "rate", the most often marked. `gate`: "linear", or CMoE's "representative" as
     the released code has it, or "representative-signed" as the paper's text has it. `selection`: "threshold" or
-    "top_k" (`pregate.model.gates`). `intercept`: whether the linear gate has a bias.
+    "top_k" (`pregate.model.gates`). `token_power`, 0 to 1: how much less a token of large activations counts
+    (`layers.weighted_mass`). `intercept`: whether the linear gate has a bias.
 
     CMoE's own: `profile` marks neurons on "cosine" or "raw" activations, `marks_per_token` of them (K_a); `distance`
     between a neuron's marks and a centroid, "l1" (the code) or "l2" (the text); `max_iterations` assignments.
@@ -32,6 +33,7 @@ class Recipe:
     shared_by: str = "capture"
     gate: str = "linear"
     selection: str = "threshold"
+    token_power: float = 0.5
     intercept: bool = True
     profile: str = "cosine"
     marks_per_token: int = 10
@@ -47,13 +49,14 @@ class Recipe:
 #: has the values of the code released with CMoE (arXiv 2502.04416).
 RECIPES = {
     "ours": Recipe(),
-    "plain": Recipe(clustering="marks", shared_by="contribution", selection="top_k"),
+    "plain": Recipe(clustering="marks", shared_by="contribution", selection="top_k", token_power=0.0),
     "stock": Recipe(selection="top_k", intercept=False),
     "cmoe-paper": Recipe(
         clustering="marks",
         shared_by="rate",
         gate="representative",
         selection="top_k",
+        token_power=0.0,
         draw="stream",
         samples=8,
         sequence_length=2048,

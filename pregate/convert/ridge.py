@@ -42,7 +42,22 @@ class Ridge:
         weight_RD = torch.cholesky_solve(products, self._factor_DD).T
         return weight_RD, y_mean - weight_RD @ self._mean_D
 
-    def fitted(self, y_TR: torch.Tensor) -> torch.Tensor:
-        """What the fit to `y_TR` says of its own inputs, [T, R] in the inputs' type."""
-        weight_RD, bias_R = (t.to(self._x_TD.dtype) for t in self.fit(y_TR))
-        return torch.nn.functional.linear(self._x_TD, weight_RD, bias_R)
+
+class CrossFit:
+    """Two fits, each on every other row, that speak for the rows they have not seen.
+
+    A fit with as many inputs as rows would repeat what it has seen, and say nothing of how a gate does on new text.
+    """
+
+    def __init__(self, x_TD: torch.Tensor, intercept: bool = True) -> None:
+        self.x_TD = x_TD
+        folds = (slice(0, None, 2), slice(1, None, 2))
+        self._folds = [(seen, Ridge(x_TD[seen], intercept), new) for seen, new in (folds, folds[::-1])]
+
+    def scores(self, y_TR: torch.Tensor) -> torch.Tensor:
+        """What is said of `y_TR` [T, R], row by row without that row, in the inputs' type."""
+        scores_TR = torch.empty(y_TR.shape, dtype=self.x_TD.dtype, device=self.x_TD.device)
+        for seen, ridge, new in self._folds:
+            weight_RD, bias_R = (t.to(scores_TR.dtype) for t in ridge.fit(y_TR[seen]))
+            scores_TR[new] = torch.nn.functional.linear(self.x_TD[new], weight_RD, bias_R)
+        return scores_TR

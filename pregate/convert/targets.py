@@ -15,7 +15,7 @@ from pregate.convert.progress import Progress
 from pregate.convert.scoring import batches, padded
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice
-from pregate.model.layers import RoutedMLP, contribution_mass
+from pregate.model.layers import RoutedMLP, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -40,7 +40,7 @@ class _MassRecorder:
         return torch.cat([p.cpu() for p in parts], dim=-1)
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        self._mass_TR[mlp.layer] = contribution_mass(mlp, x_TD)
+        self._mass_TR[mlp.layer] = weighted_mass(mlp, x_TD)
         return OraclePolicy().choose(mlp, x_TD) if self._oracle else mlp.gate.choose(x_TD)
 
 

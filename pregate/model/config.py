@@ -67,6 +67,7 @@ class RoutedConfig(PretrainedConfig):
     layer) or "path" (the path router, before the backbone). `path_router` is independent of it: a path router
     beside layerwise routing is a forecast only. `selection` says how scores choose experts: "top_k", a fixed number
     per token, or "threshold", as many as score high enough (0 to R); CMoE's representative gates know only "top_k".
+    `token_power`: see `layers.weighted_mass`.
     """
 
     model_type = "pregate"
@@ -79,6 +80,7 @@ class RoutedConfig(PretrainedConfig):
         routing: str = "layerwise",
         gate: str = "linear",
         selection: str = "top_k",
+        token_power: float = 0.0,
         path_router: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -90,6 +92,7 @@ class RoutedConfig(PretrainedConfig):
         self.routing = routing
         self.gate = gate
         self.selection = selection
+        self.token_power = token_power
         self.path_router = path_router
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "vocab_size"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
@@ -111,12 +114,6 @@ class RoutedConfig(PretrainedConfig):
     @property
     def cuts(self) -> tuple[LayerCut, ...]:
         return tuple(LayerCut(**c) for c in self.layer_cuts)
-
-    @property
-    def most_active(self) -> int:
-        """The most routed experts one token can visit in one layer: the width of `Paths`."""
-        by_threshold = self.selection == "threshold"
-        return max((c.num_routed if by_threshold else c.num_active for c in self.cuts), default=0)
 
     @property
     def has_path_router(self) -> bool:

@@ -1,6 +1,6 @@
 """A layer's gates: scores of its routed experts from its FFN input, and the experts those scores choose.
 
-Gates stay float32 whatever the checkpoint is stored in: they are tiny, and the last bits of a score decide.
+Gates are stored and loaded in float32 whatever the weights are in: they are tiny, and last bits of a score decide.
 Shape letters: T tokens, D hidden width, R routed experts, K experts of a token (at most).
 """
 
@@ -40,8 +40,8 @@ class LinearGate(nn.Module):
         self.register_buffer("threshold", torch.zeros(()), persistent=selection == "threshold")
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Scores [T, R], float32."""
-        return F.linear(x_TD.float(), self.weight, self.bias)
+        """Scores [T, R] in the gate's own type."""
+        return F.linear(x_TD.to(self.weight.dtype), self.weight, self.bias)
 
     def choose(self, x_TD: torch.Tensor) -> Choice:
         scores_TR = self(x_TD)
@@ -76,8 +76,8 @@ class RepresentativeGate(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(cut.num_routed))
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        """Scores [T, R], float32, before softmax."""
-        product_TR = reference.gated_hidden(x_TD.float(), self.weight, self.act)
+        """Scores [T, R] in the gate's own type, before softmax."""
+        product_TR = reference.gated_hidden(x_TD.to(self.weight.dtype), self.weight, self.act)
         return product_TR if self.signed else product_TR.abs()
 
     def choose(self, x_TD: torch.Tensor) -> Choice:
@@ -99,6 +99,6 @@ Gate = LinearGate | RepresentativeGate
 def _top_k_margin(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
     """The k-th minus the next score [T]; infinite where every expert is chosen."""
     if num_active in (0, scores_TR.shape[-1]):
-        return torch.full(scores_TR.shape[:1], torch.inf)
+        return scores_TR.new_full(scores_TR.shape[:1], torch.inf)
     ranked = scores_TR.sort(dim=-1, descending=True).values
     return ranked[:, num_active - 1] - ranked[:, num_active]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pregate.kernels import reference
-from pregate.model.config import LayerCut
+from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gates import Choice, Gate, LinearGate, RepresentativeGate
 
 #: What stays float32 whatever the weights are stored in: small, and it decides who runs.
@@ -59,17 +59,16 @@ class RoutedMLP(nn.Module):
     neuron_score: torch.Tensor
     mass_threshold: torch.Tensor
 
-    def __init__(
-        self, layer: int, hidden_size: int, act: str, cut: LayerCut, gate: str, selection: str, hold_experts: bool
-    ) -> None:
+    def __init__(self, layer: int, hidden_size: int, cut: LayerCut, config: RoutedConfig, hold_experts: bool) -> None:
         super().__init__()
         self.layer, self.cut, self.hidden_size = layer, cut, hidden_size
-        self.gate_kind, self.selection, self.act_name = gate, selection, act
+        self.gate_kind, self.selection, self.token_power = config.gate, config.selection, config.token_power
+        self.act_name = act = config.hidden_act
         self.act = reference.activation(act)
         self.shared = SharedExpert(hidden_size, cut.shared_width, act) if cut.num_shared else None
         routed = cut.num_routed > 0
-        signed = gate == "representative-signed"
-        self.linear_gate = LinearGate(hidden_size, cut, selection) if routed else None
+        signed = config.gate == "representative-signed"
+        self.linear_gate = LinearGate(hidden_size, cut, config.selection) if routed else None
         self.paper_gate = RepresentativeGate(hidden_size, cut, act, signed) if routed else None
         self.experts = RoutedExperts(hidden_size, cut) if routed and hold_experts else None
         rows = cut.shared_width + cut.num_routed * cut.expert_width
@@ -173,8 +172,7 @@ class PathPolicy:
 def contribution_mass(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
     """Return [T, R]: each routed expert's sum over its neurons of |h_i| times the norm of down column i.
 
-    This is what an oracle ranks experts by and what the linear gate and the path router are fitted to
-    (the notes on CMoE, section 5.3).
+    (The notes on CMoE, section 5.3.) See `weighted_mass` for what is made of it.
     """
     experts = mlp.experts
     assert experts is not None
@@ -183,3 +181,19 @@ def contribution_mass(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
         h_TM = reference.gated_hidden(x_TD, gate_up, mlp.act)
         masses.append(h_TM.abs() @ down.norm(dim=0))
     return torch.stack(masses, dim=-1)
+
+
+def weighted_mass(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+    """Contribution mass [T, R] divided by a power (`token_power`) of its sum over the token's experts.
+
+    This is what an oracle chooses experts by and what the linear gate and the path router are fitted to. Within a
+    token nothing changes its place; between tokens, which counts where a threshold chooses, power 0 takes masses as
+    they are, so that tokens of small activations get few experts, and 1 takes shares alone.
+    """
+    mass_TR = contribution_mass(mlp, x_TD)
+    return by_token_power(mass_TR, mass_TR.sum(dim=-1, keepdim=True), mlp.token_power)
+
+
+def by_token_power(mass_TR: torch.Tensor, total_T1: torch.Tensor, power: float) -> torch.Tensor:
+    """Divide each token's masses by `total_T1` to the `power`; a token without any keeps its zeros."""
+    return mass_TR if power == 0 else mass_TR / total_T1.clamp_min(1e-20).pow(power)

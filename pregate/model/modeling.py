@@ -72,8 +72,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return False
 
     def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> nn.Module:
-        config = self.config
-        return RoutedMLP(layer, hidden_size, config.hidden_act, cut, config.gate, config.selection, self.hold_experts)
+        config: Any = self.config
+        return RoutedMLP(layer, hidden_size, cut, config, self.hold_experts)
 
     @property
     def routed_mlps(self) -> list[RoutedMLP]:

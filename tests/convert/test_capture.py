@@ -12,7 +12,7 @@ from torch import nn
 
 from pregate.convert.capture import choose_sets, contributions, sample_rows, split_by_capture, threshold_for
 from pregate.convert.cmoe import NeuronSplit
-from pregate.convert.ridge import Ridge
+from pregate.convert.ridge import CrossFit
 from pregate.kernels.reference import activation
 from pregate.model.config import LayerCut
 from pregate.model.gated_mlp import GatedMLP
@@ -57,17 +57,17 @@ def _groups(split: NeuronSplit) -> list[list[int]]:
 @SELECTIONS
 def test_the_example_by_hand(selection: str):
     x_TD, c_TI = _example()
-    first, captured = split_by_capture(x_TD, c_TI, CUT, selection, rounds=1)
+    first, captured = split_by_capture(CrossFit(x_TD), c_TI, CUT, selection, rounds=1)
     assert _groups(first) == [[0, 4], [1, 2], [3, 5]]
     assert captured == pytest.approx(68.4 / 88)
-    split, captured = split_by_capture(x_TD, c_TI, CUT, selection)
+    split, captured = split_by_capture(CrossFit(x_TD), c_TI, CUT, selection)
     assert _groups(split) == [[4, 5], [0, 1], [2, 3]]
     assert captured == pytest.approx(1.0)
 
 
 def test_shared_neurons_that_are_given_stay_so():
     x_TD, c_TI = _example()
-    split, captured = split_by_capture(x_TD, c_TI, CUT, "top_k", np.array([0, 3]))
+    split, captured = split_by_capture(CrossFit(x_TD), c_TI, CUT, "top_k", np.array([0, 3]))
     # 1 runs in A and 2 in B; 4 and 5 lose half wherever they are: with 4 beside 1 or beside 2 it is the same.
     assert split.shared.tolist() == [0, 3]
     assert sorted(split.routed_RM.flatten().tolist()) == [1, 2, 4, 5]
@@ -82,14 +82,14 @@ def test_shared_neurons_that_are_given_stay_so():
 )
 def test_a_partition_with_exact_sizes_that_captures_no_less_than_the_first(cut: LayerCut, seed: int, selection: str):
     x_TD, c_TI = _random(seed)
-    _, first = split_by_capture(x_TD, c_TI, cut, selection, rounds=1)
-    split, captured = split_by_capture(x_TD, c_TI, cut, selection)
+    _, first = split_by_capture(CrossFit(x_TD), c_TI, cut, selection, rounds=1)
+    split, captured = split_by_capture(CrossFit(x_TD), c_TI, cut, selection)
     assert split.shared.shape == (cut.shared_width,)
     assert split.routed_RM.shape == (cut.num_routed, cut.expert_width)
     assert sorted(split.neuron_index.tolist()) == list(range(24))
     assert all(group == sorted(group) for group in _groups(split))
     assert 0 <= first <= captured <= 1 + 1e-6
-    again, same = split_by_capture(x_TD, c_TI, cut, selection)
+    again, same = split_by_capture(CrossFit(x_TD), c_TI, cut, selection)
     assert (_groups(again), same) == (_groups(split), captured)
 
 
@@ -98,9 +98,9 @@ def test_the_share_it_says_is_the_share_captured(seed: int):
     """Counted token by token: shared neurons always, routed ones where the gate fitted to their experts runs them."""
     x_TD, c_TI = _random(seed)
     cut = LayerCut(6, 2, 2, 3)
-    split, captured = split_by_capture(x_TD, c_TI, cut, "top_k")
+    split, captured = split_by_capture(CrossFit(x_TD), c_TI, cut, "top_k")
     mass_TR = torch.stack([c_TI[:, group].sum(dim=1) for group in split.routed_RM.tolist()], dim=1)
-    scores_TR = Ridge(x_TD).fitted(mass_TR)
+    scores_TR = CrossFit(x_TD).scores(mass_TR)
     total = float(c_TI[:, split.shared].sum())
     for token, scores in enumerate(scores_TR.tolist()):
         for expert in sorted(range(6), key=lambda e: -scores[e])[:2]:
@@ -110,8 +110,8 @@ def test_the_share_it_says_is_the_share_captured(seed: int):
 
 def test_it_does_better_than_dealing_out():
     x_TD, c_TI = _random(0)
-    _, first = split_by_capture(x_TD, c_TI, LayerCut(6, 2, 2, 3), "threshold", rounds=1)
-    _, captured = split_by_capture(x_TD, c_TI, LayerCut(6, 2, 2, 3), "threshold")
+    _, first = split_by_capture(CrossFit(x_TD), c_TI, LayerCut(6, 2, 2, 3), "threshold", rounds=1)
+    _, captured = split_by_capture(CrossFit(x_TD), c_TI, LayerCut(6, 2, 2, 3), "threshold")
     assert captured > first + 0.02
 
 
@@ -121,7 +121,8 @@ def test_a_threshold_gives_just_the_mean_number(num_active: int):
     assert len(scores_TR.unique()) == 250  # no ties
     sets_TR = choose_sets(scores_TR, num_active, "threshold")
     assert int(sets_TR.sum()) == 50 * num_active
-    assert scores_TR[sets_TR].min() == threshold_for(scores_TR, num_active)
+    least = -torch.inf if num_active == 5 else scores_TR[sets_TR].min()  # all: whatever a new text scores
+    assert least == threshold_for(scores_TR, num_active)
     if num_active == 2:
         assert sets_TR.sum(dim=1).unique().numel() > 2  # not the same number for every token
 

@@ -7,7 +7,7 @@ import torch
 
 from pregate.convert.controls import AllPolicy, OraclePolicy, RandomPolicy
 from pregate.model import RoutedForCausalLM
-from pregate.model.layers import RoutedMLP, contribution_mass
+from pregate.model.layers import RoutedMLP, by_token_power, contribution_mass, weighted_mass
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_oracle_takes_the_greatest_masses(mlp: RoutedMLP):
     assert (chosen.min(dim=1).values >= others.max(dim=1).values).all()
     by_mass = OraclePolicy().choose(mlp, x).ids
     assert [[i for i in row if i >= 0] for row in by_mass.tolist()] == [
-        [i for i, m in enumerate(row) if m >= mlp.mass_threshold] for row in mass.tolist()
+        [i for i, m in enumerate(row) if m >= mlp.mass_threshold] for row in weighted_mass(mlp, x).tolist()
     ]
     assert 0 < int((by_mass >= 0).sum()) != ids.numel()  # else the two could not be told apart
 
@@ -55,3 +55,11 @@ def test_mass_by_its_definition(mlp: RoutedMLP):
 
 def test_all_takes_every_expert(mlp: RoutedMLP):
     assert AllPolicy().choose(mlp, torch.zeros(2, 64))[0].tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+
+
+def test_weighted_mass_takes_a_power_of_the_tokens_sum_out():
+    mass = torch.tensor([[1.0, 3.0], [16.0, 0.0], [0.0, 0.0]])
+    total = mass.sum(dim=1, keepdim=True)
+    assert by_token_power(mass, total, 0.0) is mass
+    assert by_token_power(mass, total, 0.5).tolist() == [[0.5, 1.5], [4.0, 0.0], [0.0, 0.0]]
+    assert by_token_power(mass, total, 1.0).tolist() == [[0.25, 0.75], [1.0, 0.0], [0.0, 0.0]]

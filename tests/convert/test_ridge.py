@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pregate.convert.ridge import Ridge
+from pregate.convert.ridge import CrossFit, Ridge
 
 
 def test_ridge_without_penalty_is_least_squares():
@@ -45,8 +45,19 @@ def test_without_intercept_it_goes_through_the_origin():
     assert bias.tolist() == [0.0, 0.0]
 
 
-def test_fitted_is_what_the_fit_says_of_its_inputs():
-    x, y = torch.randn(9000, 4), torch.randn(9000, 2)  # more rows than are taken at a time
-    ridge = Ridge(x)
-    weight, bias = ridge.fit(y)
-    torch.testing.assert_close(ridge.fitted(y).double(), x.double() @ weight.T + bias, rtol=1e-4, atol=1e-5)
+def test_cross_fitted_scores_come_from_the_other_half():
+    x, y = torch.randn(5001, 4), torch.randn(5001, 2)  # more rows than are taken at a time
+    scores = CrossFit(x).scores(y)
+    for seen, new in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
+        weight, bias = Ridge(x[seen]).fit(y[seen])
+        torch.testing.assert_close(scores[new].double(), x[new].double() @ weight.T + bias, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_fitted_scores_do_not_flatter():
+    """Targets that have nothing to do with the inputs: a fit explains its own rows, and no others."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 90, generator=generator), torch.randn(200, 1, generator=generator)
+    weight, bias = Ridge(x).fit(y)
+    own = torch.nn.functional.linear(x.double(), weight, bias)
+    assert torch.corrcoef(torch.cat([own, y.double()], dim=1).T)[0, 1] > 0.5
+    assert torch.corrcoef(torch.cat([CrossFit(x).scores(y), y], dim=1).T)[0, 1].abs() < 0.2
