@@ -33,7 +33,7 @@ ROUNDS = 6
 
 
 def contributions(x_TD: torch.Tensor, mlp: GatedMLP, act: Activation, token_power: float = 0.0) -> torch.Tensor:
-    """|h_i| times the norm of down column i, float32 [T, I], divided by a power of the token's sum (`weighted_mass`)."""
+    """|h_i| times the norm of down column i, divided by a power of the token's sum; float32 [T, I]."""
     norm_I = mlp.down.norm(dim=0)
     c_TI = torch.empty(x_TD.shape[0], mlp.width, device=x_TD.device)
     for c_rows, rows in zip(c_TI.split(CHUNK_TOKENS), x_TD.split(CHUNK_TOKENS), strict=True):

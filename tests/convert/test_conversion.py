@@ -17,7 +17,7 @@ from pregate.convert.progress import QuietProgress
 from pregate.convert.ridge import Ridge
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.gated_mlp import find_gated_mlps
-from pregate.model.layers import contribution_mass
+from pregate.model.layers import weighted_mass
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_layers_are_fitted_on_the_outputs_of_converted_layers(options: ConvertOp
     seen: list[torch.Tensor] = []
     last.register_forward_pre_hook(lambda _module, args: seen.append(args[0].reshape(-1, 64)))
     model(text.windows_SN, use_cache=False)
-    weight, bias = Ridge(seen[0]).fit(contribution_mass(last, seen[0]))
+    weight, bias = Ridge(seen[0]).fit(weighted_mass(last, seen[0]))
     gate = last.linear_gate
     assert gate is not None
     torch.testing.assert_close(gate.weight.double(), weight, rtol=1e-2, atol=1e-3)

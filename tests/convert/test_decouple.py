@@ -20,7 +20,7 @@ from pregate.kernels.reference import above
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.config import LayerCut, PathRouterConfig
-from pregate.model.layers import contribution_mass
+from pregate.model.layers import weighted_mass
 from pregate.model.path_router import PathRouter
 
 
@@ -86,7 +86,7 @@ def test_targets_are_the_masses_along_the_routed_model(tiny_layerwise_checkpoint
     seen: list[torch.Tensor] = []
 
     def see(mlp: Any, args: tuple[torch.Tensor]) -> None:
-        seen.append(contribution_mass(mlp, args[0].reshape(-1, 64)))
+        seen.append(weighted_mass(mlp, args[0].reshape(-1, 64)))
 
     for mlp in model.routed_mlps:
         mlp.register_forward_pre_hook(see)

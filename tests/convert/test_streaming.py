@@ -52,7 +52,9 @@ def test_it_is_the_conversion_of_the_whole_model_at_once(options: ConvertOptions
     dense: Any = AutoModelForCausalLM.from_pretrained(options.model).eval()
     mlps = find_gated_mlps(dense)
     cuts = [asdict(options.cuts(mlp.width)[0]) for mlp in mlps]
-    config = RoutedConfig(text_config=deepcopy(dense.config), layer_cuts=cuts, selection=options.selection)
+    config = RoutedConfig(
+        text_config=deepcopy(dense.config), layer_cuts=cuts, selection=options.selection, token_power=0.5
+    )
     for mlp in mlps:
         mlp.replace(_CutWhenCalled(mlp, config, options))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
