@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from pregate.base.errors import UserError
+from pregate.cluster import method_options as method
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Model folder.", show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
-MethodOption = Annotated[str | None, typer.Option(show_default=False)]
-NumberOption = Annotated[int | None, typer.Option(show_default=False)]
+
+
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 
 
@@ -32,20 +33,20 @@ def convert(
         list[Path], typer.Option(help="Text to profile on: .txt, .jsonl or folders of them.", show_default=False)
     ],
     recipe: Annotated[str, typer.Option(help="ours, plain, stock or cmoe-paper: defaults of what follows.")] = "ours",
-    clustering: MethodOption = None,
-    shared_by: MethodOption = None,
-    gate: MethodOption = None,
-    selection: MethodOption = None,
-    token_power: Annotated[float | None, typer.Option(show_default=False)] = None,
-    intercept: Annotated[bool | None, typer.Option(help="Give the linear gate a bias.", show_default=False)] = None,
-    profile: MethodOption = None,
-    marks_per_token: NumberOption = None,
-    distance: MethodOption = None,
-    max_iterations: NumberOption = None,
-    draw: MethodOption = None,
-    samples: NumberOption = None,
-    sequence_length: NumberOption = None,
-    seed: NumberOption = None,
+    clustering: method.Clustering = None,
+    shared_by: method.SharedBy = None,
+    gate: method.Gate = None,
+    selection: method.Selection = None,
+    token_power: method.TokenPower = None,
+    intercept: method.Intercept = None,
+    profile: method.Profile = None,
+    marks_per_token: method.MarksPerToken = None,
+    distance: method.Distance = None,
+    max_iterations: method.MaxIterations = None,
+    draw: method.Draw = None,
+    samples: method.Samples = None,
+    sequence_length: method.SequenceLength = None,
+    seed: method.Seed = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
     device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
@@ -57,7 +58,7 @@ def convert(
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    method = {
+    given = {
         "clustering": clustering,
         "shared_by": shared_by,
         "gate": gate,
@@ -75,7 +76,7 @@ def convert(
     }
     options = ConvertOptions.of_recipe(
         recipe,
-        {name: value for name, value in method.items() if value is not None},
+        {name: value for name, value in given.items() if value is not None},
         model=model,
         out=out,
         experts=experts,

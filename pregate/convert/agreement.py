@@ -45,12 +45,14 @@ class AgreementMeter:
     """Collects what gate, path router and oracle choose on the hidden states of one run, and how much is active.
 
     All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
-    active, or all of them) do not count towards agreement.
+    active, or all of them) do not count towards agreement. With `fixed_number` the oracle takes that of each layer
+    whatever the checkpoint's selection: to compare with a policy that does.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     active_neurons: int = 0
     all_neurons: int = 0
+    fixed_number: bool = False
 
     @classmethod
     def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
@@ -105,6 +107,6 @@ class MeteredPolicy:
             if self._paths_TLK is not None:
                 choices["path"] = self._paths_TLK[:, mlp.layer]
             choices["gate"] = mlp.gate.choose(x_TD).ids
-            choices["oracle"] = OraclePolicy().choose(mlp, x_TD).ids
+            choices["oracle"] = OraclePolicy(self._meter.fixed_number).choose(mlp, x_TD).ids
             self._meter.add(choices, self._real_T)
         return chosen

@@ -24,6 +24,8 @@ from pregate.model.layers import RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
 
 DENSE, STATIC = "dense parent", "static mask"
+RANDOM, PAPER, ORACLE_FIXED = "random routing", "paper's gate", "oracle, fixed number"
+FIXED = (RANDOM, PAPER, ORACLE_FIXED)
 
 
 def control_rows(
@@ -37,18 +39,21 @@ def control_rows(
     """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
 
     `parent` is the dense model; None: `model` with every expert on. A control's agreement with the oracle is that
-    on the hidden states its own routing leads to.
+    on the hidden states its own routing leads to; a control that takes a fixed number of experts is compared with an
+    oracle that takes as many.
     """
     progress = progress or QuietProgress()
-    dense = score_rows(
-        model if parent is None else parent, rows, None, progress, AllPolicy() if parent is None else None
-    )
+    if parent is None:
+        dense = score_rows(model, rows, None, progress, AllPolicy())
+    else:
+        dense = score_rows(parent, rows, None, progress)
     with static_mask(model):
         static = score_rows(model, rows, progress=progress)
     table = {DENSE: _figures(dense, dense, num_bytes) | {"active_share": 1.0}}
     table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": _nominal_share(model)}
     for name, policy in _policies(model, seed).items():
-        meter = AgreementMeter()
+        # Policies that always take the same number are held to an oracle that does.
+        meter = AgreementMeter(fixed_number=name in FIXED)
         score = score_rows(model, rows, meter, progress, policy)
         agreement = meter.tallies.get("path_vs_oracle" if policy is None else "control_vs_oracle")
         table[name] = _figures(score, dense, num_bytes) | {"active_share": round(meter.active_share, 4)}
@@ -59,15 +64,15 @@ def control_rows(
 def _policies(model: RoutedForCausalLM, seed: int) -> dict[str, RoutingPolicy | None]:
     """Who routes in each control; None: the path router of an exact checkpoint."""
     policies: dict[str, RoutingPolicy | None] = {
-        "random routing": RandomPolicy(seed),
-        "paper's gate": PaperGatePolicy(),
+        RANDOM: RandomPolicy(seed),
+        PAPER: PaperGatePolicy(),
         "linear gate": LinearGatePolicy(),
     }
     if model.config.routing == "path":
         policies["path router"] = None
     policies["oracle"] = OraclePolicy()
     if model.config.selection == "threshold":
-        policies["oracle, fixed number"] = OraclePolicy(fixed_number=True)
+        policies[ORACLE_FIXED] = OraclePolicy(fixed_number=True)
     return policies
 
 

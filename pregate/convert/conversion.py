@@ -42,9 +42,10 @@ _BESIDE_THE_POINT = ("model", "out", "calibration", "device")
 def convert(options: ConvertOptions, progress: Progress | None = None) -> Manifest:
     """Convert `options.model` and write the checkpoint to `options.out`; returns its manifest.
 
-    Everything a user can get wrong is refused with a UserError before any work. A conversion that was interrupted
-    after a layer was done goes on there when it is asked for again (`pregate.convert.partial`), and gives the same
-    checkpoint, bit for bit.
+    What a user can get wrong is refused with a UserError, before any work where it shows before (a weight that
+    `dtype` cannot hold does not). A conversion that was interrupted after a layer was done goes on there when it is
+    asked for again (`pregate.convert.partial`), and gives the same checkpoint, bit for bit, on the same machine with
+    as many threads.
     """
     progress = progress or QuietProgress()
     check_new_folder(options.out)

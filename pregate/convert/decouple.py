@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pregate.base.errors import UserError
+from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import encode_pool
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
@@ -73,12 +74,18 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
         pool = collect_targets(model, rows, progress)
         router, figures = train_router(model, pool, options, progress)
         measured_on = _held_back(pool).rows
-        figures["layerwise_perplexity"] = round(score_rows(model, measured_on).perplexity, 4)
+        figures |= _figures("layerwise", model, measured_on)
         exact = assemble(_exact_config(config, options), model.parent, router)
-        figures["path_perplexity"] = round(score_rows(exact, measured_on).perplexity, 4)
+        figures |= _figures("path", exact, measured_on)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
         write_checkpoint(exact, folder, options.model, manifest, _stored_dtype(config))
         return read_manifest(folder)
+
+
+def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]]) -> dict[str, Any]:
+    meter = AgreementMeter()
+    score = score_rows(model, rows, meter)
+    return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
 
 
 def _read_rows(options: DecoupleOptions) -> list[list[int]]:

@@ -76,6 +76,8 @@ class ConvertOptions(Recipe):
         if self.shared_by == "capture" and self.clustering != "capture":
             allowed = "contribution, rate"
             raise UserError.of("--shared-by", self.shared_by, f"allowed with --clustering {self.clustering}: {allowed}")
+        if self.max_iterations != 1 and self.clustering == "capture":
+            raise UserError.of("--max-iterations", self.max_iterations, "allowed with --clustering capture: 1")
         if self.shared is None and self.clustering != "capture":
             raise UserError.of("--shared", "auto", f"allowed with --clustering {self.clustering}: a number")
 
