@@ -207,7 +207,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     quiet_transformers()
     subjects = list(run(args.models, args.seeds, args.shared_folder, args.work))
-    rows = [json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json"))]
+    found = (json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json")))
+    rows = [row for row in found if row["model"] in args.models and row["seed"] in {0, *args.seeds}]
     facts = {s.name: {"num_documents": len(s.rows), "num_tokens": sum(len(r) - 1 for r in s.rows)} for s in subjects}
     write_report(
         rows, facts, {n: vars(r) for n, r in RECIPES.items()}, surroundings("conversion", ("transformers",)), args.out
