@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.calibration import Calibration, read_calibration
-from pregate.convert.dense import context_tokens, load_tokenizer, source_of
+from pregate.convert.dense import context_tokens, load_tokenizer, shards_stamp, source_of
 from pregate.convert.device import pick_device
 from pregate.convert.layer_pass import LayerPass
 from pregate.convert.options import ConvertOptions
@@ -35,7 +35,7 @@ from pregate.convert.skeleton import Skeleton
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
 
-#: Options that do not change the result.
+#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
 _BESIDE_THE_POINT = ("model", "out", "calibration", "device")
 
 
@@ -86,10 +86,14 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
 def fingerprint_of(
     options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
 ) -> dict[str, Any]:
-    """Everything the resulting weights depend on, by name."""
+    """Everything the resulting weights depend on, by name.
+
+    A large parent's shards are not hashed, so its path and its shards' stamp stand for them.
+    """
     fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     ids = json.dumps([text.windows_SN.tolist(), text.held_back])
     fields["calibration text"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    fields |= {"--model": source["path"], "the model's shards": shards_stamp(options.model)}
     fields |= {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
     return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
 

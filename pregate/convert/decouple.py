@@ -97,7 +97,7 @@ def _manifest(source: Manifest, options: DecoupleOptions, rows: list[list[int]],
     return Manifest(
         method=f"{source.method}+decouple",
         options=source.options | {"decouple": options.describe()},
-        source=source.source | {"layerwise": str(options.model)},
+        source=source.source | {"layerwise": str(options.model.resolve())},
         calibration=source.calibration | {"decouple": _describe_text(options, rows)},
         figures=source.figures | {"decouple": figures},
     )

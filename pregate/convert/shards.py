@@ -43,7 +43,9 @@ class DenseShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        for file in self._files():
+        #: The files that are read, and no other that lies beside them.
+        self.files = self._files()
+        for file in self.files:
             with self._open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     self.tensors[name] = self._describe(file, name, shard.get_slice(name))
