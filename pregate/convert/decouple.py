@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import encode_pool
@@ -158,7 +159,7 @@ def _exact_config(config: RoutedConfig, options: DecoupleOptions) -> RoutedConfi
 
 
 def _stored_dtype(config: RoutedConfig) -> str:
-    return str(config.dtype or torch.float32).removeprefix("torch.")
+    return dtype_name(config.dtype or torch.float32)
 
 
 def _describe_text(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:
