@@ -73,8 +73,8 @@ def source_of(path: Path) -> dict[str, Any]:
     """What the manifest keeps of the parent: absolute path, type, and the sha256 of its config, index and shards.
 
     Shards of `HASHED_BYTES` and more together are not hashed; `hashed` says which it was. `dtypes`: what its weights
-    are stored as, the commonest first (the conversion may store them otherwise, and `pregate export --format dense`
-    gives them back).
+    are stored as, the commonest first, `dtype_exceptions` those not of the commonest, by name (the conversion may
+    store them otherwise, and `pregate export --format dense` gives them back).
     """
     shards = DenseShards(path)
     files, hashed = [p for p in (path / "config.json", path / INDEX) if p.is_file()], "config, index and shards"
@@ -84,7 +84,7 @@ def source_of(path: Path) -> dict[str, Any]:
         hashed = f"config and index alone (the shards are {HASHED_BYTES} bytes or more)"
     model_type, hashes = check_model_folder(path)["model_type"], {p.name: file_sha256(p) for p in files}
     source = {"path": str(path.resolve()), "model_type": model_type, "sha256": hashes, "hashed": hashed}
-    return source | {"dtypes": shards.dtypes}
+    return source | {"dtypes": shards.dtypes, "dtype_exceptions": shards.dtype_exceptions}
 
 
 def shards_stamp(path: Path) -> str:

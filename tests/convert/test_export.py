@@ -286,6 +286,27 @@ def test_dense_parent_comes_back(family: str, dtype: str, tiny_dense: Path, tiny
     assert figures["tensors_equal"] == f"{len(stored(dense))} of {len(stored(dense))}"
 
 
+@pytest.mark.parametrize(("most", "norms"), [("bfloat16", "float32"), ("float64", "bfloat16")])
+def test_dense_parent_of_mixed_types_comes_back(
+    most: str, norms: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path
+):
+    """Norms that lie in another type come back in it, though the commonest type would hold their every value."""
+    dense = save_random(FAMILIES["llama"], tiny_dense, tmp_path / "dense", most)
+    tensors = stored(dense)
+    apart = {name: tensor for name, tensor in tensors.items() if "norm" in name}
+    tensors |= {name: tensor.bfloat16().to(getattr(torch, norms)) for name, tensor in apart.items()}
+    tensors = {n: t.float().double() if t.dtype == torch.float64 else t for n, t in tensors.items()}
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    routed = convert_stock(dense, tmp_path / "routed", tiny_text, samples=2, sequence_length=12)
+    assert read_manifest(routed).source["dtype_exceptions"] == dict.fromkeys(apart, norms)
+    figures = export(ExportOptions(routed, tmp_path / "out", "dense"))
+    check_same_model(dense, tmp_path / "out")
+    assert figures["stored_as"] == f"{most}, {norms}"
+    assert figures["tensors_equal"] == f"{len(tensors)} of {len(tensors)}"
+    cast = ExportOptions(routed, tmp_path / "cast", "dense", dtype="float16")
+    assert export(cast)["stored_as"] == AutoConfig.from_pretrained(tmp_path / "cast").to_dict()["dtype"] == "float16"
+
+
 def test_dense_of_a_path_checkpoint(tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path):
     """Decoupling changes no weight; the parent's folder need not be there."""
     export(ExportOptions(tiny_path_checkpoint, tmp_path / "out", "dense"))
