@@ -17,7 +17,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import copy_tokenizer
@@ -29,7 +28,7 @@ from pregate.convert.options import ConvertOptions
 from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.rounding import round_to
-from pregate.convert.scoring import Score
+from pregate.convert.scoring import Score, score_logits
 from pregate.convert.shard_index import write_index
 from pregate.convert.skeleton import Skeleton
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
@@ -158,12 +157,11 @@ def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, lay
 
 
 def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
-    nats, num_tokens = 0.0, 0
+    score = Score(0.0, 0)
     for ids, logits_NV in zip(held_back, skeleton.logits(hidden_HND), strict=True):
-        targets_N = torch.tensor(ids[1:], device=logits_NV.device)
-        nats += F.cross_entropy(logits_NV[:-1].float(), targets_N, reduction="none").double().sum().item()
-        num_tokens += len(targets_N)
-    return round(Score(nats, num_tokens).perplexity, 4)
+        ids_1N = torch.tensor([ids], device=logits_NV.device)
+        score += score_logits(logits_NV[None], ids_1N, torch.ones_like(ids_1N))
+    return round(score.perplexity, 4)
 
 
 def _write_rest(skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, partial: PartialCheckpoint) -> None:

@@ -23,14 +23,16 @@ from pregate.cluster.cli import main
 from pregate.convert.conversion import convert
 from pregate.convert.dense import load_tokenizer
 from pregate.convert.export import TOLERANCE, ExportOptions, export
-from pregate.convert.export_check import compare_logits, load_stock
+from pregate.convert.export_check import compare_logits, first_difference, load_stock
 from pregate.convert.export_dense import undo_cut
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.routed_shards import CutFFN
-from pregate.convert.router_scale import centred, expected_others, stock_weights
+from pregate.convert.router_scale import centred, expected_others, measure_scales, stock_weights
+from pregate.convert.scoring import routed_by
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
+from pregate.model.layers import GatePolicy
 from tests.equality import reference_text, refuse_degenerate
 from tests.families import FAMILIES, SIZES, WINDOW, save_random
 
@@ -110,6 +112,27 @@ def test_undo_cut_by_hand():
     assert gate.flatten().tolist() == [0, 10, 20]
     assert up.flatten().tolist() == [1, 11, 21]
     assert down.tolist() == [[2, 12, 22]]
+
+
+def test_where_texts_part_by_hand():
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1]) == first_difference([1], [1, 2]) == 1
+
+
+def test_a_policy_does_not_outlive_an_error(stock_checkpoint: Path):
+    """An id beyond the vocabulary stops the measurement; the model routes as its checkpoint says afterwards."""
+    model: Any = RoutedForCausalLM.from_pretrained(stock_checkpoint).eval()
+    with pytest.raises(IndexError):
+        measure_scales(model, [[512]], 10, torch.float32, None)
+    assert model.routing_policy is None
+    outer = GatePolicy()
+    with routed_by(model, outer), pytest.raises(IndexError), routed_by(model, GatePolicy()):
+        raise IndexError
+    assert model.routing_policy is None
+    with routed_by(model, outer):
+        with routed_by(model, GatePolicy()):
+            assert model.routing_policy is not outer
+        assert model.routing_policy is outer
 
 
 STOCK_PARENTS: Mapping[str, PretrainedConfig] = {
@@ -344,6 +367,8 @@ def test_command(stock_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "--format gguf: allowed: qwen2_moe, dense" in capsys.readouterr().err
     assert main([*command, "dense", "--scale", "0.1"]) == 2
     assert "--scale 0.1: goes with --format qwen2_moe only" in capsys.readouterr().err
+    assert main([*command, "qwen2_moe", "--max-tokens", "100"]) == 2
+    assert "--max-tokens 100: goes with --text only" in capsys.readouterr().err
 
 
 PLAIN = """\
