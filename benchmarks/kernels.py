@@ -29,6 +29,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 from benchmarks.kernel_tables import tables
 from benchmarks.speedup_picture import draw
 from benchmarks.surroundings import surroundings
+from pregate.base.dtypes import dtype_name
 from pregate.kernels import bench, cpu_packed, segments
 from pregate.kernels.bench import ROUTINGS, SHAPES, DenseLayer, Shape
 from pregate.kernels.cpu import grouped_mm
@@ -276,7 +277,7 @@ def main() -> None:
         **around,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "clock": "CPU time of the calling thread, lower quartile" if device.type == "cpu" else "CUDA graph replays",
         "load_average_after": os.getloadavg()[0],
         "seconds": round(time.perf_counter() - started_s),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pregate.base.dtypes import dtype_name
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.placement import Placement, place
 from pregate.model.checkpoint import CheckpointReader
@@ -42,7 +43,7 @@ class Footprint:
 def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     """The footprint of serving a checkpoint as `config` says. UserError when its hosts cannot be placed."""
     cuts = reader.config.cuts
-    stored = str(reader.config.dtype or "float32").removeprefix("torch.")
+    stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
     placement = place([c.num_routed for c in cuts], max(1, config.hosts), config.placement)
     unit_bytes = [reader.unit_bytes(layer) if cut.num_routed else 0 for layer, cut in enumerate(cuts)]

@@ -74,7 +74,8 @@ def profile(
         marks.append(raw_TI.abs().topk(marks_per_token, dim=-1).indices.cpu())
     marks_TK, num_tokens = torch.cat(marks), x_TD.shape[0]
     rate_I = torch.bincount(marks_TK.flatten(), minlength=mlp.width).double() / num_tokens
-    contribution_I = mass_I / num_tokens * mlp.down.double().norm(dim=0)
+    down_I = torch.linalg.vector_norm(mlp.down, dim=0, dtype=torch.float64)  # no float64 copy of the matrix
+    contribution_I = mass_I / num_tokens * down_I
     return Profile(marks_TK, rate_I, contribution_I.cpu())
 
 

@@ -17,25 +17,24 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.calibration import Calibration, read_calibration
-from pregate.convert.dense import context_tokens, load_tokenizer, source_of
+from pregate.convert.dense import context_tokens, load_tokenizer, shards_stamp, source_of
 from pregate.convert.device import pick_device
 from pregate.convert.layer_pass import LayerPass
 from pregate.convert.options import ConvertOptions
 from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.rounding import round_to
-from pregate.convert.scoring import Score
+from pregate.convert.scoring import Score, score_logits
 from pregate.convert.shard_index import write_index
 from pregate.convert.skeleton import Skeleton
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
 
-#: Options that do not change the result.
+#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
 _BESIDE_THE_POINT = ("model", "out", "calibration", "device")
 
 
@@ -87,10 +86,14 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
 def fingerprint_of(
     options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
 ) -> dict[str, Any]:
-    """Everything the resulting weights depend on, by name."""
+    """Everything the resulting weights depend on, by name.
+
+    A large parent's shards are not hashed, so its path and its shards' stamp stand for them.
+    """
     fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     ids = json.dumps([text.windows_SN.tolist(), text.held_back])
     fields["calibration text"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
+    fields |= {"--model": source["path"], "the model's shards": shards_stamp(options.model)}
     fields |= {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
     return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
 
@@ -155,12 +158,11 @@ def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, lay
 
 
 def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
-    nats, num_tokens = 0.0, 0
+    score = Score(0.0, 0)
     for ids, logits_NV in zip(held_back, skeleton.logits(hidden_HND), strict=True):
-        targets_N = torch.tensor(ids[1:], device=logits_NV.device)
-        nats += F.cross_entropy(logits_NV[:-1].float(), targets_N, reduction="none").double().sum().item()
-        num_tokens += len(targets_N)
-    return round(Score(nats, num_tokens).perplexity, 4)
+        ids_1N = torch.tensor([ids], device=logits_NV.device)
+        score += score_logits(logits_NV[None], ids_1N, torch.ones_like(ids_1N))
+    return round(score.perplexity, 4)
 
 
 def _write_rest(skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, partial: PartialCheckpoint) -> None:

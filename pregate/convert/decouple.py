@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import assemble, write_checkpoint
@@ -104,7 +105,7 @@ def _manifest(source: Manifest, options: DecoupleOptions, rows: list[list[int]],
     return Manifest(
         method=f"{source.method}+decouple",
         options=source.options | {"decouple": options.describe()},
-        source=source.source | {"layerwise": str(options.model)},
+        source=source.source | {"layerwise": str(options.model.resolve())},
         calibration=source.calibration | {"decouple": _describe_text(options, rows)},
         figures=source.figures | {"decouple": figures},
     )
@@ -165,7 +166,7 @@ def _exact_config(config: RoutedConfig, options: DecoupleOptions) -> RoutedConfi
 
 
 def _stored_dtype(config: RoutedConfig) -> str:
-    return str(config.dtype or torch.float32).removeprefix("torch.")
+    return dtype_name(config.dtype or torch.float32)
 
 
 def _describe_text(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:

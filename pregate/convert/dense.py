@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import UserError
-from pregate.convert.shards import DenseShards
+from pregate.convert.shards import INDEX, DenseShards
 from pregate.model.checkpoint import file_sha256
 from pregate.model.config import RoutedConfig
 
 #: For the rare config that does not say how long a sequence may be.
 DEFAULT_CONTEXT_TOKENS = 2048
+#: Weights below this are hashed for the manifest; a disk takes minutes over those of a large model.
+HASHED_BYTES = 2 << 30
 
 
 def check_model_folder(path: Path) -> dict[str, Any]:
@@ -67,15 +70,31 @@ def context_tokens(path: Path) -> int:
 
 
 def source_of(path: Path) -> dict[str, Any]:
-    """What the manifest keeps of the parent: path, type, and the sha256 of its config and of its weights' index.
+    """What the manifest keeps of the parent: absolute path, type, and the sha256 of its config, index and shards.
 
-    Where there is no index, of the weights themselves. `dtypes`: what its weights are stored as, the commonest first
-    (the conversion may store them otherwise, and `pregate export --format dense` gives them back).
+    Shards of `HASHED_BYTES` and more together are not hashed; `hashed` says which it was. `dtypes`: what its weights
+    are stored as, the commonest first, `dtype_exceptions` those not of the commonest, by name (the conversion may
+    store them otherwise, and `pregate export --format dense` gives them back).
     """
-    weights = sorted(path.glob("*.index.json")) or sorted(path.glob("*.safetensors"))
-    hashes = {p.name: file_sha256(p) for p in [path / "config.json", *weights]}
-    model_type = check_model_folder(path)["model_type"]
-    return {"path": str(path), "model_type": model_type, "sha256": hashes, "dtypes": DenseShards(path).dtypes}
+    shards = DenseShards(path)
+    files, hashed = [p for p in (path / "config.json", path / INDEX) if p.is_file()], "config, index and shards"
+    if sum(shard.stat().st_size for shard in shards.files) < HASHED_BYTES:
+        files += shards.files
+    else:
+        hashed = f"config and index alone (the shards are {HASHED_BYTES} bytes or more)"
+    model_type, hashes = check_model_folder(path)["model_type"], {p.name: file_sha256(p) for p in files}
+    source = {"path": str(path.resolve()), "model_type": model_type, "sha256": hashes, "hashed": hashed}
+    return source | {"dtypes": shards.dtypes, "dtype_exceptions": shards.dtype_exceptions}
+
+
+def shards_stamp(path: Path) -> str:
+    """A digest of which files the weights are and when they were written: resolved path, size and mtime of each.
+
+    It costs the same at any size, and tells two models of one architecture and index apart.
+    """
+    files = [file.resolve() for file in DenseShards(path).files]
+    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
 
 
 def first_line(error: Exception) -> str:

@@ -68,6 +68,8 @@ class ExportOptions:
             for option, value in (("--text", self.text), ("--scale", self.scale), ("--max-tokens", self.max_tokens)):
                 if value is not None:
                     raise UserError.of(option, value, "goes with --format qwen2_moe only")
+        if self.max_tokens is not None and self.text is None:
+            raise UserError.of("--max-tokens", self.max_tokens, "goes with --text only, which it bounds")
 
 
 def export(options: ExportOptions, progress: Progress | None = None) -> dict[str, Any]:

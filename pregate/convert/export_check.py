@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from pregate.base.errors import PregateError
 from pregate.convert.progress import Progress
-from pregate.convert.scoring import Score, batches, padded
+from pregate.convert.scoring import Score, batches, padded, routed_by, score_logits
 from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP, RoutingPolicy
 
@@ -42,7 +41,7 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
 
     A position's relative difference is its largest difference of a logit over its largest logit.
     """
-    absolute, relative, same, nats, num_tokens = [], [], 0, torch.zeros(2, dtype=torch.float64), 0
+    absolute, relative, same, before, after = [], [], 0, Score(0.0, 0), Score(0.0, 0)
     with progress.stage("comparing logits", len(rows)) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = padded([rows[i] for i in batch])
@@ -55,23 +54,19 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
             absolute.append(largest_P)
             relative.append(largest_P / ours.abs().amax(dim=-1)[real_BN])
             same += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1))[real_BN].sum())
-            targets_BN = ids_BN[:, 1:].masked_fill(mask_BN[:, 1:] == 0, -100)
-            for which, logits in enumerate((ours, theirs)):
-                losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), targets_BN, reduction="none")
-                nats[which] += losses.double().sum()
-            num_tokens += int(mask_BN[:, 1:].sum())
+            before += score_logits(ours, ids_BN, mask_BN)
+            after += score_logits(theirs, ids_BN, mask_BN)
             advance(len(batch))
     absolute_P, relative_P = torch.cat(absolute), torch.cat(relative)
-    before, after = (Score(n, num_tokens).perplexity for n in nats.tolist())
     return {
         "num_positions": len(absolute_P),
         "largest_logit_difference": rounded(absolute_P.max().item()),
         "median_relative_difference": rounded(relative_P.median().item()),
         "largest_relative_difference": rounded(relative_P.max().item()),
         "same_top_token": round(same / len(absolute_P), 6),
-        "routed_perplexity": round(before, 5),
-        "exported_perplexity": round(after, 5),
-        "perplexity_ratio": round(after / before, 6),
+        "routed_perplexity": round(before.perplexity, 5),
+        "exported_perplexity": round(after.perplexity, 5),
+        "perplexity_ratio": round(after.perplexity / before.perplexity, 6),
     }
 
 
@@ -90,14 +85,22 @@ def compare_texts(routed: Any, stock: Any, rows: Sequence[list[int]], context: i
         if ours == theirs:
             same += 1
             continue
-        at = next(i for i in range(len(ours)) if ours[: i + 1] != theirs[: i + 1])
-        routed.routing_policy = watched = _LeastMargin()
-        logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
-        routed.routing_policy = None
+        at, watched = first_difference(ours, theirs), _LeastMargin()
+        with routed_by(routed, watched):
+            logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
         first, second = logits.topk(2).values.tolist()
         margins = {"margin": rounded(first - second), "gate_margin": rounded(watched.margin)}
         parted.append({"prompt": number, "token": at} | margins)
     return {"greedy_texts_equal": f"{same} of {len(prompts)}", "greedy_texts_part": parted}
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Where two different texts part; where one goes on after the other, the length of the shorter.
+
+    Example: [1, 2, 3] and [1, 4, 3] part at 1.
+    """
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(ours), len(theirs)))
 
 
 class _LeastMargin(RoutingPolicy):

@@ -39,19 +39,19 @@ def write_dense(source: RoutedShards, folder: Path, dtype: str | None, progress:
 
     `dtype` None: each tensor in the parent's own type, wherever that holds what the checkpoint has.
     """
-    dtypes = [dtype] if dtype else source.manifest.source.get("dtypes") or [source.dtype]
-    stored, last = dtype or source.dtype, source.num_layers
+    last = source.num_layers
     with progress.stage("writing layers", last) as advance:
         for index in range(last):
             names = ffn_tensors(source.ffns[index], source.ffn_prefix(index), source.ffn(index))
-            _save(source.layer(index) | names, folder / shard_name(index, last), dtypes, stored)
+            _save(source.layer(index) | names, folder / shard_name(index, last), source, dtype)
             advance(1)
-    _save(source.outer(), folder / shard_name(last, last), dtypes, stored)
+    _save(source.outer(), folder / shard_name(last, last), source, dtype)
     write_index(folder)
+    dtypes = DenseShards(folder).dtypes
     config = deepcopy(source.config.text_config)
     config.architectures, config.dtype = [type(source.parent).__name__], dtypes[0]
     config.save_pretrained(folder)
-    return {"stored_as": ", ".join(DenseShards(folder).dtypes)} | compare_with_parent(source, folder)
+    return {"stored_as": ", ".join(dtypes)} | compare_with_parent(source, folder)
 
 
 def ffn_tensors(mlp: GatedMLP, prefix: str, ffn: CutFFN) -> dict[str, torch.Tensor]:
@@ -82,6 +82,13 @@ def undo_cut(ffn: CutFFN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     order = ffn.neuron_index.argsort()
     down = torch.cat([down for _gate_up, down in parts], dim=1)
     return torch.cat(gates)[order], torch.cat(ups)[order], down[:, order]
+
+
+def parent_types(source: RoutedShards, name: str) -> list[str]:
+    """Types to try on a tensor, best first: what the parent stores it as, then what it stores others as."""
+    origin = source.manifest.source
+    dtypes = origin.get("dtypes") or [source.dtype]
+    return [origin.get("dtype_exceptions", {}).get(name, dtypes[0]), *dtypes]
 
 
 def exact_type(tensor: torch.Tensor, dtypes: list[str], stored: str) -> torch.Tensor:
@@ -118,5 +125,9 @@ def compare_with_parent(source: RoutedShards, folder: Path) -> dict[str, Any]:
     return figures
 
 
-def _save(tensors: dict[str, torch.Tensor], path: Path, dtypes: list[str], stored: str) -> None:
-    save_file({n: exact_type(t, dtypes, stored).contiguous() for n, t in tensors.items()}, path, {"format": "pt"})
+def _save(tensors: dict[str, torch.Tensor], path: Path, source: RoutedShards, dtype: str | None) -> None:
+    cast = {}
+    for name, tensor in tensors.items():
+        dtypes = [dtype] if dtype else parent_types(source, name)
+        cast[name] = exact_type(tensor, dtypes, dtype or source.dtype).contiguous()
+    save_file(cast, path, {"format": "pt"})

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.conversion import shard_name
 from pregate.convert.progress import Progress
@@ -108,6 +109,6 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> N
     cast = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     for name, tensor in cast.items():
         if not torch.isfinite(tensor).all():
-            value = str(dtype).removeprefix("torch.")
+            value = dtype_name(dtype)
             raise UserError.of("--dtype", value, f"{name} has values it cannot hold; allowed: bfloat16, float32")
     save_file(cast, path, {"format": "pt"})

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 
 #: Elements rounded at a time: bounds the copies made on the way.
@@ -20,7 +21,7 @@ def round_to(tensors: Iterable[torch.Tensor], dtype: torch.dtype, what: str) -> 
     for part in parts:
         part.copy_(part.to(dtype))
         if not torch.isfinite(part).all():
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             raise UserError.of("--dtype", name, f"{what} has values it cannot hold; allowed: bfloat16, float32")
 
 

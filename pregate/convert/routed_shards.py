@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.dense import check_model_folder
 from pregate.convert.shards import DenseShards
@@ -65,7 +66,7 @@ class RoutedShards:
     @property
     def dtype(self) -> str:
         """What the weights are stored as, in torch's name."""
-        return str(self.config.dtype or torch.float32).removeprefix("torch.")
+        return dtype_name(self.config.dtype or torch.float32)
 
     def ffn_prefix(self, index: int) -> str:
         """What the names of a layer's FFN begin with, in the parent."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
+from pregate.convert.scoring import routed_by
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
@@ -134,11 +135,10 @@ def measure_scales(
 ) -> list[RouterScale]:
     """Run a routed `model` over `rows` until `max_tokens`, and find each layer's factor for an export as `dtype`."""
     meter, left = ScaleMeter(dtype, scale), max_tokens
-    model.routing_policy = meter
-    for row in rows:
-        model(torch.tensor([row[:left]]), use_cache=False)
-        left -= len(row)
-        if left < 1:
-            break
-    model.routing_policy = None
+    with routed_by(model, meter):
+        for row in rows:
+            model(torch.tensor([row[:left]]), use_cache=False)
+            left -= len(row)
+            if left < 1:
+                break
     return meter.scales()

@@ -8,9 +8,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from pregate.convert.shards import INDEX
-
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+from pregate.convert.shards import INDEX, STORED_TYPES
 
 
 def write_index(folder: Path) -> None:
@@ -23,6 +21,6 @@ def write_index(folder: Path) -> None:
                 part = shard.get_slice(name)
                 weight_map[name] = path.name
                 num_parameters += prod(part.get_shape())
-                num_bytes += prod(part.get_shape()) * _ITEM_BYTES[part.get_dtype()]
+                num_bytes += prod(part.get_shape()) * STORED_TYPES[part.get_dtype()].itemsize
     index = {"metadata": {"total_parameters": num_parameters, "total_size": num_bytes}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: Names safetensors gives the types that weights may be stored in, and torch's; integers occur among buffers.
-_WEIGHT_TYPES = MappingProxyType({"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"})
-_TYPES = (*_WEIGHT_TYPES, "I64", "I32", "BOOL")
+#: Types that tensors may be stored in, by safetensors' names; weights are floating, the others occur among buffers.
+STORED_TYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "F64": torch.float64,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+        "I64": torch.int64,
+        "I32": torch.int32,
+        "BOOL": torch.bool,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,10 @@ class StoredTensor:
     file: Path
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def is_weight(self) -> bool:
+        return STORED_TYPES[self.dtype].is_floating_point
 
 
 class DenseShards:
@@ -43,7 +57,9 @@ class DenseShards:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.tensors: dict[str, StoredTensor] = {}
-        for file in self._files():
+        #: The files that are read, and no other that lies beside them.
+        self.files = self._files()
+        for file in self.files:
             with self._open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
                     self.tensors[name] = self._describe(file, name, shard.get_slice(name))
@@ -53,7 +69,7 @@ class DenseShards:
         found: dict[str, torch.Tensor] = {}
         for name in names:
             stored = self.tensors[name]
-            dtype = torch.float32 if stored.dtype in _WEIGHT_TYPES else None
+            dtype = torch.float32 if stored.is_weight else None
             with self._open(stored.file) as shard:  # opened anew each time: closing unmaps the pages that were touched
                 found[name] = shard.get_tensor(name).to(device, dtype, copy=True)
         return found
@@ -61,8 +77,17 @@ class DenseShards:
     @property
     def dtypes(self) -> list[str]:
         """What weights are stored as, in torch's names, the commonest first."""
-        counts = Counter(tensor.dtype for tensor in self.tensors.values() if tensor.dtype in _WEIGHT_TYPES)
-        return [_WEIGHT_TYPES[dtype] for dtype, _count in counts.most_common()]
+        return [dtype for dtype, _count in Counter(self._weight_types().values()).most_common()]
+
+    @property
+    def dtype_exceptions(self) -> dict[str, str]:
+        """Weights stored otherwise than the commonest type, by name: norms in float32 among bfloat16, say."""
+        commonest = self.dtypes[:1]
+        return {name: dtype for name, dtype in self._weight_types().items() if [dtype] != commonest}
+
+    def _weight_types(self) -> dict[str, str]:
+        stored = {name: tensor.dtype for name, tensor in self.tensors.items() if tensor.is_weight}
+        return {name: dtype_name(STORED_TYPES[dtype]) for name, dtype in stored.items()}
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -87,8 +112,8 @@ class DenseShards:
         return [self.folder / name for name in names]
 
     def _describe(self, file: Path, name: str, stored: Any) -> StoredTensor:
-        if stored.get_dtype() not in _TYPES:
-            allowed = f"allowed: {', '.join(_TYPES)}"
+        if stored.get_dtype() not in STORED_TYPES:
+            allowed = f"allowed: {', '.join(STORED_TYPES)}"
             raise UserError.of("--model", self.folder, f"{name} is stored as {stored.get_dtype()}; {allowed}")
         return StoredTensor(file, tuple(stored.get_shape()), stored.get_dtype())
 

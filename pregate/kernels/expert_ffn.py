@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
 from pregate.kernels import cpu, cpu_packed
@@ -114,7 +115,7 @@ def choose(
                 "--expert-ffn", name, f"not possible here: {hindrance}; allowed: {', '.join(['auto', *allowed])}"
             )
     ffn = _make(name, device, dtype, act)
-    _log.info("expert FFN on %s in %s: %s (%s)", device, str(dtype).removeprefix("torch."), ffn.name, reason)
+    _log.info("expert FFN on %s in %s: %s (%s)", device, dtype_name(dtype), ffn.name, reason)
     return ffn
 
 

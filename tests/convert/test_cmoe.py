@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pregate.convert.cmoe import Profile, profile, shared_neurons, split_by_marks
 from pregate.kernels.reference import activation
@@ -26,6 +27,35 @@ def test_profile_by_hand():
     # Raw h = relu(x g) * (x u): neuron 0: 4 and 0; neuron 1: 0 and 100; neuron 2: 0.0004 and 0.0001.
     expected = torch.tensor([2.0 * 5, 50.0 * 2, 0.00025 * 1], dtype=torch.float64)
     assert torch.allclose(seen.contribution_I, expected, rtol=1e-5)
+
+
+class LargestOutput(TorchDispatchMode):
+    """The most bytes that one operation allocates for its result (views allocate none)."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.num_bytes = max(self.num_bytes, result.numel() * result.element_size())
+        return result
+
+
+def test_no_copy_of_a_weight_is_made():
+    """On few rows the largest thing made by profiling and by checking is smaller than one weight."""
+
+    class Gated(nn.Module):
+        def forward(self, x):
+            return nn.functional.linear(nn.functional.silu(x @ gate.T) * (x @ up.T), down)
+
+    generator = torch.Generator().manual_seed(0)
+    gate, up, x = (torch.randn(n, 64, generator=generator) for n in (96, 96, 5))
+    down = torch.randn(64, 96, generator=generator)
+    mlp = GatedMLP(0, nn.Module(), "mlp", Gated(), gate, up, down)
+    with LargestOutput() as largest:
+        profile(x, mlp, activation("silu"), 3)
+        mlp.check("silu")
+    assert 0 < largest.num_bytes < down.numel() * down.element_size()
 
 
 def test_profile_against_a_loop_over_tokens():

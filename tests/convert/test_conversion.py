@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from pregate.base.errors import UserError
+from pregate.convert import dense
 from pregate.convert.calibration import read_calibration
 from pregate.convert.controls import AllPolicy
 from pregate.convert.conversion import convert
@@ -18,6 +20,7 @@ from pregate.convert.ridge import Ridge
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import weighted_mass
+from tests.families import FAMILIES, save_random
 
 
 @pytest.fixture
@@ -133,6 +136,26 @@ def test_storage_type_and_what_lies_in_the_folder(options: ConvertOptions):
     assert manifest.calibration["num_tokens"] == 8 * 64
     assert manifest.figures["dense_perplexity"] > 1
     assert 0 < manifest.figures["agreement"]["gate_vs_oracle"]["mean_overlap"] <= 1
+
+
+def test_the_source_is_what_is_read(tiny_dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An absolute path, every shard hashed below the bound and none from it on, and no index but the safetensors'."""
+    folder = save_random(FAMILIES["llama"], tiny_dense, tmp_path / "dense", max_shard_size="40KB")
+    (folder / "pytorch_model.bin.index.json").write_text("{}")
+    shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / "consolidated.safetensors")
+    monkeypatch.chdir(tmp_path)
+    source = dense.source_of(Path("dense"))
+    shards = {p.name for p in folder.glob("model-*.safetensors")}
+    assert len(shards) > 2
+    assert source["path"] == str(folder.resolve())
+    assert set(source["sha256"]) == {"config.json", dense.INDEX} | shards
+    assert source["hashed"] == "config, index and shards"
+    num_bytes = sum((folder / name).stat().st_size for name in shards)
+    monkeypatch.setattr(dense, "HASHED_BYTES", num_bytes + 1)
+    assert dense.source_of(folder) == source
+    monkeypatch.setattr(dense, "HASHED_BYTES", num_bytes)
+    assert set(dense.source_of(folder)["sha256"]) == {"config.json", dense.INDEX}
+    assert dense.source_of(folder)["hashed"].startswith("config and index alone")
 
 
 def test_progress_counts_every_layer(options: ConvertOptions):

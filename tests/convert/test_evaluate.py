@@ -12,7 +12,7 @@ from pregate.base.errors import CheckpointError, UserError
 from pregate.convert.agreement import AgreementMeter, Tally
 from pregate.convert.controls import OraclePolicy, RandomPolicy
 from pregate.convert.evaluate import EvaluateOptions, evaluate
-from pregate.convert.scoring import batches, padded, score_rows
+from pregate.convert.scoring import Score, batches, padded, score_logits, score_rows
 from pregate.model import RoutedForCausalLM
 
 TEXTS = ["The harbour lay quiet.", "O wind", "Seven loaves at four pence each make twenty-eight pence. " * 40, "x"]
@@ -36,6 +36,15 @@ def _naive(model, tokenizer) -> tuple[float, int, int]:
         num_tokens += ids.shape[1] - 1
         num_bytes += len(tokenizer.decode(ids[0, 1:]).encode())
     return nats, num_tokens, num_bytes
+
+
+def test_score_by_hand_without_first_ids_and_padding():
+    logits_BNV = torch.zeros(2, 3, 4)
+    logits_BNV[1, 0, 2] = math.log(5)  # 5 of 8 for id 2
+    ids_BN, mask_BN = torch.tensor([[1, 3, 3], [1, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    score = score_logits(logits_BNV, ids_BN, mask_BN) + Score(1.0, 2)
+    assert score.num_tokens == 5
+    assert score.nats == pytest.approx(2 * math.log(4) + math.log(8 / 5) + 1)
 
 
 @pytest.mark.parametrize("kind", ["dense", "layerwise", "path"])

@@ -23,14 +23,16 @@ from pregate.cluster.cli import main
 from pregate.convert.conversion import convert
 from pregate.convert.dense import load_tokenizer
 from pregate.convert.export import TOLERANCE, ExportOptions, export
-from pregate.convert.export_check import compare_logits, load_stock
+from pregate.convert.export_check import compare_logits, first_difference, load_stock
 from pregate.convert.export_dense import undo_cut
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.routed_shards import CutFFN
-from pregate.convert.router_scale import centred, expected_others, stock_weights
+from pregate.convert.router_scale import centred, expected_others, measure_scales, stock_weights
+from pregate.convert.scoring import routed_by
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
+from pregate.model.layers import GatePolicy
 from tests.equality import reference_text, refuse_degenerate
 from tests.families import FAMILIES, SIZES, WINDOW, save_random
 
@@ -110,6 +112,27 @@ def test_undo_cut_by_hand():
     assert gate.flatten().tolist() == [0, 10, 20]
     assert up.flatten().tolist() == [1, 11, 21]
     assert down.tolist() == [[2, 12, 22]]
+
+
+def test_where_texts_part_by_hand():
+    assert first_difference([1, 2, 3], [1, 4, 3]) == 1
+    assert first_difference([1, 2], [1]) == first_difference([1], [1, 2]) == 1
+
+
+def test_a_policy_does_not_outlive_an_error(stock_checkpoint: Path):
+    """An id beyond the vocabulary stops the measurement; the model routes as its checkpoint says afterwards."""
+    model: Any = RoutedForCausalLM.from_pretrained(stock_checkpoint).eval()
+    with pytest.raises(IndexError):
+        measure_scales(model, [[512]], 10, torch.float32, None)
+    assert model.routing_policy is None
+    outer = GatePolicy()
+    with routed_by(model, outer), pytest.raises(IndexError), routed_by(model, GatePolicy()):
+        raise IndexError
+    assert model.routing_policy is None
+    with routed_by(model, outer):
+        with routed_by(model, GatePolicy()):
+            assert model.routing_policy is not outer
+        assert model.routing_policy is outer
 
 
 STOCK_PARENTS: Mapping[str, PretrainedConfig] = {
@@ -286,6 +309,27 @@ def test_dense_parent_comes_back(family: str, dtype: str, tiny_dense: Path, tiny
     assert figures["tensors_equal"] == f"{len(stored(dense))} of {len(stored(dense))}"
 
 
+@pytest.mark.parametrize(("most", "norms"), [("bfloat16", "float32"), ("float64", "bfloat16")])
+def test_dense_parent_of_mixed_types_comes_back(
+    most: str, norms: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path
+):
+    """Norms that lie in another type come back in it, though the commonest type would hold their every value."""
+    dense = save_random(FAMILIES["llama"], tiny_dense, tmp_path / "dense", most)
+    tensors = stored(dense)
+    apart = {name: tensor for name, tensor in tensors.items() if "norm" in name}
+    tensors |= {name: tensor.bfloat16().to(getattr(torch, norms)) for name, tensor in apart.items()}
+    tensors = {n: t.float().double() if t.dtype == torch.float64 else t for n, t in tensors.items()}
+    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
+    routed = convert_stock(dense, tmp_path / "routed", tiny_text, samples=2, sequence_length=12)
+    assert read_manifest(routed).source["dtype_exceptions"] == dict.fromkeys(apart, norms)
+    figures = export(ExportOptions(routed, tmp_path / "out", "dense"))
+    check_same_model(dense, tmp_path / "out")
+    assert figures["stored_as"] == f"{most}, {norms}"
+    assert figures["tensors_equal"] == f"{len(tensors)} of {len(tensors)}"
+    cast = ExportOptions(routed, tmp_path / "cast", "dense", dtype="float16")
+    assert export(cast)["stored_as"] == AutoConfig.from_pretrained(tmp_path / "cast").to_dict()["dtype"] == "float16"
+
+
 def test_dense_of_a_path_checkpoint(tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path):
     """Decoupling changes no weight; the parent's folder need not be there."""
     export(ExportOptions(tiny_path_checkpoint, tmp_path / "out", "dense"))
@@ -323,6 +367,8 @@ def test_command(stock_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert "--format gguf: allowed: qwen2_moe, dense" in capsys.readouterr().err
     assert main([*command, "dense", "--scale", "0.1"]) == 2
     assert "--scale 0.1: goes with --format qwen2_moe only" in capsys.readouterr().err
+    assert main([*command, "qwen2_moe", "--max-tokens", "100"]) == 2
+    assert "--max-tokens 100: goes with --text only" in capsys.readouterr().err
 
 
 PLAIN = """\

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pregate.base.errors import UserError
 from pregate.cluster.cli import main
+from pregate.convert import dense
 from pregate.convert.conversion import convert
 from pregate.convert.options import ConvertOptions
 from pregate.convert.partial import open_partial, partial_folder, read_state
 from pregate.convert.progress import QuietProgress
+from tests.families import FAMILIES, save_random
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +172,32 @@ def test_another_source_or_text_is_refused(options: ConvertOptions, tiny_text: P
     moved = tmp_path / "text" / "same.txt"
     moved.write_bytes(tiny_text.read_bytes())
     convert(replace(options, calibration=(moved,)))  # the same words elsewhere are the same text
+
+
+@pytest.mark.parametrize("hashed_bytes", [0, 2 << 30])
+def test_another_model_of_the_same_architecture_is_refused(
+    hashed_bytes: int, options: ConvertOptions, tiny_dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Config and index are equal, only weights differ: it holds for shards that are hashed and for those too large."""
+    monkeypatch.setattr(dense, "HASHED_BYTES", hashed_bytes)
+    first = save_random(FAMILIES["llama"], tiny_dense, tmp_path / "first", max_shard_size="40KB")
+    other = tmp_path / "other"
+    shutil.copytree(first, other)
+    shards = sorted(other.glob("*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    assert (first / dense.INDEX).read_bytes() == (other / dense.INDEX).read_bytes()
+    interrupt(replace(options, model=first), 1)
+    with pytest.raises(UserError, match=r"--out .*--model \S+first there, \S+other here.*the model's shards"):
+        convert(replace(options, model=other))
+    written = (first / shards[0].name).stat()
+    os.utime(first / shards[0].name, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    with pytest.raises(UserError, match=r"differs \(the model's shards \w+ there, \w+ here\)"):
+        convert(replace(options, model=first))
+    os.utime(first / shards[0].name, ns=(written.st_atime_ns, written.st_mtime_ns))
+    monkeypatch.chdir(tmp_path)
+    convert(replace(options, model=Path("first")))  # the same folder, named otherwise
 
 
 def test_one_conversion_at_a_time(options: ConvertOptions):

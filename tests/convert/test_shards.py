@@ -15,7 +15,8 @@ from pregate.base.errors import UserError
 from pregate.convert.conversion import convert
 from pregate.convert.options import ConvertOptions
 from pregate.convert.rounding import round_to
-from pregate.convert.shards import INDEX, DenseShards
+from pregate.convert.shard_index import write_index
+from pregate.convert.shards import INDEX, STORED_TYPES, DenseShards
 from pregate.convert.skeleton import Skeleton
 from pregate.model import RoutedForCausalLM
 
@@ -190,6 +191,15 @@ def test_pickled_missing_and_damaged_files_are_refused(tiny_dense: Path, tmp_pat
     (folder / INDEX).write_text("{}")
     with pytest.raises(UserError, match="is no index of shards"):
         DenseShards(folder)
+
+
+def test_every_type_that_is_read_has_its_size_in_an_index(tmp_path: Path):
+    tensors = {name: torch.zeros(3, dtype=dtype) for name, dtype in STORED_TYPES.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    write_index(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    assert index["metadata"] == {"total_parameters": 3 * 7, "total_size": 3 * (8 + 4 + 2 + 2 + 8 + 4 + 1)}
+    assert {name: tensor.dtype for name, tensor in DenseShards(tmp_path).tensors.items()} == {n: n for n in tensors}
 
 
 def test_only_what_is_asked_for_is_read_and_it_is_a_copy(tiny_dense: Path):
