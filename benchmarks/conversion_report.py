@@ -66,7 +66,7 @@ def _range(values: list[float]) -> str:
 def _judgement(rows: list[dict[str, Any]], model: str, cuts: list[str], dense: float) -> list[str]:
     """Per cut and seed: ours over plain, and ours' gap to its oracle over plain's to its own."""
     parts = [
-        "Judged in each seed: ours at least 10 % below plain, its gap to its oracle at most half of plain's to its own.",
+        "Judged in each seed: ours at least 10 % below plain, its gap to its oracle at most half of plain's.",
         "",
         "| cut | ours / plain | at most 0.9? | (ours - dense) / (plain - dense) | gap to own oracle, ours / plain |"
         " at most 0.5? | picks shared with the oracle: plain, paper, ours |",
