@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP
@@ -54,7 +55,9 @@ class _RecordingGates:
         return choice
 
     def stacked(self) -> tuple[torch.Tensor, torch.Tensor]:
-        ids = torch.stack([torch.cat(layer) for layer in self.ids], dim=1)
+        layers = [torch.cat(layer) for layer in self.ids]
+        widest = max(ids_TK.shape[1] for ids_TK in layers)
+        ids = torch.stack([pad(ids_TK, (0, widest - ids_TK.shape[1]), value=-1) for ids_TK in layers], dim=1)
         return ids, torch.stack([torch.cat(layer) for layer in self.margins], dim=1)
 
 

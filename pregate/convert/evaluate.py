@@ -23,7 +23,7 @@ class EvaluateOptions:
 
     With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
     dense model it came from (None: the model itself with every expert on, which is the same until it is tuned).
-    `seed` is that of random routing.
+    `seed` is that of random routing (None: 0).
     """
 
     model: Path
@@ -31,13 +31,15 @@ class EvaluateOptions:
     max_tokens: int | None = None
     controls: bool = False
     parent: Path | None = None
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
         if self.parent is not None and not self.controls:
             raise UserError.of("--parent", self.parent, "needs --controls")
+        if self.seed is not None and not self.controls:
+            raise UserError.of("--seed", self.seed, "needs --controls")
 
 
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -72,5 +74,5 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         result["agreement"] = meter.figures()
     if options.controls:
         parent = None if options.parent is None else load_dense(options.parent)
-        result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed, progress)
+        result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed or 0, progress)
     return result

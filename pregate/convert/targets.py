@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pregate.convert.controls import OraclePolicy
 from pregate.convert.progress import Progress
 from pregate.convert.scoring import batches, padded
 from pregate.model.config import LayerCut
@@ -28,32 +27,29 @@ class TargetPool:
 
 
 class _MassRecorder:
-    """Routes by the gate (or by mass: `oracle`) and keeps every layer's masses; lives for one forward pass."""
+    """Routes by the gate and keeps every layer's masses; lives for one forward pass."""
 
-    def __init__(self, oracle: bool) -> None:
-        self._oracle = oracle
+    def __init__(self) -> None:
         self._mass_TR: dict[int, torch.Tensor] = {}
 
     def side_by_side(self, cuts: Sequence[LayerCut], num_tokens: int) -> torch.Tensor:
-        """The masses of all layers side by side; 0 for a layer that was not asked (no expert active)."""
+        """The masses of all layers side by side; a layer without routed experts has no column."""
         parts = [self._mass_TR.get(n, torch.zeros(num_tokens, cut.num_routed)) for n, cut in enumerate(cuts)]
         return torch.cat([p.cpu() for p in parts], dim=-1)
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         self._mass_TR[mlp.layer] = weighted_mass(mlp, x_TD)
-        return OraclePolicy().choose(mlp, x_TD) if self._oracle else mlp.gate.choose(x_TD)
+        return mlp.gate.choose(x_TD)
 
 
 @torch.no_grad()
-def collect_targets(
-    model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress, oracle: bool = False
-) -> TargetPool:
+def collect_targets(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> TargetPool:
     """Run the layer-wise model over `rows` and keep every routed expert's contribution mass at every token."""
     mass: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     with progress.stage("collecting targets", len(rows)) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
-            recorder = _MassRecorder(oracle)
+            recorder = _MassRecorder()
             for mlp in model.routed_mlps:
                 mlp.policy = recorder  # set here and not by the model's forward, which would compute the head as well
             model.parent.base_model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False)

@@ -36,7 +36,7 @@ class Paths:
         if (self.ids >= limits).any() or (self.ids < -1).any():
             raise ValueError("paths: an expert id lies outside its layer's routed experts")
         left, right = self.ids[..., :-1], self.ids[..., 1:]
-        if ((right >= 0) & (left >= right)).any():
+        if ((right >= 0) & ((left < 0) | (left >= right))).any():
             raise ValueError("paths: ids of a row must ascend, with -1 padding at the end")
         if self.weights is not None and self.weights.shape != self.ids.shape:
             raise ValueError(f"paths: weights {self.weights.shape} do not match ids {self.ids.shape}")

@@ -210,7 +210,11 @@ def test_refusals(tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_text: 
         evaluate(EvaluateOptions(tiny_dense, tiny_text, controls=True))
     with pytest.raises(UserError, match=r"--parent .*: needs --controls"):
         EvaluateOptions(tiny_layerwise_checkpoint, tiny_text, parent=tiny_dense)
+    for seed in (0, 7):
+        with pytest.raises(UserError, match=f"--seed {seed}: needs --controls"):
+            EvaluateOptions(tiny_layerwise_checkpoint, tiny_text, seed=seed)
     command = ["evaluate", "--text", str(tiny_text), "--model"]
     assert main([*command, str(tiny_dense), "--controls"]) == 2
     assert main([*command, str(tiny_layerwise_checkpoint), "--parent", str(tiny_dense)]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+    assert main([*command, str(tiny_layerwise_checkpoint), "--seed", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 3

@@ -52,6 +52,20 @@ def test_with_all_experts_on_it_is_the_dense_model(options: ConvertOptions, ids:
     assert (routed(ids).logits - expected).abs().max() < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [0, 5])
+def test_with_all_experts_active_it_is_the_dense_model_without_a_policy(
+    options: ConvertOptions, ids: torch.Tensor, shared: int
+):
+    """Each gate's threshold is then minus infinity: every expert runs on text that was not calibrated on too."""
+    convert(replace(options, shared=shared, active=8 - shared))
+    dense = AutoModelForCausalLM.from_pretrained(options.model).eval()
+    routed = _load(options.out)
+    assert (routed(ids).logits - dense(ids).logits).abs().max() < 1e-4
+    gates = [mlp.linear_gate for mlp in routed.routed_mlps]
+    assert [gate.threshold.item() for gate in gates if gate is not None] == [-torch.inf] * 3
+
+
 def test_no_neuron_is_lost_and_every_row_says_where_it_came_from(tiny_dense: Path, tiny_layerwise_checkpoint: Path):
     dense = AutoModelForCausalLM.from_pretrained(tiny_dense)
     for parent, routed in zip(find_gated_mlps(dense), _load(tiny_layerwise_checkpoint).routed_mlps, strict=True):

@@ -9,14 +9,12 @@ import torch
 from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
-from pregate.convert.controls import OraclePolicy
 from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.router_training import EMBEDDING_STD, LEAST_SPREAD, MassScale, start_from
 from pregate.convert.targets import collect_targets
-from pregate.kernels.reference import above
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.config import LayerCut, PathRouterConfig
@@ -92,28 +90,6 @@ def test_targets_are_the_masses_along_the_routed_model(tiny_layerwise_checkpoint
         mlp.register_forward_pre_hook(see)
     model(torch.tensor(rows[:1]), use_cache=False)
     torch.testing.assert_close(pool.mass[0], torch.cat(seen, dim=-1), rtol=1e-4, atol=1e-5)
-
-
-def test_oracle_targets_follow_the_oracle(tiny_layerwise_checkpoint: Path):
-    model = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, dtype=torch.float32).eval()
-    row = [1, 7, 9, 11, 13]
-    gate, oracle = (collect_targets(model, [row], QuietProgress(), flag).mass[0] for flag in (False, True))
-    assert torch.allclose(gate[:, :6], oracle[:, :6])  # layer 0 gets the same input either way
-    assert not torch.allclose(gate[:, 6:], oracle[:, 6:])
-    chosen: list[torch.Tensor] = []
-
-    class Recorder(OraclePolicy):
-        def choose(self, mlp, x_TD):
-            ids = super().choose(mlp, x_TD)
-            chosen.append(ids[0])
-            return ids
-
-    model.routing_policy = Recorder()
-    model(torch.tensor([row]), use_cache=False)
-    assert all(
-        torch.equal(ids, above(m, mlp.mass_threshold))
-        for ids, m, mlp in zip(chosen, oracle.split(6, dim=-1), model.routed_mlps, strict=True)
-    )
 
 
 def test_scale_by_hand():

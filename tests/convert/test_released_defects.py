@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,13 @@ from pregate.convert.conversion import convert
 from pregate.convert.layer_cut import cut_one
 from pregate.convert.options import ConvertOptions
 from pregate.convert.scoring import load_any
+from pregate.kernels import reference
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.gates import RepresentativeGate
-from pregate.router.engine import EngineOptions, build_engine
-from pregate.workers.client import InProcessClient
-from pregate.workers.host import ExpertHost, HostOptions
 from tests.equality import Tally, reference_text, refuse_degenerate
-from tests.router.serving import compare, placement_of, serve, units_of
+from tests.router.serving import compare, engine_in_process, serve
 
 
 def _options(model: Path, text: Path, out: Path, **method: Any) -> ConvertOptions:
@@ -170,9 +167,21 @@ def test_top_k_out_of_range_has_a_message(options: ConvertOptions, change: dict,
 
 
 @pytest.mark.parametrize("change", [{"shared": 0, "active": 4}, {"shared": 3, "active": 0}, {"marks_per_token": 128}])
-def test_the_ends_of_the_ranges_run(options: ConvertOptions, change: dict):
-    convert(replace(options, sequence_length=24, **change))
-    assert torch.isfinite(_load(options.out)(torch.tensor([[1, 7, 9]])).logits).all()
+def test_the_ends_of_the_ranges_run(options: ConvertOptions, change: dict, monkeypatch: pytest.MonkeyPatch):
+    options = replace(options, sequence_length=24, **change)
+    convert(options)
+    model = _load(options.out)
+    active: list[list[int]] = []
+    add_routed = reference.add_routed
+
+    def watched(out_TD: torch.Tensor, x_TD: torch.Tensor, ids_TK: torch.Tensor, *rest: Any) -> torch.Tensor:
+        active.append([len({e for e in row if e >= 0}) for row in ids_TK.tolist()])
+        return add_routed(out_TD, x_TD, ids_TK, *rest)
+
+    monkeypatch.setattr(reference, "add_routed", watched)
+    assert torch.isfinite(model(torch.tensor([[1, 7, 9]])).logits).all()
+    assert active == [[options.active] * 3] * 3
+    assert [mlp.shared is not None for mlp in model.routed_mlps] == [options.shared != 0] * 3
 
 
 def test_saved_and_loaded_it_has_the_same_ffns(converted: Path, tmp_path: Path):
@@ -248,27 +257,13 @@ def test_the_router_scale_learns(converted: Path, tmp_path: Path):
         assert torch.equal(ours.scale, theirs.scale)
 
 
-@contextmanager
-def _engine_over_two_hosts(path: Path):
-    hosts_of = placement_of(path, 2)
-    clients = [
-        InProcessClient(ExpertHost(CheckpointReader(path), units_of(hosts_of, host), HostOptions(host_id=host)))
-        for host in range(2)
-    ]
-    try:
-        yield build_engine(EngineOptions(model=str(path), step_tokens=40), clients, hosts_of), clients
-    finally:
-        for client in clients:
-            client.close()
-
-
 def test_bias_and_scale_are_used_by_the_reference_model_and_when_served(moved: Path, converted: Path):
     model = _load(moved)
     rng = np.random.default_rng(3)
     prompts = [[1, *rng.integers(3, 512, size=n).tolist()] for n in (5, 17, 30)]
     references = [reference_text(model, prompt, 12) for prompt in prompts]
     refuse_degenerate(references)
-    with _engine_over_two_hosts(moved) as (engine, clients):
+    with engine_in_process(moved, 2) as (engine, clients):
         tally = Tally()
         for together in (False, True):
             compare(tally, "two hosts", references, serve(engine, prompts, 12, together=together))

@@ -11,8 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from pregate.convert import dense
 from pregate.convert.conversion import convert
 from pregate.convert.options import ConvertOptions
 from pregate.convert.partial import open_partial, partial_folder, read_state
-from pregate.convert.progress import QuietProgress
+from tests.convert.interruption import StopsAfter, interrupt
 from tests.families import FAMILIES, save_random
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,34 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def options(tiny_dense: Path, tiny_text: Path, tmp_path: Path) -> ConvertOptions:
     return ConvertOptions(tiny_dense, tmp_path / "out", 8, 2, 2, (tiny_text,), samples=8, sequence_length=64)
-
-
-class StopsAfter(QuietProgress):
-    """Raises Ctrl-C once `num_layers` are done; keeps what it was told."""
-
-    def __init__(self, num_layers: int) -> None:
-        self._left = num_layers
-        self.steps: list[int] = []
-        self.notes: list[str] = []
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator:
-        yield self._advance
-
-    def _advance(self, steps: int) -> None:
-        self.steps.append(steps)
-        self._left -= steps
-        if self._left == 0:
-            raise KeyboardInterrupt
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
-
-
-def interrupt(options: ConvertOptions, num_layers: int) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        convert(options, StopsAfter(num_layers))
-    assert not options.out.exists()
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])

@@ -157,9 +157,11 @@ def test_devices_that_are_not_there(options: ConvertOptions, name: str, sentence
     assert list(options.out.parent.iterdir()) == []
 
 
-def test_auto_is_the_gpu_where_there_is_one():
+@pytest.mark.parametrize(("there_is_one", "device"), [(True, "cuda"), (False, "cpu")])
+def test_auto_is_the_gpu_where_there_is_one(there_is_one: bool, device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there_is_one)
+    assert pick_device("auto") == torch.device(device)
     assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.gpu
@@ -168,4 +170,4 @@ def test_a_gpu_gives_the_same_perplexity(options: ConvertOptions, tmp_path: Path
     cpu = convert(replace(options, device="cpu")).figures
     cuda = convert(replace(options, device="cuda", out=tmp_path / "cuda")).figures
     assert cuda["dense_perplexity"] == pytest.approx(cpu["dense_perplexity"], rel=1e-3)
-    assert cuda["routed_perplexity"] == pytest.approx(cpu["routed_perplexity"], rel=5e-2)
+    assert cuda["routed_perplexity"] == pytest.approx(cpu["routed_perplexity"], rel=1e-3)

@@ -114,6 +114,21 @@ def engine_over(path: Path, addresses: list[HostAddress], **options) -> Iterator
             client.close()
 
 
+@contextmanager
+def engine_in_process(path: Path, num_hosts: int) -> Iterator[tuple[Engine, list[InProcessClient]]]:
+    """An engine over that many hosts, all in this process, each with its own units of a linear placement."""
+    hosts_of = placement_of(path, num_hosts)
+    clients = [
+        InProcessClient(ExpertHost(CheckpointReader(path), units_of(hosts_of, host), HostOptions(host_id=host)))
+        for host in range(num_hosts)
+    ]
+    try:
+        yield build_engine(EngineOptions(model=str(path), step_tokens=40), clients, hosts_of), clients
+    finally:
+        for client in clients:
+            client.close()
+
+
 @dataclass
 class Served:
     """What an engine produced: per request its tokens, its logits [n, V], and the path of every input token."""
@@ -155,8 +170,14 @@ class Recorder:
                 if self.engine.exact:
                     known[start + offset] = piece.sequence.path_ids[start + offset]
                 else:
-                    known[start + offset] = np.stack([self._layers[k][row] for k in sorted(self._layers)])
+                    known[start + offset] = self._row(row)
                 row += 1
+
+    def _row(self, row: int) -> np.ndarray:
+        """What every layer was dispatched with for one row [L, K]; a layer of fewer experts is filled up with -1."""
+        rows = [self._layers[layer][row] for layer in sorted(self._layers)]
+        widest = max(map(len, rows))
+        return np.stack([np.pad(ids, (0, widest - len(ids)), constant_values=-1) for ids in rows])
 
 
 def serve(engine: Engine, prompts: list[list[int]], max_tokens: int, *, together: bool) -> Served:

@@ -1,0 +1,41 @@
+"""Conversions that are interrupted in this process, after a number of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from pregate.convert.conversion import convert
+from pregate.convert.options import ConvertOptions
+from pregate.convert.progress import QuietProgress
+
+
+class StopsAfter(QuietProgress):
+    """Raises Ctrl-C once `num_layers` are done; keeps what it was told."""
+
+    def __init__(self, num_layers: int) -> None:
+        self._left = num_layers
+        self.steps: list[int] = []
+        self.notes: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator:
+        yield self._advance
+
+    def _advance(self, steps: int) -> None:
+        self.steps.append(steps)
+        self._left -= steps
+        if self._left == 0:
+            raise KeyboardInterrupt
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+def interrupt(options: ConvertOptions, num_layers: int) -> None:
+    """Convert until `num_layers` are done, those of an earlier run counted."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(options, StopsAfter(num_layers))
+    assert not options.out.exists()
