@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from pregate.base.errors import UserError
+from pregate.base.memory import give_back_heap
 from pregate.convert.dense import dense_config, first_line
 from pregate.convert.rounding import as_stored
 from pregate.convert.shards import DenseShards
@@ -78,6 +79,7 @@ class Skeleton:
             yield
         finally:
             self._assign(None, names)
+            give_back_heap()
 
     def tensors(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The named tensors as they are now (meta where not loaded); they share the model's memory."""
