@@ -36,7 +36,7 @@ def _markdown(rows: list[dict[str, Any]], facts: dict[str, Any], around: dict[st
         " smallest and largest. `static` and `random` run on ours' cut. An oracle chooses by true"
         " contribution, as its recipe does: a fixed number of experts (plain), or all above a threshold (ours).",
         "",
-        f"{sentence(around)} {minutes:.0f} minutes of computing in all.",
+        f"{sentence(around)}. {minutes:.0f} minutes of computing in all.",
         "",
     ]
     return "\n".join(parts)
@@ -53,7 +53,9 @@ def _model_part(rows: list[dict[str, Any]], model: str, facts: dict[str, Any]) -
         cells = [_range([r["perplexity"] for r in _pick(rows, model=model, cut=cut, row=m)]) for m in METHODS]
         shares = [r["active_share"] for r in _pick(rows, model=model, cut=cut, row="ours")]
         parts.append(f"| {cut} | " + " | ".join(cells) + f" | {mean(shares):.3f} |")
-    parts += ["", *_judgement(rows, model, cuts, dense["perplexity"]), "", *_variants(rows, model), ""]
+    parts += ["", *_judgement(rows, model, cuts, dense["perplexity"]), ""]
+    for cut in dict.fromkeys(c for c in cuts if any("shared_per_layer" in r for r in rows if r["cut"] == c)):
+        parts += [*_variants(rows, model, cut), ""]
     return parts
 
 
@@ -68,9 +70,10 @@ def _judgement(rows: list[dict[str, Any]], model: str, cuts: list[str], dense: f
     parts = [
         "Judged in each seed: ours at least 10 % below plain, its gap to its oracle at most half of plain's.",
         "",
-        "| cut | ours / plain | at most 0.9? | (ours - dense) / (plain - dense) | gap to own oracle, ours / plain |"
-        " at most 0.5? | picks shared with the oracle: plain, paper, ours |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| cut | ours / plain | at most 0.9? | (ours - dense) / (plain - dense) | gap to ours' oracle, ours / plain |"
+        " at most 0.5? | gap to own oracle, ours / plain | at most 0.5? | picks shared with the oracle: plain, paper,"
+        " ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cut in cuts:
         by = {m: _pick(rows, model=model, cut=cut, row=m) for m in METHODS}
@@ -82,9 +85,15 @@ def _judgement(rows: list[dict[str, Any]], model: str, cuts: list[str], dense: f
             (value["ours"][i] - value["oracle of ours"][i]) / (value["plain"][i] - value["oracle of plain"][i])
             for i in seeds
         ]
+        same = [
+            (value["ours"][i] - value["oracle of ours"][i]) / (value["plain"][i] - value["oracle of ours"][i])
+            for i in seeds
+        ]
         picks = ", ".join(f"{mean(r['mean_overlap'] for r in by[m]):.3f}" for m in ("plain", "cmoe-paper", "ours"))
         shown = [", ".join(f"{r:.3f}" for r in ratios), _verdict(ratios, 0.9), excess]
-        shown += [", ".join(f"{g:.2f}" for g in gaps), _verdict(gaps, 0.5), picks]
+        for ratio in (same, gaps):
+            shown += [", ".join(f"{g:.2f}" for g in ratio), _verdict(ratio, 0.5)]
+        shown.append(picks)
         parts.append(f"| {cut} | " + " | ".join(shown) + " |")
     return parts
 
@@ -93,10 +102,10 @@ def _verdict(values: list[float], bar: float) -> str:
     return "yes" if all(0 <= v <= bar for v in values) else f"in {sum(0 <= v <= bar for v in values)} of {len(values)}"
 
 
-def _variants(rows: list[dict[str, Any]], model: str) -> list[str]:
-    names = list(dict.fromkeys(r["row"] for r in rows if "shared_per_layer" in r and r["model"] == model))
-    order = {name: mean(r["perplexity"] for r in _pick(rows, model=model, row=name)) for name in names}
-    cut = next(r["cut"] for r in rows if "shared_per_layer" in r)
+def _variants(rows: list[dict[str, Any]], model: str, cut: str) -> list[str]:
+    here = [r for r in rows if r["model"] == model and r["cut"] == cut]
+    names = list(dict.fromkeys(r["row"] for r in here if "shared_per_layer" in r))
+    order = {name: mean(r["perplexity"] for r in _pick(here, row=name)) for name in names}
     for name in ("plain", "ours"):
         order[name] = mean(r["perplexity"] for r in _pick(rows, model=model, row=name, cut=cut))
     parts = [
@@ -146,7 +155,7 @@ def _panel(axis: Any, rows: list[dict[str, Any]], model: str, experts: int, dens
             "oracle of plain": {"linestyle": ":"},
         }
         drawn = axis.plot(
-            [x for x, _ in points], [mean(y) for _, y in points], "o-", label=method, **style.get(method, {})
+            [x for x, _ in points], [mean(y) for _, y in points], marker="o", label=method, **style.get(method, {})
         )
         for x, values in points:
             axis.vlines(x, min(values), max(values), color=drawn[0].get_color())
