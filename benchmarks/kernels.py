@@ -278,7 +278,9 @@ def main() -> None:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": dtype_name(dtype),
-        "clock": "CPU time of the calling thread, lower quartile" if device.type == "cpu" else "CUDA graph replays",
+        "clock": "CPU time of the calling thread, lower quartile"
+        if device.type == "cpu"
+        else "CUDA graph replays, plain calls of what waits for the host",
         "load_average_after": os.getloadavg()[0],
         "seconds": round(time.perf_counter() - started_s),
         "ceilings": bounds,

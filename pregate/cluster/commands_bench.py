@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -38,10 +39,8 @@ def kernels(
     from pregate.kernels import bench
     from pregate.kernels import expert_ffn as entry
 
-    chosen = bench.shape_named(shape)
-    if percent not in (25, 50, 75):
-        raise UserError.of("--percent", percent, "allowed: 25, 50, 75")
-    sizes = _batch_sizes(tokens)
+    chosen, sizes = bench.shape_named(shape), _batch_sizes(tokens)
+    _refuse(percent, device, table, tune)
     where = torch.device(device)
     kind = entry.choose_dtype(dtype, where)
     ffn = entry.choose(expert_ffn, where, kind, act="silu", widths=(chosen.hidden, chosen.expert_width))
@@ -54,6 +53,17 @@ def kernels(
         for num_tokens in sizes:
             dense_ms, ours_ms = _measure(ffn, chosen, where, kind, percent, num_tokens)
             print(f"{num_tokens:8d} {dense_ms:9.3f} {ours_ms:9.3f} {dense_ms / ours_ms:6.2f}")
+
+
+def _refuse(percent: int, device: str, table: Path | None, tune: bool) -> None:
+    from pregate.cluster.config import DEVICES
+
+    if percent not in (25, 50, 75):
+        raise UserError.of("--percent", percent, "allowed: 25, 50, 75")
+    if device not in DEVICES:
+        raise UserError.of("--device", device, f"allowed: {', '.join(DEVICES)}")
+    if table is not None and not tune:
+        raise UserError.of("--table", table, "is only written; allowed with --tune")
 
 
 def _batch_sizes(tokens: str) -> list[int]:
@@ -88,9 +98,15 @@ def _measure(ffn, shape, device, dtype, percent: int, num_tokens: int) -> tuple[
 def _tune(ffn, shape, device, dtype, table: Path | None) -> None:  # noqa: ANN001
     if not ffn.name.startswith("triton"):
         raise UserError.of("--tune", ffn.name, "has no block sizes; allowed: the Triton kernels, with --device cuda")
+    import torch
+
     from pregate.kernels.block_sizes import TABLE_PATH
     from pregate.kernels.tune import tune
 
+    if dtype == torch.float32:
+        raise UserError.of("--tune", "float32", "runs in fixed blocks; allowed: --dtype bfloat16 or float16")
     path = table or TABLE_PATH
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError.of("--table", path, "cannot be written; allowed: a file that can")
     tune(ffn, shape, device, dtype).save(path)
     print(f"wrote {path}")

@@ -69,7 +69,7 @@ class LoopFFN:
 
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: the shared expert, then each token's routed ones, added in ascending unit order."""
-        units.check(segment)
+        units.check(segment, x_TD.shape[0])
         out_TD = torch.zeros_like(x_TD) if units.shared is None else self.dense(x_TD, units.shared)
         visits = units.visits(segment)
         if not visits.count_list:

@@ -77,8 +77,9 @@ class PackedFFN(LoopFFN):
 class Int8FFN(LoopFFN):
     """int8 weights with a scale per row; rows become int8 with one scale for the rows of an expert in a call.
 
-    So a row's answer depends a little on the rows beside it. Never chosen by "auto": it costs perplexity
-    (benchmarks/results/quantised.json: times 1.078 on stories3M).
+    So a row's answer depends on the rows beside it, and one outlier among them costs the others most of their bits
+    (50 times larger: their error went from 0.01 to 0.43, random weights of 1408 x 2048). Never chosen by "auto": it
+    costs perplexity (benchmarks/results/quantised.json: times 1.078 on stories3M).
     """
 
     name = "int8"

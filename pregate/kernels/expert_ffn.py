@@ -16,7 +16,7 @@ from pregate.kernels import cpu, cpu_packed
 from pregate.kernels.segments import Segment
 from pregate.kernels.units import GroupRows, LayerUnits
 
-#: By name; "auto" takes the first that can run of those that compute without loss.
+#: By name; "auto" chooses among those that compute without loss (see `_best`).
 IMPLEMENTATIONS = ("auto", "packed", "grouped", "loop", "int8", "triton", "triton-int8", "triton-fp8")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: What `triton_path.ACTIVATIONS` has; kept here because importing that needs Triton.
@@ -24,6 +24,9 @@ TRITON_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
 #: Experts with fewer values in a matrix gain less from packing than each packed product costs to call (measured:
 #: 27,648 lose below 64 rows, 49,152 win).
 MIN_PACKED_VALUES = 32768
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The first CUDA devices whose instructions know float8_e4m3fn.
+MIN_FP8_CAPABILITY = (8, 9)
 _TRITON_WEIGHTS = {"triton": None, "triton-int8": torch.int8, "triton-fp8": torch.float8_e4m3fn}
 
 _log = get_logger(__name__)
@@ -122,7 +125,7 @@ def choose(
 def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> str:
     """Return why implementation `name` cannot run here; empty if it can."""
     if name in _TRITON_WEIGHTS:
-        return _why_not_triton(device, act)
+        return _why_not_triton(name, device, dtype, act)
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"
     checks: dict[str, Callable[[], str]] = {
@@ -137,7 +140,7 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, width
 def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> tuple[str, str]:
     """Return the implementation that "auto" means, and why."""
     if device.type == "cuda":
-        if hindrance := _why_not_triton(device, act):
+        if hindrance := why_not("triton", device, dtype, act, widths):
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
     unpacked = "" if cpu.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"
@@ -164,13 +167,23 @@ def _make(name: str, device: torch.device, dtype: torch.dtype, act: str) -> Expe
     return makers[name](act, dtype)
 
 
-def _why_not_triton(device: torch.device, act: str) -> str:
+def _why_not_triton(name: str, device: torch.device, dtype: torch.dtype, act: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'pregate[gpu]')"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's kernels need a CUDA device (or TRITON_INTERPRET=1, for tests)"
     if act not in TRITON_ACTIVATIONS:
         return f"Triton's kernels have no {act}; they have {', '.join(TRITON_ACTIVATIONS)}"
+    return _why_not_triton_dtype(name, device, dtype)
+
+
+def _why_not_triton_dtype(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if dtype not in TRITON_DTYPES:
+        return f"Triton's kernels do not compute in {dtype}"
+    if device.type != "cuda":
+        return "the bfloat16 product of Triton's interpreter is wrong" if dtype == torch.bfloat16 else ""
+    if name == "triton-fp8" and torch.cuda.get_device_capability(device) < MIN_FP8_CAPABILITY:
+        return "this CUDA device has no float8 instructions (they begin with capability 8.9)"
     return ""
 
 

@@ -70,6 +70,9 @@ class TritonFFN:
         self._num_sms = properties.multi_processor_count if properties else NUM_SMS_INTERPRETED
         self._tma = (properties is not None and properties.major >= 9) if tma is None else tma
         self._dense: Segment | None = None
+        # Slot 0, and where it was copied to: a copy in every layer would be a wait in every layer.
+        self._dense_slots = np.zeros(1, dtype=np.int32)
+        self._dense_slots_on: dict[torch.device, torch.Tensor] = {}
         self.table = BlockTable.load(properties.name if properties else "")
 
     def block_m(self, num_rows: int, num_units: int) -> int:
@@ -113,18 +116,18 @@ class TritonFFN:
 
     def dense(self, x_TD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
         """Return [T, D]: every row through the expert in slot 0."""
-        num_tokens = x_TD.shape[0]
-        if self._dense is None or self._dense.num_tokens != num_tokens:
+        num_tokens, segment = x_TD.shape[0], self._dense
+        if segment is None or segment.num_tokens != num_tokens:
             # All layers of a step have as many tokens: the last one's rows are kept.
             ids_T1K = torch.zeros(num_tokens, 1, 0, dtype=torch.int32)
             built = segments.build(ids_T1K, 0, num_shared=1, block_m=self.block_m(num_tokens, 1))
-            self._dense = built.to(x_TD.device).layer(0)
-        return self.layer(x_TD, self._dense, LayerUnits(weights, np.zeros(1, dtype=np.int32)))
+            self._dense = segment = built.to(x_TD.device).layer(0)
+        return self.layer(x_TD, segment, LayerUnits(weights, self._dense_slots, _on_device=self._dense_slots_on))
 
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: each token's shared and routed units, summed. PregateError for a unit that is in no slot."""
         x_TD = x_TD.contiguous()
-        units.check(segment)
+        units.check(segment, x_TD.shape[0])
         unit_slot = units.slots_on(x_TD.device)
         if x_TD.shape[0] <= triton_decode.MAX_TOKENS:
             return self._decode(x_TD, segment, units.weights, unit_slot)

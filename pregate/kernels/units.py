@@ -56,9 +56,13 @@ class LayerUnits:
         """True where unit u lies in slot u."""
         return bool((self.unit_slot == np.arange(len(self.unit_slot))).all())
 
-    def check(self, segment: Segment) -> None:
-        """PregateError if `segment` uses a unit without a slot. A map without gaps costs nothing; one with gaps costs
-        a wait for the device if the segment was built there."""
+    def check(self, segment: Segment, num_tokens: int) -> None:
+        """ValueError if `segment` is of other units or tokens (a kernel would read past the map), PregateError if it
+        uses a unit without a slot. A map without gaps costs nothing; one with gaps costs a wait for the device if the
+        segment was built there."""
+        if (segment.num_units, segment.num_tokens) != (len(self.unit_slot), num_tokens):
+            found = f"{segment.num_units} units and {segment.num_tokens} tokens"
+            raise ValueError(f"segment of {found}; the layer has {len(self.unit_slot)} and {num_tokens}")
         if self.has_gaps:
             check_present(self.unit_slot, np.diff(segment.offsets.cpu().numpy()))
 

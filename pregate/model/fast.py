@@ -18,7 +18,8 @@ from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
 class FastExperts:
     """Every layer's experts as the chosen implementation holds them, made once from the model's weights.
 
-    Weights that change afterwards are not seen. UserError where `implementation` is unknown or cannot run.
+    Weights that change afterwards are not seen, and an implementation that packs or pads holds a second copy beside
+    the model's own. UserError where `implementation` is unknown or cannot run.
     """
 
     def __init__(self, implementation: str, mlps: list[RoutedMLP], device: torch.device, dtype: torch.dtype) -> None:

@@ -150,6 +150,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         name = self.config._experts_implementation
         if name == "eager":
             return None
+        if self.training and torch.is_grad_enabled():
+            raise UserError.of("experts_implementation", name, "gives experts no gradients; allowed in training: eager")
         if self._fast is None or (self._fast.device, self._fast.dtype) != (self.device, self.dtype):
             # By name, so that importing the reference model reaches none of it.
             module = importlib.import_module("pregate.model.fast")

@@ -7,7 +7,7 @@ Shape letters: T tokens of a step, D hidden width, L layers, K experts per token
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -90,11 +90,11 @@ class Backbone:
 
 def _speed_up_shared(slots: list[RoutedSlot], model: RoutedBackbone, device: torch.device) -> None:
     """Run every shared expert of `model` through the one implementation chosen for this machine."""
-    shared = {slot.mlp: slot.mlp.shared for slot in slots if slot.mlp.shared is not None}
-    if not shared:
+    mlps = [slot.mlp for slot in slots if slot.mlp.shared is not None]
+    if not mlps:
         return
-    widths = {width for expert in shared.values() for width in expert.down_proj.shape}
-    act = model.config.hidden_act
-    ffn = expert_ffn.choose("auto", device, model.dtype, act=act, widths=widths)
-    for mlp, expert in shared.items():
-        mlp.add_module("shared", SharedFFN(expert, ffn))
+    widths = {width for mlp in mlps for width in (mlp.hidden_size, mlp.cut.shared_width)}
+    ffn = expert_ffn.choose("auto", device, model.dtype, act=model.config.hidden_act, widths=widths)
+    for mlp in mlps:
+        # One at a time, so that packed weights and those they were made from are both held for one layer only.
+        mlp.add_module("shared", SharedFFN(cast(SharedExpert, mlp.shared), ffn))

@@ -36,6 +36,8 @@ def fails(capsys, *arguments):
         (["bench", "kernels", "--shape", "13b"], "--shape 13b: allowed: llama-2-7b, 1b, quartet"),
         (["bench", "kernels", "--percent", "30"], "--percent 30: allowed: 25, 50, 75"),
         (["bench", "kernels", "--tokens", "1,0"], "--tokens 1,0: allowed"),
+        (["bench", "kernels", "--device", "tpu"], "--device tpu: allowed: cpu, cuda"),
+        (["bench", "kernels", "--table", "t.json"], "--table t.json: is only written; allowed with --tune"),
         (["bench", "kernels", "--tune", "--shape", "quartet"], "has no block sizes"),
         (["bench", "kernels", "--expert-ffn", "fastest"], "--expert-ffn fastest: unknown"),
         (["brew"], "brew"),

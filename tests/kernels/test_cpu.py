@@ -112,6 +112,16 @@ def test_a_unit_without_a_slot_is_an_error(ffn_class):
     )
 
 
+def test_a_segment_of_other_units_or_tokens_is_refused():
+    ffn = LoopFFN("silu")
+    units = ffn.units(None, 0, *random_experts())
+    ids_TLK = torch.tensor([[[0, 2]], [[2, -1]]])
+    with pytest.raises(ValueError, match="segment of 6 units and 2 tokens; the layer has 5 and 2"):
+        ffn.layer(torch.ones(2, D), segments.build(ids_TLK, S, num_shared=1).layer(0), units)
+    with pytest.raises(ValueError, match="2 tokens; the layer has 5 and 3"):
+        ffn.layer(torch.ones(3, D), segments.build(ids_TLK, S).layer(0), units)
+
+
 def test_int8_is_near_and_not_exact():
     ffn, exact = Int8FFN("silu"), LoopFFN("silu")
     gate_up, down = random_experts()

@@ -1,3 +1,4 @@
+import importlib.util
 import logging
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.kernels import cpu, cpu_packed
-from pregate.kernels.expert_ffn import choose, choose_dtype
+from pregate.kernels.expert_ffn import choose, choose_dtype, why_not
 
 CPU = torch.device("cpu")
 LARGE = (1024, 352)
@@ -86,6 +87,20 @@ def test_the_kernels_for_cuda_are_refused_without_a_device(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=rf"--expert-ffn {name}: not possible here: .*allowed: auto, packed"):
         pick(name)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_the_kernels_refuse_what_they_would_compute_wrongly(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    reasons = [why_not("triton", CPU, dtype, "silu", (64,)) for dtype in (torch.float16, torch.bfloat16, torch.float64)]
+    assert reasons[0] == ""
+    assert "interpreter is wrong" in reasons[1] and "do not compute in torch.float64" in reasons[2]
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert "no float8 instructions" in why_not("triton-fp8", cuda, torch.bfloat16, "silu", (64,))
+    assert why_not("triton-int8", cuda, torch.bfloat16, "silu", (64,)) == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert why_not("triton-fp8", cuda, torch.bfloat16, "silu", (64,)) == ""
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

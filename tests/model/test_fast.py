@@ -69,6 +69,17 @@ def test_an_unknown_name_is_refused(tiny_layerwise_checkpoint):
         model(prompt())
 
 
+def test_training_is_refused(tiny_layerwise_checkpoint):
+    """The experts would get no gradient and nobody would notice."""
+    model = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, experts_implementation="loop").train()
+    with pytest.raises(UserError, match="experts_implementation loop: gives experts no gradients"):
+        model(prompt())
+    with torch.no_grad():
+        model(prompt())
+    model.set_experts_implementation("eager")
+    model(prompt())
+
+
 def test_the_reference_loads_no_fast_kernel(tiny_layerwise_checkpoint):
     """In a process of its own, forward pass included; asking for the fast path does load them."""
     code = f"""
