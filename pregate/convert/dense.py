@@ -31,9 +31,10 @@ def check_model_folder(path: Path) -> dict[str, Any]:
         raise UserError.of("--model", path, "not a model folder: it has no config.json")
     try:
         fields = json.loads(config.read_text(encoding="utf-8"))
-        fields["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError.of("--model", path, f"its config.json is not a model's ({error!r})") from error
+    except ValueError as error:
+        raise UserError.of("--model", path, f"its config.json is not JSON ({error})") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise UserError.of("--model", path, "its config.json is not a model's: it has no model_type")
     return fields
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.conversion import shard_name
 from pregate.convert.progress import Progress
 from pregate.convert.routed_shards import CutFFN, RoutedShards
-from pregate.convert.shard_index import write_index
+from pregate.convert.shard_index import write_index, write_shard
 from pregate.convert.shards import DenseShards
 from pregate.model.checkpoint import file_sha256
 from pregate.model.gated_mlp import GatedMLP
@@ -130,4 +129,4 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, source: RoutedShards, dt
     for name, tensor in tensors.items():
         dtypes = [dtype] if dtype else parent_types(source, name)
         cast[name] = exact_type(tensor, dtypes, dtype or source.dtype).contiguous()
-    save_file(cast, path, {"format": "pt"})
+    write_shard(cast, path)

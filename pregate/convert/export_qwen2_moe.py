@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
@@ -18,7 +17,7 @@ from pregate.convert.conversion import shard_name
 from pregate.convert.progress import Progress
 from pregate.convert.routed_shards import CutFFN, RoutedShards
 from pregate.convert.router_scale import centred
-from pregate.convert.shard_index import write_index
+from pregate.convert.shard_index import write_index, write_shard
 from pregate.convert.stock_class import head_width
 
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -111,4 +110,4 @@ def _save(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> N
         if not torch.isfinite(tensor).all():
             value = dtype_name(dtype)
             raise UserError.of("--dtype", value, f"{name} has values it cannot hold; allowed: bfloat16, float32")
-    save_file(cast, path, {"format": "pt"})
+    write_shard(cast, path)

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
+from pregate.convert.shard_index import write_shard
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -80,7 +81,7 @@ class PartialCheckpoint:
     def write_shard(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
         """Write one safetensors file of the checkpoint."""
         on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        self._write(self.checkpoint / name, lambda path: save_file(on_cpu, path, metadata={"format": "pt"}))
+        self._write(self.checkpoint / name, lambda path: write_shard(on_cpu, path))
 
     def layer_done(self, hidden: dict[str, torch.Tensor], carried: dict[str, Any]) -> None:
         """Record that the layer whose shard was just written is done, and where the next one starts."""

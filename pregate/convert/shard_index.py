@@ -1,4 +1,4 @@
-"""The index that tells which shard of a checkpoint holds a tensor."""
+"""Shards of a checkpoint, and the index that tells which of them holds a tensor."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ import json
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pregate.convert.shards import INDEX, STORED_TYPES
+
+
+def write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file that whoever may read the folder may read (safetensors itself makes it private)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def write_index(folder: Path) -> None:

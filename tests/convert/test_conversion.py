@@ -142,6 +142,7 @@ def test_storage_type_and_what_lies_in_the_folder(options: ConvertOptions):
     assert reader.read_unit(0, 0)[0].dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(options.out)("The harbour")["input_ids"][0] == 1
     assert (options.out / "generation_config.json").exists()
+    assert {path.stat().st_mode & 0o777 for path in options.out.iterdir()} == {0o644}  # weights as readable as config
     assert manifest == reader.manifest
     assert manifest.method == "cmoe"
     assert manifest.options["experts"] == 8
