@@ -17,6 +17,8 @@ from typing import Any
 
 def main(folder: str, questions: str, answers: str) -> None:
     sys.modules["pregate"] = None  # pyright: ignore[reportArgumentType]
+    # This folder holds a kernels.py, which transformers would take for Hugging Face's package of that name.
+    sys.path = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     import torch
     import transformers
     from safetensors.torch import save_file

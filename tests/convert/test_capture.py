@@ -131,7 +131,7 @@ def test_thresholds_by_hand():
     scores_TR = torch.tensor([[3.0, 1.0], [2.0, 5.0], [0.0, 4.0]])
     assert threshold_for(scores_TR, 1).item() == 3.0
     assert choose_sets(scores_TR, 1, "threshold").tolist() == [[True, False], [False, True], [False, True]]
-    assert threshold_for(scores_TR, 2).item() == 0.0
+    assert threshold_for(scores_TR, 2).item() == -torch.inf
     assert not choose_sets(scores_TR, 0, "threshold").any()
     tied = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     assert int(choose_sets(tied, 1, "threshold").sum()) == 3  # a tie lets all of it in

@@ -137,7 +137,9 @@ def test_active_shares(checkpoint: tuple[str, Path], table: dict):
 
 def test_agreement_with_the_oracle(checkpoint: tuple[str, Path], table: dict):
     assert (table["oracle"]["same_set"], table["oracle"]["mean_overlap"]) == (1.0, 1.0)
-    assert table["oracle, fixed number"]["same_set"] < 1
+    fixed = table["oracle, fixed number"]  # held to an oracle that takes as many
+    assert (fixed["same_set"], fixed["mean_overlap"]) == (1.0, 1.0)
+    assert 0.2 < table["random routing"]["mean_overlap"] < 0.45  # 2 of 6 by chance: a third
     assert table["linear gate"]["mean_overlap"] > table["random routing"]["mean_overlap"] + 0.05
     if checkpoint[0] == "path":
         meter = AgreementMeter()
