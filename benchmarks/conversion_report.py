@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 from pathlib import Path
 from statistics import mean
@@ -122,13 +124,11 @@ def _variants(rows: list[dict[str, Any]], model: str, cut: str) -> list[str]:
 
 
 def _picture(rows: list[dict[str, Any]], path: Path) -> None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("matplotlib") is None:
         print("no picture: pip install 'pregate[bench]'")
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    importlib.import_module("matplotlib").use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")  # not in the development group
 
     models = list(dict.fromkeys(r["model"] for r in rows))
     figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), squeeze=False)
