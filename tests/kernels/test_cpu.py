@@ -131,6 +131,16 @@ def test_int8_is_near_and_not_exact():
     assert 0.001 < error < 0.05
 
 
+def test_int8_answers_for_a_row_whatever_is_beside_it():
+    ffn = Int8FFN("silu")
+    weights = ffn.stack(*random_experts())
+    x_ND = torch.randn(9, D, generator=torch.Generator().manual_seed(2))
+    outlier = torch.cat([1000 * x_ND[:1] + 1, x_ND])
+    together = ffn.dense(x_ND, weights)
+    assert torch.equal(ffn.dense(outlier, weights)[1:], together)
+    assert torch.equal(ffn.dense(x_ND[4:5], weights), together[4:5])
+
+
 @pytest.mark.parametrize("ffn_class", [*EXACT, Int8FFN])
 def test_a_slot_moves_as_it_is_held(ffn_class):
     ffn = ffn_class("silu")
