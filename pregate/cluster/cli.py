@@ -13,7 +13,14 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cluster import commands_bench, commands_export, commands_model, commands_serve, commands_text
+from pregate.cluster import (
+    commands_bench,
+    commands_export,
+    commands_model,
+    commands_serve,
+    commands_text,
+    method_options,
+)
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text")
@@ -26,7 +33,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(commands_model.convert)
+app.command(epilog=method_options.describe_recipes())(commands_model.convert)
 app.command()(commands_model.decouple)
 app.command()(commands_model.evaluate)
 app.command()(commands_export.export)

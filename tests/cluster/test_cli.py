@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pregate.cluster.cli import _spread, main
+from pregate.convert.recipes import RECIPES
 
 
 def fails(capsys, *arguments):
@@ -137,3 +138,10 @@ def test_bench_kernels_prints_a_line_per_batch_size(capsys):
     assert head == "quartet, 25 % active, loop on cpu in float32, ms"
     assert [line.split()[0] for line in lines] == ["1", "8"]
     assert all(float(value) > 0 for line in lines for value in line.split()[1:])
+
+
+def test_help_of_convert_tells_what_a_recipe_is(capsys):
+    assert main(["convert", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Recipe ours: clustering capture, shared-by capture" in shown
+    assert all(f"Recipe {name}:" in shown for name in RECIPES)
