@@ -16,7 +16,7 @@ import torch
 from pregate.kernels.reference import Activation, activation
 from pregate.kernels.segments import Segment, Visits
 from pregate.kernels.units import GroupRows, LayerUnits, check_present
-from pregate.kernels.weights import PlainLayout
+from pregate.kernels.weights import PlainLayout, TransposedLayout
 
 GroupedMM = Callable[..., torch.Tensor]
 #: `grouped_mm` wants every row to start on a 16-byte boundary.
@@ -101,12 +101,13 @@ class LoopFFN:
 
 
 class GroupedFFN(LoopFFN):
-    """`grouped_mm` over all experts at once; the loop where every expert has a single row."""
+    """`grouped_mm` over all experts at once; the loop where every expert has a single row. Weights lie transposed."""
 
     name = "grouped"
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(act, dtype)
+        self.layout = TransposedLayout(dtype, CPU)
         self._grouped_mm = grouped_mm()
 
     def _run(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:

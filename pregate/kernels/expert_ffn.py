@@ -21,9 +21,9 @@ IMPLEMENTATIONS = ("auto", "packed", "grouped", "loop", "int8", "triton", "trito
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: What `triton_path.ACTIVATIONS` has; kept here because importing that needs Triton.
 TRITON_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
-#: Experts with fewer values in a matrix gain less from packing than each packed product costs to call (measured:
-#: 27,648 lose below 64 rows, 49,152 win).
-MIN_PACKED_VALUES = 32768
+#: Experts with fewer values in a matrix gain less from packing than each packed product costs to call (measured against
+#: `grouped`: 49,152 are 0.8 times as fast at 1 to 4 tokens and 1.2 at 64; 90,112 are 0.9 and 1.2 to 1.5).
+MIN_PACKED_VALUES = 65536
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first CUDA devices whose instructions know float8_e4m3fn.
 MIN_FP8_CAPABILITY = (8, 9)
@@ -99,7 +99,8 @@ def choose(
 ) -> ExpertFFN:
     """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet.
 
-    Raises UserError when the named implementation is unknown or cannot run here; only "auto" chooses.
+    Raises UserError when the named implementation is unknown or cannot run here, and for a dtype that this CPU has no
+    instructions for; only "auto" chooses.
     """
     if implementation not in IMPLEMENTATIONS:
         raise UserError.of("--expert-ffn", implementation, f"unknown; allowed: {', '.join(IMPLEMENTATIONS)}")
@@ -107,6 +108,8 @@ def choose(
         raise UserError.of("--device", device, "no expert FFN for it; allowed: cpu, cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError.of("--device", device, "torch finds no CUDA device; allowed here: cpu")
+    if device.type == "cpu":
+        _refuse_slow(dtype)
     widths = tuple(widths)
     if implementation == "auto":
         name, reason = _best(device, dtype, act, widths)
@@ -197,6 +200,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     dtype = getattr(torch, name)
-    if device.type == "cpu" and (hindrance := cpu.why_not_dtype(dtype)):
-        raise UserError.of("--dtype", name, f"{hindrance}; allowed here: auto, float32")
+    if device.type == "cpu":
+        _refuse_slow(dtype)
     return dtype
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return what to compute weights of `dtype` in: float32 on a CPU without native instructions for it."""
+    return torch.float32 if device.type == "cpu" and cpu.why_not_dtype(dtype) else dtype
+
+
+def _refuse_slow(dtype: torch.dtype) -> None:
+    if hindrance := cpu.why_not_dtype(dtype):
+        raise UserError.of("--dtype", dtype_name(dtype), f"{hindrance}; allowed here: auto, float32")

@@ -65,8 +65,32 @@ class PlainLayout:
         """Return a whole stack in this layout; without a copy where it is in it already."""
         return LayerWeights(*(part.detach().to(self.device, self.dtype) for part in (gate_up_SMD, down_SDM)))
 
-    def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(*shape, dtype=self.dtype, device=self.device)
+    def _empty(self, num_slots: int, num_rows: int, num_columns: int) -> torch.Tensor:
+        return torch.empty(num_slots, num_rows, num_columns, dtype=self.dtype, device=self.device)
+
+
+class TransposedLayout(PlainLayout):
+    """The shapes of `PlainLayout` as views of memory that holds each matrix transposed; always a copy.
+
+    A product x W' then reads its second factor in order, which MKL does faster at few rows. Measured for `GroupedFFN`
+    on an EPYC of 2024, one thread, fp32, AVX-512 and AVX2 code, experts of 80 x 192 to 1376 x 4096, 25 to 75 % active:
+    1.02 to 1.32 times at 1 to 16 tokens, 1.00 to 1.25 at 64 and 256. kernels.md, section 4, saw 1.2 to 1.5 at 2 to 32.
+    """
+
+    def put(self, weights: LayerWeights, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        # Written from this side, and in one dtype, torch copies in blocks: 5 times faster.
+        weights.gate_up_SMD[slot].t().copy_(gate_up.to(self.dtype).t())
+        weights.down_SDM[slot].t().copy_(down.to(self.dtype).t())
+
+    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> LayerWeights:
+        num_slots, hidden, width = down_SDM.shape
+        weights = self.allocate(num_slots, width, hidden)
+        for slot in range(num_slots):
+            self.put(weights, slot, gate_up_SMD[slot].detach(), down_SDM[slot].detach())
+        return weights
+
+    def _empty(self, num_slots: int, num_rows: int, num_columns: int) -> torch.Tensor:
+        return super()._empty(num_slots, num_columns, num_rows).transpose(1, 2)
 
 
 class PaddedLayout(PlainLayout):

@@ -18,14 +18,16 @@ from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
 class FastExperts:
     """Every layer's experts as the chosen implementation holds them, made once from the model's weights.
 
-    Weights that change afterwards are not seen, and an implementation that packs or pads holds a second copy beside
-    the model's own. UserError where `implementation` is unknown or cannot run.
+    Weights that change afterwards are not seen, and an implementation that packs, pads or transposes holds a second copy
+    beside the model's own. Half precision is computed in float32 on a CPU without native instructions for it.
+    UserError where `implementation` is unknown or cannot run.
     """
 
     def __init__(self, implementation: str, mlps: list[RoutedMLP], device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         widths = {mlps[0].hidden_size, *(mlp.cut.expert_width for mlp in mlps)}
-        self._ffn = expert_ffn.choose(implementation, device, dtype, act=mlps[0].act_name, widths=widths)
+        self._compute_dtype = expert_ffn.compute_dtype(dtype, device)
+        self._ffn = expert_ffn.choose(implementation, device, self._compute_dtype, act=mlps[0].act_name, widths=widths)
         self._units = {mlp.layer: self._hold(mlp) for mlp in mlps if mlp.experts is not None}
         self._shared = {
             mlp.layer: self._ffn.stack(mlp.shared.gate_up_proj[None], mlp.shared.down_proj[None])
@@ -54,7 +56,7 @@ class FastExperts:
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D]: what `mlp` computes of `x_TD`."""
         if mlp.layer in self._shared:
-            return self._ffn.dense(x_TD, self._shared[mlp.layer])
+            return self._ffn.dense(x_TD.to(self._compute_dtype), self._shared[mlp.layer]).to(x_TD.dtype)
         if mlp.layer not in self._units:
             return torch.zeros_like(x_TD)
         segment = self._planned.get(mlp.layer)
@@ -62,7 +64,7 @@ class FastExperts:
             ids_TK, weights_TK = mlp.policy.choose(mlp, x_TD)
             weights_T1K = None if weights_TK is None else weights_TK[:, None]
             segment = self._build(mlp.cut, ids_TK[:, None], weights_T1K).layer(0)
-        return self._ffn.layer(x_TD, segment, self._units[mlp.layer])
+        return self._ffn.layer(x_TD.to(self._compute_dtype), segment, self._units[mlp.layer]).to(x_TD.dtype)
 
     def _hold(self, mlp: RoutedMLP) -> expert_ffn.LayerUnits:
         assert mlp.experts is not None

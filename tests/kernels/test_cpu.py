@@ -156,6 +156,14 @@ def test_a_slot_moves_as_it_is_held(ffn_class):
     assert new.slot_bytes == 3 * M * D * item
 
 
+def test_grouped_weights_lie_transposed_and_keep_their_shapes():
+    ffn, (gate_up, down) = GroupedFFN("silu"), random_experts()
+    weights = ffn.stack(gate_up.bfloat16(), down.double())
+    assert torch.equal(weights.gate_up_SMD, gate_up.bfloat16().float()) and torch.equal(weights.down_SDM, down)
+    assert weights.gate_up_SMD[1].t().is_contiguous() and weights.down_SDM[1].t().is_contiguous()
+    assert LoopFFN("silu").stack(gate_up, down).down_SDM.data_ptr() == down.data_ptr(), "the loop shares the caller's"
+
+
 def test_unaligned_rows_are_refused_with_the_width():
     assert "43" in cpu.why_not_grouped([64, 43], torch.float32)
     assert cpu.why_not_grouped([64, 44], torch.float32) == ""

@@ -6,7 +6,7 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.kernels import cpu, cpu_packed
-from pregate.kernels.expert_ffn import choose, choose_dtype, why_not
+from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, why_not
 
 CPU = torch.device("cpu")
 LARGE = (1024, 352)
@@ -59,8 +59,7 @@ def test_a_named_implementation_is_taken_or_refused():
         pick("grouped", widths=(64, 43))
     with pytest.raises(UserError, match="allowed: auto, packed, grouped, loop"):
         pick("fastest")
-    with pytest.raises(UserError, match="int8 takes float32 rows"):
-        choose("int8", CPU, torch.bfloat16, act="silu", widths=(64,))
+    assert "int8 takes float32 rows" in why_not("int8", CPU, torch.bfloat16, "silu", (64,))
 
 
 def test_int8_is_never_chosen_for_the_user():
@@ -122,3 +121,10 @@ def test_dtype_is_float32_on_a_cpu_unless_it_can_do_better(monkeypatch):
         choose_dtype("bfloat16", CPU)
     with pytest.raises(UserError, match="allowed: auto, float32"):
         choose_dtype("int8", CPU)
+    with pytest.raises(UserError, match="--dtype bfloat16: this CPU has no native bfloat16; allowed here: auto, float32"):
+        choose("auto", CPU, torch.bfloat16, act="silu", widths=(64, 32))
+    assert compute_dtype(torch.bfloat16, CPU) is torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert compute_dtype(torch.bfloat16, CPU) is torch.bfloat16
+    assert compute_dtype(torch.float16, torch.device("cuda")) is torch.float16
+    assert choose("auto", CPU, torch.bfloat16, act="silu", widths=(64, 32)).name in ("packed", "grouped", "loop")

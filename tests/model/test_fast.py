@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from pregate.base.errors import UserError
+from pregate.kernels import reference
 from pregate.model.gates import Choice
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -95,3 +97,28 @@ model(torch.tensor([[5, 6, 7]]))
 assert {{"pregate.kernels.segments", "pregate.model.fast"}} <= loaded(), loaded()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
+@pytest.mark.parametrize("name", ["grouped", "packed"])
+def test_a_cpu_without_bfloat16_computes_experts_in_float32(tiny_layerwise_checkpoint, name, monkeypatch):
+    """The model stays in bfloat16; its experts answer what fp32 products of its weights give."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    model = RoutedForCausalLM.from_pretrained(
+        tiny_layerwise_checkpoint, dtype=torch.bfloat16, experts_implementation=name
+    ).eval()
+    with torch.no_grad():
+        assert model(prompt()).logits.dtype == torch.bfloat16
+    mlp = next(mlp for mlp in model.routed_mlps if mlp.experts is not None)
+    x_TD = torch.randn(5, mlp.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    ids_TK = torch.tensor([[0], [1], [0], [1], [0]])
+    mlp.policy = types.SimpleNamespace(choose=lambda *_: Choice(ids_TK))
+    with torch.no_grad():
+        got = model._fast.forward(mlp, x_TD)
+        wide = mlp.float()
+        x_TD, stacks = x_TD.float(), (wide.experts.gate_up_proj, wide.experts.down_proj)
+        act = reference.activation(mlp.act_name)
+        wanted = reference.add_routed(wide.shared(x_TD), x_TD, ids_TK, None, *stacks, act)
+    assert got.dtype == torch.bfloat16
+    # Products in another order may round a value to its neighbour; bfloat16 products would do so to most.
+    assert (got == wanted.bfloat16()).float().mean() > 0.98
