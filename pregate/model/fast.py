@@ -18,8 +18,8 @@ from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
 class FastExperts:
     """Every layer's experts as the chosen implementation holds them, made once from the model's weights.
 
-    Weights that change afterwards are not seen, and an implementation that packs, pads or transposes holds a second copy
-    beside the model's own. Half precision is computed in float32 on a CPU without native instructions for it.
+    Weights that change afterwards are not seen, and an implementation that packs, pads or transposes holds a second
+    copy beside the model's own. Half precision is computed in float32 on a CPU without native instructions for it.
     UserError where `implementation` is unknown or cannot run.
     """
 

@@ -121,7 +121,7 @@ def test_dtype_is_float32_on_a_cpu_unless_it_can_do_better(monkeypatch):
         choose_dtype("bfloat16", CPU)
     with pytest.raises(UserError, match="allowed: auto, float32"):
         choose_dtype("int8", CPU)
-    with pytest.raises(UserError, match="--dtype bfloat16: this CPU has no native bfloat16; allowed here: auto, float32"):
+    with pytest.raises(UserError, match="--dtype bfloat16: this CPU has no native bfloat16; allowed here"):
         choose("auto", CPU, torch.bfloat16, act="silu", widths=(64, 32))
     assert compute_dtype(torch.bfloat16, CPU) is torch.float32
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
