@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.base.errors import UserError
+from pregate.base.log import get_logger
 from pregate.kernels import segments
 from pregate.kernels.expert_ffn import ExpertFFN
 from pregate.kernels.units import LayerUnits
@@ -21,6 +22,8 @@ from pregate.kernels.units import LayerUnits
 ROUTINGS = ("uniform", "zipf", "grouped")
 #: What a rotation of layers must exceed, so that no cache holds the weights from one call to the next.
 ROTATED_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,21 @@ def make_segment(ids_TK: torch.Tensor, num_routed: int, ffn: ExpertFFN, device: 
 
 
 def time_ms(
-    runs: Mapping[str, Callable[[int], object]], num_layers: int, *, budget_s: float, device: torch.device
+    runs: Mapping[str, Callable[[int], object]],
+    num_layers: int,
+    *,
+    budget_s: float,
+    device: torch.device,
+    min_turns: int = 3,
 ) -> dict[str, float]:
     """Return the time of each run, called with the layers in rotation, all in turn so that they meet the same noise.
 
     On a CPU: the lower quartile of the calling thread's CPU time (torch must have one thread), which a busy machine
-    disturbs least. On CUDA: the median of replays of a graph over all layers, where the run can be captured.
+    disturbs least; `budget_s` ends the turns once there were `min_turns`. On CUDA: the median of replays of a graph
+    over all layers; a run that waits for the device cannot be captured, is timed as plain calls, and is logged.
     """
     if device.type == "cuda":
-        return {name: _cuda_ms(run, num_layers) for name, run in runs.items()}
+        return {name: _cuda_ms(name, run, num_layers) for name, run in runs.items()}
     taken_s: dict[str, list[float]] = {name: [] for name in runs}
     layers = itertools.cycle(range(num_layers))
     stop_s = time.perf_counter() + budget_s
@@ -133,12 +142,17 @@ def time_ms(
             started_s = time.thread_time()
             run(next(layers))
             taken_s[name].append(time.thread_time() - started_s)
-        if turn >= 2 and time.perf_counter() > stop_s:
+        if turn + 1 >= min_turns and time.perf_counter() > stop_s:
             break
     return {name: sorted(taken)[len(taken) // 4] * 1e3 for name, taken in taken_s.items()}
 
 
-def _cuda_ms(run: Callable[[int], object], num_layers: int, num_replays: int = 20) -> float:
+def is_capture_error(error: torch.AcceleratorError) -> bool:
+    """True where CUDA refused only to record a call in a graph, as it does when the call waits for the device."""
+    return "captur" in str(error)
+
+
+def _cuda_ms(name: str, run: Callable[[int], object], num_layers: int, num_replays: int = 20) -> float:
     """Milliseconds of one call: a CUDA graph over all layers, or plain calls where the run needs the host."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -151,8 +165,10 @@ def _cuda_ms(run: Callable[[int], object], num_layers: int, num_replays: int = 2
             for layer in range(num_layers):
                 run(layer)
         replay = graph.replay
-    except RuntimeError:
-        # Not capturable: it waits for the device, which is part of what it costs.
+    except torch.AcceleratorError as error:
+        if not is_capture_error(error):
+            raise
+        _log.warning("%s waits for the device, which is part of what it costs: timed as plain calls", name)
         torch.cuda.synchronize()
 
         def replay() -> None:

@@ -1,22 +1,30 @@
 """Block sizes of the Triton kernels: a rule picks the row, a small table per device says the rest.
 
-The table is `block_sizes.json`, which `pregate bench kernels --tune` rewrites; serving never tunes.
+The table is `block_sizes.json`, which `pregate bench kernels --tune` rewrites; serving never tunes. A device without a
+row gets the default one, cut down to the shared memory it has.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pregate.base.errors import UserError
+from pregate.base.log import get_logger
 
 TABLE_PATH = Path(__file__).with_name("block_sizes.json")
 #: Row of the table that serves a device without one of its own.
 DEFAULT_DEVICE = "sm_90"
 KERNELS = ("gate_up", "down", "decode_gate_up", "decode_down")
 BLOCK_MS = (16, 32, 64, 128)
+#: The shortest pipeline that overlaps loads and products, and the shortest block along K that is worth a product.
+MIN_STAGES, MIN_BLOCK_K = 2, 32
+#: Bytes of the widest type the table serves (fp32 has blocks of its own), and of a stage's barrier.
+ITEM_BYTES, BARRIER_BYTES = 2, 8
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,8 +59,28 @@ class BlockTable:
         return self.by_rows[kernel][block_m]
 
     @classmethod
-    def load(cls, device: str, path: Path = TABLE_PATH) -> BlockTable:
-        """Read the table of `device` (a name as torch gives it), else the default one; UserError if it is damaged."""
+    def load(cls, device: str, path: Path = TABLE_PATH, *, max_shared_bytes: int | None = None) -> BlockTable:
+        """Read the row of `device` (a name as torch gives it), else the default one; UserError if it is damaged.
+
+        `max_shared_bytes`, what one block may have on this device, cuts the default row (see `fit`) and logs the cut.
+        """
+        table = cls._read(device, path)
+        if max_shared_bytes is None or table.device == device:
+            return table
+        rows = {
+            kernel: {block_m: fit(kernel, block_m, sizes, max_shared_bytes) for block_m, sizes in by_block_m.items()}
+            for kernel, by_block_m in table.by_rows.items()
+        }
+        cut = [f"{kernel} {m}" for kernel in KERNELS for m in rows[kernel] if rows[kernel][m] != table.sizes(kernel, m)]
+        _log.info(
+            "no block sizes for %s: those of %s, cut to %d bytes of shared memory: %s; "
+            "`pregate bench kernels --tune --device cuda` finds better ones",
+            *(device, table.device, max_shared_bytes, ", ".join(cut) or "all fit"),
+        )
+        return cls(table.device, rows)
+
+    @classmethod
+    def _read(cls, device: str, path: Path) -> BlockTable:
         try:
             tables = json.loads(path.read_text())
             name = device if device in tables else DEFAULT_DEVICE
@@ -72,6 +100,32 @@ class BlockTable:
             for kernel, rows in self.by_rows.items()
         }
         path.write_text(json.dumps(tables, indent=1, sort_keys=True) + "\n")
+
+
+def shared_bytes(kernel: str, block_m: int, sizes: BlockSizes) -> int:
+    """Shared memory of a launch in 16-bit types: per stage a block of rows, one of weights (gate-up: two), a barrier.
+
+    What the compiler reports; a test holds it for every row of the table.
+
+    Example: gate_up, 128 rows, blocks 64 x 64, 4 stages: 4 * ((128 + 2 * 64) * 64 * 2 + 8) = 131104.
+    """
+    weight_rows = sizes.block_n * (2 if kernel == "gate_up" else 1)
+    return sizes.num_stages * ((block_m + weight_rows) * sizes.block_k * ITEM_BYTES + BARRIER_BYTES)
+
+
+def fit(kernel: str, block_m: int, sizes: BlockSizes, max_shared_bytes: int) -> BlockSizes:
+    """Return `sizes` with fewer stages, then shorter blocks along K, until a launch fits `max_shared_bytes`.
+
+    UserError where nothing fits. Example: gate_up, 128 rows, blocks 64 x 64, 4 stages in 101376 bytes: 3 stages.
+    """
+    while shared_bytes(kernel, block_m, sizes) > max_shared_bytes:
+        if sizes.num_stages > MIN_STAGES:
+            sizes = replace(sizes, num_stages=sizes.num_stages - 1)
+        elif sizes.block_k > MIN_BLOCK_K:
+            sizes = replace(sizes, block_k=sizes.block_k // 2)
+        else:
+            raise UserError.of(kernel, block_m, f"no block sizes fit {max_shared_bytes} bytes of shared memory")
+    return sizes
 
 
 def block_m_for(num_rows: int, num_units: int) -> int:

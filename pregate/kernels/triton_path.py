@@ -73,7 +73,8 @@ class TritonFFN:
         # Slot 0, and where it was copied to: a copy in every layer would be a wait in every layer.
         self._dense_slots = np.zeros(1, dtype=np.int32)
         self._dense_slots_on: dict[torch.device, torch.Tensor] = {}
-        self.table = BlockTable.load(properties.name if properties else "")
+        name = properties.name if properties else ""
+        self.table = BlockTable.load(name, max_shared_bytes=_max_shared_bytes(device) if cuda else None)
 
     def block_m(self, num_rows: int, num_units: int) -> int:
         """Rows per tile that segments for this implementation should be built with."""
@@ -286,6 +287,13 @@ class TritonFFN:
 def _on_grid(kernel: Any, *grid: int) -> Any:
     """The launcher of a kernel; a launch's arguments are not those that the kernel's body is typed by."""
     return kernel[grid]
+
+
+def _max_shared_bytes(device: torch.device) -> int:
+    """What one block may have on `device`, as Triton asks before it launches."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    driver: Any = triton.runtime.driver.active
+    return int(driver.utils.get_device_properties(index)["max_shared_mem"])
 
 
 def _short(dtype: torch.dtype) -> str:

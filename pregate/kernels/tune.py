@@ -6,11 +6,13 @@ Run by `pregate bench kernels --tune`; nothing is tuned while serving.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
 from pregate.kernels import bench, block_sizes
 from pregate.kernels.bench import DenseLayer, Shape
@@ -37,7 +39,7 @@ def candidates(kernel: str, block_m: int) -> Iterator[BlockSizes]:
 
 
 def time_on_device(call: Callable[[], object]) -> float:
-    """Milliseconds of `call`, its weights cold in L2; inf if its blocks do not fit the device."""
+    """Milliseconds of `call`, its weights cold in L2; inf if its blocks do not fit the device, and no other error."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -75,8 +77,21 @@ def tune(
                 ffn.table = BlockTable(name, {**rows, kernel: {**rows[kernel], block_m: sizes}})
                 return lambda: ffn.layer(x_TD, segment, units)  # noqa: B023 (called before the next turn)
 
-            timed = [(timer(trial(sizes)), number, sizes) for number, sizes in enumerate(choices(kernel, block_m))]
-            best_ms, _, rows[kernel][block_m] = min(timed)
-            _log.info("%s, %d rows: %s, %.4f ms", kernel, block_m, rows[kernel][block_m], best_ms)
+            tried = list(choices(kernel, block_m))
+            timed_ms = [timer(trial(sizes)) for sizes in tried]
+            rows[kernel][block_m] = _fastest(f"{kernel}, {block_m} rows", tried, timed_ms)
     ffn.table = BlockTable(name, rows)
     return ffn.table
+
+
+def _fastest(what: str, tried: list[BlockSizes], timed_ms: list[float]) -> BlockSizes:
+    """Return the first of the fastest and log it, and each that did not fit; PregateError if none did."""
+    for sizes, taken_ms in zip(tried, timed_ms, strict=True):
+        if math.isinf(taken_ms):
+            _log.warning("%s: %s does not fit this device; skipped", what, sizes)
+    best_ms = min(timed_ms)
+    if math.isinf(best_ms):
+        raise PregateError(f"{what}: none of {len(tried)} block sizes fits this device")
+    best = tried[timed_ms.index(best_ms)]
+    _log.info("%s: %s, %.4f ms", what, best, best_ms)
+    return best
