@@ -101,7 +101,10 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """All layers of a step: the arrays of `Segment` with a leading L (`ids` and `weights` [T, L, K])."""
+    """All layers of a step: the arrays of `Segment` with a leading L (`ids` and `weights` [T, L, K]).
+
+    `bad_ids` int32 [L]: how many ids of each layer are no expert, where a device sorted them; see `check_ids`.
+    """
 
     num_shared: int
     block_m: int
@@ -114,6 +117,7 @@ class Segments:
     ids_TLK: torch.Tensor
     row_weight: torch.Tensor | None = None
     weights_TLK: torch.Tensor | None = None
+    bad_ids: torch.Tensor | None = None
 
     def layer(self, layer: int) -> Segment:
         """Return views of one layer's arrays."""
@@ -131,18 +135,38 @@ class Segments:
             weights_TK=None if self.weights_TLK is None else self.weights_TLK[:, layer].contiguous(),
         )
 
+    def check_ids(self) -> None:
+        """ValueError if ids that a device sorted lie outside [-1, num_routed), as `build` raises at once.
+
+        It waits for the device, so it is for the moment when the step's other results are read: outside a CUDA graph,
+        after each replay. Unread, such ids are not silent either: their tokens come out as NaN (but with atomics).
+        """
+        if self.bad_ids is None:
+            return
+        counts = self.bad_ids.tolist()
+        if any(counts):
+            bad = {layer: count for layer, count in enumerate(counts) if count}
+            num_routed = self.offsets.shape[1] - 1 - self.num_shared
+            raise ValueError(f"expert ids must lie in [-1, {num_routed}); others, by layer: {bad}")
+
     def to(self, device: torch.device) -> Segments:
-        """Return a copy on `device`; the buffers travel as one array, without waiting for it."""
+        """Return these segments on `device`: themselves if they are there, else a copy whose buffers travel as one
+        array, without waiting for it."""
+        here = self.row_token.device
+        if here.type == device.type and device.index in (None, here.index):
+            return self
         parts = [getattr(self, name) for name in (*_BUFFERS, "ids_TLK")]
         flat = torch.cat([part.reshape(-1) for part in parts])
-        if device.type == "cuda":
-            flat = flat.pin_memory().to(device, non_blocking=True)
-        pieces = flat.split([part.numel() for part in parts])
+        if device.type == "cuda" and here.type == "cpu":
+            flat = flat.pin_memory()
+        # Only the way to a device may go unawaited: the host would read before it has all.
+        pieces = flat.to(device, non_blocking=device.type == "cuda").split([part.numel() for part in parts])
         moved = {n: p.view(o.shape) for n, p, o in zip((*_BUFFERS, "ids_TLK"), pieces, parts, strict=True)}
-        weights = {n: None if (w := getattr(self, n)) is None else w.to(device) for n in ("row_weight", "weights_TLK")}
-        return replace(self, **moved, **weights)
+        rest = {n: None if (part := getattr(self, n)) is None else part.to(device) for n in _OPTIONAL}
+        return replace(self, **moved, **rest)
 
 
+_OPTIONAL = ("row_weight", "weights_TLK", "bad_ids")
 _BUFFERS = ("row_token", "row_pair", "row_of", "offsets", "tiles", "num_tiles")
 
 

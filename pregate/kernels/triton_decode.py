@@ -118,12 +118,16 @@ def decode_down_kernel(
 ):
     """(C, second half) out[t] = the sum over token t's units, in ascending unit order; grid (D / BLOCK_N).
 
-    Row order: none. Example: ids [[0, 2]], no shared unit: out = down_0 h[0, 0] + down_2 h[0, 1]; 1 and 3 are skipped.
+    A token with an id that is no expert gets NaN. Row order: none.
+    Example: ids [[0, 2]], no shared unit: out = down_0 h[0, 0] + down_2 h[0, 1]; units 1 and 3 are skipped.
     """
     tokens = tl.arange(0, PADDED)
     ns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = ns < D
     out = tl.zeros((BLOCK_N, PADDED), tl.float32)
+    for k in range(K):
+        ids = tl.load(ids_ptr + tokens * K + k, mask=tokens < T, other=-1)
+        out = tl.where(((ids < -1) | (ids >= E - NUM_SHARED))[None, :], float("nan"), out)
     for unit in range(E):
         column = column_of_unit(ids_ptr, unit, T, K, NUM_SHARED, PADDED)
         if tl.max(column, 0) >= 0:

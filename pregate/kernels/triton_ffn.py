@@ -191,13 +191,13 @@ def down_kernel(
 @triton.jit(do_not_specialize_on_alignment=["row_of_ptr"], do_not_specialize=["J"])
 def sum_kernel(
     y_ptr,  # [P, D]
-    row_of_ptr,  # int32 [T, J]: row of each of a token's units, -1 for none
+    row_of_ptr,  # int32 [T, J]: row of each of a token's units, -1 for none, -2 for an id that is no expert
     out_ptr,  # [T, D]
     D,
     J,
     BLOCK_D: tl.constexpr,
 ):
-    """out[t] = the sum in fp32 of y[row_of[t, j]], in column order, so that the result never varies.
+    """out[t] = the sum in fp32 of y[row_of[t, j]], in column order, so that the result never varies; NaN with a -2.
 
     Example: row_of [[0, 2], [1, -1]] gives out = [y[0] + y[2], y[1]].
     """
@@ -209,4 +209,5 @@ def sum_kernel(
         width = tl.where(row < 0, 0, D)
         y_ptrs = y_ptr + tl.maximum(row, 0).to(tl.int64) * D + ds
         acc += tl.load(y_ptrs, mask=ds < width, other=0.0).to(tl.float32)
+        acc = tl.where(row < -1, float("nan"), acc)
     tl.store(out_ptr + token.to(tl.int64) * D + ds, acc.to(out_ptr.dtype.element_ty), mask=ds < D)

@@ -31,6 +31,7 @@ def segments_kernel(
     offsets_ptr,  # int32 [L, E + 1]
     tiles_ptr,  # int32 [L, max_tiles, 3]
     num_tiles_ptr,  # int32 [L]
+    bad_ids_ptr,  # int32 [L]
     T,
     L,
     K,
@@ -44,6 +45,7 @@ def segments_kernel(
     """Program (layer, unit) counts all units of its layer, then writes its own unit's rows, in token order, and tiles.
 
     Counting is repeated by every unit's program, which is cheaper than a second launch: ids are a few KB and in L2.
+    Unit 0's program also counts the ids that are no expert and gives their places the row -2, which the sum makes NaN.
     Example: T = 2, K = 2, ids [[0, 2], [2, -1]], no shared unit: program of unit 2 finds counts [1, 0, 2], starts at
     row 1 and writes row_token[1:3] = [0, 1], row_of[0, 1] = 1, row_of[1, 0] = 2.
     """
@@ -52,16 +54,24 @@ def segments_kernel(
     J = NUM_SHARED + K
     units = tl.arange(0, PADDED_E)
     counts = tl.where(units < NUM_SHARED, T, 0)
+    num_bad = 0
     for pair0 in range(0, T * K, BLOCK):
         pairs = pair0 + tl.arange(0, BLOCK)
         id_ptrs = ids_ptr + (pairs // K) * (L * K) + layer * K + pairs % K
         ids = tl.load(id_ptrs, mask=pairs < T * K, other=-1)
         mine = tl.where(ids >= 0, ids + NUM_SHARED, -1)
         counts += tl.sum((mine[:, None] == units[None, :]).to(tl.int32), 0)
+        if unit == 0:
+            bad = (ids < -1) | (ids >= E - NUM_SHARED)
+            num_bad += tl.sum(bad.to(tl.int32), 0)
+            places = (pairs // K) * J + NUM_SHARED + pairs % K
+            tl.store(row_of_ptr + layer * (T * J) + places, -2, mask=bad)
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     start = tl.sum(tl.where(units < unit, counts, 0), 0)
     count = tl.sum(tl.where(units == unit, counts, 0), 0)
     tl.store(offsets_ptr + layer * (E + 1) + unit, start)
+    if unit == 0:
+        tl.store(bad_ids_ptr + layer, num_bad)
     if unit == E - 1:
         tl.store(offsets_ptr + layer * (E + 1) + E, start + count)
         tl.store(num_tiles_ptr + layer, tl.sum(tiles, 0))
@@ -95,7 +105,10 @@ def segments_kernel(
 
 
 def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, block_m: int) -> Segments:
-    """`segments.build` where `ids_TLK` (int32) lives: one launch after the buffers are cleared, no wait."""
+    """`segments.build` where `ids_TLK` (int32) lives: one launch after the buffers are cleared, no wait.
+
+    Ids are data here: whoever reads the step's results asks `Segments.check_ids`.
+    """
     num_tokens, num_layers, num_k = ids_TLK.shape
     num_units, num_columns = num_shared + num_routed, num_shared + num_k
     num_rows = num_tokens * num_columns
@@ -114,6 +127,7 @@ def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, 
         tiles=full(0, num_layers, size, 3),
         num_tiles=full(0, num_layers),
         ids_TLK=ids_TLK.contiguous(),
+        bad_ids=full(0, num_layers),
     )
     launch: Any = segments_kernel[(num_layers, num_units)]
     launch(
@@ -124,6 +138,7 @@ def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, 
         built.offsets,
         built.tiles,
         built.num_tiles,
+        built.bad_ids,
         num_tokens,
         num_layers,
         num_k,

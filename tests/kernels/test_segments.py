@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,3 +93,18 @@ def test_what_a_host_reads_of_a_segment():
     one = build(WORKED, 2, num_shared=1).layer(0)
     assert (one.visits.slot_list, one.visits.count_list) == ([0, 1, 2], [3, 2, 2])
     assert one.tokens.tolist() == [0, 1, 2, 0, 2, 0, 1]
+
+
+def test_segments_already_there_are_not_copied():
+    built = build(WORKED, 2, num_shared=1, weights_TLK=torch.ones(3, 1, 2))
+    assert built.to(torch.device("cpu")) is built
+    moved = built.to(torch.device("meta"))
+    assert moved.row_of.shape == built.row_of.shape and moved.row_of.device.type == "meta"
+    assert moved.row_weight is not None and moved.row_weight.device.type == "meta"
+
+
+def test_ids_that_a_device_found_bad_are_an_error_when_asked():
+    build(WORKED, 2).check_ids()
+    replace(build(WORKED, 2), bad_ids=torch.tensor([0])).check_ids()
+    with pytest.raises(ValueError, match=r"\[-1, 2\); others, by layer: \{1: 3\}"):
+        replace(build(WORKED.expand(-1, 2, -1), 2, num_shared=1), bad_ids=torch.tensor([0, 3])).check_ids()

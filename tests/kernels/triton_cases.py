@@ -62,9 +62,10 @@ def cases(device: torch.device) -> list[Case]:
     return [
         *(on_device if device.type == "cuda" else []),
         *(Case(f"{t} tokens", tokens=t) for t in numbers),
-        Case("1 token fp16", tokens=1, dtype="float16", weighted=True),
+        *(Case(f"{t} tokens fp16", tokens=t, dtype="float16", k=3, weighted=t % 2 == 0) for t in numbers),
+        *(Case(f"{k} of 4 experts, {t} tokens", tokens=t, k=k, dtype="float16") for k in (1, 2, 3, 4) for t in (5, 21)),
         Case("8 tokens ragged fp16", tokens=8, routing="ragged", dtype="float16"),
-        Case("64 tokens fp16", tokens=64, dtype="float16", weighted=True),
+        Case("70 tokens ragged fp16", tokens=70, routing="ragged", dtype="float16", k=4),
         Case("65 tokens fp16 swapped", tokens=65, dtype="float16", block_m=16),
         Case("ragged with weights", tokens=33, routing="ragged", weighted=True, act="gelu_pytorch_tanh"),
         Case("one expert takes all", tokens=40, routing="one", k=1, act="gelu"),
@@ -72,6 +73,7 @@ def cases(device: torch.device) -> list[Case]:
         Case("every expert", tokens=20, k=4),
         Case("every expert of 3 tokens", tokens=3, k=4, weighted=True),
         Case("shared only", tokens=17, routed=0, k=0, shared=2),
+        Case("shared only fp16", tokens=65, routed=0, k=0, shared=1, dtype="float16"),
         Case("shared only, 2 tokens", tokens=2, routed=0, k=0, shared=2),
         Case("no shared", tokens=19, shared=0, routing="ragged"),
         Case("no shared, 5 tokens", tokens=5, shared=0, routing="ragged"),
@@ -89,12 +91,14 @@ def cases(device: torch.device) -> list[Case]:
         Case("absent units", tokens=12, by="absent"),
         Case("absent units of 2 tokens", tokens=2, by="absent"),
         Case("absent units of a group", tokens=5, by="absent pairs"),
+        Case("ids that are no expert", tokens=12, by="bad ids"),
+        Case("ids that are no expert of 4 tokens", tokens=4, by="bad ids", dtype="float16"),
         Case("absent units, unchecked", tokens=12, by="absent unchecked"),
         Case("absent units of 2 tokens, unchecked", tokens=2, by="absent unchecked"),
         *([Case("captured in a graph", tokens=40, by="graph")] if device.type == "cuda" else []),
         Case("tuned", hidden=64, by="tune"),
         Case("segments of 5 tokens", tokens=5, by="segments", routing="ragged", block_m=2),
-        Case("segments of 300 tokens", tokens=300, by="segments", routing="ragged", k=3, routed=6),
+        Case("segments of 300 tokens", tokens=300, by="segments", routing="ragged", k=3, routed=6, weighted=True),
     ]
 
 
@@ -213,27 +217,44 @@ def run_segments(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor
     device = build_on_device(
         ids_TLK.to(inputs.device, torch.int32), case.routed, num_shared=case.shared, block_m=block_m
     )
-    names = ("row_token", "row_pair", "row_of", "offsets", "tiles", "num_tiles")
+    device.check_ids()
+    if inputs.weights_TK is not None:
+        weights_TLK = inputs.weights_TK[:, None].expand(-1, 3, -1)
+        host = segments.with_weights(host, weights_TLK)
+        device = segments.with_weights(device, weights_TLK.to(inputs.device))
+    names = ("row_token", "row_pair", "row_of", "offsets", "tiles", "num_tiles", *["row_weight"] * case.weighted)
     pick = [torch.cat([getattr(s, name).cpu().double().reshape(-1) for name in names]) for s in (device, host)]
     return pick[0], pick[1]
 
 
 def run_tune(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two candidates per row, the second said to be faster: every row of the table becomes the second."""
+    """Three candidates per row: one does not fit, the last is said to be the fastest and becomes every row.
+
+    Where none fits there is no table.
+    """
     shape = bench.Shape("tiny", case.hidden, 8 * case.width)
     ffn = TritonFFN("silu", inputs.device, torch.float16, tma=False)
     runs: list[int] = []
 
     def timer(call: Callable[[], object]) -> float:
-        call()
         runs.append(1)
+        if len(runs) % 3 == 1:
+            return math.inf
+        call()
         return 1.0 / len(runs)
 
     def choices(kernel: str, block_m: int) -> Iterator[BlockSizes]:
+        yield BlockSizes(64, 64, 4, 2)
         yield ffn.table.sizes(kernel, block_m)
         yield BlockSizes(32, 32, 4, 2)
 
     table = tune.tune(ffn, shape, inputs.device, torch.float16, timer=timer, choices=choices)
+    try:
+        tune.tune(ffn, shape, inputs.device, torch.float16, timer=lambda call: math.inf, choices=choices)
+        said = "nothing"
+    except PregateError as error:
+        said = str(error)
+    assert "none of 3 block sizes fits" in said, said
     found = [sizes == BlockSizes(32, 32, 4, 2) for rows in table.by_rows.values() for sizes in rows.values()]
     return torch.tensor(found).double(), torch.ones(10, dtype=torch.float64)
 
@@ -257,6 +278,7 @@ def run_absent(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_unchecked(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Where nobody checked, the rows of a unit without a slot are NaN and all others are right."""
+    inputs.ids_TK[:2] = torch.tensor([[0, 2], [1, 3]])
     ffn = make_ffn(case, inputs)
     assert inputs.shared is not None
     units = ffn.units(inputs.shared, case.shared, inputs.gate_up_RMD, inputs.down_RDM)
@@ -268,8 +290,30 @@ def run_unchecked(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tenso
     got = ffn.layer(inputs.on_device("x_TD"), built.to(inputs.device).layer(0), unchecked).cpu()
     hit_T = (inputs.ids_TK == 2).any(dim=1)
     wanted = inputs.answer()
+    assert hit_T.any() and not hit_T.all(), "the case must have tokens of both kinds"
     assert got[hit_T].isnan().all(), "an absent unit must not look like numbers"
     return got[~hit_T], wanted[~hit_T]
+
+
+def run_bad_ids(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids below -1 and past the last expert: the device says so, their tokens are NaN, all others are right."""
+    wanted = inputs.answer()
+    inputs.ids_TK[0, 1], inputs.ids_TK[2, 0] = case.routed, -2
+    ffn = make_ffn(case, inputs)
+    shared = inputs.shared and (inputs.shared[0].to(inputs.device), inputs.shared[1].to(inputs.device))
+    units = ffn.units(shared, case.shared, inputs.on_device("gate_up_RMD"), inputs.on_device("down_RDM"))
+    ids_T2K = torch.stack([inputs.ids_TK.clamp(-1, case.routed - 1), inputs.ids_TK], dim=1)
+    built = build_on_device(ids_T2K.to(inputs.device, torch.int32), case.routed, num_shared=case.shared, block_m=16)
+    got = ffn.layer(inputs.on_device("x_TD"), built.layer(1), units).cpu()
+    try:
+        built.check_ids()
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    assert said == "expert ids must lie in [-1, 4); others, by layer: {1: 2}", said
+    assert got[[0, 2]].isnan().all(), "a token with an id that is no expert must not look like numbers"
+    right = [token for token in range(case.tokens) if token not in (0, 2)]
+    return got[right], wanted[right]
 
 
 def run_graph(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -301,6 +345,7 @@ def run(case: Case, device: torch.device, seed: int) -> dict[str, object]:
     inputs = Inputs(case, device, torch.Generator().manual_seed(seed))
     started_s = time.perf_counter()
     runners = {"layer": run_layer, "pairs": run_pairs, "segments": run_segments, "tune": run_tune, "graph": run_graph}
+    runners["bad ids"] = run_bad_ids
     got, wanted = runners.get(case.by, run_absent)(case, inputs)
     error = (got.double() - wanted).abs().max().item() if got.numel() else 0.0
     # A NaN must not compare as small.
