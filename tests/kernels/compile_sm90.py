@@ -1,5 +1,7 @@
 """Compiles every configuration of the block-size table for sm_90, with no GPU: one line of JSON per configuration.
 
+Beside them: what a smaller card without a row of its own would get, for sm_86.
+
     python tests/kernels/compile_sm90.py
 
 Each line has the instructions found in the PTX (wgmma, bulk tensor copies), registers, stack and local memory as
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pregate.kernels import triton_decode, triton_ffn, triton_segments
-from pregate.kernels.block_sizes import BlockSizes, BlockTable
+from pregate.kernels.block_sizes import BlockSizes, BlockTable, shared_bytes
 from pregate.kernels.triton_path import FP32_SIZES
 
-TARGET = GPUTarget("cuda", 90, 32)
+SM_90 = GPUTarget("cuda", 90, 32)
+SM_86 = GPUTarget("cuda", 86, 32)
+#: What one block may have on a card of capability 8.6: 99 KiB.
+MAX_SHARED_SM_86 = 99 * 1024
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 BUFFERS = ("x_ptr", "h_ptr", "y_ptr", "out_ptr", "w", "w_ptr", "scale_ptr")
 #: Arguments that are multiples of 16 in every model we serve: the compiler then emits 16-byte loads.
@@ -53,66 +59,106 @@ def source(kernel: Any, element: str, constants: dict[str, Any], weights: str) -
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def tiled(kernel: str, block_m: int, sizes: BlockSizes, *, tma: bool, quant: str = "", atomic: bool = False):
-    """The source of kernel A or B."""
-    constants: dict[str, Any] = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": sizes.block_n,
-        "BLOCK_K": sizes.block_k,
-        "SWAP": sizes.swap,
-        "TMA": tma,
-        "SCALED": bool(quant),
-    }
-    element = "fp32" if sizes is FP32_SIZES else "bf16"
-    held = quant or element
-    weights = f"tensordesc<{held}[{sizes.block_n},{sizes.block_k}]>" if tma else f"*{held}"
-    constants |= {} if quant else {"scale_ptr": None}
-    if kernel == "gate_up":
-        constants |= {"ACT": "silu", "WEIGHTED": False, "row_weight_ptr": None}
-        return source(triton_ffn.gate_up_kernel, element, constants, weights)
-    return source(triton_ffn.down_kernel, element, {**constants, "ATOMIC": atomic}, weights)
+@dataclass(frozen=True)
+class Config:
+    """One compilation. `quant` names 8-bit weights; `tma` is for tiled kernels, `act` and `weighted` for gate-up."""
+
+    kernel: str
+    block_m: int
+    sizes: BlockSizes
+    element: str = "bf16"
+    act: str = "silu"
+    weighted: bool = False
+    tma: bool = True
+    quant: str = ""
+    atomic: bool = False
+    target: GPUTarget = SM_90
+
+    @property
+    def name(self) -> str:
+        up = self.kernel.endswith("gate_up")
+        marks = {"sm_86": self.target != SM_90, "tma": self.has_tma, "atomic": self.atomic}
+        marks |= {self.act: up, "weighted": up and self.weighted, self.quant: bool(self.quant)}
+        return " ".join([self.kernel, str(self.block_m), self.element, *(mark for mark in marks if marks[mark])])
+
+    @property
+    def is_decode(self) -> bool:
+        return self.kernel.startswith("decode")
+
+    @property
+    def has_tma(self) -> bool:
+        return self.tma and not self.is_decode
+
+    @property
+    def needs_wgmma(self) -> bool:
+        return self.element != "fp32" and self.target == SM_90
+
+    def source(self) -> ASTSource:
+        constants = self._decode() if self.is_decode else self._tiled()
+        constants |= {"SCALED": bool(self.quant)} | ({} if self.quant else {"scale_ptr": None})
+        if self.kernel.endswith("gate_up"):
+            unused = {} if self.weighted else {"weights_ptr" if self.is_decode else "row_weight_ptr": None}
+            constants |= {"ACT": self.act, "WEIGHTED": self.weighted, **unused}
+        held = self.quant or self.element
+        block = f"[{self.sizes.block_n},{self.sizes.block_k}]"
+        weights = f"tensordesc<{held}{block}>" if self.has_tma else f"*{held}"
+        return source(KERNELS[self.kernel], self.element, constants, weights)
+
+    def _tiled(self) -> dict[str, Any]:
+        sizes = self.sizes
+        shape = {"BLOCK_M": self.block_m, "BLOCK_N": sizes.block_n, "BLOCK_K": sizes.block_k}
+        rest = {"ATOMIC": self.atomic} if self.kernel == "down" else {}
+        return {**shape, "SWAP": sizes.swap, "TMA": self.tma, **rest}
+
+    def _decode(self) -> dict[str, Any]:
+        block = {"HALF_N": triton_decode.HALF} if self.kernel.endswith("up") else {"BLOCK_N": self.sizes.block_n}
+        return {"NUM_SHARED": 1, "BLOCK_K": self.sizes.block_k, "PADDED": triton_decode.PADDED_TOKENS, **block}
 
 
-def decode(kernel: str, sizes: BlockSizes, *, quant: str = ""):
-    """The source of one half of kernel C."""
-    constants: dict[str, Any] = {
-        "NUM_SHARED": 1,
-        "BLOCK_K": sizes.block_k,
-        "SCALED": bool(quant),
-        "PADDED": triton_decode.PADDED_TOKENS,
-    }
-    constants |= {} if quant else {"scale_ptr": None}
-    weights = f"*{quant or 'bf16'}"
-    if kernel == "decode_gate_up":
-        constants |= {"ACT": "silu", "WEIGHTED": False, "weights_ptr": None, "HALF_N": triton_decode.HALF}
-        return source(triton_decode.decode_gate_up_kernel, "bf16", constants, weights)
-    return source(triton_decode.decode_down_kernel, "bf16", {**constants, "BLOCK_N": sizes.block_n}, weights)
+KERNELS = {
+    "gate_up": triton_ffn.gate_up_kernel,
+    "down": triton_ffn.down_kernel,
+    "decode_gate_up": triton_decode.decode_gate_up_kernel,
+    "decode_down": triton_decode.decode_down_kernel,
+}
 
 
-def configurations() -> Iterator[tuple[str, ASTSource, BlockSizes, bool]]:
-    """Name, source, sizes and whether it must use wgmma, for the whole table and for what the table does not say."""
+def configurations() -> Iterator[Config]:
+    """The whole table in bf16 and fp16, with every activation and routing weights, and what the table does not say."""
     table = BlockTable.load("")
-    for kernel in ("gate_up", "down"):
-        for block_m, sizes in table.by_rows[kernel].items():
-            yield f"{kernel} {block_m} tma", tiled(kernel, block_m, sizes, tma=True), sizes, True
-        for block_m in (16, 128):
-            sizes = table.sizes(kernel, block_m)
-            yield f"{kernel} {block_m} pointers", tiled(kernel, block_m, sizes, tma=False), sizes, True
-        sizes = table.sizes(kernel, 64)
-        for quant in QUANTISED:
-            yield f"{kernel} 64 tma {quant}", tiled(kernel, 64, sizes, tma=True, quant=quant), sizes, True
-        yield f"{kernel} 128 fp32", tiled(kernel, 128, FP32_SIZES, tma=True), FP32_SIZES, False
-    sizes = table.sizes("down", 64)
-    yield "down 64 atomic", tiled("down", 64, sizes, tma=True, atomic=True), sizes, True
-    for kernel in ("decode_gate_up", "decode_down"):
-        sizes = table.sizes(kernel, 16)
-        yield kernel, decode(kernel, sizes), sizes, True
-        for quant in QUANTISED:
-            yield f"{kernel} {quant}", decode(kernel, sizes, quant=quant), sizes, True
-    small = BlockSizes(block_n=1, block_k=1, num_warps=4, num_stages=2)
-    yield "sum", source(triton_ffn.sum_kernel, "bf16", {"BLOCK_D": 1024}, ""), small, False
+    for kernel, rows in table.by_rows.items():
+        for block_m, sizes in rows.items():
+            plain = Config(kernel, block_m, sizes)
+            yield plain
+            if not kernel.endswith("gate_up"):
+                yield replace(plain, element="fp16")
+                continue
+            yield replace(plain, element="fp16", act="gelu", weighted=True)
+            yield replace(plain, act="gelu_pytorch_tanh", weighted=True)
+        for block_m in {16, 128} & set(rows) if not plain.is_decode else ():
+            yield Config(kernel, block_m, table.sizes(kernel, block_m), tma=False)
+        block_m = 16 if plain.is_decode else 64
+        yield from (Config(kernel, block_m, table.sizes(kernel, block_m), quant=quant) for quant in QUANTISED)
+    yield Config("gate_up", 128, FP32_SIZES, element="fp32", act="gelu", weighted=True)
+    yield Config("down", 128, FP32_SIZES, element="fp32")
+    yield Config("down", 64, table.sizes("down", 64), atomic=True)
+    yield from cut_configurations(table)
+
+
+def cut_configurations(table: BlockTable) -> Iterator[Config]:
+    """What a device without a row gets where the default row does not fit, for a card of capability 8.6."""
+    cut = BlockTable.load("a card", max_shared_bytes=MAX_SHARED_SM_86)
+    for kernel, rows in cut.by_rows.items():
+        for block_m, sizes in rows.items():
+            if sizes != table.sizes(kernel, block_m):
+                yield Config(kernel, block_m, sizes, element="fp16", act="gelu", weighted=True, tma=False, target=SM_86)
+
+
+def small_kernels() -> Iterator[tuple[str, ASTSource]]:
+    """The kernels that the table says nothing of."""
+    yield "sum", source(triton_ffn.sum_kernel, "bf16", {"BLOCK_D": 1024}, "")
     constants = {"NUM_SHARED": 1, "BLOCK_M": 64, "BLOCK": 256, "PADDED_E": 16}
-    yield "segments", source(triton_segments.segments_kernel, "bf16", constants, ""), small, False
+    yield "segments", source(triton_segments.segments_kernel, "bf16", constants, "")
 
 
 def inspect(compiled: Any) -> dict[str, Any]:
@@ -135,12 +181,28 @@ def inspect(compiled: Any) -> dict[str, Any]:
 
 def main() -> None:
     only = sys.argv[1] if len(sys.argv) > 1 else ""
-    for name, ast_source, sizes, needs_wgmma in configurations():
-        if only not in name:
+    for config in configurations():
+        if only not in config.name:
             continue
+        sizes = config.sizes
         options = {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
-        compiled = triton.compile(ast_source, target=TARGET, options=options)
-        print(json.dumps({"name": name, "needs_wgmma": needs_wgmma, **inspect(compiled)}), flush=True)
+        compiled = triton.compile(config.source(), target=config.target, options=options)
+        said = {
+            "kernel": config.kernel,
+            "block_m": config.block_m,
+            "element": config.element,
+            "act": config.act,
+            "weighted": config.weighted,
+            "arch": config.target.arch,
+            "needs_wgmma": config.needs_wgmma,
+            "needs_bulk_copy": config.has_tma,
+            "estimated_bytes": shared_bytes(config.kernel, config.block_m, sizes),
+        }
+        print(json.dumps({"name": config.name, **said, **inspect(compiled)}), flush=True)
+    for name, ast_source in small_kernels():
+        if only in name:
+            compiled = triton.compile(ast_source, target=SM_90, options={"num_warps": 4, "num_stages": 2})
+            print(json.dumps({"name": name, "kernel": name, **inspect(compiled)}), flush=True)
 
 
 if __name__ == "__main__":

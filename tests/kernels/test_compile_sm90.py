@@ -18,6 +18,8 @@ PROGRAM = Path(__file__).with_name("compile_sm90.py")
 ROOT = Path(__file__).resolve().parents[2]
 #: What one block may have on sm_90: 227 KiB.
 MAX_SHARED_BYTES = 227 * 1024
+SMALLER_ARCH = 86
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or platform.machine() != "x86_64",
@@ -39,11 +41,31 @@ def kernels(tmp_path_factory) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_every_configuration_of_the_table(kernels):
+    tiled = [found for found in kernels.values() if found.get("arch") == 90]
     table = BlockTable.load("")
-    for kernel in ("gate_up", "down"):
-        assert {f"{kernel} {block_m} tma" for block_m in table.by_rows[kernel]} <= set(kernels)
+    for kernel, rows in table.by_rows.items():
+        for element in ("bf16", "fp16"):
+            compiled = {f["block_m"] for f in tiled if (f["kernel"], f["element"]) == (kernel, element)}
+            assert compiled == set(rows), (kernel, element)
+        if kernel.endswith("gate_up"):
+            for block_m in rows:
+                of_row = [f for f in tiled if (f["kernel"], f["block_m"]) == (kernel, block_m)]
+                assert {f["act"] for f in of_row} == set(ACTIVATIONS) and {f["weighted"] for f in of_row} == {
+                    True,
+                    False,
+                }
     for name, found in kernels.items():
-        assert found["wgmma"] or not found["needs_wgmma"], name
         assert found["stack_bytes"] == found["local_bytes"] == 0, f"{name} spills: {found}"
         assert found["shared_bytes"] <= MAX_SHARED_BYTES, name
-        assert found["bulk_copy"] == ("tma" in name or name.endswith(("fp32", "atomic"))), name
+    for found in tiled:
+        assert found["wgmma"] or not found["needs_wgmma"], found["name"]
+        assert found["bulk_copy"] == found["needs_bulk_copy"], found["name"]
+        assert found["element"] == "fp32" or found["shared_bytes"] <= found["estimated_bytes"], found["name"]
+
+
+@pytest.mark.slow
+def test_sizes_cut_for_a_smaller_card_fit_it(kernels):
+    cut = [found for found in kernels.values() if found.get("arch") == SMALLER_ARCH]
+    assert {found["kernel"] for found in cut} == {"gate_up", "decode_gate_up", "down", "decode_down"}
+    for found in cut:
+        assert found["shared_bytes"] <= found["estimated_bytes"] <= 99 * 1024, found["name"]
