@@ -14,8 +14,18 @@ D, M, S = 32, 24, 5
 EXACT = [LoopFFN, GroupedFFN, PackedFFN]
 
 
-def random_experts(num_slots: int = S, width: int = M) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Every uninitialised tensor starts as NaN, so that what nobody wrote cannot look right."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_experts(num_slots: int = S, width: int = M, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     gate_up = torch.randn(num_slots, 2 * width, D, generator=generator) / D**0.5
     return gate_up, torch.randn(num_slots, D, width, generator=generator) / width**0.5
 
@@ -60,20 +70,21 @@ def test_pairs_equal_the_reference(ffn_class, act, slots, counts, num_rows):
 
 
 @pytest.mark.parametrize("ffn_class", EXACT)
-@pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 64, 257])
+@pytest.mark.parametrize("num_k", [1, 3, S])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_layer_equals_float64_token_by_token(ffn_class, num_tokens, weighted):
+def test_a_layer_equals_float64_token_by_token(ffn_class, num_tokens, num_k, weighted):
     seed = int.from_bytes(os.urandom(4), "little")
     print("seed", seed)
     generator = torch.Generator().manual_seed(seed)
-    gate_up, down = random_experts()
-    wide = random_experts(1, 2 * M)
+    gate_up, down = random_experts(seed=seed + 1)
+    wide = random_experts(1, 2 * M, seed + 2)
     shared = (wide[0][0], wide[1][0])
     x_TD = torch.randn(num_tokens, D, generator=generator)
-    ids_TK = torch.rand(num_tokens, S, generator=generator).argsort(dim=1)[:, :3].sort(dim=1).values
+    ids_TK = torch.rand(num_tokens, S, generator=generator).argsort(dim=1)[:, :num_k].sort(dim=1).values
     # Tokens with fewer experts, and one expert that nobody takes.
     ids_TK = torch.where((torch.rand(ids_TK.shape, generator=generator) < 0.3) | (ids_TK == 3), -1, ids_TK)
-    weights_TK = torch.rand(num_tokens, 3, generator=generator) if weighted else None
+    weights_TK = torch.rand(num_tokens, num_k, generator=generator) if weighted else None
     wanted = reference.add_routed(
         reference.expert_ffn(x_TD.double(), shared[0].double(), shared[1].double(), torch.nn.functional.silu),
         x_TD.double(),
@@ -89,10 +100,11 @@ def test_a_layer_equals_float64_token_by_token(ffn_class, num_tokens, weighted):
     )
     got = ffn.layer(x_TD, segment, ffn.units(shared, 2, gate_up, down))
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
-    if num_tokens > 1:
-        alone = torch.full_like(ids_TK, -1)
-        only = ffn.layer(x_TD, segments.build(alone[:, None], S).layer(0), ffn.units(None, 0, gate_up, down))
-        assert torch.equal(only, torch.zeros_like(x_TD)), "no shared expert and no routed one: nothing"
+    alone = segments.build(torch.full_like(ids_TK, -1)[:, None], S).layer(0)
+    only = ffn.layer(x_TD, alone, ffn.units(shared, 2, gate_up, down))
+    assert torch.equal(only, ffn.dense(x_TD, ffn.stack(*wide))), "the shared expert only"
+    nothing = ffn.layer(x_TD, alone, ffn.units(None, 0, gate_up, down))
+    assert torch.equal(nothing, torch.zeros_like(x_TD)), "no shared expert and no routed one: nothing"
 
 
 @pytest.mark.parametrize("ffn_class", [*EXACT, Int8FFN])
