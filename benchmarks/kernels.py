@@ -6,35 +6,32 @@
 Dense FFNs of three shapes are cut into 8 slices, one shared, so that 25, 50 or 75 % are active. Weights rotate over
 enough layers that no cache holds them. All contenders of a cell run in turn. Routing metadata is made before the clock
 starts, for every contender that takes it, and is timed apart; transformers' sort their rows themselves. A picture and
-tables go beside the JSON. Cells whose dense FFN exceeds --max-gflop are left out, and listed.
+tables go beside the JSON, which is written after every cell: --resume measures what it lacks. Cells whose dense FFN
+takes more than 75 GFLOP are timed in 2 turns on a CPU, all others in at least 3; those above --max-gflop are left out,
+and listed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
-from benchmarks.kernel_tables import tables
-from benchmarks.speedup_picture import draw
+from benchmarks.kernel_report import Report
 from benchmarks.surroundings import surroundings
 from pregate.base.dtypes import dtype_name
 from pregate.kernels import bench, cpu_packed, segments
 from pregate.kernels.bench import ROUTINGS, SHAPES, DenseLayer, Shape
 from pregate.kernels.cpu import grouped_mm
-from pregate.kernels.expert_ffn import ExpertFFN, choose, choose_dtype
-from pregate.kernels.units import GroupRows
+from pregate.kernels.expert_ffn import ExpertFFN, choose, choose_dtype, why_not
 
 PERCENTS = (25, 50, 75)
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
@@ -42,6 +39,8 @@ TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 METADATA_LAYERS = 32
 #: transformers' batched experts copy the weights of every pair: beyond this they only fill the memory.
 MAX_BATCHED_TOKENS = 4
+#: A dense FFN of more operations takes about a second or more on a CPU: fewer turns, whose spread is small by then.
+LARGE_FLOPS, LARGE_TURNS, TURNS = 75e9, 2, 3
 Run = Callable[[int], object]
 
 
@@ -100,7 +99,8 @@ class Stage:
         number = shape.num_layers(dtype, device.type)
         self.layers = [DenseLayer.random(shape, dtype, device, seed) for seed in range(number)]
         widths = (shape.hidden, shape.expert_width)
-        names = ("auto", "triton-int8", "triton-fp8") if device.type == "cuda" else ("auto", "int8")
+        lossy = ("triton-int8", "triton-fp8") if device.type == "cuda" else ("int8",)
+        names = ["auto", *(name for name in lossy if not why_not(name, device, dtype, "silu", widths))]
         self.ffns: dict[str, ExpertFFN] = {n: choose(n, device, dtype, act="silu", widths=widths) for n in names}
         self.units = {name: [layer.units(ffn) for layer in self.layers] for name, ffn in self.ffns.items()}
         self.transformers = {
@@ -113,13 +113,12 @@ class Stage:
 
     def runs(self, x_TD: torch.Tensor, ids_TK: torch.Tensor) -> dict[str, Run]:
         num_tokens = len(x_TD)
-        whole = GroupRows(np.zeros(1, np.int32), np.array([num_tokens]), np.arange(num_tokens, dtype=np.int32))
         plain = segments.build(ids_TK.cpu()[:, None], self.shape.num_routed).to(self.device).layer(0)
         pieces = [(e, torch.where((ids_TK == e).any(dim=1))[0]) for e in ids_TK.unique().tolist()]
         same = self.ffns["auto"]
         runs: dict[str, Run] = {
             "dense": lambda n: self.layers[n].forward(x_TD),
-            "dense, our products": lambda n: same.pairs(x_TD, whole, self.dense_weights[n]),
+            "dense, our products": lambda n: same.dense(x_TD, self.dense_weights[n]),
         }
         for name, ffn in self.ffns.items():
             segment = bench.make_segment(ids_TK.cpu(), self.shape.num_routed, ffn, self.device)
@@ -180,25 +179,35 @@ def metadata_ms(shape: Shape, ids_TK: torch.Tensor, ffn: ExpertFFN, device: torc
     return sorted(taken)[1] * 1e3 / METADATA_LAYERS
 
 
-def cells(stage: Stage, arguments: argparse.Namespace, bounds: dict[str, float]) -> Iterator[dict[str, Any]]:
-    """Measure one shape: every batch size, active share and routing."""
-    shape = stage.shape
+def wanted_cells(shape: Shape, arguments: argparse.Namespace, report: Report) -> Iterator[tuple[int, int, str]]:
+    """Tokens, percent and routing of every cell of `shape` that is to be measured."""
     for num_tokens in arguments.tokens:
-        if shape.flops(num_tokens) > arguments.max_gflop * 1e9:
-            continue
-        generator = torch.Generator().manual_seed(num_tokens)
-        x_TD = torch.randn(num_tokens, shape.hidden, generator=generator).to(stage.device, stage.dtype)
-        for percent in PERCENTS:
-            for routing in ROUTINGS:
-                num_k = shape.num_active(percent)
-                ids_TK = bench.route(routing, num_tokens, shape.num_routed, num_k, generator).to(stage.device)
-                runs = stage.runs(x_TD, ids_TK)
-                differs = stage.check(runs)
-                taken_ms = bench.time_ms(runs, len(stage.layers), budget_s=arguments.budget_s, device=stage.device)
-                yield describe(stage, ids_TK, percent, routing, taken_ms, bounds) | {
-                    "differs": differs,
-                    "metadata_ms_per_layer": metadata_ms(shape, ids_TK, stage.ffns["auto"], stage.device),
-                }
+        if shape.flops(num_tokens) <= arguments.max_gflop * 1e9:
+            for percent in arguments.percents:
+                for routing in arguments.routings:
+                    if (shape.name, num_tokens, percent, routing) not in report:
+                        yield num_tokens, percent, routing
+
+
+def measure(
+    stage: Stage, num_tokens: int, percent: int, routing: str, budget_s: float, bounds: dict[str, float]
+) -> dict[str, Any]:
+    """Measure one cell; its inputs depend on nothing but what it is."""
+    shape, started_s = stage.shape, time.perf_counter()
+    generator = torch.Generator().manual_seed(num_tokens)
+    x_TD = torch.randn(num_tokens, shape.hidden, generator=generator).to(stage.device, stage.dtype)
+    generator.manual_seed(num_tokens * 1000 + percent * 10 + ROUTINGS.index(routing))
+    ids_TK = bench.route(routing, num_tokens, shape.num_routed, shape.num_active(percent), generator).to(stage.device)
+    runs = stage.runs(x_TD, ids_TK)
+    differs = stage.check(runs)
+    min_turns = LARGE_TURNS if shape.flops(num_tokens) > LARGE_FLOPS else TURNS
+    taken_ms = bench.time_ms(runs, len(stage.layers), budget_s=budget_s, device=stage.device, min_turns=min_turns)
+    return describe(stage, ids_TK, percent, routing, taken_ms, bounds) | {
+        "differs": differs,
+        "metadata_ms_per_layer": metadata_ms(shape, ids_TK, stage.ffns["auto"], stage.device),
+        "min_turns": min_turns,
+        "seconds": round(time.perf_counter() - started_s, 1),
+    }
 
 
 def describe(
@@ -242,55 +251,66 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--shapes", nargs="+", default=[s.name for s in SHAPES])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--max-gflop", type=float, help="of the dense FFN; default 75 on a CPU, no limit on CUDA")
-    parser.add_argument("--budget-s", type=float, default=0.5, help="per cell, after three turns of every contender")
+    parser.add_argument("--percents", type=int, nargs="+", default=PERCENTS, choices=PERCENTS)
+    parser.add_argument("--routings", nargs="+", default=ROUTINGS, choices=ROUTINGS)
+    parser.add_argument("--max-gflop", type=float, default=float("inf"), help="of the dense FFN; default: no limit")
+    parser.add_argument("--budget-s", type=float, default=0.5, help="per cell, after the least number of turns")
     parser.add_argument("--out", type=Path, help="write JSON here, tables and a picture beside it")
+    parser.add_argument("--resume", action="store_true", help="keep the cells of --out and measure only the others")
     arguments = parser.parse_args()
-    arguments.max_gflop = arguments.max_gflop or (75 if arguments.device == "cpu" else float("inf"))
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device; allowed here: cpu")
     return arguments
 
 
-def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(1)
-    around, started_s = surroundings("kernels", ("transformers",)), time.perf_counter()
-    device = torch.device(arguments.device)
-    dtype = choose_dtype(arguments.dtype, device)
-    results: list[dict[str, Any]] = []
-    with torch.inference_mode():
-        bounds = ceilings(device, dtype)
-        print({name: round(value, 1) for name, value in bounds.items()}, flush=True)
-        for name in arguments.shapes:
-            stage = Stage(bench.shape_named(name), device, dtype)
-            for cell in cells(stage, arguments, bounds):
-                print(line(cell), flush=True)
-                results.append(cell)
-            del stage
-            gc.collect()
+def start_report(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Report:
+    """What is known before the first cell."""
     left_out = [
         f"{shape.name} at {tokens} tokens"
         for shape in map(bench.shape_named, arguments.shapes)
         for tokens in arguments.tokens
         if shape.flops(tokens) > arguments.max_gflop * 1e9
     ]
-    report = {
-        **around,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "dtype": dtype_name(dtype),
-        "clock": "CPU time of the calling thread, lower quartile"
-        if device.type == "cpu"
-        else "CUDA graph replays, plain calls of what waits for the host",
-        "load_average_after": os.getloadavg()[0],
-        "seconds": round(time.perf_counter() - started_s),
-        "ceilings": bounds,
-        "left_out": left_out,
-        "cells": results,
-    }
-    if arguments.out:
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-        arguments.out.with_suffix(".svg").write_text(draw(report))
-        arguments.out.with_suffix(".md").write_text(tables(report))
+    on_cpu = device.type == "cpu"
+    return Report(
+        arguments.out,
+        {
+            **surroundings("kernels", ("transformers",)),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+            "dtype": dtype_name(dtype),
+            "clock": f"CPU time of the calling thread, lower quartile of {TURNS} turns or more, the lesser of "
+            f"{LARGE_TURNS} where the dense FFN takes more than {LARGE_FLOPS / 1e9:.0f} GFLOP"
+            if on_cpu
+            else "CUDA graph replays, plain calls of what waits for the host",
+            "ceilings": ceilings(device, dtype),
+            "left_out": left_out,
+        },
+    )
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(1)
+    started_s, device = time.perf_counter(), torch.device(arguments.device)
+    dtype = choose_dtype(arguments.dtype, device)
+    with torch.inference_mode():
+        report = start_report(arguments, device, dtype)
+        if arguments.resume:
+            report.resume()
+        bounds = report.whole(0)["ceilings"]
+        print({name: round(value, 1) for name, value in bounds.items()}, flush=True)
+        for shape in map(bench.shape_named, arguments.shapes):
+            wanted = list(wanted_cells(shape, arguments, report))
+            stage = Stage(shape, device, dtype) if wanted else None
+            for num_tokens, percent, routing in wanted:
+                assert stage is not None
+                cell = measure(stage, num_tokens, percent, routing, arguments.budget_s, bounds)
+                print(line(cell), flush=True)
+                report.add(cell, time.perf_counter() - started_s)
+            del stage
+            gc.collect()
+    report.finish(time.perf_counter() - started_s)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,62 @@
+"""The kernel benchmark: it goes on where it was cut off, and says in a sentence when there is no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernel_report import SAME, Report
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def around(**changed):
+    told = {name: f"this {name}" for name in SAME}
+    first = {
+        "command": "first",
+        "date": "today",
+        "load_average": 0.5,
+        "ceilings": {"copy_gbyte_s": 1.0},
+        "left_out": [],
+    }
+    return {**told, **first, **changed}
+
+
+def cell(tokens: int) -> dict:
+    return {"shape": "quartet", "tokens": tokens, "percent": 25, "routing": "uniform", "ms": {"pregate": 1.0}}
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
+    path = tmp_path / "kernels.json"
+    cut = Report(path, around())
+    cut.add(cell(16), 2.0)
+    cut.add(cell(4), 3.4)
+    resumed = Report(path, around(command="second", date="tomorrow", ceilings={"copy_gbyte_s": 2.0}))
+    resumed.resume()
+    assert ("quartet", 4, 25, "uniform") in resumed and ("quartet", 8, 25, "uniform") not in resumed
+    resumed.add(cell(8), 5.0)
+    whole = json.loads(path.read_text())
+    assert [found["tokens"] for found in whole["cells"]] == [4, 8, 16]
+    assert (whole["seconds"], whole["command"], whole["resumed"]) == (8, "first", "tomorrow")
+    assert whole["ceilings"] == {"copy_gbyte_s": 1.0}, "shares of one table are of one measurement"
+
+
+def test_cells_of_another_machine_are_not_taken_over(tmp_path):
+    path = tmp_path / "kernels.json"
+    with pytest.raises(SystemExit, match="is no file of results"):
+        Report(path, around()).resume()
+    Report(path, around()).add(cell(4), 1.0)
+    with pytest.raises(SystemExit, match="hardware was this hardware and is that; measure anew"):
+        Report(path, around(hardware="that")).resume()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_its_command_says_so():
+    command = [sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", "--dtype", "bfloat16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "--device cuda: torch finds no CUDA device; allowed here: cpu" in done.stderr
+    assert "Traceback" not in done.stderr
