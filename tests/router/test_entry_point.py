@@ -1,7 +1,8 @@
-"""The backbone's shared experts run through the kernels' entry point, whether hosts are asked or one is at hand."""
+"""Shared and routed experts of a served model run through the kernels' entry point, however many hosts there are."""
 
 import pytest
 
+from pregate.kernels import reference
 from pregate.kernels.cpu import LoopFFN
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.layers import SharedExpert
@@ -9,27 +10,34 @@ from tests.router.serving import engine_in_process, serve
 
 
 def forbidden(*_):
-    raise AssertionError("a shared expert ran on the reference, past the entry point")
+    raise AssertionError("an expert ran on the reference, past the entry point")
+
+
+def noted(monkeypatch, name: str) -> list[int]:
+    """The rows of every call of an entry point of `LoopFFN`, the base of every CPU implementation; it runs as ever."""
+    found, real = [], getattr(LoopFFN, name)
+
+    def call(self, x, *args, **kwargs):
+        found.append(len(x))
+        return real(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(LoopFFN, name, call)
+    return found
 
 
 @pytest.mark.parametrize("num_hosts", [1, 2])
-def test_every_shared_expert_of_every_step_goes_through_the_entry_point(
-    tiny_layerwise_checkpoint, num_hosts, monkeypatch
-):
-    widths, dense = [], LoopFFN.dense
-
-    def noted(self, x_TD, weights):
-        """The base of every CPU implementation but for what it counts."""
-        widths.append(x_TD.shape)
-        return dense(self, x_TD, weights)
-
-    monkeypatch.setattr(LoopFFN, "dense", noted)
+def test_every_expert_of_every_step_goes_through_the_entry_point(tiny_layerwise_checkpoint, num_hosts, monkeypatch):
+    rows = {name: noted(monkeypatch, name) for name in ("dense", "pairs", "layer")}
     monkeypatch.setattr(SharedExpert, "forward", forbidden)
+    monkeypatch.setattr(reference, "add_routed", forbidden)
     cuts = CheckpointReader(tiny_layerwise_checkpoint).config.cuts
     num_layers = sum(cut.num_shared > 0 for cut in cuts)
-    assert num_layers
+    assert num_layers == len(cuts) and all(cut.num_active for cut in cuts)
     with engine_in_process(tiny_layerwise_checkpoint, num_hosts) as (engine, _):
-        widths.clear()
+        for found in rows.values():
+            found.clear()
         served = serve(engine, [[1, 5, 6, 7]], 4, together=True)
     assert len(served.tokens["0"]) == 4
-    assert [shape[0] for shape in widths] == [4] * num_layers + [1] * num_layers * 3, "one prompt, three more tokens"
+    assert rows["dense"] == [4] * num_layers + [1] * num_layers * 3, "one prompt, three more tokens"
+    routed = rows["pairs"] + rows["layer"]
+    assert num_layers * 4 <= len(routed) <= num_layers * 4 * num_hosts, "each layer of each step, by one host or more"
