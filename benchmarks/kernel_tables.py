@@ -26,7 +26,7 @@ def tables(report: dict[str, Any]) -> str:
     parts += [_shape_table(report, shape) for shape in shapes]
     parts.append(_routing_table(report))
     if report["left_out"]:
-        parts.append(f"Left out, too slow here: {'; '.join(report['left_out'])}.")
+        parts.append(f"Left out by --max-gflop: {'; '.join(report['left_out'])}.")
     if report["device"] == "cpu":
         parts.append(f"## GPU\n\nNot measured: no CUDA device at hand. To measure: `{GPU_COMMAND}`")
     return "\n\n".join(parts) + "\n"
@@ -63,6 +63,7 @@ def _routing_table(report: dict[str, Any]) -> str:
         "| --- | --: | --: | --: | --: |",
     ]
     for shape, tokens in dict.fromkeys((shape, tokens) for shape, tokens, _ in cells):
-        values = " | ".join(f"{cells[shape, tokens, routing]:.3g}" for routing in ("uniform", "zipf", "grouped"))
+        taken_ms = [cells.get((shape, tokens, routing)) for routing in ("uniform", "zipf", "grouped")]
+        values = " | ".join("not measured" if ms is None else f"{ms:.3g}" for ms in taken_ms)
         lines.append(f"| {shape} | {tokens} | {values} |")
     return "\n".join(lines)

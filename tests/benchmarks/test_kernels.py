@@ -44,6 +44,22 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path):
     assert whole["ceilings"] == {"copy_gbyte_s": 1.0}, "shares of one table are of one measurement"
 
 
+def test_what_was_not_measured_is_said(tmp_path):
+    """Also that there was no GPU, and how to measure on one."""
+    around = json.loads((ROOT / "benchmarks" / "results" / "kernels.json").read_text())
+    cells = [c for c in around.pop("cells") if c["tokens"] in (1, 4) and (c["tokens"], c["routing"]) != (4, "zipf")]
+    report = Report(tmp_path / "kernels.json", {**around, "left_out": ["1b at 4096 tokens"]})
+    for found in cells:
+        report.add(found, 1.0)
+    report.finish(1.0)
+    page = (tmp_path / "kernels.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| 1b | 4 |"))
+    assert row.split(" | ")[3] == "not measured" and page.count("not measured") == 3
+    assert "Left out by --max-gflop: 1b at 4096 tokens." in page
+    assert "Not measured: no CUDA device" in page and "python -m benchmarks.kernels --device cuda" in page
+    assert (tmp_path / "kernels.svg").read_text().startswith("<svg")
+
+
 def test_cells_of_another_machine_are_not_taken_over(tmp_path):
     path = tmp_path / "kernels.json"
     with pytest.raises(SystemExit, match="is no file of results"):
