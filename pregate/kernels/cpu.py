@@ -7,15 +7,16 @@ Shape letters: T tokens, N rows of a group, P (row, unit) pairs, D hidden width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from pregate.kernels.reference import Activation, activation
-from pregate.kernels.segments import Segment, Visits
-from pregate.kernels.units import GroupRows, LayerUnits, check_present
+from pregate.kernels.segments import Segment, Segments, Visits, build
+from pregate.kernels.units import GroupRows, LayerUnits
 from pregate.kernels.weights import PlainLayout, TransposedLayout
 
 GroupedMM = Callable[..., torch.Tensor]
@@ -30,6 +31,8 @@ class LoopFFN:
     name = "loop"
     #: Segments for this implementation hold routed units only: one wide product serves the shared expert better.
     shared_in_segments = False
+    lossless = True
+    compiles = False
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         self._act: Activation = activation(act)
@@ -52,16 +55,27 @@ class LoopFFN:
     ) -> LayerUnits:
         """Return a layer's routed experts, and its shared expert apart, as one FFN."""
         num_routed = down_RDM.shape[0]
-        wide = None if shared is None else self.stack(shared[0][None], shared[1][None])
+        wide = None if shared is None else partial(self.dense, weights=self.stack(shared[0][None], shared[1][None]))
         routed = self.stack(gate_up_RMD, down_RDM)
         return LayerUnits(routed, np.arange(num_routed, dtype=np.int32), wide)
 
+    def segments(
+        self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
+    ) -> Segments:
+        """Return the segments of these layers; without the shared units, which are not in them."""
+        return build(ids_TLK, num_routed, block_m=max(ids_TLK.shape[0], 1), weights_TLK=weights_TLK)
+
+    def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
+        """Derive now what `pairs` would derive of each group. PregateError for a unit that is in no slot."""
+        for rows in groups:
+            rows.visits.count_list, rows.visits.slot_list, rows.in_order, rows.index  # noqa: B018 (kept by asking)
+        return list(groups)
+
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:
         """Return [P, D]: one row per (row, unit) pair, in order. PregateError for a unit that is in no slot."""
-        check_present(rows.slots, rows.counts)
-        whole = len(rows.row_index) == x_ND.shape[0] and (np.diff(rows.row_index) == 1).all()
-        x_PD = x_ND if whole else x_ND.index_select(0, torch.from_numpy(rows.row_index))
-        return self._run(x_PD, Visits(rows.slots, rows.counts), weights)
+        whole = len(rows.row_index) == x_ND.shape[0] and rows.in_order
+        x_PD = x_ND if whole else x_ND.index_select(0, rows.index)
+        return self._run(x_PD, rows.visits, weights)
 
     def dense(self, x_TD: torch.Tensor, weights: Any) -> torch.Tensor:
         """Return [T, D]: every row through the expert in slot 0."""
@@ -70,7 +84,7 @@ class LoopFFN:
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: the shared expert, then each token's routed ones, added in ascending unit order."""
         units.check(segment, x_TD.shape[0])
-        out_TD = torch.zeros_like(x_TD) if units.shared is None else self.dense(x_TD, units.shared)
+        out_TD = torch.zeros_like(x_TD) if units.shared is None else units.shared(x_TD)
         visits = units.visits(segment)
         if not visits.count_list:
             return out_TD

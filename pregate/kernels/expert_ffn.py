@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
 from pregate.kernels import cpu, cpu_packed
-from pregate.kernels.segments import Segment
+from pregate.kernels.segments import Segment, Segments
 from pregate.kernels.units import GroupRows, LayerUnits
 
 #: By name; "auto" chooses among those that compute without loss (see `_best`).
@@ -51,7 +51,8 @@ class Layout(Protocol):
 class ExpertFFN(Protocol):
     """Runs experts. Shape letters: T tokens, N rows, P (row, unit) pairs, S slots, D hidden width, M expert width.
 
-    `shared_in_segments`: whether `layer` wants segments that hold the shared units too.
+    `shared_in_segments`: whether `layer` wants segments that hold the shared units too. `lossless`: whether weights are
+    held as they come, but for their dtype. `compiles`: whether kernels are compiled when first called (`warm_up.py`).
     """
 
     @property
@@ -62,6 +63,12 @@ class ExpertFFN(Protocol):
 
     @property
     def shared_in_segments(self) -> bool: ...
+
+    @property
+    def lossless(self) -> bool: ...
+
+    @property
+    def compiles(self) -> bool: ...
 
     def block_m(self, num_rows: int, num_units: int) -> int:
         """Return the rows per tile that segments should be built with, for rows over units of a layer (means)."""
@@ -79,6 +86,23 @@ class ExpertFFN(Protocol):
         down_RDM: torch.Tensor,
     ) -> LayerUnits:
         """Return a whole layer for `layer`: its shared expert (one FFN, `num_shared` units wide) and routed ones."""
+        ...
+
+    def segments(
+        self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
+    ) -> Segments:
+        """Return what `layer` reads, for all these layers at once, on the device; ids of any integer type, -1 for none.
+
+        Nothing waits for the device where `ids_TLK` is on the host or already there. ValueError for ids on the host
+        that are out of range.
+        """
+        ...
+
+    def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
+        """Return groups with all that `pairs` makes of the indexes, made for all at once (one copy to a device).
+
+        PregateError for a unit without a slot. A group need not be prepared; `pairs` then does it.
+        """
         ...
 
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:

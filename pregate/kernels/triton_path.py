@@ -5,7 +5,8 @@ Shape letters: T tokens, N rows of a group, P rows (token, unit), U units of a g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from pregate.kernels import segments, triton_decode, triton_ffn
+from pregate.kernels import segments, triton_decode, triton_ffn, triton_segments
 from pregate.kernels.block_sizes import BlockSizes, BlockTable, block_m_for
-from pregate.kernels.segments import Segment
+from pregate.kernels.segments import Segment, Segments
 from pregate.kernels.units import GroupRows, LayerUnits, check_present
 from pregate.kernels.weights import LayerWeights, PaddedLayout, QuantisedLayout, split_shared
 
@@ -49,6 +50,7 @@ class TritonFFN:
     """
 
     shared_in_segments = True
+    compiles = True
 
     def __init__(
         self,
@@ -62,7 +64,9 @@ class TritonFFN:
     ) -> None:
         self.name = "triton" if weight_dtype is None else f"triton-{_short(weight_dtype)}"
         self._act, self._dtype, self._atomic = ACTIVATIONS[act], dtype, atomic
+        self._device = device
         self._scaled = weight_dtype is not None
+        self.lossless = not self._scaled
         layout = PaddedLayout if weight_dtype is None else QuantisedLayout
         self.layout = layout(weight_dtype or dtype, device)
         cuda = device.type == "cuda"
@@ -99,21 +103,49 @@ class TritonFFN:
             self.layout.put(weights, slot, gate_up, down)
         return LayerUnits(weights, np.arange(weights.num_slots, dtype=np.int32))
 
+    def segments(
+        self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
+    ) -> Segments:
+        """Return the segments of these layers on the device: one copy of the ids, one launch, no wait for either."""
+        if not ids_TLK.is_cuda and ids_TLK.numel() and int(ids_TLK.max()) >= num_routed:
+            raise ValueError(f"expert id {int(ids_TLK.max())}; allowed: -1 to {num_routed - 1}")
+        num_rows = ids_TLK.shape[0] * (num_shared + ids_TLK.shape[2])
+        block_m = self.block_m(num_rows, num_shared + num_routed)
+        ids_TLK = self._put(ids_TLK.to(torch.int32))
+        built = triton_segments.build_on_device(ids_TLK, num_routed, num_shared=num_shared, block_m=block_m)
+        return built if weights_TLK is None else segments.with_weights(built, self._put(weights_TLK))
+
+    def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
+        """Return the groups with their arrays on the device: one copy for all. PregateError for a unit in no slot."""
+        arrays, sizes = [], []
+        for rows in groups:
+            check_present(rows.slots, rows.counts)
+            block_m = self.block_m(len(rows.row_index), len(rows.slots))
+            tiles = segments.tile_list(rows.counts, block_m)
+            arrays += [rows.slots, rows.row_index, np.array([len(tiles)]), tiles.reshape(-1)]
+            sizes.append(block_m)
+        if not groups:
+            return []
+        flat = self._put(torch.from_numpy(np.concatenate(arrays).astype(np.int32)))
+        parts = flat.split([len(array) for array in arrays])
+        works = [
+            _Work(block_m, len(row_token), len(tiles) // 3, row_token, None, tiles, num_tiles, unit_slot)
+            for block_m, (unit_slot, row_token, num_tiles, tiles) in zip(sizes, zip(*[iter(parts)] * 4), strict=True)
+        ]
+        return [replace(rows, made=work) for rows, work in zip(groups, works, strict=True)]
+
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: LayerWeights) -> torch.Tensor:
-        """Return [P, D]: one row per (row, unit) pair, in order. PregateError for a unit that is in no slot."""
-        check_present(rows.slots, rows.counts)
-        num_rows, num_units = len(rows.row_index), len(rows.slots)
-        block_m = self.block_m(num_rows, num_units)
-        tiles = segments.tile_list(rows.counts, block_m)
-        parts = (rows.slots, rows.row_index, np.array([len(tiles)]), tiles.reshape(-1))
-        flat = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-        if x_ND.is_cuda:
-            # One copy, and nobody waits for it.
-            flat = flat.pin_memory().to(x_ND.device, non_blocking=True)
-        unit_slot, row_token, num_tiles, tile_rows = flat.split([len(part) for part in parts])
-        work = _Work(block_m, num_rows, len(tiles), row_token, None, tile_rows, num_tiles, unit_slot)
+        """Return [P, D]: one row per (row, unit) pair, in order. PregateError for a unit that is in no slot.
+
+        Also for a few rows: the decode pair (C) would not serve better. Its advantage over A and B is that it needs no
+        order and no index, and here both come with the plan, before the rows; and its down kernel sums over a token's
+        units, where a host answers with every pair's own row.
+        """
+        work = rows.made
+        if work is None:
+            work = self.prepare([rows])[0].made
         h_PM = self._gate_up(x_ND.contiguous(), work, weights)
-        return self._down(h_PM, work, weights, x_ND.new_empty(num_rows, x_ND.shape[1]), atomic=False)
+        return self._down(h_PM, work, weights, x_ND.new_empty(work.num_rows, x_ND.shape[1]), atomic=False)
 
     def dense(self, x_TD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
         """Return [T, D]: every row through the expert in slot 0."""
@@ -149,6 +181,12 @@ class TritonFFN:
             return self._down(h_PM, work, units.weights, out_TD, atomic=True).to(x_TD.dtype)
         y_PD = self._down(h_PM, work, units.weights, x_TD.new_empty(num_rows, x_TD.shape[1]), atomic=False)
         return self._sum(y_PD, segment.row_of, torch.empty_like(x_TD))
+
+    def _put(self, array: torch.Tensor) -> torch.Tensor:
+        """`array` on the device; from the host in a copy that nobody waits for."""
+        if self._device.type != "cuda" or array.is_cuda:
+            return array.to(self._device)
+        return array.pin_memory().to(self._device, non_blocking=True)
 
     def _sizes(self, kernel: str, block_m: int) -> BlockSizes:
         return FP32_SIZES if self._dtype == torch.float32 else self.table.sizes(kernel, block_m)

@@ -5,15 +5,18 @@ Shape letters: U units of a group, E units of a layer, P (row, unit) pairs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 
 from pregate.base.errors import PregateError
 from pregate.kernels.segments import Segment, Visits
-from pregate.kernels.weights import LayerWeights
+
+SharedFFN = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,24 +24,43 @@ class GroupRows:
     """Rows that visit experts, expert by expert. NumPy, on the host.
 
     `slots` int [U] where each expert's weights lie, in any order, -1 for nowhere; `counts` int [U], all positive;
-    `row_index` int [P], P = sum(counts): pair p reads row `row_index[p]`.
+    `row_index` int [P], P = sum(counts): pair p reads row `row_index[p]`. What is derived is kept; `made` is what an
+    implementation's `prepare` made of it (for a device: the arrays there).
     """
 
     slots: np.ndarray
     counts: np.ndarray
     row_index: np.ndarray
+    made: Any = None
+
+    @cached_property
+    def visits(self) -> Visits:
+        """The slots that the pairs visit; PregateError if one of the units is nowhere."""
+        check_present(self.slots, self.counts)
+        return Visits(self.slots, self.counts)
+
+    @cached_property
+    def in_order(self) -> bool:
+        """True where pair p reads row p."""
+        return bool((self.row_index == np.arange(len(self.row_index))).all())
+
+    @cached_property
+    def index(self) -> torch.Tensor:
+        """`row_index` for torch."""
+        return torch.from_numpy(self.row_index)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerUnits:
     """A layer's weights and the slot of each of its units, int32 [E], -1 for nowhere.
 
-    `shared` is set where the shared expert is held apart, as one wide FFN in a stack of one slot.
+    `weights` are what the implementation's layout holds. `shared` runs the shared expert [T, D] -> [T, D] where it is
+    held apart, as one wide FFN.
     """
 
-    weights: LayerWeights
+    weights: Any
     unit_slot: np.ndarray
-    shared: LayerWeights | None = None
+    shared: SharedFFN | None = None
     _on_device: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def slots_on(self, device: torch.device) -> torch.Tensor:

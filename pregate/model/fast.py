@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from pregate.kernels import expert_ffn, segments
-from pregate.kernels.segments import Segment
+from pregate.kernels import expert_ffn
+from pregate.kernels.segments import Segment, Segments
 from pregate.model.config import LayerCut
 from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
 
@@ -71,13 +71,5 @@ class FastExperts:
         shared = None if mlp.shared is None else (mlp.shared.gate_up_proj, mlp.shared.down_proj)
         return self._ffn.units(shared, mlp.cut.num_shared, mlp.experts.gate_up_proj, mlp.experts.down_proj)
 
-    def _build(self, cut: LayerCut, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor | None) -> segments.Segments:
-        num_shared = cut.num_shared if self._ffn.shared_in_segments else 0
-        num_units, num_rows = num_shared + cut.num_routed, ids_TLK.shape[0] * (num_shared + ids_TLK.shape[2])
-        return segments.build(
-            ids_TLK.cpu(),
-            cut.num_routed,
-            num_shared=num_shared,
-            block_m=self._ffn.block_m(num_rows, num_units),
-            weights_TLK=None if weights_TLK is None else weights_TLK.cpu(),
-        ).to(self.device)
+    def _build(self, cut: LayerCut, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor | None) -> Segments:
+        return self._ffn.segments(ids_TLK, cut.num_routed, cut.num_shared, weights_TLK)
