@@ -18,6 +18,7 @@ from pregate.kernels import expert_ffn
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.plans import PlanShelf
+from pregate.workers.prepared import PreparedPlan, prepare
 from pregate.workers.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 from pregate.workers.rows import dtype_name
 from pregate.workers.store import UnitStore
@@ -89,6 +90,7 @@ class ExpertHost:
         self._num_groups = 0
         self._num_rows = 0
         self._num_pairs = 0
+        self._num_prepared = 0
 
     def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
         check_hello(hello, self.options, fingerprint=self.fingerprint, width=self._reader.hidden_size)
@@ -107,37 +109,53 @@ class ExpertHost:
             plan.check()
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        self._plans.put(engine, plan)
+        self._plans.put(engine, prepare(plan, self._ffn, self._store))
 
     def forget(self, engine: str) -> None:
         self._plans.forget(engine)
 
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
-        index = self._index_of(key, rows_ND.shape[0], index)
+        prepared = self._plans.get(key) if index is None else None
+        index = self._index_of(key, rows_ND.shape[0], index, prepared)
         self._check_size(rows_ND, index)
         y_PD = rows_ND.new_empty(0, rows_ND.shape[1])
         if index.num_pairs:
-            slots, weights = self._store.lookup(key.layer, index.expert_ids)
+            rows, weights = self._rows_of(key.layer, index, prepared)
             x_ND = rows_ND.to(self._device, self._dtype)
             with torch.no_grad():
-                y_PD = self._ffn.pairs(x_ND, GroupRows(slots, index.counts, index.row_index), weights)
-        self._num_groups += 1
-        self._num_rows += rows_ND.shape[0]
-        self._num_pairs += index.num_pairs
+                y_PD = self._ffn.pairs(x_ND, rows, weights)
+        self._count(rows_ND.shape[0], index.num_pairs)
         return y_PD.to(rows_ND.device, rows_ND.dtype)
 
-    def _index_of(self, key: GroupKey, num_rows: int, index: GroupIndex | None) -> GroupIndex:
+    def _index_of(
+        self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None
+    ) -> GroupIndex:
         """Return the group's own index, or the plan's; ProtocolError where it does not fit the rows."""
         try:
-            if index is not None:
+            if prepared is None:
+                assert index is not None
                 index.check(num_rows)
                 return index
-            plan = self._plans.get(key)
+            plan = prepared.plan
             if not 0 <= key.layer < plan.num_layers or plan.num_rows[key.layer] != num_rows:
                 raise ValueError(f"layer {key.layer}: {num_rows} rows came, the plan says otherwise")
             return plan.layer(key.layer)
         except ValueError as error:
             raise ProtocolError(f"step {key.step}: {error}") from error
+
+    def _rows_of(self, layer: int, index: GroupIndex, prepared: PreparedPlan | None) -> tuple[GroupRows, Any]:
+        """Return what was prepared for the group and the layer's weights; else look its units up now, reading what is
+        missing."""
+        if prepared is not None and (rows := prepared.rows_of(layer, self._store)) is not None:
+            self._num_prepared += 1
+            return rows, self._store.weights(layer)
+        slots, weights = self._store.lookup(layer, index.expert_ids)
+        return GroupRows(slots, index.counts, index.row_index), weights
+
+    def _count(self, num_rows: int, num_pairs: int) -> None:
+        self._num_groups += 1
+        self._num_rows += num_rows
+        self._num_pairs += num_pairs
 
     def _check_size(self, rows_ND: torch.Tensor, index: GroupIndex) -> None:
         """Hold the group to what the handshake allowed and the answer to what a message may be."""
@@ -159,6 +177,7 @@ class ExpertHost:
             "num_groups": self._num_groups,
             "num_rows": self._num_rows,
             "num_pairs": self._num_pairs,
+            "num_prepared": self._num_prepared,
             **asdict(self._store.stats),
         }
 

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 
 from pregate.base.errors import PregateError, ProtocolError
+from pregate.workers.prepared import PreparedPlan
 from pregate.workers.protocol import GroupKey, HostPlan
 
 #: Plans of this many engines are kept; the one heard of least recently goes first.
@@ -24,25 +25,25 @@ class PlanShelf:
     def __init__(self, num_plans: int) -> None:
         self._num_plans = num_plans
         self._lock = threading.Lock()
-        self._plans: OrderedDict[str, OrderedDict[int, HostPlan]] = OrderedDict()
+        self._plans: OrderedDict[str, OrderedDict[int, PreparedPlan]] = OrderedDict()
 
-    def put(self, engine: str, plan: HostPlan) -> None:
+    def put(self, engine: str, prepared: PreparedPlan) -> None:
         with self._lock:
             steps = self._plans.setdefault(engine, OrderedDict())
-            steps[plan.step] = plan
+            steps[prepared.plan.step] = prepared
             self._plans.move_to_end(engine)
             while len(steps) > self._num_plans:
                 steps.popitem(last=False)
             while len(self._plans) > MAX_ENGINES:
                 self._plans.popitem(last=False)
 
-    def get(self, key: GroupKey) -> HostPlan:
+    def get(self, key: GroupKey) -> PreparedPlan:
         """Return the plan of the group's step; NeedPlanError without one."""
         with self._lock:
-            plan = self._plans.get(key.engine, {}).get(key.step)
-        if plan is None:
+            prepared = self._plans.get(key.engine, {}).get(key.step)
+        if prepared is None:
             raise NeedPlanError(f"no plan for step {key.step}")
-        return plan
+        return prepared
 
     def forget(self, engine: str) -> None:
         with self._lock:

@@ -1,8 +1,11 @@
-"""The units a host holds: in slots per layer, read from the checkpoint one by one, nothing else read."""
+"""The units a host holds: in slots per layer, read from the checkpoint one by one, nothing else read.
+
+Shape letters: L layers, R routed experts, U units asked for, E units of a layer, shared ones first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +17,7 @@ from pregate.kernels.expert_ffn import Layout
 from pregate.model.checkpoint import CheckpointReader
 
 _log = get_logger(__name__)
+Unit = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -30,14 +34,19 @@ class StoreStats:
 class UnitStore:
     """Slots of each layer in ascending expert id, so that slot order is expert order.
 
-    A unit that is asked for and not held is read then and there (a miss) and kept.
+    A unit that is asked for and not held is read then and there (a miss) and kept. `versions` int64 [L] count how often
+    a layer's slots changed: what was looked up under another version is no longer true.
     """
 
     def __init__(self, reader: CheckpointReader, units: Iterable[tuple[int, int]], layout: Layout) -> None:
         self._reader = reader
         self._layout = layout
-        self._experts: dict[int, np.ndarray] = {}
+        # Ids in slot order; shared units of a layer, where held, are -S .. -1.
+        self._ids: dict[int, list[int]] = {}
         self._weights: dict[int, Any] = {}
+        num_routed = [cut.num_routed for cut in reader.config.cuts]
+        self._slot_LR = np.full((len(num_routed), max(num_routed, default=0)), -1, dtype=np.int32)
+        self.versions = np.zeros(len(num_routed), dtype=np.int64)
         self.stats = StoreStats()
         by_layer: dict[int, list[int]] = {}
         for layer, expert in sorted(set(units)):
@@ -45,44 +54,74 @@ class UnitStore:
         for layer, experts in by_layer.items():
             self._load(layer, experts)
 
+    def slots(self, layers: np.ndarray | int, expert_ids: np.ndarray) -> np.ndarray:
+        """Return int32 [U]: the slot of each unit, -1 for one that is not held or does not exist. Reads nothing."""
+        layers = np.asarray(layers)
+        num_layers, num_routed = self._slot_LR.shape
+        exists = (layers >= 0) & (layers < num_layers) & (expert_ids >= 0) & (expert_ids < num_routed)
+        if exists.all():
+            return self._slot_LR[layers, expert_ids]
+        found = self._slot_LR[np.where(exists, layers, 0), np.where(exists, expert_ids, 0)]
+        return np.where(exists, found, -1).astype(np.int32)
+
     def lookup(self, layer: int, expert_ids: np.ndarray) -> tuple[np.ndarray, Any]:
         """Return the slots of these experts (ascending ids) and the layer's weights; reads what is missing.
 
         Raises the checkpoint's UserError for a unit that does not exist.
         """
-        missing = np.setdiff1d(expert_ids, self._experts[layer]) if layer in self._experts else expert_ids
-        if missing.size:
-            _log.info("layer %d: experts %s are not held here; reading them", layer, missing.tolist())
-            self._load(layer, missing.tolist())
-            self.stats.misses += missing.size
-        return np.searchsorted(self._experts[layer], expert_ids), self._weights[layer]
+        slots = self.slots(layer, expert_ids)
+        if (slots < 0).any():
+            missing = expert_ids[slots < 0].tolist()
+            _log.info("layer %d: experts %s are not held here; reading them", layer, missing)
+            self._load(layer, missing)
+            self.stats.misses += len(missing)
+            slots = self.slots(layer, expert_ids)
+        return slots, self._weights[layer]
+
+    def weights(self, layer: int) -> Any:
+        """Return the weights of a layer of which something is held; replaced when the layer's version changes."""
+        return self._weights[layer]
+
+    def unit_slots(self, layer: int) -> np.ndarray:
+        """Return int32 [E]: slots of the shared units held here, in order, then of all routed ones, -1 for absent."""
+        num_shared = sum(unit < 0 for unit in self._ids.get(layer, []))
+        routed = self._slot_LR[layer, : self._reader.config.cuts[layer].num_routed]
+        return np.concatenate([np.arange(num_shared, dtype=np.int32), routed])
 
     def units(self) -> list[tuple[int, int]]:
-        """Return the units held, in order."""
-        return [(layer, expert) for layer in sorted(self._experts) for expert in self._experts[layer].tolist()]
+        """Return the routed units held, in order."""
+        return [(layer, unit) for layer in sorted(self._ids) for unit in self._ids[layer] if unit >= 0]
+
+    def hold_shared(self, layer: int, shared: Sequence[Unit]) -> None:
+        """Put a layer's shared units before its routed ones. They do not count as units of this host."""
+        self._insert(layer, range(-len(shared), 0), lambda unit: shared[unit])
 
     def _load(self, layer: int, experts: list[int]) -> None:
-        """Read `experts` (not yet held) of `layer` and put them, in order, among those already held.
-
-        The layer's stacks are made anew, so a miss copies the layer once.
-        """
-        held = self._experts[layer].tolist() if layer in self._experts else []
-        both = sorted(held + experts)
-        old = self._weights.get(layer)
-        first = self._read(layer, experts[0])
-        hidden, width = first[1].shape
-        new = self._layout.allocate(len(both), width, hidden)
-        for slot, expert in enumerate(both):
-            if expert in held:
-                self._layout.move(old, held.index(expert), new, slot)
-            else:
-                self._layout.put(new, slot, *(first if expert == experts[0] else self._read(layer, expert)))
-        self._experts[layer] = np.array(both, dtype=np.int32)
-        self._weights[layer] = new
+        """Read `experts` (ascending, not yet held) of `layer` and put them in order among those already held."""
+        self._insert(layer, experts, lambda expert: self._read(layer, expert))
         self.stats.num_units += len(experts)
-        self.stats.held_bytes += len(experts) * new.slot_bytes
 
-    def _read(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _insert(self, layer: int, units: Sequence[int], get: Callable[[int], Unit]) -> None:
+        """Put `units` among those already held. The layer's stacks are made anew, so a miss copies the layer once."""
+        held = self._ids.get(layer, [])
+        ids = sorted([*held, *units])
+        old = self._weights.get(layer)
+        first = get(units[0])
+        hidden, width = first[1].shape
+        new = self._layout.allocate(len(ids), width, hidden)
+        for slot, unit in enumerate(ids):
+            if unit in held:
+                self._layout.move(old, held.index(unit), new, slot)
+            else:
+                self._layout.put(new, slot, *(first if unit == units[0] else get(unit)))
+        self._ids[layer], self._weights[layer] = ids, new
+        routed = [(unit, slot) for slot, unit in enumerate(ids) if unit >= 0]
+        for unit, slot in routed:
+            self._slot_LR[layer, unit] = slot
+        self.versions[layer] += 1
+        self.stats.held_bytes += len(units) * new.slot_bytes
+
+    def _read(self, layer: int, expert: int) -> Unit:
         unit = self._reader.read_unit(layer, expert)
         self.stats.units_read += 1
         self.stats.read_bytes += unit[0].nbytes + unit[1].nbytes

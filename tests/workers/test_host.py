@@ -197,3 +197,56 @@ def test_the_rest_of_the_file_never_enters_the_process(unit_checkpoint, tmp_path
     host = ExpertHost(CheckpointReader(copy), [(0, 1), (2, 0)], HostOptions())
     assert host.status()["num_units"] == 2
     assert 2 * UNIT_BYTES <= resident_bytes(shard) < shard.stat().st_size / 4
+
+
+def compute_layers(host: ExpertHost, step: int) -> list[torch.Tensor]:
+    return [host.compute(GroupKey("e", step, 0, layer, 0), rows(n), None) for layer, n in ((0, 3), (2, 2))]
+
+
+@pytest.mark.parametrize("implementation", ["loop", "grouped", "packed"])
+def test_a_plan_is_prepared_for_all_layers_when_it_comes(reader, implementation):
+    host = ExpertHost(reader, HOME, HostOptions(expert_ffn=implementation))
+    host.put_plan("e", plan_of(5))
+    for layer, y_PD in zip((0, 2), compute_layers(host, 5), strict=True):
+        index = plan_of(5).layer(layer)
+        num_rows = int(index.row_index.max()) + 1
+        torch.testing.assert_close(y_PD, expected(reader, layer, rows(num_rows), index), rtol=0, atol=1e-4)
+    assert host.status()["num_prepared"] == 2
+    host.compute(GroupKey("e", 5, 0, 0, 0), rows(3), WORKED)
+    assert host.status()["num_prepared"] == 2, "a group with its own index goes by it"
+
+
+@pytest.mark.parametrize("implementation", ["loop", "grouped", "packed"])
+def test_slots_that_move_between_plan_and_group_are_looked_up_again(reader, implementation):
+    """Reading expert 0 moves experts 1 and 4 from slots 0 and 1 to 1 and 2."""
+    host = ExpertHost(reader, HOME, HostOptions(expert_ffn=implementation))
+    host.put_plan("e", plan_of(5))
+    first = compute_layers(host, 5)
+    miss = GroupIndex(i32(0), i32(1), i32(0))
+    host.compute(GroupKey("e", 6, 0, 0, 0), rows(1), miss)
+    assert host.status()["misses"] == 1
+    for before, after in zip(first, compute_layers(host, 5), strict=True):
+        assert torch.equal(before, after)
+    assert host.status()["num_prepared"] == 2 + 1, "layer 2 did not change"
+
+
+def test_a_plan_for_units_not_held_reads_them_when_the_group_comes(reader):
+    host = ExpertHost(reader, [(0, 1), (2, 0)], HostOptions())
+    host.put_plan("e", plan_of(5))
+    assert host.status()["misses"] == 0
+    y_PD, _ = compute_layers(host, 5)
+    torch.testing.assert_close(y_PD, expected(reader, 0, rows(3), WORKED), rtol=0, atol=1e-4)
+    assert (host.status()["misses"], host.status()["num_prepared"]) == (1, 1)
+
+
+@pytest.mark.parametrize("unit", [(0, 6), (2, 5), (1, 0), (0, 7)])
+def test_a_plan_for_a_unit_that_does_not_exist_fails_with_its_group(reader, unit):
+    host = ExpertHost(reader, HOME, HostOptions())
+    layer, expert = unit
+    after = [int(n >= layer) for n in range(3)]
+    plan = HostPlan(
+        7, i32(*(int(n == layer) for n in range(3))), i32(0, *after), i32(expert), i32(1), i32(0, *after), i32(0)
+    )
+    host.put_plan("e", plan)
+    with pytest.raises(UserError, match="not in this checkpoint"):
+        host.compute(GroupKey("e", 7, 0, layer, 0), rows(1), None)
