@@ -120,12 +120,12 @@ class Segments:
     bad_ids: torch.Tensor | None = None
 
     @cached_property
-    def _ids_LTK(self) -> torch.Tensor:
+    def _ids_by_layer(self) -> torch.Tensor:
         """One copy for all layers: a copy in every layer would be a launch in every layer."""
         return self.ids_TLK.transpose(0, 1).contiguous()
 
     @cached_property
-    def _weights_LTK(self) -> torch.Tensor | None:
+    def _weights_by_layer(self) -> torch.Tensor | None:
         return None if self.weights_TLK is None else self.weights_TLK.transpose(0, 1).contiguous()
 
     def layer(self, layer: int) -> Segment:
@@ -139,9 +139,9 @@ class Segments:
             offsets=self.offsets[layer],
             tiles=self.tiles[layer],
             num_tiles=self.num_tiles[layer : layer + 1],
-            ids_TK=self._ids_LTK[layer],
+            ids_TK=self._ids_by_layer[layer],
             row_weight=None if self.row_weight is None else self.row_weight[layer],
-            weights_TK=None if self._weights_LTK is None else self._weights_LTK[layer],
+            weights_TK=None if self._weights_by_layer is None else self._weights_by_layer[layer],
         )
 
     def check_ids(self) -> None:

@@ -127,12 +127,13 @@ class TritonFFN:
         if not groups:
             return []
         flat = self._put(torch.from_numpy(np.concatenate(arrays).astype(np.int32)))
-        parts = flat.split([len(array) for array in arrays])
-        works = [
-            _Work(block_m, len(row_token), len(tiles) // 3, row_token, None, tiles, num_tiles, unit_slot)
-            for block_m, (unit_slot, row_token, num_tiles, tiles) in zip(sizes, zip(*[iter(parts)] * 4), strict=True)
-        ]
-        return [replace(rows, made=work) for rows, work in zip(groups, works, strict=True)]
+        parts = iter(flat.split([len(array) for array in arrays]))
+        prepared = []
+        for rows, block_m in zip(groups, sizes, strict=True):
+            unit_slot, row_token, num_tiles, tiles = (next(parts) for _ in range(4))
+            work = _Work(block_m, len(row_token), len(tiles) // 3, row_token, None, tiles, num_tiles, unit_slot)
+            prepared.append(replace(rows, made=work))
+        return prepared
 
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: LayerWeights) -> torch.Tensor:
         """Return [P, D]: one row per (row, unit) pair, in order. PregateError for a unit that is in no slot.

@@ -19,6 +19,7 @@ from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_route
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.attention import ATTENTION_NAME, StepLayout, register_attention
 from pregate.router.exchange import Exchange
+from pregate.workers.client import LocalLayers
 
 
 class ExchangeMLP(nn.Module):
@@ -32,6 +33,8 @@ class ExchangeMLP(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         if not self.mlp.cut.num_active:
             return self.mlp.shared_output(x_TD).view_as(x)
+        if self.exact and self.exchange.local is not None:
+            return self.exchange.local.run(self.mlp.layer, x_TD).view_as(x)
         ids_TK, weights_TK = (None, None) if self.exact else self.mlp.gate.choose(x_TD)
         receipt = self.exchange.dispatch(self.mlp.layer, x_TD, ids_TK, weights_TK)
         return self.exchange.combine(receipt, self.mlp.shared_output(x_TD)).view_as(x)
@@ -63,7 +66,7 @@ class Backbone:
         self.model, self.exchange, self.device = model, exchange, device
         exact = model.config.routing == "path"
         slots = find_routed_slots(model.parent)
-        _speed_up_shared(slots, model, torch.device(device))
+        _place_shared(slots, model, torch.device(device), exchange.local if exact else None)
         for slot in slots:
             slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
 
@@ -88,9 +91,18 @@ class Backbone:
         return output.logits[0]
 
 
-def _speed_up_shared(slots: list[RoutedSlot], model: RoutedBackbone, device: torch.device) -> None:
-    """Run every shared expert of `model` through the one implementation chosen for this machine."""
+def _place_shared(
+    slots: list[RoutedSlot], model: RoutedBackbone, device: torch.device, local: LocalLayers | None
+) -> None:
+    """Give the shared expert of each layer to `local` where it runs the layer and takes it in; run every other one
+    through the one implementation chosen for this machine."""
     mlps = [slot.mlp for slot in slots if slot.mlp.shared is not None]
+    if local is not None and local.takes_shared:
+        for mlp in [mlp for mlp in mlps if mlp.cut.num_active]:
+            shared = cast(SharedExpert, mlp.shared)
+            local.take_shared(mlp.layer, shared.gate_up_proj.detach(), shared.down_proj.detach())
+            mlp.shared = None
+        mlps = [mlp for mlp in mlps if mlp.shared is not None]
     if not mlps:
         return
     widths = {width for mlp in mlps for width in (mlp.hidden_size, mlp.cut.shared_width)}
@@ -98,3 +110,5 @@ def _speed_up_shared(slots: list[RoutedSlot], model: RoutedBackbone, device: tor
     for mlp in mlps:
         # One at a time, so that packed weights and those they were made from are both held for one layer only.
         mlp.add_module("shared", SharedFFN(cast(SharedExpert, mlp.shared), ffn))
+        if local is not None and mlp.cut.num_active:
+            local.join_shared(mlp.layer, cast(SharedFFN, mlp.shared))

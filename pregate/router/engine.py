@@ -33,7 +33,7 @@ from pregate.router.sampling import sample
 from pregate.router.sequence import Sequence
 
 if TYPE_CHECKING:
-    from pregate.workers.client import HostClient
+    from pregate.workers.client import HostClient, LocalLayers
 
 logger = get_logger(__name__)
 Event = TokensEvent | FinishedEvent | FailedEvent
@@ -260,6 +260,20 @@ def _eos_ids(path: Path, model: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
+def _local_layers(options: EngineOptions, clients: Many[HostClient], reader: CheckpointReader) -> LocalLayers | None:
+    """Return whole layers where they serve better than groups: exact paths and one host, in this process. Logged."""
+    found: LocalLayers | str = f"{len(clients)} hosts"
+    if reader.config.routing != "path":
+        found = "gates decide layer by layer"
+    elif len(clients) == 1:
+        found = clients[0].local_layers(torch.device(options.device), getattr(torch, options.dtype))
+    if isinstance(found, str):
+        logger.info("experts run in groups, host by host: %s", found)
+        return None
+    logger.info("experts run in whole layers: exact paths, and the one host is in this process")
+    return found
+
+
 def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR: np.ndarray) -> Engine:
     """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host.
 
@@ -276,6 +290,7 @@ def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR:
             width=reader.hidden_size,
             max_rows=options.step_tokens,
         )
+    exchange.local = _local_layers(options, clients, reader)
     backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
     engine = Engine(options, backbone, exchange, reader.fingerprint)
     logger.info("engine of %s: %s routing, %d hosts", options.model, engine.config.routing, len(clients))

@@ -19,7 +19,7 @@ from pregate.router.planning import LayerPlan, StepPlan, make_plan
 from pregate.workers.protocol import GroupKey
 
 if TYPE_CHECKING:
-    from pregate.workers.client import HostClient
+    from pregate.workers.client import HostClient, LocalLayers
 
 
 @dataclass(frozen=True)
@@ -44,20 +44,31 @@ class _Step:
 
 
 class Exchange:
-    """Sends a step's token groups to their hosts and puts the answers together. One engine thread uses it."""
+    """Sends a step's token groups to their hosts and puts the answers together. One engine thread uses it.
+
+    With `local`, the one host's layers, steps with exact paths send nothing: `run` computes a layer where it is.
+    """
 
     def __init__(
-        self, engine: str, clients: Sequence[HostClient], hosts_of_LR: np.ndarray, group_timeout_s: float = 30.0
+        self,
+        engine: str,
+        clients: Sequence[HostClient],
+        hosts_of_LR: np.ndarray,
+        group_timeout_s: float = 30.0,
+        local: LocalLayers | None = None,
     ) -> None:
         self.engine, self.clients, self.hosts_of_LR = engine, list(clients), hosts_of_LR
-        self.group_timeout_s = group_timeout_s
+        self.group_timeout_s, self.local = group_timeout_s, local
         self._step = _Step(-1, 0, None, np.zeros((0, len(clients)), dtype=np.int64))
 
     def begin_step(self, number: int, num_tokens: int, ids_TLK: np.ndarray | None) -> None:
         """Open step `number`. With exact paths plan all layers now and tell every host its share, once."""
         plan = None
         counts = np.zeros((num_tokens, len(self.clients)), dtype=np.int64)
-        if ids_TLK is not None:
+        if ids_TLK is not None and self.local is not None:
+            self.local.begin(ids_TLK)
+            counts[:, 0] = (ids_TLK >= 0).sum(axis=(1, 2))
+        elif ids_TLK is not None:
             plan = make_plan(number, ids_TLK, self.hosts_of_LR, len(self.clients))
             counts = plan.pair_counts_TH
             for host, host_plan in plan.hosts.items():

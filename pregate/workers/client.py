@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from pregate.workers.channel import ChannelClient, ChannelOptions, ChannelStats
+from pregate.workers.local import LocalLayers
 from pregate.workers.plans import NeedPlanError, SentPlans
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 from pregate.workers.rows import dtype_name
@@ -18,7 +19,15 @@ from pregate.workers.transport import CurveKeys
 if TYPE_CHECKING:
     from pregate.workers.host import Host
 
-__all__ = ["ChannelClient", "ChannelOptions", "ChannelStats", "CurveKeys", "HostClient", "InProcessClient"]
+__all__ = [
+    "ChannelClient",
+    "ChannelOptions",
+    "ChannelStats",
+    "CurveKeys",
+    "HostClient",
+    "InProcessClient",
+    "LocalLayers",
+]
 
 
 class HostClient(Protocol):
@@ -44,6 +53,10 @@ class HostClient(Protocol):
 
         Raises HostLostError when the host falls silent or `timeout_s` passes, and what the host failed with.
         """
+        ...
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        """Return the host's whole layers, where it is in this process and they serve better; else why not."""
         ...
 
     def poll(self) -> None:
@@ -89,6 +102,9 @@ class InProcessClient:
             self._host.put_plan(self._engine, self._plans.get(key.step))
             self.stats.resent_groups += 1
             return self._host.compute(key.next_attempt(), rows_ND, index)
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        return self._host.local_layers(device, dtype)
 
     def poll(self) -> None:
         pass

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pregate.workers.host import HostOptions, check_hello
+from pregate.workers.local import LocalLayers
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 
 
@@ -35,6 +36,9 @@ class EchoHost:
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
         self._num_groups += 1
         return rows_ND
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        return "an echo has no layers"
 
     def status(self) -> dict[str, Any]:
         return {"host_id": self.options.host_id, "incarnation": self.incarnation, "num_groups": self._num_groups}

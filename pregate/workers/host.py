@@ -17,6 +17,7 @@ from pregate.base.errors import ProtocolError, UserError
 from pregate.kernels import expert_ffn
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
+from pregate.workers.local import LocalLayers
 from pregate.workers.plans import PlanShelf
 from pregate.workers.prepared import PreparedPlan, prepare
 from pregate.workers.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
@@ -61,6 +62,11 @@ class Host(Protocol):
 
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
         """Return [P, D], one row per pair in pair order. Raises NeedPlanError, ProtocolError, UserError."""
+        ...
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        """Return this host's whole layers for an engine in its process that computes on `device` in `dtype`, or why its
+        groups serve better."""
         ...
 
     def status(self) -> dict[str, Any]:
@@ -126,6 +132,16 @@ class ExpertHost:
                 y_PD = self._ffn.pairs(x_ND, rows, weights)
         self._count(rows_ND.shape[0], index.num_pairs)
         return y_PD.to(rows_ND.device, rows_ND.dtype)
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        if (device, dtype) != (self._device, self._dtype):
+            return f"the host computes on {self._device} in {dtype_name(self._dtype)}"
+        cuts = self._reader.config.cuts
+        if self._store.stats.num_units < sum(cut.num_routed for cut in cuts):
+            return "the host does not hold every unit"
+        if self._ffn.shared_in_segments and not self._ffn.lossless:
+            return f"{self._ffn.name} would round the shared experts too"
+        return LocalLayers(self._ffn, self._store, cuts, self._count)
 
     def _index_of(
         self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None

@@ -30,8 +30,8 @@ class PreparedPlan:
 def prepare(plan: HostPlan, ffn: ExpertFFN, store: UnitStore) -> PreparedPlan:
     """Find the slots of all units of a (checked) plan at once, and let `ffn` make all that its groups will need.
 
-    Example: layer 0 asks experts 1 and 4 in slots 0 and 1, layer 2 expert 3, which is not held: `rows` has layer 0 only,
-    and a group of layer 2 is looked up when it comes, which reads the expert.
+    Example: layer 0 asks experts 1 and 4 in slots 0 and 1, layer 2 expert 3, which is not held: `rows` has layer 0
+    only, and a group of layer 2 is looked up when it comes, which reads the expert.
     """
     layer_of_unit = np.repeat(np.arange(plan.num_layers), np.diff(plan.unit_offsets))
     slots = store.slots(layer_of_unit, plan.expert_ids)
