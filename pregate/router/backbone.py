@@ -15,6 +15,7 @@ from torch import nn
 
 from pregate.kernels import expert_ffn
 from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.kernels.warm_up import warm_up_dense
 from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.attention import ATTENTION_NAME, StepLayout, register_attention
@@ -45,11 +46,11 @@ class SharedFFN(nn.Module):
 
     def __init__(self, shared: SharedExpert, ffn: ExpertFFN) -> None:
         super().__init__()
-        self._ffn = ffn
-        self._weights = ffn.stack(shared.gate_up_proj[None], shared.down_proj[None])
+        self.ffn, self.width = ffn, shared.down_proj.shape[1]
+        self.weights = ffn.stack(shared.gate_up_proj[None], shared.down_proj[None])
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self._ffn.dense(x_TD, self._weights)
+        return self.ffn.dense(x_TD, self.weights)
 
 
 class RoutedBackbone(RoutedForCausalLM):
@@ -77,6 +78,16 @@ class Backbone:
         model: Any = RoutedBackbone.from_pretrained(path, dtype=getattr(torch, dtype))
         model.parent.set_attn_implementation(ATTENTION_NAME)
         return cls(model.to(device).eval(), exchange, device)
+
+    @torch.inference_mode()
+    def warm_up(self, step_tokens: int) -> int:
+        """Compile the expert kernels of steps of up to `step_tokens` tokens; return the number of calls it took."""
+        width = self.model.config.text_config.hidden_size
+        x_1D = torch.zeros(1, width, dtype=self.model.dtype, device=self.device)
+        apart = {m.width: m for m in self.model.modules() if isinstance(m, SharedFFN) and m.ffn.compiles}
+        calls = sum(warm_up_dense(m.ffn, m.weights, x_1D, step_tokens) for m in apart.values())
+        local = self.exchange.local
+        return calls if local is None else calls + local.warm_up(x_1D, step_tokens)
 
     @torch.inference_mode()
     def forward(self, token_ids: np.ndarray, positions: np.ndarray, layout: StepLayout, wanted: list[int]):  # noqa: ANN201

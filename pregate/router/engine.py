@@ -274,6 +274,16 @@ def _local_layers(options: EngineOptions, clients: Many[HostClient], reader: Che
     return found
 
 
+def _warm_up(backbone: Backbone, step_tokens: int) -> None:
+    """Compile before the first request what would else be compiled during it."""
+    started_s = time.perf_counter()
+    if backbone.exchange.local is None:
+        for client in backbone.exchange.clients:
+            client.warm_up()
+    if backbone.warm_up(step_tokens):
+        logger.info("kernels of the engine compiled in %.1f s", time.perf_counter() - started_s)
+
+
 def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR: np.ndarray) -> Engine:
     """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host.
 
@@ -292,6 +302,7 @@ def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR:
         )
     exchange.local = _local_layers(options, clients, reader)
     backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
+    _warm_up(backbone, options.step_tokens)
     engine = Engine(options, backbone, exchange, reader.fingerprint)
     logger.info("engine of %s: %s routing, %d hosts", options.model, engine.config.routing, len(clients))
     return engine

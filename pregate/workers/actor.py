@@ -64,6 +64,7 @@ class ExpertHostActor:
         log.configure(f"host {options.host.host_id}")
         torch.set_num_threads(options.num_threads)
         host = self._make_host()
+        host.warm_up()
         endpoint = self._endpoint(host)
         server = HostServer(host, ServerOptions(endpoint, options.allowed_client_keys, options.heartbeat_s))
         server.start()

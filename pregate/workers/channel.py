@@ -147,6 +147,9 @@ class ChannelClient:
             self._data = self._connect(self._greeting.data_endpoint, transport.data_id(self._id))
         return self._greeting
 
+    def warm_up(self) -> None:
+        pass
+
     def send_plan(self, plan: HostPlan) -> None:
         self._plans.put(plan)
         self.stats.plan_bytes += self._send(self._data, encode(PlanMessage(self._engine, plan)))

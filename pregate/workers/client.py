@@ -40,6 +40,10 @@ class HostClient(Protocol):
         """Agree on terms. Raises UserError with the host's reason when it refuses, HostLostError without an answer."""
         ...
 
+    def warm_up(self) -> None:
+        """Let a host in this process compile its kernels; one in a process of its own did when it started."""
+        ...
+
     def send_plan(self, plan: HostPlan) -> None:
         """Send the plan of one step; it precedes the groups of that step that carry no index."""
         ...
@@ -83,6 +87,9 @@ class InProcessClient:
         self._engine = engine
         hello = Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
         return self._host.accept(hello, heartbeat_s=0.0, data_endpoint="")
+
+    def warm_up(self) -> None:
+        self._host.warm_up()
 
     def send_plan(self, plan: HostPlan) -> None:
         self._plans.put(plan)

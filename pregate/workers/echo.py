@@ -22,6 +22,9 @@ class EchoHost:
         self.fingerprint = "echo"
         self._num_groups = 0
 
+    def warm_up(self) -> None:
+        pass
+
     def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
         check_hello(hello, self.options, fingerprint=self.fingerprint, width=hello.width)
         ours = self.options.host_id, self.incarnation, os.getpid()

@@ -6,6 +6,7 @@ Shape letters: N rows of a group, P (row, expert) pairs, D hidden width.
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -14,8 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from pregate.base.errors import ProtocolError, UserError
+from pregate.base.log import get_logger
 from pregate.kernels import expert_ffn
 from pregate.kernels.units import GroupRows
+from pregate.kernels.warm_up import warm_up_pairs
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.local import LocalLayers
 from pregate.workers.plans import PlanShelf
@@ -23,6 +26,8 @@ from pregate.workers.prepared import PreparedPlan, prepare
 from pregate.workers.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 from pregate.workers.rows import dtype_name
 from pregate.workers.store import UnitStore
+
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,10 @@ class Host(Protocol):
     options: HostOptions
     incarnation: str
     fingerprint: str
+
+    def warm_up(self) -> None:
+        """Compile the kernels that groups will be run with, before the first comes; logged with its seconds."""
+        ...
 
     def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
         """Take an engine's terms; UserError with the reason when they do not fit."""
@@ -97,6 +106,17 @@ class ExpertHost:
         self._num_rows = 0
         self._num_pairs = 0
         self._num_prepared = 0
+
+    def warm_up(self) -> None:
+        if not self._ffn.compiles:
+            return
+        started_s = time.perf_counter()
+        x_1D = torch.zeros(1, self._reader.hidden_size, dtype=self._dtype, device=self._device)
+        layer_of_width = {self._reader.config.cuts[layer].expert_width: layer for layer, _ in self._store.units()}
+        for layer in layer_of_width.values():
+            warm_up_pairs(self._ffn, self._store.weights(layer), x_1D, self.options.max_rows)
+        taken_s = time.perf_counter() - started_s
+        _log.info("host %d: kernels of %s compiled in %.1f s", self.options.host_id, self._ffn.name, taken_s)
 
     def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
         check_hello(hello, self.options, fingerprint=self.fingerprint, width=self._reader.hidden_size)

@@ -13,6 +13,7 @@ import torch
 from pregate.kernels.expert_ffn import ExpertFFN
 from pregate.kernels.segments import Segment
 from pregate.kernels.units import LayerUnits, SharedFFN
+from pregate.kernels.warm_up import warm_up_layer
 from pregate.kernels.weights import split_shared
 from pregate.model.config import LayerCut
 from pregate.workers.store import UnitStore
@@ -22,10 +23,10 @@ class LocalLayers:
     """Runs layer after layer of a step whose paths are known. `begin` makes all layers' segments, on the device where
     there is one; from there to the last layer nothing waits for the device:
 
-    - ids travel once, in a pinned copy, and everything else about them is computed there (`ExpertFFN.segments`);
-    - units have no gaps, so nobody looks at the counts (`LayerUnits.check` copies offsets to the host where there are);
-    - what would wait, and is not done here: `.item()`, `.tolist()`, `.cpu()`, `.numpy()` of a device tensor, a copy from
-      memory that is not pinned, an index by a mask (`nonzero`).
+    - ids travel once, in a pinned copy, and all else about them is computed there (`ExpertFFN.segments`);
+    - units have no gaps, so nobody looks at the counts (`LayerUnits.check` would copy offsets to the host);
+    - what would wait and is not done: `.item()`, `.tolist()`, `.cpu()`, `.numpy()` or the truth of a device tensor, a
+      copy from memory that is not pinned, an index by a mask (`nonzero`).
 
     The sum is that of `Exchange.combine`: the shared expert, then a token's experts in ascending id.
     `count` is told rows and pairs of every layer run.
@@ -52,6 +53,16 @@ class LocalLayers:
     def join_shared(self, layer: int, shared: SharedFFN) -> None:
         """Let `shared` run a layer's shared expert, whose output the experts are added to."""
         self._shared[layer] = shared
+
+    def warm_up(self, x_1D: torch.Tensor, step_tokens: int) -> int:
+        """Compile the kernels of steps of up to `step_tokens` tokens like `x_1D`; return the number of calls made."""
+        cuts = {cut: layer for layer, cut in enumerate(self._cuts) if cut.num_active}
+        if not self._ffn.compiles:
+            return 0
+        return sum(
+            warm_up_layer(self._ffn, self._units_of(layer), cut.num_shared, x_1D, step_tokens)
+            for cut, layer in cuts.items()
+        )
 
     def begin(self, ids_TLK: np.ndarray) -> None:
         """Open a step with path ids int16 [T, L, K], -1 padding. Layers cut alike share one launch."""

@@ -1,0 +1,59 @@
+"""Serving through the Triton kernels, in the interpreter: equal, compiled before the first request, without waits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.test_triton_ffn import ROOT, hindrance
+
+PROGRAM = Path(__file__).with_name("triton_serving.py")
+pytestmark = pytest.mark.skipif(bool(hindrance()), reason=hindrance() or "can run")
+
+
+@pytest.fixture(scope="module")
+def served(tiny_path_checkpoint: Path) -> list[dict[str, Any]]:
+    """What was seen with whole layers, and with groups of two hosts; both equal the reference."""
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), str(tiny_path_checkpoint)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def kernels(variants: list[str]) -> set[str]:
+    return {variant.split()[0].removesuffix("_kernel") for variant in variants}
+
+
+def test_whole_layers_use_every_kernel_and_groups_two(served):
+    whole, groups = served
+    assert whole["whole"] and not groups["whole"]
+    assert whole["compared"] == groups["compared"] > 0
+    assert kernels(whole["serving"]) == {"segments", "gate_up", "down", "sum", "decode_gate_up", "decode_down"}
+    assert kernels(groups["serving"]) == {"gate_up", "down"}
+
+
+def test_every_variant_was_launched_before_the_first_request(served):
+    for one in served:
+        assert set(one["serving"]) <= set(one["at_start"])
+
+
+def test_groups_go_by_what_was_prepared_with_the_plan(served):
+    for host in served[1]["hosts"]:
+        assert host["num_prepared"] == host["num_groups"] > 0
+
+
+def test_from_the_first_layer_to_the_last_nobody_waits_for_a_value(served):
+    assert served[0]["waits"] == []
+    assert any("exchange.py" in wait for wait in served[1]["waits"]), "groups travel: the watch sees it"
