@@ -68,7 +68,7 @@ class LoopFFN:
     def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
         """Derive now what `pairs` would derive of each group. PregateError for a unit that is in no slot."""
         for rows in groups:
-            rows.visits.count_list, rows.visits.slot_list, rows.in_order, rows.index  # noqa: B018 (kept by asking)
+            rows.derive()
         return list(groups)
 
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:

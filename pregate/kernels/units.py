@@ -33,6 +33,10 @@ class GroupRows:
     row_index: np.ndarray
     made: Any = None
 
+    def derive(self) -> None:
+        """Make now what is made when first asked for."""
+        _ = self.in_order, self.index, self.visits.slot_list, self.visits.count_list, self.visits.single_rows
+
     @cached_property
     def visits(self) -> Visits:
         """The slots that the pairs visit; PregateError if one of the units is nowhere."""

@@ -1,14 +1,17 @@
 """Any number of hosts, any batch mix, both routings: held to the reference model. And the comparison can fail."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from pregate.kernels import cpu
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router import planning
 from pregate.workers.protocol import HostPlan
 from tests.equality import Tally, reference_text, refuse_degenerate
-from tests.router.serving import compare, engine_over, expert_hosts, serve
+from tests.router.serving import compare, engine_in_process, engine_over, expert_hosts, serve
 
 NUM_TOKENS = 24
 
@@ -90,14 +93,31 @@ def break_an_offset(monkeypatch):
     monkeypatch.setattr(HostPlan, "layer", shifted)
 
 
-@pytest.mark.parametrize("damage", [break_row_order, break_a_weight, break_an_offset])
-def test_the_comparison_fails_when_the_served_path_is_broken(damage, tiny_path_checkpoint, monkeypatch):
+def break_a_segment(monkeypatch):
+    original = cpu.build
+
+    def shifted(*args, **options):
+        built = original(*args, **options)
+        tokens = built.row_token.clone()
+        tokens[1] = tokens[1].roll(1)
+        return replace(built, row_token=tokens)
+
+    monkeypatch.setattr(cpu, "build", shifted)
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_hosts"),
+    [(break_row_order, 2), (break_a_weight, 2), (break_an_offset, 2), (break_a_weight, 1), (break_a_segment, 1)],
+)
+def test_the_comparison_fails_when_the_served_path_is_broken(damage, num_hosts, tiny_path_checkpoint, monkeypatch):
+    """Groups to two hosts, and whole layers where there is one; all in this process."""
     model = RoutedForCausalLM.from_pretrained(tiny_path_checkpoint).eval()
     prompts = prompts_for(model.config.text_config.vocab_size, 2)
     references = [reference_text(model, p, 8) for p in prompts]
     damage(monkeypatch)
     tally = Tally()
-    with engine_over(tiny_path_checkpoint, []) as engine:
+    with engine_in_process(tiny_path_checkpoint, num_hosts) as (engine, _):
+        assert (engine.exchange.local is not None) == (num_hosts == 1)
         compare(tally, damage.__name__, references, serve(engine, prompts, 8, together=True))
     with pytest.raises(AssertionError, match=r"differ|token|reference"):
         tally.check()
