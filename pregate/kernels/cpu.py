@@ -31,8 +31,8 @@ class LoopFFN:
     name = "loop"
     #: Segments for this implementation hold routed units only: one wide product serves the shared expert better.
     shared_in_segments = False
-    lossless = True
     compiles = False
+    why_no_layers = ""
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         self._act: Activation = activation(act)

@@ -83,7 +83,6 @@ class Int8FFN(LoopFFN):
     """
 
     name = "int8"
-    lossless = False
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(act, dtype)

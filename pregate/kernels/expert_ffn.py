@@ -17,7 +17,7 @@ from pregate.kernels.segments import Segment, Segments
 from pregate.kernels.units import GroupRows, LayerUnits
 
 #: By name; "auto" chooses among those that compute without loss (see `_best`).
-IMPLEMENTATIONS = ("auto", "packed", "grouped", "loop", "int8", "triton", "triton-int8", "triton-fp8")
+IMPLEMENTATIONS = ("auto", "packed", "grouped", "loop", "int8", "triton", "triton-int8", "triton-fp8", "triton-atomic")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: What `triton_path.ACTIVATIONS` has; kept here because importing that needs Triton.
 TRITON_ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh")
@@ -27,7 +27,12 @@ MIN_PACKED_VALUES = 65536
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: The first CUDA devices whose instructions know float8_e4m3fn.
 MIN_FP8_CAPABILITY = (8, 9)
-_TRITON_WEIGHTS = {"triton": None, "triton-int8": torch.int8, "triton-fp8": torch.float8_e4m3fn}
+_TRITON: dict[str, dict[str, Any]] = {
+    "triton": {},
+    "triton-int8": {"weight_dtype": torch.int8},
+    "triton-fp8": {"weight_dtype": torch.float8_e4m3fn},
+    "triton-atomic": {"atomic": True},
+}
 
 _log = get_logger(__name__)
 
@@ -51,8 +56,9 @@ class Layout(Protocol):
 class ExpertFFN(Protocol):
     """Runs experts. Shape letters: T tokens, N rows, P (row, unit) pairs, S slots, D hidden width, M expert width.
 
-    `shared_in_segments`: whether `layer` wants segments that hold the shared units too. `lossless`: whether weights are
-    held as they come, but for their dtype. `compiles`: whether kernels are compiled when first called (`warm_up.py`).
+    `shared_in_segments`: whether `layer` wants segments that hold the shared units too. `compiles`: whether
+    kernels are compiled when first called (`warm_up.py`). `why_no_layers`: why serving must not have `layer` in place
+    of `dense`, `pairs` and a sum in fixed order; empty where it may.
     """
 
     @property
@@ -65,10 +71,10 @@ class ExpertFFN(Protocol):
     def shared_in_segments(self) -> bool: ...
 
     @property
-    def lossless(self) -> bool: ...
+    def compiles(self) -> bool: ...
 
     @property
-    def compiles(self) -> bool: ...
+    def why_no_layers(self) -> str: ...
 
     def block_m(self, num_rows: int, num_units: int) -> int:
         """Return the rows per tile that segments should be built with, for rows over units of a layer (means)."""
@@ -151,7 +157,7 @@ def choose(
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> str:
     """Return why implementation `name` cannot run here; empty if it can."""
-    if name in _TRITON_WEIGHTS:
+    if name in _TRITON:
         return _why_not_triton(name, device, dtype, act)
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"
@@ -181,10 +187,10 @@ def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int,
 
 
 def _make(name: str, device: torch.device, dtype: torch.dtype, act: str) -> ExpertFFN:
-    if name in _TRITON_WEIGHTS:
+    if name in _TRITON:
         from pregate.kernels.triton_path import TritonFFN
 
-        return TritonFFN(act, device, dtype, weight_dtype=_TRITON_WEIGHTS[name])
+        return TritonFFN(act, device, dtype, **_TRITON[name])
     makers = {
         "packed": cpu_packed.PackedFFN,
         "grouped": cpu.GroupedFFN,

@@ -46,7 +46,10 @@ class TritonFFN:
     """Kernels A and B over sorted rows; C for a whole layer of at most 8 tokens.
 
     `weight_dtype` int8 or float8_e4m3fn holds 8-bit weights with a scale per row. `atomic` adds a layer's rows into
-    its output with fp32 atomics instead of the deterministic store and sum. `tma` None uses it where the device has it.
+    its output with fp32 atomics instead of the deterministic store and sum: a launch less and no [P, D] buffer, but
+    the order of a sum, and so its last bits, vary from run to run. It is there to be measured beside the other
+    (`pregate bench kernels --expert-ffn triton-atomic`); serving, which promises one order, does not run layers by it.
+    `tma` None uses it where the device has it.
     """
 
     shared_in_segments = True
@@ -62,11 +65,13 @@ class TritonFFN:
         atomic: bool = False,
         tma: bool | None = None,
     ) -> None:
-        self.name = "triton" if weight_dtype is None else f"triton-{_short(weight_dtype)}"
+        self.name = f"triton-{_short(weight_dtype)}" if weight_dtype else "triton-atomic" if atomic else "triton"
         self._act, self._dtype, self._atomic = ACTIVATIONS[act], dtype, atomic
         self._device = device
         self._scaled = weight_dtype is not None
-        self.lossless = not self._scaled
+        self.why_no_layers = "it would round the shared experts too" if self._scaled else ""
+        if atomic:
+            self.why_no_layers = "it adds a token's experts in any order"
         layout = PaddedLayout if weight_dtype is None else QuantisedLayout
         self.layout = layout(weight_dtype or dtype, device)
         cuda = device.type == "cuda"
@@ -107,8 +112,8 @@ class TritonFFN:
         self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
     ) -> Segments:
         """Return the segments of these layers on the device: one copy of the ids, one launch, no wait for either."""
-        if not ids_TLK.is_cuda and ids_TLK.numel() and int(ids_TLK.max()) >= num_routed:
-            raise ValueError(f"expert id {int(ids_TLK.max())}; allowed: -1 to {num_routed - 1}")
+        if not ids_TLK.is_cuda and ((ids_TLK < -1) | (ids_TLK >= num_routed)).any():
+            raise ValueError(f"expert ids must lie in [-1, {num_routed})")
         num_rows = ids_TLK.shape[0] * (num_shared + ids_TLK.shape[2])
         block_m = self.block_m(num_rows, num_shared + num_routed)
         ids_TLK = self._put(ids_TLK.to(torch.int32))

@@ -159,8 +159,8 @@ class ExpertHost:
         cuts = self._reader.config.cuts
         if self._store.stats.num_units < sum(cut.num_routed for cut in cuts):
             return "the host does not hold every unit"
-        if self._ffn.shared_in_segments and not self._ffn.lossless:
-            return f"{self._ffn.name} would round the shared experts too"
+        if self._ffn.why_no_layers:
+            return f"{self._ffn.name}: {self._ffn.why_no_layers}"
         return LocalLayers(self._ffn, self._store, cuts, self._count)
 
     def _index_of(

@@ -81,7 +81,7 @@ def test_no_packed_product_in_this_torch_leaves_the_others(monkeypatch):
         pick("grouped")
 
 
-@pytest.mark.parametrize("name", ["triton", "triton-int8", "triton-fp8"])
+@pytest.mark.parametrize("name", ["triton", "triton-int8", "triton-fp8", "triton-atomic"])
 def test_the_kernels_for_cuda_are_refused_without_a_device(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=rf"--expert-ffn {name}: not possible here: .*allowed: auto, packed"):

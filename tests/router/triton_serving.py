@@ -2,9 +2,9 @@
 
     TRITON_INTERPRET=1 python tests/router/triton_serving.py CHECKPOINT
 
-One line for whole layers in one process, one for groups of two hosts in it. `at_start` and `serving`: every kernel
-variant launched (its name and what is compiled into it), before the first request and after. `waits`: who asked for a
-value of a tensor during a forward pass, which on a device would wait for it.
+One line for whole layers in one process, one for groups of two hosts in it, one of refusals. `at_start` and `serving`:
+every kernel variant launched (its name and what is compiled into it), before the first request and after. `waits`: who
+asked for a value of a tensor during a forward pass, which on a device would wait for it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from pregate.kernels import triton_decode, triton_ffn, triton_segments
+from pregate.kernels import triton_decode, triton_ffn, triton_segments, warm_up
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine import Engine, EngineOptions, build_engine
@@ -103,7 +103,23 @@ def serve_with(path: Path, num_hosts: int, references: list[ReferenceText], seen
     return {**facts, "at_start": at_start, "serving": sorted(seen), "waits": waits}
 
 
+def refusals(path: Path) -> dict[str, Any]:
+    """What the entry point and a host say to what they must not do."""
+    hosts = {
+        name: ExpertHost(CheckpointReader(path), units_of(placement_of(path, 1), 0), HostOptions(expert_ffn=name))
+        for name in ("triton-int8", "triton-atomic")
+    }
+    found: dict[str, Any] = {name: h.local_layers(torch.device("cpu"), torch.float32) for name, h in hosts.items()}
+    for ids in (-2, 4):
+        try:
+            hosts["triton-int8"]._ffn.segments(torch.full((1, 1, 1), ids), 4, 1)
+        except ValueError as error:
+            found[f"id {ids}"] = str(error)
+    return found
+
+
 def main() -> None:
+    assert warm_up.DECODE_TOKENS == triton_decode.MAX_TOKENS, "the smallest batch past decoding must be warmed up"
     path = Path(sys.argv[1])
     seen: set[str] = set()
     watch_kernels(seen)
@@ -111,6 +127,7 @@ def main() -> None:
     references = [reference_text(model, [1, *range(40, 40 + n)], NUM_TOKENS) for n in (11, 3)]
     for num_hosts in (1, 2):
         print(json.dumps(serve_with(path, num_hosts, references, seen)), flush=True)
+    print(json.dumps(refusals(path)), flush=True)
 
 
 if __name__ == "__main__":
