@@ -294,6 +294,8 @@ def run_unchecked(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tenso
     slots[case.shared + 2] = -1
     unchecked = LayerUnits(units.weights, slots)
     unchecked.__dict__["has_gaps"] = False
+    # At least one token that does not use the unit and one that does.
+    inputs.ids_TK[0], inputs.ids_TK[-1] = torch.tensor([0, 1]), torch.tensor([1, 2])
     built = segments.build(inputs.ids_TK[:, None], case.routed, num_shared=case.shared, block_m=16)
     got = ffn.layer(inputs.on_device("x_TD"), built.to(inputs.device).layer(0), unchecked).cpu()
     hit_T = (inputs.ids_TK == 2).any(dim=1)
