@@ -32,9 +32,9 @@ def report(
 ) -> None:
     """Measure a routed checkpoint and write one self-contained HTML page: quality, load, flows, agreement, repeats."""
     from pregate.convert.progress import RichProgress
-    from pregate.convert.report import ReportOptions
-    from pregate.convert.report import report as run
-    from pregate.convert.report_words import headline
+    from pregate.convert.report.run import ReportOptions
+    from pregate.convert.report.run import report as run
+    from pregate.convert.report.words import headline
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()

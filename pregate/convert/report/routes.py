@@ -8,11 +8,11 @@ Shape letters: T tokens, P pairs of neighbouring tokens, L layers, R routed expe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from pregate.convert.report_figures import Flow, LayerLoad, LayerRepeats, Repeats
+from pregate.convert.report.figures import Flow, LayerLoad, LayerRepeats, Repeats
 
 
 def layer_load(layer: int, visits_TR: np.ndarray) -> LayerLoad:
@@ -38,8 +38,9 @@ def flow(first: int, second: int, first_TR: np.ndarray, second_TR: np.ndarray) -
     """How the experts of one layer foretell those of another, over the tokens that visit some expert in both.
 
     All is that of one visit of each layer, drawn at random from the token's, so that it means the same for one expert a
-    token and for several, and tokens with many do not seem to lead everywhere. Of the information (R - 1)(R' - 1) / 2T is taken off, which independent layers would show on
-    average (Miller 1955), and no less than 0 is left. With several experts a token that takes off too much.
+    token and for several, and tokens with many do not seem to lead everywhere. Of the information
+    (R - 1)(R' - 1) / 2T is taken off, which independent layers would show on average (Miller 1955), and no less than 0
+    is left. With several experts a token that takes off too much.
 
     Example: two tokens, experts 0 then 1 and 1 then 0: probabilities ((0, 1), (1, 0)), base (0.5, 0.5), information
     ln 2 less 1/4.
@@ -139,5 +140,4 @@ def _mean(values: np.ndarray) -> float:
 
 def routed_flows(visits: dict[int, np.ndarray]) -> tuple[Flow, ...]:
     """The flow between each two neighbouring layers of `visits`, dense layers in between passed over."""
-    layers: Sequence[int] = list(visits)
-    return tuple(flow(a, b, visits[a], visits[b]) for a, b in zip(layers, layers[1:], strict=False))
+    return tuple(flow(a, b, visits[a], visits[b]) for a, b in pairwise(visits))

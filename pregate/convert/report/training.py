@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from pregate.base.errors import UserError
-from pregate.convert.report_figures import TrainingCurve
+from pregate.convert.report.figures import TrainingCurve
 
 FILE = "training.jsonl"
 CURVES = ("loss", "cross_entropy", "kl", "validation_perplexity", "active_share", "learning_rate")
@@ -46,7 +47,7 @@ def _record(line: str, where: str) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def _number(value: object) -> float | None:
+def _number(value: Any) -> float | None:
     """A finite number as float; None for anything else."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if plain and math.isfinite(value) else None

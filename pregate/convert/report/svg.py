@@ -1,13 +1,14 @@
 """Charts as SVG text: axes, lines and points with labels that do not collide, bars. Pure functions, no script.
 
-Colours are classes that the page's style sheet gives, light and dark (`report_style.py`): c0 to c7 for series. Sizes
-are in pixels of the width asked for, so a chart is drawn once wide and once narrow (`both`) and its text stays as it is.
+Colours are classes that the page's style sheet gives, light and dark (`style.py`): c0 to c7 for series. Sizes
+are in pixels of the width asked for: a chart is drawn once wide and once narrow (`both`), so that its text keeps its
+size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -17,7 +18,7 @@ CHAR_WIDTH = 7.0
 LINE_HEIGHT = 17
 
 
-def element(tag: str, attributes: dict[str, object], *children: str) -> str:
+def element(tag: str, attributes: Mapping[str, object], *children: str) -> str:
     """One element; attribute values are escaped, `children` are markup already. `cls` stands for class."""
     words = [f'{"class" if k == "cls" else k}="{escape(_plain(v))}"' for k, v in attributes.items() if v is not None]
     head = " ".join([tag, *words])
@@ -25,6 +26,7 @@ def element(tag: str, attributes: dict[str, object], *children: str) -> str:
 
 
 def tooltip(sentence: str) -> str:
+    """What the browser shows over the element it is put in."""
     return f"<title>{escape(sentence)}</title>"
 
 

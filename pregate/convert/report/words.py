@@ -1,4 +1,4 @@
-"""What a report's numbers mean, in sentences generated from them. Every threshold stands in the sentence that uses it."""
+"""What a report's numbers mean, in sentences made from them. Every threshold stands in the sentence that uses it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pregate.convert.control_table import DENSE, LINEAR, ORACLE, PAPER, PATH, RANDOM, STATIC
-from pregate.convert.report_figures import Figures, LayerRepeats
+from pregate.convert.report.figures import Figures, LayerRepeats
 
 #: Marks of a finding, with the word that stands beside the sign.
 GOOD, MIXED, POOR, PLAIN = "good", "mixed", "poor", "note"
@@ -26,7 +26,8 @@ class Finding:
 
 
 def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+    """A share of 0 to 1 in per cent."""
+    return f"{100 * share:.{digits}f} %"
 
 
 def number(value: float) -> str:
@@ -37,11 +38,16 @@ def number(value: float) -> str:
     return f"{value:,.{min(digits, 6)}f}"
 
 
+def number_short(value: float) -> str:
+    """For the ticks of an axis: 0.05, 5, 20, 1,000."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
 def size(num_bytes: float) -> str:
     """Bytes in decimal units."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if num_bytes >= scale:
-            return f"{num_bytes / scale:.3g}\N{NO-BREAK SPACE}{unit}"
+            return f"{num_bytes / scale:.3g} {unit}"
     return f"{num_bytes:.0f} B"
 
 
@@ -72,20 +78,13 @@ def headline(figures: Figures) -> str:
     """The verdict in one sentence: what the cut costs, and whether choosing experts is worth it."""
     own, static = figures.quality.own_point, figures.quality.point(STATIC)
     ratio = own.ratio_to_dense
-    loss = (
-        "costs no quality" if ratio <= 1 else f"costs little quality (perplexity {ratio:.2f} times the dense model's)"
-    )
-    if ratio > 1.05:
-        size_word = "some" if ratio <= 1.25 else "much"
-        loss = f"costs {size_word} quality: perplexity is {ratio:.2f} times the dense model's"
+    much = "no" if ratio <= 1 else "little" if ratio <= 1.05 else "some" if ratio <= 1.25 else "much"
+    loss = f"costs {much} quality: perplexity is {ratio:.2f} times the dense model's"
     assert static is not None
-    gain = own.perplexity / static.perplexity
-    worth = (
-        "choosing experts for each token is worth it"
-        if gain < 0.98
-        else "choosing experts for each token brings nothing over fixed neurons"
-    )
-    joint = "; but " if (ratio > 1.05) == (gain < 0.98) else "; and "
+    pays = own.perplexity < 0.98 * static.perplexity
+    worth = "is worth it" if pays else "brings nothing over fixed neurons"
+    worth = f"choosing experts for each token {worth}"
+    joint = "; but " if (ratio > 1.05) == pays else "; and "
     return f"Running {percent(own.active_share, 0)} of the FFN {loss}{joint}{worth}."
 
 
@@ -101,9 +100,9 @@ def _cost(figures: Figures) -> Finding:
     assert dense is not None
     ratio = own.ratio_to_dense
     advice = {
-        GOOD: "That is within 5 %: it can stand in for the dense model where this text is like yours.",
-        MIXED: "That is more than 5 % and at most 25 %: compare answers on your task before you replace the dense model.",
-        POOR: "That is more than 25 %: do not replace the dense model with it; raise the active share, or tune it.",
+        GOOD: "That is within 5 %: it can stand in for the dense model where this text is like yours.",
+        MIXED: "That is between 5 and 25 %: compare answers on your task before you replace the dense model.",
+        POOR: "That is more than 25 %: do not replace the dense model with it; raise the active share, or tune it.",
     }
     mark = graded(ratio, 1.05, 1.25)
     sentence = (
@@ -119,7 +118,7 @@ def _against_static(figures: Figures) -> Finding:
     mark = GOOD if gain < -0.02 else MIXED if gain <= 0.02 else POOR
     advice = {
         GOOD: "Choosing experts per token pays.",
-        MIXED: "The two are within 2 %: pruning gives the same with no router to run.",
+        MIXED: "The two are within 2 %: pruning gives the same with no router to run.",
         POOR: "Pruning is better and needs no router: do not serve this checkpoint.",
     }
     change = f"{percent(abs(gain))} {'lower' if gain < 0 else 'higher'}"
@@ -130,19 +129,18 @@ def _against_static(figures: Figures) -> Finding:
 
 
 def _against_oracle(figures: Figures) -> Finding | None:
-    share, own = router_share(figures), figures.quality.own_point
+    share = router_share(figures)
     random, oracle = figures.quality.point(RANDOM), figures.quality.point(ORACLE)
     if share is None or random is None or oracle is None:
         return None
     mark = graded(-share, -0.9, -0.7)
     advice = {
-        GOOD: "A better router would gain little (90 % or more).",
-        MIXED: "A better router would gain something (between 70 and 90 %).",
-        POOR: "The router is what holds this model back (below 70 %): train it longer or on text like yours.",
+        GOOD: "A better router would gain little (90 % or more).",
+        MIXED: "A better router would gain something (between 70 and 90 %).",
+        POOR: "The router is what holds this model back (below 70 %): train it longer or on text like yours.",
     }
     ends = f"from random experts ({number(random.perplexity)}) to the best by hindsight ({number(oracle.perplexity)})"
     sentence = f"The router gets {percent(share, 0)} of the gain in log perplexity {ends}"
-    assert own is not None
     return Finding(mark, "Router", f"{sentence}. {advice[mark]}")
 
 
@@ -156,9 +154,9 @@ def _up_front(figures: Figures) -> Finding:
         change = f"costs {percent(cost)}" if cost > 0 else f"gains {percent(-cost)}"
         mark = graded(cost, 0.02, 0.1)
         advice = {
-            GOOD: "The price of planning ahead is small (up to 2 %).",
-            MIXED: "Weigh it against what planning ahead saves you (2 to 10 %).",
-            POOR: "That is dear (over 10 %): train the path router longer.",
+            GOOD: "The price of planning ahead is small (up to 2 %).",
+            MIXED: "Weigh it against what planning ahead saves you (2 to 10 %).",
+            POOR: "That is dear (over 10 %): train the path router longer.",
         }
         against = f"against gates that read each layer's input ({number(gate.perplexity)})"
         return Finding(mark, "Known up front", f"Fixing paths before the model runs {change} {against}. {advice[mark]}")
@@ -170,7 +168,7 @@ def _up_front(figures: Figures) -> Finding:
             mark,
             "Forecast",
             f"Gates decide as the model runs; the path router's forecast shares {percent(overlap)} of their picks. "
-            "It serves prefetching and grouping; 90 % is good, below 70 % much of what is fetched is not used.",
+            "It serves prefetching and grouping; 90 % is good, below 70 % much of what is fetched is not used.",
         )
     return Finding(
         PLAIN,
@@ -189,7 +187,7 @@ def _balance(figures: Figures) -> Finding:
         MIXED: "Place experts by load, not by number (1.5 to 3).",
         POOR: "Replicate the busiest experts, or one host will do most of the work (over 3).",
     }
-    tail = f" {unused} of {figures.model.num_units} experts are visited by fewer than 1 % of tokens." if unused else ""
+    tail = f" {unused} of {figures.model.num_units} experts are visited by fewer than 1 % of tokens." if unused else ""
     sentence = f"The busiest expert of a layer gets {worst.max_over_mean:.2f} times the mean (layer {worst.layer})."
     return Finding(mark, "Load", f"{sentence} {advice[mark]}{tail}")
 
@@ -202,7 +200,7 @@ def _locality(figures: Figures) -> Finding:
     mark = MIXED if kept < kept_by_chance + 0.1 else GOOD
     advice = {
         GOOD: "Keeping the last token's experts at hand helps (at least 10 points more than chance).",
-        MIXED: "Keeping the last token's experts at hand helps little beyond chance (less than 10 points): plan by the paths.",
+        MIXED: "Keeping the last token's experts at hand helps little more than chance (below 10 points): plan by paths.",
     }
     sentence = (
         f"A token keeps its predecessor's whole path {percent(repeats.same_path)} of the time, "
@@ -237,6 +235,6 @@ def _sample(figures: Figures) -> Finding | None:
         return None
     sentence = (
         f"{conditions.num_tokens:,} tokens of {conditions.num_documents} documents is a small sample (below "
-        f"{SMALL_SAMPLE_TOKENS:,}): do not decide on differences of a few per cent; use `--max-tokens all` or more text."
+        f"{SMALL_SAMPLE_TOKENS:,}): do not decide on differences of a few per cent; give `--max-tokens all` or more."
     )
     return Finding(MIXED, "Sample", sentence)

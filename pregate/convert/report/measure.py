@@ -1,4 +1,4 @@
-"""Measuring a checkpoint for its report: who visits what, what each routing costs, and what another number of experts would.
+"""Measuring a checkpoint for its report: who visits what, and what each routing or another number of experts costs.
 
 Data on its way: rows of ids -> scoring runs (`score_rows`) with a meter that keeps every token's experts -> figures.
 
@@ -18,9 +18,9 @@ from pregate.convert.agreement import AgreementMeter
 from pregate.convert.control_table import ORACLE, control_rows, own_name
 from pregate.convert.controls import OraclePolicy
 from pregate.convert.progress import Progress
-from pregate.convert.report_figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
-from pregate.convert.report_numbers import Numbers, ladders, thresholds_for, with_numbers
-from pregate.convert.report_routes import layer_load, repeats
+from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
+from pregate.convert.report.numbers import Numbers, ladders, thresholds_for, with_numbers
+from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.scoring import Score, batches, score_rows
 from pregate.model.layers import RoutedMLP, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
@@ -76,7 +76,7 @@ def measure_routes(model: RoutedForCausalLM, rows: Sequence[list[int]], progress
     starts_T = np.zeros(sum(lengths), dtype=bool)
     starts_T[np.cumsum([0, *lengths[:-1]])] = True
     agreements = tuple(
-        Agreement(layer, *pair.split("_vs_"), **tally.figures())
+        Agreement(layer, *pair.split("_vs_", 1), **tally.figures())  # pyright: ignore[reportArgumentType]
         for layer, own in sorted(meter.by_layer.items())
         for pair, tally in own.tallies.items()
     )

@@ -14,6 +14,7 @@ PACKAGES = ("pregate", "torch", "transformers", "numpy")
 
 
 def date_now() -> str:
+    """Now, in UTC, to the minute."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pregate.convert.report_svg import CHAR_WIDTH, element, label, svg, tooltip
+from pregate.convert.report.svg import CHAR_WIDTH, element, label, svg, tooltip
 
 MAX_CELLS = 600
 #: Cells narrower than this hold no number.

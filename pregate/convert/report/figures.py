@@ -56,7 +56,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """Share of the tokens that visit each routed expert of a layer; `idle` is that of tokens that visit none."""
+    """Share of the tokens that visit each routed expert of a layer; `idle`: of those that visit none there."""
 
     layer: int
     shares: tuple[float, ...]
@@ -70,8 +70,8 @@ class LayerLoad:
 class Flow:
     """Two routed layers with no other routed one between: `probabilities[i][j]` = P(j in `second` | i in `first`).
 
-    `base[j]` is P(j in `second`). Each is of one expert visited in either layer, drawn at random from a token's, over the
-    tokens that visit some in both; so a row sums to 1 (0 for an expert nobody visits). `information` is the mutual
+    `base[j]` is P(j in `second`). Each is of one expert visited in either layer, drawn at random from a token's, over
+    the tokens that visit some in both; so a row sums to 1 (0 for an expert nobody visits). `information` is the mutual
     information of the two, less what chance alone would show; `entropy` that of the second.
     """
 
@@ -104,8 +104,8 @@ class LayerRepeats:
     """How a token's experts in one layer follow its predecessor's.
 
     `same_by_chance`: how often two tokens drawn at random have equal sets. `new_experts` of `num_experts` a token's
-    predecessor did not visit (means), `new_by_chance` if tokens followed one another at random. Bytes: those of the new experts whole, and of their rows alone that the
-    predecessor's experts lack.
+    predecessor did not visit (means), `new_by_chance` if tokens followed one another at random. Bytes: those of the
+    new experts whole, and of their rows alone that the predecessor's experts lack.
     """
 
     layer: int

@@ -4,22 +4,21 @@ nothing loaded from anywhere; the policy in its head forbids it."""
 from __future__ import annotations
 
 import json
+import re
 from html import escape
+from pathlib import Path
 
 from pregate.convert.control_table import STATIC
-from pregate.convert.report_figures import Figures
-from pregate.convert.report_sections import (
-    agreement_section,
-    flow_section,
-    load_section,
-    quality_section,
-    repeats_section,
-    training_section,
-)
-from pregate.convert.report_style import STYLE
-from pregate.convert.report_words import Finding, count, findings, headline, number, percent, router_share, size
+from pregate.convert.report.figures import Figures
+from pregate.convert.report.section_paths import flow_section, load_section
+from pregate.convert.report.section_quality import quality_section
+from pregate.convert.report.section_routers import agreement_section, training_section
+from pregate.convert.report.section_tokens import repeats_section
+from pregate.convert.report.words import Finding, count, findings, headline, number, percent, router_share, size
 
+STYLE = Path(__file__).with_name("style.css")
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+TIMES = "\N{MULTIPLICATION SIGN}"
 SIGNS = {"good": "✓ good", "mixed": "! caution", "poor": "✗ poor", "note": "• note"}
 SECTIONS = (
     ("quality", "Quality against active share", quality_section),
@@ -33,9 +32,17 @@ WORDS = (
     ("expert", "a part of a layer's FFN. Shared experts run for every token; of the routed ones each token gets some."),
     ("path", "for one token: the routed experts it visits in every layer."),
     ("path router", "a small network that gives every token's path from token ids, before the model runs."),
-    ("gate", "what chooses experts inside a layer while the model runs."),
+    (
+        "gate",
+        "what chooses experts inside a layer while the model runs. Linear gate: ours, fitted to what experts "
+        "contribute. Paper's gate: CMoE's, one neuron speaks for each expert.",
+    ),
     ("oracle", "chooses the experts that contribute most, which needs all of them computed: a bound, not a method."),
-    ("static mask", "the same number of neurons, always the same ones: what pruning gives."),
+    (
+        "static mask",
+        "as many neurons, always the same ones, those that contribute most on average: what pruning gives.",
+    ),
+    ("random routing", "as many experts for each token, at random: what a router must beat."),
     ("active share", "neurons of all FFNs that run, as a share of all; measured, mean over tokens and layers."),
     ("perplexity", "exp of the mean negative log likelihood of a token; lower is better."),
 )
@@ -43,17 +50,24 @@ WORDS = (
 
 def render(figures: Figures) -> str:
     """The whole page as HTML text."""
-    name = escape(figures.model.name)
+    name, style = escape(figures.model.name), STYLE.read_text(encoding="utf-8")
     links = "".join(f"<a href='#{key}'>{title}</a>" for key, title, _ in SECTIONS)
     body = "".join(f"<section id='{key}'><h2>{title}</h2>{draw(figures)}</section>" for key, title, draw in SECTIONS)
     return (
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        "<meta name='viewport' content='width=device-width, initial-scale=1'><meta name='referrer' content='no-referrer'>"
-        f"<title>{name}: pregate report</title><style>{STYLE}</style></head><body><main>"
-        f"{_head(figures)}<nav>{links}<a href='#made'>How it was made</a></nav>{body}"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta name='referrer' content='no-referrer'>"
+        f"<title>{name}: pregate report</title><style>{style}</style></head><body><main>"
+        f"{_unbroken(_head(figures))}<nav>{links}<a href='#made'>How it was made</a></nav>"
+        f"{_unbroken(body)}"
         f"<section id='made'><h2>How it was made and measured</h2>{_made(figures)}</section></main></body></html>\n"
     )
+
+
+def _unbroken(markup: str) -> str:
+    """No line ends between a number and its unit."""
+    return re.sub(r"(\d) (?=%|[KMG]?B\b)", "\\1\N{NO-BREAK SPACE}", markup)
 
 
 def _head(figures: Figures) -> str:
@@ -95,21 +109,26 @@ def _tiles(figures: Figures) -> str:
     assert static is not None
     share, gain = router_share(figures), own.perplexity / static.perplexity - 1
     tiles = [
-        ("Perplexity", f"{own.ratio_to_dense:.2f} × dense", f"{number(own.perplexity)}; lower is better"),
+        ("Perplexity", f"{own.ratio_to_dense:.2f} {TIMES} dense", f"{number(own.perplexity)}; lower is better"),
         ("FFN that runs", percent(own.active_share), f"made for {percent(model.nominal_share)}"),
         (
             "Against static mask",
-            f"{100 * gain:+.0f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}"),
+            f"{100 * gain:+.0f} %".replace("-", "\N{MINUS SIGN}"),
             "perplexity; below 0 routing pays",
         ),
         ("Router", "n/a" if share is None else percent(share, 0), "of the way from random to oracle"),
         ("Whole path kept", percent(figures.repeats.same_path), "from one token to the next"),
-        ("Busiest expert", f"{max(x.max_over_mean for x in figures.loads):.2f} × mean", "of its layer; 1 is even"),
+        (
+            "Busiest expert",
+            f"{max(x.max_over_mean for x in figures.loads):.2f} {TIMES} mean",
+            "of its layer; 1 is even",
+        ),
         ("On disk", size(model.num_bytes), f"weights in {model.dtype}"),
-        ("Units", f"{model.num_units:,} × {size(model.expert_bytes)}", "routed experts of all layers"),
+        ("Units", f"{model.num_units:,} {TIMES} {size(model.expert_bytes)}", "routed experts of all layers"),
     ]
     return "".join(
-        f"<div class='tile'><dt>{escape(title)}</dt><dd class='big'>{escape(big)}</dd><dd class='small'>{escape(small)}</dd></div>"
+        f"<div class='tile'><dt>{escape(title)}</dt><dd class='big'>{escape(big)}</dd>"
+        f"<dd class='small'>{escape(small)}</dd></div>"
         for title, big, small in tiles
     )
 

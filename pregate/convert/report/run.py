@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.report_conditions import date_now, hardware, package_versions
-from pregate.convert.report_figures import Conditions, Figures, Model, Quality
-from pregate.convert.report_measure import compared, measure_overlap, measure_quality, measure_routes
-from pregate.convert.report_page import render
-from pregate.convert.report_routes import routed_flows
-from pregate.convert.report_training import training_curves
+from pregate.convert.report.conditions import date_now, hardware, package_versions
+from pregate.convert.report.figures import Conditions, Figures, Model, Quality
+from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
+from pregate.convert.report.page import render
+from pregate.convert.report.routes import routed_flows
+from pregate.convert.report.training import training_curves
 from pregate.convert.scoring import encode_all, load_any
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, file_sha256, read_manifest
@@ -88,7 +90,7 @@ def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
 def measure(options: ReportOptions, progress: Progress) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
-    _check_model(options.model)
+    stored = _routed_config(options.model)
     text = _Text.read(options)
     parent_path = options.parent or _recorded_parent(options.model)
     others = [(path, _load("--compare", path, text)) for path in options.compare]
@@ -98,7 +100,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
     del parent
     routes = measure_routes(model, text.rows, progress)
-    about = _describe(options.model, model, manifest, quality)
+    about = _describe(options.model, model, stored, manifest, quality)
     dense = quality.point(DENSE)
     assert dense is not None
     points = tuple(compared(_name(p, options), other, text.rows, text.num_bytes, dense) for p, other in others)
@@ -109,7 +111,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
         loads=routes.loads(),
         flows=routed_flows(routes.visits),
         agreements=routes.agreements,
-        repeats=routes.repeats(model, _row_bytes(model)),
+        repeats=routes.repeats(model, _row_bytes(stored)),
         overlap=measure_overlap(model),
         training=training_curves(options.model),
         router_losses=_router_losses(manifest),
@@ -147,11 +149,14 @@ class _Text:
             raise UserError.of(option, path, "reads the text as other tokens, so perplexities do not compare")
 
 
-def _check_model(path: Path) -> None:
+def _routed_config(path: Path) -> RoutedConfig:
+    """The checkpoint's config; UserError for a dense model and one that routes nothing."""
     if check_model_folder(path)["model_type"] != RoutedConfig.model_type:
         raise UserError.of("--model", path, "is a dense model; allowed: a routed checkpoint of `pregate convert`")
-    if not any(cut.num_active for cut in RoutedConfig.from_pretrained(path).cuts):
+    config = RoutedConfig.from_pretrained(path)
+    if not any(cut.num_active for cut in config.cuts):
         raise UserError.of("--model", path, "has no layer with an active routed expert; there is nothing to report on")
+    return config
 
 
 def _load(option: str, path: Path, text: _Text) -> Any:
@@ -188,8 +193,10 @@ def _name(path: Path, options: ReportOptions) -> str:
     return str(path) if names.count(path.resolve().name) > 1 else path.resolve().name
 
 
-def _describe(path: Path, model: RoutedForCausalLM, manifest: Manifest, quality: Quality) -> Model:
-    config, static = model.config, quality.point(STATIC)
+def _describe(
+    path: Path, model: RoutedForCausalLM, config: RoutedConfig, manifest: Manifest, quality: Quality
+) -> Model:
+    static = quality.point(STATIC)
     routed = [cut for cut in config.cuts if cut.num_routed]
     assert static is not None
     return Model(
@@ -205,9 +212,9 @@ def _describe(path: Path, model: RoutedForCausalLM, manifest: Manifest, quality:
         cut=_cut_words(routed, config.selection),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_bytes=sum(f["bytes"] for name, f in manifest.files.items() if name.endswith(".safetensors")),
-        expert_bytes=max(cut.expert_width for cut in routed) * _row_bytes(model),
+        expert_bytes=max(cut.expert_width for cut in routed) * _row_bytes(config),
         num_units=sum(cut.num_routed for cut in routed),
-        dtype=_stored(model),
+        dtype=_stored(config),
         nominal_share=static.active_share,
     )
 
@@ -226,16 +233,15 @@ def _span(values: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _stored(model: RoutedForCausalLM) -> str:
-    """Type of the weights on disk (they are loaded as float32 to be measured)."""
-    path = Path(model.name_or_path)
-    return str(check_model_folder(path).get("dtype", "")) or dtype_name(model.dtype)
-
-
-def _row_bytes(model: RoutedForCausalLM) -> int:
+def _row_bytes(config: RoutedConfig) -> int:
     """Bytes of one neuron as stored: a gate row, an up row and a down column."""
-    item = 4 if _stored(model) == "float32" else 2
-    return 3 * model.config.text_config.hidden_size * item
+    item = 4 if _stored(config) == "float32" else 2
+    return 3 * config.text_config.hidden_size * item
+
+
+def _stored(config: RoutedConfig) -> str:
+    """Type of the weights on disk (they are loaded as float32 to be measured)."""
+    return dtype_name(config.dtype or torch.float32)
 
 
 def _conditions(
