@@ -72,7 +72,7 @@ class Flow:
 
     `base[j]` is P(j in `second`). Each is of one expert visited in either layer, drawn at random from a token's, over
     the tokens that visit some in both; so a row sums to 1 (0 for an expert nobody visits). `information` is the mutual
-    information of the two, less what chance alone would show; `entropy` that of the second.
+    information of the two, less what shuffled tokens show; `entropy` that of the second.
     """
 
     first: int

@@ -38,29 +38,29 @@ def flow(first: int, second: int, first_TR: np.ndarray, second_TR: np.ndarray) -
     """How the experts of one layer foretell those of another, over the tokens that visit some expert in both.
 
     All is that of one visit of each layer, drawn at random from the token's, so that it means the same for one expert a
-    token and for several, and tokens with many do not seem to lead everywhere. Of the information
-    (R - 1)(R' - 1) / 2T is taken off, which independent layers would show on average (Miller 1955), and no less than 0
-    is left. With several experts a token that takes off too much.
+    token and for several, and tokens with many do not seem to lead everywhere. From the information is taken what the
+    same layers show with the second's tokens in random order (seed 0), and no less than 0 is left.
 
-    Example: two tokens, experts 0 then 1 and 1 then 0: probabilities ((0, 1), (1, 0)), base (0.5, 0.5), information
-    ln 2 less 1/4.
+    Example: two tokens, experts 0 then 1 and 1 then 0: probabilities ((0, 1), (1, 0)), base (0.5, 0.5), entropy ln 2.
     """
     both_T = first_TR.any(axis=1) & second_TR.any(axis=1)
-    a_TR, b_TR = first_TR[both_T].astype(np.float64), second_TR[both_T].astype(np.float64)
-    num_tokens = max(1, len(a_TR))
-    share_a, share_b = (m / np.maximum(m.sum(axis=1, keepdims=True), 1) for m in (a_TR, b_TR))
-    joint_RR = share_a.T @ share_b / num_tokens
+    a_TR, b_TR = (_one_visit(visits_TR[both_T]) for visits_TR in (first_TR, second_TR))
+    joint_RR = a_TR.T @ b_TR / max(1, len(a_TR))
+    shuffled_RR = a_TR.T @ b_TR[np.random.default_rng(0).permutation(len(b_TR))] / max(1, len(a_TR))
     p_i, p_j = joint_RR.sum(axis=1), joint_RR.sum(axis=0)
-    information = _entropy(p_i) + _entropy(p_j) - _entropy(joint_RR.ravel())
-    by_chance = (np.count_nonzero(p_i) - 1) * (np.count_nonzero(p_j) - 1) / (2 * num_tokens)
     return Flow(
         first,
         second,
         tuple(map(tuple, (joint_RR / np.where(p_i > 0, p_i, 1)[:, None]).tolist())),
         tuple(p_j.tolist()),
-        max(0.0, information - by_chance),
+        max(0.0, _entropy(shuffled_RR.ravel()) - _entropy(joint_RR.ravel())),
         _entropy(p_j),
     )
+
+
+def _one_visit(visits_TR: np.ndarray) -> np.ndarray:
+    """Probability [T, R] that a visit drawn at random from each token's goes to each expert."""
+    return visits_TR / np.maximum(visits_TR.sum(axis=1, keepdims=True), 1)
 
 
 def repeats(

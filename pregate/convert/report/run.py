@@ -6,7 +6,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
 from pregate.convert.report.figures import Conditions, Figures, Model, Quality
 from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
@@ -79,12 +79,26 @@ def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
     UserError for a model that is no routed checkpoint or routes nothing, for text that cannot be read, and for a
     model to compare with that reads the text as other tokens.
     """
-    figures = measure(options, progress or QuietProgress())
+    figures = measure(options, _Runs(progress or QuietProgress()))
     page = render(figures)
     partial = options.out.with_name(f".{options.out.name}.partial")
     partial.write_text(page, encoding="utf-8")
     partial.rename(options.out)
     return figures
+
+
+class _Runs:
+    """Numbers the scoring runs of a report, which would all be called the same."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._num_runs = progress, 0
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        self._num_runs += 1
+        return self._progress.stage(f"{name}, run {self._num_runs}", total)
+
+    def note(self, sentence: str) -> None:
+        self._progress.note(sentence)
 
 
 def measure(options: ReportOptions, progress: Progress) -> Figures:

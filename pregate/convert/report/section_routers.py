@@ -8,7 +8,7 @@ from html import escape
 from pregate.convert.control_table import RANDOM
 from pregate.convert.report.figures import Agreement, Figures, TrainingCurve
 from pregate.convert.report.parts import conditions, row, table
-from pregate.convert.report.svg import Point, Series, both, chart, linear_axis
+from pregate.convert.report.svg import Axis, Point, Series, both, chart, linear_axis
 from pregate.convert.report.words import number, percent
 
 #: Pairs in the order of the table, and their colours.
@@ -52,7 +52,8 @@ def _chart(figures: Figures, lines: Sequence[Line], width: int) -> str:
         series.insert(0, Series("c4", ends, "dashed", marks=False))
         lowest = min(lowest, chance)
     wide = width > 600
-    x = linear_axis("layer", low, high, lambda v: f"{v:.0f}", min(9, high - low + 1))
+    ticks = tuple(range(low, high + 1, max(1, (high - low) // 8)))
+    x = Axis("layer", low, max(high, low + 1), ticks, lambda v: f"{v:.0f}")  # one layer has no span of its own
     y = linear_axis("picks in common", lowest, 1.0, lambda v: percent(v, 0), 5)
     return chart("picks in common by layer", series, x, y, width, 300 if wide else 260)
 
