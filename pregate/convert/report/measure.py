@@ -65,7 +65,8 @@ class Routes:
 
     def repeats(self, model: RoutedForCausalLM, row_bytes: int) -> Repeats:
         """Repeats along the text; `row_bytes` are a neuron's as stored."""
-        return repeats(self.visits, self.starts, row_bytes, {m.layer: routed_neurons(m) for m in model.routed_mlps})
+        neurons = {mlp.layer: routed_neurons(mlp) for mlp in model.routed_mlps if mlp.layer in self.visits}
+        return repeats(self.visits, self.starts, row_bytes, neurons)
 
 
 def measure_routes(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> Routes:

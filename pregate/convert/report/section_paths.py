@@ -76,12 +76,12 @@ def flow_section(figures: Figures) -> str:
     which = "All pairs of neighbouring layers" if len(drawn) == len(flows) else f"The {len(drawn)} pairs that tell most"
     return (
         "<p>Bars: knowing one of the experts a token visits in a layer, how much less uncertain one of those in the "
-        "next routed layer is (mutual information as a share of its entropy, less what shuffled tokens show). 0 %: nothing; "
-        f"100 %: everything. The bars end at {percent(high)}.</p><figure>{picture}</figure>"
+        "next routed layer is (mutual information as a share of its entropy, less what shuffled tokens show). 0 %: "
+        f"nothing; 100 %: everything. The bars end at {percent(high)}.</p><figure>{picture}</figure>"
         f"<h3>{which}</h3><p>Row: expert visited in the first layer. Column: expert visited in the second. In the "
         "cell, in per cent (where it fits): of the row's tokens, the share that goes on to the column. A row sums to "
-        "100; of a token with several experts one is drawn in each layer. Colour: how far that is from the share of all "
-        f"tokens that visit the column.</p><div class='multiples'>{multiples}</div>"
+        "100; of a token with several experts one is drawn in each layer. Colour: how far that is from the share of "
+        f"all tokens that visit the column.</p><div class='multiples'>{multiples}</div>"
         f"{even_legend('the share of all tokens')}{conditions(figures)}"
     )
 

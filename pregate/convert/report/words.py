@@ -200,7 +200,7 @@ def _locality(figures: Figures) -> Finding:
     mark = MIXED if kept < kept_by_chance + 0.1 else GOOD
     advice = {
         GOOD: "Keeping the last token's experts at hand helps (at least 10 points more than chance).",
-        MIXED: "Keeping the last token's experts at hand helps little more than chance (below 10 points): plan by paths.",
+        MIXED: "Keeping the last token's experts at hand helps little beyond chance (below 10 points): plan by paths.",
     }
     sentence = (
         f"A token keeps its predecessor's whole path {percent(repeats.same_path)} of the time, "
