@@ -17,13 +17,14 @@ from pregate.cluster import (
     commands_bench,
     commands_export,
     commands_model,
+    commands_report,
     commands_serve,
     commands_text,
     method_options,
 )
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
-_LIST_OPTIONS = ("--calibration", "--text")
+_LIST_OPTIONS = ("--calibration", "--text", "--compare")
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
 
@@ -37,6 +38,7 @@ app.command(epilog=method_options.describe_recipes())(commands_model.convert)
 app.command()(commands_model.decouple)
 app.command()(commands_model.evaluate)
 app.command()(commands_export.export)
+app.command()(commands_report.report)
 app.command()(commands_text.generate)
 app.command()(commands_text.route)
 app.command()(commands_serve.serve)

@@ -46,13 +46,15 @@ class AgreementMeter:
 
     All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
     active, or all of them) do not count towards agreement. With `fixed_number` the oracle takes that of each layer
-    whatever the checkpoint's selection: to compare with a policy that does.
+    whatever the checkpoint's selection: to compare with a policy that does. Without `compares` only what is active is
+    counted, which spares the oracle's work.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
     active_neurons: int = 0
     all_neurons: int = 0
     fixed_number: bool = False
+    compares: bool = True
 
     @classmethod
     def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
@@ -82,6 +84,8 @@ class AgreementMeter:
 class MeteredPolicy:
     """Routes as `inner` does and tells `meter` what each router would have chosen; lives for one forward pass.
 
+    In each layer the meter counts first and compares then.
+
     `paths_TLK` are the path router's choices for the same tokens, or None; `real_T` is False at padding. With a
     `control_name`, what `inner` chose is compared with them under that name.
     """
@@ -100,7 +104,7 @@ class MeteredPolicy:
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         chosen = self._inner.choose(mlp, x_TD)
         self._meter.count(mlp, chosen.ids, self._real_T)
-        if 0 < mlp.cut.num_active < mlp.cut.num_routed:
+        if self._meter.compares and 0 < mlp.cut.num_active < mlp.cut.num_routed:
             choices: dict[str, torch.Tensor] = {}
             if self._control_name is not None:
                 choices[self._control_name] = chosen.ids

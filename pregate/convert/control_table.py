@@ -26,6 +26,14 @@ from pregate.model.modeling import RoutedForCausalLM
 DENSE, STATIC = "dense parent", "static mask"
 RANDOM, PAPER, ORACLE_FIXED = "random routing", "paper's gate", "oracle, fixed number"
 FIXED = (RANDOM, PAPER, ORACLE_FIXED)
+LINEAR, PATH, ORACLE = "linear gate", "path router", "oracle"
+
+
+def own_name(model: RoutedForCausalLM) -> str:
+    """The row of the routing that `model` is served with."""
+    if model.config.routing == "path":
+        return PATH
+    return LINEAR if model.config.gate == "linear" else PAPER
 
 
 def control_rows(
@@ -66,11 +74,11 @@ def _policies(model: RoutedForCausalLM, seed: int) -> dict[str, RoutingPolicy | 
     policies: dict[str, RoutingPolicy | None] = {
         RANDOM: RandomPolicy(seed),
         PAPER: PaperGatePolicy(),
-        "linear gate": LinearGatePolicy(),
+        LINEAR: LinearGatePolicy(),
     }
     if model.config.routing == "path":
-        policies["path router"] = None
-    policies["oracle"] = OraclePolicy()
+        policies[PATH] = None
+    policies[ORACLE] = OraclePolicy()
     if model.config.selection == "threshold":
         policies[ORACLE_FIXED] = OraclePolicy(fixed_number=True)
     return policies

@@ -1,0 +1,1 @@
+"""`pregate report`: measure a routed checkpoint and show it as one page."""

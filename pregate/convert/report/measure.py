@@ -1,0 +1,173 @@
+"""Measuring a checkpoint for its report: who visits what, and what each routing or another number of experts costs.
+
+Data on its way: rows of ids -> scoring runs (`score_rows`) with a meter that keeps every token's experts -> figures.
+
+Shape letters: T tokens, R routed experts, K experts of a token at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from pregate.convert.agreement import AgreementMeter
+from pregate.convert.control_table import ORACLE, control_rows, own_name
+from pregate.convert.controls import OraclePolicy
+from pregate.convert.progress import Progress
+from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
+from pregate.convert.report.numbers import Numbers, ladders, thresholds_for, with_numbers
+from pregate.convert.report.routes import layer_load, repeats
+from pregate.convert.scoring import Score, batches, score_rows
+from pregate.model.layers import RoutedMLP, RoutingPolicy
+from pregate.model.modeling import RoutedForCausalLM
+
+
+@dataclass
+class RouteMeter(AgreementMeter):
+    """An `AgreementMeter` that also keeps each token's experts and the agreement of each layer.
+
+    `visits` maps layer to bool [T, R] per batch; `by_layer` layer to a meter of its own. A `MeteredPolicy` counts in
+    a layer before it compares there.
+    """
+
+    visits: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    by_layer: dict[int, AgreementMeter] = field(default_factory=dict)
+    layer: int = -1
+
+    def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
+        super().count(mlp, ids_TK, real_T)
+        self.layer = mlp.layer
+        ids_TK, num_routed = ids_TK[real_T], mlp.cut.num_routed
+        visits_TR = torch.zeros(len(ids_TK), num_routed + 1, dtype=torch.bool, device=ids_TK.device)
+        visits_TR.scatter_(1, torch.where(ids_TK < 0, num_routed, ids_TK), True)  # padding goes to a column of its own
+        if mlp.cut.num_active:
+            self.visits.setdefault(mlp.layer, []).append(visits_TR[:, :-1].cpu().numpy())
+
+    def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
+        super().add(choices, real_T)
+        self.by_layer.setdefault(self.layer, AgreementMeter()).add(choices, real_T)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What one run with the checkpoint's own routing showed. `visits`: layer -> bool [T, R]; `starts` [T]."""
+
+    visits: dict[int, np.ndarray]
+    starts: np.ndarray
+    agreements: tuple[Agreement, ...]
+
+    def loads(self) -> tuple[LayerLoad, ...]:
+        return tuple(layer_load(layer, visits_TR) for layer, visits_TR in self.visits.items())
+
+    def repeats(self, model: RoutedForCausalLM, row_bytes: int) -> Repeats:
+        """Repeats along the text; `row_bytes` are a neuron's as stored."""
+        neurons = {mlp.layer: routed_neurons(mlp) for mlp in model.routed_mlps if mlp.layer in self.visits}
+        return repeats(self.visits, self.starts, row_bytes, neurons)
+
+
+def measure_routes(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> Routes:
+    """Run `rows` by the checkpoint's own routing and keep every token's experts, in the order they were scored."""
+    meter = RouteMeter()
+    score_rows(model, rows, meter, progress)
+    lengths = [len(rows[i]) for batch in batches(rows) for i in batch]
+    starts_T = np.zeros(sum(lengths), dtype=bool)
+    starts_T[np.cumsum([0, *lengths[:-1]])] = True
+    agreements = tuple(
+        Agreement(layer, *pair.split("_vs_", 1), **tally.figures())  # pyright: ignore[reportArgumentType]
+        for layer, own in sorted(meter.by_layer.items())
+        for pair, tally in own.tallies.items()
+    )
+    visits = {layer: np.concatenate(parts) for layer, parts in sorted(meter.visits.items())}
+    return Routes(visits, starts_T, agreements)
+
+
+def measure_quality(
+    model: RoutedForCausalLM,
+    rows: Sequence[list[int]],
+    num_bytes: int,
+    parent: Any,
+    seed: int,
+    progress: Progress,
+) -> Quality:
+    """The checkpoint beside its controls (`control_rows`), and at other numbers of active experts."""
+    table = control_rows(model, rows, num_bytes, parent, seed, progress)
+    points = tuple(QualityPoint(name, **figures) for name, figures in table.items())
+    return Quality(own_name(model), points, curves=_curves(model, rows, table, progress))
+
+
+def compared(name: str, model: Any, rows: Sequence[list[int]], num_bytes: int, dense: QualityPoint) -> QualityPoint:
+    """Another model, dense or routed, on the same rows."""
+    meter = AgreementMeter(compares=False) if isinstance(model, RoutedForCausalLM) else None
+    score = score_rows(model, rows, meter)
+    share = 1.0 if meter is None else round(meter.active_share, 4)
+    ratio = round(score.perplexity / dense.perplexity, 4)
+    return QualityPoint(name, share, round(score.perplexity, 4), ratio, round(score.bits_per_byte(num_bytes), 4))
+
+
+def _curves(
+    model: RoutedForCausalLM, rows: Sequence[list[int]], table: dict[str, dict[str, float]], progress: Progress
+) -> tuple[Curve, ...]:
+    """The checkpoint's own router and the oracle from no routed expert to all of them.
+
+    The ends are the same for both, and what the control table holds already is not run again.
+    """
+    own = own_name(model)
+    ladder = ladders(model)
+    limits = {name: thresholds_for(model, rows, ladder, of_oracle=name == ORACLE) for name in (own, ORACLE)}
+    ends = {n: _run(model, rows, n, limits[own][n], None, progress) for n in (ladder[0], ladder[-1])}
+    curves = []
+    policies: dict[str, RoutingPolicy | None] = {own: None, ORACLE: OraclePolicy()}
+    for name, policy in policies.items():
+        points = []
+        for numbers in ladder:
+            if numbers in ends:
+                points.append(ends[numbers])
+            elif numbers == Numbers.of(model):
+                points.append((table[name]["active_share"], table[name]["perplexity"]))
+            else:
+                points.append(_run(model, rows, numbers, limits[name][numbers], policy, progress))
+        shares, perplexities = zip(*points, strict=True)
+        curves.append(Curve(name, tuple(n.mean for n in ladder), shares, perplexities))
+    return tuple(curves)
+
+
+def _run(
+    model: RoutedForCausalLM,
+    rows: Sequence[list[int]],
+    numbers: Numbers,
+    limits: dict[int, float],
+    policy: RoutingPolicy | None,
+    progress: Progress,
+) -> tuple[float, float]:
+    """Active share and perplexity with `numbers` of experts."""
+    meter = AgreementMeter(compares=False)
+    with with_numbers(model, numbers, limits):
+        score: Score = score_rows(model, rows, meter, progress, policy)
+    return round(meter.active_share, 4), round(score.perplexity, 4)
+
+
+def routed_neurons(mlp: RoutedMLP) -> np.ndarray:
+    """The parent neurons of each routed expert [R, M]; shared rows come first in `neuron_index`."""
+    return mlp.neuron_index[mlp.cut.shared_width :].view(mlp.cut.num_routed, -1).cpu().numpy()
+
+
+def measure_overlap(model: RoutedForCausalLM) -> Overlap:
+    """Whether experts hold the same parent neurons, and whether the weights of those rows are still equal."""
+    rows = [mlp.neuron_index.cpu().numpy() for mlp in model.routed_mlps]
+    num_neurons = sum(len(np.unique(index)) for index in rows)
+    overlaps = any(len(np.unique(index)) < len(index) for index in rows)
+    tied = all(_rows_are_tied(mlp) for mlp in model.routed_mlps)
+    return Overlap(overlaps, tied, sum(map(len, rows)) / max(1, num_neurons))
+
+
+def _rows_are_tied(mlp: RoutedMLP) -> bool:
+    """Whether each row's weights equal those of the first row of the same neuron."""
+    _, first, which = np.unique(mlp.neuron_index.cpu().numpy(), return_index=True, return_inverse=True)
+    source = torch.from_numpy(first[which.ravel()])
+    gate_up, down = mlp.dense_weights()
+    gate, up = gate_up.chunk(2)
+    return all(torch.equal(w, w[source]) for w in (gate, up, down.T))

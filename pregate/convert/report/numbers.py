@@ -1,0 +1,189 @@
+"""A checkpoint with another number of active experts, for as long as it is measured so.
+
+Selection by threshold: a router's threshold of each layer is set anew so that its mean number of experts on a sample of
+the report's text is the one wanted; what it comes to on all of the text is measured.
+
+Shape letters: T tokens, R routed experts, S routed experts of all layers side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from pregate.convert.capture import threshold_for
+from pregate.convert.controls import OraclePolicy
+from pregate.convert.scoring import score_rows
+from pregate.model.config import LayerCut
+from pregate.model.gates import Choice
+from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy, weighted_mass
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathRouter
+
+#: At most so many numbers of experts are tried, both ends included.
+MAX_STEPS = 8
+#: Tokens of the sample that thresholds are set on.
+SAMPLE_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Active routed experts of every layer, 0 in a dense one; `mean` over the layers that have routed experts."""
+
+    by_layer: tuple[int, ...]
+    mean: float
+
+    @classmethod
+    def of(cls, model: RoutedForCausalLM) -> Numbers:
+        """The checkpoint's own."""
+        return cls.make(model, [cut.num_active for cut in model.config.cuts])
+
+    @classmethod
+    def make(cls, model: RoutedForCausalLM, by_layer: Sequence[int]) -> Numbers:
+        routed = [n for n, cut in zip(by_layer, model.config.cuts, strict=True) if cut.num_routed]
+        return cls(tuple(by_layer), sum(routed) / len(routed))
+
+
+def ladders(model: RoutedForCausalLM) -> list[Numbers]:
+    """Numbers of experts from none to all, the checkpoint's own among them.
+
+    With the same number in every layer each step is that number plus one (or more: at most `MAX_STEPS`); else
+    steps are thirds of the way from the own number of each layer to none and to all.
+    """
+    cuts = [c for c in model.config.cuts if c.num_routed]
+    kinds = {(c.num_routed, c.num_active) for c in cuts}
+    if len(kinds) == 1:
+        ((num_routed, own),) = kinds
+        stride = -(-num_routed // (MAX_STEPS - 2))
+        steps = sorted({*range(0, num_routed, stride), own, num_routed})
+        layers = [[n if c.num_routed else 0 for c in model.config.cuts] for n in steps]
+    else:
+        ways = [way / 3 for way in range(-3, 4)]
+        layers = [[_part_way(cut, way) for cut in model.config.cuts] for way in ways]
+    return list(dict.fromkeys(Numbers.make(model, n) for n in layers))
+
+
+def _part_way(cut: LayerCut, way: float) -> int:
+    """From none (-1) over the layer's own number (0) to all (1)."""
+    end = cut.num_routed if way > 0 else 0
+    return round(cut.num_active + (end - cut.num_active) * abs(way))
+
+
+Limits = dict[int, float]
+
+
+def thresholds_for(
+    model: RoutedForCausalLM, rows: Sequence[list[int]], ladder: Sequence[Numbers], of_oracle: bool
+) -> dict[Numbers, Limits]:
+    """Thresholds of each layer by numbers of experts, of the oracle or of the checkpoint's own router.
+
+    {} per numbers where a fixed number of experts is selected.
+    """
+    if model.config.selection != "threshold":
+        return {numbers: {} for numbers in ladder}
+    scores = _scores(model, _sample(rows), of_oracle)
+    return {
+        numbers: {layer: float(threshold_for(s_TR, numbers.by_layer[layer])) for layer, s_TR in scores.items()}
+        for numbers in ladder
+    }
+
+
+def _sample(rows: Sequence[list[int]]) -> list[list[int]]:
+    """Evenly spaced rows of about `SAMPLE_TOKENS` tokens."""
+    stride = max(1, round(sum(map(len, rows)) / SAMPLE_TOKENS))
+    return list(rows[::stride])
+
+
+@torch.no_grad()
+def _scores(model: RoutedForCausalLM, rows: Sequence[list[int]], of_oracle: bool) -> dict[int, torch.Tensor]:
+    """Scores [T, R] of each layer with routed experts, under the routing that goes by them."""
+    if model.config.routing == "path" and not of_oracle:
+        router = model.path_router
+        assert router is not None
+        all_TS = torch.cat([router(torch.tensor([row], device=model.device))[0][0] for row in rows])
+        layers = enumerate(all_TS.split([c.num_routed for c in router.cuts], dim=-1))
+        return {layer: scores_TR for layer, scores_TR in layers if scores_TR.shape[1]}
+    keeper = _ScoreKeeper(of_oracle)
+    for row in rows:  # one by one: no padding among the scores
+        score_rows(model, [row], control=keeper)
+    return {layer: torch.cat(parts) for layer, parts in keeper.scores.items()}
+
+
+class _ScoreKeeper:
+    """Routes as the oracle or the layer's gate and keeps the scores it goes by."""
+
+    def __init__(self, of_oracle: bool) -> None:
+        self.scores: dict[int, list[torch.Tensor]] = {}
+        self._of_oracle = of_oracle
+        self._inner: RoutingPolicy = OraclePolicy() if of_oracle else GatePolicy()
+
+    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+        scores_TR = weighted_mass(mlp, x_TD) if self._of_oracle else mlp.gate(x_TD)
+        self.scores.setdefault(mlp.layer, []).append(scores_TR)
+        return self._inner.choose(mlp, x_TD)
+
+
+@contextmanager
+def with_numbers(model: RoutedForCausalLM, numbers: Numbers, limits: Limits) -> Iterator[None]:
+    """Within the block `numbers` of experts are active, by the thresholds `limits` where thresholds choose.
+
+    Gates, oracle and path router all follow; all is as before afterwards.
+    """
+    kept = [(mlp, mlp.cut, mlp.mass_threshold) for mlp in model.routed_mlps]
+    router = model.path_router
+    try:
+        for mlp in model.routed_mlps:
+            number, limit = numbers.by_layer[mlp.layer], limits.get(mlp.layer)
+            _set(mlp, replace(mlp.cut, num_active=number), _like(mlp.mass_threshold, limit))
+        if router is not None and model.config.routing == "path":
+            _put_router(model, _router_with(router, numbers, limits))
+        with _gate_limits(model, limits):
+            yield
+    finally:
+        for mlp, cut, mass_threshold in kept:
+            _set(mlp, cut, mass_threshold)
+        if router is not None:
+            _put_router(model, router)
+
+
+def _set(mlp: RoutedMLP, cut: LayerCut, mass_threshold: torch.Tensor) -> None:
+    mlp.cut, mlp.mass_threshold = cut, mass_threshold
+    for gate in (mlp.linear_gate, mlp.paper_gate):
+        if gate is not None:
+            gate.num_active = cut.num_active
+
+
+@contextmanager
+def _gate_limits(model: RoutedForCausalLM, limits: Limits) -> Iterator[None]:
+    gates = [(m.linear_gate, m.linear_gate.threshold, m.layer) for m in model.routed_mlps if m.linear_gate is not None]
+    try:
+        for gate, before, layer in gates:
+            gate.threshold = _like(before, limits.get(layer))
+        yield
+    finally:
+        for gate, before, _ in gates:
+            gate.threshold = before
+
+
+def _router_with(router: PathRouter, numbers: Numbers, limits: Limits) -> PathRouter:
+    """A copy of `router` that takes other numbers of experts."""
+    cuts = [replace(cut, num_active=n) for cut, n in zip(router.cuts, numbers.by_layer, strict=True)]
+    copy = PathRouter(router.config, router.embedding.num_embeddings, cuts, router.selection).to(
+        router.thresholds.device
+    )
+    copy.load_state_dict(router.state_dict())
+    for layer, limit in limits.items():
+        copy.thresholds[layer] = limit
+    return copy.requires_grad_(False)
+
+
+def _put_router(model: RoutedForCausalLM, router: PathRouter) -> None:
+    model.path_router = router
+    model._computer = None  # made anew, from the router in place, when it is next asked for
+
+
+def _like(tensor: torch.Tensor, value: float | None) -> torch.Tensor:
+    return tensor if value is None else torch.full_like(tensor, value)

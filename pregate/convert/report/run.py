@@ -1,0 +1,300 @@
+"""`report`: measure a routed checkpoint on held-out text and write one self-contained HTML page to decide from."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.base.dtypes import dtype_name
+from pregate.base.errors import UserError
+from pregate.convert.control_table import DENSE, STATIC
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
+from pregate.convert.progress import Advance, Progress, QuietProgress
+from pregate.convert.report.conditions import date_now, hardware, package_versions
+from pregate.convert.report.figures import Conditions, Figures, Model, Quality
+from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
+from pregate.convert.report.page import render
+from pregate.convert.report.routes import routed_flows
+from pregate.convert.report.training import training_curves
+from pregate.convert.scoring import encode_all, load_any
+from pregate.convert.text import draw_documents, read_documents, text_files
+from pregate.model.checkpoint import MANIFEST, Manifest, file_sha256, read_manifest
+from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.modeling import RoutedForCausalLM
+
+#: Enough to tell methods apart in about a minute on a small model; a decision deserves all of the text.
+DEFAULT_MAX_TOKENS = 10_000
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What to report on: a routed checkpoint, held-out text, and models to show beside it.
+
+    `parent` is the dense model (None: the one the manifest names if it is still there, else the checkpoint with every
+    expert on). Documents are drawn with `seed`, which is that of random routing too, until `max_tokens` are scored
+    (None: all of them).
+    """
+
+    model: Path
+    out: Path
+    text: tuple[Path, ...]
+    compare: tuple[Path, ...] = ()
+    parent: Path | None = None
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise UserError("--text: give held-out text, at least one .txt or .jsonl file or a folder of them")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more, or all")
+        if self.seed < 0:
+            raise UserError.of("--seed", self.seed, "allowed: 0 or more")
+        if self.out.exists():
+            raise UserError.of("--out", self.out, "exists already; allowed: a file that does not exist yet")
+        if not self.out.absolute().parent.is_dir():
+            raise UserError.of("--out", self.out, "its parent folder does not exist")
+
+    @property
+    def command(self) -> str:
+        """The command line that asks for this."""
+        words = ["pregate", "report", "--model", self.model, "--out", self.out, "--text", *self.text]
+        words += [word for path in self.compare for word in ("--compare", path)]
+        words += ["--parent", self.parent] if self.parent is not None else []
+        words += ["--max-tokens", "all" if self.max_tokens is None else self.max_tokens, "--seed", self.seed]
+        return shlex.join(map(str, words))
+
+
+def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
+    """Measure `options.model`, write the page to `options.out`, and return what it shows.
+
+    UserError for a model that is no routed checkpoint or routes nothing, for text that cannot be read, and for a
+    model to compare with that reads the text as other tokens.
+    """
+    figures = measure(options, _Runs(progress or QuietProgress()))
+    page = render(figures)
+    partial = options.out.with_name(f".{options.out.name}.partial")
+    partial.write_text(page, encoding="utf-8")
+    partial.rename(options.out)
+    return figures
+
+
+class _Runs:
+    """Numbers the scoring runs of a report, which would all be called the same."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._num_runs = progress, 0
+
+    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        self._num_runs += 1
+        return self._progress.stage(f"{name}, run {self._num_runs}", total)
+
+    def note(self, sentence: str) -> None:
+        self._progress.note(sentence)
+
+
+def measure(options: ReportOptions, progress: Progress) -> Figures:
+    """All the numbers of a report."""
+    started_s = time.monotonic()
+    stored = _routed_config(options.model)
+    text = _Text.read(options)
+    parent_path = options.parent or _recorded_parent(options.model)
+    others = [(path, _load("--compare", path, text)) for path in options.compare]
+    parent = None if parent_path is None else _load("--parent", parent_path, text)
+    model: RoutedForCausalLM = load_any(options.model)
+    manifest = read_manifest(options.model)
+    quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
+    del parent
+    routes = measure_routes(model, text.rows, progress)
+    about = _describe(options.model, model, stored, manifest, quality)
+    dense = quality.point(DENSE)
+    assert dense is not None
+    points = tuple(compared(_name(p, options), other, text.rows, text.num_bytes, dense) for p, other in others)
+    return Figures(
+        model=about,
+        conditions=_conditions(options, text, model, manifest, parent_path, time.monotonic() - started_s),
+        quality=replace(quality, others=points),
+        loads=routes.loads(),
+        flows=routed_flows(routes.visits),
+        agreements=routes.agreements,
+        repeats=routes.repeats(model, _row_bytes(stored)),
+        overlap=measure_overlap(model),
+        training=training_curves(options.model),
+        router_losses=_router_losses(manifest),
+        manifest=manifest.options | {"source": manifest.source.get("path", ""), "calibration": manifest.calibration},
+    )
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The report's text as the reported model's tokens; `texts` are the documents in the order drawn."""
+
+    rows: list[list[int]]
+    texts: list[str]
+    num_bytes: int
+    context: int
+    max_tokens: int | None
+
+    @classmethod
+    def read(cls, options: ReportOptions) -> _Text:
+        context = context_tokens(options.model)
+        documents = draw_documents(read_documents(options.text, context, "--text"), options.seed)
+        texts = [d.text for d in documents]
+        rows, num_bytes = encode_all(load_tokenizer(options.model), texts, context, options.max_tokens)
+        if not rows:
+            raise UserError.of("--text", " ".join(map(str, options.text)), "holds no document of two tokens or more")
+        return cls(rows, texts, num_bytes, context, options.max_tokens)
+
+    def check_same_tokens(self, option: str, path: Path) -> None:
+        """UserError where the model at `path` reads the text as other tokens; then perplexities do not compare."""
+        context = context_tokens(path)
+        longest = max(map(len, self.rows))
+        if context < longest:
+            raise UserError.of(option, path, f"its context of {context} tokens is shorter than a document ({longest})")
+        if encode_all(load_tokenizer(path), self.texts, self.context, self.max_tokens)[0] != self.rows:
+            raise UserError.of(option, path, "reads the text as other tokens, so perplexities do not compare")
+
+
+def _routed_config(path: Path) -> RoutedConfig:
+    """The checkpoint's config; UserError for a dense model and one that routes nothing."""
+    if check_model_folder(path)["model_type"] != RoutedConfig.model_type:
+        raise UserError.of("--model", path, "is a dense model; allowed: a routed checkpoint of `pregate convert`")
+    config = RoutedConfig.from_pretrained(path)
+    if not any(cut.num_active for cut in config.cuts):
+        raise UserError.of("--model", path, "has no layer with an active routed expert; there is nothing to report on")
+    return config
+
+
+def _load(option: str, path: Path, text: _Text) -> Any:
+    """A model to show beside the reported one; `option` says who named it."""
+    with _named(option):
+        kind = check_model_folder(path)["model_type"]
+        text.check_same_tokens(option, path)
+        if option == "--parent" and kind == RoutedConfig.model_type:
+            raise UserError.of(option, path, "is a routed checkpoint; allowed: the dense model it was made from")
+        return load_dense(path) if option == "--parent" else load_any(path)
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Name `option` in errors about a folder that was given by it and not as --model."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace("--model ", f"{option} ", 1)) from error
+
+
+def _recorded_parent(path: Path) -> Path | None:
+    """The dense model the manifest names, if it is still there and its config is unchanged."""
+    source = read_manifest(path).source
+    parent = Path(str(source.get("path", "")))
+    config = parent / "config.json"
+    expected = source.get("sha256", {}).get("config.json")
+    return parent if expected and config.is_file() and file_sha256(config) == expected else None
+
+
+def _name(path: Path, options: ReportOptions) -> str:
+    """What to call a compared model: its folder, or its path where that is not unique."""
+    names = [p.resolve().name for p in (options.model, *options.compare)]
+    return str(path) if names.count(path.resolve().name) > 1 else path.resolve().name
+
+
+def _describe(
+    path: Path, model: RoutedForCausalLM, config: RoutedConfig, manifest: Manifest, quality: Quality
+) -> Model:
+    static = quality.point(STATIC)
+    routed = [cut for cut in config.cuts if cut.num_routed]
+    assert static is not None
+    return Model(
+        name=path.resolve().name,
+        path=str(path.resolve()),
+        method=manifest.method,
+        routing=config.routing,
+        selection=config.selection,
+        forecast=config.routing == "layerwise" and config.has_path_router,
+        family=str(manifest.source.get("model_type", config.text_config.model_type)),
+        num_layers=len(config.cuts),
+        num_routed_layers=len(routed),
+        cut=_cut_words(routed, config.selection),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_bytes=sum(f["bytes"] for name, f in manifest.files.items() if name.endswith(".safetensors")),
+        expert_bytes=max(cut.expert_width for cut in routed) * _row_bytes(config),
+        num_units=sum(cut.num_routed for cut in routed),
+        dtype=_stored(config),
+        nominal_share=static.active_share,
+    )
+
+
+def _cut_words(cuts: Sequence[LayerCut], selection: str) -> str:
+    """E.g. "3 shared + 5 routed experts per layer, 3 of the routed active"; a range where layers differ."""
+    shared, routed, active = (
+        _span([getattr(cut, name) for cut in cuts]) for name in ("num_shared", "num_routed", "num_active")
+    )
+    mean = " on average" if selection == "threshold" else ""
+    return f"{shared} shared + {routed} routed experts per layer, {active} of the routed active per token{mean}"
+
+
+def _span(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _row_bytes(config: RoutedConfig) -> int:
+    """Bytes of one neuron as stored: a gate row, an up row and a down column."""
+    item = 4 if _stored(config) == "float32" else 2
+    return 3 * config.text_config.hidden_size * item
+
+
+def _stored(config: RoutedConfig) -> str:
+    """Type of the weights on disk (they are loaded as float32 to be measured)."""
+    return dtype_name(config.dtype or torch.float32)
+
+
+def _conditions(
+    options: ReportOptions,
+    text: _Text,
+    model: RoutedForCausalLM,
+    manifest: Manifest,
+    parent: Path | None,
+    seconds: float,
+) -> Conditions:
+    used = [p.resolve() for p in text_files(options.text, "--text")]
+    seen = {Path(p).resolve() for p in _listed_files(manifest.calibration)}
+    return Conditions(
+        command=options.command,
+        date=date_now(),
+        versions=package_versions(),
+        hardware=hardware(model.device),
+        seconds=round(seconds, 1),
+        text=tuple(map(str, used)),
+        num_documents=len(text.rows),
+        num_tokens=sum(len(row) - 1 for row in text.rows),
+        context_tokens=text.context,
+        seed=options.seed,
+        dense=str(parent) if parent is not None else "",
+        fingerprint=hashlib.sha256((options.model / MANIFEST).read_bytes()).hexdigest()[:16],
+        seen_text=tuple(str(p) for p in used if p in seen),
+    )
+
+
+def _listed_files(calibration: dict[str, Any]) -> Iterator[str]:
+    """Every file the manifest says the checkpoint was made on."""
+    for name, value in calibration.items():
+        if isinstance(value, dict):
+            yield from _listed_files(value)
+        elif name == "files" and isinstance(value, list):
+            yield from map(str, value)
+
+
+def _router_losses(manifest: Manifest) -> dict[str, float]:
+    """First and last training loss of the path router, where the manifest has them."""
+    decoupled = manifest.figures.get("decouple", {})
+    return {name: float(decoupled[name]) for name in ("loss_first", "loss_last") if name in decoupled}
