@@ -64,15 +64,20 @@ class LocalLayers:
             for cut, layer in cuts.items()
         )
 
-    def begin(self, ids_TLK: np.ndarray) -> None:
-        """Open a step with path ids int16 [T, L, K], -1 padding. Layers cut alike share one launch."""
+    def begin(self, ids_TLK: np.ndarray, weights_TLK: np.ndarray | None = None) -> None:
+        """Open a step with path ids int16 [T, L, K], -1 padding, and what the experts weigh (None: 1).
+
+        Layers cut alike share one launch.
+        """
         self._segments = {}
         self._num_pairs_L = (ids_TLK >= 0).sum(axis=(0, 2)).tolist()
         for cut in dict.fromkeys(self._cuts):
             layers = [layer for layer, other in enumerate(self._cuts) if other == cut]
             if cut.num_routed:
-                ids = torch.from_numpy(ids_TLK if len(layers) == len(self._cuts) else ids_TLK[:, layers])
-                built = self._ffn.segments(ids, cut.num_routed, cut.num_shared)
+                every = len(layers) == len(self._cuts)
+                ids = torch.from_numpy(ids_TLK if every else ids_TLK[:, layers])
+                weights = None if weights_TLK is None else torch.from_numpy(weights_TLK[:, layers])
+                built = self._ffn.segments(ids, cut.num_routed, cut.num_shared, weights)
                 self._segments |= {layer: built.layer(place) for place, layer in enumerate(layers)}
 
     def run(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
+from pregate.model.paths import Paths
 from pregate.router.exchange import Exchange
 from pregate.workers.client import InProcessClient
 from pregate.workers.echo import EchoHost
@@ -50,18 +51,20 @@ def shared_of(x_TD: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("implementation", ["loop", "grouped", "packed", "int8"])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
-def test_a_layer_is_bit_for_bit_what_the_exchange_adds_up(reader, implementation, num_tokens):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_layer_is_bit_for_bit_what_the_exchange_adds_up(reader, implementation, num_tokens, weighted):
     ids_TLK, x_TD = paths(num_tokens), rows(num_tokens)
+    weights_TLK = np.random.default_rng(5).uniform(0.2, 3, size=ids_TLK.shape).astype(np.float32) if weighted else None
     client = InProcessClient(make_host(reader, expert_ffn=implementation))
     client.hello(engine="e", fingerprint=reader.fingerprint, dtype=torch.float32, width=WIDTH, max_rows=64)
     exchange = Exchange("e", [client], HOSTS_OF)
-    exchange.begin_step(1, num_tokens, ids_TLK)
+    exchange.begin_step(1, num_tokens, Paths(ids_TLK, weights_TLK))
     wanted = {n: exchange.combine(exchange.dispatch(n, x_TD, None), shared_of(x_TD)) for n in (0, 2)}
     counts_TH = exchange.end_step()
     local = exchange.local = local_of(make_host(reader, expert_ffn=implementation))
     for layer in (0, 2):
         local.join_shared(layer, shared_of)
-    exchange.begin_step(2, num_tokens, ids_TLK)
+    exchange.begin_step(2, num_tokens, Paths(ids_TLK, weights_TLK))
     for layer in (0, 2):
         assert torch.equal(local.run(layer, x_TD), wanted[layer])
     assert np.array_equal(exchange.end_step(), counts_TH)
