@@ -30,26 +30,23 @@ from pregate.model.modeling import RoutedForCausalLM
 class RouteMeter(AgreementMeter):
     """An `AgreementMeter` that also keeps each token's experts and the agreement of each layer.
 
-    `visits` maps layer to bool [T, R] per batch; `by_layer` layer to a meter of its own. A `MeteredPolicy` counts in
-    a layer before it compares there.
+    `visits` maps layer to bool [T, R] per batch; `by_layer` layer to a meter of its own.
     """
 
     visits: dict[int, list[np.ndarray]] = field(default_factory=dict)
     by_layer: dict[int, AgreementMeter] = field(default_factory=dict)
-    layer: int = -1
 
     def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
         super().count(mlp, ids_TK, real_T)
-        self.layer = mlp.layer
         ids_TK, num_routed = ids_TK[real_T], mlp.cut.num_routed
         visits_TR = torch.zeros(len(ids_TK), num_routed + 1, dtype=torch.bool, device=ids_TK.device)
         visits_TR.scatter_(1, torch.where(ids_TK < 0, num_routed, ids_TK), True)  # padding goes to a column of its own
         if mlp.cut.num_active:
             self.visits.setdefault(mlp.layer, []).append(visits_TR[:, :-1].cpu().numpy())
 
-    def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
-        super().add(choices, real_T)
-        self.by_layer.setdefault(self.layer, AgreementMeter()).add(choices, real_T)
+    def add(self, layer: int, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
+        super().add(layer, choices, real_T)
+        self.by_layer.setdefault(layer, AgreementMeter()).add(layer, choices, real_T)
 
 
 @dataclass(frozen=True)
