@@ -35,13 +35,16 @@ def weighted(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-def test_learned_weights_are_served_as_the_reference_computes_them(weighted: Path):
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_learned_weights_are_served_as_the_reference_computes_them(weighted: Path, num_hosts: int):
+    """By one host in this process, which runs whole layers, and by two, whose rows are put together."""
     model = RoutedForCausalLM.from_pretrained(weighted).eval()
     weights = model.paths(PROMPTS[1]).weights
     assert weights is not None and weights.max() - weights[weights > 0].min() > 0.5
     references = [reference_text(model, p, NUM_TOKENS) for p in PROMPTS]
     refuse_degenerate(references)
-    with engine_in_process(weighted, 2) as (engine, _):
+    with engine_in_process(weighted, num_hosts) as (engine, _):
+        assert (engine.exchange.local is not None) == (num_hosts == 1)
         tally = Tally()
         for together in (False, True):
             compare(tally, "weighted", references, serve(engine, PROMPTS, NUM_TOKENS, together=together))
