@@ -11,6 +11,7 @@ import torch
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter
+from pregate.convert.alignment import align_experts
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import encode_pool
 from pregate.convert.decouple_options import DecoupleOptions
@@ -44,6 +45,8 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
         if not options.predict:
             _refuse_weights(model, options)
         pool = collect_targets(model, rows, progress, of_gates=options.predict)
+        if options.heads == "single":
+            pool = align_experts(model, pool)
         router, figures = train_router(model, pool, options, progress)
         measured_on = pool.held_back().rows
         figures |= _figures("layerwise", model, measured_on)
