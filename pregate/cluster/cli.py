@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cluster import commands_bench, commands_export, commands_model, commands_serve, commands_text
+from pregate.cluster import commands_bench, commands_export, commands_model, commands_serve, commands_text, commands_tune
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text")
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(commands_model.convert)
 app.command()(commands_model.decouple)
+app.command()(commands_tune.tune)
 app.command()(commands_model.evaluate)
 app.command()(commands_export.export)
 app.command()(commands_text.generate)

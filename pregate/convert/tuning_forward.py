@@ -31,7 +31,8 @@ from pregate.model.modeling import RoutedForCausalLM
 class Gathered:
     """What a pass is to gather beside its output: `mass` errors of the router's scores as forecasts, `balance` terms.
 
-    With `calibrate` each layer's thresholds are set from the tokens of the pass as it goes through.
+    With `calibrate` the thresholds of each layer's gate and oracle are set from the tokens of the pass on its way
+    (a path router's are not: it needs no pass for them).
     """
 
     mass: bool = False
@@ -109,10 +110,10 @@ class TuningPass:
         held = threshold_of(self.model, mlp)
         limit = threshold_for(scores_TR[self.real_T], mlp.cut.num_active)
         self.limits[mlp.layer] = limit
-        if self.gathered.calibrate:
+        if self.gathered.calibrate and self.scores_TS is None:
             held.copy_(limit)
-            if mass_TR is not None:
-                mlp.mass_threshold.copy_(threshold_for(mass_TR[self.real_T], mlp.cut.num_active))
+        if self.gathered.calibrate and mass_TR is not None:
+            mlp.mass_threshold.copy_(threshold_for(mass_TR[self.real_T], mlp.cut.num_active))
         return held.clone()
 
     def _note(

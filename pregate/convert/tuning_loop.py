@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from pregate.convert.lora import merge_low_rank
 from pregate.convert.scoring import batches, padded
-from pregate.convert.tuning_balance import follow_thresholds, move_biases, set_thresholds
+from pregate.convert.tuning_balance import calibrate, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tuning_data import BatchOrder, TuningRows
 from pregate.convert.tuning_forward import Gathered, TuningPass, path_scores, run_parent
 from pregate.convert.tuning_loss import mixed_loss, next_tokens
@@ -102,7 +103,7 @@ class Tuner:
         It evaluates before the first step, every `eval_every` and after the last.
         """
         if self.counters.step == 0 and not self.best:
-            self._evaluate_and_keep()
+            self.measure()
         stop = math.inf if num_steps is None else self.counters.step + num_steps
         while self.share_done < 1 and self.counters.step < stop:
             begun, begun_cpu = time.monotonic(), time.process_time()
@@ -110,7 +111,7 @@ class Tuner:
             self._count_time(begun, begun_cpu)
             self._record(self._counted() | figures)
             if self.counters.step % self.settings.eval_every == 0 or self.share_done >= 1:
-                self._evaluate_and_keep()
+                self.measure()
             if after_step is not None:
                 after_step()
 
@@ -159,7 +160,7 @@ class Tuner:
         ids_BN, mask_BN = (t.to(self.device) for t in padded(rows))
         teacher_PV = None
         if self.teacher is not None and settings.kl_share:
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 teacher_PV = run_parent(self.teacher, ids_BN, None).flatten(0, 1)
         mass = bool(self.trained.router) and settings.router and settings.router_mass > 0
         gathered = Gathered(mass=mass, balance=settings.balance == "loss")
@@ -193,7 +194,7 @@ class Tuner:
             loads = {n: torch.stack([p.loads[n] for p in passes]).sum(dim=0) for n in passes[0].loads}
             move_biases(self.model, loads, passes[0].spreads, self.settings.balance_rate, self.offsets)
 
-    def _evaluate_and_keep(self) -> None:
+    def measure(self) -> None:
         """Evaluate, keep the tensors if they are the best so far, and tell."""
         begun, begun_cpu = time.monotonic(), time.process_time()
         counters = self.counters
@@ -235,3 +236,13 @@ class Tuner:
         """Set every tensor that tuning changes to a snapshot's."""
         for name, tensor in self.changing.items():
             tensor.copy_(tensors[name])
+
+    def finish(self) -> None:
+        """Leave the model as the best evaluation found it, low-rank changes merged, nothing to train."""
+        self.restore(self.best)
+        if self._moves and self.counters.best_step and self.model.config.selection == "threshold":
+            calibrate(self.model, self.rows.training)  # for the oracles too, whose masses have changed
+        merge_low_rank(self.model)
+        if self.routed:
+            self.model.forget_path_computer()
+        self.model.requires_grad_(False)

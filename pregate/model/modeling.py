@@ -88,6 +88,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             self._computer = PathComputer(self.path_router)
         return self._computer
 
+    def forget_path_computer(self) -> None:
+        """Let the next use of `path_computer`, which has a copy of the router's weights, take them as they are then."""
+        self._computer = None
+
     def get_input_embeddings(self) -> nn.Module:
         return self.parent.get_input_embeddings()
 
