@@ -30,7 +30,10 @@ def tune(
     ] = None,
     router_learning_rate: Annotated[float, typer.Option(help="Of the router or gates, and of the scale u.")] = 1e-3,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.01,
-    router_mass: Annotated[float, typer.Option(help="Weight of the router's error as a forecast of masses.")] = 0.1,
+    router_mass: Annotated[float, typer.Option(help="Weight of the router's error as a forecast of masses.")] = 1.0,
+    straight_through: Annotated[
+        bool, typer.Option(help="Let the router learn from the losses as well, as if its choice were soft.")
+    ] = True,
     balance: Annotated[str, typer.Option(help="none, bias (as CMoE) or loss (as Switch): even use of experts.")] = (
         "none"
     ),
@@ -76,6 +79,7 @@ def tune(
         router_learning_rate=router_learning_rate,
         weight_decay=weight_decay,
         router_mass=router_mass,
+        straight_through=straight_through,
         balance=balance,
         balance_rate=balance_rate,
         balance_loss=balance_loss,

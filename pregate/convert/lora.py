@@ -33,16 +33,17 @@ def add_low_rank(
 
     Returns the new parameters by their names in `model`.
     """
-    chosen = list(names)
+    added: dict[str, nn.Parameter] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in chosen:
+        for name in names:
             owner, _, attribute = name.rpartition(".")
             module = model.get_submodule(owner)
-            weight = getattr(module, attribute).requires_grad_(False)
-            parametrize.register_parametrization(module, attribute, LowRank(weight, rank, alpha / rank))
-    wanted = tuple(f".parametrizations.{n.rpartition('.')[2]}.0." for n in chosen)
-    return {n: p for n, p in model.named_parameters() if any(w in n for w in wanted)}
+            change = LowRank(getattr(module, attribute).requires_grad_(False), rank, alpha / rank)
+            parametrize.register_parametrization(module, attribute, change)
+            prefix = f"{owner}.parametrizations.{attribute}.0.".removeprefix(".")
+            added |= {prefix + part: parameter for part, parameter in change.named_parameters()}
+    return added
 
 
 def merge_low_rank(model: nn.Module) -> None:

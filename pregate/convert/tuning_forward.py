@@ -31,6 +31,7 @@ from pregate.model.modeling import RoutedForCausalLM
 class Gathered:
     """What a pass is to gather beside its output: `mass` errors of the router's scores as forecasts, `balance` terms.
 
+    Without `straight_through` the choice of experts has no gradient.
     With `calibrate` the thresholds of each layer's gate and oracle are set from the tokens of the pass on its way
     (a path router's are not: it needs no pass for them).
     """
@@ -38,6 +39,7 @@ class Gathered:
     mass: bool = False
     balance: bool = False
     calibrate: bool = False
+    straight_through: bool = True
 
 
 @dataclass
@@ -92,7 +94,7 @@ class TuningPass:
             shares_TR = gate(x_TD.float()).softmax(dim=-1)
             chosen_TR = chosen_by(shares_TR + gate.balance_bias, num_active, None)
             self._note(mlp, shares_TR, chosen_TR, None, None)
-            return straight_through(shares_TR, chosen_TR, num_active) * (1 + shares_TR * gate.scale)
+            return self._chosen(shares_TR, chosen_TR, num_active, None) * (1 + shares_TR * gate.scale)
         if self.scores_TS is not None:
             scores_TR = self._split[mlp.layer]
         else:
@@ -100,6 +102,14 @@ class TuningPass:
         threshold = self._threshold(mlp, scores_TR, mass_TR)
         chosen_TR = chosen_by(scores_TR.detach(), num_active, threshold)
         self._note(mlp, scores_TR, chosen_TR, threshold, mass_TR)
+        return self._chosen(scores_TR, chosen_TR, num_active, threshold)
+
+    def _chosen(
+        self, scores_TR: torch.Tensor, chosen_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The choice as weights of 0 and 1."""
+        if not self.gathered.straight_through:
+            return chosen_TR.to(scores_TR.dtype)
         return straight_through(scores_TR, chosen_TR, num_active, threshold)
 
     @torch.no_grad()

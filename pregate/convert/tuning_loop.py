@@ -84,8 +84,9 @@ class Tuner:
         self.offsets: dict[int, torch.Tensor] = {}
         self._order = BatchOrder(rows.training, settings.batch_tokens, settings.seed)
         self._record = record or (lambda _record: None)
-        #: With the router at rest paths stay, and so do the thresholds they were chosen by.
-        self._moves = self.routed and (bool(self.trained.router) or model.config.routing != "path")
+        #: With the path router at rest paths stay, and so do the thresholds they were chosen by.
+        at_rest = self.routed and model.config.routing == "path" and not self.trained.router
+        self._moves = self.routed and (not at_rest or settings.balance == "bias")
         half = settings.precision == "bfloat16" or (settings.precision == "auto" and self.device.type == "cuda")
         self.precision = torch.bfloat16 if half else torch.float32
 
@@ -163,7 +164,8 @@ class Tuner:
             with torch.no_grad(), self._autocast():
                 teacher_PV = run_parent(self.teacher, ids_BN, None).flatten(0, 1)
         mass = bool(self.trained.router) and settings.router and settings.router_mass > 0
-        gathered = Gathered(mass=mass, balance=settings.balance == "loss")
+        even = settings.balance == "loss"
+        gathered = Gathered(mass=mass, balance=even, straight_through=settings.straight_through)
         with self._autocast():
             tuning_pass = self._pass(ids_BN, mask_BN, gathered)
             logits_PV = run_parent(self.model, ids_BN, tuning_pass).flatten(0, 1)

@@ -24,7 +24,7 @@ class TuningSettings:
     always tuned; the router or gates with `router`, everything else (attention, norms, embeddings, head) with
     `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student), per token; to it come
     `router_mass` times the squared error of the router's scores as forecasts of the experts' present contribution
-    masses, in units of their standard deviation, and with `balance` "loss" `balance_loss` times Switch's auxiliary
+    masses, as a share of their variance (without `straight_through` the router learns from that alone), and with `balance` "loss" `balance_loss` times Switch's auxiliary
     loss. With "bias" an expert's bias moves by `balance_rate` each step.
 
     The run ends with the first of `steps`, `tokens` and `minutes`, or after `patience` evaluations (0: never) without
@@ -41,7 +41,8 @@ class TuningSettings:
     learning_rate: float | None = None
     router_learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    router_mass: float = 0.1
+    router_mass: float = 1.0
+    straight_through: bool = True
     balance: str = "none"
     balance_rate: float = 1e-3
     balance_loss: float = 1e-2
