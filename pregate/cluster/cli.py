@@ -13,7 +13,14 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cluster import commands_bench, commands_export, commands_model, commands_serve, commands_text, commands_tune
+from pregate.cluster import (
+    commands_bench,
+    commands_export,
+    commands_model,
+    commands_serve,
+    commands_text,
+    commands_tune,
+)
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text")

@@ -26,9 +26,7 @@ class LowRank(nn.Module):
         return weight + self.scaling * (self.up @ self.down)
 
 
-def add_low_rank(
-    model: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int
-) -> dict[str, nn.Parameter]:
+def add_low_rank(model: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
     """Give each weight of `model` named in `names` (2-D or 3-D) a trainable low-rank change and freeze the weight.
 
     Returns the new parameters by their names in `model`.

@@ -1,4 +1,4 @@
-"""`tune`: recover what a conversion cost by training, under the checkpoint's own routing; or tune a dense model alike."""
+"""`tune`: recover by training, under a checkpoint's own routing, what its conversion cost; or tune a dense model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from transformers import AutoConfig
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.assembly import copy_tokenizer, write_checkpoint
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, shards_stamp, source_of
+from pregate.convert.dense import (
+    check_model_folder,
+    context_tokens,
+    load_dense,
+    load_tokenizer,
+    shards_stamp,
+    source_of,
+)
 from pregate.convert.device import pick_device
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.rounding import round_to
@@ -72,7 +79,9 @@ def check_teacher(options: TuneOptions) -> None:
             reason = f"has a vocabulary of {theirs.get('vocab_size')}, --model one of {fields.get('vocab_size')}"
             raise UserError.of("--teacher", options.teacher, reason)
     elif routed and options.kl_share and "tune" in read_manifest(options.model).method:
-        reason = "is tuned already: with every expert on it is its dense parent no more; give --teacher, or --kl-share 0"
+        reason = (
+            "is tuned already: with every expert on it is its dense parent no more; give --teacher, or --kl-share 0"
+        )
         raise UserError.of("--model", options.model, reason)
 
 

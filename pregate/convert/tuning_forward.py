@@ -95,10 +95,8 @@ class TuningPass:
             chosen_TR = chosen_by(shares_TR + gate.balance_bias, num_active, None)
             self._note(mlp, shares_TR, chosen_TR, None, None)
             return self._chosen(shares_TR, chosen_TR, num_active, None) * (1 + shares_TR * gate.scale)
-        if self.scores_TS is not None:
-            scores_TR = self._split[mlp.layer]
-        else:
-            scores_TR = gate(x_TD.detach().float())  # the backbone learns from the losses, not from the router's noise
+        # A gate's input is detached: the backbone learns from the losses, not from the router's noise.
+        scores_TR = gate(x_TD.detach().float()) if self.scores_TS is None else self._split[mlp.layer]
         threshold = self._threshold(mlp, scores_TR, mass_TR)
         chosen_TR = chosen_by(scores_TR.detach(), num_active, threshold)
         self._note(mlp, scores_TR, chosen_TR, threshold, mass_TR)

@@ -22,10 +22,11 @@ class TuningSettings:
 
     `method` lora: low-rank changes of `rank`, times `alpha` / `rank` (8 and 32 in CMoE, section 4.1). The FFNs are
     always tuned; the router or gates with `router`, everything else (attention, norms, embeddings, head) with
-    `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student), per token; to it come
+    `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student), per token. To it comes
     `router_mass` times the squared error of the router's scores as forecasts of the experts' present contribution
-    masses, as a share of their variance (without `straight_through` the router learns from that alone), and with `balance` "loss" `balance_loss` times Switch's auxiliary
-    loss. With "bias" an expert's bias moves by `balance_rate` each step.
+    masses, as a share of their variance; without `straight_through` a router learns from that alone. With `balance`
+    "loss" comes `balance_loss` times Switch's auxiliary loss; with "bias" an expert's bias moves by `balance_rate`
+    each step.
 
     The run ends with the first of `steps`, `tokens` and `minutes`, or after `patience` evaluations (0: never) without
     a better one. A step takes `accumulate` batches of at most `batch_tokens`, padding included. Learning rates fall

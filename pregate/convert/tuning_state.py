@@ -88,7 +88,9 @@ class TuningFolder:
             write_whole(self._tensors_path(step), lambda path: save_file(tensors, path))
             write_whole(self._folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))
         except WRITE_ERRORS as error:
-            reason = f"{self._folder} cannot be written ({error}); the last checkpoint is kept, the same command goes on"
+            reason = (
+                f"{self._folder} cannot be written ({error}); the last checkpoint is kept, the same command goes on"
+            )
             raise UserError.of("--out", self._out, reason) from error
         for path in self._folder.glob("tensors-*.safetensors"):
             if path != self._tensors_path(step):

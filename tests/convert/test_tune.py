@@ -100,9 +100,7 @@ def test_everything_is_tuned_but_the_gates_not_in_force(options: TuneOptions):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_scale_by_which_a_gate_weighs_is_learned(
-    paper: Path, tiny_text: Path, tmp_path: Path, method: str
-):
+def test_the_scale_by_which_a_gate_weighs_is_learned(paper: Path, tiny_text: Path, tmp_path: Path, method: str):
     """A defect of CMoE's released code: wrapped for LoRA its scale u is frozen, and no gradient reaches the gate."""
     options = tiny_options(paper, tiny_text, tmp_path / "out", method=method)
     rows = read_rows(options.text, load_tokenizer(paper), 64, 0.2, 0)
@@ -131,13 +129,13 @@ def test_reloaded_it_is_what_was_tuned(which: str, tiny_text: Path, family_folde
     if which == "tied":
         options = replace(options, model=family_folder("llama tied") / "path")
     rows = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0)
-    model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     before = model.get_input_embeddings().weight.clone()
     tuner = Tuner(model, rows, options, load_teacher(options, model))
     tuner.run()
     tuner.finish()
     tune(options)  # the same once more, through the folder
-    loaded = RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
+    loaded: Any = RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
     embeddings = loaded.get_input_embeddings().weight
     assert torch.equal(embeddings, model.get_input_embeddings().weight)
     assert not torch.equal(embeddings, before)
@@ -148,13 +146,14 @@ def test_reloaded_it_is_what_was_tuned(which: str, tiny_text: Path, family_folde
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("kl_share", [0.0, 0.5])
-def test_a_dense_model_is_tuned_alike(
-    tiny_dense: Path, tiny_text: Path, tmp_path: Path, method: str, kl_share: float
-):
+def test_a_dense_model_is_tuned_alike(tiny_dense: Path, tiny_text: Path, tmp_path: Path, method: str, kl_share: float):
     options = tiny_options(tiny_dense, tiny_text, tmp_path / "out", method=method, kl_share=kl_share)
     manifest = tune(options)
     assert manifest.method == "dense+tune"
-    assert manifest.figures["tune"]["validation_perplexity_after"] < manifest.figures["tune"]["validation_perplexity_before"]
+    assert (
+        manifest.figures["tune"]["validation_perplexity_after"]
+        < manifest.figures["tune"]["validation_perplexity_before"]
+    )
     assert "active_share_after" not in manifest.figures["tune"]
     steps, _ = curve_of(options.out)
     assert (steps[0]["kl"] < 1e-6) and ((steps[-1]["kl"] > 1e-4) == (kl_share > 0))  # it starts as its own teacher
@@ -292,13 +291,18 @@ def test_bad_options_are_refused_and_nothing_is_written(options: TuneOptions, ch
     assert list(options.out.parent.iterdir()) == []
 
 
-def test_teachers_that_cannot_be_one(options: TuneOptions, tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path):
+def test_teachers_that_cannot_be_one(
+    options: TuneOptions, tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path
+):
     small = tmp_path / "small"
     small.mkdir()
     fields = json.loads((tiny_dense / "config.json").read_text()) | {"vocab_size": 500}
     (small / "config.json").write_text(json.dumps(fields))
-    for teacher, reason in ((tiny_path_checkpoint, "is a routed checkpoint"), (small, "has a vocabulary of 500, .* 512")):
+    for teacher, reason in (
+        (tiny_path_checkpoint, "is a routed checkpoint"),
+        (small, "has a vocabulary of 500, .* 512"),
+    ):
         with pytest.raises(UserError, match=f"--teacher .*{reason}"):
             tune(replace(options, teacher=teacher))
-    with pytest.raises(UserError, match="--teacher .*has no use with --kl-share 0"):
+    with pytest.raises(UserError, match=r"--teacher .*has no use with --kl-share 0"):
         replace(options, teacher=tiny_dense, kl_share=0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_loads_and_active_neurons_are_counted_without_padding(tiny_layerwise_che
     for row, single in zip(ROWS, alone, strict=True):
         run_parent(model, torch.tensor([row]), single)
     for layer, loads in tuning_pass.loads.items():
-        assert torch.equal(loads, sum(single.loads[layer] for single in alone))
+        assert torch.equal(loads, torch.stack([single.loads[layer] for single in alone]).sum(dim=0))
     assert tuning_pass.active_neurons == sum(s.active_neurons for s in alone)
     assert tuning_pass.all_neurons == 16 * 3 * 128  # tokens, layers, FFN width
 
@@ -83,7 +84,7 @@ def test_loads_and_active_neurons_are_counted_without_padding(tiny_layerwise_che
 @torch.no_grad()
 def test_the_masses_forecast_are_the_layers_own(tiny_layerwise_checkpoint: Path):
     """A gate that scores exactly the mass has error 0: so the error's target is the mass."""
-    model = load(tiny_layerwise_checkpoint)
+    model: Any = load(tiny_layerwise_checkpoint)
     ids, mask = padded(ROWS)
     seen: dict[int, torch.Tensor] = {}
     for mlp in model.routed_mlps:
@@ -128,9 +129,11 @@ def test_biases_make_the_load_even(kind: str, tiny_layerwise_checkpoint: Path, t
 @torch.no_grad()
 def test_thresholds_give_the_active_share(kind: str, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path):
     model = load(tiny_path_checkpoint if kind == "path" else tiny_layerwise_checkpoint)
-    thresholds = [model.path_router.thresholds] if kind == "path" else [m.linear_gate.threshold for m in model.routed_mlps]
+    thresholds = (
+        [model.path_router.thresholds] if kind == "path" else [m.linear_gate.threshold for m in model.routed_mlps]
+    )
     for threshold in thresholds:
-        threshold += 1
+        threshold.add_(1)
     rows = [list(range(1 + n, 120 + n)) for n in range(0, 300, 30)]
     set_thresholds(model, rows)
     ids, mask = padded(rows)
