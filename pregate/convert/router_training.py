@@ -21,7 +21,7 @@ from pregate.convert.scoring import batches, padded
 from pregate.convert.targets import TargetPool
 from pregate.kernels.reference import above, top_k
 from pregate.model.config import LayerCut
-from pregate.model.path_router import PathRouter, choose_paths
+from pregate.model.path_router import PathRouter, choose_experts
 
 #: Added to a token's spread of standardised masses before they are divided by it.
 LEAST_SPREAD = 0.05
@@ -159,9 +159,9 @@ def hit_rate(router: PathRouter, pool: TargetPool, mass_thresholds: Sequence[tor
     """
     tally = Tally()
     for row, mass_TS in zip(pool.rows, pool.mass, strict=True):
-        chosen = choose_paths(router, router(torch.tensor([row]))[0][0])
+        chosen = choose_experts(router, router(torch.tensor([row]))[0][0])
         masses = _split(mass_TS, router.cuts)
-        for cut, ids_TK, mass_TR, limit in zip(router.cuts, chosen, masses, mass_thresholds, strict=True):
+        for cut, (ids_TK, _), mass_TR, limit in zip(router.cuts, chosen, masses, mass_thresholds, strict=True):
             if 0 < cut.num_active < cut.num_routed:
                 by_rank = router.selection == "top_k"
                 tally.add(ids_TK, top_k(mass_TR, cut.num_active) if by_rank else above(mass_TR, limit.cpu()))
