@@ -13,7 +13,8 @@ from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
-from pregate.convert.router_training import EMBEDDING_STD, LEAST_SPREAD, MassScale, start_from
+from pregate.convert.parent_embedding import EMBEDDING_STD, start_from
+from pregate.convert.router_losses import LEAST_SPREAD, MassScale
 from pregate.convert.targets import collect_targets
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
