@@ -105,7 +105,7 @@ def train_router(
 
 def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
     """The router's operations per token and their share of the dense parent's; a warning where that is much."""
-    flops = router_flops(options.shape(), model.config.cuts)
+    flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
     share = flops / backbone_flops(_num_multiplied(model))
     figures = {"router_flops_per_token": flops, "router_flops_share": round(share, 5)}
     if share <= MAX_SHARE:
@@ -118,7 +118,9 @@ def _num_multiplied(model: RoutedForCausalLM) -> int:
     """The dense parent's parameters less an embedding that is only looked up in (one tied to the head is not)."""
     gates = {"linear_gate", "paper_gate"}
     parameters = {id(p): p.numel() for n, p in model.parent.named_parameters() if gates.isdisjoint(n.split("."))}
-    embedding, head = (getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings()))
+    embedding, head = (
+        getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
     return sum(parameters.values()) - (0 if embedding is head or embedding is None else embedding.numel())
 
 

@@ -50,7 +50,7 @@ def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> RouterLo
     if target == "mass":
         return MassLoss(router.cuts, router.selection, scale, mass_TS)
     if router.config.gate == "dselect":
-        return SelectorLoss(router.cuts, scale, mass_TS)
+        return SelectorLoss(router.cuts, router.selection, scale, mass_TS)
     return StraightThroughLoss(router.cuts, router.selection, scale, mass_TS)
 
 
@@ -138,23 +138,31 @@ class StraightThroughLoss:
     """One minus the captured mass, as a share of what an oracle captures; the scores choose.
 
     Forward a chosen expert counts 1 and any other 0; backward the choice is that of k * softmax (a fixed number), or of
-    a sigmoid about the score that the batch's threshold would be.
+    a sigmoid about the score that the batch's threshold would be. There a place is worth the mass at which the oracle's
+    threshold lies: experts below it are to fall, though it is above the mean.
     """
 
     def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
         self._cuts, self._selection, self._scale = cuts, selection, scale
         targets_TS = self.targets(mass_TS)
-        layers = zip(cuts, split_layers(targets_TS, cuts), strict=True)
-        oracle_TS = torch.cat([_hard(x, cut, selection)[0] for cut, x in layers], dim=-1)
-        self._most = (oracle_TS * targets_TS).sum(dim=-1).mean().clamp_min(1e-12)
+        layers = [_hard(x, c, selection) for c, x in zip(cuts, split_layers(targets_TS, cuts), strict=True)]
+        limits = [limit.expand(c.num_routed) for c, (_, limit) in zip(cuts, layers, strict=True)]
+        self._limit_S = torch.cat(limits)
+        self._places = sum(float(limit) * c.num_active for c, (_, limit) in zip(cuts, layers, strict=True))
+        chosen_TS = torch.cat([hard for hard, _ in layers], dim=-1)
+        self._most = (chosen_TS * targets_TS).sum(dim=-1).mean().clamp_min(1e-12)
 
     def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
         return self._scale.targets(mass_TS, self._cuts, self._selection)
 
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
         layers = zip(self._cuts, split_layers(outputs_TO, self._cuts), strict=True)
-        chosen_TS = torch.cat([self._choice(x, cut) for cut, x in layers], dim=-1)
-        return 1 - (chosen_TS * targets_TS).sum(dim=-1).mean() / self._most
+        return self.of_choice(torch.cat([self._choice(x, cut) for cut, x in layers], dim=-1), targets_TS)
+
+    def of_choice(self, chosen_TS: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        """The loss of choosing each expert with these shares, 0 to 1."""
+        captured = (chosen_TS * (targets_TS - self._limit_S)).sum(dim=-1).mean() + self._places
+        return 1 - captured / self._most
 
     def _choice(self, scores_TR: torch.Tensor, cut: LayerCut) -> torch.Tensor:
         """0 and 1 [T, R], with a gradient."""
@@ -178,34 +186,29 @@ class SelectorLoss:
 
     (Hazimeh et al. 2021, sections 3 and 3.1.) An expert that two selectors name counts once, as its experts' outputs
     weigh 1; so selectors need no weights to part ways. Added: the codes' entropy, which drives their bits to 0 and 1
-    for each token, and the share of codes that name no expert where R is no power of two. (The paper divides by what
-    is left; this is the same push with a bound.)
+    for each token, and, with a fixed number, the share of codes that name no expert where R is no power of two. (The
+    paper divides by what is left; this is the same push with a bound.)
     """
 
-    def __init__(self, cuts: Sequence[LayerCut], scale: MassScale, mass_TS: torch.Tensor) -> None:
-        self._cuts, self._scale = cuts, scale
-        self._most = StraightThroughLoss(cuts, "top_k", scale, mass_TS)._most
+    def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
+        self._cuts, self._selection = cuts, selection
+        self._captured = StraightThroughLoss(cuts, selection, scale, mass_TS)
 
     def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
-        return self._scale.targets(mass_TS, self._cuts, "top_k")
+        return self._captured.targets(mass_TS)
 
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
-        captured = outputs_TO.new_zeros(())
-        entropies, strays = [], []
-        layers = zip(
-            self._cuts, selector_logits(outputs_TO, self._cuts), split_layers(targets_TS, self._cuts), strict=True
-        )
-        for cut, logits_TKB, wanted_TR in layers:
-            if not cut.num_active:
-                continue
+        chosen, entropies, strays = [], [], []
+        for cut, logits_TKB in zip(self._cuts, selector_logits(outputs_TO, self._cuts, self._selection), strict=True):
             bits_TKB = smooth_step(logits_TKB)
             named_TKR = code_shares(bits_TKB, cut.num_routed)
-            chosen_TR = 1 - (1 - named_TKR).prod(dim=1)
-            captured = captured + (chosen_TR * wanted_TR).sum(dim=-1).mean()
-            entropies.append(bit_entropy(bits_TKB).sum(dim=-1).mean())
-            strays.append(1 - named_TKR.sum(dim=-1).mean())
-        extra = ENTROPY_WEIGHT * torch.stack(entropies).mean() + STRAY_WEIGHT * torch.stack(strays).mean()
-        return 1 - captured / self._most + extra
+            chosen.append(1 - (1 - named_TKR).prod(dim=1))
+            if cut.num_active:
+                entropies.append(bit_entropy(bits_TKB).sum(dim=-1).mean())
+                strays.append(1 - named_TKR.sum(dim=-1).mean())
+        loss = self._captured.of_choice(torch.cat(chosen, dim=-1), targets_TS)
+        loss = loss + ENTROPY_WEIGHT * torch.stack(entropies).mean()
+        return loss if self._selection == "threshold" else loss + STRAY_WEIGHT * torch.stack(strays).mean()
 
 
 def smooth_step(logits: torch.Tensor) -> torch.Tensor:
@@ -219,10 +222,11 @@ def smooth_step(logits: torch.Tensor) -> torch.Tensor:
 
 def code_shares(bits_TKB: torch.Tensor, num_routed: int) -> torch.Tensor:
     """How sure each selector is of each expert's code [T, K, R]: the product over bits of bit or 1 - bit."""
-    ones_RB = code_signs(num_routed, bits_TKB) > 0
+    ones_RB = code_signs(num_routed, bits_TKB.shape[-1], bits_TKB) > 0
     return torch.where(ones_RB, bits_TKB[..., None, :], 1 - bits_TKB[..., None, :]).prod(dim=-1)
 
 
 def bit_entropy(bits: torch.Tensor) -> torch.Tensor:
     """Entropy of each bit in nats; those of a code add up to that of its distribution over all codes."""
+    bits = bits.clamp(1e-6, 1 - 1e-6)  # its slope at 0 and 1 is infinite
     return torch.special.entr(bits) + torch.special.entr(1 - bits)

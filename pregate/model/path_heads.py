@@ -61,15 +61,20 @@ class SingleHead(nn.Module):
         return self.output(x).repeat(*[1] * (x.ndim - 1), self._repeats)
 
 
-def make_heads(config: PathRouterConfig, cuts: Sequence[LayerCut]) -> nn.Module:
+def make_heads(config: PathRouterConfig, cuts: Sequence[LayerCut], selection: str) -> nn.Module:
     """The heads that `config` asks for: states [..., C] -> scores [..., S], or code logits with gate "dselect"."""
     check_heads(config, cuts)
-    sizes = [num_logits(c) if config.gate == "dselect" else c.num_routed for c in cuts]
+    sizes = head_sizes(config, cuts, selection)
     if config.heads == "recurrent":
         return RecurrentHeads(config.dim, sizes)
     if config.heads == "single":
         return SingleHead(config.dim, sizes)
     return nn.Linear(config.dim, sum(sizes))
+
+
+def head_sizes(config: PathRouterConfig, cuts: Sequence[LayerCut], selection: str) -> list[int]:
+    """Outputs of each layer: a score for each expert, or the logits of codes."""
+    return [num_logits(c, selection) if config.gate == "dselect" else c.num_routed for c in cuts]
 
 
 def check_heads(config: PathRouterConfig, cuts: Sequence[LayerCut]) -> None:

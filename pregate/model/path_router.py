@@ -85,7 +85,7 @@ class PathRouter(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.heads = make_heads(config, self.cuts)
+        self.heads = make_heads(config, self.cuts, selection)
         if config.weights == "learned":
             self.scale = nn.Parameter(torch.zeros(sum(c.num_routed for c in self.cuts)))
         self.register_buffer("thresholds", torch.zeros(len(self.cuts)), persistent=selection == "threshold")
@@ -98,8 +98,11 @@ class PathRouter(nn.Module):
         `past`: per block ([B, P, C], [B, P, C]), left-padded; `past_len_B` says how many of P are real.
         """
         x_BNC, kept = self.encode(ids_BN, past, past_len_B)
-        outputs = self.heads(x_BNC)
-        return code_scores(outputs, self.cuts) if self.config.gate == "dselect" else outputs, kept
+        return self.scores_of(self.heads(x_BNC)), kept
+
+    def scores_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Scores [..., S] from what the heads give [..., O]: the same, or the logits of codes."""
+        return code_scores(outputs, self.cuts, self.selection) if self.config.gate == "dselect" else outputs
 
     def encode(
         self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None

@@ -12,9 +12,8 @@ from pregate.base.errors import UserError
 from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.options import ConvertOptions
-from pregate.convert.progress import QuietProgress
 from pregate.convert.parent_embedding import EMBEDDING_STD, start_from
-from pregate.convert.router_losses import LEAST_SPREAD, MassScale
+from pregate.convert.progress import QuietProgress
 from pregate.convert.targets import collect_targets
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
@@ -91,20 +90,6 @@ def test_targets_are_the_masses_along_the_routed_model(tiny_layerwise_checkpoint
         mlp.register_forward_pre_hook(see)
     model(torch.tensor(rows[:1]), use_cache=False)
     torch.testing.assert_close(pool.mass[0], torch.cat(seen, dim=-1), rtol=1e-4, atol=1e-5)
-
-
-def test_scale_by_hand():
-    cuts = (LayerCut(2, 0, 1, 1), LayerCut(0, 1, 0, 4), LayerCut(2, 0, 1, 1))
-    mass = torch.tensor([[1.0, 3.0, 10.0, 30.0], [5.0, 7.0, 50.0, 70.0]])
-    targets = MassScale.of(mass, cuts).targets(mass, cuts, "top_k")
-    # Layer 0: masses 1 3 5 7 have standard deviation 2.582; centred within the token they are -1 and 1, so -0.3873
-    # and 0.3873, whose own deviation is 0.5477. Layer 2 is ten times layer 0, so the same after standardising.
-    value = 0.3873 / (0.5477 + LEAST_SPREAD)
-    expected = torch.tensor([[-value, value, -value, value]] * 2)
-    torch.testing.assert_close(targets, expected, rtol=1e-3, atol=0)
-    # For a threshold the level counts: layer 0 has mean 4, layer 2 mean 40.
-    levels = torch.tensor([[-3.0, -1.0, -3.0, -1.0], [1.0, 3.0, 1.0, 3.0]]) / 2.582
-    torch.testing.assert_close(MassScale.of(mass, cuts).targets(mass, cuts, "threshold"), levels, rtol=1e-3, atol=0)
 
 
 @torch.no_grad()
