@@ -39,7 +39,7 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
     with new_folder(options.out) as folder:
         config = _layerwise_config(options.model)
         check_heads(options.shape(), config.cuts)
-        rows = _read_rows(options)
+        rows = read_rows(options)
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         if not options.predict:
             _refuse_weights(model, options)
@@ -47,7 +47,7 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
         router, figures = train_router(model, pool, options, progress)
         measured_on = pool.held_back().rows
         figures |= _figures("layerwise", model, measured_on)
-        routed = assemble(_routed_config(config, options), model.parent, router)
+        routed = routed_with(model, router, options)
         if not options.predict:
             figures |= _figures("path", routed, measured_on)
         figures |= _cost(options, model)
@@ -62,7 +62,7 @@ def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]]) -> dict
     return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
 
 
-def _read_rows(options: DecoupleOptions) -> list[list[int]]:
+def read_rows(options: DecoupleOptions) -> list[list[int]]:
     """Token ids of the documents to learn on, drawn with the seed."""
     tokenizer = load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
@@ -144,10 +144,11 @@ def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
             raise UserError.of("--model", options.model, reason)
 
 
-def _routed_config(config: RoutedConfig, options: DecoupleOptions) -> RoutedConfig:
+def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleOptions) -> RoutedForCausalLM:
+    """`model` with `router`, which decides or, with `predict`, forecasts; the parent is the same one."""
     routing = "layerwise" if options.predict else "path"
-    fields = config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
-    return RoutedConfig.from_dict(fields)
+    fields = model.config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
+    return assemble(RoutedConfig.from_dict(fields), model.parent, router)
 
 
 def _stored_dtype(config: RoutedConfig) -> str:

@@ -166,10 +166,21 @@ class StraightThroughLoss:
 
     def _choice(self, scores_TR: torch.Tensor, cut: LayerCut) -> torch.Tensor:
         """0 and 1 [T, R], with a gradient."""
-        hard_TR, limit = _hard(scores_TR.detach(), cut, self._selection)
-        by_rank = self._selection == "top_k"
-        soft_TR = cut.num_active * scores_TR.softmax(dim=-1) if by_rank else torch.sigmoid(scores_TR - limit)
+        if self._selection == "top_k":
+            hard_TR, _ = _hard(scores_TR.detach(), cut, self._selection)
+            soft_TR = cut.num_active * scores_TR.softmax(dim=-1)
+        else:
+            scores_TR = _standardised(scores_TR)
+            hard_TR, limit = _hard(scores_TR.detach(), cut, self._selection)
+            soft_TR = torch.sigmoid(scores_TR - limit)
         return hard_TR + soft_TR - soft_TR.detach()
+
+
+def _standardised(scores_TR: torch.Tensor) -> torch.Tensor:
+    """A layer's scores with mean 0 and deviation 1: neither moves a choice by threshold; both can flatten a sigmoid."""
+    if scores_TR.numel() < 2:
+        return scores_TR
+    return (scores_TR - scores_TR.mean()) / scores_TR.std().clamp_min(1e-6)
 
 
 def _hard(scores_TR: torch.Tensor, cut: LayerCut, selection: str) -> tuple[torch.Tensor, torch.Tensor]:

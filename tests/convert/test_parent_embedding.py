@@ -47,22 +47,28 @@ def test_a_tied_embedding_starts_alike_and_folds_into_the_same():
     assert folded.weight.requires_grad and [n for n, _ in tied.named_parameters()] == ["project.weight"]
 
 
+def embedding_of(model: RoutedForCausalLM) -> torch.Tensor:
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding.weight, torch.Tensor)
+    return embedding.weight
+
+
 def test_no_reload_reaches_the_parents_embedding(tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path: Path):
     """Read-ME's router embedding is a view of the base's, and loading a trained one overwrites that."""
     options = DecoupleOptions(
         tiny_layerwise_checkpoint, tmp_path / "out", (tiny_text,), steps=5, dim=16, embedding="parent"
     )
     decouple(options)
-    before = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint).get_input_embeddings().weight
+    before = embedding_of(RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint))
     loaded = RoutedForCausalLM.from_pretrained(options.out)
     loaded.save_pretrained(tmp_path / "again")
     again = RoutedForCausalLM.from_pretrained(tmp_path / "again")
     assert loaded.path_router is not None and again.path_router is not None
     for model in (loaded, again):
-        assert torch.equal(model.get_input_embeddings().weight, before)
+        assert torch.equal(embedding_of(model), before)
     ours = again.path_router.embedding.weight
     assert torch.equal(ours, loaded.path_router.embedding.weight)
-    assert ours.untyped_storage().data_ptr() != again.get_input_embeddings().weight.untyped_storage().data_ptr()
+    assert ours.untyped_storage().data_ptr() != embedding_of(again).untyped_storage().data_ptr()
     # What training could reach is the projection alone: the table lies in as many directions as that has.
     assert torch.linalg.matrix_rank(ours.double(), rtol=1e-4) <= 16
     other = decouple(replace(options, out=tmp_path / "own", embedding="own"))

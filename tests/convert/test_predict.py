@@ -18,6 +18,8 @@ from pregate.convert.progress import QuietProgress
 from pregate.convert.targets import collect_targets
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import Manifest
+from pregate.model.gates import Choice, LinearGate
+from pregate.model.layers import RoutedMLP
 from tests.equality import Tally, reference_text, refuse_degenerate
 from tests.router.serving import compare, engine_in_process, serve
 
@@ -77,15 +79,20 @@ def test_targets_of_a_forecast_are_what_the_gates_go_by(tiny_layerwise_checkpoin
     rows = [[1, 7, 9, 11, 13], [1, 44]]
     pool = collect_targets(model, rows, QuietProgress(), of_gates=True)
     seen: list[list[int]] = [[], [], []]
-    for mlp in model.routed_mlps:
-        gate = mlp.gate
-        assert pool.limits[mlp.layer] == mlp.linear_gate.threshold  # pyright: ignore[reportOptionalMemberAccess]
-        mlp.register_forward_pre_hook(
-            lambda m, x, gate=gate: seen[m.layer].extend((gate.choose(x[0].reshape(-1, 64)).ids >= 0).sum(1).tolist())
-        )
+
+    class Counting:
+        def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
+            choice = mlp.gate.choose(x_TD)
+            seen[mlp.layer].extend((choice.ids >= 0).sum(1).tolist())
+            return choice
+
+    model.routing_policy = Counting()
     for row in rows:
         model(torch.tensor([row]), use_cache=False)
     assert pool.mean_active == pytest.approx([sum(numbers) / 7 for numbers in seen])
+    for mlp, limit in zip(model.routed_mlps, pool.limits, strict=True):
+        assert isinstance(mlp.gate, LinearGate)
+        assert limit == mlp.gate.threshold
 
 
 def test_a_forecast_is_served_and_changes_nothing(made: tuple[DecoupleOptions, Manifest, Path]):
