@@ -51,7 +51,7 @@ class Variant:
 
 VARIANTS = (
     Variant("default", "independent heads, dim 128, 1 block, window 64", num_seeds=3),
-    Variant("shape", "recurrent over the layers", {"heads": "recurrent"}, 3),
+    Variant("shape", "recurrent over the layers", {"heads": "recurrent"}),
     Variant("shape", "one index for all layers", {"heads": "single"}),
     Variant("size", "dim 32", {"dim": 32}),
     Variant("size", "dim 256", {"dim": 256}),
@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared-folder", type=Path, required=True, help="with models/stories3M and text/stories")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of every router")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of every router")
     parser.add_argument("--every", type=int, default=1, help="score one held-out story in so many")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -10,6 +10,8 @@ import pytest
 from pregate.cluster.cli import _spread, main
 from pregate.convert.recipes import RECIPES
 
+DECOUPLE = ("--model", "TINY", "--out", "/no/such", "--text", "/no/such")
+
 
 def fails(capsys, *arguments):
     """Run the command line; returns its one line of error."""
@@ -49,6 +51,17 @@ def fails(capsys, *arguments):
         (["generate", "--model", "TINY", "--prompt", "a", "--max-tokens", "0"], "--max-tokens 0"),
         (["generate", "--model", "TINY", "--prompt", "a", "--temperature", "-1"], "--temperature -1"),
         (["generate", "--model", "TINY", "--prompt", ""], "--prompt of 0 tokens"),
+        (["decouple", *DECOUPLE, "--heads", "two"], "--heads two: allowed: independent, recurrent, single"),
+        (
+            ["decouple", *DECOUPLE, "--gate", "dselect", "--target", "paper"],
+            "--target paper: allowed with --gate dselect",
+        ),
+        (
+            ["decouple", *DECOUPLE, "--predict", "--weights", "learned"],
+            "--weights learned: allowed with --predict: one",
+        ),
+        (["decouple", *DECOUPLE, "--window", "0"], "--window 0: allowed: 1 or more"),
+        (["decouple", *DECOUPLE, "--embedding", "none"], "--embedding none: allowed: own, parent"),
         (["route", "--model", "TINY", "--prompt", "a"], "make one with `pregate decouple`"),
     ],
 )
