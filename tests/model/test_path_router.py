@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from transformers import LlamaConfig
 
 from pregate.base.errors import UserError
+from pregate.model import path_router
 from pregate.model.config import LayerCut, PathRouterConfig, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathComputer, PathRouter, choose_experts
+from pregate.model.path_router import PathComputer, PathRouter, PathState, choose_experts
 from pregate.model.paths import Paths
 
 UNLIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(7, 1, 2, 8)]
@@ -141,6 +143,48 @@ def test_batch_mates_of_other_lengths_change_nothing(every: PathComputer):
     for text, a, b in zip(texts, early, late, strict=True):
         both = Paths.concatenate([a, b])
         assert_same((both.ids, both.weights), route(every, text))
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that starts anew with every call (the released Read-ME code, by default)."""
+    original = PathRouter.encode
+    monkeypatch.setattr(PathRouter, "encode", lambda self, ids, past, past_len: original(self, ids, past, past_len * 0))
+
+
+def see_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to the padding before a shorter mate's past."""
+    original = path_router._Block._bias
+    monkeypatch.setattr(
+        path_router._Block, "_bias", lambda self, new, keys, past_len: original(self, new, keys, past_len * 0 + keys)
+    )
+
+
+def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state one token shorter than the window needs."""
+    original = PathComputer._keep
+
+    def shorter(self: PathComputer, kept: Any, row: int, num_past: int, past_len: int, num_new: int) -> PathState:
+        state = original(self, kept, row, num_past, past_len, num_new)
+        return PathState(state.keys[:, 1:], state.values[:, 1:])
+
+    monkeypatch.setattr(PathComputer, "_keep", shorter)
+
+
+@pytest.mark.parametrize("defect", [forget, see_padding, lose_a_token])
+def test_a_router_that_pads_caches_or_chunks_wrongly_is_found_out(
+    every: PathComputer, monkeypatch: pytest.MonkeyPatch, defect: Callable[[pytest.MonkeyPatch], None]
+):
+    """Texts of unlike length at once, in three calls: what the tests above compare is then no longer the same."""
+    texts = [prompt(n, seed=n) for n in (*range(6, 24), 60, 70, 80, 90)]
+    right = [route(every, text)[0] for text in texts]
+    defect(monkeypatch)
+    states, parts = [every.new_state()] * len(texts), []
+    for third in range(3):
+        pieces = [t[len(t) * third // 3 : len(t) * (third + 1) // 3] for t in texts]
+        paths, states = every.extend(states, pieces)
+        parts.append(paths)
+    wrong = [Paths.concatenate(p).ids for p in zip(*parts, strict=True)]
+    assert any(not np.array_equal(a, b) for a, b in zip(right, wrong, strict=True))
 
 
 def test_routing_is_causal(every: PathComputer):
