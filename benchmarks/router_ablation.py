@@ -15,7 +15,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from pregate.model.router_flops import router_flops
 CUTS = {"S3A3E8": (3, 3), "S2A2E8": (2, 2)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One row of the table: what of `DecoupleOptions` is not the default, and how many seeds it gets."""
 
@@ -123,19 +123,33 @@ def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return means | {"num_seeds": len(runs), "perplexity_range": [min(perplexities), max(perplexities)]}
 
 
-def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    result: dict[str, Any] = {"steps": args.steps, "cuts": {}}
-    for name in CUTS:
-        cut = Cut(name, args, work)
-        table: dict[str, Any] = {"references": cut.references(), "rows": []}
-        result["cuts"][name] = table
-        result["num_documents"], result["num_tokens"] = len(cut.rows), sum(map(len, cut.rows)) - len(cut.rows)
-        result["pool_tokens"] = sum(map(len, cut.pool.rows))
-        for variant in VARIANTS:
-            runs = [cut.run(variant.change, seed) for seed in range(variant.num_seeds)]
-            table["rows"].append({"group": variant.group, "name": variant.name} | mean_of(runs))
-            print(name, table["rows"][-1], flush=True)
-    return result
+def run(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """Give the result so far after every router: first all variants with one seed, then more seeds."""
+    cuts = {name: Cut(name, args, work) for name in CUTS}
+    references = {name: cut.references() for name, cut in cuts.items()}
+    runs: dict[tuple[str, Variant], list[dict[str, Any]]] = {}
+    first = cuts["S3A3E8"]
+    result = {
+        "steps": args.steps,
+        "num_documents": len(first.rows),
+        "num_tokens": sum(len(row) - 1 for row in first.rows),
+        "pool_tokens": sum(map(len, first.pool.rows)),
+    }
+    for seed in range(max(v.num_seeds for v in VARIANTS)):
+        for name, cut in cuts.items():
+            for variant in VARIANTS:
+                if seed < variant.num_seeds:
+                    runs.setdefault((name, variant), []).append(cut.run(variant.change, seed))
+                    yield result | {"cuts": {n: _table(n, references[n], runs) for n in cuts}}
+
+
+def _table(cut: str, references: dict[str, Any], runs: dict[tuple[str, Variant], list[dict[str, Any]]]) -> dict:
+    rows = [
+        {"group": v.group, "name": v.name, "change": v.change} | mean_of(runs[cut, v])
+        for v in VARIANTS
+        if (cut, v) in runs
+    ]
+    return {"references": references, "rows": rows}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -174,12 +188,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     quiet_transformers()
-    with tempfile.TemporaryDirectory() as work:
-        result = run(args, Path(work))
-    result["surroundings"] = surroundings("router_ablation", ["transformers"])
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "router_ablation.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "router_ablation.md").write_text(markdown(result))
+    around = surroundings("router_ablation", ["transformers"])
+    with tempfile.TemporaryDirectory() as work:
+        for result in run(args, Path(work)):
+            result["surroundings"] = around
+            (args.out / "router_ablation.json").write_text(json.dumps(result, indent=1) + "\n")
+            (args.out / "router_ablation.md").write_text(markdown(result))
     print(markdown(result))
 
 
