@@ -10,20 +10,18 @@ or code logits), R routed experts of a layer, K selectors, B bits, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
 from pregate.convert.capture import threshold_for
+from pregate.convert.mass_scale import MassScale, split_layers
 from pregate.kernels.reference import top_k
 from pregate.model.config import LayerCut
 from pregate.model.dselect import code_signs, selector_logits
 from pregate.model.path_router import PathRouter
 
-#: Added to a token's spread of standardised masses before they are divided by it.
-LEAST_SPREAD = 0.05
 #: Width of DSelect-k's smooth step, in logits: beyond half of it a bit is 0 or 1.
 STEP_WIDTH = 4.0
 #: Weight of the codes' entropy, and of codes that name no expert, beside the captured mass.
@@ -52,46 +50,6 @@ def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> RouterLo
     if router.config.gate == "dselect":
         return SelectorLoss(router.cuts, router.selection, scale, mass_TS)
     return StraightThroughLoss(router.cuts, router.selection, scale, mass_TS)
-
-
-def split_layers(x_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> tuple[torch.Tensor, ...]:
-    """Per layer [T, R]."""
-    return x_TS.split([c.num_routed for c in cuts], dim=-1)
-
-
-@dataclass(frozen=True)
-class MassScale:
-    """Standard deviation and mean of each layer's masses over tokens and experts, [L]: brings layers to one scale."""
-
-    std_L: torch.Tensor
-    mean_L: torch.Tensor
-
-    @classmethod
-    def of(cls, mass_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> MassScale:
-        layers = [x.double() if x.numel() else torch.zeros(2, dtype=torch.float64) for x in split_layers(mass_TS, cuts)]
-        stds = torch.stack([x.std() for x in layers]).clamp_min(1e-12)
-        return cls(stds.float(), torch.stack([x.mean() for x in layers]).float())
-
-    def targets(self, mass_TS: torch.Tensor, cuts: Sequence[LayerCut], selection: str) -> torch.Tensor:
-        """What the router regresses, float32 [T, S].
-
-        With selection by threshold, masses in units of their layer's standard deviation: how much an expert would
-        contribute counts, not only its rank. With a fixed number, they are then centred within each token and layer:
-        only the order of a layer's experts decides, and a common rise of all of them is nothing to learn. Each
-        token's masses are divided by their own spread, so that a few tokens of huge mass do not rule the squared
-        error. (The latter measured on stories3M S3A3E8 cut by the recipe "plain", 1000 steps, held-out perplexity:
-        standardised only 11.71 with one seed; means of four seeds: centred 11.53, as here 11.46; a seed moves it by
-        0.05.)
-        """
-        parts = []
-        for x, std, mean in zip(split_layers(mass_TS, cuts), self.std_L, self.mean_L, strict=True):
-            if selection == "threshold":
-                parts.append((x - mean) / std)
-                continue
-            centred = (x - x.mean(dim=-1, keepdim=True)) / std
-            spread = centred.std(dim=-1, keepdim=True) if centred.shape[-1] > 1 else centred.abs()
-            parts.append(centred / (spread + LEAST_SPREAD))
-        return torch.cat(parts, dim=-1)
 
 
 class MassLoss:

@@ -17,9 +17,10 @@ import torch
 
 from pregate.convert.agreement import Tally, layer_figures
 from pregate.convert.capture import threshold_for
+from pregate.convert.mass_scale import split_layers
 from pregate.convert.parent_embedding import ParentEmbedding, start_from
 from pregate.convert.progress import Progress
-from pregate.convert.router_losses import loss_for, split_layers
+from pregate.convert.router_losses import loss_for
 from pregate.convert.scoring import batches, padded
 from pregate.convert.targets import TargetPool
 from pregate.kernels.reference import above, top_k

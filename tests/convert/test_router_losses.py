@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 
+from pregate.convert.mass_scale import LEAST_SPREAD, MassScale
 from pregate.convert.router_losses import (
     ENTROPY_WEIGHT,
-    LEAST_SPREAD,
     STEP_WIDTH,
     STRAY_WEIGHT,
-    MassScale,
     PaperLoss,
     SelectorLoss,
     StraightThroughLoss,
