@@ -20,6 +20,7 @@ from pregate.cluster import (
     commands_serve,
     commands_text,
     commands_tune,
+    method_options,
 )
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(commands_model.convert)
+app.command(epilog=method_options.describe_recipes())(commands_model.convert)
 app.command()(commands_model.decouple)
 app.command()(commands_tune.tune)
 app.command()(commands_model.evaluate)

@@ -10,6 +10,7 @@ import typer
 
 from pregate.base.errors import UserError
 from pregate.cluster import method_options as method
+from pregate.cluster import router_options as router
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Model folder.", show_default=False)]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
@@ -104,16 +105,38 @@ def decouple(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
     dim: Annotated[int, typer.Option(help="Width of the path router.")] = 128,
     blocks: Annotated[int, typer.Option(help="Blocks of the path router.")] = 1,
+    window: router.Window = 64,
+    heads: router.Heads = "independent",
+    embedding: router.Embedding = "own",
+    target: router.Target = None,
+    gate: router.Gate = "scores",
+    weights: router.Weights = "one",
+    predict: router.Predict = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Train a path router for a layer-wise checkpoint and write one whose paths are exact."""
+    """Train a path router for a layer-wise checkpoint and write one whose paths are exact, or a forecast."""
     from pregate.convert.decouple import DecoupleOptions
     from pregate.convert.decouple import decouple as run
     from pregate.convert.progress import RichProgress
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    options = DecoupleOptions(model, out, tuple(text), steps=steps, dim=dim, blocks=blocks, seed=seed)
+    options = DecoupleOptions(
+        model,
+        out,
+        tuple(text),
+        steps=steps,
+        dim=dim,
+        blocks=blocks,
+        window=window,
+        heads=heads,
+        embedding=embedding,
+        target=target,
+        gate=gate,
+        weights=weights,
+        predict=predict,
+        seed=seed,
+    )
     report(out, run(options, RichProgress()).figures["decouple"])  # the others were measured on another text
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from pregate.convert.recipes import RECIPES
+
 Clustering = Annotated[
     str | None, typer.Option(help="capture (ours) or marks (CMoE): how neurons are grouped.", show_default=False)
 ]
@@ -35,3 +37,13 @@ Draw = Annotated[str | None, typer.Option(help="documents or stream: where windo
 Samples = Annotated[int | None, typer.Option(help="Calibration windows.", show_default=False)]
 SequenceLength = Annotated[int | None, typer.Option(help="Tokens of a window.", show_default=False)]
 Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.", show_default=False)]
+
+
+def describe_recipes() -> str:
+    """Every recipe's values, a paragraph each: all of ours, of the others what differs."""
+    ours = vars(RECIPES["ours"])
+    parts = []
+    for name, recipe in RECIPES.items():
+        values = {k: v for k, v in vars(recipe).items() if name == "ours" or v != ours[k]}
+        parts.append(f"Recipe {name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in values.items()) + ".")
+    return "\n\n".join(parts)

@@ -5,6 +5,7 @@ Shape letters: T tokens (padding included), D hidden width, L layers, K active e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -39,6 +40,17 @@ class Tally:
         pairs = max(1, self.num_pairs)
         return {"same_set": round(self.num_equal / pairs, 4), "mean_overlap": round(self.sum_overlap / pairs, 4)}
 
+    def __add__(self, other: Tally) -> Tally:
+        pairs, equal = self.num_pairs + other.num_pairs, self.num_equal + other.num_equal
+        return Tally(pairs, equal, self.sum_overlap + other.sum_overlap)
+
+
+def layer_figures(tallies: Mapping[int, Tally]) -> dict[str, Any]:
+    """Figures of all layers together, and of each in a list; `layers` says which those are."""
+    each = {layer: tallies[layer].figures() for layer in sorted(tallies)}
+    lists = {f"{name}_by_layer": [f[name] for f in each.values()] for name in ("same_set", "mean_overlap")}
+    return sum(tallies.values(), Tally()).figures() | {"layers": list(each)} | lists
+
 
 @dataclass
 class AgreementMeter:
@@ -46,10 +58,12 @@ class AgreementMeter:
 
     All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
     active, or all of them) do not count towards agreement. With `fixed_number` the oracle takes that of each layer
-    whatever the checkpoint's selection: to compare with a policy that does.
+    whatever the checkpoint's selection: to compare with a policy that does. `forecast` is path router against gate,
+    layer by layer.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
+    forecast: dict[int, Tally] = field(default_factory=dict)
     active_neurons: int = 0
     all_neurons: int = 0
     fixed_number: bool = False
@@ -58,9 +72,13 @@ class AgreementMeter:
     def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
         """A meter that goes on from `dataclasses.asdict` of another (or from nothing: {})."""
         tallies = {name: Tally(**tally) for name, tally in fields.get("tallies", {}).items()}
-        return cls(tallies, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
+        return cls(tallies, {}, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
 
-    def add(self, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
+    def add(self, layer: int, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
+        """Count what one layer's tokens would get by each name in `choices`, ids [T, K]; padding is left out."""
+        if "path" in choices and "gate" in choices:
+            tally = self.forecast.setdefault(layer, Tally())
+            tally.add(choices["path"][real_T], choices["gate"][real_T])
         for (name, ids), (other, other_ids) in combinations(choices.items(), 2):
             self.tallies.setdefault(f"{name}_vs_{other}", Tally()).add(ids[real_T], other_ids[real_T])
 
@@ -108,5 +126,5 @@ class MeteredPolicy:
                 choices["path"] = self._paths_TLK[:, mlp.layer]
             choices["gate"] = mlp.gate.choose(x_TD).ids
             choices["oracle"] = OraclePolicy(self._meter.fixed_number).choose(mlp, x_TD).ids
-            self._meter.add(choices, self._real_T)
+            self._meter.add(mlp.layer, choices, self._real_T)
         return chosen

@@ -58,11 +58,11 @@ def choose_sets(scores_TR: torch.Tensor, num_active: int, selection: str) -> tor
     return chosen.scatter_(1, scores_TR.topk(num_active, dim=1).indices, True)
 
 
-def threshold_for(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
-    """The score that makes the mean number of experts at or above it `num_active`; infinite for none and for all."""
-    if num_active in (0, scores_TR.shape[1]):
-        return scores_TR.new_full((), -torch.inf if num_active else torch.inf)
-    return scores_TR.flatten().topk(scores_TR.shape[0] * num_active).values[-1]
+def threshold_for(scores_TR: torch.Tensor, mean_active: float) -> torch.Tensor:
+    """The score that makes the mean number of experts at or above it `mean_active`; infinite for none and for all."""
+    if mean_active in (0, scores_TR.shape[1]):
+        return scores_TR.new_full((), -torch.inf if mean_active else torch.inf)
+    return scores_TR.flatten().topk(max(1, round(scores_TR.shape[0] * mean_active))).values[-1]
 
 
 def split_by_capture(

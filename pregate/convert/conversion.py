@@ -59,6 +59,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
         layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
         figures = _measure(skeleton, options, text, layer_pass)
+        if options.shared is None:
+            figures["shared_experts"] = " ".join(str(cut.num_shared) for cut in config.cuts)
         _write_rest(skeleton, config, options, partial)
         calibration = text.describe() | {"seed": options.seed}
         manifest = Manifest("cmoe", options.describe(), source, calibration, figures)

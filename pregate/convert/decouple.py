@@ -1,8 +1,8 @@
-"""`decouple`: train a path router for a layer-wise checkpoint and write one whose paths are exact."""
+"""`decouple`: train a path router for a layer-wise checkpoint and write one whose paths are exact, or forecast."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,73 +13,46 @@ from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.calibration import encode_pool
+from pregate.convert.decouple_options import DecoupleOptions
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.router_training import TrainingOptions, hit_rate, set_thresholds, start_from, train
+from pregate.convert.router_training import TrainingOptions, hit_rate, set_thresholds, train
 from pregate.convert.scoring import score_rows
 from pregate.convert.targets import TargetPool, collect_targets
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest
-from pregate.model.config import PathRouterConfig, RoutedConfig
+from pregate.model.config import RoutedConfig
 from pregate.model.gates import RepresentativeGate
 from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_heads import check_heads
 from pregate.model.path_router import PathRouter
-
-#: One document in this many is kept back from training to measure on.
-HELD_BACK_EVERY = 20
-
-
-@dataclass(frozen=True)
-class DecoupleOptions:
-    """How to train a path router: shape (`dim`, `blocks`), `steps`, and the text to learn on.
-
-    At most `pool_tokens` tokens of text are used, in documents of at most `sequence_length`.
-    """
-
-    model: Path
-    out: Path
-    text: tuple[Path, ...]
-    steps: int = 1000
-    dim: int = 128
-    blocks: int = 1
-    seed: int = 0
-    pool_tokens: int = 200_000
-    sequence_length: int = 512
-
-    def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "dim": 4, "blocks": 1, "seed": 0, "pool_tokens": 2}.items():
-            if getattr(self, name) < least:
-                raise UserError.of(f"--{name.replace('_', '-')}", getattr(self, name), f"allowed: {least} or more")
-        if not self.text:
-            raise UserError("--text: give at least one .txt or .jsonl file, or a folder of them")
-        self.shape()
-
-    def shape(self) -> PathRouterConfig:
-        return PathRouterConfig(dim=self.dim, num_blocks=self.blocks)
-
-    def describe(self) -> dict[str, Any]:
-        return asdict(self) | {"model": str(self.model), "out": str(self.out), "text": [str(p) for p in self.text]}
+from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
 
 
 def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Manifest:
-    """Train a path router on `options.text` and write an exact checkpoint to `options.out`; returns its manifest.
+    """Train a path router on `options.text` and write a checkpoint with it to `options.out`; returns its manifest.
 
-    UserError for a model that is not layer-wise routed, has a path router already, or has nothing to route.
+    Its paths are exact, or with `predict` a forecast of what the gates will choose. UserError for a model that is not
+    layer-wise routed, has a path router already, or has nothing to route.
     """
     progress = progress or QuietProgress()
     with new_folder(options.out) as folder:
         config = _layerwise_config(options.model)
-        rows = _read_rows(options)
+        check_heads(options.shape(), config.cuts)
+        rows = read_rows(options)
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-        _refuse_weights(model, options)
-        pool = collect_targets(model, rows, progress)
+        if not options.predict:
+            _refuse_weights(model, options)
+        pool = collect_targets(model, rows, progress, of_gates=options.predict)
         router, figures = train_router(model, pool, options, progress)
-        measured_on = _held_back(pool).rows
+        measured_on = pool.held_back().rows
         figures |= _figures("layerwise", model, measured_on)
-        exact = assemble(_exact_config(config, options), model.parent, router)
-        figures |= _figures("path", exact, measured_on)
+        routed = routed_with(model, router, options)
+        if not options.predict:
+            figures |= _figures("path", routed, measured_on)
+        figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
-        write_checkpoint(exact, folder, options.model, manifest, _stored_dtype(config))
+        write_checkpoint(routed, folder, options.model, manifest, _stored_dtype(config))
         return read_manifest(folder)
 
 
@@ -89,7 +62,7 @@ def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]]) -> dict
     return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
 
 
-def _read_rows(options: DecoupleOptions) -> list[list[int]]:
+def read_rows(options: DecoupleOptions) -> list[list[int]]:
     """Token ids of the documents to learn on, drawn with the seed."""
     tokenizer = load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
@@ -119,25 +92,36 @@ def train_router(
         torch.manual_seed(options.seed)
         config = model.config
         router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
-    embedding: Any = model.get_input_embeddings()
-    start_from(router, embedding.weight)
-    losses = train(router, _training(pool), TrainingOptions(options.steps, options.seed), progress)
+        embedding: Any = model.get_input_embeddings()
+        training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
+        losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress)
     router.requires_grad_(False)
-    set_thresholds(router, _training(pool))
+    set_thresholds(router, pool.training())
     last = losses[-max(1, len(losses) // 20) :]
     figures = {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
-    return router, figures | {
-        "path_vs_oracle": hit_rate(router, _held_back(pool), [mlp.mass_threshold for mlp in model.routed_mlps])
-    }
+    name = "path_vs_gate" if options.predict else "path_vs_oracle"
+    return router, figures | {name: hit_rate(router, pool.held_back())}
 
 
-def _held_back(pool: TargetPool) -> TargetPool:
-    return TargetPool(pool.rows[::HELD_BACK_EVERY], pool.mass[::HELD_BACK_EVERY])
+def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
+    """The router's operations per token and their share of the dense parent's; a warning where that is much."""
+    flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
+    share = flops / backbone_flops(_num_multiplied(model))
+    figures = {"router_flops_per_token": flops, "router_flops_share": round(share, 5)}
+    if share <= MAX_SHARE:
+        return figures
+    much = f"the path router costs {share:.1%} of the dense model's operations, more than {MAX_SHARE:.0%}"
+    return figures | {"warning": f"{much}; a smaller --dim, --window or --blocks costs less"}
 
 
-def _training(pool: TargetPool) -> TargetPool:
-    kept = [i for i in range(len(pool.rows)) if i % HELD_BACK_EVERY]
-    return TargetPool([pool.rows[i] for i in kept], [pool.mass[i] for i in kept])
+def _num_multiplied(model: RoutedForCausalLM) -> int:
+    """The dense parent's parameters less an embedding that is only looked up in (one tied to the head is not)."""
+    gates = {"linear_gate", "paper_gate"}
+    parameters = {id(p): p.numel() for n, p in model.parent.named_parameters() if gates.isdisjoint(n.split("."))}
+    embedding, head = (
+        getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    return sum(parameters.values()) - (0 if embedding is head or embedding is None else embedding.numel())
 
 
 def _layerwise_config(path: Path) -> RoutedConfig:
@@ -160,9 +144,11 @@ def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
             raise UserError.of("--model", options.model, reason)
 
 
-def _exact_config(config: RoutedConfig, options: DecoupleOptions) -> RoutedConfig:
-    fields = config.to_dict() | {"routing": "path", "path_router": asdict(options.shape())}
-    return RoutedConfig.from_dict(fields)
+def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleOptions) -> RoutedForCausalLM:
+    """`model` with `router`, which decides or, with `predict`, forecasts; the parent is the same one."""
+    routing = "layerwise" if options.predict else "path"
+    fields = model.config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
+    return assemble(RoutedConfig.from_dict(fields), model.parent, router)
 
 
 def _stored_dtype(config: RoutedConfig) -> str:

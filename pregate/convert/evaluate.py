@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import UserError
-from pregate.convert.agreement import AgreementMeter
+from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.control_table import control_rows
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
 from pregate.convert.progress import Progress, QuietProgress
@@ -45,6 +45,8 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Score a model on text; for a routed model also how its routers agree with each other and with the oracle.
 
+    Where a path router only forecasts, also how often it names the gates' experts, layer by layer.
+
     With `options.controls` "controls" maps a control's name to its figures (`control_table.control_rows`).
     UserError for a folder that is no model, text that cannot be read, and controls of a dense model.
     """
@@ -72,6 +74,8 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         result["routing"] = model.config.routing
         result["active_share"] = round(meter.active_share, 4)
         result["agreement"] = meter.figures()
+        if model.config.routing == "layerwise" and meter.forecast:
+            result["forecast_hit_rate"] = layer_figures(meter.forecast)
     if options.controls:
         parent = None if options.parent is None else load_dense(options.parent)
         result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed or 0, progress)

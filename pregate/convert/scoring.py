@@ -141,14 +141,14 @@ def _metered(
     control: RoutingPolicy | None,
 ) -> MeteredPolicy:
     """The routing in force (`control`, else the checkpoint's own), watched by `meter`."""
-    real_T, paths_TLK = mask_BN.flatten().bool(), None
+    real_T, by_path = mask_BN.flatten().bool(), None
     if model.path_router is not None:
         states = [model.path_computer.new_state() for _ in ids_BN]
-        paths_TLK = model.batch_paths(ids_BN, mask_BN, states)[0].flatten(0, 1)
+        by_path = PathPolicy.of(model.batch_paths(ids_BN, mask_BN, states)[0])
+    paths_TLK = None if by_path is None else by_path.ids_TLK
     if control is not None:
         return MeteredPolicy(control, meter, real_T, paths_TLK, control_name="control")
-    by_path = paths_TLK is not None and model.config.routing == "path"
-    own: RoutingPolicy = PathPolicy(paths_TLK) if by_path and paths_TLK is not None else GatePolicy()
+    own: RoutingPolicy = by_path if by_path is not None and model.config.routing == "path" else GatePolicy()
     return MeteredPolicy(own, meter, real_T, paths_TLK)
 
 

@@ -6,9 +6,12 @@ Shape letters: T tokens, R routed experts of a layer, S the routed experts of al
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
+from pregate.base.errors import UserError
 from pregate.convert.capture import threshold_for
 from pregate.convert.scoring import batches, padded
 from pregate.convert.tuning_forward import Gathered, TuningPass, path_scores, run_parent, threshold_of
@@ -23,12 +26,26 @@ ROUTER_TOKENS = 65_536
 FORWARD_TOKENS = 8192
 
 
+def check_biases(model: RoutedForCausalLM) -> None:
+    """UserError for a path router that has no bias for each layer's each expert."""
+    if model.config.routing != "path" or model.path_router is None:
+        return
+    shape = model.path_router.config
+    if shape.gate == "dselect" or shape.heads == "single":
+        told = f"{shape.gate} gate and {shape.heads} heads"
+        raise UserError.of(
+            "--balance", "bias", f"a path router with {told} has no bias per expert; allowed: none, loss"
+        )
+
+
 def bias_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
     """What is added to a layer's scores [R], where it lies (a view)."""
     if model.config.routing == "path":
         assert model.path_router is not None
+        heads: Any = model.path_router.heads
         start = sum(c.num_routed for c in model.config.cuts[: mlp.layer])
-        return model.path_router.heads.bias.data[start : start + mlp.cut.num_routed]
+        bias_S = heads.bias if isinstance(heads, nn.Linear) else heads.output.bias
+        return bias_S.data[start : start + mlp.cut.num_routed]
     return mlp.gate.balance_bias if isinstance(mlp.gate, RepresentativeGate) else mlp.gate.bias.data
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.capture import threshold_for
-from pregate.convert.router_training import MassScale
+from pregate.convert.mass_scale import MassScale
 from pregate.convert.straight_through import chosen_by, soft_choice, straight_through
 from pregate.model.gates import LinearGate, RepresentativeGate
 from pregate.model.layers import RoutedMLP, by_token_power
@@ -64,8 +64,11 @@ class TuningPass:
 
     def __post_init__(self) -> None:
         self._num_real = int(self.real_T.sum())
-        if self.scores_TS is not None:
-            self._split = self.scores_TS.split([c.num_routed for c in self.model.config.cuts], dim=-1)
+        router, sizes = self.model.path_router, [c.num_routed for c in self.model.config.cuts]
+        if self.scores_TS is not None and router is not None:
+            self._split = self.scores_TS.split(sizes, dim=-1)
+            weights_TS = router.expert_weights(self.scores_TS)
+            self._path_weights = None if weights_TS is None else weights_TS.split(sizes, dim=-1)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
         out_TD = mlp.shared_output(x_TD)
@@ -100,7 +103,10 @@ class TuningPass:
         threshold = self._threshold(mlp, scores_TR, mass_TR)
         chosen_TR = chosen_by(scores_TR.detach(), num_active, threshold)
         self._note(mlp, scores_TR, chosen_TR, threshold, mass_TR)
-        return self._chosen(scores_TR, chosen_TR, num_active, threshold)
+        weights_TR = self._chosen(scores_TR, chosen_TR, num_active, threshold)
+        if self.scores_TS is None or self._path_weights is None:
+            return weights_TR
+        return weights_TR * self._path_weights[mlp.layer]
 
     def _chosen(
         self, scores_TR: torch.Tensor, chosen_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None
@@ -173,6 +179,14 @@ def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
         return model.path_router.thresholds[mlp.layer]
     assert isinstance(mlp.gate, LinearGate)
     return mlp.gate.threshold
+
+
+def forecasts_masses(model: RoutedForCausalLM) -> bool:
+    """Whether the router in force was fitted so that its scores forecast masses, and may be kept to that."""
+    if model.config.routing != "path" or model.path_router is None:
+        return model.config.gate == "linear"
+    made = {} if model.manifest is None else model.manifest.options.get("decouple", {})
+    return model.path_router.config.gate == "scores" and made.get("target", "mass") == "mass"
 
 
 def balance_term(loads_R: torch.Tensor, soft_R: torch.Tensor) -> torch.Tensor:

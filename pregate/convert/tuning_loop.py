@@ -19,9 +19,9 @@ import torch
 
 from pregate.convert.lora import merge_low_rank
 from pregate.convert.scoring import batches, padded
-from pregate.convert.tuning_balance import calibrate, follow_thresholds, move_biases, set_thresholds
+from pregate.convert.tuning_balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tuning_data import BatchOrder, TuningRows
-from pregate.convert.tuning_forward import Gathered, TuningPass, path_scores, run_parent
+from pregate.convert.tuning_forward import Gathered, TuningPass, forecasts_masses, path_scores, run_parent
 from pregate.convert.tuning_loss import mixed_loss, next_tokens
 from pregate.convert.tuning_options import TuningSettings
 from pregate.convert.tuning_parameters import changing_tensors, choose_trained, optimizer_of
@@ -76,6 +76,8 @@ class Tuner:
         self.model, self.rows, self.settings, self.teacher = model.eval(), rows, settings, teacher
         self.routed = isinstance(model, RoutedForCausalLM)
         self.device: torch.device = model.device
+        if self.routed and settings.balance == "bias":
+            check_biases(model)
         self.trained = choose_trained(model, settings)
         self.optimizer = optimizer_of(self.trained, settings)
         self.counters = Counters()
@@ -163,7 +165,7 @@ class Tuner:
         if self.teacher is not None and settings.kl_share:
             with torch.no_grad(), self._autocast():
                 teacher_PV = run_parent(self.teacher, ids_BN, None).flatten(0, 1)
-        mass = bool(self.trained.router) and settings.router and settings.router_mass > 0
+        mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
         even = settings.balance == "loss"
         gathered = Gathered(mass=mass, balance=even, straight_through=settings.straight_through)
         with self._autocast():

@@ -12,6 +12,12 @@ from pregate.base.errors import UserError
 ROUTINGS = ("layerwise", "path")
 GATES = ("linear", "representative", "representative-signed")
 SELECTIONS = ("top_k", "threshold")
+#: Of a path router: its heads, what chooses in training, and what a chosen expert weighs.
+ROUTER_CHOICES = {
+    "heads": ("independent", "recurrent", "single"),
+    "gate": ("scores", "dselect"),
+    "weights": ("one", "learned"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,30 @@ class LayerCut:
 
 @dataclass(frozen=True)
 class PathRouterConfig:
-    """Shape of the path router: embedding width, blocks, heads, attention window in tokens."""
+    """Shape of the path router: embedding width, blocks, attention heads, attention window in tokens.
+
+    `heads`: "independent" (a linear map for each layer), "recurrent" (a cell runs over the layers) or "single" (one
+    choice for all layers). `gate`: "scores" or "dselect" (`dselect.py`). `weights` of the chosen experts: "one", or
+    "learned" (`PathRouter.expert_weights`).
+    """
 
     dim: int = 128
     num_blocks: int = 1
     num_heads: int = 4
     window: int = 64
+    heads: str = "independent"
+    gate: str = "scores"
+    weights: str = "one"
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.num_heads < 1 or self.dim % self.num_heads:
             raise UserError.of("--dim", self.dim, f"must be a positive multiple of the {self.num_heads} heads")
-        if self.num_blocks < 1 or self.window < 1:
-            raise UserError.of("--blocks", self.num_blocks, "blocks and window must be 1 or more")
+        for option, value in {"--blocks": self.num_blocks, "--window": self.window}.items():
+            if value < 1:
+                raise UserError.of(option, value, "allowed: 1 or more")
+        for name, allowed in ROUTER_CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError.of(f"--{name}", getattr(self, name), f"allowed: {', '.join(allowed)}")
 
 
 def rope_sets(config: PretrainedConfig) -> list[dict[str, Any]]:
@@ -81,7 +99,7 @@ class RoutedConfig(PretrainedConfig):
         gate: str = "linear",
         selection: str = "top_k",
         token_power: float = 0.0,
-        path_router: dict[str, int] | None = None,
+        path_router: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):

@@ -43,6 +43,10 @@ class LinearGate(nn.Module):
         """Scores [T, R] in the gate's own type."""
         return F.linear(x_TD.to(self.weight.dtype), self.weight, self.bias)
 
+    def ranking(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """What the choice goes by [T, R]."""
+        return self(x_TD)
+
     def choose(self, x_TD: torch.Tensor) -> Choice:
         scores_TR = self(x_TD)
         if self.selection == "threshold":
@@ -80,6 +84,10 @@ class RepresentativeGate(nn.Module):
         product_TR = reference.gated_hidden(x_TD.to(self.weight.dtype), self.weight, self.act)
         return product_TR if self.signed else product_TR.abs()
 
+    def ranking(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """What the choice goes by [T, R]: s' + bias."""
+        return self(x_TD).softmax(dim=-1) + self.balance_bias
+
     def choose(self, x_TD: torch.Tensor) -> Choice:
         shares_TR = self(x_TD).softmax(dim=-1)
         ids_TK = reference.top_k(shares_TR + self.balance_bias, self.num_active)
@@ -90,7 +98,7 @@ class RepresentativeGate(nn.Module):
 
     def margin(self, x_TD: torch.Tensor) -> torch.Tensor:
         """As `LinearGate.margin`, in units of s' + bias."""
-        return _top_k_margin(self(x_TD).softmax(dim=-1) + self.balance_bias, self.num_active)
+        return _top_k_margin(self.ranking(x_TD), self.num_active)
 
 
 Gate = LinearGate | RepresentativeGate

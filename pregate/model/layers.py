@@ -164,6 +164,11 @@ class PathPolicy:
         self.ids_TLK = ids_TLK
         self.weights_TLK = weights_TLK
 
+    @classmethod
+    def of(cls, paths: Choice) -> PathPolicy:
+        """From ids and weights [B, N, L, K] of a batch, padding and all."""
+        return cls(paths.ids.flatten(0, 1), None if paths.weights is None else paths.weights.flatten(0, 1))
+
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         weights = None if self.weights_TLK is None else self.weights_TLK[:, mlp.layer]
         return Choice(self.ids_TLK[:, mlp.layer], weights)

@@ -22,6 +22,7 @@ from pregate.base.errors import CheckpointError, UserError
 from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.gates import Choice
 from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy
 from pregate.model.path_router import PathComputer, PathRouter, PathState
 from pregate.model.paths import Paths
@@ -173,11 +174,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             )
         if len(states) != ids_BN.shape[0]:
             raise ValueError(f"path routing: {ids_BN.shape[0]} sequences but state of {len(states)}")
-        paths_BNLK, states = self.batch_paths(ids_BN, mask, states)
+        paths, states = self.batch_paths(ids_BN, mask, states)
         if cache is not None:
             kept = (states, num_seen + ids_BN.shape[1])
             cache.pregate_path_states = kept  # pyright: ignore[reportAttributeAccessIssue]
-        return PathPolicy(paths_BNLK.flatten(0, 1))
+        return PathPolicy.of(paths)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; beam search is refused with path routing, whose state does not follow reordering."""
@@ -189,17 +190,24 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def batch_paths(
         self, ids_BN: torch.Tensor, mask: torch.Tensor | None, states: list[PathState]
-    ) -> tuple[torch.Tensor, list[PathState]]:
-        """Paths int64 [B, N, L, K] of new tokens, and the states after them. Padding gets no expert (-1)."""
+    ) -> tuple[Choice, list[PathState]]:
+        """Paths of new tokens, ids int64 and weights [B, N, L, K], and the states after them.
+
+        Padding gets no expert (-1).
+        """
         num_new = ids_BN.shape[1]
-        real_BN = torch.ones_like(ids_BN) if mask is None else mask[:, -num_new:]
-        rows = [ids[real.bool()].tolist() for ids, real in zip(ids_BN, real_BN, strict=True)]
-        paths, states = self.path_computer.extend(states, rows)
-        k_max = paths[0].ids.shape[-1]
-        out = torch.full((*ids_BN.shape, len(self.config.cuts), k_max), -1, dtype=torch.int64, device=ids_BN.device)
-        for row, real, path in zip(out, real_BN, paths, strict=True):
-            row[real.bool()] = torch.from_numpy(path.ids.astype("int64")).to(out.device)
-        return out, states
+        real_BN = (torch.ones_like(ids_BN) if mask is None else mask[:, -num_new:]).bool()
+        rows = [ids[real].tolist() for ids, real in zip(ids_BN, real_BN, strict=True)]
+        parts, states = self.path_computer.extend(states, rows)
+        paths = Paths.concatenate(parts)  # row by row, as a mask picks them
+        shape = (*ids_BN.shape, *paths.ids.shape[1:])
+        ids = torch.full(shape, -1, dtype=torch.int64, device=ids_BN.device)
+        ids[real_BN] = torch.from_numpy(paths.ids.astype("int64")).to(ids.device)
+        if paths.weights is None:
+            return Choice(ids), states
+        weights = torch.zeros(shape, device=ids_BN.device)
+        weights[real_BN] = torch.from_numpy(paths.weights).to(ids.device)
+        return Choice(ids, weights), states
 
     def paths(self, token_ids: list[int]) -> Paths:
         """Paths [T, L, K] of one sequence from its token ids; no forward pass."""

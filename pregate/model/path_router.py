@@ -2,9 +2,10 @@
 
 Data on its way: token ids [B, N] -> own embedding [B, N, C] -> causal blocks over the last `window` tokens ->
 scores [B, N, S], S the routed experts of all layers side by side -> top-k or threshold per layer -> `Paths`.
+The heads that give the scores have one of three shapes (`path_heads.py`).
 
 Shape letters: B sequences, N new tokens, P past tokens kept, C router width, H heads, W window, S sum of R_l,
-L layers.
+L layers, K experts of a token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 
 from pregate.kernels.reference import above, top_k
 from pregate.model.config import LayerCut, PathRouterConfig
+from pregate.model.dselect import code_scores
+from pregate.model.gates import Choice
+from pregate.model.path_heads import make_heads
 from pregate.model.paths import Paths
 
 #: Scores are rounded to this many binary digits, so that experts tied in exact arithmetic stay tied whatever
@@ -68,6 +72,7 @@ class PathRouter(nn.Module):
     """Scores of every layer's routed experts from token ids alone (after Read-ME, section 3.2: a decoupled router).
 
     With `selection` "threshold" a token visits every expert that scores its layer's of `thresholds` [L] or more.
+    `scale` [S] is there with learned weights: see `expert_weights`. UserError where the heads do not fit the cuts.
     """
 
     thresholds: torch.Tensor
@@ -80,7 +85,9 @@ class PathRouter(nn.Module):
         self.embedding = nn.Embedding(vocab_size, config.dim)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
-        self.heads = nn.Linear(config.dim, sum(c.num_routed for c in self.cuts))
+        self.heads = make_heads(config, self.cuts, selection)
+        if config.weights == "learned":
+            self.scale = nn.Parameter(torch.zeros(sum(c.num_routed for c in self.cuts)))
         self.register_buffer("thresholds", torch.zeros(len(self.cuts)), persistent=selection == "threshold")
 
     def forward(
@@ -90,6 +97,17 @@ class PathRouter(nn.Module):
 
         `past`: per block ([B, P, C], [B, P, C]), left-padded; `past_len_B` says how many of P are real.
         """
+        x_BNC, kept = self.encode(ids_BN, past, past_len_B)
+        return self.scores_of(self.heads(x_BNC)), kept
+
+    def scores_of(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Scores [..., S] from what the heads give [..., O]: the same, or the logits of codes."""
+        return code_scores(outputs, self.cuts, self.selection) if self.config.gate == "dselect" else outputs
+
+    def encode(
+        self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
+        """Return what the heads read, [B, N, C], and keys and values; arguments as of `forward`."""
         if past_len_B is None:
             past_len_B = torch.zeros(ids_BN.shape[0], dtype=torch.int64, device=ids_BN.device)
         x = self.embedding(ids_BN)
@@ -97,7 +115,21 @@ class PathRouter(nn.Module):
         for index, block in enumerate(self.blocks):
             x, keys, values = block(x, None if past is None else past[index], past_len_B)
             kept.append((keys, values))
-        return self.heads(self.norm(x)), kept
+        return self.norm(x), kept
+
+    def expert_weights(self, scores_TS: torch.Tensor) -> torch.Tensor | None:
+        """What each expert would weigh if it were chosen [T, S]; None when all weigh 1.
+
+        1 + softmax(the layer's scores) * `scale`, as CMoE's gate (section 3.3). With scale 0, where it starts, the
+        weights are 1 and are only given where gradients are asked for: there they have one.
+        """
+        if self.config.weights == "one":
+            return None
+        learns = torch.is_grad_enabled() and self.scale.requires_grad
+        if not learns and not self.scale.any():
+            return None
+        layers = scores_TS.split([c.num_routed for c in self.cuts], dim=-1)
+        return 1 + torch.cat([scores.softmax(dim=-1) for scores in layers], dim=-1) * self.scale
 
 
 @dataclass(frozen=True)
@@ -146,7 +178,7 @@ class PathComputer:
             for i, path, state in zip(live, paths, after, strict=True):
                 parts[i].append(path)
                 states[i] = state
-        empty = Paths(np.empty((0, len(self.cuts), self._k_max), dtype=np.int16))
+        empty = self._paths(torch.empty(0, sum(c.num_routed for c in self.cuts), dtype=torch.float64))
         return [Paths.concatenate(p) if p else empty for p in parts], states
 
     @property
@@ -184,17 +216,38 @@ class PathComputer:
         return PathState(torch.stack(keys), torch.stack(values))
 
     def _paths(self, scores_NS: torch.Tensor) -> Paths:
-        ids = np.full((scores_NS.shape[0], len(self.cuts), self._k_max), -1, dtype=np.int16)
-        for layer, chosen_NK in enumerate(choose_paths(self._router, scores_NS)):
-            ids[:, layer, : chosen_NK.shape[1]] = chosen_NK.cpu().numpy()
-        return Paths(ids)
+        shape = (scores_NS.shape[0], len(self.cuts), self._k_max)
+        ids, weights = np.full(shape, -1, dtype=np.int16), np.zeros(shape, dtype=np.float32)
+        weighted = False
+        for layer, chosen in enumerate(choose_experts(self._router, scores_NS)):
+            width = chosen.ids.shape[1]
+            ids[:, layer, :width] = chosen.ids.cpu().numpy()
+            if chosen.weights is not None:
+                weights[:, layer, :width] = chosen.weights.cpu().numpy()
+                weighted = True
+        return Paths(ids, weights if weighted else None)
 
 
-def choose_paths(router: PathRouter, scores_NS: torch.Tensor) -> list[torch.Tensor]:
-    """Per layer the ids [N, K] that scores [N, S] of `router` choose: its k highest, or those above its threshold."""
-    rounded = torch.round(scores_NS * 2.0**SCORE_BITS).split([c.num_routed for c in router.cuts], dim=-1)
+def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> list[Choice]:
+    """Per layer the ids [N, K] that scores [N, S] of `router` choose, and what they weigh (0 where the id is -1).
+
+    The k highest, or those above the layer's threshold. Weights are of the rounded scores too, so that they are as
+    stable as the choice; except where gradients are asked for, which rounding has none of.
+    """
+    sizes = [c.num_routed for c in router.cuts]
+    units_NS = torch.round(scores_NS * 2.0**SCORE_BITS)
+    chosen = _choose(router, units_NS.split(sizes, dim=-1))
+    weights_NS = router.expert_weights(scores_NS if scores_NS.requires_grad else units_NS / 2.0**SCORE_BITS)
+    if weights_NS is None:
+        return [Choice(ids) for ids in chosen]
+    layers = zip(chosen, weights_NS.split(sizes, dim=-1), strict=True)
+    return [Choice(ids, weights.gather(-1, ids.clamp_min(0)) * (ids >= 0)) for ids, weights in layers]
+
+
+def _choose(router: PathRouter, units: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Ids [N, K] of every layer from its scores in units of 2 ** -SCORE_BITS [N, R]."""
     if router.selection == "top_k":
-        return [top_k(scores, cut.num_active) for scores, cut in zip(rounded, router.cuts, strict=True)]
-    limits_L = torch.round(router.thresholds.to(scores_NS.dtype) * 2.0**SCORE_BITS)
-    chosen = [above(scores, limit) for scores, limit in zip(rounded, limits_L, strict=True)]
+        return [top_k(scores, cut.num_active) for scores, cut in zip(units, router.cuts, strict=True)]
+    limits_L = torch.round(router.thresholds.to(units[0].dtype) * 2.0**SCORE_BITS)
+    chosen = [above(scores, limit) for scores, limit in zip(units, limits_L, strict=True)]
     return [ids if cut.num_active else ids[:, :0] for ids, cut in zip(chosen, router.cuts, strict=True)]

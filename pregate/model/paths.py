@@ -15,7 +15,7 @@ class Paths:
     """Routed expert ids of T tokens in L layers.
 
     `ids` int16 [T, L, k_max]: ascending in a row, -1 padding at its end (k may vary by layer and token).
-    `weights` float32 of the same shape, or None when all are 1. `exact` is False for a forecast.
+    `weights` float32 of the same shape (0 at padding), or None when all are 1. `exact` is False for a forecast.
 
     Example: ids [[[0, 3], [2, -1]]] sends one token to experts 0 and 3 in layer 0 and to expert 2 in layer 1.
     """
@@ -47,7 +47,9 @@ class Paths:
 
     @staticmethod
     def concatenate(parts: Sequence[Paths]) -> Paths:
-        """Join paths of the same layers token-wise; all must agree on having weights."""
+        """Join paths of the same layers token-wise; ValueError unless all or none have weights."""
         weighted = [p.weights for p in parts if p.weights is not None]
-        weights = np.concatenate(weighted) if len(weighted) == len(parts) else None
+        if len(weighted) not in (0, len(parts)):
+            raise ValueError(f"paths: {len(weighted)} of {len(parts)} parts have weights; all must or none")
+        weights = np.concatenate(weighted) if weighted else None
         return Paths(np.concatenate([p.ids for p in parts]), weights, all(p.exact for p in parts))

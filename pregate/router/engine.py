@@ -124,6 +124,9 @@ class Engine:
         (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
         sequence.path_ids = np.full((sequence.capacity, *paths.ids.shape[1:]), -1, dtype=np.int16)
         sequence.path_ids[: paths.num_tokens] = paths.ids
+        if paths.weights is not None:
+            sequence.path_weights = np.zeros(sequence.path_ids.shape, dtype=np.float32)
+            sequence.path_weights[: paths.num_tokens] = paths.weights
         self._states[sequence.request_id] = state
 
     def cancel(self, request_id: str) -> None:
@@ -219,10 +222,16 @@ class Engine:
             piece.sequence.pairs_per_host += counts_TH[end - piece.num_tokens : end].sum(axis=0)
         return logits_BV
 
-    def _paths_of(self, batch: list[Slice]) -> np.ndarray | None:
+    def _paths_of(self, batch: list[Slice]) -> Paths | None:
         if not self.exact:
             return None
-        return np.concatenate([s.sequence.path_ids[s.sequence.num_computed : s.stop] for s in batch])  # pyright: ignore[reportOptionalSubscript]
+        parts = []
+        for piece in batch:
+            sequence, rows = piece.sequence, slice(piece.sequence.num_computed, piece.stop)
+            assert sequence.path_ids is not None
+            weights = None if sequence.path_weights is None else sequence.path_weights[rows]
+            parts.append(Paths(sequence.path_ids[rows], weights))
+        return Paths.concatenate(parts)
 
     def _publish(self, sequence: Sequence, token: int) -> list[Event]:
         """Append a sampled token; the end of a sequence frees what it holds."""
@@ -245,6 +254,8 @@ class Engine:
         for sequence, path, state in zip(sequences, paths, states, strict=True):
             assert sequence.path_ids is not None
             sequence.path_ids[len(sequence.token_ids) - 1] = path.ids[0]
+            if path.weights is not None and sequence.path_weights is not None:
+                sequence.path_weights[len(sequence.token_ids) - 1] = path.weights[0]
             self._states[sequence.request_id] = state
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pregate.model.paths import Paths
 from pregate.router.planning import LayerPlan, StepPlan, make_plan
 from pregate.workers.protocol import GroupKey
 
@@ -34,13 +35,14 @@ class Receipt:
 
 @dataclass
 class _Step:
-    """The step in progress. `plan` is None while gates decide layer by layer."""
+    """The step in progress. `plan` is None while gates decide layer by layer; `weights_TLK` are its paths', or None."""
 
     number: int
     num_tokens: int
     plan: StepPlan | None
     pair_counts_TH: np.ndarray
     slots_LTK: list[torch.Tensor] = field(default_factory=list)
+    weights_TLK: torch.Tensor | None = None
 
 
 class Exchange:
@@ -53,30 +55,33 @@ class Exchange:
         self.group_timeout_s = group_timeout_s
         self._step = _Step(-1, 0, None, np.zeros((0, len(clients)), dtype=np.int64))
 
-    def begin_step(self, number: int, num_tokens: int, ids_TLK: np.ndarray | None) -> None:
+    def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         """Open step `number`. With exact paths plan all layers now and tell every host its share, once."""
-        plan = None
+        plan = weights = None
         counts = np.zeros((num_tokens, len(self.clients)), dtype=np.int64)
-        if ids_TLK is not None:
-            plan = make_plan(number, ids_TLK, self.hosts_of_LR, len(self.clients))
+        if paths is not None:
+            plan = make_plan(number, paths.ids, self.hosts_of_LR, len(self.clients))
+            weights = None if paths.weights is None else torch.from_numpy(paths.weights)
             counts = plan.pair_counts_TH
             for host, host_plan in plan.hosts.items():
                 self.clients[host].send_plan(host_plan)
         slots = [torch.from_numpy(_with_spare_row(layer)) for layer in plan.layers] if plan else []
-        self._step = _Step(number, num_tokens, plan, counts, slots)
+        self._step = _Step(number, num_tokens, plan, counts, slots, weights)
 
     def dispatch(
         self, layer: int, x_TD: torch.Tensor, ids_TK: torch.Tensor | None, weights_TK: torch.Tensor | None = None
     ) -> Receipt:
         """Send the rows of `layer`. `ids_TK` are a gate's choices, None when the step's plan already has them.
 
-        `weights_TK` weigh the experts' outputs when they are added; None when all are 1.
+        `weights_TK` weigh the experts' outputs when they are added, None when all are 1; the plan's paths have their
+        own.
         """
         step = self._step
         planned = ids_TK is None
         if planned:
             assert step.plan is not None, "dispatch without ids needs a step with paths"
             layer_plan, slots = step.plan.layers[layer], step.slots_LTK[layer]
+            weights_TK = None if step.weights_TLK is None else step.weights_TLK[:, layer]
         else:
             ids_T1K = ids_TK.cpu().numpy().astype(np.int16)[:, None]
             plan = make_plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1], len(self.clients))
@@ -100,7 +105,7 @@ class Exchange:
         for column, slots_T in enumerate(receipt.slots_TK.to(out_TD.device).unbind(dim=1)):
             y_TD = rows_PD[slots_T]
             if receipt.weights_TK is not None:
-                y_TD = y_TD * receipt.weights_TK[:, column, None].to(y_TD.dtype)
+                y_TD = y_TD * receipt.weights_TK[:, column, None].to(y_TD)
             out_TD = out_TD + y_TD
         return out_TD
 

@@ -13,7 +13,8 @@ from pregate.router.messages import SamplingParams
 class Sequence:
     """`token_ids` is the prompt and what was generated; the first `num_computed` of them are in the KV cache.
 
-    `path_ids` int16 [capacity, L, K] holds the path of every known token when paths are exact, else it is None.
+    `path_ids` int16 [capacity, L, K] holds the path of every known token when paths are exact, else it is None;
+    `path_weights` float32 of that shape what its experts weigh, None when all weigh 1.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Sequence:
     pairs_per_host: np.ndarray
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    path_weights: np.ndarray | None = None
 
     @property
     def capacity(self) -> int:

@@ -8,6 +8,9 @@ import sys
 import pytest
 
 from pregate.cluster.cli import _spread, main
+from pregate.convert.recipes import RECIPES
+
+DECOUPLE = ("--model", "TINY", "--out", "/no/such", "--text", "/no/such")
 
 
 def fails(capsys, *arguments):
@@ -48,6 +51,17 @@ def fails(capsys, *arguments):
         (["generate", "--model", "TINY", "--prompt", "a", "--max-tokens", "0"], "--max-tokens 0"),
         (["generate", "--model", "TINY", "--prompt", "a", "--temperature", "-1"], "--temperature -1"),
         (["generate", "--model", "TINY", "--prompt", ""], "--prompt of 0 tokens"),
+        (["decouple", *DECOUPLE, "--heads", "two"], "--heads two: allowed: independent, recurrent, single"),
+        (
+            ["decouple", *DECOUPLE, "--gate", "dselect", "--target", "paper"],
+            "--target paper: allowed with --gate dselect",
+        ),
+        (
+            ["decouple", *DECOUPLE, "--predict", "--weights", "learned"],
+            "--weights learned: allowed with --predict: one",
+        ),
+        (["decouple", *DECOUPLE, "--window", "0"], "--window 0: allowed: 1 or more"),
+        (["decouple", *DECOUPLE, "--embedding", "none"], "--embedding none: allowed: own, parent"),
         (["route", "--model", "TINY", "--prompt", "a"], "make one with `pregate decouple`"),
     ],
 )
@@ -137,3 +151,10 @@ def test_bench_kernels_prints_a_line_per_batch_size(capsys):
     assert head == "quartet, 25 % active, loop on cpu in float32, ms"
     assert [line.split()[0] for line in lines] == ["1", "8"]
     assert all(float(value) > 0 for line in lines for value in line.split()[1:])
+
+
+def test_help_of_convert_tells_what_a_recipe_is(capsys):
+    assert main(["convert", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Recipe ours: clustering capture, shared-by capture" in shown
+    assert all(f"Recipe {name}:" in shown for name in RECIPES)

@@ -78,6 +78,7 @@ def test_layers_get_different_numbers(converted: Path):
     ]
     assert json.loads((converted / "config.json").read_text())["layer_cuts"] == expected
     assert read_manifest(converted).options["shared"] is None
+    assert read_manifest(converted).figures["shared_experts"] == " ".join(map(str, NUM_SHARED))  # printed, too
 
 
 def test_a_layer_is_cut_as_with_its_number_given(converted: Path, uneven_dense: Path, tiny_text: Path, tmp_path: Path):

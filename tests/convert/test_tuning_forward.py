@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from pregate.base.errors import UserError
 from pregate.convert.scoring import padded, score_rows
 from pregate.convert.tune import dense_parent
 from pregate.convert.tuning_balance import move_biases, set_thresholds
-from pregate.convert.tuning_data import read_rows
+from pregate.convert.tuning_data import TuningRows, read_rows
 from pregate.convert.tuning_forward import Gathered, TuningPass, balance_term, path_scores, run_parent
 from pregate.convert.tuning_loop import Tuner
 from pregate.convert.tuning_options import TuningSettings
 from pregate.model.layers import weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathRouter
 from tests.convert.tuning import paper_checkpoint
 
 ROWS = [[1, 7, 9, 11, 13, 40, 77, 205], [1, 44, 300], [1, 16, 18, 19, 20]]
@@ -32,10 +35,22 @@ def paper(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFa
     return paper_checkpoint(tiny_dense, tiny_text, tmp_path_factory.mktemp("paper") / "paper")
 
 
-@pytest.fixture(params=["layerwise", "path", "paper"])
+def with_router(model: RoutedForCausalLM, **shape: str) -> RoutedForCausalLM:
+    """The model with a random path router of another shape, its weights, if learned, far from 1."""
+    torch.manual_seed(0)
+    config = replace(model.config.router_shape, **shape)
+    model.path_router = PathRouter(config, 512, model.config.cuts, model.config.selection)
+    if config.weights == "learned":
+        model.path_router.scale.data.uniform_(0.5, 3)
+    return model
+
+
+@pytest.fixture(params=["layerwise", "path", "paper", "weighted"])
 def model(request, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path, paper: Path) -> RoutedForCausalLM:
-    folder = {"layerwise": tiny_layerwise_checkpoint, "path": tiny_path_checkpoint, "paper": paper}[request.param]
-    found = load(folder)
+    folders = {"layerwise": tiny_layerwise_checkpoint, "paper": paper}
+    found = load(folders.get(request.param, tiny_path_checkpoint))
+    if request.param == "weighted":
+        with_router(found, heads="recurrent", weights="learned")
     if request.param == "paper":
         for mlp in found.routed_mlps:
             mlp.paper_gate.scale.data.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(0))
@@ -105,9 +120,12 @@ def test_balance_term_by_hand():
     assert balance_term(torch.tensor([2.0, 2.0]), torch.tensor([0.1, 0.1])).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["path", "layerwise"])
+@pytest.mark.parametrize("kind", ["path", "recurrent", "layerwise"])
 def test_biases_make_the_load_even(kind: str, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path):
-    model = load(tiny_path_checkpoint if kind == "path" else tiny_layerwise_checkpoint).requires_grad_(False)
+    model = load(tiny_layerwise_checkpoint if kind == "layerwise" else tiny_path_checkpoint)
+    if kind == "recurrent":
+        with_router(model, heads="recurrent")
+    model.requires_grad_(False)
     ids, mask = padded([list(range(1, 250))])
     offsets: dict[int, torch.Tensor] = {}
 
@@ -123,6 +141,24 @@ def test_biases_make_the_load_even(kind: str, tiny_layerwise_checkpoint: Path, t
     assert max(first) > 1.3
     assert max(last) < 1.15
     assert all(offset.abs().max() > 0 for offset in offsets.values())
+
+
+@pytest.mark.parametrize("shape", [{"heads": "single"}, {"gate": "dselect"}])
+def test_a_router_without_biases_cannot_be_balanced_by_them(shape: dict[str, str], tiny_path_checkpoint: Path):
+    model = with_router(load(tiny_path_checkpoint), **shape)
+    with pytest.raises(UserError, match=r"--balance bias: a path router with .* has no bias per expert"):
+        Tuner(model, TuningRows(ROWS, ROWS), TuningSettings(steps=1, kl_share=0, balance="bias"))
+
+
+@pytest.mark.parametrize("shape", [{"heads": "single"}, {"gate": "dselect"}, {"heads": "recurrent"}])
+def test_a_router_of_any_shape_learns(shape: dict[str, str], tiny_path_checkpoint: Path):
+    """Every parameter of its heads moves, and with learned weights their scale."""
+    model = with_router(load(tiny_path_checkpoint), weights="learned", **shape)
+    before = {n: p.detach().clone() for n, p in model.path_router.named_parameters()}
+    tuner = Tuner(model, TuningRows(ROWS, ROWS), TuningSettings(steps=5, kl_share=0, batch_tokens=64))
+    tuner.run()
+    moved = {n for n, p in model.path_router.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == before.keys()
 
 
 @pytest.mark.parametrize("kind", ["path", "layerwise"])

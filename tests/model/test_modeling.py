@@ -86,7 +86,7 @@ def test_the_same_paths_in_a_padded_batch_and_alone(tiny_path_checkpoint):
     padded[0, 16:], padded[1] = short, long
     mask = torch.ones_like(padded)
     mask[0, :16] = 0
-    paths, _ = model.batch_paths(padded, mask, [computer.new_state(), computer.new_state()])
+    (paths, _), _ = model.batch_paths(padded, mask, [computer.new_state(), computer.new_state()])
     assert (paths[0, :16] == -1).all()
     assert (paths[0, 16:].numpy() == model.paths(short.tolist()).ids).all()
     assert (paths[1].numpy() == model.paths(long.tolist()).ids).all()

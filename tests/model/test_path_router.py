@@ -1,48 +1,131 @@
 """Paths are the same whole, in chunks, token by token, alone and in a padded batch."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
 
-from pregate.model.config import LayerCut, PathRouterConfig
-from pregate.model.path_router import PathComputer, PathRouter
+from pregate.base.errors import UserError
+from pregate.model import path_router
+from pregate.model.config import LayerCut, PathRouterConfig, RoutedConfig
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathComputer, PathRouter, PathState, choose_experts
+from pregate.model.paths import Paths
 
-CUTS = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(7, 1, 2, 8)]
+UNLIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(7, 1, 2, 8)]
+ALIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(5, 3, 3, 8)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One combination of a path router's options."""
+
+    heads: str = "independent"
+    gate: str = "scores"
+    weights: str = "one"
+    selection: str = "top_k"
+
+    def __str__(self) -> str:
+        return "-".join((self.heads, self.gate, self.weights, self.selection))
+
+    @property
+    def cuts(self) -> list[LayerCut]:
+        return ALIKE if self.heads == "single" else UNLIKE
+
+    @property
+    def config(self) -> PathRouterConfig:
+        return PathRouterConfig(16, 2, 4, 12, self.heads, self.gate, self.weights)
+
+
+KINDS = [
+    Kind(*choice)
+    for choice in product(
+        ("independent", "recurrent", "single"), ("scores", "dselect"), ("one", "learned"), ("top_k", "threshold")
+    )
+]
+
+
+def random_router(kind: Kind) -> PathRouter:
+    """A router with large random weights, and thresholds that about half of the scores reach."""
+    torch.manual_seed(0)
+    router = PathRouter(kind.config, 100, kind.cuts, kind.selection)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    if kind.selection == "threshold":
+        scores_NS = router(torch.tensor([prompt(60)]))[0][0].detach()
+        layers = scores_NS.split([c.num_routed for c in kind.cuts], dim=-1)
+        router.thresholds.copy_(torch.stack([x.median() if x.numel() else torch.zeros(()) for x in layers]))
+    return router
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=str)
+def every(request: pytest.FixtureRequest) -> PathComputer:
+    """The runtime of a router of each kind."""
+    return PathComputer(random_router(request.param))
 
 
 @pytest.fixture(scope="module")
-def computer():
-    torch.manual_seed(0)
-    router = PathRouter(PathRouterConfig(dim=16, num_blocks=2, num_heads=4, window=12), 100, CUTS)
-    for parameter in router.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    return PathComputer(router)
+def computer() -> PathComputer:
+    return PathComputer(random_router(Kind()))
 
 
-def prompt(length, seed=0):
+def prompt(length: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 100, size=length).tolist()
 
 
-def whole(computer, ids):
-    return computer.extend([computer.new_state()], [ids])[0][0].ids
+def whole(computer: PathComputer, ids: list[int]) -> np.ndarray:
+    return route(computer, ids)[0]
 
 
-def in_chunks(computer, ids, size):
+def route(computer: PathComputer, ids: list[int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Ids and weights of a sequence given whole."""
+    paths = computer.extend([computer.new_state()], [ids])[0][0]
+    return paths.ids, paths.weights
+
+
+def in_chunks(computer: PathComputer, ids: list[int], size: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The same given `size` tokens at a time."""
     state, parts = computer.new_state(), []
     for start in range(0, len(ids), size):
         (paths,), (state,) = computer.extend([state], [ids[start : start + size]])
-        parts.append(paths.ids)
-    return np.concatenate(parts)
+        parts.append(paths)
+    weights = [p.weights for p in parts if p.weights is not None]
+    return np.concatenate([p.ids for p in parts]), np.concatenate(weights) if weights else None
+
+
+def assert_same(one: tuple[np.ndarray, np.ndarray | None], other: tuple[np.ndarray, np.ndarray | None]) -> None:
+    """Ids and weights equal to the last bit."""
+    assert np.array_equal(one[0], other[0])
+    if one[1] is None or other[1] is None:
+        assert one[1] is other[1]
+    else:
+        assert np.array_equal(one[1], other[1])
+
+
+def test_routers_under_test_tell_tokens_apart(every: PathComputer):
+    """Else the equalities below would hold for nothing."""
+    ids, weights = route(every, prompt(90))
+    assert len(np.unique(ids, axis=0)) >= 4
+    assert (weights is None) == (every.config.weights == "one")
+    assert weights is None or len(np.unique(weights)) > 50
 
 
 @pytest.mark.parametrize("size", [1, 7, 50])
 @pytest.mark.parametrize("length", [1, 11, 90])
-def test_chunks_change_nothing(computer, length, size):
+def test_chunks_change_nothing(every: PathComputer, length: int, size: int):
     ids = prompt(length)
-    assert np.array_equal(in_chunks(computer, ids, size), whole(computer, ids))
+    assert_same(in_chunks(every, ids, size), route(every, ids))
 
 
-def test_chunks_of_the_runtime_itself_change_nothing(computer, monkeypatch):
+def test_chunks_of_the_runtime_itself_change_nothing(computer: PathComputer, monkeypatch: pytest.MonkeyPatch):
     import pregate.model.path_router as module
 
     ids = prompt(90)
@@ -51,44 +134,191 @@ def test_chunks_of_the_runtime_itself_change_nothing(computer, monkeypatch):
     assert np.array_equal(whole(computer, ids), before)
 
 
-def test_batch_mates_of_other_lengths_change_nothing(computer):
+def test_batch_mates_of_other_lengths_change_nothing(every: PathComputer):
     texts = [prompt(n, seed=n) for n in (3, 40, 17, 1)]
-    states = [computer.new_state() for _ in texts]
+    states = [every.new_state() for _ in texts]
     firsts = [t[: len(t) // 2] for t in texts]
-    early, states = computer.extend(states, firsts)
-    late, states = computer.extend(states, [t[len(f) :] for t, f in zip(texts, firsts, strict=True)])
+    early, states = every.extend(states, firsts)
+    late, states = every.extend(states, [t[len(f) :] for t, f in zip(texts, firsts, strict=True)])
     for text, a, b in zip(texts, early, late, strict=True):
-        assert np.array_equal(np.concatenate([a.ids, b.ids]), whole(computer, text))
+        both = Paths.concatenate([a, b])
+        assert_same((both.ids, both.weights), route(every, text))
 
 
-def test_routing_is_causal(computer):
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that starts anew with every call (the released Read-ME code, by default)."""
+    original = PathRouter.encode
+    monkeypatch.setattr(PathRouter, "encode", lambda self, ids, past, past_len: original(self, ids, past, past_len * 0))
+
+
+def see_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention to the padding before a shorter mate's past."""
+    original = path_router._Block._bias
+    monkeypatch.setattr(
+        path_router._Block, "_bias", lambda self, new, keys, past_len: original(self, new, keys, past_len * 0 + keys)
+    )
+
+
+def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state one token shorter than the window needs."""
+    original = PathComputer._keep
+
+    def shorter(self: PathComputer, kept: Any, row: int, num_past: int, past_len: int, num_new: int) -> PathState:
+        state = original(self, kept, row, num_past, past_len, num_new)
+        return PathState(state.keys[:, 1:], state.values[:, 1:])
+
+    monkeypatch.setattr(PathComputer, "_keep", shorter)
+
+
+@pytest.mark.parametrize("defect", [forget, see_padding, lose_a_token])
+def test_a_router_that_pads_caches_or_chunks_wrongly_is_found_out(
+    every: PathComputer, monkeypatch: pytest.MonkeyPatch, defect: Callable[[pytest.MonkeyPatch], None]
+):
+    """Texts of unlike length at once, in three calls: what the tests above compare is then no longer the same."""
+    texts = [prompt(n, seed=n) for n in (*range(6, 24), 60, 70, 80, 90)]
+    right = [route(every, text)[0] for text in texts]
+    defect(monkeypatch)
+    states, parts = [every.new_state()] * len(texts), []
+    for third in range(3):
+        pieces = [t[len(t) * third // 3 : len(t) * (third + 1) // 3] for t in texts]
+        paths, states = every.extend(states, pieces)
+        parts.append(paths)
+    wrong = [Paths.concatenate(p).ids for p in zip(*parts, strict=True)]
+    assert any(not np.array_equal(a, b) for a, b in zip(right, wrong, strict=True))
+
+
+def test_routing_is_causal(every: PathComputer):
     ids = prompt(40)
     changed = [*ids[:25], *prompt(15, seed=9)]
-    assert np.array_equal(whole(computer, ids)[:25], whole(computer, changed)[:25])
-    assert not np.array_equal(whole(computer, ids), whole(computer, changed))
+    assert np.array_equal(whole(every, ids)[:25], whole(every, changed)[:25])
+    assert not np.array_equal(whole(every, ids), whole(every, changed))
 
 
-def test_state_is_bounded_by_the_window(computer):
-    _, (state,) = computer.extend([computer.new_state()], [prompt(90)])
-    assert state.keys.shape == (2, 11, 16)
+def test_state_is_bounded_by_the_window(every: PathComputer):
+    """The last 11 tokens of each block and nothing else, however long the text and however it comes."""
+    state = every.new_state()
+    for size in (1, 3, 90, 1, 200):
+        _, (state,) = every.extend([state], [prompt(size)])
+        assert state.length <= every.config.window - 1
+        assert all(t.untyped_storage().nbytes() <= 2 * 11 * 16 * 8 for t in (state.keys, state.values))
+    assert state.keys.shape == state.values.shape == (2, 11, 16)
 
 
-def test_paths_fit_their_layers(computer):
-    paths = computer.extend([computer.new_state()], [prompt(30)])[0][0]
-    paths.check(CUTS)
-    assert (paths.ids[:, 0] >= 0).sum(axis=-1).tolist() == [3] * 30
+def test_paths_fit_their_layers(every: PathComputer):
+    paths = every.extend([every.new_state()], [prompt(30)])[0][0]
+    paths.check(every.cuts)
     assert (paths.ids[:, 1] == -1).all()
-    assert (paths.ids[:, 2] >= 0).sum(axis=-1).tolist() == [2] * 30
+    for layer, cut in enumerate(every.cuts):
+        sizes = set((paths.ids[:, layer] >= 0).sum(axis=-1).tolist())
+        assert sizes == {cut.num_active} or (every._router.selection == "threshold" and max(sizes) <= cut.num_routed)
+    if every.config.heads == "single":
+        assert np.array_equal(paths.ids[:, 0], paths.ids[:, 2])
 
 
-def test_ties_go_to_the_lower_id_in_every_batch_shape(computer):
-    router = computer._router
+def test_ties_go_to_the_lower_id_in_every_batch_shape():
+    router: Any = random_router(Kind())
     with torch.no_grad():
         router.heads.weight[3] = router.heads.weight[1]  # experts 1 and 3 of layer 0 tie in exact arithmetic
         router.heads.bias[3] = router.heads.bias[1]
-    ids = prompt(60, seed=4)
+    computer, ids = PathComputer(router), prompt(60, seed=4)
     one = whole(computer, ids)[:, 0]
-    assert np.array_equal(in_chunks(computer, ids, 1)[:, 0], one)
+    assert np.array_equal(in_chunks(computer, ids, 1)[0][:, 0], one)
     has_3 = (one == 3).any(axis=-1)
     assert has_3.any()
     assert (one[has_3] == 1).any(axis=-1).all()
+
+
+def tiny_model(kind: Kind) -> RoutedForCausalLM:
+    """A random model of three layers, routed by paths of a router of this kind."""
+    parent = LlamaConfig(
+        vocab_size=100, hidden_size=16, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
+        max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    cuts = [asdict(c) for c in kind.cuts]
+    config = RoutedConfig(parent, cuts, routing="path", selection=kind.selection, path_router=asdict(kind.config))
+    model = RoutedForCausalLM(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.path_router = random_router(kind)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_saved_model_routes_and_computes_the_same(kind: Kind, tmp_path: Path):
+    """Whole and again from a cache, padded on the left; weights are followed through."""
+    model, ids = tiny_model(kind), torch.tensor([prompt(30)])
+    logits = model(ids).logits
+    model.save_pretrained(tmp_path / "saved")
+    again = RoutedForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert_same(route(again.path_computer, ids[0].tolist()), route(model.path_computer, ids[0].tolist()))
+    torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
+    first = again(ids[:, :13], use_cache=True)
+    rest = again(ids[:, 13:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], dim=1), logits, rtol=1e-4, atol=1e-4)
+    padded, mask = torch.cat([ids.new_full((1, 4), 9), ids], dim=1), torch.ones(1, 34, dtype=torch.int64)
+    mask[:, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    shifted = again(padded, attention_mask=mask, position_ids=positions).logits[:, 4:]
+    torch.testing.assert_close(shifted, logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_learned_weights_reach_the_experts(tmp_path: Path):
+    model, ids = tiny_model(Kind(weights="learned")), torch.tensor([prompt(30)])
+    assert model.path_router is not None
+    logits = model(ids).logits
+    model.path_router.scale.zero_()
+    model._computer = None
+    assert model.paths(ids[0].tolist()).weights is None
+    assert not torch.allclose(model(ids).logits, logits, atol=1e-2)
+
+
+def test_weights_by_hand_and_their_gradient():
+    cuts = [LayerCut(2, 0, 1, 1), LayerCut(2, 0, 1, 1)]
+    router = PathRouter(PathRouterConfig(dim=4, weights="learned"), 10, cuts)
+    scores = torch.tensor([[0.0, 0.0, 0.0, 3.0**0.5]])
+    with torch.no_grad():
+        assert router.expert_weights(scores) is None
+    weights = router.expert_weights(scores)
+    assert weights is not None
+    assert weights.tolist() == [[1.0] * 4]
+    weights.sum().backward()
+    assert router.scale.grad is not None
+    expected = torch.tensor([0.5, 0.5, *torch.tensor([0.0, 3.0**0.5]).softmax(0).tolist()])
+    torch.testing.assert_close(router.scale.grad, expected)
+    router.scale.data += torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (first, second) = choose_experts(router.requires_grad_(False), scores)
+    assert (first.ids.tolist(), second.ids.tolist()) == ([[0]], [[1]])
+    assert first.weights is not None and second.weights is not None
+    assert first.weights.tolist() == [[1.5]]
+    assert second.weights.item() == pytest.approx(1 + 4 * expected[3].item(), abs=1e-6)
+
+
+def test_a_config_of_before_still_names_a_router():
+    """What earlier checkpoints hold: four fields."""
+    config = RoutedConfig(LlamaConfig(), path_router={"dim": 128, "num_blocks": 1, "num_heads": 4, "window": 64})
+    shape = config.router_shape
+    assert (shape.heads, shape.gate, shape.weights) == ("independent", "scores", "one")
+    names = set(PathRouter(shape, 10, UNLIKE).state_dict())
+    assert {"embedding.weight", "heads.weight", "heads.bias"} < names and "scale" not in names
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"window": 0}, "--window 0: allowed: 1 or more"),
+        ({"num_blocks": 0}, "--blocks 0: allowed: 1 or more"),
+        ({"heads": "double"}, "--heads double: allowed: independent, recurrent, single"),
+        ({"gate": "soft"}, "--gate soft: allowed: scores, dselect"),
+        ({"weights": "two"}, "--weights two: allowed: one, learned"),
+    ],
+)
+def test_options_that_are_refused(change: dict[str, Any], sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        PathRouterConfig(**change)
+
+
+def test_one_index_for_unlike_layers_is_refused():
+    with pytest.raises(UserError, match=r"--heads single: .* found 2 of 7, 3 of 5 active"):
+        PathRouter(PathRouterConfig(heads="single"), 10, UNLIKE)

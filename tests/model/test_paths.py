@@ -38,3 +38,13 @@ def test_a_table_of_another_shape_or_type():
             Paths(wrong).check(CUTS)
     with pytest.raises(ValueError, match="do not match ids"):
         Paths(ids, np.ones((1, 2, 2), dtype=np.float32)).check(CUTS)
+
+
+def test_joining_keeps_weights_and_refuses_to_drop_them():
+    plain = _paths([0, 3], [0, 4])
+    weighted = Paths(plain.ids, np.full(plain.ids.shape, 0.5, dtype=np.float32))
+    joined = Paths.concatenate([weighted, weighted])
+    assert joined.weights is not None and joined.weights.shape == (2, 2, 2)
+    assert Paths.concatenate([plain, plain]).weights is None
+    with pytest.raises(ValueError, match="1 of 2 parts have weights"):
+        Paths.concatenate([plain, weighted])
