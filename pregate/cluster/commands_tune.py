@@ -25,6 +25,7 @@ def tune(
     router: Annotated[bool, typer.Option(help="Tune the path router, or the layers' gates.")] = True,
     backbone: Annotated[bool, typer.Option(help="Tune attention, norms, embeddings and head.")] = True,
     kl_share: Annotated[float, typer.Option(help="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.5,
+    hidden_match: Annotated[float, typer.Option(help="Weight of every layer's output being the teacher's.")] = 0.0,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the model; without, by --method.", show_default=False)
     ] = None,
@@ -75,6 +76,7 @@ def tune(
         router=router,
         backbone=backbone,
         kl_share=kl_share,
+        hidden_match=hidden_match,
         learning_rate=learning_rate,
         router_learning_rate=router_learning_rate,
         weight_decay=weight_decay,

@@ -78,16 +78,23 @@ def check_teacher(options: TuneOptions) -> None:
         if theirs.get("vocab_size") != fields.get("vocab_size"):
             reason = f"has a vocabulary of {theirs.get('vocab_size')}, --model one of {fields.get('vocab_size')}"
             raise UserError.of("--teacher", options.teacher, reason)
-    elif routed and options.kl_share and "tune" in read_manifest(options.model).method:
+        if options.hidden_match and _depth_and_width(options.teacher) != _depth_and_width(options.model):
+            raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
+    elif routed and options.wants_teacher and "tune" in read_manifest(options.model).method:
         reason = (
             "is tuned already: with every expert on it is its dense parent no more; give --teacher, or --kl-share 0"
         )
         raise UserError.of("--model", options.model, reason)
 
 
+def _depth_and_width(path: Path) -> tuple[int, int]:
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    return config.num_hidden_layers, config.hidden_size
+
+
 def load_teacher(options: TuneOptions, model: Any) -> Any:
     """The frozen model whose distributions the student is to keep to, on its device; None where none is asked for."""
-    if not options.kl_share:
+    if not options.wants_teacher:
         return None
     if options.teacher is not None:
         teacher = load_dense(options.teacher).to(model.device)

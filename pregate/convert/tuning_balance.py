@@ -14,7 +14,8 @@ from torch import nn
 from pregate.base.errors import UserError
 from pregate.convert.capture import threshold_for
 from pregate.convert.scoring import batches, padded
-from pregate.convert.tuning_forward import Gathered, TuningPass, path_scores, run_parent, threshold_of
+from pregate.convert.tuning_forward import Gathered, TuningPass, threshold_of
+from pregate.convert.tuning_outputs import path_scores, run_layers
 from pregate.model.gates import RepresentativeGate
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
@@ -106,7 +107,7 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     ids_BN, mask_BN = (t.to(model.device) for t in padded(spaced(rows, FORWARD_TOKENS)))
     gathered = Gathered(calibrate=True)
     tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
-    run_parent(model, ids_BN, tuning_pass, head=False)
+    run_layers(model, ids_BN, tuning_pass)
 
 
 def spaced(rows: Sequence[list[int]], num_tokens: int) -> list[list[int]]:

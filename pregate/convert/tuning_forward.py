@@ -7,14 +7,13 @@ free. The output is what the reference gives, up to the order of addition.
 Data on its way: x [T, D] -> h of all experts [T, R, M] -> weights [T, R], 0 where the routing leaves an expert out
 -> h times weight -> [T, D].
 
-Shape letters: B rows, N tokens, T tokens of all rows (padding included), D hidden width, M expert width, R routed
-experts, S routed experts of all layers side by side, V vocabulary.
+Shape letters: T tokens of all rows (padding included), D hidden width, M expert width, R routed experts, S routed
+experts of all layers side by side.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -195,32 +194,3 @@ def balance_term(loads_R: torch.Tensor, soft_R: torch.Tensor) -> torch.Tensor:
     1 where all experts are used alike. Example: loads [3, 1], soft [0.3, 0.1]: 2 (0.75 * 0.75 + 0.25 * 0.25) = 1.25.
     """
     return len(loads_R) * (loads_R / loads_R.sum().clamp_min(1) * (soft_R / soft_R.sum().clamp_min(1e-12))).sum()
-
-
-def path_scores(model: RoutedForCausalLM, ids_BN: torch.Tensor) -> torch.Tensor | None:
-    """The path router's scores [B * N, S] in float32; None where the layers' gates decide.
-
-    The router is causal and padding is on the right, so real tokens do not see it.
-    """
-    if model.config.routing != "path" or model.path_router is None:
-        return None
-    with torch.autocast(ids_BN.device.type, enabled=False):
-        return model.path_router(ids_BN)[0].flatten(0, 1)
-
-
-def run_parent(model: Any, ids_BN: torch.Tensor, tuning_pass: TuningPass | None, head: bool = True) -> torch.Tensor:
-    """Logits [B, N, V] of a dense or routed model (without `head` its last hidden states); no mask is needed.
-
-    Attention is causal and padding on the right: what real tokens get is the same, and attention faster.
-    """
-    parent = model if tuning_pass is None else model.parent
-    mlps = [] if tuning_pass is None else model.routed_mlps
-    for mlp in mlps:
-        mlp.fast = tuning_pass
-    try:
-        if head:
-            return parent(input_ids=ids_BN, use_cache=False).logits
-        return parent.base_model(input_ids=ids_BN, use_cache=False).last_hidden_state
-    finally:
-        for mlp in mlps:
-            mlp.fast = None

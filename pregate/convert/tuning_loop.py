@@ -21,9 +21,10 @@ from pregate.convert.lora import merge_low_rank
 from pregate.convert.scoring import batches, padded
 from pregate.convert.tuning_balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tuning_data import BatchOrder, TuningRows
-from pregate.convert.tuning_forward import Gathered, TuningPass, forecasts_masses, path_scores, run_parent
+from pregate.convert.tuning_forward import Gathered, TuningPass, forecasts_masses
 from pregate.convert.tuning_loss import mixed_loss, next_tokens
 from pregate.convert.tuning_options import TuningSettings
+from pregate.convert.tuning_outputs import Outputs, hidden_error, path_scores, run_model
 from pregate.convert.tuning_parameters import changing_tensors, choose_trained, optimizer_of
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -60,9 +61,10 @@ class Counters:
 class Tuner:
     """Tunes `model` (a `RoutedForCausalLM`, or a dense model) in place on `rows.training`.
 
-    `teacher`, a model that gives logits, is needed unless `settings.kl_share` is 0. `record` is called with each
+    `teacher`, a dense model, is needed unless `kl_share` and `hidden_match` are 0. `record` is called with each
     step's figures, and with those of each evaluation on `rows.validation`. Call `run`, then `finish`. Everything is
     float32; on a GPU (or with `precision` bfloat16) matrix products are bfloat16 and weights float32 still.
+    UserError where the model's router has no bias that `balance` could move.
     """
 
     def __init__(
@@ -161,25 +163,29 @@ class Tuner:
         """One batch's share of the step's loss, its summed cross-entropy and KL, and what its pass gathered."""
         settings = self.settings
         ids_BN, mask_BN = (t.to(self.device) for t in padded(rows))
-        teacher_PV = None
-        if self.teacher is not None and settings.kl_share:
+        targets_P, real_T = next_tokens(ids_BN, mask_BN), mask_BN.flatten().bool()
+        theirs, matched = Outputs(), self.teacher is not None and settings.hidden_match > 0
+        if self.teacher is not None:
             with torch.no_grad(), self._autocast():
-                teacher_PV = run_parent(self.teacher, ids_BN, None).flatten(0, 1)
-        mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
-        even = settings.balance == "loss"
-        gathered = Gathered(mass=mass, balance=even, straight_through=settings.straight_through)
+                theirs = run_model(self.teacher, ids_BN, None, matched)
         with self._autocast():
-            tuning_pass = self._pass(ids_BN, mask_BN, gathered)
-            logits_PV = run_parent(self.model, ids_BN, tuning_pass).flatten(0, 1)
-        targets_P = next_tokens(ids_BN, mask_BN)
-        loss, sums = mixed_loss(logits_PV, targets_P, teacher_PV, settings.kl_share, num_tokens)
-        if tuning_pass is not None:
-            share = 1 / settings.accumulate
-            if tuning_pass.mass_errors:
-                loss = loss + share * settings.router_mass * torch.stack(tuning_pass.mass_errors).mean()
-            if tuning_pass.balance_terms:
-                loss = loss + share * settings.balance_loss * torch.stack(tuning_pass.balance_terms).mean()
+            tuning_pass = self._pass(ids_BN, mask_BN, self._gathered())
+            ours = run_model(self.model, ids_BN, tuning_pass, matched)
+        loss, sums = mixed_loss(ours.logits, targets_P, theirs.logits, settings.kl_share, num_tokens)
+        share = float((targets_P >= 0).sum()) / num_tokens
+        if matched:
+            loss = loss + share * settings.hidden_match * hidden_error(ours.hidden, theirs.hidden, real_T)
+        if tuning_pass is not None and tuning_pass.mass_errors:
+            loss = loss + share * settings.router_mass * torch.stack(tuning_pass.mass_errors).mean()
+        if tuning_pass is not None and tuning_pass.balance_terms:
+            loss = loss + share * settings.balance_loss * torch.stack(tuning_pass.balance_terms).mean()
         return loss, sums, tuning_pass
+
+    def _gathered(self) -> Gathered:
+        """What a training pass is to gather."""
+        settings = self.settings
+        mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
+        return Gathered(mass, settings.balance == "loss", straight_through=settings.straight_through)
 
     def _pass(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, gathered: Gathered) -> TuningPass | None:
         if not self.routed:
@@ -224,7 +230,7 @@ class Tuner:
         for batch in batches(rows, self.settings.batch_tokens):
             ids_BN, mask_BN = (t.to(self.device) for t in padded([rows[i] for i in batch]))
             tuning_pass = self._pass(ids_BN, mask_BN, Gathered())
-            logits_PV = run_parent(self.model, ids_BN, tuning_pass).flatten(0, 1)
+            logits_PV = run_model(self.model, ids_BN, tuning_pass).logits
             sums += mixed_loss(logits_PV, next_tokens(ids_BN, mask_BN), None, 0.0, 1)[1]
             num_tokens += int(mask_BN[:, 1:].sum())
             if tuning_pass is not None:
@@ -241,10 +247,12 @@ class Tuner:
         for name, tensor in self.changing.items():
             tensor.copy_(tensors[name])
 
-    def finish(self) -> None:
-        """Leave the model as the best evaluation found it, low-rank changes merged, nothing to train."""
-        self.restore(self.best)
-        if self._moves and self.counters.best_step and self.model.config.selection == "threshold":
+    def finish(self, keep_best: bool = True) -> None:
+        """Leave the model as the best evaluation found it (or as it is), low-rank changes merged, nothing to train."""
+        if keep_best:
+            self.restore(self.best)
+        moved = self.counters.best_step if keep_best else self.counters.step
+        if self._moves and moved and self.model.config.selection == "threshold":
             calibrate(self.model, self.rows.training)  # for the oracles too, whose masses have changed
         merge_low_rank(self.model)
         if self.routed:

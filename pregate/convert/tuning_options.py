@@ -22,7 +22,8 @@ class TuningSettings:
 
     `method` lora: low-rank changes of `rank`, times `alpha` / `rank` (8 and 32 in CMoE, section 4.1). The FFNs are
     always tuned; the router or gates with `router`, everything else (attention, norms, embeddings, head) with
-    `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student), per token. To it comes
+    `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student), per token. To it come
+    `hidden_match` times the squared error of every layer's output as the teacher's, relative to its square, and
     `router_mass` times the squared error of the router's scores as forecasts of the experts' present contribution
     masses, as a share of their variance; without `straight_through` a router learns from that alone. With `balance`
     "loss" comes `balance_loss` times Switch's auxiliary loss; with "bias" an expert's bias moves by `balance_rate`
@@ -39,6 +40,7 @@ class TuningSettings:
     router: bool = True
     backbone: bool = True
     kl_share: float = 0.5
+    hidden_match: float = 0.0
     learning_rate: float | None = None
     router_learning_rate: float = 1e-3
     weight_decay: float = 0.01
@@ -64,8 +66,16 @@ class TuningSettings:
             if getattr(self, name) not in allowed:
                 raise UserError.of(_option(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
         least: dict[str, float] = {"rank": 1, "warmup_steps": 0, "batch_tokens": 2, "accumulate": 1, "eval_every": 1}
-        least |= {"steps": 1, "tokens": 1, "patience": 0, "seed": 0, "weight_decay": 0, "router_mass": 0}
-        for name, lowest in (least | {"balance_loss": 0}).items():
+        least |= {
+            "steps": 1,
+            "tokens": 1,
+            "patience": 0,
+            "seed": 0,
+            "weight_decay": 0,
+            "router_mass": 0,
+            "hidden_match": 0,
+        }
+        for name, lowest in (least | {"balance_loss": 0, "hidden_match": 0}).items():
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
                 raise UserError.of(_option(name), value, f"allowed: {lowest} or more")
@@ -80,6 +90,11 @@ class TuningSettings:
     def model_learning_rate(self) -> float:
         """The rate of everything but the router; without one given, what did best on a small model (README)."""
         return self.learning_rate or (1e-3 if self.method == "full" else 2e-3)
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether the loss asks for a teacher."""
+        return self.kl_share > 0 or self.hidden_match > 0
 
     @property
     def token_budget(self) -> int | None:
@@ -129,8 +144,8 @@ class TuneOptions(TuningSettings):
                 raise UserError.of(_option(name), getattr(self, name), f"allowed: {lowest} or more")
         if not 0 < self.validation_share < 1:
             raise UserError.of("--validation-share", self.validation_share, "allowed: between 0 and 1")
-        if self.teacher is not None and self.kl_share == 0:
-            raise UserError.of("--teacher", self.teacher, "has no use with --kl-share 0")
+        if self.teacher is not None and not self.wants_teacher:
+            raise UserError.of("--teacher", self.teacher, "has no use with --kl-share 0 and --hidden-match 0")
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option, as it counted."""

@@ -304,5 +304,8 @@ def test_teachers_that_cannot_be_one(
     ):
         with pytest.raises(UserError, match=f"--teacher .*{reason}"):
             tune(replace(options, teacher=teacher))
-    with pytest.raises(UserError, match=r"--teacher .*has no use with --kl-share 0"):
+    (small / "config.json").write_text(json.dumps(fields | {"vocab_size": 512, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"--teacher .*differs in layers or width; allowed: --hidden-match 0"):
+        tune(replace(options, teacher=small, hidden_match=1.0))
+    with pytest.raises(UserError, match=r"--teacher .*has no use with --kl-share 0 and --hidden-match 0"):
         replace(options, teacher=tiny_dense, kl_share=0.0)

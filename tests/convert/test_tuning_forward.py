@@ -15,9 +15,10 @@ from pregate.convert.scoring import padded, score_rows
 from pregate.convert.tune import dense_parent
 from pregate.convert.tuning_balance import move_biases, set_thresholds
 from pregate.convert.tuning_data import TuningRows, read_rows
-from pregate.convert.tuning_forward import Gathered, TuningPass, balance_term, path_scores, run_parent
+from pregate.convert.tuning_forward import Gathered, TuningPass, balance_term
 from pregate.convert.tuning_loop import Tuner
 from pregate.convert.tuning_options import TuningSettings
+from pregate.convert.tuning_outputs import hidden_error, path_scores, run_model
 from pregate.model.layers import weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
@@ -66,7 +67,9 @@ def pass_of(model: RoutedForCausalLM, ids_BN, mask_BN, gathered: Gathered) -> Tu
 def test_it_gives_what_the_reference_gives(model: RoutedForCausalLM):
     ids, mask = padded(ROWS)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = run_parent(model, ids, pass_of(model, ids, mask, Gathered(mass=True, balance=True)))
+    logits = run_model(model, ids, pass_of(model, ids, mask, Gathered(mass=True, balance=True))).logits.view(
+        expected.shape
+    )
     real = mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-4)
     assert all(mlp.fast is None for mlp in model.routed_mlps)
@@ -86,10 +89,10 @@ def test_loads_and_active_neurons_are_counted_without_padding(tiny_layerwise_che
     model = load(tiny_layerwise_checkpoint)
     ids, mask = padded(ROWS)
     tuning_pass = pass_of(model, ids, mask, Gathered())
-    run_parent(model, ids, tuning_pass)
+    run_model(model, ids, tuning_pass)
     alone = [pass_of(model, *padded([row]), Gathered()) for row in ROWS]
     for row, single in zip(ROWS, alone, strict=True):
-        run_parent(model, torch.tensor([row]), single)
+        run_model(model, torch.tensor([row]), single)
     for layer, loads in tuning_pass.loads.items():
         assert torch.equal(loads, torch.stack([single.loads[layer] for single in alone]).sum(dim=0))
     assert tuning_pass.active_neurons == sum(s.active_neurons for s in alone)
@@ -105,13 +108,13 @@ def test_the_masses_forecast_are_the_layers_own(tiny_layerwise_checkpoint: Path)
     for mlp in model.routed_mlps:
         mlp.linear_gate.forward = lambda x, mlp=mlp: seen.setdefault(mlp.layer, weighted_mass(mlp, x))
     tuning_pass = pass_of(model, ids, mask, Gathered(mass=True))
-    run_parent(model, ids, tuning_pass)
+    run_model(model, ids, tuning_pass)
     assert len(seen) == len(tuning_pass.mass_errors) == 3
     assert max(tuning_pass.mass_errors) < 1e-8
     for mlp in model.routed_mlps:
         mlp.linear_gate.forward = lambda x, mlp=mlp: seen[mlp.layer].flip(1)
     again = pass_of(model, ids, mask, Gathered(mass=True))
-    run_parent(model, ids, again)
+    run_model(model, ids, again)
     assert min(again.mass_errors) > 0.1
 
 
@@ -131,7 +134,7 @@ def test_biases_make_the_load_even(kind: str, tiny_layerwise_checkpoint: Path, t
 
     def imbalance() -> list[float]:
         tuning_pass = pass_of(model, ids, mask, Gathered())
-        run_parent(model, ids, tuning_pass)
+        run_model(model, ids, tuning_pass)
         move_biases(model, tuning_pass.loads, tuning_pass.spreads, 0.05, offsets)
         return [float(x.max() / x.mean()) for x in tuning_pass.loads.values()]
 
@@ -174,7 +177,7 @@ def test_thresholds_give_the_active_share(kind: str, tiny_layerwise_checkpoint: 
     set_thresholds(model, rows)
     ids, mask = padded(rows)
     tuning_pass = pass_of(model, ids, mask, Gathered())
-    run_parent(model, ids, tuning_pass)
+    run_model(model, ids, tuning_pass)
     assert tuning_pass.active_neurons / tuning_pass.all_neurons == pytest.approx(0.5, abs=1e-3)  # S2A2E8
 
 
@@ -185,3 +188,24 @@ def test_the_dense_parent_is_the_dense_parent(tiny_dense: Path, tiny_path_checkp
     ids = torch.tensor([list(range(1, 60))])
     parent = dense_parent(load(tiny_path_checkpoint))
     torch.testing.assert_close(parent(ids).logits, load_dense(tiny_dense)(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_hidden_error_by_hand():
+    real = torch.tensor([True, False])
+    ours, theirs = torch.tensor([[1.0, 1.0], [9.0, 9.0]]), torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    assert hidden_error((ours,), (theirs,), real).item() == pytest.approx(0.2)
+    assert hidden_error((ours, theirs), (theirs, theirs), real).item() == pytest.approx(0.1)
+
+
+@torch.no_grad()
+def test_with_every_expert_on_the_layers_are_the_parents(tiny_path_checkpoint: Path):
+    """Outputs of layers are compared one by one: with thresholds that take all, they are the dense parent's."""
+    model = load(tiny_path_checkpoint)
+    ids, mask = padded(ROWS)
+    theirs = run_model(dense_parent(model), ids, None, hidden=True)
+    ours = run_model(model, ids, pass_of(model, ids, mask, Gathered()), hidden=True)
+    assert len(ours.hidden) == len(theirs.hidden) == 3
+    assert hidden_error(ours.hidden, theirs.hidden, mask.flatten().bool()) > 1e-2
+    model.path_router.thresholds.fill_(-torch.inf)
+    ours = run_model(model, ids, pass_of(model, ids, mask, Gathered()), hidden=True)
+    assert hidden_error(ours.hidden, theirs.hidden, mask.flatten().bool()) < 1e-9
