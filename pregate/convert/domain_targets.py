@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pregate.convert.domains import run_layers, watched_channels
+from pregate.convert.domains import down_projections, run_layers, watched
 from pregate.convert.progress import Progress
 from pregate.convert.scoring import batches, padded
 from pregate.convert.targets import TargetPool
@@ -75,7 +75,7 @@ def domain_targets(
     def see(layer: int, h_TI: torch.Tensor) -> None:
         parts[layer] = scorers[layer](h_TI).cpu()
 
-    with watched_channels(mlps, see), progress.stage("collecting targets", len(rows)) as advance:
+    with watched(down_projections(mlps), see), progress.stage("collecting targets", len(rows)) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = padded([rows[i] for i in batch])
             run_layers(model, ids_BN, mask_BN)

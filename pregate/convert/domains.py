@@ -39,6 +39,7 @@ class Domain:
 
     def describe(self) -> dict[str, Any]:
         return {
+            "name": self.name,
             "path": str(self.path),
             "files": [str(file) for file in self.files],
             "num_windows": self.windows_SN.shape[0],
@@ -94,7 +95,7 @@ def channel_means(model: Any, windows_SN: torch.Tensor, progress: Progress, name
     def add(layer: int, h_TI: torch.Tensor) -> None:
         sums[layer] += h_TI.abs().sum(dim=0, dtype=torch.float64)
 
-    with watched_channels(mlps, add), progress.stage(f"profiling {name}", len(windows_SN)) as advance:
+    with watched(down_projections(mlps), add), progress.stage(f"profiling {name}", len(windows_SN)) as advance:
         for ids_SN in windows_SN.split(max(1, BATCH_TOKENS // windows_SN.shape[1])):
             run_layers(model, ids_SN)
             advance(len(ids_SN))
@@ -108,13 +109,13 @@ def run_layers(model: Any, ids_SN: torch.Tensor, mask_SN: torch.Tensor | None = 
 
 
 @contextmanager
-def watched_channels(mlps: Sequence[GatedMLP], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within the block `see(layer, h [T, I])` is called with what every down projection is given."""
+def watched(modules: Sequence[nn.Module], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+    """Within the block `see(n, x [T, C])` is called with what module n of `modules` is given, rows of a batch joined."""
 
-    def hook_of(mlp: GatedMLP) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda _module, inputs: see(mlp.layer, inputs[0].reshape(-1, mlp.width))
+    def hook_of(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        return lambda _module, inputs: see(index, inputs[0].reshape(-1, inputs[0].shape[-1]))
 
-    handles = [_down_projection(mlp).register_forward_pre_hook(hook_of(mlp)) for mlp in mlps]
+    handles = [module.register_forward_pre_hook(hook_of(index)) for index, module in enumerate(modules)]
     try:
         yield
     finally:
@@ -122,5 +123,6 @@ def watched_channels(mlps: Sequence[GatedMLP], see: Callable[[int, torch.Tensor]
             handle.remove()
 
 
-def _down_projection(mlp: GatedMLP) -> nn.Module:
-    return next(m for m in mlp.module.children() if getattr(m, "weight", None) is mlp.down)
+def down_projections(mlps: Sequence[GatedMLP]) -> list[nn.Module]:
+    """The modules whose input is h [T, I], one per layer."""
+    return [next(m for m in mlp.module.children() if getattr(m, "weight", None) is mlp.down) for mlp in mlps]

@@ -19,7 +19,7 @@ from pregate.convert.assembly import cut_layer
 from pregate.convert.capture import SAMPLE_TOKENS
 from pregate.convert.cmoe import NeuronSplit
 from pregate.convert.domain_cut import domain_cut
-from pregate.convert.domains import Domain, channel_means, run_layers
+from pregate.convert.domains import Domain, channel_means, run_layers, watched
 from pregate.convert.gates import fit_linear
 from pregate.convert.progress import Progress
 from pregate.convert.read_me_options import ReadMeOptions
@@ -103,18 +103,9 @@ def sample_windows(domains: Sequence[Domain], num_tokens: int = SAMPLE_TOKENS) -
 def ffn_inputs(model: Any, mlps: Sequence[GatedMLP], windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What each layer's FFN gets [T, D] while a dense `model` runs over `windows`."""
     parts: list[list[torch.Tensor]] = [[] for _ in mlps]
-    handles = [
-        mlp.module.register_forward_pre_hook(
-            lambda _module, inputs, mlp=mlp: parts[mlp.layer].append(inputs[0].reshape(-1, mlp.hidden_size))
-        )
-        for mlp in mlps
-    ]
-    try:
+    with watched([mlp.module for mlp in mlps], lambda layer, x_TD: parts[layer].append(x_TD)):
         for ids_N in windows:
             run_layers(model, ids_N[None])
-    finally:
-        for handle in handles:
-            handle.remove()
     return [torch.cat(rows) for rows in parts]
 
 
