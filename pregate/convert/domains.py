@@ -110,7 +110,7 @@ def run_layers(model: Any, ids_SN: torch.Tensor, mask_SN: torch.Tensor | None = 
 
 @contextmanager
 def watched(modules: Sequence[nn.Module], see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Within the block `see(n, x [T, C])` is called with what module n of `modules` is given, rows of a batch joined."""
+    """Within the block `see(n, x [T, C])` is called with what the n-th of `modules` is given, a batch as rows."""
 
     def hook_of(index: int) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _module, inputs: see(index, inputs[0].reshape(-1, inputs[0].shape[-1]))
