@@ -37,6 +37,7 @@ def read_me(
     target: Annotated[
         str, typer.Option(help="What the router learns: overlap (Read-ME) with strong channels, or contribution.")
     ] = "overlap",
+    loss: Annotated[str, typer.Option(help="How it learns it: paper (Read-ME), mass or captured.")] = "paper",
     kl_share: Annotated[float, typer.Option(help="Share of the loss that is divergence from the parent.")] = 0.0,
     tie_overlap: Annotated[bool, typer.Option(help="A row that several experts hold stays one weight.")] = True,
     pool_tokens: Annotated[int, typer.Option(help="Tokens of text to train on, at most.")] = 2_000_000,

@@ -24,11 +24,15 @@ TARGETS = ("overlap", "contribution")
 
 
 def expert_masks(experts_RM: Sequence[np.ndarray], widths: Sequence[int]) -> list[torch.Tensor]:
-    """Per layer 1 where an expert holds a channel, and 0: float32 [I, R]."""
+    """Per layer 1 where an expert holds a channel that not all of them hold, and 0: float32 [I, R].
+
+    What all hold tells nothing between them (the released code's masks are without it too).
+    """
     masks = []
     for ids_RM, width in zip(experts_RM, widths, strict=True):
         mask_IR = torch.zeros(width, len(ids_RM))
         mask_IR.scatter_(0, torch.from_numpy(ids_RM.T.astype(np.int64)), 1.0)
+        mask_IR[mask_IR.all(dim=1)] = 0
         masks.append(mask_IR)
     return masks
 
@@ -83,7 +87,8 @@ def domain_targets(
             for index, scores_NS in zip(batch, scores_BNS, strict=True):
                 scores[index] = scores_NS[: len(rows[index])].clone()
             advance(len(batch))
-    return TargetPool(list(rows), scores)
+    num_layers = len(mlps)
+    return TargetPool(list(rows), scores, (torch.tensor(torch.inf),) * num_layers, (1.0,) * num_layers)
 
 
 def _scorer(mlp: GatedMLP, mask_IR: torch.Tensor, num_active: int, target: str) -> Callable[..., torch.Tensor]:

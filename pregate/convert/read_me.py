@@ -30,13 +30,13 @@ from pregate.convert.device import pick_device
 from pregate.convert.domain_targets import domain_targets, expert_masks
 from pregate.convert.domains import Domain, interleaved, read_domains
 from pregate.convert.overlap import overlap_figures
+from pregate.convert.parent_embedding import start_from
 from pregate.convert.partial import open_partial
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.read_me_cut import DomainExperts, choose_experts, cut_model, read_me_config
 from pregate.convert.read_me_options import ReadMeOptions
 from pregate.convert.read_me_rounds import Rounds, num_stages
 from pregate.convert.rounding import round_to
-from pregate.convert.router_training import start_from
 from pregate.convert.scoring import Score, score_rows
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
 from pregate.model.gated_mlp import find_gated_mlps

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import UserError
+from pregate.convert.decouple_options import TARGETS as LOSSES
 from pregate.convert.domain_cut import PERMANENTS, active_width
 from pregate.convert.domain_targets import TARGETS
 from pregate.convert.options import DTYPES
@@ -26,11 +27,11 @@ class ReadMeOptions:
     norm of the down column ("contribution"). `permanent`: see `domain_cut`.
 
     Training takes `rounds` rounds of two stages. The router's: `router_steps` steps of `router_batch` documents, all
-    else frozen; its `target` is said at `domain_targets`. The experts': `steps` steps of `batch` documents, the router
-    frozen, and everything else tuned by cross-entropy, `kl_share` of it replaced by the divergence from the parent.
-    (0 steps: there is none.) Learning rates fall by a cosine within a stage, and by `decay` from round to round.
-    `tie_overlap` keeps a row that several experts hold one weight. At most `pool_tokens` tokens are trained on.
-    `batch_tokens` bounds what is in memory of a batch of the experts' stage.
+    else frozen; its `target` is said at `domain_targets`, its `loss` at `router_losses`. The experts': `steps` steps
+    of `batch` documents, the router frozen, and everything else tuned by cross-entropy, `kl_share` of it replaced by
+    the divergence from the parent. (0 steps: there is none.) Learning rates fall by a cosine within a stage, and by
+    `decay` from round to round. `tie_overlap` keeps a row that several experts hold one weight. At most `pool_tokens`
+    tokens are trained on. `batch_tokens` bounds what is in memory of a batch of the experts' stage.
 
     The path router has `dim` and `blocks`. `dtype` is what is stored; `device`: auto, cpu, cuda or cuda:N. `restart`
     discards what an interrupted run left beside `out`.
@@ -54,6 +55,7 @@ class ReadMeOptions:
     decay: float = 0.8
     weight_decay: float = 0.01
     target: str = "overlap"
+    loss: str = "paper"
     kl_share: float = 0.0
     tie_overlap: bool = True
     pool_tokens: int = 2_000_000
@@ -66,7 +68,7 @@ class ReadMeOptions:
     restart: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"permanent": PERMANENTS, "score": SCORES, "target": TARGETS, "dtype": DTYPES}
+        choices = {"permanent": PERMANENTS, "score": SCORES, "target": TARGETS, "loss": LOSSES, "dtype": DTYPES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError.of(_option(name), getattr(self, name), f"allowed: {', '.join(allowed)}")

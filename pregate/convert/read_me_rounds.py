@@ -62,15 +62,16 @@ class Rounds:
         settings = TrainingOptions(
             steps=options.router_steps,
             seed=options.seed + round_index,
+            target=options.loss,
             batch_tokens=options.router_batch * self.length,
             learning_rate=options.router_learning_rate * options.round_factor(round_index),
             weight_decay=options.weight_decay,
             warmup_share=0.0,
         )
         router.cpu().requires_grad_(True)  # small, and its batches are
-        losses = train(router, self.pool, settings, progress)
+        losses = train(router, None, self.pool, settings, progress)
         router.to(device).requires_grad_(False)
-        self.model._computer = None
+        self.model.forget_path_computer()
         return _first_and_last(losses)
 
     def _tune_experts(self, round_index: int, progress: Progress) -> dict[str, float]:
@@ -115,7 +116,7 @@ class Rounds:
         """Go on where `tensors` were taken, after the stages that `figures` are of."""
         for name, tensor in self.tensors.items():
             tensor.copy_(tensors[name])
-        self.model._computer = None
+        self.model.forget_path_computer()
         self.figures = list(figures)
 
 

@@ -99,8 +99,16 @@ def load_teacher(options: TuneOptions, model: Any) -> Any:
     if options.teacher is not None:
         teacher = load_dense(options.teacher).to(model.device)
     else:
+        check_partition(options, model)
         teacher = dense_parent(model) if isinstance(model, RoutedForCausalLM) else deepcopy(model)
     return teacher.requires_grad_(False)
+
+
+def check_partition(options: TuneOptions, model: Any) -> None:
+    """UserError for a routed model whose experts overlap or leave neurons out: all together are not its parent."""
+    if isinstance(model, RoutedForCausalLM) and not all(mlp.is_partition for mlp in model.routed_mlps):
+        reason = "its experts overlap or leave neurons out, so all together are not its dense parent"
+        raise UserError.of("--model", options.model, f"{reason}; give --teacher, or --kl-share 0")
 
 
 @torch.no_grad()

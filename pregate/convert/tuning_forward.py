@@ -168,7 +168,7 @@ class TuningPass:
 
     @property
     def all_neurons(self) -> int:
-        return self._num_real * sum(len(mlp.neuron_index) for mlp in self.model.routed_mlps)
+        return self._num_real * sum(mlp.parent_width for mlp in self.model.routed_mlps)
 
 
 def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 from pregate.cluster.cli import main
 from pregate.cluster.commands_read_me import read_me as command
 from pregate.convert import read_me_rounds
+from pregate.convert.parent_embedding import start_from
 from pregate.convert.read_me import read_me
 from pregate.convert.read_me_options import ReadMeOptions
-from pregate.convert.router_training import start_from
 from pregate.convert.scoring import score_rows
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
