@@ -63,7 +63,7 @@ def read_me(
     except KeyboardInterrupt:
         typer.echo(f"pregate: {_interrupted(out)}", err=True)
         raise typer.Exit(130) from None
-    print_figures([d["name"] for d in manifest.calibration["domains"]], manifest.figures)
+    print_figures(manifest.figures)
     typer.echo(f"written: {out}")
 
 
@@ -78,13 +78,14 @@ def _interrupted(out: Path) -> str:
     return f"{done}; the same command goes on there, with --restart it begins anew"
 
 
-def print_figures(domains: list[str], figures: dict[str, Any]) -> None:
+def print_figures(figures: dict[str, Any]) -> None:
     """Perplexities by domain, which expert each domain's text visits, and what a swap of experts costs."""
-    dense, routed, visits = (figures[n] for n in ("dense_perplexity", "routed_perplexity", "expert_share_by_domain"))
     typer.echo(f"{'domain':<20}{'dense':>10}{'routed':>10}   share of tokens by expert, in this order")
-    for name in [*domains, "all"]:
-        shares = "  ".join(f"{share:.2f}" for share in visits.get(name, []))
-        typer.echo(f"{name:<20}{dense[name]:>10.2f}{routed[name]:>10.2f}   {shares}")
+    for row in [*figures["by_domain"], {"name": "all", "expert_share": []} | figures]:
+        shares = "  ".join(f"{share:.2f}" for share in row["expert_share"])
+        typer.echo(
+            f"{row['name']:<20}{row['dense_perplexity']:>10.2f}{row['routed_perplexity']:>10.2f}   {shares}".rstrip()
+        )
     print_swap(figures)
 
 

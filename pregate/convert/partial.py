@@ -7,7 +7,8 @@
       checkpoint/              becomes --out
 
 Every file is written under another name, synced and renamed; `state.json` is what counts. So a conversion killed at
-any moment, or by a loss of power, goes on after the last layer that it says is done.
+any moment, or by a loss of power, goes on after the last layer that it says is done. Read-ME's rounds keep their stages
+here in place of layers, with the model's tensors in place of hidden states.
 """
 
 from __future__ import annotations

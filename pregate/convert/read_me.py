@@ -66,6 +66,7 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     source = source_of(options.model)
     fingerprint = fingerprint_of(options, source, device, domains)
     with open_partial(options.out, fingerprint, num_stages(options), options.restart) as partial:
+        dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
         rounds, figures = _prepare(dense, domains, options, length, progress)
         done = partial.state.layers_done  # here a stage is what a layer is to a conversion
         if done:
@@ -74,7 +75,7 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
         for index in range(done, num_stages(options)):
             rounds.run_stage(index, progress)
             partial.layer_done(rounds.tensors, {"rounds": rounds.figures})
-        figures |= _measure(rounds, domains)
+        figures |= _measure(rounds, domains, dense_scores)
         method = "read-me+tune" if options.steps else "read-me"
         calibration = {"domains": [d.describe() for d in domains], "seed": options.seed}
         manifest = Manifest(method, options.describe(), source, calibration, figures)
@@ -107,9 +108,7 @@ def _prepare(
     active = [options.active_width(width) for width in widths]
     masks = expert_masks(experts.members(), widths)
     pool = domain_targets(dense, interleaved(domains), masks, active, options.target, progress)
-    figures = {"dense_perplexity": _perplexities(dense, domains)} | _overlap(
-        experts, widths, mlps[0].hidden_size, options
-    )
+    figures = _overlap(experts, widths, mlps[0].hidden_size, options)
     config = read_me_config(dense.config, experts, options)
     cut_model(dense, config, experts, domains)
     model = assemble(config, dense, _new_router(dense, experts, options))
@@ -133,17 +132,27 @@ def _overlap(experts: DomainExperts, widths: list[int], hidden_size: int, option
 
 
 @torch.no_grad()
-def _measure(rounds: Rounds, domains: Sequence[Domain]) -> dict[str, Any]:
-    """Perplexity as stored, and how the router spreads the domains' held-back text over the experts."""
+def _measure(rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[Score]) -> dict[str, Any]:
+    """Perplexity as stored beside the dense model's, and how the router spreads the domains' held-back text."""
     model, dtype = rounds.model, getattr(torch, rounds.options.dtype)
     round_to([p.data for n, p in model.named_parameters() if not kept_float32(n)], dtype, "a weight")
-    ids = {d.name: [_indices(model, row) for row in d.held_back] for d in domains}
-    share = {name: _shares(np.concatenate(rows), len(domains)) for name, rows in ids.items()}
-    repeats = np.concatenate([row[1:] == row[:-1] for rows in ids.values() for row in rows])
+    scores = [score_rows(model, d.held_back) for d in domains]
+    indices = [[_indices(model, row) for row in d.held_back] for d in domains]
+    repeats = np.concatenate([row[1:] == row[:-1] for rows in indices for row in rows])
+    by_domain = [
+        {
+            "name": domain.name,
+            "dense_perplexity": round(dense.perplexity, 4),
+            "routed_perplexity": round(routed.perplexity, 4),
+            "expert_share": _shares(np.concatenate(rows), len(domains)),
+        }
+        for domain, dense, routed, rows in zip(domains, dense_scores, scores, indices, strict=True)
+    ]
     return {
-        "routed_perplexity": _perplexities(model, domains),
+        "dense_perplexity": round(sum(dense_scores, Score(0.0, 0)).perplexity, 4),
+        "routed_perplexity": round(sum(scores, Score(0.0, 0)).perplexity, 4),
         "active_share": _active_share(model),
-        "expert_share_by_domain": share,
+        "by_domain": by_domain,
         "repeats_last_expert": round(float(repeats.mean()), 4),
         "rounds": rounds.figures,
     }
@@ -155,6 +164,7 @@ def _indices(model: RoutedForCausalLM, row: list[int]) -> np.ndarray:
 
 
 def _shares(indices_T: np.ndarray, num_experts: int) -> list[float]:
+    """Share of the tokens that visit each expert."""
     counts = np.bincount(indices_T, minlength=num_experts)
     return [round(float(n) / len(indices_T), 4) for n in counts]
 
@@ -162,10 +172,3 @@ def _shares(indices_T: np.ndarray, num_experts: int) -> list[float]:
 def _active_share(model: RoutedForCausalLM) -> float:
     active = sum((mlp.cut.num_shared + 1) * mlp.cut.expert_width for mlp in model.routed_mlps)
     return round(active / sum(mlp.parent_width for mlp in model.routed_mlps), 4)
-
-
-def _perplexities(model: Any, domains: Sequence[Domain]) -> dict[str, float]:
-    """Of each domain's held-back documents, and of all of them together."""
-    scores = {d.name: score_rows(model, d.held_back) for d in domains}
-    total = sum(scores.values(), Score(0.0, 0))
-    return {name: round(score.perplexity, 4) for name, score in (scores | {"all": total}).items()}

@@ -158,12 +158,15 @@ def test_figures_are_of_the_checkpoint(cut: Path, tiny_dense: Path, domains: tup
     model, figures = load(cut), CheckpointReader(cut).manifest.figures
     texts = read_domains(domains, AutoTokenizer.from_pretrained(tiny_dense), 4, 32, 1500, 0)
     dense: Any = AutoModelForCausalLM.from_pretrained(tiny_dense, dtype=torch.float32).eval()
-    for text in texts:
-        assert figures["routed_perplexity"][text.name] == round(score_rows(model, text.held_back).perplexity, 4)
-        assert figures["dense_perplexity"][text.name] == round(score_rows(dense, text.held_back).perplexity, 4)
+    assert [row["name"] for row in figures["by_domain"]] == ["trade", "verse", "harbour"]
+    for text, row in zip(texts, figures["by_domain"], strict=True):
+        assert row["routed_perplexity"] == round(score_rows(model, text.held_back).perplexity, 4)
+        assert row["dense_perplexity"] == round(score_rows(dense, text.held_back).perplexity, 4)
         indices = np.concatenate([model.paths(row).ids[:, 1, 0] for row in text.held_back])
         expected = [round(float((indices == expert).mean()), 4) for expert in range(3)]
-        assert figures["expert_share_by_domain"][text.name] == expected
+        assert row["expert_share"] == expected
+    rows = [row for text in texts for row in text.held_back]
+    assert figures["routed_perplexity"] == round(score_rows(model, rows).perplexity, 4)
     layers = zip(model.routed_mlps, model.config.cuts, strict=True)
     cost = total_cost([swap_cost(mlp.neuron_index.numpy(), c, 3 * 64 * 4) for mlp, c in layers])
     unit = CheckpointReader(cut).unit_bytes(0)
@@ -180,8 +183,8 @@ def test_the_router_learns_which_expert_holds_a_tokens_channels(options: ReadMeO
     options = replace(options, steps=0, router_steps=100, router_learning_rate=5e-3, target=target, loss=loss)
     figures = read_me(options).figures
     assert figures["rounds"][0]["loss_last"] < figures["rounds"][0]["loss_first"]
-    for own, shares in enumerate(figures["expert_share_by_domain"][n] for n in ("trade", "verse", "harbour")):
-        assert max(range(3), key=shares.__getitem__) == own
+    for own, row in enumerate(figures["by_domain"]):
+        assert max(range(3), key=row["expert_share"].__getitem__) == own
 
 
 class _StopsAfterStages(QuietProgress):
@@ -228,7 +231,7 @@ def test_tuning_lowers_the_perplexity(options: ReadMeOptions):
     figures = read_me(replace(options, steps=40, learning_rate=3e-3)).figures
     router, experts = figures["rounds"]
     assert experts["perplexity"] < 0.7 * router["perplexity"]
-    assert figures["routed_perplexity"]["all"] == experts["perplexity"]
+    assert figures["routed_perplexity"] == experts["perplexity"]
 
 
 def test_with_kl_the_parent_teaches(options: ReadMeOptions):
@@ -266,7 +269,7 @@ def test_evaluate_and_its_controls(cut: Path, tiny_dense: Path, domains: tuple[P
 
 def test_tuning_it_further_needs_a_teacher(cut: Path, domains: tuple[Path, ...], tmp_path: Path):
     """Without one `tune` takes all experts together for the parent."""
-    with pytest.raises(UserError, match="its experts overlap or leave neurons out.*give --teacher, or --kl-share 0"):
+    with pytest.raises(UserError, match=r"its experts overlap or leave neurons out.*give --teacher, or --kl-share 0"):
         tune(TuneOptions(model=cut, out=tmp_path / "out", text=domains[:1], steps=1))
 
 
@@ -303,7 +306,7 @@ def test_stored_in_half_it_is_measured_as_stored(options: ReadMeOptions):
     assert model.path_router is not None
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = read_domains(options.domains, tokenizer, 4, 32, 1500, 0)
-    assert figures["routed_perplexity"]["verse"] == round(score_rows(model, texts[1].held_back).perplexity, 4)
+    assert figures["by_domain"][1]["routed_perplexity"] == round(score_rows(model, texts[1].held_back).perplexity, 4)
     assert figures["swap"]["full_bytes"] == 3 * CheckpointReader(options.out).unit_bytes(0)
 
 
@@ -353,7 +356,7 @@ def test_the_command(tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
     printed = capsys.readouterr().out
     figures = json.loads((tmp_path / "out" / "manifest.json").read_text())["figures"]
     assert f"{figures['swap']['full_bytes']:,} bytes" in printed
-    for name in ("trade", "verse", "harbour"):
-        assert f"{figures['routed_perplexity'][name]:.2f}" in printed
+    for row in figures["by_domain"]:
+        assert f"{row['name']:<20}{row['dense_perplexity']:>10.2f}{row['routed_perplexity']:>10.2f}" in printed
     assert main(["read-me", "--model", str(tiny_dense), "--out", str(tmp_path / "x"), "--domain", str(domains[0])]) == 2
     assert "--domain: 1 given" in capsys.readouterr().err
