@@ -228,15 +228,19 @@ def test_interrupted_it_goes_on_and_gives_the_same_checkpoint(tuned: Path, optio
 
 
 def test_tuning_lowers_the_perplexity(options: ReadMeOptions):
-    figures = read_me(replace(options, steps=40, learning_rate=3e-3)).figures
+    figures = read_me(replace(options, steps=16, learning_rate=6e-3)).figures
     router, experts = figures["rounds"]
     assert experts["perplexity"] < 0.7 * router["perplexity"]
     assert figures["routed_perplexity"] == experts["perplexity"]
 
 
 def test_with_kl_the_parent_teaches(options: ReadMeOptions):
-    tuned = read_me(replace(options, steps=30, learning_rate=3e-3, kl_share=1.0)).figures
-    assert tuned["rounds"][1]["loss_last"] < 0.7 * tuned["rounds"][1]["loss_first"]
+    """Experts of all channels are the parent, which there is nothing to learn from."""
+    half = replace(options, kl_share=1.0, steps=1, router_steps=1)
+    whole = replace(half, out=options.out.with_name("whole"), active_share=1.0)
+    losses = [read_me(one).figures["rounds"][1]["loss_first"] for one in (half, whole)]
+    assert losses[0] > 0.1
+    assert abs(losses[1]) < 1e-4
 
 
 def test_served_by_two_hosts_it_equals_the_reference(cut: Path):
