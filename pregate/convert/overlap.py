@@ -1,8 +1,8 @@
 """Experts that overlap: which rows they share, and what a swap that moves only the others costs. Pure NumPy.
 
-Two rows of a layer are the same weights when `neuron_index` names the same parent neuron and the experts were kept
-tied (Read-ME's, unless `--no-tie-overlap`). A host that swaps expert j for expert i then needs only the rows of i that
-j has not.
+Two rows of a layer are the same weights when `neuron_index` names the same parent neuron, and the experts were not
+trained apart (`tied`: not trained, or by `read-me`, unless `--no-tie-overlap`). A host that swaps expert j for expert i
+then needs only the rows of i that j has not.
 
 Shape letters: R routed experts, M expert width, I neurons of the dense FFN.
 """
@@ -64,9 +64,15 @@ def differing_rows(routed_RM: np.ndarray) -> np.ndarray:
     return width - has_RI @ has_RI.T
 
 
-def swap_cost(neuron_index: np.ndarray, cut: LayerCut, row_bytes: int) -> SwapCost:
-    """The cost in one layer, of whose rows each (gate, up and down together) is `row_bytes`."""
-    rows_RR = differing_rows(routed_neurons(neuron_index, cut))
+def swap_cost(neuron_index: np.ndarray, cut: LayerCut, row_bytes: int, tied: bool = True) -> SwapCost:
+    """The cost in one layer, of whose rows each (gate, up and down together) is `row_bytes`.
+
+    Experts that are not `tied` have no row in common.
+    """
+    neurons_RM = routed_neurons(neuron_index, cut)
+    if not tied:
+        neurons_RM = np.arange(neurons_RM.size).reshape(neurons_RM.shape)
+    rows_RR = differing_rows(neurons_RM)
     return SwapCost(cut.expert_width * row_bytes, rows_RR * row_bytes)
 
 
@@ -86,13 +92,17 @@ def overlaps(neuron_index: np.ndarray) -> bool:
 
 
 def overlap_figures(
-    indexes: Sequence[np.ndarray], cuts: Sequence[LayerCut], widths: Sequence[int], row_bytes: int
+    indexes: Sequence[np.ndarray],
+    cuts: Sequence[LayerCut],
+    widths: Sequence[int],
+    row_bytes: int,
+    tied: bool = True,
 ) -> dict[str, Any]:
     """What a manifest keeps of a cut whose experts overlap: coverage, the permanent part, and swaps.
 
-    `widths` are the dense FFNs', `row_bytes` a row's, as for `swap_cost`. Shares are by layer.
+    `widths` are the dense FFNs'; `row_bytes` and `tied` as for `swap_cost`. Shares are by layer.
     """
-    layers = [swap_cost(index, cut, row_bytes) for index, cut in zip(indexes, cuts, strict=True)]
+    layers = [swap_cost(index, cut, row_bytes, tied) for index, cut in zip(indexes, cuts, strict=True)]
     covered = [round(coverage(index, width), 4) for index, width in zip(indexes, widths, strict=True)]
     common = [len(permanent_rows(index, cut)) for index, cut in zip(indexes, cuts, strict=True)]
     stored = [len(index) / len(np.unique(index)) for index in indexes]

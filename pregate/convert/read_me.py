@@ -127,8 +127,9 @@ def _new_router(dense: Any, experts: DomainExperts, options: ReadMeOptions) -> P
 
 
 def _overlap(experts: DomainExperts, widths: list[int], hidden_size: int, options: ReadMeOptions) -> dict[str, Any]:
+    tied = options.tie_overlap or not options.steps
     row_bytes = 3 * hidden_size * getattr(torch, options.dtype).itemsize
-    return overlap_figures([s.neuron_index for s in experts.splits], experts.cuts, widths, row_bytes)
+    return overlap_figures([s.neuron_index for s in experts.splits], experts.cuts, widths, row_bytes, tied)
 
 
 @torch.no_grad()

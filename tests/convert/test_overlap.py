@@ -32,6 +32,8 @@ def test_swap_bytes_by_hand():
     assert cost.differing_RR.tolist() == [[0, 10, 30], [10, 0, 30], [30, 30, 0]]
     assert cost.mean_differing == pytest.approx(140 / 6)
     assert cost.saved_share == pytest.approx(1 - 140 / 180)
+    apart = swap_cost(SHARED, CUT, row_bytes=10, tied=False)
+    assert apart.differing_RR.tolist() == [[0, 30, 30], [30, 0, 30], [30, 30, 0]]
     assert cost.describe() == {
         "full_bytes": 30,
         "mean_differing_bytes": 23,

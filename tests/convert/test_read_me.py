@@ -126,7 +126,9 @@ def test_separate_is_the_same_function_as_fused(options: ReadMeOptions, tmp_path
 
 
 def test_shared_rows_stay_one_weight_through_training(tuned: Path, cut: Path, options: ReadMeOptions):
-    read_me(replace(options, tie_overlap=False, learning_rate=5e-3))
+    untied = read_me(replace(options, tie_overlap=False, learning_rate=5e-3))
+    assert untied.figures["swap"]["saved_share"] == 0
+    assert CheckpointReader(tuned).manifest.figures["swap"]["saved_share"] > 0
     ties = {"tuned": _equal_copies(tuned), "untied": _equal_copies(options.out)}
     assert ties["tuned"][0] == ties["tuned"][1] > 50
     assert ties["untied"][0] < ties["untied"][1]
