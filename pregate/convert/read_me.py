@@ -31,7 +31,7 @@ from pregate.convert.domain_targets import domain_targets, expert_masks
 from pregate.convert.domains import Domain, interleaved, read_domains
 from pregate.convert.overlap import overlap_figures
 from pregate.convert.parent_embedding import start_from
-from pregate.convert.partial import open_partial
+from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.read_me_cut import DomainExperts, choose_experts, cut_model, read_me_config
 from pregate.convert.read_me_options import ReadMeOptions
@@ -68,13 +68,7 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     with open_partial(options.out, fingerprint, num_stages(options), options.restart) as partial:
         dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
         rounds, figures = _prepare(dense, domains, options, length, progress)
-        done = partial.state.layers_done  # here a stage is what a layer is to a conversion
-        if done:
-            progress.note(f"going on after stage {done} of {num_stages(options)}, where the last run was interrupted")
-            rounds.restore(partial.hidden(device), partial.state.carried["rounds"])
-        for index in range(done, num_stages(options)):
-            rounds.run_stage(index, progress)
-            partial.layer_done(rounds.tensors, {"rounds": rounds.figures})
+        _train(rounds, partial, progress)
         figures |= _measure(rounds, domains, dense_scores)
         method = "read-me+tune" if options.steps else "read-me"
         calibration = {"domains": [d.describe() for d in domains], "seed": options.seed}
@@ -115,6 +109,17 @@ def _prepare(
     teacher = load_dense(options.model).to(dense.device) if options.steps and options.kl_share else None
     held_back = [row for domain in domains for row in domain.held_back]
     return Rounds(model, pool, held_back, options, length, teacher), figures
+
+
+def _train(rounds: Rounds, partial: PartialCheckpoint, progress: Progress) -> None:
+    """Run the stages that are not done; a stage is here what a layer is to a conversion."""
+    done, total = partial.state.layers_done, partial.state.num_layers
+    if done:
+        progress.note(f"going on after stage {done} of {total}, where the last run was interrupted")
+        rounds.restore(partial.hidden(rounds.model.device), partial.state.carried["rounds"])
+    for index in range(done, total):
+        rounds.run_stage(index, progress)
+        partial.layer_done(rounds.tensors, {"rounds": rounds.figures})
 
 
 def _new_router(dense: Any, experts: DomainExperts, options: ReadMeOptions) -> PathRouter:
