@@ -17,14 +17,17 @@ from pregate.cluster import (
     commands_bench,
     commands_export,
     commands_model,
+    commands_read_me,
     commands_report,
     commands_serve,
     commands_text,
+    commands_tune,
     method_options,
 )
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text", "--compare")
+_LIST_OPTIONS = ("--calibration", "--text", "--domain")
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
 
@@ -36,7 +39,9 @@ app = typer.Typer(
 )
 app.command(epilog=method_options.describe_recipes())(commands_model.convert)
 app.command()(commands_model.decouple)
+app.command()(commands_tune.tune)
 app.command()(commands_model.evaluate)
+app.command("read-me")(commands_read_me.read_me)
 app.command()(commands_export.export)
 app.command()(commands_report.report)
 app.command()(commands_text.generate)

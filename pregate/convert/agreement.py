@@ -87,11 +87,11 @@ class AgreementMeter:
         """Count the neurons that the tokens of one layer run."""
         tokens, width = int(real_T.sum()), mlp.cut.expert_width
         self.active_neurons += tokens * mlp.cut.shared_width + int((ids_TK[real_T] >= 0).sum()) * width
-        self.all_neurons += tokens * len(mlp.neuron_index)
+        self.all_neurons += tokens * mlp.parent_width
 
     @property
     def active_share(self) -> float:
-        """Share of the FFN neurons that ran, over all tokens and layers measured."""
+        """Share of the parent's FFN neurons that ran, over all tokens and layers measured."""
         return self.active_neurons / max(1, self.all_neurons)
 
     def figures(self) -> dict[str, dict[str, float]]:

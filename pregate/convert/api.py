@@ -8,6 +8,8 @@ from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.export import ExportOptions, export
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import Progress, QuietProgress, RichProgress
+from pregate.convert.read_me import read_me
+from pregate.convert.read_me_options import ReadMeOptions
 
 __all__ = [
     "ConvertOptions",
@@ -16,9 +18,11 @@ __all__ = [
     "ExportOptions",
     "Progress",
     "QuietProgress",
+    "ReadMeOptions",
     "RichProgress",
     "convert",
     "decouple",
     "evaluate",
     "export",
+    "read_me",
 ]

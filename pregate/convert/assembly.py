@@ -31,6 +31,7 @@ _TOKENIZER_FILES = (
 def cut_layer(mlp: GatedMLP, split: NeuronSplit, cut: LayerCut, config: RoutedConfig) -> RoutedMLP:
     """Regroup a dense FFN's rows as `split` says; the gates are left zero. No weight changes its value."""
     routed = RoutedMLP(mlp.layer, mlp.hidden_size, cut, config, hold_experts=True)
+    routed.parent_width = mlp.width
     routed = routed.to(mlp.down.device)
     routed.neuron_index.copy_(torch.from_numpy(split.neuron_index))
     if routed.shared is not None:

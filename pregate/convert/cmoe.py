@@ -41,7 +41,7 @@ class Profile:
 class NeuronSplit:
     """Who a layer's neurons belong to, as ids of the parent's neurons.
 
-    `shared` [S * M] and each row of `routed_RM` ascend.
+    `shared` [S * M] and each row of `routed_RM` ascend. A neuron may be in several experts, or in none.
     """
 
     shared: np.ndarray
@@ -49,7 +49,7 @@ class NeuronSplit:
 
     @property
     def neuron_index(self) -> np.ndarray:
-        """The parent neuron of every row, shared first, then expert by expert; a permutation of all neurons."""
+        """The parent neuron of every row, shared first, then expert by expert."""
         return np.concatenate([self.shared, self.routed_RM.reshape(-1)]).astype(np.int32)
 
 

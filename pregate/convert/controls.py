@@ -63,7 +63,7 @@ class OraclePolicy:
 
 
 class AllPolicy:
-    """Every routed expert, weights 1: the dense model again."""
+    """Every routed expert, weights 1: the dense model again, where the cut is a partition of its neurons."""
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         return Choice(torch.arange(mlp.cut.num_routed, device=x_TD.device).expand(x_TD.shape[0], -1))
@@ -86,13 +86,28 @@ def static_mask(model: RoutedForCausalLM) -> Iterator[None]:
 
 
 def _pruned(mlp: RoutedMLP) -> SharedExpert:
-    """The best neurons of `mlp` as one FFN, in row order."""
+    """The best neurons of `mlp` as one FFN, in row order; of a neuron that several experts hold, the first row."""
     cut = mlp.cut
     width = (cut.num_shared + cut.num_active) * cut.expert_width
-    kept = torch.argsort(mlp.neuron_score, descending=True, stable=True)[:width].sort().values
+    rows = first_rows(mlp.neuron_index)
+    best = torch.argsort(mlp.neuron_score[rows], descending=True, stable=True)[:width]
+    kept = rows[best].sort().values
+    width = len(kept)  # fewer where experts that overlap hold fewer neurons than their widths add up to
     gate_up, down = mlp.dense_weights()
     pruned = SharedExpert(mlp.hidden_size, width, mlp.act_name).to(down)
     gate, up = gate_up.chunk(2)
     pruned.gate_up_proj.data = torch.cat([gate[kept], up[kept]])
     pruned.down_proj.data = down[:, kept]
     return pruned.requires_grad_(False)
+
+
+def first_rows(neuron_index: torch.Tensor) -> torch.Tensor:
+    """The first row of every neuron that has one, ascending.
+
+    Example: neuron_index [4, 7, 4, 2] gives rows [0, 1, 3].
+    """
+    order = torch.argsort(neuron_index, stable=True)
+    ranked = neuron_index[order]
+    is_first = torch.ones_like(ranked, dtype=torch.bool)
+    is_first[1:] = ranked[1:] != ranked[:-1]
+    return order[is_first].sort().values

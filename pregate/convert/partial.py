@@ -7,27 +7,26 @@
       checkpoint/              becomes --out
 
 Every file is written under another name, synced and renamed; `state.json` is what counts. So a conversion killed at
-any moment, or by a loss of power, goes on after the last layer that it says is done.
+any moment, or by a loss of power, goes on after the last layer that it says is done. Read-ME's rounds keep their stages
+here in place of layers, with the model's tensors in place of hidden states.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.shard_index import write_shard
+from pregate.convert.work_folder import WRITE_ERRORS, differences, empty, locked, write_whole
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -99,13 +98,9 @@ class PartialCheckpoint:
         shutil.rmtree(self._folder)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        temporary = path.with_name(f"{path.name}.tmp")
         try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:
+            write_whole(path, write)
+        except WRITE_ERRORS as error:
             reason = f"{path} cannot be written ({error}); layers that are done are kept, the same command goes on"
             raise UserError.of("--out", self._out, reason) from error
 
@@ -121,55 +116,17 @@ def open_partial(out: Path, fingerprint: dict[str, Any], num_layers: int, restar
     what lies there has another fingerprint (unless `restart`, which discards it).
     """
     folder = partial_folder(out)
-    with _locked(out, folder):
+    with locked(out, folder, "conversion"):
         if restart:
-            _empty(folder)
+            empty(folder)
         state = read_state(out)
         if state is not None and state.fingerprint != fingerprint:
-            raise UserError.of("--out", out, _differences(folder, state.fingerprint, fingerprint))
+            raise UserError.of("--out", out, differences(folder, "conversion", state.fingerprint, fingerprint))
         if state is None:
-            _empty(folder)
+            empty(folder)
         partial = PartialCheckpoint(out, state or State(fingerprint, num_layers))
         try:
             yield partial
         finally:
             if not partial.state.layers_done:
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(out: Path, folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError.of("--out", out, f"cannot be written ({error})") from error
-    with (folder / "lock").open("ab") as lock:
-        if not _lock(lock) or out.exists():
-            raise UserError.of("--out", out, f"another conversion is writing it (in {folder})")
-        yield
-
-
-def _lock(lock: BinaryIO) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    # One that ended between our opening and locking has removed the file: then the lock is of nothing.
-    return os.fstat(lock.fileno()).st_nlink > 0
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
-
-
-def _differences(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> str:
-    names = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
-    changed = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
-    return (
-        f"{folder} holds an unfinished conversion that differs ({changed}); give what was given there to go on with it,"
-        " or --restart to discard it"
-    )

@@ -46,14 +46,17 @@ class TrainingOptions:
 
 @torch.enable_grad()
 def train(
-    router: PathRouter, parent_VD: torch.Tensor, pool: TargetPool, options: TrainingOptions, progress: Progress
+    router: PathRouter, parent_VD: torch.Tensor | None, pool: TargetPool, options: TrainingOptions, progress: Progress
 ) -> list[float]:
-    """Train `router` in place on the documents and masses of `pool`; `parent_VD` is the parent's embedding.
+    """Train `router` in place on the documents and masses of `pool`; `parent_VD` is the parent's embedding, which the
+    router's starts from; None goes on with the router as it is.
 
     Returns the loss of every step.
     """
     model: Any = router
-    if options.embedding == "parent":
+    if parent_VD is None:
+        pass
+    elif options.embedding == "parent":
         model.embedding = ParentEmbedding(parent_VD, router.config.dim)
     else:
         start_from(router, parent_VD)
@@ -75,7 +78,7 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
             advance(1)
-    if options.embedding == "parent":
+    if isinstance(model.embedding, ParentEmbedding):
         model.embedding = model.embedding.fold()
     return losses
 

@@ -52,7 +52,8 @@ class RoutedMLP(nn.Module):
     `mass_threshold` is to contribution mass what a gate's threshold is to its scores: for the oracle, not for routing.
     Two gates are kept, `linear_gate` and CMoE's `paper_gate`, so that each can be compared with the other on the same
     cut; `gate` is the one in force. Per row, shared rows first, then expert by expert: `neuron_index` int32
-    [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on the calibration text.
+    [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on the calibration text. Experts
+    may overlap (Read-ME's do): then rows repeat a neuron, and others of the parent's `parent_width` may have none.
     """
 
     neuron_index: torch.Tensor
@@ -75,6 +76,7 @@ class RoutedMLP(nn.Module):
         self.register_buffer("neuron_index", torch.zeros(rows, dtype=torch.int32))
         self.register_buffer("neuron_score", torch.zeros(rows))
         self.register_buffer("mass_threshold", torch.zeros(()))
+        self.parent_width = rows
         self.policy: RoutingPolicy = GatePolicy()
         self.fast: FastPath | None = None
 
@@ -85,8 +87,16 @@ class RoutedMLP(nn.Module):
         assert gate is not None
         return gate
 
+    @property
+    def is_partition(self) -> bool:
+        """Whether every neuron of the parent has exactly one row, so that all experts together are the parent's FFN."""
+        return len(self.neuron_index) == self.parent_width == len(self.neuron_index.unique())
+
     def dense_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The FFN as one again, in row order: `gate_up` [2I, D] and `down` [D, I]; needs the experts here."""
+        """All rows as one FFN, in row order: `gate_up` [2I, D] and `down` [D, I]; needs the experts here.
+
+        The parent's FFN again where the cut `is_partition`.
+        """
         shared = [(*self.shared.gate_up_proj.chunk(2), self.shared.down_proj)] if self.shared is not None else []
         routed = self.experts
         pairs = [] if routed is None else zip(routed.gate_up_proj, routed.down_proj, strict=True)

@@ -52,7 +52,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         config.text_config._experts_implementation_internal = None
         self.parent: Any = AutoModelForCausalLM.from_config(config.text_config)
         for slot, cut in zip(find_gated_mlps(self.parent), config.cuts, strict=True):
-            slot.replace(self._routed_mlp(slot.layer, slot.hidden_size, cut))
+            mlp = self._routed_mlp(slot.layer, slot.hidden_size, cut)
+            mlp.parent_width = slot.width
+            slot.replace(mlp)
         self.path_router = (
             PathRouter(config.router_shape, config.text_config.vocab_size, config.cuts, config.selection)
             if config.path_router is not None
@@ -72,7 +74,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         return False
 
-    def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> nn.Module:
+    def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> RoutedMLP:
         config: Any = self.config
         return RoutedMLP(layer, hidden_size, cut, config, self.hold_experts)
 
@@ -88,6 +90,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         if self._computer is None:
             self._computer = PathComputer(self.path_router)
         return self._computer
+
+    def forget_path_computer(self) -> None:
+        """Let the next use of `path_computer`, which has a copy of the router's weights, take them as they are then."""
+        self._computer = None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.parent.get_input_embeddings()

@@ -1,0 +1,100 @@
+"""Rows to tune on and rows to measure on, and the order in which batches come.
+
+Shape letters: B rows of a batch, N tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.base.errors import UserError
+from pregate.convert.calibration import encode
+from pregate.convert.scoring import batches
+from pregate.convert.text import draw_documents, read_documents
+
+#: No more than this is measured on, however much text there is.
+MAX_VALIDATION_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class TuningRows:
+    """Rows of token ids, each of 2 or more: to tune on, and of other documents to measure on."""
+
+    training: list[list[int]]
+    validation: list[list[int]]
+    files: tuple[Path, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "files": [str(p) for p in self.files],
+            "num_rows": len(self.training),
+            "num_tokens": sum(map(len, self.training)),
+            "num_validation_rows": len(self.validation),
+            "num_validation_tokens": sum(map(len, self.validation)),
+        }
+
+    def digest(self) -> str:
+        """Sixteen hex digits that tell other text apart."""
+        return hashlib.sha256(json.dumps([self.training, self.validation]).encode()).hexdigest()[:16]
+
+
+def read_rows(
+    paths: Sequence[Path], tokenizer: Any, length: int, validation_share: float, seed: int, option: str = "--text"
+) -> TuningRows:
+    """Draw the documents at `paths` with `seed`; the first of them are for validation, in one row each.
+
+    The rest become rows of at most `length` ids, long ones several (see `windows_of`). UserError names `option`
+    where there are not two documents of two tokens.
+    """
+    documents = draw_documents(read_documents(paths, length, option), seed)
+    encoded = [ids for d in documents if len(ids := encode(tokenizer, d.text, None)) > 1]
+    if len(encoded) < 2:
+        raise UserError.of(option, " ".join(map(str, paths)), "needs two documents of two tokens or more")
+    num_held = min(len(encoded) - 1, max(1, round(validation_share * len(encoded))))
+    validation: list[list[int]] = []
+    for ids in encoded[:num_held]:
+        if sum(map(len, validation)) < MAX_VALIDATION_TOKENS:
+            validation.append(ids[:length])
+    training = [window for ids in encoded[num_held:] for window in windows_of(ids, length)]
+    return TuningRows(training, validation, tuple(dict.fromkeys(d.source for d in documents)))
+
+
+def windows_of(ids: list[int], length: int) -> list[list[int]]:
+    """Cut a document into rows of at most `length`; each begins with the last id of the one before it.
+
+    So every id but the first is predicted once. Example: [1 2 3 4 5], length 3: [1 2 3], [3 4 5].
+    """
+    return [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
+
+
+class BatchOrder:
+    """Batches of rows of like length, shuffled anew each time round; which one comes when follows from `seed` alone.
+
+    So a run that goes on needs to know nothing but how many batches it has had.
+    """
+
+    def __init__(self, rows: Sequence[list[int]], batch_tokens: int, seed: int) -> None:
+        self._rows, self._batch_tokens, self._seed = rows, batch_tokens, seed
+        #: The same each time round: it depends on the rows' lengths alone.
+        self.num_batches = sum(1 for _ in batches(rows, batch_tokens))
+        self._epoch, self._groups = -1, [[0]]
+
+    def batch(self, index: int) -> list[list[int]]:
+        """The rows of batch `index`, counted from 0 through all times round."""
+        epoch, place = divmod(index, self.num_batches)
+        if epoch != self._epoch:
+            self._epoch, self._groups = epoch, self._shuffled(epoch)
+        return [self._rows[i] for i in self._groups[place]]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self._rows), generator=generator).tolist()  # rows of one length mix anew
+        groups = [[order[i] for i in group] for group in batches([self._rows[i] for i in order], self._batch_tokens)]
+        return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]

@@ -1,0 +1,75 @@
+"""A hidden folder beside `--out` where long work keeps what it needs to go on: its lock, and files written whole."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safetensors import SafetensorError
+
+from pregate.base.errors import UserError
+
+
+@contextmanager
+def locked(out: Path, folder: Path, what: str) -> Iterator[None]:
+    """Make `folder` where it is not, and hold its lock within the block.
+
+    UserError names `what` (a conversion) when another process holds it, or has finished `out` meanwhile.
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError.of("--out", out, f"cannot be written ({error})") from error
+    with (folder / "lock").open("ab") as lock:
+        if not _lock(lock) or out.exists():
+            raise UserError.of("--out", out, f"another {what} is writing it (in {folder})")
+        yield
+
+
+def _lock(lock: BinaryIO) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    # One that ended between our opening and locking has removed the file: then the lock is of nothing.
+    return os.fstat(lock.fileno()).st_nlink > 0
+
+
+def empty(folder: Path) -> None:
+    """Remove everything in `folder` but its lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` write a file under another name, then sync and rename it: a file of this name is always whole.
+
+    OSError or SafetensorError when it cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    write(temporary)
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+#: What `write_whole` raises where the disk is full or the folder gone.
+WRITE_ERRORS = (OSError, SafetensorError)
+
+
+def differences(folder: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The sentence that says how the unfinished work in `folder` differs from what is asked for now."""
+    names = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
+    changed = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)
+    return (
+        f"{folder} holds an unfinished {what} that differs ({changed}); give what was given there to go on with it,"
+        " or --restart to discard it"
+    )

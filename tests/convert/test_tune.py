@@ -1,0 +1,311 @@
+"""`tune` from folder to folder on tiny models: what it changes, what it keeps, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pregate.base.errors import UserError
+from pregate.convert.dense import load_dense, load_tokenizer
+from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.convert.export_dense import check_dense
+from pregate.convert.routed_shards import RoutedShards
+from pregate.convert.tune import load_teacher, tune
+from pregate.convert.tuning_data import TuningRows, read_rows
+from pregate.convert.tuning_loop import Tuner
+from pregate.convert.tuning_options import DEFAULT_TOKENS, TuneOptions, TuningSettings
+from pregate.model import CheckpointReader, RoutedForCausalLM
+from pregate.model.checkpoint import read_manifest
+from tests.convert.tuning import paper_checkpoint, tiny_options
+
+
+@pytest.fixture(scope="module")
+def paper(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return paper_checkpoint(tiny_dense, tiny_text, tmp_path_factory.mktemp("paper") / "paper")
+
+
+@pytest.fixture
+def options(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> TuneOptions:
+    return tiny_options(tiny_path_checkpoint, tiny_text, tmp_path / "out")
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = tensors_of(before), tensors_of(after)
+    assert old.keys() == new.keys()
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+def curve_of(folder: Path) -> tuple[list[dict], list[dict]]:
+    lines = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    return [x for x in lines if "loss" in x], [x for x in lines if "validation_perplexity" in x]
+
+
+def test_it_recovers_and_says_so(options: TuneOptions, tiny_path_checkpoint: Path):
+    options = replace(options, steps=40, eval_every=20)
+    manifest = tune(options)
+    steps, evaluations = curve_of(options.out)
+    assert [x["step"] for x in steps] == list(range(1, 41))
+    assert steps[-1].keys() == {"step", "tokens", "seconds", "loss", "cross_entropy", "kl", "learning_rate"}
+    assert [x["step"] for x in evaluations] == [0, 20, 40]
+    assert evaluations[-1].keys() == {"step", "tokens", "seconds", "validation_perplexity", "active_share"}
+    assert sum(x["loss"] for x in steps[-5:]) < 0.8 * sum(x["loss"] for x in steps[:5])
+    figures = manifest.figures["tune"]
+    assert figures["validation_perplexity_after"] < 0.5 * figures["validation_perplexity_before"]
+    assert figures["active_share_after"] == pytest.approx(0.5, abs=0.04)  # S2A2E8, on other documents than were set on
+    assert (figures["steps"], figures["tokens"]) == (40, steps[-1]["tokens"])
+    assert manifest.method == "cmoe+decouple+tune"
+    assert manifest.options["tune"]["kl_share"] == 0.5
+    assert manifest.options["decouple"]["steps"] == 30  # what was said before is kept
+    assert "training.jsonl" in manifest.files
+    reader = CheckpointReader(options.out, hashes=True)
+    assert reader.config.routing == "path"
+    assert sorted(p.name for p in options.out.parent.iterdir()) == ["out"]
+
+
+def test_the_best_state_is_kept(options: TuneOptions, tiny_path_checkpoint: Path):
+    """With a rate that breaks the model the best is where it began: nothing but the curve is new."""
+    manifest = tune(replace(options, learning_rate=3.0))
+    assert manifest.figures["tune"]["best_step"] == 0
+    assert changed(options.model, options.out) == set()
+    assert len(curve_of(options.out)[0]) == 12
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_what_is_not_to_be_tuned_stays_bit_for_bit(options: TuneOptions, method: str):
+    tune(replace(options, method=method, router=False, backbone=False))
+    names = changed(options.model, options.out)
+    assert any(".experts." in n for n in names)
+    assert any(".shared." in n for n in names)
+    assert all(".experts." in n or ".shared." in n or n.endswith("mass_threshold") for n in names) or not names
+
+
+def test_everything_is_tuned_but_the_gates_not_in_force(options: TuneOptions):
+    tune(options)
+    names = changed(options.model, options.out)
+    assert {n for n in names if n.startswith("path_router.")}
+    assert any("self_attn" in n for n in names)
+    assert any("embed_tokens" in n for n in names)
+    assert not [n for n in names if "linear_gate" in n or "paper_gate" in n or "neuron_" in n]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_scale_by_which_a_gate_weighs_is_learned(paper: Path, tiny_text: Path, tmp_path: Path, method: str):
+    """A defect of CMoE's released code: wrapped for LoRA its scale u is frozen, and no gradient reaches the gate."""
+    options = tiny_options(paper, tiny_text, tmp_path / "out", method=method)
+    rows = read_rows(options.text, load_tokenizer(paper), 64, 0.2, 0)
+    model = RoutedForCausalLM.from_pretrained(paper, dtype=torch.float32)
+    tuner = Tuner(model, rows, options, load_teacher(options, model))
+    loss, _, _ = tuner._losses(rows.training[:4], 100)
+    loss.backward()
+    for mlp in model.routed_mlps:
+        assert mlp.paper_gate.scale.grad.abs().min() > 0
+        assert mlp.paper_gate.weight.grad.abs().max() > 0
+    tune(options)
+    names = changed(paper, options.out)
+    assert {n for n in names if n.endswith("paper_gate.scale")} == {
+        f"parent.model.layers.{layer}.mlp.paper_gate.scale" for layer in range(3)
+    }
+    tuned = RoutedForCausalLM.from_pretrained(options.out).eval()
+    weights = tuned.routed_mlps[0].gate.choose(torch.randn(5, 64)).weights
+    assert weights is not None
+    assert (weights - 1).abs().min() > 0
+
+
+@pytest.mark.parametrize("which", ["tied", "untied"])
+@torch.no_grad()
+def test_reloaded_it_is_what_was_tuned(which: str, tiny_text: Path, family_folder: Any, options: TuneOptions):
+    """A defect of Read-ME's released code: loading a checkpoint overwrites its embeddings with the base model's."""
+    if which == "tied":
+        options = replace(options, model=family_folder("llama tied") / "path")
+    rows = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0)
+    model: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    before = model.get_input_embeddings().weight.clone()
+    tuner = Tuner(model, rows, options, load_teacher(options, model))
+    tuner.run()
+    tuner.finish()
+    tune(options)  # the same once more, through the folder
+    loaded: Any = RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval()
+    embeddings = loaded.get_input_embeddings().weight
+    assert torch.equal(embeddings, model.get_input_embeddings().weight)
+    assert not torch.equal(embeddings, before)
+    assert (loaded.get_output_embeddings().weight is embeddings) == (which == "tied")
+    ids = torch.tensor([[1, 5, 9, 30, 77, 200]])
+    assert torch.equal(loaded(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("kl_share", [0.0, 0.5])
+def test_a_dense_model_is_tuned_alike(tiny_dense: Path, tiny_text: Path, tmp_path: Path, method: str, kl_share: float):
+    options = tiny_options(tiny_dense, tiny_text, tmp_path / "out", method=method, kl_share=kl_share)
+    manifest = tune(options)
+    assert manifest.method == "dense+tune"
+    assert (
+        manifest.figures["tune"]["validation_perplexity_after"]
+        < manifest.figures["tune"]["validation_perplexity_before"]
+    )
+    assert "active_share_after" not in manifest.figures["tune"]
+    steps, _ = curve_of(options.out)
+    assert (steps[0]["kl"] < 1e-6) and ((steps[-1]["kl"] > 1e-4) == (kl_share > 0))  # it starts as its own teacher
+    assert AutoModelForCausalLM.from_pretrained(options.out).config.model_type == "llama"
+    result = evaluate(EvaluateOptions(options.out, tiny_text, max_tokens=200))
+    assert result["perplexity"] < evaluate(EvaluateOptions(tiny_dense, tiny_text, max_tokens=200))["perplexity"]
+
+
+@pytest.mark.parametrize(
+    ("balance", "changes"), [("bias", {"router": False, "balance_rate": 0.05}), ("loss", {"balance_loss": 10.0})]
+)
+def test_balancing_makes_the_load_more_even(options: TuneOptions, balance: str, changes: dict):
+    """Summed over layers, what the busiest expert has beyond its share, on the text that is tuned on."""
+    options = replace(options, steps=30, eval_every=30, router_mass=0.0, **changes)
+    training = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0).training
+
+    def excess(balance: str) -> float:
+        model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        settings = replace(options, balance=balance)
+        tuner = Tuner(model, TuningRows(training, training), settings, load_teacher(settings, model))
+        tuner.run()
+        found = tuner.evaluate()
+        assert found.active_share == pytest.approx(0.5, abs=0.01)
+        return sum(found.imbalance) - 3
+
+    assert excess(balance) < 0.6 * excess("none")
+
+
+def test_batches_of_a_step_are_as_one(options: TuneOptions):
+    """Two batches of a step have the gradient of one that holds the rows of both."""
+    rows = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0)
+
+    def gradients(parts: list[list[list[int]]]) -> dict[str, torch.Tensor]:
+        model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        settings = TuningSettings(steps=1, kl_share=0.5, router_mass=0, accumulate=len(parts))
+        tuner = Tuner(model, rows, settings, load_dense(Path(read_manifest(options.model).source["path"])))
+        total = sum(len(row) - 1 for part in parts for row in part)
+        for part in parts:
+            tuner._losses(part, total)[0].backward()
+        return {n: p.grad for n, p in tuner.trained.model.items() if p.grad is not None}
+
+    batch = rows.training[:6]
+    whole, parts = gradients([batch]), gradients([batch[:2], batch[2:]])
+    assert len(whole) > 20
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=2e-3, atol=2e-5, msg=name)
+
+
+def test_half_precision_products_with_float32_weights(options: TuneOptions):
+    """What runs on a GPU, here on the CPU: the curve is that of float32 up to rounding."""
+    tune(replace(options, precision="bfloat16"))
+    half, _ = curve_of(options.out)
+    tune(replace(options, out=options.out.with_name("float32")))
+    full, _ = curve_of(options.out.with_name("float32"))
+    losses = [[x["loss"] for x in curve] for curve in (half, full)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert all(t.dtype != torch.bfloat16 for t in tensors_of(options.out).values())
+
+
+def test_weights_stay_in_the_type_they_were_stored_in(
+    tiny_dense: Path, tiny_text: Path, options: TuneOptions, tmp_path: Path
+):
+    from pregate.convert.conversion import convert
+    from pregate.convert.options import ConvertOptions
+
+    half = tmp_path / "half"
+    convert(ConvertOptions(tiny_dense, half, 8, 2, 2, (tiny_text,), samples=2, sequence_length=32, dtype="bfloat16"))
+    manifest = tune(replace(options, model=half))
+    assert CheckpointReader(options.out).read_unit(1, 0)[1].dtype == torch.bfloat16
+    model = RoutedForCausalLM.from_pretrained(options.out)
+    assert model.routed_mlps[0].linear_gate.weight.dtype == torch.float32
+    figures = manifest.figures["tune"]
+    assert figures["validation_perplexity_after"] < figures["validation_perplexity_before"]
+
+
+def test_patience_ends_a_run(options: TuneOptions):
+    manifest = tune(replace(options, learning_rate=3.0, patience=2, steps=60, eval_every=3))
+    assert manifest.figures["tune"]["steps"] == 6
+    assert manifest.figures["tune"]["best_step"] == 0
+
+
+@pytest.mark.parametrize(("budget", "steps"), [({"tokens": 600}, 5), ({"minutes": 1e-9}, 0)])
+def test_other_budgets(options: TuneOptions, budget: dict, steps: int):
+    figures = tune(replace(options, steps=None, batch_tokens=192, **budget)).figures["tune"]
+    assert figures["steps"] == steps
+    assert figures["tokens"] >= budget.get("tokens", 0)
+
+
+def test_without_a_budget_there_is_one(options: TuneOptions):
+    assert replace(options, steps=None).token_budget == DEFAULT_TOKENS
+    assert options.token_budget is None
+    assert options.share_done(3, 0, 0.0) == 0.25
+
+
+def test_a_tuned_checkpoint_needs_a_teacher(options: TuneOptions, tiny_dense: Path, tmp_path: Path):
+    tune(options)
+    again = replace(options, model=options.out, out=tmp_path / "again", steps=2)
+    with pytest.raises(UserError, match=r"--model \S+out: is tuned already.*give --teacher, or --kl-share 0"):
+        tune(again)
+    assert not again.out.exists()
+    assert tune(replace(again, teacher=tiny_dense)).method == "cmoe+decouple+tune+tune"
+    assert tune(replace(again, kl_share=0.0, out=tmp_path / "plain")).figures["tune"]["steps"] == 2
+
+
+def test_the_neurons_of_a_tuned_checkpoint_are_not_given_back_as_the_parents(options: TuneOptions):
+    tune(options)
+    with pytest.raises(UserError, match=r"--format dense: .*was tuned \(cmoe\+decouple\+tune\)"):
+        check_dense(RoutedShards(options.out))
+    check_dense(RoutedShards(options.model))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"method": "prefix"}, "--method prefix: allowed: full, lora"),
+        ({"balance": "even"}, "--balance even: allowed: none, bias, loss"),
+        ({"rank": 0}, "--rank 0: allowed: 1 or more"),
+        ({"alpha": 0.0}, r"--alpha 0\.0: allowed: above 0"),
+        ({"learning_rate": float("nan")}, "--learning-rate nan: allowed: above 0"),
+        ({"kl_share": 1.5}, r"--kl-share 1\.5: allowed: 0 to 1"),
+        ({"steps": 0}, "--steps 0: allowed: 1 or more"),
+        ({"minutes": 0.0}, r"--minutes 0\.0: allowed: above 0"),
+        ({"validation_share": 1.0}, r"--validation-share 1\.0: allowed: between 0 and 1"),
+        ({"text": ()}, "--text: give at least one"),
+        ({"text": (Path("/nowhere"),)}, "--text /nowhere: no such path"),
+        ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
+        ({"teacher": Path("/nowhere")}, "--teacher /nowhere: no such path"),
+        ({"device": "tpu"}, "--device tpu: allowed"),
+    ],
+)
+def test_bad_options_are_refused_and_nothing_is_written(options: TuneOptions, change: dict, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        tune(replace(options, **change))
+    assert list(options.out.parent.iterdir()) == []
+
+
+def test_teachers_that_cannot_be_one(
+    options: TuneOptions, tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path
+):
+    small = tmp_path / "small"
+    small.mkdir()
+    fields = json.loads((tiny_dense / "config.json").read_text()) | {"vocab_size": 500}
+    (small / "config.json").write_text(json.dumps(fields))
+    for teacher, reason in (
+        (tiny_path_checkpoint, "is a routed checkpoint"),
+        (small, "has a vocabulary of 500, .* 512"),
+    ):
+        with pytest.raises(UserError, match=f"--teacher .*{reason}"):
+            tune(replace(options, teacher=teacher))
+    (small / "config.json").write_text(json.dumps(fields | {"vocab_size": 512, "num_hidden_layers": 2}))
+    with pytest.raises(UserError, match=r"--teacher .*differs in layers or width; allowed: --hidden-match 0"):
+        tune(replace(options, teacher=small, hidden_match=1.0))
+    with pytest.raises(UserError, match=r"--teacher .*has no use with --kl-share 0 and --hidden-match 0"):
+        replace(options, teacher=tiny_dense, kl_share=0.0)
