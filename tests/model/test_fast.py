@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from pregate.base.errors import UserError
 from pregate.kernels import reference
 from pregate.model.gates import Choice
+from pregate.model.layers import PathPolicy
 from pregate.model.modeling import RoutedForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,13 +112,13 @@ def test_a_cpu_without_bfloat16_computes_experts_in_float32(tiny_layerwise_check
     mlp = next(mlp for mlp in model.routed_mlps if mlp.experts is not None)
     x_TD = torch.randn(5, mlp.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
     ids_TK = torch.tensor([[0], [1], [0], [1], [0]])
-    mlp.policy = types.SimpleNamespace(choose=lambda *_: Choice(ids_TK))
+    mlp.policy = PathPolicy(ids_TK[:, None].expand(-1, mlp.layer + 1, -1))
     with torch.no_grad():
         got = model._fast.forward(mlp, x_TD)
         wide = mlp.float()
         x_TD, stacks = x_TD.float(), (wide.experts.gate_up_proj, wide.experts.down_proj)
         act = reference.activation(mlp.act_name)
-        wanted = reference.add_routed(wide.shared(x_TD), x_TD, ids_TK, None, *stacks, act)
+        wanted = reference.add_routed(wide.shared_output(x_TD), x_TD, ids_TK, None, *stacks, act)
     assert got.dtype == torch.bfloat16
     # Products in another order may round a value to its neighbour; bfloat16 products would do so to most.
     assert (got == wanted.bfloat16()).float().mean() > 0.98
