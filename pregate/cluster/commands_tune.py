@@ -24,8 +24,11 @@ def tune(
     alpha: Annotated[float, typer.Option(help="LoRA's changes count alpha / rank.")] = 32.0,
     router: Annotated[bool, typer.Option(help="Tune the path router, or the layers' gates.")] = True,
     backbone: Annotated[bool, typer.Option(help="Tune attention, norms, embeddings and head.")] = True,
-    kl_share: Annotated[float, typer.Option(help="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.5,
-    hidden_match: Annotated[float, typer.Option(help="Weight of every layer's output being the teacher's.")] = 0.0,
+    kl_share: Annotated[float, typer.Option(help="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.9,
+    hidden_match: Annotated[
+        float | None,
+        typer.Option(help="Weight of every layer's output being the teacher's; 5 with KL.", show_default=False),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the model; without, by --method.", show_default=False)
     ] = None,
@@ -35,6 +38,7 @@ def tune(
     straight_through: Annotated[
         bool, typer.Option(help="Let the router learn from the losses as well, as if its choice were soft.")
     ] = True,
+    refit: Annotated[bool, typer.Option(help="First fit the down projections in closed form.")] = True,
     balance: Annotated[str, typer.Option(help="none, bias (as CMoE) or loss (as Switch): even use of experts.")] = (
         "none"
     ),
@@ -82,6 +86,7 @@ def tune(
         weight_decay=weight_decay,
         router_mass=router_mass,
         straight_through=straight_through,
+        refit=refit,
         balance=balance,
         balance_rate=balance_rate,
         balance_loss=balance_loss,

@@ -58,6 +58,8 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
         tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress))
         if folder.load(tuner):
             progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
+        elif options.refit and tuner.routed and not _is_tuned(options.model):
+            tuner.refit(progress)
         _run(tuner, options, folder, progress)
         manifest = _write(tuner, options, folder)
         folder.discard()
@@ -78,13 +80,17 @@ def check_teacher(options: TuneOptions) -> None:
         if theirs.get("vocab_size") != fields.get("vocab_size"):
             reason = f"has a vocabulary of {theirs.get('vocab_size')}, --model one of {fields.get('vocab_size')}"
             raise UserError.of("--teacher", options.teacher, reason)
-        if options.hidden_match and _depth_and_width(options.teacher) != _depth_and_width(options.model):
+        if options.matching and _depth_and_width(options.teacher) != _depth_and_width(options.model):
             raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
-    elif routed and options.wants_teacher and "tune" in read_manifest(options.model).method:
+    elif routed and options.wants_teacher and _is_tuned(options.model):
         reason = (
             "is tuned already: with every expert on it is its dense parent no more; give --teacher, or --kl-share 0"
         )
         raise UserError.of("--model", options.model, reason)
+
+
+def _is_tuned(path: Path) -> bool:
+    return "tune" in read_manifest(path).method
 
 
 def _depth_and_width(path: Path) -> tuple[int, int]:
@@ -197,6 +203,8 @@ def _figures(tuner: Tuner, options: TuneOptions) -> dict[str, Any]:
         "validation_perplexity_before": round(first["perplexity"], 4),
         "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation).perplexity, 4),
     }
+    if counters.refit:
+        figures["refit"] = counters.refit
     if found.active_share is not None:
         figures |= {
             "active_share_before": round(first["active_share"], 4),

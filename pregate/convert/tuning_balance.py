@@ -14,6 +14,7 @@ from torch import nn
 from pregate.base.errors import UserError
 from pregate.convert.capture import threshold_for
 from pregate.convert.scoring import batches, padded
+from pregate.convert.tuning_data import spaced
 from pregate.convert.tuning_forward import Gathered, TuningPass, threshold_of
 from pregate.convert.tuning_outputs import path_scores, run_layers
 from pregate.model.gates import RepresentativeGate
@@ -108,13 +109,6 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     gathered = Gathered(calibrate=True)
     tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
     run_layers(model, ids_BN, tuning_pass)
-
-
-def spaced(rows: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
-    """Rows evenly spaced over all of them, of about `num_tokens` together and one at least."""
-    total = sum(map(len, rows))
-    step = max(1.0, total / num_tokens)
-    return [rows[int(i * step)] for i in range(max(1, int(len(rows) / step)))]
 
 
 def _parts(rows: Sequence[list[int]], num_tokens: int) -> list[list[list[int]]]:

@@ -74,6 +74,13 @@ def windows_of(ids: list[int], length: int) -> list[list[int]]:
     return [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
 
 
+def spaced(rows: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    """Rows evenly spaced over all of them, of about `num_tokens` together and one at least."""
+    total = sum(map(len, rows))
+    step = max(1.0, total / num_tokens)
+    return [rows[int(i * step)] for i in range(max(1, int(len(rows) / step)))]
+
+
 class BatchOrder:
     """Batches of rows of like length, shuffled anew each time round; which one comes when follows from `seed` alone.
 

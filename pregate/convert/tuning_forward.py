@@ -73,10 +73,7 @@ class TuningPass:
         out_TD = mlp.shared_output(x_TD)
         if mlp.experts is None or mlp.cut.num_active == 0:
             return out_TD
-        gate_up, down = mlp.experts.gate_up_proj, mlp.experts.down_proj
-        product_TRM = F.linear(x_TD, gate_up.flatten(0, 1)).unflatten(1, (mlp.cut.num_routed, -1))
-        gate_TRM, up_TRM = product_TRM.chunk(2, dim=-1)
-        h_TRM = mlp.act(gate_TRM) * up_TRM
+        down, h_TRM = mlp.experts.down_proj, routed_hidden(mlp, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
             mass_TR = self._masses(mlp, h_TRM, down) if self.gathered.mass or self.gathered.calibrate else None
             weights_TR = self._weights(mlp, x_TD, mass_TR)
@@ -169,6 +166,14 @@ class TuningPass:
     @property
     def all_neurons(self) -> int:
         return self._num_real * sum(mlp.parent_width for mlp in self.model.routed_mlps)
+
+
+def routed_hidden(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+    """h of all routed experts [T, R, M], in one product."""
+    assert mlp.experts is not None
+    product_TRM = F.linear(x_TD, mlp.experts.gate_up_proj.flatten(0, 1)).unflatten(1, (mlp.cut.num_routed, -1))
+    gate_TRM, up_TRM = product_TRM.chunk(2, dim=-1)
+    return mlp.act(gate_TRM) * up_TRM
 
 
 def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:

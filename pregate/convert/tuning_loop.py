@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
+from pregate.base.errors import UserError
 from pregate.convert.lora import merge_low_rank
+from pregate.convert.progress import Progress
+from pregate.convert.refit import refit
 from pregate.convert.scoring import batches, padded
 from pregate.convert.tuning_balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tuning_data import BatchOrder, TuningRows
@@ -29,6 +32,8 @@ from pregate.convert.tuning_parameters import changing_tensors, choose_trained, 
 from pregate.model.modeling import RoutedForCausalLM
 
 Record = dict[str, float]
+#: Where exp overflows.
+_MOST_NATS = 700
 
 
 @dataclass(frozen=True)
@@ -56,12 +61,13 @@ class Counters:
     best_step: int = 0
     worse_since: int = 0
     first: dict[str, Any] = field(default_factory=dict)
+    refit: dict[str, Any] = field(default_factory=dict)
 
 
 class Tuner:
     """Tunes `model` (a `RoutedForCausalLM`, or a dense model) in place on `rows.training`.
 
-    `teacher`, a dense model, is needed unless `kl_share` and `hidden_match` are 0. `record` is called with each
+    `teacher`, a dense model, is needed where `settings.wants_teacher`. `record` is called with each
     step's figures, and with those of each evaluation on `rows.validation`. Call `run`, then `finish`. Everything is
     float32; on a GPU (or with `precision` bfloat16) matrix products are bfloat16 and weights float32 still.
     UserError where the model's router has no bias that `balance` could move.
@@ -83,7 +89,7 @@ class Tuner:
         self.trained = choose_trained(model, settings)
         self.optimizer = optimizer_of(self.trained, settings)
         self.counters = Counters()
-        self.changing = changing_tensors(model, self.trained)
+        self.changing = changing_tensors(model, self.trained, settings.refit)
         self.best: dict[str, torch.Tensor] = {}
         self.offsets: dict[int, torch.Tensor] = {}
         self._order = BatchOrder(rows.training, settings.batch_tokens, settings.seed)
@@ -149,6 +155,9 @@ class Tuner:
             part_loss.backward()
             passes += [] if tuning_pass is None else [tuning_pass]
             sums, loss = sums + part_sums, loss + part_loss.detach()
+        if not math.isfinite(loss):
+            reason = f"the loss is {float(loss)} at step {counters.step + 1}; a lower rate may keep it finite"
+            raise UserError.of("--learning-rate", settings.model_learning_rate, reason)
         for parameters in (self.trained.model, self.trained.router):
             torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
         self.optimizer.step()
@@ -164,7 +173,7 @@ class Tuner:
         settings = self.settings
         ids_BN, mask_BN = (t.to(self.device) for t in padded(rows))
         targets_P, real_T = next_tokens(ids_BN, mask_BN), mask_BN.flatten().bool()
-        theirs, matched = Outputs(), self.teacher is not None and settings.hidden_match > 0
+        theirs, matched = Outputs(), self.teacher is not None and settings.matching > 0
         if self.teacher is not None:
             with torch.no_grad(), self._autocast():
                 theirs = run_model(self.teacher, ids_BN, None, matched)
@@ -174,7 +183,7 @@ class Tuner:
         loss, sums = mixed_loss(ours.logits, targets_P, theirs.logits, settings.kl_share, num_tokens)
         share = float((targets_P >= 0).sum()) / num_tokens
         if matched:
-            loss = loss + share * settings.hidden_match * hidden_error(ours.hidden, theirs.hidden, real_T)
+            loss = loss + share * settings.matching * hidden_error(ours.hidden, theirs.hidden, real_T)
         if tuning_pass is not None and tuning_pass.mass_errors:
             loss = loss + share * settings.router_mass * torch.stack(tuning_pass.mass_errors).mean()
         if tuning_pass is not None and tuning_pass.balance_terms:
@@ -204,14 +213,14 @@ class Tuner:
             loads = {n: torch.stack([p.loads[n] for p in passes]).sum(dim=0) for n in passes[0].loads}
             move_biases(self.model, loads, passes[0].spreads, self.settings.balance_rate, self.offsets)
 
-    def measure(self) -> None:
+    def measure(self) -> Evaluation:
         """Evaluate, keep the tensors if they are the best so far, and tell."""
         begun, begun_cpu = time.monotonic(), time.process_time()
         counters = self.counters
-        if self._moves and counters.step:
+        if self._moves and (counters.step or counters.refit):
             set_thresholds(self.model, self.rows.training)
         found = self.evaluate()
-        if not counters.step:
+        if not counters.first:
             counters.first = asdict(found)
         counters.worse_since += 1
         if found.perplexity < counters.best:
@@ -219,6 +228,16 @@ class Tuner:
             self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.changing.items()}
         self._count_time(begun, begun_cpu)
         self._record(self._counted() | found.record())
+        return found
+
+    def refit(self, progress: Progress) -> None:
+        """Fit the down projections in closed form before the first step; evaluated before and after."""
+        self.measure()
+        begun, begun_cpu = time.monotonic(), time.process_time()
+        left = refit(self.model, self.rows.training, progress)
+        self._count_time(begun, begun_cpu)
+        self.counters.refit = {"missing_left": [round(x, 4) for x in left]}
+        self.counters.refit["validation_perplexity"] = round(self.measure().perplexity, 4)
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -237,7 +256,8 @@ class Tuner:
                 active, total = active + tuning_pass.active_neurons, total + tuning_pass.all_neurons
                 for layer, loads_R in tuning_pass.loads.items():
                     loads[layer] = loads.get(layer, torch.zeros_like(loads_R)) + loads_R
-        perplexity = math.exp(sums[0].item() / num_tokens)
+        nats = sums[0].item() / num_tokens
+        perplexity = math.exp(nats) if nats < _MOST_NATS else math.inf
         imbalance = tuple(round(float(x.max() / x.mean().clamp_min(1e-12)), 4) for x in loads.values())
         return Evaluation(perplexity, active / total if total else None, imbalance)
 
@@ -251,8 +271,8 @@ class Tuner:
         """Leave the model as the best evaluation found it (or as it is), low-rank changes merged, nothing to train."""
         if keep_best:
             self.restore(self.best)
-        moved = self.counters.best_step if keep_best else self.counters.step
-        if self._moves and moved and self.model.config.selection == "threshold":
+        moved = (self.counters.best_step if keep_best else self.counters.step) or self.counters.refit
+        if self.routed and moved and self.model.config.selection == "threshold":
             calibrate(self.model, self.rows.training)  # for the oracles too, whose masses have changed
         merge_low_rank(self.model)
         if self.routed:

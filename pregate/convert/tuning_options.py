@@ -14,6 +14,8 @@ BALANCES = ("none", "bias", "loss")
 PRECISIONS = ("auto", "float32", "bfloat16")
 #: Tokens tuned on where no budget is given.
 DEFAULT_TOKENS = 1_500_000
+#: Weight of matching layers where there is a KL share and no weight is given.
+DEFAULT_MATCH = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,8 @@ class TuningSettings:
     `router_mass` times the squared error of the router's scores as forecasts of the experts' present contribution
     masses, as a share of their variance; without `straight_through` a router learns from that alone. With `balance`
     "loss" comes `balance_loss` times Switch's auxiliary loss; with "bias" an expert's bias moves by `balance_rate`
-    each step.
+    each step. Before the first step `refit` fits the down projections in closed form (`convert/refit.py`), where the
+    model is routed and not tuned yet.
 
     The run ends with the first of `steps`, `tokens` and `minutes`, or after `patience` evaluations (0: never) without
     a better one. A step takes `accumulate` batches of at most `batch_tokens`, padding included. Learning rates fall
@@ -39,13 +42,14 @@ class TuningSettings:
     alpha: float = 32.0
     router: bool = True
     backbone: bool = True
-    kl_share: float = 0.5
-    hidden_match: float = 0.0
+    kl_share: float = 0.9
+    hidden_match: float | None = None
     learning_rate: float | None = None
     router_learning_rate: float = 1e-3
     weight_decay: float = 0.01
     router_mass: float = 1.0
     straight_through: bool = True
+    refit: bool = True
     balance: str = "none"
     balance_rate: float = 1e-3
     balance_loss: float = 1e-2
@@ -88,13 +92,19 @@ class TuningSettings:
 
     @property
     def model_learning_rate(self) -> float:
-        """The rate of everything but the router; without one given, what did best on a small model (README)."""
-        return self.learning_rate or (1e-3 if self.method == "full" else 2e-3)
+        """The rate of everything but the router: what was given, or where to start from."""
+        return self.learning_rate or (2e-4 if self.method == "full" else 1e-3)
 
     @property
     def wants_teacher(self) -> bool:
         """Whether the loss asks for a teacher."""
-        return self.kl_share > 0 or self.hidden_match > 0
+        return self.kl_share > 0 or self.matching > 0
+
+    @property
+    def matching(self) -> float:
+        """`hidden_match`, or what counts where none is given."""
+        default = DEFAULT_MATCH if self.kl_share else 0.0
+        return default if self.hidden_match is None else self.hidden_match
 
     @property
     def token_budget(self) -> int | None:
@@ -151,7 +161,11 @@ class TuneOptions(TuningSettings):
         """What the manifest says: every option, as it counted."""
         fields = asdict(self) | {"model": str(self.model), "out": str(self.out), "text": [str(p) for p in self.text]}
         del fields["restart"]  # says nothing about the result
-        fields |= {"learning_rate": self.model_learning_rate, "tokens": self.token_budget}
+        fields |= {
+            "hidden_match": self.matching,
+            "learning_rate": self.model_learning_rate,
+            "tokens": self.token_budget,
+        }
         return fields | {"teacher": None if self.teacher is None else str(self.teacher)}
 
 

@@ -13,6 +13,7 @@ from pregate.convert.tuning_options import TuningSettings
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.modeling import RoutedForCausalLM
 
+_REFITTED = ("experts.down_proj", "shared.down_proj", "parametrizations.down_proj.original")
 #: Tensors of routers and gates that are set, not learned (or learned and set).
 _SET_PARTS = ("thresholds", "threshold", "balance_bias", "mass_threshold")
 
@@ -75,10 +76,12 @@ def _ffn_names(model: Any) -> set[str]:
     return {n for n, p in model.named_parameters() if id(p) in ids}
 
 
-def changing_tensors(model: Any, trained: Trained) -> dict[str, torch.Tensor]:
+def changing_tensors(model: Any, trained: Trained, refit: bool) -> dict[str, torch.Tensor]:
     """Every tensor that tuning may change, by name, where it lies: what a snapshot is of."""
     found: dict[str, torch.Tensor] = {n: p.data for n, p in trained.all.items()}
     if isinstance(model, RoutedForCausalLM):
+        if refit:  # under LoRA these lie behind the low-rank changes
+            found |= {n: p.data for n, p in model.named_parameters() if n.endswith(_REFITTED)}
         found |= {n: p.data for n, p in model.named_parameters() if _of_a_router(n) and n.endswith(".bias")}
         found |= {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in _SET_PARTS}
     return found

@@ -20,7 +20,7 @@ from pregate.convert.routed_shards import RoutedShards
 from pregate.convert.tune import load_teacher, tune
 from pregate.convert.tuning_data import TuningRows, read_rows
 from pregate.convert.tuning_loop import Tuner
-from pregate.convert.tuning_options import DEFAULT_TOKENS, TuneOptions, TuningSettings
+from pregate.convert.tuning_options import DEFAULT_MATCH, DEFAULT_TOKENS, TuneOptions, TuningSettings
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
 from tests.convert.tuning import paper_checkpoint, tiny_options
@@ -71,6 +71,21 @@ def test_it_recovers_and_says_so(options: TuneOptions, tiny_path_checkpoint: Pat
     reader = CheckpointReader(options.out, hashes=True)
     assert reader.config.routing == "path"
     assert sorted(p.name for p in options.out.parent.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_it_is_refitted_before_the_first_step(options: TuneOptions, method: str):
+    """With no time to tune the refit alone is what is written."""
+    options = replace(options, refit=True, steps=None, minutes=1e-9, router=False, method=method)
+    figures = tune(options).figures["tune"]
+    assert figures["steps"] == 0
+    assert len(figures["refit"]["missing_left"]) == 3
+    assert max(figures["refit"]["missing_left"]) < 0.9
+    assert figures["refit"]["validation_perplexity"] < figures["validation_perplexity_before"]
+    assert figures["validation_perplexity_after"] == pytest.approx(figures["refit"]["validation_perplexity"], rel=1e-3)
+    names = changed(options.model, options.out)
+    assert all(n.endswith(("down_proj", "mass_threshold")) for n in names)
+    assert [x["step"] for x in curve_of(options.out)[1]][:2] == [0, 0]
 
 
 def test_the_best_state_is_kept(options: TuneOptions, tiny_path_checkpoint: Path):
@@ -182,13 +197,18 @@ def test_balancing_makes_the_load_more_even(options: TuneOptions, balance: str, 
     assert excess(balance) < 0.6 * excess("none")
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(options: TuneOptions):
+    with pytest.raises(UserError, match=r"--learning-rate 1e\+30: the loss is nan at step \d+; a lower rate"):
+        tune(replace(options, learning_rate=1e30))
+
+
 def test_batches_of_a_step_are_as_one(options: TuneOptions):
     """Two batches of a step have the gradient of one that holds the rows of both."""
     rows = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0)
 
     def gradients(parts: list[list[list[int]]]) -> dict[str, torch.Tensor]:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        settings = TuningSettings(steps=1, kl_share=0.5, router_mass=0, accumulate=len(parts))
+        settings = TuningSettings(steps=1, router_mass=0, hidden_match=0, accumulate=len(parts))
         tuner = Tuner(model, rows, settings, load_dense(Path(read_manifest(options.model).source["path"])))
         total = sum(len(row) - 1 for part in parts for row in part)
         for part in parts:
@@ -247,6 +267,20 @@ def test_without_a_budget_there_is_one(options: TuneOptions):
     assert replace(options, steps=None).token_budget == DEFAULT_TOKENS
     assert options.token_budget is None
     assert options.share_done(3, 0, 0.0) == 0.25
+
+
+def test_layers_are_matched_where_there_is_a_teacher_to_match(options: TuneOptions):
+    assert replace(options, hidden_match=None).matching == DEFAULT_MATCH
+    assert replace(options, hidden_match=None, kl_share=0.0).matching == 0
+    assert not replace(options, hidden_match=None, kl_share=0.0).wants_teacher
+    options = replace(options, kl_share=0.0, router_mass=0.0)
+    tune(replace(options, hidden_match=2.0))
+    matched, _ = curve_of(options.out)
+    tune(replace(options, out=options.out.with_name("plain")))
+    plain, _ = curve_of(options.out.with_name("plain"))
+    assert matched[0]["cross_entropy"] == pytest.approx(plain[0]["cross_entropy"])
+    assert matched[0]["loss"] > plain[0]["loss"] + 0.02
+    assert plain[0]["loss"] == pytest.approx(plain[0]["cross_entropy"], rel=1e-5)
 
 
 def test_a_tuned_checkpoint_needs_a_teacher(options: TuneOptions, tiny_dense: Path, tmp_path: Path):

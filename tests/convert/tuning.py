@@ -11,9 +11,10 @@ from pregate.convert.tuning_options import TuneOptions
 
 
 def tiny_options(model: Path, text: Path, out: Path, **changes: Any) -> TuneOptions:
-    """Twelve quick steps of 256 tokens with rates that move a tiny model."""
+    """Twelve quick steps of 256 tokens with rates that move a tiny model, from where it is (no refit)."""
     fields: dict[str, Any] = {"steps": 12, "batch_tokens": 256, "eval_every": 6, "warmup_steps": 2, "device": "cpu"}
     fields |= {"learning_rate": 3e-3, "router_learning_rate": 3e-3, "sequence_length": 64, "validation_share": 0.2}
+    fields |= {"refit": False, "kl_share": 0.5, "hidden_match": 0.0, "router_mass": 0.1}
     return TuneOptions(model=model, out=out, text=(text,), **(fields | changes))
 
 

@@ -1,0 +1,83 @@
+"""The closed-form fit of down projections, against least squares and by what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pregate.convert.progress import QuietProgress
+from pregate.convert.refit import refit
+from pregate.convert.scoring import score_rows
+from pregate.model.modeling import RoutedForCausalLM
+
+ROWS = [list(range(1 + n, 200 + n)) for n in range(0, 310, 31)]
+
+
+def load(path: Path) -> Any:
+    return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def first_layer(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layer 0 by the reference on ROWS: neurons that run [T, J], the dense output and the layer's own [T, D]."""
+    mlp, seen = model.routed_mlps[0], []
+    hook = mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    ids = torch.tensor(ROWS)
+    model(ids, use_cache=False)
+    own = mlp(seen[0])  # by the policy of the pass it saw
+    hook.remove()
+    x = seen[0].reshape(-1, 64)
+    ids_TK, _ = mlp.policy.choose(mlp, x)
+    on = torch.zeros(len(x), 7).scatter_(1, ids_TK % 7, 1.0)[:, :6]  # -1 falls in column 6
+    gate_up, _ = mlp.dense_weights()
+    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+    h = mlp.act(gate) * up
+    width = mlp.cut.shared_width
+    mask = torch.cat([torch.ones(len(x), width), on.repeat_interleave(mlp.cut.expert_width, dim=1)], dim=1)
+    return h * mask, h, own.reshape(-1, 64)
+
+
+@pytest.mark.parametrize("kind", ["path", "layerwise"])
+def test_it_is_the_least_squares_fit_of_the_dense_output(
+    kind: str, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path
+):
+    model = load(tiny_path_checkpoint if kind == "path" else tiny_layerwise_checkpoint)
+    z, h, own = first_layer(model)
+    _, down = model.routed_mlps[0].dense_weights()
+    dense = h @ down.T
+    best = torch.linalg.lstsq(z.double(), dense.double()).solution
+    least = (z.double() @ best - dense).square().sum() / (own - dense).square().sum()
+    left = refit(model, ROWS, QuietProgress())
+    assert left[0] == pytest.approx(least.item(), abs=0.02)  # the ridge keeps it a little above
+    assert left[0] >= least - 1e-6
+    refitted = first_layer(model)[2]
+    measured = (refitted - dense).square().sum() / (own - dense).square().sum()
+    assert measured.item() == pytest.approx(left[0], rel=1e-3)
+    assert max(left) < 0.9
+
+
+def test_it_lowers_perplexity_and_moves_down_projections_alone(tiny_path_checkpoint: Path, tiny_dense: Path):
+    model = load(tiny_path_checkpoint)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refit(model, ROWS, QuietProgress())
+    after = model.state_dict()
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert len(moved) == 6
+    assert all(n.endswith("down_proj") for n in moved)
+    dense = RoutedForCausalLM.from_pretrained(tiny_path_checkpoint, dtype=torch.float32).eval()
+    dense.path_router.thresholds.fill_(-torch.inf)  # every expert on
+    text = [dense.generate(torch.tensor([[1, n]]), max_new_tokens=40, do_sample=False)[0].tolist() for n in (9, 40, 90)]
+    assert score_rows(model, text).perplexity < score_rows(load(tiny_path_checkpoint), text).perplexity
+
+
+def test_layers_that_leave_nothing_out_stay(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+    from pregate.convert.conversion import convert
+    from pregate.convert.options import ConvertOptions
+
+    convert(ConvertOptions(tiny_dense, tmp_path / "all", 8, 2, 6, (tiny_text,), samples=2, sequence_length=32))
+    model = load(tmp_path / "all")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert refit(model, ROWS, QuietProgress()) == []
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
