@@ -26,7 +26,7 @@ from pregate.cluster import (
 )
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
-_LIST_OPTIONS = ("--calibration", "--text", "--compare", "--domain")
+_LIST_OPTIONS = ("--calibration", "--text", "--compare", "--domain", "--validation")
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
 

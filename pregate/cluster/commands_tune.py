@@ -54,6 +54,9 @@ def tune(
     accumulate: Annotated[int, typer.Option(help="Batches of a step.")] = 1,
     sequence_length: Annotated[int, typer.Option(help="Tokens of a row; longer documents become several.")] = 512,
     validation_share: Annotated[float, typer.Option(help="Share of the documents kept to measure on.")] = 0.05,
+    validation: Annotated[
+        list[Path] | None, typer.Option(help="Text to measure on instead: .txt, .jsonl or folders.", show_default=False)
+    ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 200,
     patience: Annotated[int, typer.Option(help="Stop after so many evaluations without a better one; 0: never.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps after which an interrupted run can go on.")] = 100,
@@ -98,6 +101,7 @@ def tune(
         accumulate=accumulate,
         sequence_length=sequence_length,
         validation_share=validation_share,
+        validation=tuple(validation or ()),
         eval_every=eval_every,
         patience=patience,
         checkpoint_every=checkpoint_every,

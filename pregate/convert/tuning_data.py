@@ -46,24 +46,48 @@ class TuningRows:
 
 
 def read_rows(
-    paths: Sequence[Path], tokenizer: Any, length: int, validation_share: float, seed: int, option: str = "--text"
+    paths: Sequence[Path],
+    tokenizer: Any,
+    length: int,
+    validation_share: float,
+    seed: int,
+    validation: Sequence[Path] = (),
 ) -> TuningRows:
     """Draw the documents at `paths` with `seed`; the first of them are for validation, in one row each.
 
-    The rest become rows of at most `length` ids, long ones several (see `windows_of`). UserError names `option`
-    where there are not two documents of two tokens.
+    With files of `validation` those are, and no document of `paths`. The rest become rows of at most `length` ids,
+    long ones several (see `windows_of`). UserError names the option where there are not enough documents.
     """
-    documents = draw_documents(read_documents(paths, length, option), seed)
-    encoded = [ids for d in documents if len(ids := encode(tokenizer, d.text, None)) > 1]
-    if len(encoded) < 2:
-        raise UserError.of(option, " ".join(map(str, paths)), "needs two documents of two tokens or more")
-    num_held = min(len(encoded) - 1, max(1, round(validation_share * len(encoded))))
-    validation: list[list[int]] = []
-    for ids in encoded[:num_held]:
-        if sum(map(len, validation)) < MAX_VALIDATION_TOKENS:
-            validation.append(ids[:length])
-    training = [window for ids in encoded[num_held:] for window in windows_of(ids, length)]
-    return TuningRows(training, validation, tuple(dict.fromkeys(d.source for d in documents)))
+    documents = draw_documents(read_documents(paths, length, "--text"), seed)
+    encoded = _encoded([d.text for d in documents], tokenizer)
+    if len(encoded) < (1 if validation else 2):
+        needed = "a document" if validation else "two documents"
+        raise UserError.of("--text", " ".join(map(str, paths)), f"needs {needed} of two tokens or more")
+    if validation:
+        texts = [d.text for d in draw_documents(read_documents(validation, length, "--validation"), seed)]
+        held, kept = _encoded(texts, tokenizer), encoded
+        if not held:
+            reason = "needs a document of two tokens or more"
+            raise UserError.of("--validation", " ".join(map(str, validation)), reason)
+    else:
+        num_held = min(len(encoded) - 1, max(1, round(validation_share * len(encoded))))
+        held, kept = encoded[:num_held], encoded[num_held:]
+    training = [window for ids in kept for window in windows_of(ids, length)]
+    return TuningRows(training, _first_rows(held, length), tuple(dict.fromkeys(d.source for d in documents)))
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of every text that has two tokens or more."""
+    return [ids for text in texts if len(ids := encode(tokenizer, text, None)) > 1]
+
+
+def _first_rows(encoded: Sequence[list[int]], length: int) -> list[list[int]]:
+    """The first row of each document, until there are `MAX_VALIDATION_TOKENS`."""
+    rows: list[list[int]] = []
+    for ids in encoded:
+        if sum(map(len, rows)) < MAX_VALIDATION_TOKENS:
+            rows.append(ids[:length])
+    return rows
 
 
 def windows_of(ids: list[int], length: int) -> list[list[int]]:

@@ -131,8 +131,9 @@ class TuneOptions(TuningSettings):
 
     `teacher`: a dense model folder; None with KL: the dense parent, which a routed checkpoint is with every expert
     on until it is tuned (for a dense model: itself as it is now). Documents of `text` longer than `sequence_length`
-    become several rows. `validation_share` of them is kept to measure on. Every `checkpoint_every` steps what an
-    interrupted run needs to go on is written beside `out`; `restart` discards it. `device`: auto, cpu, cuda, cuda:N.
+    become several rows. `validation_share` of them is kept to measure on, unless `validation` gives other text for
+    that. Every `checkpoint_every` steps what an interrupted run needs to go on is written beside `out`; `restart`
+    discards it. `device`: auto, cpu, cuda, cuda:N.
     """
 
     model: Path
@@ -141,6 +142,7 @@ class TuneOptions(TuningSettings):
     teacher: Path | None = None
     sequence_length: int = 512
     validation_share: float = 0.05
+    validation: tuple[Path, ...] = ()
     checkpoint_every: int = 100
     device: str = "auto"
     restart: bool = False
@@ -160,6 +162,7 @@ class TuneOptions(TuningSettings):
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option, as it counted."""
         fields = asdict(self) | {"model": str(self.model), "out": str(self.out), "text": [str(p) for p in self.text]}
+        fields["validation"] = [str(p) for p in self.validation]
         del fields["restart"]  # says nothing about the result
         fields |= {
             "hidden_match": self.matching,

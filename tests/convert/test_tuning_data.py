@@ -68,3 +68,16 @@ def test_every_row_comes_once_each_time_round_and_the_order_follows_from_the_see
     again = BatchOrder(rows, 20, seed=1)
     assert again.batch(num + 3) == rounds[1][3]  # no need to have given those before
     assert [BatchOrder(rows, 20, seed=2).batch(i) for i in range(num)] != rounds[0]
+
+
+def test_validation_text_of_its_own_leaves_all_documents_to_tune_on(tiny_dense: Path, tmp_path: Path):
+    path, other, empty = (tmp_path / f"{name}.jsonl" for name in ("text", "other", "empty"))
+    path.write_text("".join(json.dumps({"text": f"the boats of day {n}"}) + "\n" for n in range(9)))
+    other.write_text(json.dumps({"text": "a bell beneath the grey waves"}) + "\n")
+    empty.write_text(json.dumps({"text": " "}) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
+    rows = read_rows([path], tokenizer, 64, 0.5, seed=0, validation=[other])
+    assert (len(rows.training), len(rows.validation)) == (9, 1)
+    assert tokenizer.decode(rows.validation[0], skip_special_tokens=True) == "a bell beneath the grey waves"
+    with pytest.raises(UserError, match=r"--validation .*empty"):
+        read_rows([path], tokenizer, 64, 0.5, seed=0, validation=[empty])
