@@ -58,7 +58,8 @@ class Decoupling:
     """One model's rows and the checkpoints they need, below `work`; each is made once."""
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
-        self.args, self.shared = args, args.shared_folder
+        self.args = args
+        self.shared_folder: Path = args.shared_folder
         self.subject = subject(name, args.shared_folder, args.work)
         self.bench = Bench(self.subject, args.work)
         self.folder: Path = args.work / name
@@ -114,7 +115,7 @@ class Decoupling:
     def _domains(self) -> tuple[Path, ...]:
         """A domain's training text where the model has one, else all there is: it is none of the model's."""
         own = {path.stem: path for path in sorted(self.fit.iterdir())}
-        return tuple(own.get(name, self.shared / "text" / name) for name in DOMAINS[self.subject.name])
+        return tuple(own[n] if n in own else self.shared_folder / "text" / n for n in DOMAINS[self.subject.name])
 
     def training_free(self) -> None:
         """Every cut's rows without training of the model."""
