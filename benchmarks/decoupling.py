@@ -89,6 +89,7 @@ class Decoupling:
         out = folder / kind
         if out.exists():
             return out
+        folder.mkdir(parents=True, exist_ok=True)
         experts, shared, active = cut
         if kind == "layerwise":
             convert(ConvertOptions(self.subject.model, out, experts, shared, active, (self.fit,), seed=seed))
@@ -157,6 +158,7 @@ class Decoupling:
     def _tuned(self, source: Path, name: str) -> dict[str, Any]:
         out, args = self.folder / "tuned" / name, self.args
         if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
             options = TuneOptions(
                 model=source,
                 out=out,
