@@ -102,7 +102,7 @@ def decouple(
     text: Annotated[
         list[Path], typer.Option(help="Text to train on: .txt, .jsonl or folders of them.", show_default=False)
     ],
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 1000,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 2000,
     dim: Annotated[int, typer.Option(help="Width of the path router.")] = 128,
     blocks: Annotated[int, typer.Option(help="Blocks of the path router.")] = 1,
     window: router.Window = 64,
