@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo test check format bench proto clean
+.PHONY: install demo demo-convert test check format bench proto clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+demo-convert: install
+	$(BIN)/python examples/demo.py --convert
 
 test: check
 	$(BIN)/python -m pytest

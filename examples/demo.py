@@ -1,7 +1,9 @@
-"""`make demo`: a dense checkpoint becomes a mixture of experts, is served by two expert hosts, and answers.
+"""`make demo`: a mixture of experts with paths known up front is served by two expert hosts, and answers.
 
-Converts examples/quartet (S3A3E8), decouples it, runs `pregate serve` on two hosts, asks one prompt per domain
-through the gRPC client, shows which host computed what share, and holds every text to the in-process reference.
+Serves examples/quartet-paths (quartet converted to S3A3E8, decoupled and tuned) on two hosts, asks one prompt per
+domain through the gRPC client, shows which host computed what share, holds every text to the in-process reference,
+and shows what the dense parent says. With --convert (`make demo-convert`) it converts and decouples quartet before
+your eyes and serves that, untuned.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.rule import Rule
@@ -27,6 +30,7 @@ from pregate.base.errors import UnavailableError
 ROOT = Path(__file__).resolve().parents[1]
 PREGATE = Path(sys.executable).with_name("pregate")
 QUARTET = ROOT / "examples" / "quartet"
+TUNED = ROOT / "examples" / "quartet-paths"
 PROMPTS = {
     "fiction": "It was a cold evening in November, and Mr. Darcy",
     "nonfiction": "The natural price of labour is",
@@ -133,33 +137,56 @@ def hold_to_reference(model: Path, texts: dict[str, list[int]]) -> bool:
     return equal
 
 
+def convert(work: Path) -> Path:
+    """Cut and decouple quartet below `work`; returns the checkpoint to serve."""
+    text = QUARTET / "samples.jsonl"
+    step("Cut the dense FFNs: 3 shared experts, 5 routed, 3 of them active (S3A3E8)")
+    cut = ["--experts", "8", "--shared", "3", "--active", "3"]
+    run("convert", "--model", QUARTET, "--out", work / "layerwise", *cut, "--calibration", text)
+    step("Decouple: a path router learns every token's experts from token ids alone")
+    run("decouple", "--model", work / "layerwise", "--out", work / "decoupled", "--text", text)
+    return work / "decoupled"
+
+
+def show_parent(max_tokens: int) -> None:
+    """Print what the dense parent says to the same prompts at the same temperature, to compare by eye."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    parent: Any = AutoModelForCausalLM.from_pretrained(QUARTET, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(QUARTET)
+    for domain, prompt in PROMPTS.items():
+        torch.manual_seed(SEED)
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        said = parent.generate(ids, do_sample=True, temperature=TEMPERATURE, top_k=0, max_new_tokens=max_tokens)
+        console.print(f"[bold cyan]{domain}[/]  [italic]{prompt}[/]", end="", highlight=False)
+        text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
+        console.print(f"{text}\n", markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--convert", action="store_true", help="convert and decouple quartet live; it is not tuned")
     parser.add_argument("--max-tokens", type=int, default=60)
-    parser.add_argument("--keep", type=Path, help="keep the checkpoints in this new folder")
+    parser.add_argument("--keep", type=Path, help="with --convert: keep the checkpoints in this new folder")
     args = parser.parse_args()
     started = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="pregate-demo-")) if args.keep is None else args.keep
     work.mkdir(exist_ok=True)
-    text = QUARTET / "samples.jsonl"
     try:
-        step("1  Cut the dense FFNs: 3 shared experts, 5 routed, 3 of them active (S3A3E8)")
-        cut = ["--experts", "8", "--shared", "3", "--active", "3"]
-        run("convert", "--model", QUARTET, "--out", work / "layerwise", *cut, "--calibration", text)
-        step("2  Decouple: a path router learns every token's experts from token ids alone")
-        run("decouple", "--model", work / "layerwise", "--out", work / "decoupled", "--text", text)
-        step(f"3  Serve on {NUM_HOSTS} expert hosts (Ray actors) and ask")
-        with serving(work / "decoupled", free_port()) as client:
+        model = convert(work) if args.convert else TUNED
+        step(f"Serve on {NUM_HOSTS} expert hosts (Ray actors) and ask")
+        with serving(model, free_port()) as client:
             texts = {d: ask(client, d, p, args.max_tokens) for d, p in PROMPTS.items()}
-        step("4  Hold every text to the reference model")
-        equal = hold_to_reference(work / "decoupled", texts)
+        step("Hold every text to the reference model")
+        equal = hold_to_reference(model, texts)
+        step("What the dense parent says to the same prompts")
+        show_parent(args.max_tokens)
     finally:
         if args.keep is None:
             shutil.rmtree(work, ignore_errors=True)
-    console.print(
-        "[dim]The text is rough: quartet is tiny, 75 % of its FFN weights run per token, and nothing was tuned after"
-        " the conversion."
-    )
+    if args.convert:
+        console.print("[dim]Rough: 75 % of the FFN weights run per token, and nothing was tuned after the conversion.")
     console.print(f"Done in {time.monotonic() - started:.0f} s.")
     sys.exit(0 if equal else 1)
 
