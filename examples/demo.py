@@ -118,7 +118,7 @@ def hold_to_reference(model: Path, texts: dict[str, list[int]]) -> bool:
 
     torch.set_num_threads(1)
     quiet_transformers()
-    reference = RoutedForCausalLM.from_pretrained(model).eval()
+    reference = RoutedForCausalLM.from_pretrained(model, dtype=torch.float32).eval()  # as the hosts compute
     tokenizer = AutoTokenizer.from_pretrained(model)
     sampling = SamplingParams(1, temperature=TEMPERATURE)
     tally = Tally()

@@ -74,3 +74,10 @@ def write_checkpoint(model: RoutedForCausalLM, folder: Path, source: Path, manif
             tensor.data = tensor.data.to(getattr(torch, dtype))
     model.manifest = manifest
     model.save_pretrained(folder)
+    make_readable(folder)
+
+
+def make_readable(folder: Path) -> None:
+    """Give weights the mode of a checkpoint's other files: safetensors leaves them to the owner alone."""
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)

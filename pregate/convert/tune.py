@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
-from pregate.convert.assembly import copy_tokenizer, write_checkpoint
+from pregate.convert.assembly import copy_tokenizer, make_readable, write_checkpoint
 from pregate.convert.dense import (
     check_model_folder,
     context_tokens,
@@ -185,6 +185,7 @@ def _write(tuner: Tuner, options: TuneOptions, folder: TuningFolder) -> Manifest
             write_checkpoint(model, temporary, options.model, manifest, dtype)
         else:
             model.to(getattr(torch, dtype)).save_pretrained(temporary)
+            make_readable(temporary)
             copy_tokenizer(options.model, temporary)
             write_manifest(temporary, manifest)
     return read_manifest(options.out)

@@ -40,6 +40,7 @@ def test_the_checkpoint_is_exact_and_the_rest_of_the_model_unchanged(
     assert (reader.config.routing, reader.config.has_path_router) == ("path", True)
     assert manifest == reader.manifest
     assert manifest.method == "cmoe+decouple"
+    assert {path.stat().st_mode & 0o777 for path in options.out.iterdir()} == {0o644}  # weights as readable as config
     assert manifest.options["experts"] == 8  # what the layer-wise manifest said is kept
     assert manifest.calibration["decouple"]["num_documents"] > 2
     before = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint).state_dict()
