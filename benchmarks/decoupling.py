@@ -104,6 +104,7 @@ class Decoupling:
                 steps=0,
                 dim=128,
                 router_steps=READ_ME_ROUTER_STEPS,
+                pool_tokens=200_000,  # as decouple's
                 seed=seed,
             )
             read_me(distilled, self.progress)
@@ -133,13 +134,13 @@ class Decoupling:
         """The rows of models tuned alike, and what Read-ME's cut is before."""
         self._row("dense tuned", None, lambda: self._tuned(self.subject.model, "dense"))
         for cut in TUNED[self.subject.name]:
-            self._row("Read-ME", cut, lambda cut=cut: self._score(self.checkpoint(cut, "read-me")))
             for row, kind in TUNED_ROWS.items():
                 self._row(
                     row,
                     cut,
                     lambda cut=cut, kind=kind: self._tuned(self.checkpoint(cut, kind), f"{label(cut)}-{kind}"),
                 )
+            self._row("Read-ME", cut, lambda cut=cut: self._score(self.checkpoint(cut, "read-me")))
 
     def _row(self, name: str, cut: Cut | None, make: Any) -> None:
         self.bench.row(name, cut, self.args.seed, make)
