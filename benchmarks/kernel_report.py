@@ -39,7 +39,10 @@ class Report:
         """Take over the cells in the file; SystemExit where it is missing or was measured with something else."""
         if self._path is None or not self._path.exists():
             raise SystemExit(f"--resume: --out {self._path} is no file of results")
-        old = json.loads(self._path.read_text())
+        try:
+            old = json.loads(self._path.read_text())
+        except json.JSONDecodeError as error:
+            raise SystemExit(f"--resume: --out {self._path} is no file of results") from error
         for name in SAME:
             if old.get(name) != self._around[name]:
                 raise SystemExit(f"--resume: {name} was {old.get(name)} and is {self._around[name]}; measure anew")
@@ -54,14 +57,20 @@ class Report:
     def add(self, cell: dict[str, Any], taken_s: float) -> None:
         """Keep a cell and write the file; `taken_s` seconds of this run so far."""
         self._cells[key(cell)] = cell
+        self._write(self.whole(taken_s))
+
+    def _write(self, whole: dict[str, Any]) -> None:
+        """The file whole or not at all: a run that is cut while it writes must leave what was there."""
         if self._path is not None:
-            self._path.write_text(json.dumps(self.whole(taken_s), indent=1) + "\n")
+            part = self._path.with_suffix(".part")
+            part.write_text(json.dumps(whole, indent=1) + "\n")
+            part.replace(self._path)
 
     def finish(self, taken_s: float) -> None:
         """Write the file, and tables and a picture beside it."""
         whole = self.whole(taken_s)
         if self._path is not None and self._cells:
-            self._path.write_text(json.dumps(whole, indent=1) + "\n")
+            self._write(whole)
             self._path.with_suffix(".svg").write_text(draw(whole))
             self._path.with_suffix(".md").write_text(tables(whole))
 

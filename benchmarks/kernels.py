@@ -166,13 +166,13 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def metadata_ms(shape: Shape, ids_TK: torch.Tensor, ffn: ExpertFFN, device: torch.device) -> float:
     """Milliseconds per layer to sort a step of 32 layers, as it is done before layer 0."""
     ids_TLK = ids_TK.cpu()[:, None].expand(-1, METADATA_LAYERS, -1).contiguous()
-    num_shared = int(ffn.shared_in_segments)
-    block_m = ffn.block_m(len(ids_TK) * (num_shared + ids_TK.shape[1]), num_shared + shape.num_routed)
     taken = []
     for _ in range(5):
         started_s = time.perf_counter() if device.type == "cuda" else time.thread_time()
-        built = segments.build(ids_TLK, shape.num_routed, num_shared=num_shared, block_m=block_m).to(device)
-        if device.type == "cpu":
+        built = ffn.segments(ids_TLK, shape.num_routed, 1)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        else:
             _ = [(s := built.layer(n)).visits.count_list and s.tokens for n in range(METADATA_LAYERS)]
         ended_s = time.perf_counter() if device.type == "cuda" else time.thread_time()
         taken.append(ended_s - started_s)

@@ -147,8 +147,8 @@ def time_ms(
     return {name: sorted(taken)[len(taken) // 4] * 1e3 for name, taken in taken_s.items()}
 
 
-def is_capture_error(error: torch.AcceleratorError) -> bool:
-    """True where CUDA refused only to record a call in a graph, as it does when the call waits for the device."""
+def is_capture_error(error: RuntimeError) -> bool:
+    """True where CUDA or torch refused only to record a call in a graph, as where the call waits for the device."""
     return "captur" in str(error)
 
 
@@ -165,7 +165,7 @@ def _cuda_ms(name: str, run: Callable[[int], object], num_layers: int, num_repla
             for layer in range(num_layers):
                 run(layer)
         replay = graph.replay
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
         if not is_capture_error(error):
             raise
         _log.warning("%s waits for the device, which is part of what it costs: timed as plain calls", name)

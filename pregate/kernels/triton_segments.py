@@ -59,7 +59,7 @@ def segments_kernel(
         pairs = pair0 + tl.arange(0, BLOCK)
         id_ptrs = ids_ptr + (pairs // K) * (L * K) + layer * K + pairs % K
         ids = tl.load(id_ptrs, mask=pairs < T * K, other=-1)
-        mine = tl.where(ids >= 0, ids + NUM_SHARED, -1)
+        mine = tl.where((ids >= 0) & (ids < E - NUM_SHARED), ids + NUM_SHARED, -1)
         counts += tl.sum((mine[:, None] == units[None, :]).to(tl.int32), 0)
         if unit == 0:
             bad = (ids < -1) | (ids >= E - NUM_SHARED)
@@ -107,7 +107,7 @@ def segments_kernel(
 def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, block_m: int) -> Segments:
     """`segments.build` where `ids_TLK` (int32) lives: one launch after the buffers are cleared, no wait.
 
-    Ids are data here: whoever reads the step's results asks `Segments.check_ids`.
+    Ids are data here: callers with ids from a device ask `Segments.check_ids`; serving checks them on the host.
     """
     num_tokens, num_layers, num_k = ids_TLK.shape
     num_units, num_columns = num_shared + num_routed, num_shared + num_k

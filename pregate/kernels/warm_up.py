@@ -43,19 +43,22 @@ def warm_up_dense(ffn: ExpertFFN, weights: Any, x_1D: torch.Tensor, most: int) -
     return len(sizes)
 
 
-def warm_up_layer(ffn: ExpertFFN, units: LayerUnits, num_shared: int, x_1D: torch.Tensor, most: int) -> int:
+def warm_up_layer(
+    ffn: ExpertFFN, units: LayerUnits, num_shared: int, x_1D: torch.Tensor, most: int, *, weighted: bool = False
+) -> int:
     """Run `ffn.segments` and `ffn.layer` for 1 to `most` tokens with one and with all experts, as `warm_up_pairs`.
 
-    `units` begin with the layer's `num_shared` shared units where segments hold them.
+    `units` begin with the layer's `num_shared` shared units. `weighted`: experts weigh something else than 1.
     """
     num_units = len(units.unit_slot)
-    num_routed = num_units - num_shared if ffn.shared_in_segments else num_units
+    num_routed = num_units - num_shared
     columns = [num_shared + 1, num_shared + num_routed]
     tokens = range(DECODE_TOKENS + 1, most + 1)
-    sizes = [(1, columns[0]), *_first_sizes(ffn, tokens, num_units=num_shared + num_routed, columns=columns)]
+    sizes = [(1, columns[0]), *_first_sizes(ffn, tokens, num_units=num_units, columns=columns)]
     for num_tokens, num_columns in sizes:
         ids_K = torch.arange(num_columns - num_shared, dtype=torch.int32)
-        segments = ffn.segments(ids_K.expand(num_tokens, 1, -1), num_routed, num_shared)
+        ids_T1K = ids_K.expand(num_tokens, 1, -1)
+        segments = ffn.segments(ids_T1K, num_routed, num_shared, torch.ones(ids_T1K.shape) if weighted else None)
         ffn.layer(x_1D.expand(num_tokens, -1), segments.layer(0), units)
     return len(sizes)
 

@@ -87,7 +87,9 @@ class Backbone:
         apart = {m.width: m for m in self.model.modules() if isinstance(m, SharedFFN) and m.ffn.compiles}
         calls = sum(warm_up_dense(m.ffn, m.weights, x_1D, step_tokens) for m in apart.values())
         local = self.exchange.local
-        return calls if local is None else calls + local.warm_up(x_1D, step_tokens)
+        router = self.model.path_router
+        weighted = router is not None and router.config.weights == "learned"
+        return calls if local is None else calls + local.warm_up(x_1D, step_tokens, weighted=weighted)
 
     @torch.inference_mode()
     def forward(self, token_ids: np.ndarray, positions: np.ndarray, layout: StepLayout, wanted: list[int]):  # noqa: ANN201

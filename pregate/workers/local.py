@@ -54,13 +54,16 @@ class LocalLayers:
         """Let `shared` run a layer's shared expert, whose output the experts are added to."""
         self._shared[layer] = shared
 
-    def warm_up(self, x_1D: torch.Tensor, step_tokens: int) -> int:
-        """Compile the kernels of steps of up to `step_tokens` tokens like `x_1D`; return the number of calls made."""
+    def warm_up(self, x_1D: torch.Tensor, step_tokens: int, *, weighted: bool = False) -> int:
+        """Compile the kernels of steps of up to `step_tokens` tokens like `x_1D`; return the number of calls made.
+
+        `weighted`: steps come with weights of experts.
+        """
         cuts = {cut: layer for layer, cut in enumerate(self._cuts) if cut.num_active}
         if not self._ffn.compiles:
             return 0
         return sum(
-            warm_up_layer(self._ffn, self._units_of(layer), cut.num_shared, x_1D, step_tokens)
+            warm_up_layer(self._ffn, self._units_of(layer), cut.num_shared, x_1D, step_tokens, weighted=weighted)
             for cut, layer in cuts.items()
         )
 

@@ -33,6 +33,7 @@ def prepare(plan: HostPlan, ffn: ExpertFFN, store: UnitStore) -> PreparedPlan:
     Example: layer 0 asks experts 1 and 4 in slots 0 and 1, layer 2 expert 3, which is not held: `rows` has layer 0
     only, and a group of layer 2 is looked up when it comes, which reads the expert.
     """
+    versions = store.versions.copy()  # before the slots are looked up: a move in between must show
     layer_of_unit = np.repeat(np.arange(plan.num_layers), np.diff(plan.unit_offsets))
     slots = store.slots(layer_of_unit, plan.expert_ids)
     missing = set(layer_of_unit[slots < 0].tolist())
@@ -40,4 +41,4 @@ def prepare(plan: HostPlan, ffn: ExpertFFN, store: UnitStore) -> PreparedPlan:
     slots_of_layer = np.split(slots, plan.unit_offsets[1:-1])
     indexes = [plan.layer(layer) for layer in layers]
     groups = [GroupRows(slots_of_layer[n], i.counts, i.row_index) for n, i in zip(layers, indexes, strict=True)]
-    return PreparedPlan(plan, dict(zip(layers, ffn.prepare(groups), strict=True)), store.versions.copy())
+    return PreparedPlan(plan, dict(zip(layers, ffn.prepare(groups), strict=True)), versions)

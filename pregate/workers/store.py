@@ -93,7 +93,9 @@ class UnitStore:
         return [(layer, unit) for layer in sorted(self._ids) for unit in self._ids[layer] if unit >= 0]
 
     def hold_shared(self, layer: int, shared: Sequence[Unit]) -> None:
-        """Put a layer's shared units before its routed ones. They do not count as units of this host."""
+        """Put a layer's shared units before its routed ones, once. They do not count as units of this host."""
+        if any(unit < 0 for unit in self._ids.get(layer, [])):
+            return  # another engine of this process gave them: the same checkpoint, the same units
         self._insert(layer, range(-len(shared), 0), lambda unit: shared[unit])
 
     def _load(self, layer: int, experts: list[int]) -> None:

@@ -137,10 +137,9 @@ def configurations() -> Iterator[Config]:
             yield replace(plain, act="gelu_pytorch_tanh", weighted=True)
         for block_m in {16, 128} & set(rows) if not plain.is_decode else ():
             yield Config(kernel, block_m, table.sizes(kernel, block_m), tma=False)
-        block_m = 16 if plain.is_decode else 64
-        yield from (Config(kernel, block_m, table.sizes(kernel, block_m), quant=quant) for quant in QUANTISED)
+        yield from (Config(kernel, m, sizes, quant=quant) for m, sizes in rows.items() for quant in QUANTISED)
+        yield from (Config(kernel, m, FP32_SIZES, element="fp32") for m in rows)
     yield Config("gate_up", 128, FP32_SIZES, element="fp32", act="gelu", weighted=True)
-    yield Config("down", 128, FP32_SIZES, element="fp32")
     yield Config("down", 64, table.sizes("down", 64), atomic=True)
     yield from cut_configurations(table)
 

@@ -11,6 +11,8 @@ from pregate.kernels.bench import is_capture_error
 def test_only_a_refused_capture_is_timed_as_plain_calls():
     refused = "CUDA error: operation not permitted when stream is capturing"
     followed = "CUDA error: operation failed due to a previous error during capture"
+    copied = "Cannot copy between CPU and CUDA tensors during CUDA graph capture unless the CPU tensor is pinned"
+    assert is_capture_error(RuntimeError(copied))
     other = "CUDA error: an illegal memory access was encountered"
     assert [is_capture_error(torch.AcceleratorError(text)) for text in (refused, followed, other)] == [
         True,

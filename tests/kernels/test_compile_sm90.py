@@ -44,7 +44,7 @@ def test_every_configuration_of_the_table(kernels):
     tiled = [found for found in kernels.values() if found.get("arch") == 90]
     table = BlockTable.load("")
     for kernel, rows in table.by_rows.items():
-        for element in ("bf16", "fp16"):
+        for element in ("bf16", "fp16", "fp32"):
             compiled = {f["block_m"] for f in tiled if (f["kernel"], f["element"]) == (kernel, element)}
             assert compiled == set(rows), (kernel, element)
         if kernel.endswith("gate_up"):

@@ -286,7 +286,6 @@ def run_absent(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def run_unchecked(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Where nobody checked, the rows of a unit without a slot are NaN and all others are right."""
-    inputs.ids_TK[:2] = torch.tensor([[0, 2], [1, 3]])
     ffn = make_ffn(case, inputs)
     assert inputs.shared is not None
     units = ffn.units(inputs.shared, case.shared, inputs.gate_up_RMD, inputs.down_RDM)
@@ -314,6 +313,8 @@ def run_bad_ids(case: Case, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]
     units = ffn.units(shared, case.shared, inputs.on_device("gate_up_RMD"), inputs.on_device("down_RDM"))
     ids_T2K = torch.stack([inputs.ids_TK.clamp(-1, case.routed - 1), inputs.ids_TK], dim=1)
     built = build_on_device(ids_T2K.to(inputs.device, torch.int32), case.routed, num_shared=case.shared, block_m=16)
+    tiles_X3 = built.tiles[1].cpu()
+    assert int(built.num_tiles[1]) == int((tiles_X3[:, 2] > tiles_X3[:, 1]).sum()), "tiles of no unit were counted"
     got = ffn.layer(inputs.on_device("x_TD"), built.layer(1), units).cpu()
     try:
         built.check_ids()

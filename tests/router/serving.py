@@ -6,14 +6,18 @@ import multiprocessing
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import AutoTokenizer
 
 from pregate.cluster.placement import place
 from pregate.model.checkpoint import CheckpointReader
+from pregate.model.config import RoutedConfig
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathRouter
 from pregate.router.engine import Engine, EngineOptions, build_engine
 from pregate.router.messages import SamplingParams, SubmitRequest, TokensEvent
 from pregate.workers.actor import ActorOptions, ExpertHostActor
@@ -21,6 +25,19 @@ from pregate.workers.client import ChannelClient, HostClient, InProcessClient
 from pregate.workers.host import ExpertHost, HostOptions
 from pregate.workers.protocol import HostAddress
 from tests.equality import ReferenceText, Tally
+
+
+def weigh_experts(source: Path, path: Path) -> None:
+    """Write the tiny checkpoint with paths at `source` to `path`, its experts weighed between about 0.3 and 2.5."""
+    model = RoutedForCausalLM.from_pretrained(source).eval()
+    assert model.path_router is not None
+    shape = replace(model.config.router_shape, weights="learned")
+    router = PathRouter(shape, 512, model.config.cuts, model.config.selection)
+    router.load_state_dict(model.path_router.state_dict() | {"scale": torch.randn(18).sub(0.2).mul(5)})
+    model.path_router = router
+    model.config = RoutedConfig.from_dict(model.config.to_dict() | {"path_router": asdict(shape)})
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(source).save_pretrained(path)
 
 
 def units_of(hosts_of_LR: np.ndarray, host: int) -> list[tuple[int, int]]:

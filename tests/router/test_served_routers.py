@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoTokenizer
 
-from pregate.model.config import RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathRouter
 from tests.equality import Tally, reference_text, refuse_degenerate
-from tests.router.serving import compare, engine_in_process, serve
+from tests.router.serving import compare, engine_in_process, serve, weigh_experts
 
 NUM_TOKENS = 12
 PROMPTS = [[1, *range(30, 30 + n * 7, 7)] for n in (5, 50, 21)]
@@ -21,17 +16,8 @@ PROMPTS = [[1, *range(30, 30 + n * 7, 7)] for n in (5, 50, 21)]
 
 @pytest.fixture(scope="module")
 def weighted(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint with paths, its experts weighed between about 0.3 and 2.5."""
     path = tmp_path_factory.mktemp("weighted") / "model"
-    model = RoutedForCausalLM.from_pretrained(tiny_path_checkpoint).eval()
-    assert model.path_router is not None
-    shape = replace(model.config.router_shape, weights="learned")
-    router = PathRouter(shape, 512, model.config.cuts, model.config.selection)
-    router.load_state_dict(model.path_router.state_dict() | {"scale": torch.randn(18).sub(0.2).mul(5)})
-    model.path_router = router
-    model.config = RoutedConfig.from_dict(model.config.to_dict() | {"path_router": asdict(shape)})
-    model.save_pretrained(path)
-    AutoTokenizer.from_pretrained(tiny_path_checkpoint).save_pretrained(path)
+    weigh_experts(tiny_path_checkpoint, path)
     return path
 
 

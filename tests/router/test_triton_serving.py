@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 
 from tests.kernels.test_triton_ffn import ROOT, hindrance
+from tests.router.serving import weigh_experts
 
 PROGRAM = Path(__file__).with_name("triton_serving.py")
 pytestmark = pytest.mark.skipif(bool(hindrance()), reason=hindrance() or "can run")
 
 
 @pytest.fixture(scope="module")
-def served(tiny_path_checkpoint: Path) -> list[dict[str, Any]]:
-    """What was seen with whole layers, and with groups of two hosts; both equal the reference."""
+def served(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What was seen with whole layers, with groups of two hosts, with weights; all equal the reference."""
+    weighted = tmp_path_factory.mktemp("weighted") / "model"
+    weigh_experts(tiny_path_checkpoint, weighted)
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tiny_path_checkpoint)],
+        [sys.executable, str(PROGRAM), str(tiny_path_checkpoint), str(weighted)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -37,7 +40,8 @@ def kernels(variants: list[str]) -> set[str]:
 
 
 def test_whole_layers_use_every_kernel_and_groups_two(served):
-    whole, groups, _ = served
+    whole, groups, weighted, _ = served
+    assert weighted["whole"]
     assert whole["whole"] and not groups["whole"]
     assert whole["compared"] == groups["compared"] > 0
     assert kernels(whole["serving"]) == {"segments", "gate_up", "down", "sum", "decode_gate_up", "decode_down"}
@@ -45,7 +49,7 @@ def test_whole_layers_use_every_kernel_and_groups_two(served):
 
 
 def test_every_variant_was_launched_before_the_first_request(served):
-    for one in served[:2]:
+    for one in served[:3]:
         assert set(one["serving"]) <= set(one["at_start"])
 
 
@@ -60,7 +64,7 @@ def test_from_the_first_layer_to_the_last_nobody_waits_for_a_value(served):
 
 
 def test_layers_that_would_differ_from_the_groups_are_not_offered(served):
-    assert served[2] == {
+    assert served[3] == {
         "triton-int8": "triton-int8: it would round the shared experts too",
         "triton-atomic": "triton-atomic: it adds a token's experts in any order",
         "id -2": "expert ids must lie in [-1, 4)",

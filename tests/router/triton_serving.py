@@ -1,8 +1,9 @@
 """Serves a checkpoint through the Triton kernels in the interpreter and prints what happened, as JSON.
 
-    TRITON_INTERPRET=1 python tests/router/triton_serving.py CHECKPOINT
+    TRITON_INTERPRET=1 python tests/router/triton_serving.py CHECKPOINT WEIGHTED
 
-One line for whole layers in one process, one for groups of two hosts in it, one of refusals. `at_start` and `serving`:
+One line for whole layers in one process, one for groups of two hosts in it, one for whole layers of a checkpoint whose
+experts have weights, one of refusals. `at_start` and `serving`:
 every kernel variant launched (its name and what is compiled into it), before the first request and after. `waits`: who
 asked for a value of a tensor during a forward pass, which on a device would wait for it.
 """
@@ -123,10 +124,10 @@ def main() -> None:
     path = Path(sys.argv[1])
     seen: set[str] = set()
     watch_kernels(seen)
-    model = RoutedForCausalLM.from_pretrained(path).eval()
-    references = [reference_text(model, [1, *range(40, 40 + n)], NUM_TOKENS) for n in (11, 3)]
-    for num_hosts in (1, 2):
-        print(json.dumps(serve_with(path, num_hosts, references, seen)), flush=True)
+    for served, num_hosts in ((path, 1), (path, 2), (Path(sys.argv[2]), 1)):
+        model = RoutedForCausalLM.from_pretrained(served).eval()
+        references = [reference_text(model, [1, *range(40, 40 + n)], NUM_TOKENS) for n in (11, 3)]
+        print(json.dumps(serve_with(served, num_hosts, references, seen)), flush=True)
     print(json.dumps(refusals(path)), flush=True)
 
 
