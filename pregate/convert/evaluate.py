@@ -9,10 +9,11 @@ from typing import Any
 from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.control_table import control_rows
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, recorded_parent
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.scoring import encode_all, load_any, score_rows
 from pregate.convert.text import read_documents
+from pregate.model.checkpoint import read_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -77,6 +78,18 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         if model.config.routing == "layerwise" and meter.forecast:
             result["forecast_hit_rate"] = layer_figures(meter.forecast)
     if options.controls:
-        parent = None if options.parent is None else load_dense(options.parent)
+        path = options.parent or _parent_of_tuned(options.model)
+        parent = None if path is None else load_dense(path)
         result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed or 0, progress)
     return result
+
+
+def _parent_of_tuned(path: Path) -> Path | None:
+    """The recorded parent of a tuned checkpoint, which is not it with every expert on; None where nothing was tuned."""
+    if "tune" not in read_manifest(path).method:
+        return None
+    parent = recorded_parent(path)
+    if parent is None:
+        reason = "was tuned, so with every expert on it is its dense parent no more, and that is not where it was"
+        raise UserError.of("--model", path, f"{reason}; give the dense model with --parent")
+    return parent

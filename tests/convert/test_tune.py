@@ -343,3 +343,15 @@ def test_teachers_that_cannot_be_one(
         tune(replace(options, teacher=small, hidden_match=1.0))
     with pytest.raises(UserError, match=r"--teacher .*has no use with --kl-share 0 and --hidden-match 0"):
         replace(options, teacher=tiny_dense, kl_share=0.0)
+
+
+def test_controls_of_a_tuned_checkpoint_go_by_its_recorded_parent(options: TuneOptions, tiny_dense: Path):
+    tune(replace(options, steps=8))
+    text = options.text[0]
+    printed = evaluate(EvaluateOptions(options.out, text, max_tokens=200, controls=True))["controls"]["dense parent"]
+    assert printed["perplexity"] == evaluate(EvaluateOptions(tiny_dense, text, max_tokens=200))["perplexity"]
+    manifest = json.loads((options.out / "manifest.json").read_text())
+    manifest["source"]["path"] = "/nowhere"
+    (options.out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"was tuned, so with every expert on .*; give the dense model with --parent"):
+        evaluate(EvaluateOptions(options.out, text, max_tokens=200, controls=True))

@@ -16,7 +16,7 @@ import torch
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, recorded_parent
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
 from pregate.convert.report.figures import Conditions, Figures, Model, Quality
@@ -26,7 +26,7 @@ from pregate.convert.report.routes import routed_flows
 from pregate.convert.report.training import training_curves
 from pregate.convert.scoring import encode_all, load_any
 from pregate.convert.text import draw_documents, read_documents, text_files
-from pregate.model.checkpoint import MANIFEST, Manifest, file_sha256, read_manifest
+from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -106,7 +106,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     started_s = time.monotonic()
     stored = _routed_config(options.model)
     text = _Text.read(options)
-    parent_path = options.parent or _recorded_parent(options.model)
+    parent_path = options.parent or recorded_parent(options.model)
     others = [(path, _load("--compare", path, text)) for path in options.compare]
     parent = None if parent_path is None else _load("--parent", parent_path, text)
     model: RoutedForCausalLM = load_any(options.model)
@@ -190,15 +190,6 @@ def _named(option: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise type(error)(str(error).replace("--model ", f"{option} ", 1)) from error
-
-
-def _recorded_parent(path: Path) -> Path | None:
-    """The dense model the manifest names, if it is still there and its config is unchanged."""
-    source = read_manifest(path).source
-    parent = Path(str(source.get("path", "")))
-    config = parent / "config.json"
-    expected = source.get("sha256", {}).get("config.json")
-    return parent if expected and config.is_file() and file_sha256(config) == expected else None
 
 
 def _name(path: Path, options: ReportOptions) -> str:

@@ -78,6 +78,9 @@ def headline(figures: Figures) -> str:
     """The verdict in one sentence: what the cut costs, and whether choosing experts is worth it."""
     own, static = figures.quality.own_point, figures.quality.point(STATIC)
     ratio = own.ratio_to_dense
+    if ratio < 0.98:  # then it was tuned to text like this, and the dense model was not
+        loss = f"is more than made up for by tuning: perplexity is {ratio:.2f} times the untuned dense model's"
+        return f"Running {percent(own.active_share, 0)} of the FFN {loss}; tune the dense model as well to compare."
     much = "no" if ratio <= 1 else "little" if ratio <= 1.05 else "some" if ratio <= 1.25 else "much"
     loss = f"costs {much} quality: perplexity is {ratio:.2f} times the dense model's"
     assert static is not None
