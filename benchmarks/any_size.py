@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -25,8 +24,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,6 +33,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from benchmarks.surroundings import shown, surroundings
 from pregate.convert.calibration import HELD_BACK_SHARE, MAX_HELD_BACK
 from pregate.convert.partial import partial_folder, read_state
 from pregate.convert.shard_index import write_index
@@ -225,7 +223,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {
         "shape": vars(shape) | {"parameters": shape.parameters},
         "windows": vars(windows) | {"held_back": windows.held_back},
-        "convert": shlex.join(["pregate", *command[3:]]),
+        "convert": shlex.join(["pregate", *map(shown, command[3:])]),
         "runs": {"straight": vars(straight), "killed": vars(killed), "resumed": vars(resumed)},
         "killed_after_layers": state.layers_done,
         "same_files": files == others,
@@ -253,27 +251,14 @@ def estimate(large: Shape, small: Shape, windows: Windows, result: dict[str, Any
     }
 
 
-def surroundings() -> dict[str, Any]:
-    """Command, versions, hardware and time of this run."""
-    cpu = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    names = ("torch", "transformers", "safetensors")
-    return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(__file__).stem}", *sys.argv[1:]]),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
-        "hardware": {
-            "cpu": cpu[0] if cpu else platform.processor(),
-            "cores": os.cpu_count(),
-            "memory_bytes": psutil.virtual_memory().total,
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
-        "load_average": os.getloadavg()[0],
+def conditions() -> dict[str, Any]:
+    """What this run ran on."""
+    around = surroundings("any_size", ("transformers", "safetensors"))
+    around["hardware"] |= {
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    return around | {"omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -326,7 +311,7 @@ def main() -> None:
     if args.layers < 2:
         parser.error("--layers: at least 2, to be killed between")
     result = run(args)
-    result["surroundings"] = surroundings()
+    result["surroundings"] = conditions()
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "any_size.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "any_size.md").write_text(markdown(result))

@@ -202,7 +202,8 @@ def main() -> None:
             one.tuned()
     found = (json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json")))
     rows = [row for row in found if row["model"] in args.models and row["seed"] == args.seed]
-    write_report(rows, facts, vars(args), surroundings("decoupling", ("transformers",)), args.out)
+    options = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    write_report(rows, facts, options, surroundings("decoupling", ("transformers",)), args.out)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Rows = list[dict[str, Any]]
 def write_report(rows: Rows, facts: dict[str, Any], options: dict[str, Any], around: dict[str, Any], out: Path) -> None:
     """Write decoupling.json, .md and .png to `out`, of the rows there are; every model in `facts` has its dense row."""
     out.mkdir(parents=True, exist_ok=True)
-    result = {"rows": rows, "facts": facts, "options": {k: str(v) for k, v in options.items()}, "surroundings": around}
+    result = {"rows": rows, "facts": facts, "options": options, "surroundings": around}
     (out / "decoupling.json").write_text(json.dumps(result, indent=1) + "\n")
     parts = ["# Paths fixed before the model runs, against gates in every layer", ""]
     for model, about in facts.items():

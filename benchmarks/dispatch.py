@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import sys
@@ -36,6 +35,7 @@ import ray
 import torch
 import zmq
 
+from benchmarks.surroundings import command_of, processor
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.channel import ChannelClient
 from pregate.workers.host import HostOptions
@@ -190,9 +190,9 @@ def conditions(arguments: argparse.Namespace, load_before: float) -> dict[str, A
     """What a reader needs to judge the numbers."""
     packages = ("ray", "pyzmq", "torch", "numpy", "grpcio")
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(__file__).stem}", *sys.argv[1:]]),
+        "command": command_of("dispatch"),
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average_before": load_before,
@@ -200,13 +200,6 @@ def conditions(arguments: argparse.Namespace, load_before: float) -> dict[str, A
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "payload": f"{arguments.rows} x {arguments.width} fp32, {arguments.rows * arguments.width * 4} bytes each way",
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def measure(stage: Stage, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

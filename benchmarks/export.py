@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.surroundings import sentence, surroundings
+from benchmarks.surroundings import sentence, shown, surroundings
 from pregate.convert.api import ConvertOptions, ExportOptions, RichProgress, convert, export
 from pregate.convert.dense import context_tokens, load_tokenizer
 from pregate.convert.export_check import compare_logits, greedy, load_stock
@@ -142,7 +142,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "routed_perplexity": score_rows(routed, rows).perplexity,
         "readers": readers,
         "export": exported,
-        "dense": dense,
+        "dense": dense | {"parent": shown(dense["parent"])},
         "sweep": sweep(RoutedShards(work / "routed"), routed, few, work),
     }
 

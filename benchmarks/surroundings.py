@@ -14,16 +14,39 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def shown(argument: object) -> str:
+    """A command's argument as it may be written down: no folder that only this machine has.
+
+    A path in the repository or beside it is given relative to the repository, any other absolute one by its last name.
+    """
+    path = Path(str(argument))
+    if not path.is_absolute():
+        return str(argument)
+    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT.parent) else path.name
+
+
+def command_of(module: str) -> str:
+    """The command of this run of `benchmarks.<module>`."""
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *map(shown, sys.argv[1:])])
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
 
 def surroundings(module: str, packages: Sequence[str] = ()) -> dict[str, Any]:
     """Command, versions, hardware and time of this run of `benchmarks.<module>`; `packages` beside torch and NumPy."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "command": shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]]),
+        "command": command_of(module),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "numpy", *packages)},
-        "hardware": {"cpu": names[0] if names else platform.processor(), "cores": os.cpu_count()},
+        "hardware": {"cpu": processor(), "cores": os.cpu_count()},
         "torch_threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
     }
