@@ -1,4 +1,4 @@
-"""Exported folders: plain transformers computes what the checkpoint does; the dense parent comes back bit for bit."""
+"""Exported stock folders: plain transformers computes what the checkpoint does."""
 
 from __future__ import annotations
 
@@ -8,75 +8,33 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2MoeConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from pregate.base.errors import PregateError, UserError
 from pregate.cluster.cli import main
-from pregate.convert.conversion import convert
 from pregate.convert.dense import load_tokenizer
 from pregate.convert.export import TOLERANCE, ExportOptions, export
 from pregate.convert.export_check import compare_logits, first_difference, load_stock
-from pregate.convert.export_dense import undo_cut
-from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
-from pregate.convert.routed_shards import CutFFN
 from pregate.convert.router_scale import centred, expected_others, measure_scales, stock_weights
 from pregate.convert.scoring import routed_by
 from pregate.model import RoutedForCausalLM
-from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.layers import GatePolicy
+from tests.convert.exporting import altered, convert_stock, stored
 from tests.equality import reference_text, refuse_degenerate
 from tests.families import FAMILIES, SIZES, WINDOW, save_random
-
-
-def convert_stock(dense: Path, out: Path, text: Path, shared: int = 2, active: int = 3, **method: Any) -> Path:
-    """Convert to 8 experts, by the recipe that a stock class can express unless `method` says otherwise."""
-    method = {"samples": 4, "sequence_length": 48} | method
-    fields: dict[str, Any] = {"model": dense, "out": out, "experts": 8, "shared": shared, "active": active}
-    dtype = method.pop("dtype", "float32")
-    convert(ConvertOptions.of_recipe("stock", method, calibration=(text,), dtype=dtype, **fields))
-    return out
-
-
-@pytest.fixture(scope="session")
-def stock_checkpoint(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return convert_stock(tiny_dense, tmp_path_factory.mktemp("stock") / "routed", tiny_text)
 
 
 @pytest.fixture(scope="module")
 def stock_export(stock_checkpoint: Path) -> Path:
     out = stock_checkpoint.parent / "exported"
     export(ExportOptions(stock_checkpoint, out, "qwen2_moe"))
-    return out
-
-
-def stored(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def altered(
-    checkpoint: Path, out: Path, config: Mapping[str, Any], tensors: Mapping[str, Any], **manifest: Any
-) -> Path:
-    """A copy of a checkpoint with fields of its config, tensors by the end of their name, or its manifest changed."""
-    shutil.copytree(checkpoint, out)
-    fields = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(fields | config))
-    for path in out.glob("*.safetensors"):
-        own = load_file(path)
-        for name in own:
-            for end, change in tensors.items():
-                if name.endswith(end):
-                    own[name] = change(own[name])
-        save_file(own, path, {"format": "pt"})
-    write_manifest(out, replace(read_manifest(checkpoint), **manifest))
     return out
 
 
@@ -101,17 +59,6 @@ def test_expected_others_by_hand():
     factors, shares = torch.tensor([1.0, 0.5, 0.25, 0.125]), torch.tensor([0.0, 0.01, 0.02, 0.5])
     rate = 0.03 / 7
     assert torch.allclose(expected_others(factors, shares), torch.tensor([rate, 2 * rate, 4 * rate, 8 * rate]))
-
-
-def test_undo_cut_by_hand():
-    """Neurons 0, 1, 2 lie as 2, 0, 1: neuron 2 shared, 0 and 1 in two experts."""
-    gate_up = torch.tensor([[[20.0], [21.0]], [[0.0], [1.0]], [[10.0], [11.0]]])
-    down = torch.tensor([[[22.0]], [[2.0]], [[12.0]]])
-    ffn = CutFFN(torch.tensor([2, 0, 1]), (gate_up[0], down[0]), (gate_up[1:], down[1:]), None, None)
-    gate, up, down = undo_cut(ffn)
-    assert gate.flatten().tolist() == [0, 10, 20]
-    assert up.flatten().tolist() == [1, 11, 21]
-    assert down.tolist() == [[2, 12, 22]]
 
 
 def test_where_texts_part_by_hand():
@@ -279,84 +226,6 @@ def test_a_wrong_config_would_be_seen(
     (tmp_path / "out" / "config.json").write_text(json.dumps(fields | {"mlp_only_layers": [1]}))
     with pytest.raises(PregateError, match=r"does not load what was written: model\.layers\.1\.mlp"):
         load_stock(tmp_path / "out")
-
-
-def check_same_model(dense: Path, out: Path) -> None:
-    """Every tensor of the parent, under its name, in its type, bit for bit; and its config."""
-    parent, written = stored(dense), stored(out)
-    assert written.keys() == parent.keys()
-    for name, tensor in parent.items():
-        assert written[name].dtype == tensor.dtype, name
-        assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    ours, theirs = (AutoConfig.from_pretrained(folder).to_dict() for folder in (out, dense))
-    for fields in (ours, theirs):
-        fields.pop("_name_or_path", None)
-    assert ours == theirs
-
-
-@pytest.mark.parametrize(
-    ("family", "dtype"),
-    [(family, "float32") for family in ("llama", "llama tied", "qwen2", "phi3", "gemma", "gemma3", "exaone4")]
-    + [("phi3", "bfloat16"), ("llama tied", "float16")],
-)
-def test_dense_parent_comes_back(family: str, dtype: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path):
-    """Whatever the parent is stored as, and though the conversion stores float32."""
-    dense = save_random(FAMILIES[family], tiny_dense, tmp_path / "dense", dtype)
-    routed = convert_stock(dense, tmp_path / "routed", tiny_text, samples=2, sequence_length=12)
-    figures = export(ExportOptions(routed, tmp_path / "out", "dense"))
-    check_same_model(dense, tmp_path / "out")
-    assert figures["stored_as"] == dtype
-    assert figures["tensors_equal"] == f"{len(stored(dense))} of {len(stored(dense))}"
-
-
-@pytest.mark.parametrize(("most", "norms"), [("bfloat16", "float32"), ("float64", "bfloat16")])
-def test_dense_parent_of_mixed_types_comes_back(
-    most: str, norms: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path
-):
-    """Norms that lie in another type come back in it, though the commonest type would hold their every value."""
-    dense = save_random(FAMILIES["llama"], tiny_dense, tmp_path / "dense", most)
-    tensors = stored(dense)
-    apart = {name: tensor for name, tensor in tensors.items() if "norm" in name}
-    tensors |= {name: tensor.bfloat16().to(getattr(torch, norms)) for name, tensor in apart.items()}
-    tensors = {n: t.float().double() if t.dtype == torch.float64 else t for n, t in tensors.items()}
-    save_file(tensors, dense / "model.safetensors", {"format": "pt"})
-    routed = convert_stock(dense, tmp_path / "routed", tiny_text, samples=2, sequence_length=12)
-    assert read_manifest(routed).source["dtype_exceptions"] == dict.fromkeys(apart, norms)
-    figures = export(ExportOptions(routed, tmp_path / "out", "dense"))
-    check_same_model(dense, tmp_path / "out")
-    assert figures["stored_as"] == f"{most}, {norms}"
-    assert figures["tensors_equal"] == f"{len(tensors)} of {len(tensors)}"
-    cast = ExportOptions(routed, tmp_path / "cast", "dense", dtype="float16")
-    assert export(cast)["stored_as"] == AutoConfig.from_pretrained(tmp_path / "cast").to_dict()["dtype"] == "float16"
-
-
-def test_dense_of_a_path_checkpoint(tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path):
-    """Decoupling changes no weight; the parent's folder need not be there."""
-    export(ExportOptions(tiny_path_checkpoint, tmp_path / "out", "dense"))
-    check_same_model(tiny_dense, tmp_path / "out")
-    source = read_manifest(tiny_path_checkpoint).source | {"path": str(tmp_path / "gone")}
-    moved = altered(tiny_path_checkpoint, tmp_path / "moved", {}, {}, source=source)
-    figures = export(ExportOptions(moved, tmp_path / "out2", "dense"))
-    assert "not compared" in figures["parent"] and "tensors_equal" not in figures
-
-
-def test_dense_in_lower_precision_says_so(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
-    routed = convert_stock(tiny_dense, tmp_path / "routed", tiny_text, dtype="bfloat16")
-    figures = export(ExportOptions(routed, tmp_path / "out", "dense"))
-    assert "the parent is stored as float32, the checkpoint as bfloat16" in figures["differing"]
-    for name, tensor in stored(tiny_dense).items():
-        assert torch.equal(stored(tmp_path / "out")[name], tensor.bfloat16().float()), name
-
-
-def test_dense_refuses_overlap_and_tuned(stock_checkpoint: Path, tmp_path: Path):
-    twice = altered(
-        stock_checkpoint, tmp_path / "twice", {}, {"1.mlp.neuron_index": lambda t: t.where(t != 5, torch.tensor(4))}
-    )
-    with pytest.raises(UserError, match=r"--format dense: layer 1 .*neuron_index is no permutation"):
-        export(ExportOptions(twice, tmp_path / "out", "dense"))
-    tuned = altered(stock_checkpoint, tmp_path / "tuned", {}, {}, method="cmoe+tune")
-    with pytest.raises(UserError, match=r"was tuned \(cmoe\+tune\)"):
-        export(ExportOptions(tuned, tmp_path / "out", "dense"))
 
 
 def test_command(stock_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
