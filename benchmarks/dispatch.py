@@ -35,7 +35,8 @@ import ray
 import torch
 import zmq
 
-from benchmarks.surroundings import command_of, processor
+from benchmarks.surroundings import command_of
+from pregate.convert.report.conditions import processor
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.channel import ChannelClient
 from pregate.workers.host import HostOptions

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from pregate.convert.report.conditions import processor
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -31,12 +33,6 @@ def shown(argument: object) -> str:
 def command_of(module: str) -> str:
     """The command of this run of `benchmarks.<module>`."""
     return shlex.join(["python", "-m", f"benchmarks.{module}", *map(shown, sys.argv[1:])])
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def surroundings(module: str, packages: Sequence[str] = ()) -> dict[str, Any]:
@@ -60,7 +56,3 @@ def sentence(around: dict[str, Any]) -> str:
         f"`{around['command']}`, {around['date']}; {versions}; {hardware}, {around['torch_threads']} torch threads; "
         f"load average {around['load_average']:.2f}"
     )
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []

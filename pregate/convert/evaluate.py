@@ -86,7 +86,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
 
 def _parent_of_tuned(path: Path) -> Path | None:
     """The recorded parent of a tuned checkpoint, which is not it with every expert on; None where nothing was tuned."""
-    if "tune" not in read_manifest(path).method:
+    if not read_manifest(path).is_tuned:
         return None
     parent = recorded_parent(path)
     if parent is None:

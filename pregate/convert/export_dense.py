@@ -23,7 +23,7 @@ from pregate.model.gated_mlp import GatedMLP
 
 def check_dense(source: RoutedShards) -> None:
     """UserError for a checkpoint that does not hold its parent's neurons any more."""
-    if "tune" in source.manifest.method:
+    if source.manifest.is_tuned:
         reason = f"was tuned ({source.manifest.method}): its neurons are no longer the parent's"
         raise UserError.of("--format", "dense", f"{source.folder} {reason}; allowed: the checkpoint before tuning")
     for index in range(source.num_layers):

@@ -58,7 +58,7 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
         tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress))
         if folder.load(tuner):
             progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
-        elif options.refit and tuner.routed and not _is_tuned(options.model):
+        elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
             tuner.refit(progress)
         _run(tuner, options, folder, progress)
         manifest = _write(tuner, options, folder)
@@ -82,15 +82,11 @@ def check_teacher(options: TuneOptions) -> None:
             raise UserError.of("--teacher", options.teacher, reason)
         if options.matching and _depth_and_width(options.teacher) != _depth_and_width(options.model):
             raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
-    elif routed and options.wants_teacher and _is_tuned(options.model):
+    elif routed and options.wants_teacher and read_manifest(options.model).is_tuned:
         reason = (
             "is tuned already: with every expert on it is its dense parent no more; give --teacher, or --kl-share 0"
         )
         raise UserError.of("--model", options.model, reason)
-
-
-def _is_tuned(path: Path) -> bool:
-    return "tune" in read_manifest(path).method
 
 
 def _depth_and_width(path: Path) -> tuple[int, int]:

@@ -42,6 +42,11 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether weights were trained after the cut, so that all experts together are the dense parent no more."""
+        return "tune" in self.method
+
 
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""

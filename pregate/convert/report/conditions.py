@@ -31,13 +31,14 @@ def package_versions() -> dict[str, str]:
 
 def hardware(device: torch.device) -> str:
     """One line: processor, cores, threads torch uses, and the GPU if the model is on one."""
-    parts = [_processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} torch threads"]
+    parts = [processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} torch threads"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     return ", ".join(parts)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

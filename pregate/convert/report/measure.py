@@ -17,6 +17,7 @@ import torch
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.control_table import ORACLE, control_rows, own_name
 from pregate.convert.controls import OraclePolicy
+from pregate.convert.overlap import routed_neurons
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
 from pregate.convert.report.numbers import Numbers, ladders, thresholds_for, with_numbers
@@ -62,7 +63,8 @@ class Routes:
 
     def repeats(self, model: RoutedForCausalLM, row_bytes: int) -> Repeats:
         """Repeats along the text; `row_bytes` are a neuron's as stored."""
-        neurons = {mlp.layer: routed_neurons(mlp) for mlp in model.routed_mlps if mlp.layer in self.visits}
+        layers = [mlp for mlp in model.routed_mlps if mlp.layer in self.visits]
+        neurons = {mlp.layer: routed_neurons(mlp.neuron_index.cpu().numpy(), mlp.cut) for mlp in layers}
         return repeats(self.visits, self.starts, row_bytes, neurons)
 
 
@@ -145,11 +147,6 @@ def _run(
     with with_numbers(model, numbers, limits):
         score: Score = score_rows(model, rows, meter, progress, policy)
     return round(meter.active_share, 4), round(score.perplexity, 4)
-
-
-def routed_neurons(mlp: RoutedMLP) -> np.ndarray:
-    """The parent neurons of each routed expert [R, M]; shared rows come first in `neuron_index`."""
-    return mlp.neuron_index[mlp.cut.shared_width :].view(mlp.cut.num_routed, -1).cpu().numpy()
 
 
 def measure_overlap(model: RoutedForCausalLM) -> Overlap:
