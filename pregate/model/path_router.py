@@ -178,8 +178,12 @@ class PathComputer:
             for i, path, state in zip(live, paths, after, strict=True):
                 parts[i].append(path)
                 states[i] = state
-        empty = self._paths(torch.empty(0, sum(c.num_routed for c in self.cuts), dtype=torch.float64))
-        return [Paths.concatenate(p) if p else empty for p in parts], states
+        return [Paths.concatenate(p) if p else self._no_paths() for p in parts], states
+
+    def _no_paths(self) -> Paths:
+        """Those of no tokens: with weights where other paths have them."""
+        num_scores = sum(c.num_routed for c in self.cuts)
+        return self._paths(torch.empty(0, num_scores, dtype=torch.float64, device=self.device))
 
     @property
     def _k_max(self) -> int:
@@ -216,16 +220,17 @@ class PathComputer:
         return PathState(torch.stack(keys), torch.stack(values))
 
     def _paths(self, scores_NS: torch.Tensor) -> Paths:
+        choices = choose_experts(self._router, scores_NS)
         shape = (scores_NS.shape[0], len(self.cuts), self._k_max)
-        ids, weights = np.full(shape, -1, dtype=np.int16), np.zeros(shape, dtype=np.float32)
-        weighted = False
-        for layer, chosen in enumerate(choose_experts(self._router, scores_NS)):
+        ids = np.full(shape, -1, dtype=np.int16)
+        weighted = any(chosen.weights is not None for chosen in choices)
+        weights = np.zeros(shape, dtype=np.float32) if weighted else None
+        for layer, chosen in enumerate(choices):
             width = chosen.ids.shape[1]
             ids[:, layer, :width] = chosen.ids.cpu().numpy()
-            if chosen.weights is not None:
+            if weights is not None and chosen.weights is not None:
                 weights[:, layer, :width] = chosen.weights.cpu().numpy()
-                weighted = True
-        return Paths(ids, weights if weighted else None)
+        return Paths(ids, weights)
 
 
 def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> list[Choice]:
@@ -237,6 +242,8 @@ def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> list[Choice]:
     sizes = [c.num_routed for c in router.cuts]
     units_NS = torch.round(scores_NS * 2.0**SCORE_BITS)
     chosen = _choose(router, units_NS.split(sizes, dim=-1))
+    if router.config.weights == "one":  # before the units are scores again: this is on every token's way
+        return [Choice(ids) for ids in chosen]
     weights_NS = router.expert_weights(scores_NS if scores_NS.requires_grad else units_NS / 2.0**SCORE_BITS)
     if weights_NS is None:
         return [Choice(ids) for ids in chosen]

@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from pregate.base.errors import UserError
 from pregate.model import path_router
 from pregate.model.config import LayerCut, PathRouterConfig, RoutedConfig
+from pregate.model.gates import Choice
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathComputer, PathRouter, PathState, choose_experts
 from pregate.model.paths import Paths
@@ -143,6 +144,46 @@ def test_batch_mates_of_other_lengths_change_nothing(every: PathComputer):
     for text, a, b in zip(texts, early, late, strict=True):
         both = Paths.concatenate([a, b])
         assert_same((both.ids, both.weights), route(every, text))
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """For each time experts are chosen: of how many tokens, and on which device their scores lie."""
+    seen: list[tuple[int, str]] = []
+    original = path_router.choose_experts
+
+    def choose(router: PathRouter, scores_NS: torch.Tensor) -> list[Choice]:
+        seen.append((len(scores_NS), scores_NS.device.type))
+        if scores_NS.device.type == "cpu":
+            return original(router, scores_NS)
+        return [Choice(torch.empty(0, 0, dtype=torch.int64)) for _ in router.cuts]
+
+    monkeypatch.setattr(path_router, "choose_experts", choose)
+    return seen
+
+
+def test_experts_are_chosen_once_a_call_and_of_no_tokens_only_where_there_are_none(
+    computer: PathComputer, scored: list[tuple[int, str]]
+):
+    states = computer.extend([computer.new_state()] * 2, [prompt(3), prompt(1)])[1]
+    assert scored == [(3, "cpu"), (1, "cpu")]
+    scored.clear()
+    paths, _ = computer.extend(states, [prompt(1), []])
+    assert scored == [(1, "cpu"), (0, "cpu")]
+    assert [p.num_tokens for p in paths] == [1, 0]
+
+
+def test_scores_of_no_tokens_lie_where_thresholds_and_scale_do(scored: list[tuple[int, str]]):
+    elsewhere = PathComputer(random_router(Kind(weights="learned", selection="threshold")).to("meta"))
+    (paths,), _ = elsewhere.extend([elsewhere.new_state()], [[]])
+    assert scored == [(0, "meta")]
+    assert paths.num_tokens == 0
+
+
+def test_paths_of_no_tokens_join_those_of_others(every: PathComputer):
+    paths, _ = every.extend([every.new_state()] * 2, [prompt(5), []])
+    both = Paths.concatenate(paths)
+    assert_same((both.ids, both.weights), route(every, prompt(5)))
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
