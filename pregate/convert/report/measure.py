@@ -20,7 +20,7 @@ from pregate.convert.controls import OraclePolicy
 from pregate.convert.overlap import routed_neurons
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
-from pregate.convert.report.numbers import Numbers, ladders, thresholds_for, with_numbers
+from pregate.convert.report.numbers import Numbers, ladders, takes_numbers, thresholds_for, with_numbers
 from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.scoring import Score, batches, score_rows
 from pregate.model.layers import RoutedMLP, RoutingPolicy
@@ -112,14 +112,16 @@ def _curves(
 ) -> tuple[Curve, ...]:
     """The checkpoint's own router and the oracle from no routed expert to all of them.
 
-    The ends are the same for both, and what the control table holds already is not run again.
+    The oracle alone where the router cannot be given other numbers. The ends are the same for both, and what the
+    control table holds already is not run again.
     """
-    own = own_name(model)
+    policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
+    policies[ORACLE] = OraclePolicy()
     ladder = ladders(model)
-    limits = {name: thresholds_for(model, rows, ladder, of_oracle=name == ORACLE) for name in (own, ORACLE)}
-    ends = {n: _run(model, rows, n, limits[own][n], None, progress) for n in (ladder[0], ladder[-1])}
+    limits = {name: thresholds_for(model, rows, ladder, of_oracle=name == ORACLE) for name in policies}
+    first, policy = next(iter(policies.items()))
+    ends = {n: _run(model, rows, n, limits[first][n], policy, progress) for n in (ladder[0], ladder[-1])}
     curves = []
-    policies: dict[str, RoutingPolicy | None] = {own: None, ORACLE: OraclePolicy()}
     for name, policy in policies.items():
         points = []
         for numbers in ladder:

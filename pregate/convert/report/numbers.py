@@ -72,6 +72,16 @@ def _part_way(cut: LayerCut, way: float) -> int:
     return round(cut.num_active + (end - cut.num_active) * abs(way))
 
 
+def takes_numbers(model: RoutedForCausalLM) -> bool:
+    """Whether the routing in force can be given other numbers of experts.
+
+    Not a path router with gate "dselect": its heads are made for the codes of as many experts as it was trained to
+    choose (`dselect.code_shape`).
+    """
+    router = model.path_router
+    return model.config.routing != "path" or router is None or router.config.gate != "dselect"
+
+
 Limits = dict[int, float]
 
 
@@ -130,7 +140,7 @@ class _ScoreKeeper:
 def with_numbers(model: RoutedForCausalLM, numbers: Numbers, limits: Limits) -> Iterator[None]:
     """Within the block `numbers` of experts are active, by the thresholds `limits` where thresholds choose.
 
-    Gates, oracle and path router all follow; all is as before afterwards.
+    Gates, oracle and path router (where it can: `takes_numbers`) all follow; all is as before afterwards.
     """
     kept = [(mlp, mlp.cut, mlp.mass_threshold) for mlp in model.routed_mlps]
     router = model.path_router
@@ -138,7 +148,7 @@ def with_numbers(model: RoutedForCausalLM, numbers: Numbers, limits: Limits) -> 
         for mlp in model.routed_mlps:
             number, limit = numbers.by_layer[mlp.layer], limits.get(mlp.layer)
             _set(mlp, replace(mlp.cut, num_active=number), _like(mlp.mass_threshold, limit))
-        if router is not None and model.config.routing == "path":
+        if router is not None and model.config.routing == "path" and takes_numbers(model):
             _put_router(model, _router_with(router, numbers, limits))
         with _gate_limits(model, limits):
             yield

@@ -55,6 +55,11 @@ def _more_conditions(figures: Figures) -> str:
     words = f"Dense parent: {escape(dense)}." if dense else "Dense parent: this checkpoint with every expert on."
     if figures.model.selection == "threshold":
         words += " For other numbers of experts the thresholds were set anew on a sample of this text."
+    if figures.quality.own not in {curve.name for curve in figures.quality.curves}:
+        words += (
+            " No line for the checkpoint's own router: one with --gate dselect is made for the number of experts it "
+            "was trained to choose, and cannot choose another."
+        )
     return words
 
 
@@ -65,17 +70,17 @@ def _chart(figures: Figures, width: int) -> str:
     shares = [p.active_share for p in points] + [x for curve in quality.curves for x in curve.active_shares]
     x = linear_axis("share of the FFN that runs", min(shares), 1.0, lambda v: percent(v, 0), 5 if wide else 4)
     y = log_axis("perplexity", min(values), max(values), number_short)
-    series = [_curve(curve, quality.own) for curve in quality.curves]
+    series = [_curve(curve, quality.own, tagged=index == 0) for index, curve in enumerate(quality.curves)]
     last = sorted(points, key=lambda p: p.name == quality.own)  # the checkpoint is drawn on top
     series += [_mark(p, COLOURS.get(p.name, OTHER_COLOUR), p.name == quality.own, wide) for p in last]
     return chart("perplexity against the share of the FFN that runs", series, x, y, width, 440 if wide else 380)
 
 
-def _curve(curve: Curve, own: str) -> Series:
+def _curve(curve: Curve, own: str, tagged: bool) -> Series:
     points = []
     for n, share, perplexity in zip(curve.num_active, curve.active_shares, curve.perplexities, strict=True):
         note = f"{curve.name}, {n:.3g} routed experts: {percent(share)} of the FFN, perplexity {number(perplexity)}"
-        points.append(Point(share, perplexity, note, tag=f"{n:.2g}" if curve.name == own else ""))
+        points.append(Point(share, perplexity, note, tag=f"{n:.2g}" if tagged else ""))
     return Series(COLOURS.get(curve.name, OTHER_COLOUR), tuple(points), "solid" if curve.name == own else "dashed")
 
 

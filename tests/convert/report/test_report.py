@@ -13,6 +13,9 @@ import torch
 
 from pregate.cluster.cli import main
 from pregate.convert.control_table import control_rows
+from pregate.convert.conversion import convert
+from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.measure import measure_routes
@@ -112,6 +115,22 @@ def exact(
     return _report(tiny_path_checkpoint, tiny_text, tmp_path_factory.mktemp("report"), compare=compare)
 
 
+@pytest.fixture(scope="module", params=["threshold", "top_k"])
+def coded(
+    request: pytest.FixtureRequest, tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path_factory
+) -> Path:
+    """A checkpoint whose path router has gate "dselect", with either selection."""
+    folder, layerwise = tmp_path_factory.mktemp("coded"), tiny_layerwise_checkpoint
+    if request.param == "top_k":
+        layerwise = folder / "layerwise"
+        options = ConvertOptions(
+            tiny_dense, layerwise, 8, 2, 2, (tiny_text,), samples=2, sequence_length=64, selection="top_k"
+        )
+        convert(options)
+    decouple(DecoupleOptions(layerwise, folder / "path", (tiny_text,), steps=5, dim=16, gate="dselect"))
+    return folder / "path"
+
+
 def _check_page(html: str) -> Page:
     page = Page(html)
     assert page.open == []  # every element is closed, in order
@@ -169,6 +188,27 @@ def test_curves_go_from_no_routed_expert_to_the_dense_model(exact: tuple[Figures
         assert curve.perplexities[-1] == pytest.approx(figures.quality.point("dense parent").perplexity, rel=1e-4)
     assert own.perplexities[2] == figures.quality.own_point.perplexity
     assert own.active_shares[3] == pytest.approx(5 / 8, abs=0.03)  # thresholds set on this very text
+
+
+def test_a_router_made_for_one_number_of_experts_has_no_curve(
+    coded: Path, tiny_text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out.html"
+    words = ["--model", str(coded), "--text", str(tiny_text), "--out", str(out), "--max-tokens", "60", "--json"]
+    assert main(["report", *words]) == 0
+    quality = json.loads(capsys.readouterr().out)["quality"]
+    (oracle,) = quality["curves"]
+    assert (quality["own"], oracle["name"]) == ("path router", "oracle")
+    assert (oracle["active_shares"][0], oracle["active_shares"][-1]) == (0.25, 1.0)
+    by_name = {point["name"]: point["perplexity"] for point in quality["controls"]}
+    assert oracle["perplexities"][-1] == pytest.approx(by_name["dense parent"], rel=1e-4)
+    assert oracle["perplexities"][oracle["num_active"].index(2)] == by_name["oracle"]
+    text = _check_page(out.read_text()).text
+    assert "No line for the checkpoint's own router: one with --gate dselect is made for the number" in text
+
+
+def test_a_router_that_takes_any_number_has_a_curve_and_no_excuse(exact: tuple[Figures, str]):
+    assert "No line for" not in exact[1]
 
 
 def test_agreement_by_layer_adds_up_to_the_whole(exact: tuple[Figures, str]):
