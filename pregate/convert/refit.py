@@ -6,8 +6,8 @@ it, without a gradient: (Z' Z + r) X = Z' Y with Z the hidden neurons times thei
 Y what is missing, and X what is added to the down projections. Layer after layer, each on inputs that the layers
 before it give after their own fit.
 
-Shape letters: B rows, N tokens, T tokens of all rows, D hidden width, M expert width, R routed experts, J neurons of
-shared and routed experts side by side.
+Shape letters: B rows, N tokens, T tokens of all rows, D hidden width, M expert width, R routed experts, S routed
+experts of all layers side by side, J neurons of a layer's shared and routed experts side by side.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.progress import Progress
-from pregate.convert.scoring import batches, padded
-from pregate.convert.tuning_data import spaced
+from pregate.convert.scoring import padded
+from pregate.convert.tuning_data import spaced_batches
 from pregate.convert.tuning_forward import TuningPass, routed_hidden
 from pregate.convert.tuning_outputs import path_scores, run_layers
 from pregate.kernels.reference import gated_hidden
@@ -34,19 +34,38 @@ REFIT_TOKENS = 32_768
 RIDGE = 1e-3
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A batch of rows as every layer's fit needs it; `scores_TS` the path router's, None where gates decide."""
+
+    ids_BN: torch.Tensor
+    real_T: torch.Tensor
+    scores_TS: torch.Tensor | None
+
+    @classmethod
+    def of(cls, model: RoutedForCausalLM, rows: list[list[int]]) -> _Part:
+        ids_BN, mask_BN = (t.to(model.device) for t in padded(rows))
+        return cls(ids_BN, mask_BN.flatten().bool(), path_scores(model, ids_BN))
+
+
 @dataclass
 class _RefitPass(TuningPass):
-    """Runs as it is, and in layer `fitted` adds to the sums of the fit: Z' Z [J, J], Z' Y [J, D] and |Y|^2."""
+    """Runs as it is up to layer `fitted`, and there takes the sums of the fit: Z' Z [J, J], Z' Y [J, D] and |Y|^2.
+
+    What that layer and those after it give is not needed, and is 0.
+    """
 
     fitted: int = 0
     sums: list[torch.Tensor] = field(default_factory=list)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
-        if mlp.layer == self.fitted and mlp.experts is not None:
+        if mlp.layer < self.fitted:
+            return super().forward(mlp, x_TD)
+        if mlp.layer == self.fitted:
             weights_TR = self._weights(mlp, x_TD, None)[self.real_T]
             z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], weights_TR)
             self.sums = [z_TJ.T @ z_TJ, z_TJ.T @ missing_TD, missing_TD.square().sum()]
-        return super().forward(mlp, x_TD)
+        return torch.zeros_like(x_TD)
 
 
 def _fit_of(mlp: RoutedMLP, x_TD: torch.Tensor, weights_TR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,18 +85,15 @@ def refit(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progres
     Only for a model whose every expert together is the dense parent: one that was not tuned. Returns per routed
     layer the share of the missing output's square that is still missing, on the text fitted on.
     """
-    chosen = spaced(rows, REFIT_TOKENS)
-    parts = [[chosen[i] for i in group] for group in batches(chosen)]
+    parts = [_Part.of(model, part) for part in spaced_batches(rows, REFIT_TOKENS)]
     mlps = [m for m in model.routed_mlps if 0 < m.cut.num_active < m.cut.num_routed]
     left: list[float] = []
     with progress.stage("fitting down projections", len(mlps)) as advance:
         for mlp in mlps:
             sums = [torch.zeros((), dtype=torch.float64, device=model.device)] * 3
             for part in parts:
-                ids_BN, mask_BN = (t.to(model.device) for t in padded(part))
-                real_T = mask_BN.flatten().bool()
-                refit_pass = _RefitPass(model, real_T, path_scores(model, ids_BN), {}, fitted=mlp.layer)
-                run_layers(model, ids_BN, refit_pass)
+                refit_pass = _RefitPass(model, part.real_T, part.scores_TS, {}, fitted=mlp.layer)
+                run_layers(model, part.ids_BN, refit_pass)
                 sums = [total + found for total, found in zip(sums, refit_pass.sums, strict=True)]
             left.append(_solve(mlp, *sums))
             advance(1)

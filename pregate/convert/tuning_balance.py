@@ -13,8 +13,8 @@ from torch import nn
 
 from pregate.base.errors import UserError
 from pregate.convert.capture import threshold_for
-from pregate.convert.scoring import batches, padded
-from pregate.convert.tuning_data import spaced
+from pregate.convert.scoring import padded
+from pregate.convert.tuning_data import spaced, spaced_batches
 from pregate.convert.tuning_forward import Gathered, TuningPass, threshold_of
 from pregate.convert.tuning_outputs import path_scores, run_layers
 from pregate.model.gates import RepresentativeGate
@@ -92,7 +92,7 @@ def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     if model.config.routing != "path" or model.path_router is None:
         calibrate(model, rows)
         return
-    scores_TS = torch.cat([_router_scores(model, part) for part in _parts(rows, ROUTER_TOKENS)])
+    scores_TS = torch.cat([_router_scores(model, part) for part in spaced_batches(rows, ROUTER_TOKENS)])
     for layer, scores_TR in enumerate(scores_TS.split([c.num_routed for c in model.config.cuts], dim=-1)):
         cut = model.config.cuts[layer]
         limit = threshold_for(scores_TR, cut.num_active) if cut.num_routed else torch.inf
@@ -109,11 +109,6 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     gathered = Gathered(calibrate=True)
     tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
     run_layers(model, ids_BN, tuning_pass)
-
-
-def _parts(rows: Sequence[list[int]], num_tokens: int) -> list[list[list[int]]]:
-    chosen = spaced(rows, num_tokens)
-    return [[chosen[i] for i in group] for group in batches(chosen)]
 
 
 def _router_scores(model: RoutedForCausalLM, rows: list[list[int]]) -> torch.Tensor:

@@ -105,6 +105,12 @@ def spaced(rows: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
     return [rows[int(i * step)] for i in range(max(1, int(len(rows) / step)))]
 
 
+def spaced_batches(rows: Sequence[list[int]], num_tokens: int) -> list[list[list[int]]]:
+    """What `spaced` gives, in batches of like length."""
+    chosen = spaced(rows, num_tokens)
+    return [[chosen[i] for i in group] for group in batches(chosen)]
+
+
 class BatchOrder:
     """Batches of rows of like length, shuffled anew each time round; which one comes when follows from `seed` alone.
 
