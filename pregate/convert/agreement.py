@@ -59,11 +59,12 @@ class AgreementMeter:
     All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
     active, or all of them) do not count towards agreement. With `fixed_number` the oracle takes that of each layer
     whatever the checkpoint's selection: to compare with a policy that does. Without `compares` only what is active is
-    counted, which spares the oracle's work. `forecast` is path router against gate, layer by layer.
+    counted, which spares the oracle's work. `tallies` are by pair of names ("path_vs_gate"), of all layers together;
+    `by_layer` has the same of each.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
-    forecast: dict[int, Tally] = field(default_factory=dict)
+    by_layer: dict[int, dict[str, Tally]] = field(default_factory=dict)
     active_neurons: int = 0
     all_neurons: int = 0
     fixed_number: bool = False
@@ -71,17 +72,24 @@ class AgreementMeter:
 
     @classmethod
     def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
-        """A meter that goes on from `dataclasses.asdict` of another (or from nothing: {})."""
-        tallies = {name: Tally(**tally) for name, tally in fields.get("tallies", {}).items()}
-        return cls(tallies, {}, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
+        """A meter that goes on from `dataclasses.asdict` of another, by way of JSON or not (or from nothing: {})."""
+        tallies = _tallies(fields.get("tallies", {}))
+        by_layer = {int(layer): _tallies(pairs) for layer, pairs in fields.get("by_layer", {}).items()}
+        return cls(tallies, by_layer, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
 
     def add(self, layer: int, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
         """Count what one layer's tokens would get by each name in `choices`, ids [T, K]; padding is left out."""
-        if "path" in choices and "gate" in choices:
-            tally = self.forecast.setdefault(layer, Tally())
-            tally.add(choices["path"][real_T], choices["gate"][real_T])
+        here = self.by_layer.setdefault(layer, {})
         for (name, ids), (other, other_ids) in combinations(choices.items(), 2):
-            self.tallies.setdefault(f"{name}_vs_{other}", Tally()).add(ids[real_T], other_ids[real_T])
+            pair, tally = f"{name}_vs_{other}", Tally()
+            tally.add(ids[real_T], other_ids[real_T])
+            here[pair] = here.get(pair, Tally()) + tally
+            self.tallies[pair] = self.tallies.get(pair, Tally()) + tally
+
+    @property
+    def forecast(self) -> dict[int, Tally]:
+        """Path router against gate, layer by layer."""
+        return {n: pairs["path_vs_gate"] for n, pairs in self.by_layer.items() if "path_vs_gate" in pairs}
 
     def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
         """Count the neurons that the tokens of one layer run."""
@@ -96,6 +104,10 @@ class AgreementMeter:
 
     def figures(self) -> dict[str, dict[str, float]]:
         return {name: tally.figures() for name, tally in self.tallies.items()}
+
+
+def _tallies(fields: dict[str, dict[str, Any]]) -> dict[str, Tally]:
+    return {pair: Tally(**tally) for pair, tally in fields.items()}
 
 
 class MeteredPolicy:

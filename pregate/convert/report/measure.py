@@ -29,13 +29,9 @@ from pregate.model.modeling import RoutedForCausalLM
 
 @dataclass
 class RouteMeter(AgreementMeter):
-    """An `AgreementMeter` that also keeps each token's experts and the agreement of each layer.
-
-    `visits` maps layer to bool [T, R] per batch; `by_layer` layer to a meter of its own.
-    """
+    """An `AgreementMeter` that also keeps each token's experts: `visits` maps layer to bool [T, R] per batch."""
 
     visits: dict[int, list[np.ndarray]] = field(default_factory=dict)
-    by_layer: dict[int, AgreementMeter] = field(default_factory=dict)
 
     def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
         super().count(mlp, ids_TK, real_T)
@@ -44,10 +40,6 @@ class RouteMeter(AgreementMeter):
         visits_TR.scatter_(1, torch.where(ids_TK < 0, num_routed, ids_TK), True)  # padding goes to a column of its own
         if mlp.cut.num_active:
             self.visits.setdefault(mlp.layer, []).append(visits_TR[:, :-1].cpu().numpy())
-
-    def add(self, layer: int, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
-        super().add(layer, choices, real_T)
-        self.by_layer.setdefault(layer, AgreementMeter()).add(layer, choices, real_T)
 
 
 @dataclass(frozen=True)
@@ -77,8 +69,8 @@ def measure_routes(model: RoutedForCausalLM, rows: Sequence[list[int]], progress
     starts_T[np.cumsum([0, *lengths[:-1]])] = True
     agreements = tuple(
         Agreement(layer, *pair.split("_vs_", 1), **tally.figures())  # pyright: ignore[reportArgumentType]
-        for layer, own in sorted(meter.by_layer.items())
-        for pair, tally in own.tallies.items()
+        for layer, pairs in sorted(meter.by_layer.items())
+        for pair, tally in pairs.items()
     )
     visits = {layer: np.concatenate(parts) for layer, parts in sorted(meter.visits.items())}
     return Routes(visits, starts_T, agreements)
