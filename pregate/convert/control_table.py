@@ -61,7 +61,7 @@ def control_rows(
     with static_mask(model):
         static = score_rows(model, rows, progress=progress)
     table = {DENSE: _figures(dense, dense, num_bytes) | {"active_share": 1.0}}
-    table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": _nominal_share(model)}
+    table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": nominal_share(model)}
     for name, policy in _policies(model, seed).items():
         # Policies that always take the same number are held to an oracle that does.
         meter = AgreementMeter(fixed_number=name in FIXED)
@@ -97,7 +97,8 @@ def _figures(score: Score, dense: Score, num_bytes: int) -> dict[str, float]:
     }
 
 
-def _nominal_share(model: RoutedForCausalLM) -> float:
+def nominal_share(model: RoutedForCausalLM) -> float:
+    """Share of the FFNs' neurons that a token runs by the cut, where each takes `num_active` experts."""
     active = sum((cut.num_shared + cut.num_active) * cut.expert_width for cut in model.config.cuts)
     return round(active / sum(mlp.parent_width for mlp in model.routed_mlps), 4)
 

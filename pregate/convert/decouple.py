@@ -17,13 +17,14 @@ from pregate.convert.calibration import encode_pool
 from pregate.convert.decouple_options import DecoupleOptions
 from pregate.convert.dense import check_model_folder, context_tokens, load_tokenizer
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.router_training import TrainingOptions, hit_rate, set_thresholds, train
+from pregate.convert.router_training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
 from pregate.convert.scoring import score_rows
 from pregate.convert.targets import TargetPool, collect_targets
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.gates import RepresentativeGate
+from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_heads import check_heads
 from pregate.model.path_router import PathRouter
@@ -100,10 +101,8 @@ def train_router(
         losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress)
     router.requires_grad_(False)
     set_thresholds(router, pool.training())
-    last = losses[-max(1, len(losses) // 20) :]
-    figures = {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
     name = "path_vs_gate" if options.predict else "path_vs_oracle"
-    return router, figures | {name: hit_rate(router, pool.held_back())}
+    return router, first_and_last(losses) | {name: hit_rate(router, pool.held_back())}
 
 
 def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
@@ -119,8 +118,7 @@ def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
 
 def _num_multiplied(model: RoutedForCausalLM) -> int:
     """The dense parent's parameters less an embedding that is only looked up in (one tied to the head is not)."""
-    gates = {"linear_gate", "paper_gate"}
-    parameters = {id(p): p.numel() for n, p in model.parent.named_parameters() if gates.isdisjoint(n.split("."))}
+    parameters = {id(p): p.numel() for n, p in model.parent.named_parameters() if not kept_float32(n)}
     embedding, head = (
         getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())
     )

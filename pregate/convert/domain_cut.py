@@ -12,6 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from pregate.convert.cmoe import NeuronSplit
+from pregate.convert.overlap import permanent_channels
 from pregate.model.config import LayerCut
 
 PERMANENTS = ("fused", "separate")
@@ -32,12 +33,6 @@ def strongest(scores_RI: np.ndarray, num_active: int) -> np.ndarray:
     """
     order_RI = np.argsort(-scores_RI, axis=1, kind="stable")
     return np.sort(order_RI[:, :num_active], axis=1)
-
-
-def permanent_channels(chosen_RW: np.ndarray) -> np.ndarray:
-    """The channels that every domain has chosen, ascending."""
-    channels, counts = np.unique(chosen_RW, return_counts=True)
-    return channels[counts == len(chosen_RW)]
 
 
 def domain_cut(scores_RI: np.ndarray, num_active: int, permanent: str) -> tuple[LayerCut, NeuronSplit]:

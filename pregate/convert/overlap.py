@@ -87,8 +87,8 @@ def coverage(neuron_index: np.ndarray, parent_width: int) -> float:
 
 
 def overlaps(neuron_index: np.ndarray) -> bool:
-    """Whether two rows hold the same neuron."""
-    return len(np.unique(neuron_index)) < len(neuron_index)
+    """Whether two rows hold the same neuron; rows lie in any shape."""
+    return len(np.unique(neuron_index)) < neuron_index.size
 
 
 def overlap_figures(
@@ -116,5 +116,10 @@ def overlap_figures(
 
 def permanent_rows(neuron_index: np.ndarray, cut: LayerCut) -> np.ndarray:
     """The parent neurons that run whatever expert is chosen: shared, or in every routed expert."""
-    channels, counts = np.unique(routed_neurons(neuron_index, cut), return_counts=True)
-    return np.union1d(neuron_index[: cut.shared_width], channels[counts == cut.num_routed])
+    return np.union1d(neuron_index[: cut.shared_width], permanent_channels(routed_neurons(neuron_index, cut)))
+
+
+def permanent_channels(routed_RM: np.ndarray) -> np.ndarray:
+    """The channels that every expert holds, ascending."""
+    channels, counts = np.unique(routed_RM, return_counts=True)
+    return channels[counts == len(routed_RM)]

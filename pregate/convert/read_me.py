@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pregate.convert.assembly import assemble, write_checkpoint
+from pregate.convert.control_table import nominal_share
 from pregate.convert.dense import (
     context_tokens,
     dense_config,
@@ -157,7 +158,7 @@ def _measure(rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[S
     return {
         "dense_perplexity": round(sum(dense_scores, Score(0.0, 0)).perplexity, 4),
         "routed_perplexity": round(sum(scores, Score(0.0, 0)).perplexity, 4),
-        "active_share": _active_share(model),
+        "active_share": nominal_share(model),
         "by_domain": by_domain,
         "repeats_last_expert": round(float(repeats.mean()), 4),
         "rounds": rounds.figures,
@@ -173,8 +174,3 @@ def _shares(indices_T: np.ndarray, num_experts: int) -> list[float]:
     """Share of the tokens that visit each expert."""
     counts = np.bincount(indices_T, minlength=num_experts)
     return [round(float(n) / len(indices_T), 4) for n in counts]
-
-
-def _active_share(model: RoutedForCausalLM) -> float:
-    active = sum((mlp.cut.num_shared + 1) * mlp.cut.expert_width for mlp in model.routed_mlps)
-    return round(active / sum(mlp.parent_width for mlp in model.routed_mlps), 4)

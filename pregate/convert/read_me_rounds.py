@@ -12,7 +12,7 @@ import torch
 
 from pregate.convert.progress import Progress
 from pregate.convert.read_me_options import ReadMeOptions
-from pregate.convert.router_training import TrainingOptions, train
+from pregate.convert.router_training import TrainingOptions, first_and_last, train
 from pregate.convert.scoring import score_rows
 from pregate.convert.targets import TargetPool
 from pregate.convert.tied_rows import tied_rows
@@ -20,9 +20,6 @@ from pregate.convert.tuning_data import TuningRows
 from pregate.convert.tuning_loop import Tuner
 from pregate.convert.tuning_options import TuningSettings
 from pregate.model.modeling import RoutedForCausalLM
-
-#: A loss is told as the mean of so large a share of a stage's steps, at its end.
-LAST_SHARE = 20
 
 
 def num_stages(options: ReadMeOptions) -> int:
@@ -72,7 +69,7 @@ class Rounds:
         losses = train(router, None, self.pool, settings, progress)
         router.to(device).requires_grad_(False)
         self.model.forget_path_computer()
-        return _first_and_last(losses)
+        return first_and_last(losses)
 
     def _tune_experts(self, round_index: int, progress: Progress) -> dict[str, float]:
         """The router frozen; the language-model loss moves everything else (as the released code does)."""
@@ -87,7 +84,7 @@ class Rounds:
             tuner = Tuner(self.model, rows, self._settings(round_index), self.teacher, record)
             tuner.run(after_step=lambda: advance(1))
         self.model.requires_grad_(False)
-        return _first_and_last(losses)
+        return first_and_last(losses)
 
     def _settings(self, round_index: int) -> TuningSettings:
         options = self.options
@@ -118,8 +115,3 @@ class Rounds:
             tensor.copy_(tensors[name])
         self.model.forget_path_computer()
         self.figures = list(figures)
-
-
-def _first_and_last(losses: list[float]) -> dict[str, float]:
-    last = losses[-max(1, len(losses) // LAST_SHARE) :]
-    return {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}

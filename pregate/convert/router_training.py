@@ -26,6 +26,9 @@ from pregate.convert.targets import TargetPool
 from pregate.kernels.reference import above, top_k
 from pregate.model.path_router import PathRouter, choose_experts
 
+#: The last loss told of a training is the mean over one step in this many, at its end.
+LAST_SHARE = 20
+
 
 @dataclass(frozen=True)
 class TrainingOptions:
@@ -81,6 +84,12 @@ def train(
     if isinstance(model.embedding, ParentEmbedding):
         model.embedding = model.embedding.fold()
     return losses
+
+
+def first_and_last(losses: list[float]) -> dict[str, float]:
+    """What is told of a training: its first loss, and the mean over its last steps (one in `LAST_SHARE`)."""
+    last = losses[-max(1, len(losses) // LAST_SHARE) :]
+    return {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
 
 
 def _outputs(router: PathRouter, rows: list[list[int]]) -> torch.Tensor:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from pregate.kernels.reference import top_k
+
 #: Added to the standard deviation of scores before they are divided by it.
 LEAST_SPREAD = 1e-6
 
@@ -22,8 +24,7 @@ def chosen_by(scores_TR: torch.Tensor, num_active: int, threshold: torch.Tensor 
     """
     if threshold is not None:
         return scores_TR >= threshold
-    order = torch.argsort(scores_TR, dim=-1, descending=True, stable=True)[:, :num_active]
-    return torch.zeros_like(scores_TR, dtype=torch.bool).scatter_(1, order, True)
+    return torch.zeros_like(scores_TR, dtype=torch.bool).scatter_(1, top_k(scores_TR, num_active), True)
 
 
 def soft_choice(scores_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None) -> torch.Tensor:

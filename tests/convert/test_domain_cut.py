@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pregate.convert.domain_cut import active_width, domain_cut, permanent_channels, strongest
+from pregate.convert.domain_cut import active_width, domain_cut, strongest
+from pregate.convert.overlap import permanent_channels
 from pregate.model.config import LayerCut
 
 

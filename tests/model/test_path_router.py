@@ -310,7 +310,7 @@ def test_learned_weights_reach_the_experts(tmp_path: Path):
     assert model.path_router is not None
     logits = model(ids).logits
     model.path_router.scale.zero_()
-    model._computer = None
+    model.forget_path_computer()
     assert model.paths(ids[0].tolist()).weights is None
     assert not torch.allclose(model(ids).logits, logits, atol=1e-2)
 

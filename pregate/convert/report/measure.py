@@ -17,7 +17,7 @@ import torch
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.control_table import ORACLE, control_rows, own_name
 from pregate.convert.controls import OraclePolicy
-from pregate.convert.overlap import routed_neurons
+from pregate.convert.overlap import overlaps, routed_neurons
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
 from pregate.convert.report.numbers import Numbers, ladders, takes_numbers, thresholds_for, with_numbers
@@ -147,9 +147,8 @@ def measure_overlap(model: RoutedForCausalLM) -> Overlap:
     """Whether experts hold the same parent neurons, and whether the weights of those rows are still equal."""
     rows = [mlp.neuron_index.cpu().numpy() for mlp in model.routed_mlps]
     num_neurons = sum(len(np.unique(index)) for index in rows)
-    overlaps = any(len(np.unique(index)) < len(index) for index in rows)
     tied = all(_rows_are_tied(mlp) for mlp in model.routed_mlps)
-    return Overlap(overlaps, tied, sum(map(len, rows)) / max(1, num_neurons))
+    return Overlap(any(map(overlaps, rows)), tied, sum(map(len, rows)) / max(1, num_neurons))
 
 
 def _rows_are_tied(mlp: RoutedMLP) -> bool:

@@ -192,7 +192,7 @@ def _router_with(router: PathRouter, numbers: Numbers, limits: Limits) -> PathRo
 
 def _put_router(model: RoutedForCausalLM, router: PathRouter) -> None:
     model.path_router = router
-    model._computer = None  # made anew, from the router in place, when it is next asked for
+    model.forget_path_computer()
 
 
 def _like(tensor: torch.Tensor, value: float | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from pregate.convert.overlap import overlaps
 from pregate.convert.report.figures import Flow, LayerLoad, LayerRepeats, Repeats
 
 
@@ -101,7 +102,7 @@ def _layer_repeats(
     now_PR, before_PR = visits_TR[later], visits_TR[later - 1]
     shares = np.bincount(sets_T) / max(1, len(sets_T))
     new, width = _mean((now_PR & ~before_PR).sum(axis=1)), neurons_RM.shape[1]
-    overlaps = len(np.unique(neurons_RM)) < neurons_RM.size
+    new_rows = _mean_new_rows(now_PR, before_PR, neurons_RM) if overlaps(neurons_RM) else new * width
     return LayerRepeats(
         layer=layer,
         same_set=_mean(sets_T[later] == sets_T[later - 1]),
@@ -111,7 +112,7 @@ def _layer_repeats(
         new_experts=new,
         new_by_chance=float((visits_TR.mean(axis=0) * (1 - visits_TR.mean(axis=0))).sum()),
         new_bytes=new * width * row_bytes,
-        new_row_bytes=(_mean_new_rows(now_PR, before_PR, neurons_RM) if overlaps else new * width) * row_bytes,
+        new_row_bytes=new_rows * row_bytes,
     )
 
 
