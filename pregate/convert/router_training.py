@@ -116,7 +116,13 @@ def _endless_batches(rows: Sequence[list[int]], options: TrainingOptions) -> Ite
 def set_thresholds(router: PathRouter, pool: TargetPool) -> None:
     """Set each layer's threshold so that its experts' mean number per token of `pool` is `pool.mean_active`."""
     scores_TS = torch.cat([router(torch.tensor([row]))[0][0] for row in pool.rows])
-    layers = zip(router.cuts, split_layers(scores_TS, router.cuts), pool.mean_active, strict=True)
+    put_thresholds(router, scores_TS, pool.mean_active)
+
+
+@torch.no_grad()
+def put_thresholds(router: PathRouter, scores_TS: torch.Tensor, numbers: Sequence[float]) -> None:
+    """Set each layer's threshold so that its experts' mean number per token of `scores_TS` is that of `numbers`."""
+    layers = zip(router.cuts, split_layers(scores_TS, router.cuts), numbers, strict=True)
     for layer, (cut, scores_TR, number) in enumerate(layers):
         router.thresholds[layer] = threshold_for(scores_TR, number) if cut.num_routed else torch.inf
 

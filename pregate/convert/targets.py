@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from pregate.convert.mass_scale import split_layers
 from pregate.convert.progress import Progress
 from pregate.convert.scoring import batches, padded
 from pregate.kernels.reference import above
@@ -104,5 +105,5 @@ def _numbers_above(
     mass_TS: torch.Tensor, cuts: Sequence[LayerCut], limits: Sequence[torch.Tensor]
 ) -> tuple[float, ...]:
     """Per layer the mean number of experts per token that reach its limit."""
-    layers = zip(mass_TS.split([c.num_routed for c in cuts], dim=-1), limits, strict=True)
+    layers = zip(split_layers(mass_TS, cuts), limits, strict=True)
     return tuple(float((above(x, limit) >= 0).sum() / len(mass_TS)) for x, limit in layers)

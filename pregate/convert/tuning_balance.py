@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pregate.base.errors import UserError
-from pregate.convert.capture import threshold_for
+from pregate.convert.router_training import put_thresholds
 from pregate.convert.scoring import padded
 from pregate.convert.tuning_data import spaced, spaced_batches
 from pregate.convert.tuning_forward import Gathered, TuningPass, threshold_of
@@ -93,10 +93,7 @@ def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
         calibrate(model, rows)
         return
     scores_TS = torch.cat([_router_scores(model, part) for part in spaced_batches(rows, ROUTER_TOKENS)])
-    for layer, scores_TR in enumerate(scores_TS.split([c.num_routed for c in model.config.cuts], dim=-1)):
-        cut = model.config.cuts[layer]
-        limit = threshold_for(scores_TR, cut.num_active) if cut.num_routed else torch.inf
-        model.path_router.thresholds[layer] = limit
+    put_thresholds(model.path_router, scores_TS, [cut.num_active for cut in model.config.cuts])
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.capture import threshold_for
-from pregate.convert.mass_scale import MassScale
+from pregate.convert.mass_scale import MassScale, split_layers
 from pregate.convert.straight_through import chosen_by, soft_choice, straight_through
 from pregate.model.gates import LinearGate, RepresentativeGate
 from pregate.model.layers import RoutedMLP, by_token_power
@@ -63,11 +63,11 @@ class TuningPass:
 
     def __post_init__(self) -> None:
         self._num_real = int(self.real_T.sum())
-        router, sizes = self.model.path_router, [c.num_routed for c in self.model.config.cuts]
+        router, cuts = self.model.path_router, self.model.config.cuts
         if self.scores_TS is not None and router is not None:
-            self._split = self.scores_TS.split(sizes, dim=-1)
+            self._split = split_layers(self.scores_TS, cuts)
             weights_TS = router.expert_weights(self.scores_TS)
-            self._path_weights = None if weights_TS is None else weights_TS.split(sizes, dim=-1)
+            self._path_weights = None if weights_TS is None else split_layers(weights_TS, cuts)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
         out_TD = mlp.shared_output(x_TD)

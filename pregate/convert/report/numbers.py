@@ -16,6 +16,7 @@ import torch
 
 from pregate.convert.capture import threshold_for
 from pregate.convert.controls import OraclePolicy
+from pregate.convert.mass_scale import split_layers
 from pregate.convert.scoring import score_rows
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice
@@ -114,7 +115,7 @@ def _scores(model: RoutedForCausalLM, rows: Sequence[list[int]], of_oracle: bool
         router = model.path_router
         assert router is not None
         all_TS = torch.cat([router(torch.tensor([row], device=model.device))[0][0] for row in rows])
-        layers = enumerate(all_TS.split([c.num_routed for c in router.cuts], dim=-1))
+        layers = enumerate(split_layers(all_TS, router.cuts))
         return {layer: scores_TR for layer, scores_TR in layers if scores_TR.shape[1]}
     keeper = _ScoreKeeper(of_oracle)
     for row in rows:  # one by one: no padding among the scores
