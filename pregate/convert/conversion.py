@@ -9,11 +9,8 @@ Shape letters: S windows, N tokens of a window, D hidden width, H held-back wind
 
 from __future__ import annotations
 
-import hashlib
-import json
 from copy import deepcopy
 from dataclasses import asdict
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ import torch
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.calibration import Calibration, read_calibration
-from pregate.convert.dense import context_tokens, load_tokenizer, shards_stamp, source_of
+from pregate.convert.dense import context_tokens, load_tokenizer, source_fields, source_of
 from pregate.convert.device import pick_device
 from pregate.convert.layer_pass import LayerPass
 from pregate.convert.options import ConvertOptions
@@ -31,6 +28,7 @@ from pregate.convert.rounding import round_to
 from pregate.convert.scoring import Score, score_logits
 from pregate.convert.shard_index import write_index
 from pregate.convert.skeleton import Skeleton
+from pregate.convert.work_folder import run_by, short_digest
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
 
@@ -88,16 +86,10 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
 def fingerprint_of(
     options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
 ) -> dict[str, Any]:
-    """Everything the resulting weights depend on, by name.
-
-    A large parent's shards are not hashed, so its path and its shards' stamp stand for them.
-    """
+    """Everything the resulting weights depend on, by name."""
     fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
-    ids = json.dumps([text.windows_SN.tolist(), text.held_back])
-    fields["calibration text"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
-    fields |= {"--model": source["path"], "the model's shards": shards_stamp(options.model)}
-    fields |= {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
-    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
+    fields["calibration text"] = short_digest([text.windows_SN.tolist(), text.held_back])
+    return fields | source_fields(options.model, source) | run_by(device)
 
 
 @torch.no_grad()

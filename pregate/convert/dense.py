@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import UserError
 from pregate.convert.shards import INDEX, DenseShards
+from pregate.convert.work_folder import short_digest
 from pregate.model.checkpoint import file_sha256, read_manifest
 from pregate.model.config import RoutedConfig
 
@@ -95,7 +95,16 @@ def shards_stamp(path: Path) -> str:
     """
     files = [file.resolve() for file in DenseShards(path).files]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+    return short_digest(stamps)
+
+
+def source_fields(path: Path, source: dict[str, Any]) -> dict[str, Any]:
+    """What tells the dense model at `path` apart, as fields of a fingerprint; `source` is its `source_of`.
+
+    A large model's shards are not hashed, so its path and its shards' stamp stand for them.
+    """
+    fields = {"--model": source["path"], "the model's shards": shards_stamp(path)}
+    return fields | {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
 
 
 def first_line(error: Exception) -> str:

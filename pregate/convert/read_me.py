@@ -8,10 +8,7 @@ Shape letters: L layers, R domains and so experts, T tokens, I channels of a den
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -24,7 +21,7 @@ from pregate.convert.dense import (
     dense_config,
     load_dense,
     load_tokenizer,
-    shards_stamp,
+    source_fields,
     source_of,
 )
 from pregate.convert.device import pick_device
@@ -39,6 +36,7 @@ from pregate.convert.read_me_options import ReadMeOptions
 from pregate.convert.read_me_rounds import Rounds, num_stages
 from pregate.convert.rounding import round_to
 from pregate.convert.scoring import Score, score_rows
+from pregate.convert.work_folder import run_by, short_digest
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import kept_float32
@@ -86,11 +84,8 @@ def fingerprint_of(
     fields = {
         f"--{name.replace('_', '-')}": v for name, v in options.describe().items() if name not in _BESIDE_THE_POINT
     }
-    ids = json.dumps([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
-    fields["text of the domains"] = hashlib.sha256(ids.encode()).hexdigest()[:16]
-    fields |= {"--model": source["path"], "the model's shards": shards_stamp(options.model)}
-    fields |= {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
-    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
+    fields["text of the domains"] = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
+    return fields | source_fields(options.model, source) | run_by(device)
 
 
 def _prepare(

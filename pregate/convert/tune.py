@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pregate.convert.tuning_data import TuningRows, read_rows
 from pregate.convert.tuning_loop import Record, Tuner
 from pregate.convert.tuning_options import TuneOptions
 from pregate.convert.tuning_state import TuningFolder, open_folder
+from pregate.convert.work_folder import run_by
 from pregate.model.checkpoint import Manifest, check_new_folder, new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
@@ -132,7 +132,7 @@ def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device)
     if options.teacher is not None:
         fields |= {"--teacher": str(options.teacher.resolve()), "its shards": shards_stamp(options.teacher)}
     fields["text"] = rows.digest()
-    return fields | {n: version(n) for n in ("pregate", "torch", "transformers")} | {"device": device.type}
+    return fields | run_by(device)
 
 
 def _recorder(folder: TuningFolder, progress: Progress) -> Any:

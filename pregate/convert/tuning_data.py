@@ -5,8 +5,6 @@ Shape letters: B rows of a batch, N tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from pregate.base.errors import UserError
 from pregate.convert.calibration import encode
 from pregate.convert.scoring import batches
 from pregate.convert.text import draw_documents, read_documents
+from pregate.convert.work_folder import short_digest
 
 #: No more than this is measured on, however much text there is.
 MAX_VALIDATION_TOKENS = 65_536
@@ -42,7 +41,7 @@ class TuningRows:
 
     def digest(self) -> str:
         """Sixteen hex digits that tell other text apart."""
-        return hashlib.sha256(json.dumps([self.training, self.validation]).encode()).hexdigest()[:16]
+        return short_digest([self.training, self.validation])
 
 
 def read_rows(

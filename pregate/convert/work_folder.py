@@ -1,18 +1,33 @@
-"""A hidden folder beside `--out` where long work keeps what it needs to go on: its lock, and files written whole."""
+"""A hidden folder beside `--out` where long work keeps what it needs to go on: its lock, and files written whole; and
+parts of the fingerprint that says what the work is of."""
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError
 
 from pregate.base.errors import UserError
+
+
+def short_digest(value: Any) -> str:
+    """Sixteen hex digits that tell values JSON can hold apart."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def run_by(device: torch.device) -> dict[str, str]:
+    """What work is done by, as fields of its fingerprint: another of these may give other last bits."""
+    return {name: version(name) for name in ("pregate", "torch", "transformers")} | {"device": device.type}
 
 
 @contextmanager
