@@ -16,8 +16,7 @@ import torch
 
 from pregate.convert.domains import down_projections, run_layers, watched
 from pregate.convert.progress import Progress
-from pregate.convert.scoring import batches, padded
-from pregate.convert.targets import TargetPool
+from pregate.convert.targets import TargetPool, by_row
 from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
 
 TARGETS = ("overlap", "contribution")
@@ -73,20 +72,17 @@ def domain_targets(
     """
     mlps = find_gated_mlps(model)
     scorers = [_scorer(*of, target) for of in zip(mlps, masks, num_active, strict=True)]
-    scores: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     parts: dict[int, torch.Tensor] = {}
 
     def see(layer: int, h_TI: torch.Tensor) -> None:
         parts[layer] = scorers[layer](h_TI).cpu()
 
-    with watched(down_projections(mlps), see), progress.stage("collecting targets", len(rows)) as advance:
-        for batch in batches(rows):
-            ids_BN, mask_BN = padded([rows[i] for i in batch])
-            run_layers(model, ids_BN, mask_BN)
-            scores_BNS = torch.cat([parts[layer] for layer in range(len(mlps))], dim=-1).unflatten(0, ids_BN.shape)
-            for index, scores_NS in zip(batch, scores_BNS, strict=True):
-                scores[index] = scores_NS[: len(rows[index])].clone()
-            advance(len(batch))
+    def run(ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
+        run_layers(model, ids_BN, mask_BN)
+        return torch.cat([parts[layer] for layer in range(len(mlps))], dim=-1)
+
+    with watched(down_projections(mlps), see):
+        scores = by_row(rows, progress, run)
     num_layers = len(mlps)
     return TargetPool(list(rows), scores, (torch.tensor(torch.inf),) * num_layers, (1.0,) * num_layers)
 

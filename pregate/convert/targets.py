@@ -1,12 +1,13 @@
 """What a path router learns from, per token along the layer-wise model: each expert's contribution mass, or, for a
 forecast, what its gate ranks it by.
 
-Shape letters: T tokens (padding included), D hidden width, R routed experts of a layer, S the experts of all layers.
+Shape letters: B documents of a batch, N tokens of one, T tokens (padding included), D hidden width, R routed
+experts of a layer, S the experts of all layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +67,24 @@ class _Recorder:
         return mlp.gate.choose(x_TD)
 
 
+def by_row(
+    rows: Sequence[list[int]], progress: Progress, run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> list[torch.Tensor]:
+    """Per document what `run` gives for its tokens [N, S], padding left out.
+
+    `run` gets the ids and the mask [B, N] of a batch and gives [B * N, S], on the CPU.
+    """
+    found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    with progress.stage("collecting targets", len(rows)) as advance:
+        for batch in batches(rows):
+            ids_BN, mask_BN = padded([rows[i] for i in batch])
+            found_BNS = run(ids_BN, mask_BN).unflatten(0, tuple(ids_BN.shape))
+            for index, found_NS in zip(batch, found_BNS, strict=True):
+                found[index] = found_NS[: len(rows[index])].clone()
+            advance(len(batch))
+    return found
+
+
 @torch.no_grad()
 def collect_targets(
     model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress, of_gates: bool = False
@@ -74,18 +93,16 @@ def collect_targets(
 
     `of_gates`: keep what the gates rank the experts by in its place, and how many they choose.
     """
-    mass: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    with progress.stage("collecting targets", len(rows)) as advance:
-        for batch in batches(rows):
-            ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
-            recorder = _Recorder(of_gates)
-            for mlp in model.routed_mlps:
-                mlp.policy = recorder  # set here and not by the model's forward, which would compute the head as well
-            model.parent.base_model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False)
-            mass_BNS = recorder.side_by_side(model.config.cuts, ids_BN.numel()).unflatten(0, tuple(ids_BN.shape))
-            for index, mass_NS in zip(batch, mass_BNS, strict=True):
-                mass[index] = mass_NS[: len(rows[index])].clone()
-            advance(len(batch))
+
+    def masses(ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
+        recorder = _Recorder(of_gates)
+        for mlp in model.routed_mlps:
+            mlp.policy = recorder  # set here and not by the model's forward, which would compute the head as well
+        on_device = {"input_ids": ids_BN.to(model.device), "attention_mask": mask_BN.to(model.device)}
+        model.parent.base_model(**on_device, use_cache=False)
+        return recorder.side_by_side(model.config.cuts, ids_BN.numel())
+
+    mass = by_row(rows, progress, masses)
     limits = tuple(_limit(model.routed_mlps, layer, of_gates) for layer in range(len(model.config.cuts)))
     numbers = tuple(float(c.num_active) for c in model.config.cuts)
     if of_gates and model.config.selection == "threshold":
