@@ -29,6 +29,8 @@ from pregate.model.modeling import RoutedForCausalLM
 
 #: Tokens of one batch, padding included: bounds the [B, N, V] logits in memory.
 BATCH_TOKENS = 2048
+#: Mean loss from which on a perplexity counts as infinite; exp overflows a little above.
+MOST_NATS = 700
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nats / self.num_tokens)
+        """exp of the mean; infinite where that is too large for a float, NaN where `nats` is."""
+        nats = self.nats / self.num_tokens
+        return math.inf if nats >= MOST_NATS else math.exp(nats)
 
     def bits_per_byte(self, num_bytes: int) -> float:
         return self.nats / math.log(2) / num_bytes

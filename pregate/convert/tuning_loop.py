@@ -21,7 +21,7 @@ from pregate.base.errors import UserError
 from pregate.convert.lora import merge_low_rank
 from pregate.convert.progress import Progress
 from pregate.convert.refit import refit
-from pregate.convert.scoring import batches, padded
+from pregate.convert.scoring import Score, batches, padded
 from pregate.convert.tuning_balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tuning_data import BatchOrder, TuningRows
 from pregate.convert.tuning_forward import Gathered, TuningPass, forecasts_masses
@@ -32,8 +32,6 @@ from pregate.convert.tuning_parameters import changing_tensors, choose_trained, 
 from pregate.model.modeling import RoutedForCausalLM
 
 Record = dict[str, float]
-#: Where exp overflows.
-_MOST_NATS = 700
 
 
 @dataclass(frozen=True)
@@ -256,10 +254,8 @@ class Tuner:
                 active, total = active + tuning_pass.active_neurons, total + tuning_pass.all_neurons
                 for layer, loads_R in tuning_pass.loads.items():
                     loads[layer] = loads.get(layer, torch.zeros_like(loads_R)) + loads_R
-        nats = sums[0].item() / num_tokens
-        perplexity = math.exp(nats) if nats < _MOST_NATS else math.inf
         imbalance = tuple(round(float(x.max() / x.mean().clamp_min(1e-12)), 4) for x in loads.values())
-        return Evaluation(perplexity, active / total if total else None, imbalance)
+        return Evaluation(Score(sums[0].item(), num_tokens).perplexity, active / total if total else None, imbalance)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:

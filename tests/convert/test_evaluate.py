@@ -84,6 +84,12 @@ def test_agreement_does_not_count_padding(kind: str, tiny_layerwise_checkpoint: 
     assert model.routing_policy is None
 
 
+def test_a_perplexity_too_large_for_a_float_is_infinite_and_no_number_stays_none():
+    assert Score(2 * 699.0, 2).perplexity == math.exp(699)
+    assert Score(2 * 710.0, 2).perplexity == math.inf
+    assert math.isnan(Score(math.nan, 2).perplexity)
+
+
 def test_tally_by_hand():
     tally = Tally()
     tally.add(torch.tensor([[0, 2], [1, 3], [0, 1]]), torch.tensor([[0, 2], [3, 4], [2, 3]]))

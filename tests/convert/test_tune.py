@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,26 @@ def test_balancing_makes_the_load_more_even(options: TuneOptions, balance: str, 
 def test_a_loss_that_is_not_finite_ends_the_run(options: TuneOptions):
     with pytest.raises(UserError, match=r"--learning-rate 1e\+30: the loss is nan at step \d+; a lower rate"):
         tune(replace(options, learning_rate=1e30))
+
+
+@pytest.mark.parametrize("factor", [math.nan, 1e8])
+def test_an_evaluation_that_is_not_finite_is_not_the_best(options: TuneOptions, factor: float):
+    model: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    rows = TuningRows([[1, 7, 9, 11, 13]], [[1, 44, 300, 16]])
+    tuner = Tuner(model, rows, TuningSettings(steps=9, kl_share=0, patience=2))
+    first = tuner.measure()
+    best = {name: tensor.clone() for name, tensor in tuner.best.items()}
+    model.get_output_embeddings().weight.data.mul_(factor)
+    for worse in (1, 2):
+        found = tuner.measure().perplexity
+        assert math.isnan(found) if math.isnan(factor) else found == math.inf
+        assert (tuner.counters.best, tuner.counters.best_step) == (first.perplexity, 0)
+        assert tuner.counters.worse_since == worse
+        if math.isnan(factor) and worse == 1:
+            with pytest.raises(UserError, match="the loss is nan at step 1;"):
+                tuner.run(num_steps=1)
+    assert tuner.share_done == 1  # by patience
+    assert all(torch.equal(tensor, best[name]) for name, tensor in tuner.best.items())
 
 
 def test_batches_of_a_step_are_as_one(options: TuneOptions):
