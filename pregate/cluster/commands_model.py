@@ -91,7 +91,7 @@ def convert(
     try:
         figures = run(options, RichProgress()).figures
     except KeyboardInterrupt:
-        typer.echo(f"pregate: {_interrupted(out)}", err=True)
+        typer.echo(f"pregate: {interrupted(out, 'layer')}", err=True)
         raise typer.Exit(130) from None
     report(out, figures)
 
@@ -185,14 +185,14 @@ def _shared(value: str) -> int | None:
     return int(value)
 
 
-def _interrupted(out: Path) -> str:
-    """What an interrupted conversion leaves, and how to go on."""
+def interrupted(out: Path, what: str) -> str:
+    """What an interrupted run that goes on after each `what` (layer, stage) leaves, and how to go on."""
     from pregate.convert.partial import read_state
 
     state = read_state(out)
     if state is None:
         return "interrupted; nothing was kept"
-    done = f"interrupted after layer {state.layers_done} of {state.num_layers}"
+    done = f"interrupted after {what} {state.layers_done} of {state.num_layers}"
     return f"{done}; the same command goes on there, with --restart it begins anew"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pregate.cluster.commands_model import ModelOption, OutOption, SeedOption
+from pregate.cluster.commands_model import ModelOption, OutOption, SeedOption, interrupted
 
 
 def read_me(
@@ -61,21 +61,10 @@ def read_me(
     try:
         manifest = run(options, RichProgress())
     except KeyboardInterrupt:
-        typer.echo(f"pregate: {_interrupted(out)}", err=True)
+        typer.echo(f"pregate: {interrupted(out, 'stage')}", err=True)
         raise typer.Exit(130) from None
     print_figures(manifest.figures)
     typer.echo(f"written: {out}")
-
-
-def _interrupted(out: Path) -> str:
-    """What an interrupted run leaves, and how to go on."""
-    from pregate.convert.partial import read_state
-
-    state = read_state(out)
-    if state is None:
-        return "interrupted; nothing was kept"
-    done = f"interrupted after stage {state.layers_done} of {state.num_layers}"
-    return f"{done}; the same command goes on there, with --restart it begins anew"
 
 
 def print_figures(figures: dict[str, Any]) -> None:
