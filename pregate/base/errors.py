@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 
+def option_name(field: str) -> str:
+    """The command line's name of an option's field. Example: batch_tokens is --batch-tokens."""
+    return "--" + field.replace("_", "-")
+
+
 class PregateError(Exception):
     """Root of every error pregate raises on purpose. `code` is the gRPC status name a front door answers with."""
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 from pregate.model.config import PathRouterConfig
 
 TARGETS = ("mass", "paper", "captured")
@@ -45,7 +45,7 @@ class DecoupleOptions:
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "dim": 4, "blocks": 1, "seed": 0, "pool_tokens": 2}.items():
             if getattr(self, name) < least:
-                raise UserError.of(f"--{name.replace('_', '-')}", getattr(self, name), f"allowed: {least} or more")
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {least} or more")
         if not self.text:
             raise UserError("--text: give at least one .txt or .jsonl file, or a folder of them")
         self.shape()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,15 @@ def check_model_folder(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise UserError.of("--model", path, "its config.json is not a model's: it has no model_type")
     return fields
+
+
+@contextmanager
+def named(option: str) -> Iterator[None]:
+    """Name `option` in errors about a folder that was given by it and not as --model."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(str(error).replace("--model ", f"{option} ", 1)) from error
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.control_table import control_rows
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, recorded_parent
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named, recorded_parent
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.scoring import encode_all, load_any, score_rows
 from pregate.convert.text import read_documents
@@ -78,10 +78,17 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         if model.config.routing == "layerwise" and meter.forecast:
             result["forecast_hit_rate"] = layer_figures(meter.forecast)
     if options.controls:
-        path = options.parent or _parent_of_tuned(options.model)
-        parent = None if path is None else load_dense(path)
-        result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed or 0, progress)
+        result["controls"] = control_rows(model, rows, num_bytes, _load_parent(options), options.seed or 0, progress)
     return result
+
+
+def _load_parent(options: EvaluateOptions) -> Any:
+    """The dense model to compare with: what was given, or a tuned checkpoint's; None for the checkpoint itself."""
+    if options.parent is not None:
+        with named("--parent"):
+            return load_dense(options.parent)
+    recorded = _parent_of_tuned(options.model)
+    return None if recorded is None else load_dense(recorded)
 
 
 def _parent_of_tuned(path: Path) -> Path | None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 from pregate.convert.recipes import CLUSTERINGS, DISTANCES, DRAWS, PROFILES, RECIPES, SHARED_BY, Recipe
 from pregate.model.config import GATES, SELECTIONS, LayerCut
 
@@ -39,11 +39,11 @@ class ConvertOptions(Recipe):
         choices |= {"profile": PROFILES, "distance": DISTANCES, "draw": DRAWS, "dtype": DTYPES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UserError.of(_option(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
         lowest = {"experts": 1, "active": 0, "samples": 1, "sequence_length": 2, "seed": 0}
         for name, least in (lowest | {"marks_per_token": 1, "max_iterations": 1}).items():
             if getattr(self, name) < least:
-                raise UserError.of(_option(name), getattr(self, name), f"allowed: {least} or more")
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {least} or more")
         if not 0 <= self.token_power <= 1:
             raise UserError.of("--token-power", self.token_power, "allowed: 0 to 1")
         self._check_counts()
@@ -101,7 +101,3 @@ class ConvertOptions(Recipe):
         fields = asdict(self) | {"model": str(self.model), "out": str(self.out)}
         del fields["restart"]  # says nothing about the result
         return fields | {"calibration": [str(p) for p in self.calibration]}
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")

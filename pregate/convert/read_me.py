@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pregate.base.errors import option_name
 from pregate.convert.assembly import assemble, write_checkpoint
 from pregate.convert.control_table import nominal_share
 from pregate.convert.dense import (
@@ -81,9 +82,7 @@ def fingerprint_of(
     options: ReadMeOptions, source: dict[str, Any], device: torch.device, domains: Sequence[Domain]
 ) -> dict[str, Any]:
     """Everything the resulting weights depend on, by name."""
-    fields = {
-        f"--{name.replace('_', '-')}": v for name, v in options.describe().items() if name not in _BESIDE_THE_POINT
-    }
+    fields = {option_name(name): v for name, v in options.describe().items() if name not in _BESIDE_THE_POINT}
     fields["text of the domains"] = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
     return fields | source_fields(options.model, source) | run_by(device)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 from pregate.convert.decouple_options import TARGETS as LOSSES
 from pregate.convert.domain_cut import PERMANENTS, active_width
 from pregate.convert.domain_targets import TARGETS
@@ -71,18 +71,18 @@ class ReadMeOptions:
         choices = {"permanent": PERMANENTS, "score": SCORES, "target": TARGETS, "loss": LOSSES, "dtype": DTYPES}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UserError.of(_option(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
         least: dict[str, float] = {"samples": 1, "sequence_length": 2, "rounds": 1, "router_steps": 1, "steps": 0}
         least |= {"router_batch": 1, "batch": 1, "pool_tokens": 2, "batch_tokens": 2, "dim": 4, "blocks": 1, "seed": 0}
         for name, lowest in (least | {"weight_decay": 0}).items():
             if not lowest <= getattr(self, name) < math.inf:
-                raise UserError.of(_option(name), getattr(self, name), f"allowed: {lowest} or more")
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {lowest} or more")
         for name in ("router_learning_rate", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
-                raise UserError.of(_option(name), getattr(self, name), "allowed: above 0")
+                raise UserError.of(option_name(name), getattr(self, name), "allowed: above 0")
         for name in ("active_share", "decay"):
             if not 0 < getattr(self, name) <= 1:
-                raise UserError.of(_option(name), getattr(self, name), "allowed: above 0, at most 1")
+                raise UserError.of(option_name(name), getattr(self, name), "allowed: above 0, at most 1")
         if not 0 <= self.kl_share <= 1:
             raise UserError.of("--kl-share", self.kl_share, "allowed: 0 to 1")
         self._check_domains()
@@ -112,7 +112,3 @@ class ReadMeOptions:
         fields = asdict(self) | {"model": str(self.model), "out": str(self.out)}
         del fields["restart"]
         return fields | {"domains": [str(path) for path in self.domains]}
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")

@@ -10,13 +10,14 @@ import torch
 from transformers import AutoConfig
 
 from pregate.base.dtypes import dtype_name
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 from pregate.convert.assembly import copy_tokenizer, make_readable, write_checkpoint
 from pregate.convert.dense import (
     check_model_folder,
     context_tokens,
     load_dense,
     load_tokenizer,
+    named,
     shards_stamp,
     source_of,
 )
@@ -71,10 +72,8 @@ def check_teacher(options: TuneOptions) -> None:
     fields = check_model_folder(options.model)
     routed = fields["model_type"] == RoutedConfig.model_type
     if options.teacher is not None:
-        try:
+        with named("--teacher"):
             theirs = check_model_folder(options.teacher)
-        except UserError as error:
-            raise UserError(str(error).replace("--model", "--teacher", 1)) from error
         if theirs["model_type"] == RoutedConfig.model_type:
             raise UserError.of("--teacher", options.teacher, "is a routed checkpoint; allowed: a dense model")
         if theirs.get("vocab_size") != fields.get("vocab_size"):
@@ -99,7 +98,8 @@ def load_teacher(options: TuneOptions, model: Any) -> Any:
     if not options.wants_teacher:
         return None
     if options.teacher is not None:
-        teacher = load_dense(options.teacher).to(model.device)
+        with named("--teacher"):
+            teacher = load_dense(options.teacher).to(model.device)
     else:
         check_partition(options, model)
         teacher = dense_parent(model) if isinstance(model, RoutedForCausalLM) else deepcopy(model)
@@ -127,7 +127,7 @@ def dense_parent(model: RoutedForCausalLM) -> Any:
 
 def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device) -> dict[str, Any]:
     """Everything the result depends on, by name; values are what JSON gives back."""
-    fields = {f"--{k.replace('_', '-')}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
+    fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     fields |= {"--model": str(options.model.resolve()), "the model's shards": shards_stamp(options.model)}
     if options.teacher is not None:
         fields |= {"--teacher": str(options.teacher.resolve()), "its shards": shards_stamp(options.teacher)}

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 
 METHODS = ("full", "lora")
 BALANCES = ("none", "bias", "loss")
@@ -68,9 +68,13 @@ class TuningSettings:
         choices = {"method": METHODS, "balance": BALANCES, "precision": PRECISIONS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UserError.of(_option(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
-        least: dict[str, float] = {"rank": 1, "warmup_steps": 0, "batch_tokens": 2, "accumulate": 1, "eval_every": 1}
-        least |= {
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
+        least: dict[str, float] = {
+            "rank": 1,
+            "warmup_steps": 0,
+            "batch_tokens": 2,
+            "accumulate": 1,
+            "eval_every": 1,
             "steps": 1,
             "tokens": 1,
             "patience": 0,
@@ -78,15 +82,16 @@ class TuningSettings:
             "weight_decay": 0,
             "router_mass": 0,
             "hidden_match": 0,
+            "balance_loss": 0,
         }
-        for name, lowest in (least | {"balance_loss": 0, "hidden_match": 0}).items():
+        for name, lowest in least.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
-                raise UserError.of(_option(name), value, f"allowed: {lowest} or more")
+                raise UserError.of(option_name(name), value, f"allowed: {lowest} or more")
         for name in ("alpha", "learning_rate", "router_learning_rate", "balance_rate", "minutes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise UserError.of(_option(name), value, "allowed: above 0")
+                raise UserError.of(option_name(name), value, "allowed: above 0")
         if not 0 <= self.kl_share <= 1:
             raise UserError.of("--kl-share", self.kl_share, "allowed: 0 to 1")
 
@@ -153,7 +158,7 @@ class TuneOptions(TuningSettings):
             raise UserError("--text: give at least one .txt or .jsonl file, or a folder of them")
         for name, lowest in {"sequence_length": 2, "checkpoint_every": 1}.items():
             if getattr(self, name) < lowest:
-                raise UserError.of(_option(name), getattr(self, name), f"allowed: {lowest} or more")
+                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {lowest} or more")
         if not 0 < self.validation_share < 1:
             raise UserError.of("--validation-share", self.validation_share, "allowed: between 0 and 1")
         if self.teacher is not None and not self.wants_teacher:
@@ -170,7 +175,3 @@ class TuneOptions(TuningSettings):
             "tokens": self.token_budget,
         }
         return fields | {"teacher": None if self.teacher is None else str(self.teacher)}
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")

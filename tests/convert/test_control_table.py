@@ -215,6 +215,9 @@ def test_refusals(tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_text: 
     for seed in (0, 7):
         with pytest.raises(UserError, match=f"--seed {seed}: needs --controls"):
             EvaluateOptions(tiny_layerwise_checkpoint, tiny_text, seed=seed)
+    hollow = EvaluateOptions(tiny_layerwise_checkpoint, tiny_text, 5, controls=True, parent=tiny_text.parent)
+    with pytest.raises(UserError, match=r"^--parent \S+: its weights cannot be loaded"):
+        evaluate(hollow)
     command = ["evaluate", "--text", str(tiny_text), "--model"]
     assert main([*command, str(tiny_dense), "--controls"]) == 2
     assert main([*command, str(tiny_layerwise_checkpoint), "--parent", str(tiny_dense)]) == 2

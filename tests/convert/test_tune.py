@@ -346,6 +346,13 @@ def test_bad_options_are_refused_and_nothing_is_written(options: TuneOptions, ch
     assert list(options.out.parent.iterdir()) == []
 
 
+def test_a_teacher_without_weights_is_named_as_the_teacher(options: TuneOptions, tiny_dense: Path, tmp_path: Path):
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_bytes((tiny_dense / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"^--teacher .*hollow: its weights cannot be loaded"):
+        tune(replace(options, teacher=tmp_path / "hollow"))
+
+
 def test_teachers_that_cannot_be_one(
     options: TuneOptions, tiny_path_checkpoint: Path, tiny_dense: Path, tmp_path: Path
 ):

@@ -6,7 +6,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, recorded_parent
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named, recorded_parent
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
 from pregate.convert.report.figures import Conditions, Figures, Model, Quality
@@ -175,21 +175,12 @@ def _routed_config(path: Path) -> RoutedConfig:
 
 def _load(option: str, path: Path, text: _Text) -> Any:
     """A model to show beside the reported one; `option` says who named it."""
-    with _named(option):
+    with named(option):
         kind = check_model_folder(path)["model_type"]
         text.check_same_tokens(option, path)
         if option == "--parent" and kind == RoutedConfig.model_type:
             raise UserError.of(option, path, "is a routed checkpoint; allowed: the dense model it was made from")
         return load_dense(path) if option == "--parent" else load_any(path)
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Name `option` in errors about a folder that was given by it and not as --model."""
-    try:
-        yield
-    except UserError as error:
-        raise type(error)(str(error).replace("--model ", f"{option} ", 1)) from error
 
 
 def _name(path: Path, options: ReportOptions) -> str:
