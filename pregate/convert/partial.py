@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.shard_index import write_shard
-from pregate.convert.work_folder import WRITE_ERRORS, differences, empty, locked, write_whole
+from pregate.convert.work_folder import WRITE_ERRORS, taken_up, write_whole
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -60,6 +60,11 @@ def read_state(out: Path) -> State | None:
         return State(**fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError.of("--out", out, f"{path} cannot be read ({error}); --restart discards {folder}") from error
+
+
+def _fingerprint(out: Path) -> dict[str, Any] | None:
+    state = read_state(out)
+    return None if state is None else state.fingerprint
 
 
 class PartialCheckpoint:
@@ -116,15 +121,8 @@ def open_partial(out: Path, fingerprint: dict[str, Any], num_layers: int, restar
     what lies there has another fingerprint (unless `restart`, which discards it).
     """
     folder = partial_folder(out)
-    with locked(out, folder, "conversion"):
-        if restart:
-            empty(folder)
-        state = read_state(out)
-        if state is not None and state.fingerprint != fingerprint:
-            raise UserError.of("--out", out, differences(folder, "conversion", state.fingerprint, fingerprint))
-        if state is None:
-            empty(folder)
-        partial = PartialCheckpoint(out, state or State(fingerprint, num_layers))
+    with taken_up(out, folder, "conversion", restart, fingerprint, lambda: _fingerprint(out)):
+        partial = PartialCheckpoint(out, read_state(out) or State(fingerprint, num_layers))
         try:
             yield partial
         finally:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.tuning_loop import Counters, Record, Tuner
-from pregate.convert.work_folder import WRITE_ERRORS, differences, empty, locked, write_whole
+from pregate.convert.work_folder import WRITE_ERRORS, taken_up, write_whole
 
 FORMAT_VERSION = 1
 CURVE = "training.jsonl"
@@ -56,6 +56,11 @@ def _read_state(out: Path) -> dict[str, Any] | None:
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{path} cannot be read ({error}); --restart discards {path.parent}"
         raise UserError.of("--out", out, reason) from error
+
+
+def _fingerprint(out: Path) -> dict[str, Any] | None:
+    state = _read_state(out)
+    return None if state is None else state["fingerprint"]
 
 
 class TuningFolder:
@@ -151,14 +156,7 @@ def open_folder(out: Path, fingerprint: dict[str, Any], restart: bool) -> Iterat
     when what lies there has another fingerprint (unless `restart`, which discards it).
     """
     folder = tuning_folder(out)
-    with locked(out, folder, "tuning run"):
-        if restart:
-            empty(folder)
-        state = _read_state(out)
-        if state is not None and state["fingerprint"] != fingerprint:
-            raise UserError.of("--out", out, differences(folder, "tuning run", state["fingerprint"], fingerprint))
-        if state is None:
-            empty(folder)
+    with taken_up(out, folder, "tuning run", restart, fingerprint, lambda: _fingerprint(out)):
         try:
             yield TuningFolder(out, fingerprint)
         finally:

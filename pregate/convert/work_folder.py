@@ -31,7 +31,7 @@ def run_by(device: torch.device) -> dict[str, str]:
 
 
 @contextmanager
-def locked(out: Path, folder: Path, what: str) -> Iterator[None]:
+def _locked(out: Path, folder: Path, what: str) -> Iterator[None]:
     """Make `folder` where it is not, and hold its lock within the block.
 
     UserError names `what` (a conversion) when another process holds it, or has finished `out` meanwhile.
@@ -46,6 +46,31 @@ def locked(out: Path, folder: Path, what: str) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def taken_up(
+    out: Path,
+    folder: Path,
+    what: str,
+    restart: bool,
+    fingerprint: dict[str, Any],
+    read: Callable[[], dict[str, Any] | None],
+) -> Iterator[None]:
+    """Go on with the unfinished `what` in `folder`, or begin one in it, empty; the block holds its lock.
+
+    `read` gives the fingerprint of what lies there, None where nothing does. UserError when another process works on
+    it, and when that fingerprint is another one than `fingerprint` (unless `restart`, which discards what there is).
+    """
+    with _locked(out, folder, what):
+        if restart:
+            _empty(folder)
+        there = read()
+        if there is None:
+            _empty(folder)
+        elif there != fingerprint:
+            raise UserError.of("--out", out, _differences(folder, what, there, fingerprint))
+        yield
+
+
 def _lock(lock: BinaryIO) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -55,7 +80,7 @@ def _lock(lock: BinaryIO) -> bool:
     return os.fstat(lock.fileno()).st_nlink > 0
 
 
-def empty(folder: Path) -> None:
+def _empty(folder: Path) -> None:
     """Remove everything in `folder` but its lock."""
     for path in folder.iterdir():
         if path.is_dir():
@@ -80,7 +105,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 WRITE_ERRORS = (OSError, SafetensorError)
 
 
-def differences(folder: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+def _differences(folder: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:
     """The sentence that says how the unfinished work in `folder` differs from what is asked for now."""
     names = [name for name in sorted(there | here) if there.get(name) != here.get(name)]
     changed = ", ".join(f"{name} {there.get(name)} there, {here.get(name)} here" for name in names)

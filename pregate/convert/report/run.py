@@ -26,6 +26,7 @@ from pregate.convert.report.routes import routed_flows
 from pregate.convert.report.training import training_curves
 from pregate.convert.scoring import encode_all, load_any
 from pregate.convert.text import draw_documents, read_documents, text_files
+from pregate.convert.work_folder import write_whole
 from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
@@ -81,9 +82,7 @@ def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
     """
     figures = measure(options, _Runs(progress or QuietProgress()))
     page = render(figures)
-    partial = options.out.with_name(f".{options.out.name}.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.rename(options.out)
+    write_whole(options.out, lambda path: path.write_text(page, encoding="utf-8"))
     return figures
 
 
