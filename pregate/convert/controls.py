@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from pregate.kernels.reference import above, top_k
@@ -106,8 +107,5 @@ def first_rows(neuron_index: torch.Tensor) -> torch.Tensor:
 
     Example: neuron_index [4, 7, 4, 2] gives rows [0, 1, 3].
     """
-    order = torch.argsort(neuron_index, stable=True)
-    ranked = neuron_index[order]
-    is_first = torch.ones_like(ranked, dtype=torch.bool)
-    is_first[1:] = ranked[1:] != ranked[:-1]
-    return order[is_first].sort().values
+    _, first = np.unique(neuron_index.cpu().numpy(), return_index=True)
+    return torch.from_numpy(np.sort(first)).to(neuron_index.device)

@@ -95,7 +95,7 @@ def _prepare(
     mlps = find_gated_mlps(dense)
     widths = [mlp.width for mlp in mlps]
     active = [options.active_width(width) for width in widths]
-    masks = expert_masks(experts.members(), widths)
+    masks = expert_masks([split.routed_RM for split in experts.splits], widths)
     pool = domain_targets(dense, interleaved(domains), masks, active, options.target, progress)
     figures = _overlap(experts, widths, mlps[0].hidden_size, options)
     config = read_me_config(dense.config, experts, options)

@@ -35,10 +35,6 @@ class DomainExperts:
     splits: list[NeuronSplit]
     contribution_LI: list[np.ndarray]
 
-    def members(self) -> list[np.ndarray]:
-        """Per layer the channels each routed expert holds beside the shared ones, [R, M]."""
-        return [split.routed_RM for split in self.splits]
-
 
 def choose_experts(model: Any, domains: Sequence[Domain], options: ReadMeOptions, progress: Progress) -> DomainExperts:
     """Profile a dense `model` on every domain and decide each layer's cut; the model stays as it is."""
@@ -84,7 +80,6 @@ def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains:
         routed = cut_layer(mlp, split, cut, config)
         scores = torch.from_numpy(contribution_I[split.neuron_index])
         routed.neuron_score.copy_(scores)
-        routed = routed.to(mlp.down.device)
         fit_linear(routed, inputs_LTD[mlp.layer])
         inputs_LTD[mlp.layer] = torch.empty(0)
         mlp.replace(routed)

@@ -27,6 +27,7 @@ from pregate.convert.tuning_loop import Counters, Record, Tuner
 from pregate.convert.work_folder import WRITE_ERRORS, taken_up, write_whole
 
 FORMAT_VERSION = 1
+#: The curve's file, here and in the checkpoint that is written in the end.
 CURVE = "training.jsonl"
 _STATE = "state.json"
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")

@@ -31,14 +31,9 @@ from pregate.convert.tuning_options import TuneOptions
 from pregate.model import CheckpointReader
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import PathPolicy
-from tests.convert.read_me_cases import load, neurons_of, small, write_domains
+from tests.convert.read_me_cases import load, neurons_of, small
 from tests.equality import Tally, reference_text, refuse_degenerate
 from tests.router.serving import compare, engine_in_process, serve
-
-
-@pytest.fixture(scope="module")
-def domains(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_domains(tmp_path_factory.mktemp("domains"))
 
 
 @pytest.fixture(scope="module")

@@ -34,14 +34,9 @@ from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
 from pregate.model.layers import PathPolicy
 from pregate.model.path_router import PathRouter
-from tests.convert.read_me_cases import load, small, write_domains
+from tests.convert.read_me_cases import load, small
 
 IDS = [1, *range(30, 70)]
-
-
-@pytest.fixture(scope="module")
-def domains(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
-    return write_domains(tmp_path_factory.mktemp("domains"))
 
 
 @pytest.fixture(scope="module")

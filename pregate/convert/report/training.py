@@ -13,8 +13,8 @@ from typing import Any
 
 from pregate.base.errors import UserError
 from pregate.convert.report.figures import TrainingCurve
+from pregate.convert.tuning_state import CURVE
 
-FILE = "training.jsonl"
 CURVES = ("loss", "cross_entropy", "kl", "validation_perplexity", "active_share", "learning_rate")
 #: A page shows no more points of one curve than this.
 MAX_POINTS = 200
@@ -25,7 +25,7 @@ def training_curves(folder: Path) -> tuple[TrainingCurve, ...]:
 
     Of long curves means over stretches of equal length are kept.
     """
-    path = folder / FILE
+    path = folder / CURVE
     if not path.is_file():
         return ()
     points: dict[str, list[tuple[float, float]]] = {}
