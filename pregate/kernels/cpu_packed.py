@@ -54,11 +54,11 @@ class PackedLayout:
         new.gate_up[new_slot], new.down[new_slot] = old.gate_up[old_slot], old.down[old_slot]
 
     def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> PackedWeights:
-        """Pack a whole stack."""
+        """Pack a whole stack; no part of a gradient's graph."""
         num_slots, hidden, width = down_SDM.shape
         weights = self.allocate(num_slots, width, hidden)
-        for slot in range(num_slots):
-            self.put(weights, slot, gate_up_SMD[slot], down_SDM[slot])
+        for slot, (gate_up, down) in enumerate(zip(gate_up_SMD.detach(), down_SDM.detach(), strict=True)):
+            self.put(weights, slot, gate_up, down)
         return weights
 
 

@@ -105,7 +105,7 @@ class TritonFFN:
         num_routed, hidden, width = down_RDM.shape
         weights = self.layout.allocate(len(slices) + num_routed, width, hidden)
         for slot, (gate_up, down) in enumerate([*slices, *zip(gate_up_RMD, down_RDM, strict=True)]):
-            self.layout.put(weights, slot, gate_up, down)
+            self.layout.put(weights, slot, gate_up.detach(), down.detach())
         return LayerUnits(weights, np.arange(weights.num_slots, dtype=np.int32))
 
     def segments(

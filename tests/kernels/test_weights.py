@@ -1,9 +1,21 @@
+import importlib.util
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pregate.kernels import reference
-from pregate.kernels.weights import PaddedLayout, QuantisedLayout, quantise_rows, split_shared
+from pregate.kernels.cpu_packed import Int8FFN, PackedFFN
+from pregate.kernels.weights import (
+    PaddedLayout,
+    PlainLayout,
+    QuantisedLayout,
+    TransposedLayout,
+    quantise_rows,
+    split_shared,
+)
 
 D, M = 48, 70
 CPU = torch.device("cpu")
@@ -55,3 +67,42 @@ def test_a_shared_expert_is_the_sum_of_its_slices():
     slices = split_shared(gate_up, down, 4)
     assert [part[1].shape for part in slices] == [(D, 12)] * 4
     torch.testing.assert_close(sum(run(x, *part) for part in slices), run(x, gate_up, down))
+
+
+def outside_any_graph(part: Any) -> bool:
+    """True where no gradient's graph reaches from `part` to what it was made of; a packed int8 matrix has a tensor."""
+    tensor = part if isinstance(part, torch.Tensor) else part.unpack()[0]
+    return tensor.grad_fn is None and not tensor.requires_grad
+
+
+LAYOUTS: dict[str, Any] = {
+    "plain": PlainLayout(torch.float32, CPU),
+    "plain, another dtype": PlainLayout(torch.bfloat16, CPU),
+    "transposed": TransposedLayout(torch.float32, CPU),
+    "padded": PaddedLayout(torch.float32, CPU),
+    "quantised": QuantisedLayout(torch.int8, CPU),
+    "packed": PackedFFN("silu").layout,
+    "packed int8": Int8FFN("silu").layout,
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_stack_of_parameters_is_no_part_of_a_graph(name):
+    """One that were would keep the parameters it was made from alive."""
+    gate_up_SMD, down_SDM = (nn.Parameter(torch.stack([part, part])) for part in expert())
+    parts: list[Any] = []
+    for part in vars(LAYOUTS[name].stack(gate_up_SMD, down_SDM)).values():
+        parts += part if isinstance(part, list) else [part] if isinstance(part, torch.Tensor) else []
+    assert len(parts) >= 2
+    assert all(map(outside_any_graph, parts))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+def test_a_layer_of_parameters_in_one_stack_is_no_part_of_a_graph():
+    from pregate.kernels.triton_path import TritonFFN
+
+    shared = tuple(map(nn.Parameter, expert(2 * M)))
+    routed = (nn.Parameter(torch.stack([part, part])) for part in expert())
+    units = TritonFFN("silu", CPU, torch.float32).units((shared[0], shared[1]), 2, *routed)
+    assert units.weights.num_slots == 4
+    assert all(map(outside_any_graph, (units.weights.gate_up_SMD, units.weights.down_SDM)))
