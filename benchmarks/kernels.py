@@ -121,7 +121,7 @@ class Stage:
             "dense, our products": lambda n: same.dense(x_TD, self.dense_weights[n]),
         }
         for name, ffn in self.ffns.items():
-            segment = bench.make_segment(ids_TK.cpu(), self.shape.num_routed, ffn, self.device)
+            segment = ffn.segments(ids_TK[:, None], self.shape.num_routed, 1).layer(0)
             runs["pregate" if name == "auto" else f"pregate {name}"] = lambda n, f=ffn, s=segment, u=self.units[name]: (
                 f.layer(x_TD, s, u[n])
             )

@@ -85,7 +85,7 @@ def _measure(ffn, shape, device, dtype, percent: int, num_tokens: int) -> tuple[
     layers = [bench.DenseLayer.random(shape, dtype, device, n) for n in range(shape.num_layers(dtype, device.type))]
     units = [layer.units(ffn) for layer in layers]
     ids_TK = bench.route("uniform", num_tokens, shape.num_routed, shape.num_active(percent), generator)
-    segment = bench.make_segment(ids_TK, shape.num_routed, ffn, device)
+    segment = ffn.segments(ids_TK[:, None], shape.num_routed, 1).layer(0)
     x_TD = torch.randn(num_tokens, shape.hidden, generator=generator).to(device, dtype)
     runs = {
         "dense": lambda layer: layers[layer].forward(x_TD),

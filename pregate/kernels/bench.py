@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
-from pregate.kernels import segments
 from pregate.kernels.expert_ffn import ExpertFFN
 from pregate.kernels.units import LayerUnits
 
@@ -107,15 +106,6 @@ def route(kind: str, num_tokens: int, num_routed: int, num_k: int, generator: to
     weights_R = 1 / torch.arange(1, num_routed + 1) if kind == "zipf" else torch.ones(num_routed)
     picks_TK = torch.multinomial(weights_R.expand(num_tokens, num_routed), num_k, generator=generator)
     return picks_TK.sort(dim=1).values
-
-
-def make_segment(ids_TK: torch.Tensor, num_routed: int, ffn: ExpertFFN, device: torch.device) -> segments.Segment:
-    """One layer's metadata as `ffn` wants it."""
-    num_shared = int(ffn.shared_in_segments)
-    num_tokens, num_k = ids_TK.shape
-    block_m = ffn.block_m(num_tokens * (num_shared + num_k), num_shared + num_routed)
-    built = segments.build(ids_TK[:, None], num_routed, num_shared=num_shared, block_m=block_m)
-    return built.to(device).layer(0)
 
 
 def time_ms(

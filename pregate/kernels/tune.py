@@ -14,7 +14,7 @@ import torch
 
 from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
-from pregate.kernels import bench, block_sizes
+from pregate.kernels import bench, block_sizes, segments
 from pregate.kernels.bench import DenseLayer, Shape
 from pregate.kernels.block_sizes import BlockSizes, BlockTable
 from pregate.kernels.triton_path import TritonFFN
@@ -69,7 +69,7 @@ def tune(
         for block_m in sorted(rows[kernel]):
             num_tokens = 1 if kernel.startswith("decode") else block_m * shape.num_experts // (2 * (num_k + 1)) + 9
             ids_TK = bench.route("uniform", num_tokens, shape.num_routed, num_k, torch.Generator().manual_seed(1))
-            built = bench.segments.build(ids_TK[:, None], shape.num_routed, num_shared=1, block_m=block_m)
+            built = segments.build(ids_TK[:, None], shape.num_routed, num_shared=1, block_m=block_m)
             segment = built.to(device).layer(0)
             x_TD = torch.randn(num_tokens, shape.hidden, device=device, dtype=dtype)
 
