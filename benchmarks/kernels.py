@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -181,12 +182,9 @@ def metadata_ms(shape: Shape, ids_TK: torch.Tensor, ffn: ExpertFFN, device: torc
 
 def wanted_cells(shape: Shape, arguments: argparse.Namespace, report: Report) -> Iterator[tuple[int, int, str]]:
     """Tokens, percent and routing of every cell of `shape` that is to be measured."""
-    for num_tokens in arguments.tokens:
-        if shape.flops(num_tokens) <= arguments.max_gflop * 1e9:
-            for percent in arguments.percents:
-                for routing in arguments.routings:
-                    if (shape.name, num_tokens, percent, routing) not in report:
-                        yield num_tokens, percent, routing
+    for cell in itertools.product(arguments.tokens, arguments.percents, arguments.routings):
+        if shape.flops(cell[0]) <= arguments.max_gflop * 1e9 and (shape.name, *cell) not in report:
+            yield cell
 
 
 def measure(
@@ -304,9 +302,10 @@ def main() -> None:
         print({name: round(value, 1) for name, value in bounds.items()}, flush=True)
         for shape in map(bench.shape_named, arguments.shapes):
             wanted = list(wanted_cells(shape, arguments, report))
-            stage = Stage(shape, device, dtype) if wanted else None
+            if not wanted:
+                continue
+            stage = Stage(shape, device, dtype)
             for num_tokens, percent, routing in wanted:
-                assert stage is not None
                 cell = measure(stage, num_tokens, percent, routing, arguments.budget_s, bounds)
                 print(line(cell), flush=True)
                 report.add(cell, time.perf_counter() - started_s)
