@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
@@ -47,7 +48,7 @@ def kernels(
     if tune:
         _tune(ffn, chosen, where, kind, table)
     torch.set_num_threads(1)
-    print(f"{chosen.name}, {percent} % active, {ffn.name} on {device} in {str(kind).removeprefix('torch.')}, ms")
+    print(f"{chosen.name}, {percent} % active, {ffn.name} on {device} in {dtype_name(kind)}, ms")
     print(f"{'tokens':>8} {'dense':>9} {'experts':>9} {'times':>6}")
     with torch.inference_mode():
         for num_tokens in sizes:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pregate.base.dtypes import dtype_name
 from pregate.kernels.reference import Activation, activation
 from pregate.kernels.segments import Segment, Segments, Visits, build
 from pregate.kernels.units import GroupRows, LayerUnits
@@ -183,4 +184,4 @@ def why_not_dtype(dtype: torch.dtype) -> str:
         return ""
     if dtype == torch.bfloat16 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return ""
-    return f"this CPU has no native {str(dtype).removeprefix('torch.')}"
+    return f"this CPU has no native {dtype_name(dtype)}"
