@@ -36,6 +36,7 @@ import torch
 import zmq
 
 from benchmarks.surroundings import command_of
+from pregate.cluster.ray_start import init_local
 from pregate.convert.report.conditions import processor
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.channel import ChannelClient
@@ -239,7 +240,7 @@ def main() -> None:
     torch.set_num_threads(1)
     load_before = os.getloadavg()[0]
     folder = tempfile.mkdtemp(prefix="pgb-")
-    ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=f"{folder}/ray", log_to_driver=False)
+    init_local(Path(folder) / "ray", 4)
     try:
         stage = Stage(folder, max(arguments.hosts), torch.randn(arguments.rows, arguments.width))
         rows, streamed = measure(stage, arguments)

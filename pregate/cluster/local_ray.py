@@ -26,6 +26,7 @@ from types import FrameType
 from typing import IO, Any
 
 from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.cluster.ray_start import init_local, stop_ray
 
 NAMESPACE = "pregate"
 SUPERVISOR_PREFIX = "pregate:"
@@ -33,7 +34,8 @@ SUPERVISOR_PREFIX = "pregate:"
 RUN_DIR_VARIABLE = "PREGATE_RUN_DIR"
 #: Nothing of ours travels through the object store; this is Ray's own need.
 OBJECT_STORE_BYTES = 200 * 2**20
-START_TIMEOUT_S = 90.0
+#: Above Ray's own limit times `ray_start.ATTEMPTS`.
+START_TIMEOUT_S = 120.0
 #: Ray's sockets lie in the folder and a Unix socket path holds at most 107 bytes; Ray appends about 75.
 MAX_FOLDER_BYTES = 30
 POLL_S = 0.5
@@ -160,24 +162,19 @@ def keep(num_cpus: int) -> None:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _stop_ray()
+        stop_ray()
         shutil.rmtree(run_dir, ignore_errors=True)
         lock.close()
 
 
 def _keep_ray(num_cpus: int, run_dir: Path) -> None:
-    import ray
-
     os.environ[RUN_DIR_VARIABLE] = str(run_dir)
-    context: Any = ray.init(
-        address="local",
+    context = init_local(
+        run_dir / "ray",
+        num_cpus,
         namespace=NAMESPACE,
-        num_cpus=num_cpus,
-        include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
         logging_level=logging.ERROR,
-        _temp_dir=str(run_dir / "ray"),
     )
     signal.signal(signal.SIGTERM, _on_sigterm)  # ray.init puts its own in place
     sys.stdout.write(json.dumps({"address": context.address_info["gcs_address"], "run_dir": str(run_dir)}) + "\n")
@@ -202,19 +199,6 @@ def _launcher_gone() -> bool:
     """Whether the launcher closed our standard input, by letting go or by dying."""
     ready, _, _ = select.select([sys.stdin], [], [], 0)
     return bool(ready)
-
-
-def _stop_ray() -> None:
-    """Stop Ray and see that every child is gone before the folder with their sockets is removed."""
-    import psutil
-    import ray
-
-    children = psutil.Process().children(recursive=True)
-    ray.shutdown()
-    _, left = psutil.wait_procs(children, timeout=5)
-    for process in left:
-        process.kill()
-    psutil.wait_procs(left, timeout=5)
 
 
 # ---- folders ----

@@ -11,6 +11,7 @@ import ray
 import torch
 
 from pregate.base.errors import UnavailableError, UserError
+from pregate.cluster.ray_start import init_local
 from pregate.kernels import reference
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.channel import ChannelClient, ChannelOptions
@@ -91,7 +92,7 @@ def test_options_that_cannot_be():
 @pytest.fixture
 def local_ray():
     folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+    init_local(Path(folder) / "ray", 2)
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
