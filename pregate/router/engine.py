@@ -112,7 +112,7 @@ class Engine:
         hosts = np.zeros(len(self.exchange.clients), dtype=np.int64)
         sequence = Sequence(
             request.request_id, list(request.token_ids), num_prompt, max_tokens, request.sampling, seed, deadline,
-            None, hosts,
+            hosts,
         )  # fmt: skip
         self.batcher.add(sequence)
         self._sequences[request.request_id] = sequence
@@ -122,11 +122,7 @@ class Engine:
     def _begin_paths(self, sequence: Sequence) -> None:
         assert self.computer is not None
         (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
-        sequence.path_ids = np.full((sequence.capacity, *paths.ids.shape[1:]), -1, dtype=np.int16)
-        sequence.path_ids[: paths.num_tokens] = paths.ids
-        if paths.weights is not None:
-            sequence.path_weights = np.zeros(sequence.path_ids.shape, dtype=np.float32)
-            sequence.path_weights[: paths.num_tokens] = paths.weights
+        sequence.paths = paths.with_room(sequence.capacity)
         self._states[sequence.request_id] = state
 
     def cancel(self, request_id: str) -> None:
@@ -227,10 +223,8 @@ class Engine:
             return None
         parts = []
         for piece in batch:
-            sequence, rows = piece.sequence, slice(piece.sequence.num_computed, piece.stop)
-            assert sequence.path_ids is not None
-            weights = None if sequence.path_weights is None else sequence.path_weights[rows]
-            parts.append(Paths(sequence.path_ids[rows], weights))
+            assert piece.sequence.paths is not None
+            parts.append(piece.sequence.paths[piece.sequence.num_computed : piece.stop])
         return Paths.concatenate(parts)
 
     def _publish(self, sequence: Sequence, token: int) -> list[Event]:
@@ -252,10 +246,9 @@ class Engine:
         states = [self._states[s.request_id] for s in sequences]
         paths, states = self.computer.extend(states, [s.token_ids[-1:] for s in sequences])
         for sequence, path, state in zip(sequences, paths, states, strict=True):
-            assert sequence.path_ids is not None
-            sequence.path_ids[len(sequence.token_ids) - 1] = path.ids[0]
-            if path.weights is not None and sequence.path_weights is not None:
-                sequence.path_weights[len(sequence.token_ids) - 1] = path.weights[0]
+            assert sequence.paths is not None
+            num_tokens = len(sequence.token_ids)
+            sequence.paths[num_tokens - 1 : num_tokens] = path
             self._states[sequence.request_id] = state
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pregate.router.messages import SamplingParams
+
+if TYPE_CHECKING:
+    from pregate.model.paths import Paths
 
 
 @dataclass
 class Sequence:
     """`token_ids` is the prompt and what was generated; the first `num_computed` of them are in the KV cache.
 
-    `path_ids` int16 [capacity, L, K] holds the path of every known token when paths are exact, else it is None;
-    `path_weights` float32 of that shape what its experts weigh, None when all weigh 1.
+    `paths` has `capacity` rows and holds the path of every known token when paths are exact, else it is None.
     """
 
     request_id: str
@@ -24,11 +27,10 @@ class Sequence:
     sampling: SamplingParams
     seed: int
     deadline_s: float | None
-    path_ids: np.ndarray | None
     pairs_per_host: np.ndarray
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
-    path_weights: np.ndarray | None = None
+    paths: Paths | None = None
 
     @property
     def capacity(self) -> int:

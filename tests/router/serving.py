@@ -185,7 +185,7 @@ class Recorder:
             start = piece.sequence.num_computed
             for offset in range(piece.num_tokens):
                 if self.engine.exact:
-                    known[start + offset] = piece.sequence.path_ids[start + offset]
+                    known[start + offset] = piece.sequence.paths.ids[start + offset]
                 else:
                     known[start + offset] = self._row(row)
                 row += 1

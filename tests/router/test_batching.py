@@ -12,7 +12,7 @@ from pregate.router.sequence import Sequence
 
 def sequence(name, num_prompt, max_tokens=4):
     sampling = SamplingParams(max_tokens)
-    return Sequence(name, list(range(num_prompt)), num_prompt, max_tokens, sampling, 0, None, None, np.zeros(1))
+    return Sequence(name, list(range(num_prompt)), num_prompt, max_tokens, sampling, 0, None, np.zeros(1))
 
 
 def batcher(num_blocks=100, **limits):

@@ -10,7 +10,7 @@ from pregate.router.sequence import Sequence
 
 def sequence(length=3, seed=5, **sampling):
     params = SamplingParams(8, **sampling)
-    return Sequence("r", [0] * length, length, 8, params, seed, None, None, np.zeros(1))
+    return Sequence("r", [0] * length, length, 8, params, seed, None, np.zeros(1))
 
 
 def test_temperature_zero_takes_the_largest():
