@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -153,6 +153,26 @@ def choose(
     ffn = _make(name, device, dtype, act)
     _log.info("expert FFN on %s in %s: %s (%s)", device, dtype_name(dtype), ffn.name, reason)
     return ffn
+
+
+def layer_segments(
+    ffn: ExpertFFN,
+    sizes: Mapping[int, tuple[int, int]],
+    ids_TLK: torch.Tensor,
+    weights_TLK: torch.Tensor | None = None,
+) -> dict[int, Segment]:
+    """Return the segments of a step's layers in `sizes`, which says how many routed and shared units each has.
+
+    `ids_TLK` and `weights_TLK` are of all layers, as for `ExpertFFN.segments`. Layers of equal sizes share one call.
+    """
+    found: dict[int, Segment] = {}
+    for num_routed, num_shared in dict.fromkeys(sizes.values()):
+        layers = [layer for layer, other in sizes.items() if other == (num_routed, num_shared)]
+        here = slice(None) if layers == list(range(ids_TLK.shape[1])) else layers  # a slice copies nothing
+        weights = None if weights_TLK is None else weights_TLK[:, here]
+        built = ffn.segments(ids_TLK[:, here], num_routed, num_shared, weights)
+        found |= {layer: built.layer(place) for place, layer in enumerate(layers)}
+    return found
 
 
 def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> str:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 
 from pregate.kernels import expert_ffn
-from pregate.kernels.segments import Segment, Segments
-from pregate.model.config import LayerCut
+from pregate.kernels.segments import Segment
 from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
 
 
@@ -34,7 +33,7 @@ class FastExperts:
             for mlp in mlps
             if mlp.shared is not None and mlp.layer not in self._units
         }
-        self._cuts = {mlp.layer: mlp.cut for mlp in mlps}
+        self._sizes = {mlp.layer: (mlp.cut.num_routed, mlp.cut.num_shared) for mlp in mlps if mlp.layer in self._units}
         self._planned: dict[int, Segment] = {}
 
     @property
@@ -44,14 +43,8 @@ class FastExperts:
     def begin(self, policy: RoutingPolicy) -> None:
         """Start a forward pass. With paths known now, all layers' segments are made now."""
         self._planned = {}
-        if not isinstance(policy, PathPolicy):
-            return
-        for cut in set(self._cuts.values()):
-            layers = [n for n, other in self._cuts.items() if other == cut and n in self._units]
-            weights = None if policy.weights_TLK is None else policy.weights_TLK[:, layers]
-            if layers:
-                built = self._build(cut, policy.ids_TLK[:, layers], weights)
-                self._planned |= {layer: built.layer(place) for place, layer in enumerate(layers)}
+        if isinstance(policy, PathPolicy):
+            self._planned = expert_ffn.layer_segments(self._ffn, self._sizes, policy.ids_TLK, policy.weights_TLK)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D]: what `mlp` computes of `x_TD`."""
@@ -63,13 +56,10 @@ class FastExperts:
         if segment is None:
             ids_TK, weights_TK = mlp.policy.choose(mlp, x_TD)
             weights_T1K = None if weights_TK is None else weights_TK[:, None]
-            segment = self._build(mlp.cut, ids_TK[:, None], weights_T1K).layer(0)
+            segment = self._ffn.segments(ids_TK[:, None], *self._sizes[mlp.layer], weights_T1K).layer(0)
         return self._ffn.layer(x_TD.to(self._compute_dtype), segment, self._units[mlp.layer]).to(x_TD.dtype)
 
     def _hold(self, mlp: RoutedMLP) -> expert_ffn.LayerUnits:
         assert mlp.experts is not None
         shared = None if mlp.shared is None else (mlp.shared.gate_up_proj, mlp.shared.down_proj)
         return self._ffn.units(shared, mlp.cut.num_shared, mlp.experts.gate_up_proj, mlp.experts.down_proj)
-
-    def _build(self, cut: LayerCut, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor | None) -> Segments:
-        return self._ffn.segments(ids_TLK, cut.num_routed, cut.num_shared, weights_TLK)

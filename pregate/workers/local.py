@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.kernels.expert_ffn import ExpertFFN, layer_segments
 from pregate.kernels.segments import Segment
 from pregate.kernels.units import LayerUnits, SharedFFN
 from pregate.kernels.warm_up import warm_up_layer
@@ -36,6 +36,7 @@ class LocalLayers:
         self, ffn: ExpertFFN, store: UnitStore, cuts: Sequence[LayerCut], count: Callable[[int, int], None]
     ) -> None:
         self._ffn, self._store, self._cuts, self._count = ffn, store, cuts, count
+        self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(cuts) if cut.num_routed}
         self._shared: dict[int, SharedFFN] = {}
         self._units: dict[int, tuple[int, LayerUnits]] = {}
         self._segments: dict[int, Segment] = {}
@@ -68,20 +69,10 @@ class LocalLayers:
         )
 
     def begin(self, ids_TLK: np.ndarray, weights_TLK: np.ndarray | None = None) -> None:
-        """Open a step with path ids int16 [T, L, K], -1 padding, and what the experts weigh (None: 1).
-
-        Layers cut alike share one launch.
-        """
-        self._segments = {}
+        """Open a step with path ids int16 [T, L, K], -1 padding, and what the experts weigh (None: 1)."""
         self._num_pairs_L = (ids_TLK >= 0).sum(axis=(0, 2)).tolist()
-        for cut in dict.fromkeys(self._cuts):
-            layers = [layer for layer, other in enumerate(self._cuts) if other == cut]
-            if cut.num_routed:
-                every = len(layers) == len(self._cuts)
-                ids = torch.from_numpy(ids_TLK if every else ids_TLK[:, layers])
-                weights = None if weights_TLK is None else torch.from_numpy(weights_TLK[:, layers])
-                built = self._ffn.segments(ids, cut.num_routed, cut.num_shared, weights)
-                self._segments |= {layer: built.layer(place) for place, layer in enumerate(layers)}
+        weights = None if weights_TLK is None else torch.from_numpy(weights_TLK)
+        self._segments = layer_segments(self._ffn, self._sizes, torch.from_numpy(ids_TLK), weights)
 
     def run(self, layer: int, x_TD: torch.Tensor) -> torch.Tensor:
         """Return [T, D]: the shared expert and each token's experts of `layer`, summed."""
