@@ -48,19 +48,15 @@ class _Step:
 class Exchange:
     """Sends a step's token groups to their hosts and puts the answers together. One engine thread uses it.
 
-    With `local`, the one host's layers, steps with exact paths send nothing: `run` computes a layer where it is.
+    Where `local` is set, to the one host's layers, steps with exact paths send nothing: its `run` computes a layer.
     """
 
     def __init__(
-        self,
-        engine: str,
-        clients: Sequence[HostClient],
-        hosts_of_LR: np.ndarray,
-        group_timeout_s: float = 30.0,
-        local: LocalLayers | None = None,
+        self, engine: str, clients: Sequence[HostClient], hosts_of_LR: np.ndarray, group_timeout_s: float = 30.0
     ) -> None:
         self.engine, self.clients, self.hosts_of_LR = engine, list(clients), hosts_of_LR
-        self.group_timeout_s, self.local = group_timeout_s, local
+        self.group_timeout_s = group_timeout_s
+        self.local: LocalLayers | None = None
         self._step = _Step(-1, 0, None, np.zeros((0, len(clients)), dtype=np.int64))
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
@@ -113,11 +109,10 @@ class Exchange:
         answers = [client.receive(key, self.group_timeout_s) for client, key in receipt.keys]
         spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
         rows_PD = torch.cat([*answers, spare_1D]).to(out_TD.device)
+        weights_TK = None if receipt.weights_TK is None else receipt.weights_TK.to(rows_PD)
         for column, slots_T in enumerate(receipt.slots_TK.to(out_TD.device).unbind(dim=1)):
             y_TD = rows_PD[slots_T]
-            if receipt.weights_TK is not None:
-                y_TD = y_TD * receipt.weights_TK[:, column, None].to(y_TD)
-            out_TD = out_TD + y_TD
+            out_TD = out_TD + (y_TD if weights_TK is None else y_TD * weights_TK[:, column, None])
         return out_TD
 
     def end_step(self) -> np.ndarray:
