@@ -106,6 +106,13 @@ def refuse_degenerate(texts: Sequence[ReferenceText]) -> None:
             )
 
 
+def reference_texts(model: RoutedForCausalLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[ReferenceText]:
+    """The greedy text of every prompt; ValueError where they would show little."""
+    texts = [reference_text(model, prompt, max_tokens) for prompt in prompts]
+    refuse_degenerate(texts)
+    return texts
+
+
 @dataclass
 class Tally:
     """Positions compared and excused over a whole run of comparisons; `problems` are real differences."""

@@ -20,8 +20,8 @@ from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import Manifest
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP
-from tests.equality import Tally, reference_text, refuse_degenerate
-from tests.router.serving import compare, engine_in_process, serve
+from tests.equality import reference_texts
+from tests.router.serving import engine_in_process, hold
 
 
 @pytest.fixture(scope="module")
@@ -98,13 +98,10 @@ def test_targets_of_a_forecast_are_what_the_gates_go_by(tiny_layerwise_checkpoin
 def test_a_forecast_is_served_and_changes_nothing(made: tuple[DecoupleOptions, Manifest, Path]):
     model = RoutedForCausalLM.from_pretrained(made[2]).eval()
     prompts = [[1, *range(30, 30 + n * 7, 7)] for n in (5, 40)]
-    references = [reference_text(model, p, 12) for p in prompts]
-    refuse_degenerate(references)
-    with engine_in_process(made[2], 2) as (engine, _):
+    references = reference_texts(model, prompts, 12)
+    with engine_in_process(made[2], 2) as engine:
         assert (engine.info()["routing"], engine.info()["has_path_router"]) == ("layerwise", True)
-        tally = Tally()
-        compare(tally, "predicted", references, serve(engine, prompts, 12, together=True))
-        tally.check()
+        hold(engine, "predicted", references, together=(True,))
         forecast = engine.route(prompts[0])
         assert not forecast.exact
         assert (forecast.ids == model.paths(prompts[0]).ids).all()

@@ -24,8 +24,8 @@ from pregate.convert.partial import partial_folder
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
 from tests.convert.interruption import StopsAfter, interrupt
-from tests.equality import Tally, reference_text, refuse_degenerate
-from tests.router.serving import compare, engine_in_process, serve
+from tests.equality import reference_texts
+from tests.router.serving import engine_in_process, hold
 
 NUM_SHARED = [3, 0, 2]
 
@@ -141,13 +141,10 @@ def test_served_by_two_hosts_it_equals_the_reference(request: pytest.FixtureRequ
     model = _load(path)
     rng = np.random.default_rng(3)
     prompts = [[1, *rng.integers(3, 512, size=n).tolist()] for n in (5, 17, 30)]
-    references = [reference_text(model, prompt, 8) for prompt in prompts]
-    refuse_degenerate(references)
-    with engine_in_process(path, 2) as (engine, clients):
-        tally = Tally()
-        compare(tally, kind, references, serve(engine, prompts, 8, together=True))
-        tally.check()
-        assert all(client.stats.groups > 0 for client in clients)
+    references = reference_texts(model, prompts, 8)
+    with engine_in_process(path, 2) as engine:
+        hold(engine, kind, references, together=(True,))
+        assert all(client.stats.groups > 0 for client in engine.exchange.clients)
 
 
 @pytest.mark.parametrize(

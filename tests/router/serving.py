@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -113,37 +113,36 @@ def placement_of(path: Path, num_hosts: int) -> np.ndarray:
     return place([c.num_routed for c in reader.config.cuts], num_hosts, "linear").hosts_of
 
 
+def hosts_here(path: Path, num_hosts: int, **options) -> list[InProcessClient]:
+    """That many hosts in this process, each with its own units of a linear placement."""
+    hosts_of = placement_of(path, num_hosts)
+    return [
+        InProcessClient(ExpertHost(CheckpointReader(path), units_of(hosts_of, n), HostOptions(host_id=n, **options)))
+        for n in range(num_hosts)
+    ]
+
+
 @contextmanager
-def engine_over(path: Path, addresses: list[HostAddress], **options) -> Iterator[Engine]:
+def engine_of(path: Path, clients: Sequence[HostClient], **options) -> Iterator[Engine]:
+    """An engine in this process over these hosts, which it leaves at the end."""
+    try:
+        yield build_engine(EngineOptions(model=str(path), **options), clients, placement_of(path, len(clients)))
+    finally:
+        for client in clients:
+            client.close()
+
+
+def engine_over(path: Path, addresses: list[HostAddress], **options) -> AbstractContextManager[Engine]:
     """An engine in this process over channels to these hosts; without any, over one host in this process.
 
     Hosts may be fewer than were started: then they load the others' units when first asked.
     """
-    hosts_of = placement_of(path, max(len(addresses), 1))
-    clients: list[HostClient] = [ChannelClient(a) for a in addresses]
-    if not clients:
-        host = ExpertHost(CheckpointReader(path), units_of(hosts_of, 0), HostOptions())
-        clients = [InProcessClient(host)]
-    try:
-        yield build_engine(EngineOptions(model=str(path), **options), clients, hosts_of)
-    finally:
-        for client in clients:
-            client.close()
+    return engine_of(path, [ChannelClient(a) for a in addresses] or hosts_here(path, 1), **options)
 
 
-@contextmanager
-def engine_in_process(path: Path, num_hosts: int) -> Iterator[tuple[Engine, list[InProcessClient]]]:
-    """An engine over that many hosts, all in this process, each with its own units of a linear placement."""
-    hosts_of = placement_of(path, num_hosts)
-    clients = [
-        InProcessClient(ExpertHost(CheckpointReader(path), units_of(hosts_of, host), HostOptions(host_id=host)))
-        for host in range(num_hosts)
-    ]
-    try:
-        yield build_engine(EngineOptions(model=str(path), step_tokens=40), clients, hosts_of), clients
-    finally:
-        for client in clients:
-            client.close()
+def engine_in_process(path: Path, num_hosts: int) -> AbstractContextManager[Engine]:
+    """An engine over that many hosts, all in this process."""
+    return engine_of(path, hosts_here(path, num_hosts), step_tokens=40)
 
 
 @dataclass
@@ -230,6 +229,19 @@ def compare(tally: Tally, name: str, references: list[ReferenceText], served: Se
         part = shortened(reference, max(0, agreed - len(reference.prompt) + 1)) if agreed < len(paths) else reference
         same = tally.compare_text(label, part, served.tokens[key][: len(part.tokens)])
         tally.compare_logits(label, part, torch.stack(served.logits[key]), same)
+
+
+def hold(engine: Engine, name: str, references: list[ReferenceText], together: Sequence[bool] = (False, True)) -> Tally:
+    """Serve the references' prompts, one by one and all at once, and hold what comes to them.
+
+    AssertionError when anything differs without excuse.
+    """
+    tally, num_tokens = Tally(), len(references[0].tokens)
+    prompts = [reference.prompt for reference in references]
+    for at_once in together:
+        compare(tally, name, references, serve(engine, prompts, num_tokens, together=at_once))
+    tally.check()
+    return tally
 
 
 def leading_equal(ours: list[int], theirs: list[int]) -> int:

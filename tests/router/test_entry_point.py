@@ -33,7 +33,7 @@ def test_every_expert_of_every_step_goes_through_the_entry_point(tiny_layerwise_
     cuts = CheckpointReader(tiny_layerwise_checkpoint).config.cuts
     num_layers = sum(cut.num_shared > 0 for cut in cuts)
     assert num_layers == len(cuts) and all(cut.num_active for cut in cuts)
-    with engine_in_process(tiny_layerwise_checkpoint, num_hosts) as (engine, _):
+    with engine_in_process(tiny_layerwise_checkpoint, num_hosts) as engine:
         for found in rows.values():
             found.clear()
         served = serve(engine, [[1, 5, 6, 7]], 4, together=True)

@@ -11,9 +11,9 @@ from pregate.convert.options import ConvertOptions
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.router.family import check_family
 from pregate.router.messages import SamplingParams, SubmitRequest
-from tests.equality import Tally, reference_text, refuse_degenerate
+from tests.equality import reference_texts
 from tests.families import FAMILIES, SIZES, WINDOW, save_random
-from tests.router.serving import HostProcesses, compare, engine_over, serve
+from tests.router.serving import HostProcesses, engine_over, hold
 
 NUM_TOKENS = 24
 WINDOWED = [name for name, config in FAMILIES.items() if getattr(config, "sliding_window", None) == WINDOW]
@@ -43,14 +43,11 @@ def test_two_hosts_equal_the_reference(family, routing, family_folder, two_hosts
     path = family_folder(family) / routing
     check_family(CheckpointReader(path).config.text_config)
     model = RoutedForCausalLM.from_pretrained(path).eval()
-    references = [reference_text(model, p, NUM_TOKENS) for p in prompts()]
-    refuse_degenerate(references)
-    tally = Tally()
+    references = reference_texts(model, prompts(), NUM_TOKENS)
     with engine_over(path, two_hosts.serve(path), step_tokens=20) as engine:
-        compare(tally, f"{family} {routing}", references, serve(engine, prompts(), NUM_TOKENS, together=True))
+        tally = hold(engine, f"{family} {routing}", references, together=(True,))
         assert all(client.stats.groups for client in engine.exchange.clients), "both hosts were asked"
     print(f"{family}, {routing}: {tally}")
-    tally.check()
 
 
 @pytest.mark.parametrize("family", WINDOWED)

@@ -19,13 +19,10 @@ from typing import Any
 import torch
 
 from pregate.kernels import triton_decode, triton_ffn, triton_segments, warm_up
-from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.router.engine import Engine, EngineOptions, build_engine
-from pregate.workers.client import InProcessClient
-from pregate.workers.host import ExpertHost, HostOptions
-from tests.equality import ReferenceText, Tally, reference_text
-from tests.router.serving import compare, placement_of, serve, units_of
+from pregate.router.engine import Engine
+from tests.equality import ReferenceText, reference_text
+from tests.router.serving import engine_of, hold, hosts_here
 
 KERNELS = {
     triton_ffn: ("gate_up_kernel", "down_kernel", "sum_kernel"),
@@ -86,29 +83,21 @@ def watch_waits(engine: Engine, waits: list[str]) -> None:
 
 def serve_with(path: Path, num_hosts: int, references: list[ReferenceText], seen: set[str]) -> dict[str, Any]:
     seen.clear()
-    hosts_of = placement_of(path, num_hosts)
-    clients = [
-        InProcessClient(ExpertHost(CheckpointReader(path), units_of(hosts_of, n), HostOptions(n, expert_ffn="triton")))
-        for n in range(num_hosts)
-    ]
-    engine = build_engine(EngineOptions(model=str(path), step_tokens=20), clients, hosts_of)
-    at_start, waits = sorted(seen), []
-    seen.clear()
-    watch_waits(engine, waits)
-    tally = Tally()
-    prompts = [reference.prompt for reference in references]
-    compare(tally, "triton", references, serve(engine, prompts, NUM_TOKENS, together=True))
-    tally.check()
-    status = [client._host.status() for client in clients]
-    facts = {"whole": engine.exchange.local is not None, "compared": tally.compared, "hosts": status}
-    return {**facts, "at_start": at_start, "serving": sorted(seen), "waits": waits}
+    clients = hosts_here(path, num_hosts, expert_ffn="triton")
+    with engine_of(path, clients, step_tokens=20) as engine:
+        at_start, waits = sorted(seen), []
+        seen.clear()
+        watch_waits(engine, waits)
+        tally = hold(engine, "triton", references, together=(True,))
+        status = [client._host.status() for client in clients]
+        facts = {"whole": engine.exchange.local is not None, "compared": tally.compared, "hosts": status}
+        return {**facts, "at_start": at_start, "serving": sorted(seen), "waits": waits}
 
 
 def refusals(path: Path) -> dict[str, Any]:
     """What the entry point and a host say to what they must not do."""
-    hosts = {
-        name: ExpertHost(CheckpointReader(path), units_of(placement_of(path, 1), 0), HostOptions(expert_ffn=name))
-        for name in ("triton-int8", "triton-atomic")
+    hosts: dict[str, Any] = {
+        name: hosts_here(path, 1, expert_ffn=name)[0]._host for name in ("triton-int8", "triton-atomic")
     }
     found: dict[str, Any] = {name: h.local_layers(torch.device("cpu"), torch.float32) for name, h in hosts.items()}
     for ids in (-2, 4):
