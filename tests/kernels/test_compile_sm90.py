@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
 import platform
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pregate.kernels.block_sizes import BlockTable
+from tests.kernels.programs import run_program
 
 PROGRAM = Path(__file__).with_name("compile_sm90.py")
-ROOT = Path(__file__).resolve().parents[2]
 #: What one block may have on sm_90: 227 KiB.
 MAX_SHARED_BYTES = 227 * 1024
 SMALLER_ARCH = 86
@@ -31,12 +27,7 @@ pytestmark = pytest.mark.skipif(
 def kernels(tmp_path_factory) -> dict[str, dict]:
     """All of them, in one process with a cache of its own, so that the compiler does run."""
     cache = str(tmp_path_factory.mktemp("triton"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": cache, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM)], env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-    return {(line := json.loads(text))["name"]: line for text in done.stdout.splitlines()}
+    return {line["name"]: line for line in run_program(PROGRAM, interpret=False, timeout_s=280, TRITON_CACHE_DIR=cache)}
 
 
 @pytest.mark.slow

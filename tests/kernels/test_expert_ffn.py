@@ -1,5 +1,4 @@
 import importlib.util
-import logging
 
 import pytest
 import torch
@@ -14,28 +13,6 @@ LARGE = (1024, 352)
 
 def pick(implementation: str, widths=(64, 32), device=CPU):
     return choose(implementation, device, torch.float32, act="silu", widths=widths)
-
-
-class Lines(logging.Handler):
-    """Keeps what is logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
-@pytest.fixture
-def log():
-    logger, handler = logging.getLogger("pregate.kernels.expert_ffn"), Lines()
-    before = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    yield handler.lines
-    logger.removeHandler(handler)
-    logger.setLevel(before)
 
 
 def test_auto_takes_the_fastest_of_this_machine_and_says_why(log, monkeypatch):

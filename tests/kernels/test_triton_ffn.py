@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.kernels.programs import hindrance, run_program
+
 PROGRAM = Path(__file__).with_name("triton_cases.py")
-ROOT = Path(__file__).resolve().parents[2]
 #: What the product and the stores round to, with room for the order of sums.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
 SEGMENT_BUFFERS = "segments"
 
 
-def hindrance() -> str:
-    """Why the kernels cannot be interpreted here; empty if they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton < (3, 8) and numpy >= (2, 4):
-        return f"the interpreter of Triton {version('triton')} does not work with NumPy {version('numpy')}"
-    return ""
-
-
 def run_cases(device: str) -> list[dict]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": str(int(device == "cpu"))}
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), device],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return run_program(PROGRAM, device, interpret=device == "cpu", timeout_s=250)
 
 
 #: Batches that every dtype is held to: one token, those around the decode kernels' limit, and ragged tails of tiles.

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.kernels.test_triton_ffn import ROOT, hindrance
+from tests.kernels.programs import hindrance, run_program
 from tests.router.serving import weigh_experts
 
 PROGRAM = Path(__file__).with_name("triton_serving.py")
@@ -23,16 +19,7 @@ def served(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """What was seen with whole layers, with groups of two hosts, with weights; all equal the reference."""
     weighted = tmp_path_factory.mktemp("weighted") / "model"
     weigh_experts(tiny_path_checkpoint, weighted)
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(tiny_path_checkpoint), str(weighted)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return run_program(PROGRAM, tiny_path_checkpoint, weighted, interpret=True, timeout_s=200)
 
 
 def kernels(variants: list[str]) -> set[str]:
