@@ -16,7 +16,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.conversion_report import write_report
+from benchmarks.cuts import Cut, label
 from benchmarks.surroundings import surroundings
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.api import ConvertOptions, convert
@@ -36,7 +37,7 @@ from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 
 QUARTET = Path(__file__).resolve().parents[1] / "examples" / "quartet"
-CUTS = ((8, 3, 3), (8, 2, 2), (8, 1, 1), (16, 6, 6), (16, 4, 4), (16, 2, 2))
+CUTS: tuple[Cut, ...] = ((8, 3, 3), (8, 2, 2), (8, 1, 1), (16, 6, 6), (16, 4, 4), (16, 2, 2))
 #: Name -> what is changed in ours; all of it scored on the first cut, what `OPEN` names on the other two of 8 experts.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain + threshold": {"clustering": "marks", "shared_by": "contribution", "token_power": 0.0},
@@ -60,6 +61,11 @@ class Subject:
     calibration: tuple[Path, ...]
     rows: list[list[int]]
     num_bytes: int
+
+    @property
+    def facts(self) -> dict[str, int]:
+        """What is scored, for reports."""
+        return {"num_documents": len(self.rows), "num_tokens": sum(len(row) - 1 for row in self.rows)}
 
 
 def subject(name: str, shared: Path, work: Path) -> Subject:
@@ -96,14 +102,13 @@ class Bench:
     def __init__(self, subject: Subject, work: Path) -> None:
         self.subject, self.work = subject, work
 
-    def row(self, name: str, cut: tuple[int, int, int] | None, seed: int, make: Callable[[], dict[str, Any]]) -> None:
-        label = "S{1}A{2}E{0}".format(*cut) if cut else ""
-        slug = "".join(c if c.isalnum() else "-" for c in f"{self.subject.name} {label} {name} {seed}")
+    def row(self, name: str, cut: Cut | None, seed: int, make: Callable[[], dict[str, Any]]) -> None:
+        slug = "".join(c if c.isalnum() else "-" for c in f"{self.subject.name} {label(cut)} {name} {seed}")
         path = self.work / "rows" / f"{slug}.json"
         if path.exists():
             return
         started = time.monotonic()
-        fields = {"model": self.subject.name, "cut": label, "row": name, "seed": seed}
+        fields = {"model": self.subject.name, "cut": label(cut), "row": name, "seed": seed}
         fields |= make() | {"seconds": round(time.monotonic() - started, 1)}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields))
@@ -114,11 +119,12 @@ class Bench:
         score = score_rows(model, self.subject.rows, meter, control=control)
         row = {"perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte(self.subject.num_bytes)}
         if meter is not None:
+            routed_by = "control" if control else "path" if model.config.routing == "path" else "gate"
             row["active_share"] = meter.active_share
-            row |= meter.figures().get("gate_vs_oracle" if control is None else "control_vs_oracle", {})
+            row |= meter.figures().get(f"{routed_by}_vs_oracle", {})
         return row
 
-    def converted(self, recipe: str, cut: tuple[int, int, int], seed: int, change: dict[str, Any]) -> Any:
+    def converted(self, recipe: str, cut: Cut, seed: int, change: dict[str, Any]) -> Any:
         experts, shared, active = cut
         fields = {"experts": experts, "shared": shared, "active": active}
         if "shared" in change:
@@ -140,7 +146,7 @@ class Bench:
         shutil.rmtree(out)
         return model
 
-    def cell(self, cut: tuple[int, int, int], seed: int) -> None:
+    def cell(self, cut: Cut, seed: int) -> None:
         """All rows of one cut and seed."""
         for recipe in ("plain", "cmoe-paper", "ours"):
             model = _Lazy(lambda recipe=recipe: self.converted(recipe, cut, seed, {}))
@@ -158,13 +164,19 @@ class Bench:
         with static_mask(model):
             return self.score(model, metered=False) | {"active_share": share}
 
-    def variants(self, cut: tuple[int, int, int], seed: int) -> None:
+    def variants(self, cut: Cut, seed: int) -> None:
         for name in VARIANTS if cut == CUTS[0] else OPEN:
             model = _Lazy(lambda change=VARIANTS[name]: self.converted("ours", cut, seed, change))
             self.row(name, cut, seed, lambda model=model: self._variant(model()))
 
     def _variant(self, model: Any) -> dict[str, Any]:
         return self.score(model) | {"shared_per_layer": [cut.num_shared for cut in model.config.cuts]}
+
+
+def rows_in(work: Path, models: Collection[str], seeds: Collection[int]) -> list[dict[str, Any]]:
+    """The finished rows of these models and seeds below `work`."""
+    found = (json.loads(path.read_text()) for path in sorted((work / "rows").glob("*.json")))
+    return [row for row in found if row["model"] in models and row["seed"] in seeds]
 
 
 class _Lazy:
@@ -206,12 +218,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     quiet_transformers()
     subjects = list(run(args.models, args.seeds, args.shared_folder, args.work))
-    found = (json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json")))
-    rows = [row for row in found if row["model"] in args.models and row["seed"] in {0, *args.seeds}]
-    facts = {s.name: {"num_documents": len(s.rows), "num_tokens": sum(len(r) - 1 for r in s.rows)} for s in subjects}
-    write_report(
-        rows, facts, {n: vars(r) for n, r in RECIPES.items()}, surroundings("conversion", ("transformers",)), args.out
-    )
+    rows = rows_in(args.work, args.models, {0, *args.seeds})
+    facts = {subject.name: subject.facts for subject in subjects}
+    recipes = {name: vars(recipe) for name, recipe in RECIPES.items()}
+    write_report(rows, facts, recipes, surroundings("conversion", ("transformers",)), args.out)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.cuts import in_order
 from benchmarks.surroundings import sentence
 
 METHODS = ("static", "random", "cmoe-paper", "plain", "ours", "oracle of plain", "oracle of ours")
@@ -46,8 +47,7 @@ def _markdown(rows: list[dict[str, Any]], facts: dict[str, Any], around: dict[st
 
 def _model_part(rows: list[dict[str, Any]], model: str, facts: dict[str, Any]) -> list[str]:
     (dense,) = _pick(rows, model=model, row="dense")
-    cuts = list(dict.fromkeys(r["cut"] for r in rows if r["model"] == model and r["cut"]))
-    cuts.sort(key=lambda c: (int(c.rpartition("E")[2]), -int(c[1 : c.index("A")])))
+    cuts = sorted({r["cut"] for r in rows if r["model"] == model and r["cut"]}, key=in_order)
     head = f"{facts['num_documents']} held-out documents, {facts['num_tokens']} scored tokens."
     parts = [f"## {model}", "", f"Dense parent: perplexity {dense['perplexity']:.3f}. {head}", ""]
     parts += ["| cut | " + " | ".join(METHODS) + " | share of FFN active in ours |", "| --- |" + " --: |" * 8]
@@ -123,13 +123,18 @@ def _variants(rows: list[dict[str, Any]], model: str, cut: str) -> list[str]:
     return parts
 
 
-def _picture(rows: list[dict[str, Any]], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
+def pyplot() -> Any | None:
+    """matplotlib's pyplot, drawing to files; None, and a line that says so, where it is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:  # it is not in the development group
         print("no picture: pip install 'pregate[bench]'")
-        return
+        return None
     importlib.import_module("matplotlib").use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")  # not in the development group
+    return importlib.import_module("matplotlib.pyplot")
 
+
+def _picture(rows: list[dict[str, Any]], path: Path) -> None:
+    if (plt := pyplot()) is None:
+        return
     models = list(dict.fromkeys(r["model"] for r in rows))
     figure, axes = plt.subplots(len(models), 2, figsize=(11, 4.2 * len(models)), squeeze=False)
     for model, line in zip(models, axes, strict=True):

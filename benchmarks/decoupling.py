@@ -19,24 +19,22 @@ from typing import Any
 
 import torch
 
-from benchmarks.conversion import Bench, subject
+from benchmarks.conversion import Bench, rows_in, subject
+from benchmarks.cuts import Cut, label
 from benchmarks.decoupling_report import write_report
 from benchmarks.surroundings import surroundings
-from pregate.convert.agreement import AgreementMeter
 from pregate.convert.api import ConvertOptions, DecoupleOptions, convert, decouple
 from pregate.convert.controls import OraclePolicy, RandomPolicy
 from pregate.convert.progress import Progress, RichProgress
 from pregate.convert.read_me import read_me
 from pregate.convert.read_me_options import ReadMeOptions
-from pregate.convert.scoring import load_any, score_rows
+from pregate.convert.scoring import load_any
 from pregate.convert.text import read_documents, text_files
 from pregate.convert.tune import tune
 from pregate.convert.tuning_options import TuneOptions
 from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 
-Cut = tuple[int, int, int]
-#: (experts, shared, active), shared ones counted in experts.
 CUTS: tuple[Cut, ...] = ((8, 3, 3), (8, 2, 2), (8, 1, 1), (16, 2, 2))
 TUNED: dict[str, tuple[Cut, ...]] = {"stories3M": ((8, 3, 3), (8, 2, 2)), "quartet": ((8, 3, 3),)}
 DOMAINS = {
@@ -48,10 +46,6 @@ TUNED_ROWS = {"path router tuned": "path", "layer-wise tuned": "layerwise", "Rea
 VALIDATION_EVERY = 20
 #: As many as the paper's eight rounds of a hundred.
 READ_ME_ROUTER_STEPS = 800
-
-
-def label(cut: Cut) -> str:
-    return "S{1}A{2}E{0}".format(*cut)
 
 
 class Decoupling:
@@ -146,15 +140,10 @@ class Decoupling:
         self.bench.row(name, cut, self.args.seed, make)
 
     def _score(self, path: Path, control: RoutingPolicy | None = None) -> dict[str, Any]:
-        model, rows = load_any(path), self.subject.rows
-        meter = AgreementMeter() if hasattr(model, "routed_mlps") else None
-        score = score_rows(model, rows, meter, control=control)
-        row: dict[str, Any] = {"perplexity": score.perplexity}
-        row["bits_per_byte"] = score.bits_per_byte(self.subject.num_bytes)
-        if meter is None:
-            return row | {"active_share": 1.0}
-        chosen = "control" if control else ("path" if model.config.routing == "path" else "gate")
-        return row | {"active_share": meter.active_share} | meter.figures().get(f"{chosen}_vs_oracle", {})
+        model = load_any(path)
+        routed = hasattr(model, "routed_mlps")
+        row = self.bench.score(model, control, metered=routed)
+        return row if routed else row | {"active_share": 1.0}
 
     def _tuned(self, source: Path, name: str) -> dict[str, Any]:
         out, args = self.folder / "tuned" / name, self.args
@@ -195,13 +184,12 @@ def main() -> None:
     facts = {}
     for name in args.models:
         one = Decoupling(name, args)
-        facts[name] = {"num_documents": len(one.subject.rows), "num_tokens": sum(len(r) - 1 for r in one.subject.rows)}
+        facts[name] = one.subject.facts
         if args.part in ("all", "free"):
             one.training_free()
         if args.part in ("all", "tuned"):
             one.tuned()
-    found = (json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json")))
-    rows = [row for row in found if row["model"] in args.models and row["seed"] == args.seed]
+    rows = rows_in(args.work, args.models, {args.seed})
     options = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     write_report(rows, facts, options, surroundings("decoupling", ("transformers",)), args.out)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.conversion_report import pyplot
+from benchmarks.cuts import cut_of, in_order
 from benchmarks.surroundings import sentence
 
 FREE = ("layer-wise", "path router", "one index", "random", "oracle")
@@ -38,8 +38,7 @@ def _one(rows: Rows, row: str, cut: str = "") -> dict[str, Any] | None:
 
 
 def _cuts(rows: Rows, names: tuple[str, ...]) -> list[str]:
-    found = {r["cut"] for r in rows if r["row"] in names}
-    return sorted(found, key=lambda c: (int(c.rpartition("E")[2]), -int(c[1 : c.index("A")])))
+    return sorted({r["cut"] for r in rows if r["row"] in names}, key=in_order)
 
 
 def _model_part(rows: Rows, model: str, facts: dict[str, Any]) -> list[str]:
@@ -110,9 +109,8 @@ def _nominal(cut: str) -> float | None:
     """The share of the FFN that a cut's name says is active."""
     if not cut:
         return None
-    shared, _, rest = cut[1:].partition("A")
-    active, _, experts = rest.partition("E")
-    return (int(shared) + int(active)) / int(experts)
+    experts, shared, active = cut_of(cut)
+    return (shared + active) / experts
 
 
 def _notes(rows: Rows, options: dict[str, Any]) -> list[str]:
@@ -130,11 +128,8 @@ def _notes(rows: Rows, options: dict[str, Any]) -> list[str]:
 
 
 def _picture(rows: Rows, models: list[str], path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture: pip install 'pregate[bench]'")
+    if (plt := pyplot()) is None:
         return
-    importlib.import_module("matplotlib").use("Agg")
-    plt = importlib.import_module("matplotlib.pyplot")  # not in the development group
     figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4.4), squeeze=False)
     for model, axis in zip(models, axes[0], strict=True):
         _panel(axis, [r for r in rows if r["model"] == model], model)
