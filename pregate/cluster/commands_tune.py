@@ -27,7 +27,7 @@ def tune(
     kl_share: Annotated[float, typer.Option(help="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.9,
     hidden_match: Annotated[
         float | None,
-        typer.Option(help="Weight of every layer's output being the teacher's; 5 with KL.", show_default=False),
+        typer.Option(help="Weight of every layer's output being the teacher's; 20 with KL.", show_default=False),
     ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the model; without, by --method.", show_default=False)

@@ -130,7 +130,9 @@ def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device)
     fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     fields |= {"--model": str(options.model.resolve()), "the model's shards": shards_stamp(options.model)}
     if options.teacher is not None:
-        fields |= {"--teacher": str(options.teacher.resolve()), "its shards": shards_stamp(options.teacher)}
+        with named("--teacher"):
+            stamp = shards_stamp(options.teacher)
+        fields |= {"--teacher": str(options.teacher.resolve()), "its shards": stamp}
     fields["text"] = rows.digest()
     return fields | run_by(device)
 
