@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from pregate.model.config import RoutedConfig
 from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 
+#: A checkpoint is written at the latest so long after the one before, however slow the steps are.
+CHECKPOINT_S = 300.0
 #: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
 _BESIDE_THE_POINT = ("model", "teacher", "out", "text", "device", "checkpoint_every")
 
@@ -61,6 +64,7 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
             progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
             tuner.refit(progress)
+            folder.save(tuner)
         _run(tuner, options, folder, progress)
         manifest = _write(tuner, options, folder)
         folder.discard()
@@ -151,16 +155,18 @@ def _run(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Pro
     unit, total = ("steps", options.steps) if options.steps else ("tokens", options.token_budget or 0)
     if not total:
         unit, total = "seconds", round(60 * (options.minutes or 0)) or 1
-    shown = 0
+    shown, saved_s = 0, time.monotonic()
     with progress.stage(f"tuning ({unit})", total) as advance:
 
         def after_step() -> None:
-            nonlocal shown
+            nonlocal shown, saved_s
             done = round(total * tuner.share_done)
             advance(done - shown)
             shown = done
-            if tuner.counters.step % options.checkpoint_every == 0 or tuner.share_done >= 1:
+            due = tuner.counters.step % options.checkpoint_every == 0 or time.monotonic() - saved_s > CHECKPOINT_S
+            if due or tuner.share_done >= 1:
                 folder.save(tuner)
+                saved_s = time.monotonic()
 
         shown = round(total * tuner.share_done)
         advance(shown)

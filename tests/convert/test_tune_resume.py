@@ -132,6 +132,23 @@ def test_a_killed_run_goes_on_to_the_same_curve(tiny_path_checkpoint: Path, tiny
     assert not tuning_folder(out).exists()
 
 
+def test_the_fit_before_the_first_step_is_kept(options: TuneOptions, tmp_path: Path):
+    options = replace(options, refit=True)
+    interrupt(options, 4)  # in the first step after the three layers of the fit
+    assert read_step(options.out) == 0
+    progress = Interrupted(-1)
+    tune(options, progress)
+    assert progress.notes[0] == "going on after step 0, where the last run was interrupted"
+    tune(replace(options, out=tmp_path / "straight"))
+    assert_same_curve(options.out, tmp_path / "straight")
+
+
+def test_slow_steps_are_kept_as_well(options: TuneOptions, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pregate.convert.tune.CHECKPOINT_S", 0.0)
+    interrupt(options, 3)  # only the fourth step is due by count
+    assert read_step(options.out) == 2
+
+
 def test_interrupted_before_a_checkpoint_it_leaves_nothing(options: TuneOptions):
     interrupt(options, 3)
     assert list(options.out.parent.iterdir()) == []
