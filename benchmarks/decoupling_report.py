@@ -133,6 +133,8 @@ def _picture(rows: Rows, models: list[str], path: Path) -> None:
     figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 4.4), squeeze=False)
     for model, axis in zip(models, axes[0], strict=True):
         _panel(axis, [r for r in rows if r["model"] == model], model)
+        axis.yaxis.set_major_formatter(plt.LogFormatter())
+        axis.yaxis.set_minor_formatter(plt.LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
