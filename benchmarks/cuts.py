@@ -22,7 +22,7 @@ def cut_of(name: str) -> Cut:
     return experts, shared, active
 
 
-def in_order(name: str) -> tuple[int, int]:
-    """Sort key of names in tables: fewer experts first, then more shared ones."""
-    experts, shared, _ = cut_of(name)
-    return experts, -shared
+def in_order(name: str) -> Cut:
+    """Sort key of names in tables: fewer experts first, then more shared ones, then more active ones."""
+    experts, shared, active = cut_of(name)
+    return experts, -shared, -active

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cuts import label
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.api import (
     ConvertOptions,
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     held_out = EvaluateOptions(work / "path", stories / "ts_heldout.jsonl", controls=True, parent=source)
     scored = watch("evaluate", evaluate, held_out, progress)
     return {
-        "cut": f"S{args.shared}A{args.active}E{args.experts}",
+        "cut": label((args.experts, args.shared, args.active)),
         "num_documents": scored["num_documents"],
         "num_tokens": scored["num_tokens"],
         "rows": scored["controls"],

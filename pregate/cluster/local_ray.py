@@ -104,7 +104,8 @@ def start(num_cpus: int, timeout_s: float = START_TIMEOUT_S) -> LocalRay:
         if not line:
             _close_stdin(process)
             errors.seek(0)
-            reason = (errors.read().strip().splitlines() or [f"no answer within {timeout_s:.0f} s"])[-1]
+            said = errors.read().strip().splitlines()
+            reason = said[-1] if said and process.poll() is not None else f"no answer within {timeout_s:.0f} s"
             raise UnavailableError(f"Ray did not start: {reason}")
     started = json.loads(line)
     return LocalRay(started["address"], Path(started["run_dir"]), process)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pregate.base.log import get_logger
 
 #: Ray gives its node 30 s to come up, a constant of its own, which other work on the machine can make it exceed.
 ATTEMPTS = 2
+STOP_TIMEOUT_S = 5.0
 #: What Ray says then, in a bare Exception.
 _TOO_SLOW = "timed out during startup"
 
@@ -20,33 +24,40 @@ logger = get_logger(__name__)
 def init_local(folder: Path, num_cpus: int, **options: Any) -> Any:
     """`ray.init` of a Ray of our own without a dashboard, its files in `folder`; returns ray.init's context.
 
-    `num_cpus` are logical CPUs. `folder` must be short (Unix sockets lie in it) and is emptied between attempts. Raises
-    what `ray.init` raises; that the node was too slow only after `ATTEMPTS` of them.
+    `num_cpus` are logical CPUs. `folder` must be short (Unix sockets lie in it). Raises what `ray.init` raises; that
+    the node was too slow only after `ATTEMPTS` of them. Nothing is left of an attempt that was too slow.
     """
     import ray
 
     fixed: dict[str, Any] = {"address": "local", "include_dashboard": False, "log_to_driver": False}
     start = functools.partial(ray.init, num_cpus=num_cpus, _temp_dir=str(folder), **fixed, **options)
-    for _ in range(ATTEMPTS - 1):
+    others, attempt = children(), 1
+    while True:
         try:
             return start()
         except Exception as error:
             if _TOO_SLOW not in str(error):
                 raise
-            logger.warning("Ray did not come up in time, starting it once more")
-            stop_ray()
+            stop_ray(others)
             shutil.rmtree(folder, ignore_errors=True)
-    return start()
+            if attempt == ATTEMPTS:
+                raise
+        attempt += 1
+        logger.warning("Ray did not come up in time, starting it once more")
 
 
-def stop_ray() -> None:
-    """Stop Ray and see that every process below this one is gone, so that their folder can be removed."""
-    import psutil
+def children() -> list[psutil.Process]:
+    """Every process below this one."""
+    return psutil.Process().children(recursive=True)
+
+
+def stop_ray(others: Collection[psutil.Process] = ()) -> None:
+    """Stop Ray and see that every process below this one but `others` is gone: their folder can then be removed."""
     import ray
 
-    children = psutil.Process().children(recursive=True)
+    started = [process for process in children() if process not in others]
     ray.shutdown()
-    _, left = psutil.wait_procs(children, timeout=5)
+    _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
     for process in left:
         process.kill()
-    psutil.wait_procs(left, timeout=5)
+    psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)

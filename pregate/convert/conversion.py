@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pregate.base.errors import option_name
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.assembly import copy_tokenizer
 from pregate.convert.calibration import Calibration, read_calibration
@@ -87,7 +88,7 @@ def fingerprint_of(
     options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
 ) -> dict[str, Any]:
     """Everything the resulting weights depend on, by name."""
-    fields = {f"--{k}": v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
+    fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     fields["calibration text"] = short_digest([text.windows_SN.tolist(), text.held_back])
     return fields | source_fields(options.model, source) | run_by(device)
 

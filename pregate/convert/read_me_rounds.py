@@ -93,6 +93,7 @@ class Rounds:
         return TuningSettings(
             router=False,
             kl_share=options.kl_share,
+            hidden_match=0.0,  # not among Read-ME's losses
             learning_rate=options.learning_rate * options.round_factor(round_index),
             weight_decay=options.weight_decay,
             router_mass=0.0,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from pregate.convert.progress import Progress
@@ -25,6 +26,7 @@ from pregate.convert.tuning_data import spaced_batches
 from pregate.convert.tuning_forward import TuningPass, routed_hidden
 from pregate.convert.tuning_outputs import path_scores, run_layers
 from pregate.kernels.reference import gated_hidden
+from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -52,10 +54,11 @@ class _Part:
 class _RefitPass(TuningPass):
     """Runs as it is up to layer `fitted`, and there takes the sums of the fit: Z' Z [J, J], Z' Y [J, D] and |Y|^2.
 
-    What that layer and those after it give is not needed, and is 0.
+    What that layer and those after it give is not needed, and is 0. `parent`: see `refit`.
     """
 
     fitted: int = 0
+    parent: nn.Module | None = None
     sums: list[torch.Tensor] = field(default_factory=list)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
@@ -63,41 +66,58 @@ class _RefitPass(TuningPass):
             return super().forward(mlp, x_TD)
         if mlp.layer == self.fitted:
             weights_TR = self._weights(mlp, x_TD, None)[self.real_T]
-            z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], weights_TR)
+            z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], weights_TR, self.parent)
             self.sums = [z_TJ.T @ z_TJ, z_TJ.T @ missing_TD, missing_TD.square().sum()]
         return torch.zeros_like(x_TD)
 
 
-def _fit_of(mlp: RoutedMLP, x_TD: torch.Tensor, weights_TR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fit_of(
+    mlp: RoutedMLP, x_TD: torch.Tensor, weights_TR: torch.Tensor, parent: nn.Module | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What there is to fit with and what is missing, float64."""
     assert mlp.experts is not None
     h_TRM = routed_hidden(mlp, x_TD)
     there_TRM = h_TRM * weights_TR[:, :, None]
-    missing_TD = F.linear((h_TRM - there_TRM).flatten(1), mlp.experts.down_proj.transpose(0, 1).flatten(1))
+    down_DS = mlp.experts.down_proj.transpose(0, 1).flatten(1)
+    if parent is None:
+        missing_TD = F.linear((h_TRM - there_TRM).flatten(1), down_DS)
+    else:
+        missing_TD = parent(x_TD[None])[0] - mlp.shared_output(x_TD) - F.linear(there_TRM.flatten(1), down_DS)
     shared = [] if mlp.shared is None else [gated_hidden(x_TD, mlp.shared.gate_up_proj, mlp.act)]
     return torch.cat([*shared, there_TRM.flatten(1)], dim=1).double(), missing_TD.double()
 
 
 @torch.no_grad()
-def refit(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> list[float]:
+def refit(
+    model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress, parent: Any | None = None
+) -> list[float]:
     """Fit the down projections of every routed layer, in place, on about `REFIT_TOKENS` of `rows`.
 
-    Only for a model whose every expert together is the dense parent: one that was not tuned. Returns per routed
-    layer the share of the missing output's square that is still missing, on the text fitted on.
+    What is missing is what the experts not chosen would add, in a model whose every expert together is the dense
+    parent (`needs_parent`: where they overlap or leave neurons out, `parent` tells). Not for a tuned model. Returns per
+    routed layer the share of the missing output's square that is still missing, on the text fitted on.
     """
     parts = [_Part.of(model, part) for part in spaced_batches(rows, REFIT_TOKENS)]
     mlps = [m for m in model.routed_mlps if 0 < m.cut.num_active < m.cut.num_routed]
+    whole = {} if parent is None else {m.layer: m.module for m in find_gated_mlps(parent)}
     left: list[float] = []
     with progress.stage("fitting down projections", len(mlps)) as advance:
         for mlp in mlps:
             sums = [torch.zeros((), dtype=torch.float64, device=model.device)] * 3
             for part in parts:
-                refit_pass = _RefitPass(model, part.real_T, part.scores_TS, {}, fitted=mlp.layer)
+                refit_pass = _RefitPass(
+                    model, part.real_T, part.scores_TS, {}, fitted=mlp.layer, parent=whole.get(mlp.layer)
+                )
                 run_layers(model, part.ids_BN, refit_pass)
                 sums = [total + found for total, found in zip(sums, refit_pass.sums, strict=True)]
             left.append(_solve(mlp, *sums))
             advance(1)
     return left
+
+
+def needs_parent(model: RoutedForCausalLM) -> bool:
+    """Whether a model's experts overlap or leave neurons out, so that all together are not its parent."""
+    return not all(mlp.is_partition for mlp in model.routed_mlps)
 
 
 def _solve(mlp: RoutedMLP, gram_JJ: torch.Tensor, cross_JD: torch.Tensor, missing: torch.Tensor) -> float:

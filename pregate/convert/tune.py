@@ -24,6 +24,7 @@ from pregate.convert.dense import (
 )
 from pregate.convert.device import pick_device
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.refit import needs_parent
 from pregate.convert.rounding import round_to
 from pregate.convert.scoring import load_any, score_rows
 from pregate.convert.tuning_data import TuningRows, read_rows
@@ -36,7 +37,7 @@ from pregate.model.config import RoutedConfig
 from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 
-#: A checkpoint is written at the latest so long after the one before, however slow the steps are.
+#: A checkpoint is written after the first step that ends so long after the one before, whatever its number.
 CHECKPOINT_S = 300.0
 #: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
 _BESIDE_THE_POINT = ("model", "teacher", "out", "text", "device", "checkpoint_every")
@@ -63,8 +64,7 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
         if folder.load(tuner):
             progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
-            tuner.refit(progress)
-            folder.save(tuner)
+            _refit(tuner, options, folder, progress)
         _run(tuner, options, folder, progress)
         manifest = _write(tuner, options, folder)
         folder.discard()
@@ -83,7 +83,7 @@ def check_teacher(options: TuneOptions) -> None:
         if theirs.get("vocab_size") != fields.get("vocab_size"):
             reason = f"has a vocabulary of {theirs.get('vocab_size')}, --model one of {fields.get('vocab_size')}"
             raise UserError.of("--teacher", options.teacher, reason)
-        if options.matching and _depth_and_width(options.teacher) != _depth_and_width(options.model):
+        if options.matching and not _is_parent_shaped(options):
             raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
     elif routed and options.wants_teacher and read_manifest(options.model).is_tuned:
         reason = (
@@ -112,7 +112,7 @@ def load_teacher(options: TuneOptions, model: Any) -> Any:
 
 def check_partition(options: TuneOptions, model: Any) -> None:
     """UserError for a routed model whose experts overlap or leave neurons out: all together are not its parent."""
-    if isinstance(model, RoutedForCausalLM) and not all(mlp.is_partition for mlp in model.routed_mlps):
+    if isinstance(model, RoutedForCausalLM) and needs_parent(model):
         reason = "its experts overlap or leave neurons out, so all together are not its dense parent"
         raise UserError.of("--model", options.model, f"{reason}; give --teacher, or --kl-share 0")
 
@@ -139,6 +139,22 @@ def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device)
         fields |= {"--teacher": str(options.teacher.resolve()), "its shards": stamp}
     fields["text"] = rows.digest()
     return fields | run_by(device)
+
+
+def _refit(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Progress) -> None:
+    """Fit in closed form and keep it, or say why not."""
+    if needs_parent(tuner.model) and not _is_parent_shaped(options):
+        progress.note(
+            "no fit in closed form: experts overlap or leave neurons out, and no --teacher of the same layers and width"
+            " tells what is missing"
+        )
+        return
+    tuner.refit(progress)
+    folder.save(tuner)
+
+
+def _is_parent_shaped(options: TuneOptions) -> bool:
+    return options.teacher is not None and _depth_and_width(options.teacher) == _depth_and_width(options.model)
 
 
 def _recorder(folder: TuningFolder, progress: Progress) -> Any:

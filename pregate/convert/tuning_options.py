@@ -138,8 +138,8 @@ class TuneOptions(TuningSettings):
     `teacher`: a dense model folder; None with KL: the dense parent, which a routed checkpoint is with every expert
     on until it is tuned (for a dense model: itself as it is now). Documents of `text` longer than `sequence_length`
     become several rows. `validation_share` of them is kept to measure on, unless `validation` gives other text for
-    that. Every `checkpoint_every` steps, and at the latest after five minutes, what an interrupted run needs to go on
-    is written beside `out`; `restart` discards it. `device`: auto, cpu, cuda, cuda:N.
+    that. Every `checkpoint_every` steps, and after every five minutes, what an interrupted run needs to go on is
+    written beside `out`; `restart` discards it. `device`: auto, cpu, cuda, cuda:N.
     """
 
     model: Path

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pregate.kernels.cpu import LoopFFN, why_not
-from pregate.kernels.weights import quantise_rows
+from pregate.kernels.weights import put_all, quantise_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +55,7 @@ class PackedLayout:
 
     def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> PackedWeights:
         """Pack a whole stack; no part of a gradient's graph."""
-        num_slots, hidden, width = down_SDM.shape
-        weights = self.allocate(num_slots, width, hidden)
-        for slot, (gate_up, down) in enumerate(zip(gate_up_SMD.detach(), down_SDM.detach(), strict=True)):
-            self.put(weights, slot, gate_up, down)
-        return weights
+        return put_all(self, gate_up_SMD, down_SDM)
 
 
 class PackedFFN(LoopFFN):

@@ -6,6 +6,7 @@ Shape letters: S slots, M expert width, D hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -69,17 +70,22 @@ class PlainLayout:
         return torch.empty(num_slots, num_rows, num_columns, dtype=self.dtype, device=self.device)
 
 
+def put_all(layout: Any, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> Any:
+    """Return a whole stack put slot by slot into fresh weights of `layout` (`expert_ffn.Layout`)."""
+    num_slots, hidden, width = down_SDM.shape
+    weights = layout.allocate(num_slots, width, hidden)
+    # The copies would keep the weights they were made from, were these parameters with a gradient.
+    for slot, (gate_up, down) in enumerate(zip(gate_up_SMD.detach(), down_SDM.detach(), strict=True)):
+        layout.put(weights, slot, gate_up, down)
+    return weights
+
+
 class _CopiedLayout(PlainLayout):
     """A layout that no checkpoint's tensor is in already: a stack is put slot by slot."""
 
     def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> LayerWeights:
         """Return a whole stack in this layout; always a copy, and no part of a gradient's graph."""
-        num_slots, hidden, width = down_SDM.shape
-        weights = self.allocate(num_slots, width, hidden)
-        # The copies would keep the weights they were made from, were these parameters with a gradient.
-        for slot, (gate_up, down) in enumerate(zip(gate_up_SMD.detach(), down_SDM.detach(), strict=True)):
-            self.put(weights, slot, gate_up, down)
-        return weights
+        return put_all(self, gate_up_SMD, down_SDM)
 
 
 class TransposedLayout(_CopiedLayout):

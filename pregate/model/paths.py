@@ -46,9 +46,9 @@ class Paths:
         return Paths(self.ids[rows], weights, self.exact)
 
     def __setitem__(self, rows: slice, paths: Paths) -> None:
+        assert (self.weights is None) == (paths.weights is None), "all rows have weights or none has"
         self.ids[rows] = paths.ids
         if self.weights is not None:
-            assert paths.weights is not None, "paths with weights take no rows without"
             self.weights[rows] = paths.weights
 
     def with_room(self, num_tokens: int) -> Paths:

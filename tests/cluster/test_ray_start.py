@@ -5,35 +5,47 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
+from ray._private import services
 
-from pregate.cluster.ray_start import ATTEMPTS, init_local, stop_ray
+from pregate.cluster.ray_start import ATTEMPTS, children, init_local, stop_ray
 
 
 @pytest.fixture
 def short_folder():
-    folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
+    others, folder = children(), tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
     yield Path(folder) / "ray"
-    stop_ray()
+    stop_ray(others)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture
-def attempts(monkeypatch):
-    """Make starts fail, after the real thing, while the list holds errors; collects the processes each one left."""
-    errors, left, start = [], [], ray.init
+def slow_starts(monkeypatch):
+    """A list of errors, raised one by one where Ray waits for its node, and of what each found running there."""
+    errors, found, get_node = [], [], services.get_node
+
+    def get_or_raise(*args, **options):
+        if errors:
+            found.append(children())
+            raise errors.pop()
+        return get_node(*args, **options)
+
+    monkeypatch.setattr(services, "get_node", get_or_raise)
+    return errors, found
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """What every start was asked."""
+    asked, start = [], ray.init
 
     def init(**options):
-        context = start(**options)
-        left.append(psutil.Process().children(recursive=True))
-        if errors:
-            raise errors.pop()
-        return context
+        asked.append(options)
+        return start(**options)
 
     monkeypatch.setattr(ray, "init", init)
-    return errors, left
+    return asked
 
 
 def too_slow():
@@ -42,30 +54,33 @@ def too_slow():
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_slow_start_is_cleared_away_and_tried_again(attempts, short_folder, caplog):
-    errors, left = attempts
+def test_a_slow_start_is_cleared_away_and_tried_again(slow_starts, starts, short_folder, caplog):
+    errors, found = slow_starts
     errors.append(too_slow())
     with caplog.at_level(logging.WARNING, "pregate"):
         init_local(short_folder, 1)
     assert ray.cluster_resources()["CPU"] == 1
-    assert len(left) == 2
-    assert left[0]
-    assert not any(process.is_running() for process in left[0])
+    assert len(starts) == 2
+    assert found[0]
+    assert not any(process.is_running() for process in found[0])
     assert caplog.messages == ["Ray did not come up in time, starting it once more"]
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_start_that_stays_slow_fails(attempts, short_folder):
-    errors, left = attempts
+def test_a_start_that_stays_slow_fails_and_leaves_nothing(slow_starts, starts, short_folder):
+    errors, found = slow_starts
     errors.extend(too_slow() for _ in range(ATTEMPTS))
+    before = children()
     with pytest.raises(Exception, match="timed out during startup"):
         init_local(short_folder, 1)
-    assert len(left) == ATTEMPTS
+    assert len(starts) == len(found) == ATTEMPTS
+    assert all(found)
+    assert [p for p in children() if p not in before] == []
+    assert not short_folder.exists()
 
 
-def test_another_error_is_not_tried_again(attempts, short_folder):
-    _, left = attempts
+def test_another_error_is_not_tried_again(starts, short_folder):
     with pytest.raises(ValueError, match="no_such"):
         init_local(short_folder, 1, resources={"no_such": -1})
-    assert left == []
+    assert len(starts) == 1

@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 
+from pregate.convert.dense import load_dense
 from pregate.convert.progress import QuietProgress
-from pregate.convert.refit import refit
+from pregate.convert.read_me import read_me
+from pregate.convert.refit import needs_parent, refit
 from pregate.convert.scoring import score_rows
+from pregate.convert.tune import tune
+from pregate.convert.tuning_options import TuneOptions
+from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.modeling import RoutedForCausalLM
+from tests.convert.read_me_cases import small
 
 ROWS = [list(range(1 + n, 200 + n)) for n in range(0, 310, 31)]
 
@@ -81,3 +87,51 @@ def test_layers_that_leave_nothing_out_stay(tiny_dense: Path, tiny_text: Path, t
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert refit(model, ROWS, QuietProgress()) == []
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_where_experts_overlap_the_parent_tells_what_is_missing(
+    tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
+):
+    read_me(small(tiny_dense, tmp_path / "cut", domains, steps=0))
+    model, parent = load(tmp_path / "cut"), load_dense(tiny_dense)
+    assert needs_parent(model)
+    ffn = find_gated_mlps(parent)[0].module
+
+    def missing() -> float:
+        seen: list[torch.Tensor] = []
+        hook = model.routed_mlps[0].register_forward_hook(lambda _m, args, out: seen.extend((args[0], out)))
+        model(torch.tensor(ROWS), use_cache=False)
+        hook.remove()
+        return (ffn(seen[0]) - seen[1]).square().sum().item()
+
+    before = missing()
+    left = refit(model, ROWS, QuietProgress(), parent)
+    assert missing() / before == pytest.approx(left[0], rel=1e-3)
+    assert max(left) < 0.9
+
+
+class Notes(QuietProgress):
+    """Keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_overlapping_experts_are_tuned_after_a_fit_where_a_teacher_is_given(
+    given: bool, tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
+):
+    read_me(small(tiny_dense, tmp_path / "cut", domains, steps=0))
+    fields: dict[str, Any] = {"teacher": tiny_dense} if given else {"kl_share": 0.0, "hidden_match": 0.0}
+    options = TuneOptions(
+        model=tmp_path / "cut", out=tmp_path / "out", text=domains, steps=1, sequence_length=64, device="cpu", **fields
+    )
+    progress = Notes()
+    figures = tune(options, progress).figures["tune"]
+    assert ("refit" in figures) == given
+    assert any("no fit in closed form" in note for note in progress.notes) != given
+    if given:
+        assert figures["refit"]["validation_perplexity"] < figures["validation_perplexity_before"]

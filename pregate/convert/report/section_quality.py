@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html import escape
+from math import isfinite
 
 from pregate.convert.control_table import DENSE, LINEAR, ORACLE, ORACLE_FIXED, PAPER, PATH, RANDOM, STATIC
 from pregate.convert.report.figures import Curve, Figures, QualityPoint
@@ -65,8 +66,8 @@ def _more_conditions(figures: Figures) -> str:
 
 def _chart(figures: Figures, width: int) -> str:
     quality, wide = figures.quality, width > 600
-    points = [*quality.controls, *quality.others]
-    values = [p.perplexity for p in points] + [y for curve in quality.curves for y in curve.perplexities]
+    points = [p for p in (*quality.controls, *quality.others) if isfinite(p.perplexity)]  # the table names them all
+    values = [p.perplexity for p in points] + [y for curve in quality.curves for y in curve.perplexities if isfinite(y)]
     shares = [p.active_share for p in points] + [x for curve in quality.curves for x in curve.active_shares]
     x = linear_axis("share of the FFN that runs", min(shares), 1.0, lambda v: percent(v, 0), 5 if wide else 4)
     y = log_axis("perplexity", min(values), max(values), number_short)
@@ -79,6 +80,8 @@ def _chart(figures: Figures, width: int) -> str:
 def _curve(curve: Curve, own: str, tagged: bool) -> Series:
     points = []
     for n, share, perplexity in zip(curve.num_active, curve.active_shares, curve.perplexities, strict=True):
+        if not isfinite(perplexity):
+            continue
         note = f"{curve.name}, {n:.3g} routed experts: {percent(share)} of the FFN, perplexity {number(perplexity)}"
         points.append(Point(share, perplexity, note, tag=f"{n:.2g}" if tagged else ""))
     return Series(COLOURS.get(curve.name, OTHER_COLOUR), tuple(points), "solid" if curve.name == own else "dashed")
