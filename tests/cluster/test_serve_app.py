@@ -15,7 +15,7 @@ from tests.cluster.leftovers import ROOT, own_environment, serving, wait_for
 
 PROMPT = "to be or not"
 RUN = """
-import sys, signal
+import sys, signal, threading
 import ray
 from ray import serve
 from pregate.cluster.serve_app import build_app
@@ -23,8 +23,10 @@ address, port, model = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 serve.start(http_options={"port": int(port)})
 serve.run(build_app({"model": model, "hosts": "2"}))
+stop = threading.Event()
+signal.signal(signal.SIGINT, lambda *_: stop.set())  # last: Ray puts handlers of its own in place
 print("app ready", flush=True)
-signal.sigwait({signal.SIGINT})
+stop.wait()
 serve.shutdown()
 """
 
