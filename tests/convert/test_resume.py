@@ -71,7 +71,7 @@ def ctrl_c_after(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> None:
     def done_and_interrupted(self: PartialCheckpoint, *args: Any) -> None:
         layer_done(self, *args)
         if self.state.layers_done == num_layers:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(PartialCheckpoint, "layer_done", done_and_interrupted)
 
