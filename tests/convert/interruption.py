@@ -1,4 +1,4 @@
-"""Conversions that are interrupted in this process, after a number of layers."""
+"""Runs that are interrupted in this process, after a number of layers or steps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pregate.convert.progress import QuietProgress
 
 
 class StopsAfter(QuietProgress):
-    """Raises Ctrl-C once `num_layers` are done; keeps what it was told."""
+    """Raises Ctrl-C once `number` layers or steps are done (never: -1); keeps what it was told."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._left = num_layers
+    def __init__(self, number: int) -> None:
+        self._left = number
         self.steps: list[int] = []
         self.notes: list[str] = []
 

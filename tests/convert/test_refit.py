@@ -17,6 +17,7 @@ from pregate.convert.tune import tune
 from pregate.convert.tuning_options import TuneOptions
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.modeling import RoutedForCausalLM
+from tests.convert.interruption import StopsAfter
 from tests.convert.read_me_cases import small
 
 ROWS = [list(range(1 + n, 200 + n)) for n in range(0, 310, 31)]
@@ -110,16 +111,6 @@ def test_where_experts_overlap_the_parent_tells_what_is_missing(
     assert max(left) < 0.9
 
 
-class Notes(QuietProgress):
-    """Keeps what it was told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
-
-
 @pytest.mark.parametrize("given", [True, False])
 def test_overlapping_experts_are_tuned_after_a_fit_where_a_teacher_is_given(
     given: bool, tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
@@ -129,7 +120,7 @@ def test_overlapping_experts_are_tuned_after_a_fit_where_a_teacher_is_given(
     options = TuneOptions(
         model=tmp_path / "cut", out=tmp_path / "out", text=domains, steps=1, sequence_length=64, device="cpu", **fields
     )
-    progress = Notes()
+    progress = StopsAfter(-1)  # keeps what it is told, and never stops
     figures = tune(options, progress).figures["tune"]
     assert ("refit" in figures) == given
     assert any("no fit in closed form" in note for note in progress.notes) != given

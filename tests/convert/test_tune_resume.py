@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,33 +17,13 @@ from safetensors.torch import load_file
 
 from pregate.base.errors import UserError
 from pregate.cluster.cli import main
-from pregate.convert.progress import QuietProgress
 from pregate.convert.tune import tune
 from pregate.convert.tuning_options import TuneOptions
 from pregate.convert.tuning_state import open_folder, read_step, tuning_folder
+from tests.convert.interruption import StopsAfter
 from tests.convert.tuning import tiny_options
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-class Interrupted(QuietProgress):
-    """Raises Ctrl-C in step `at`; keeps what it was told."""
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-        self.notes: list[str] = []
-
-    @contextmanager
-    def stage(self, name: str, total: int) -> Iterator:
-        yield self._advance
-
-    def _advance(self, steps: int) -> None:
-        self._left -= steps
-        if self._left == 0:
-            raise KeyboardInterrupt
-
-    def note(self, sentence: str) -> None:
-        self.notes.append(sentence)
 
 
 @pytest.fixture
@@ -55,7 +33,7 @@ def options(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Tune
 
 def interrupt(options: TuneOptions, at: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        tune(options, Interrupted(at))
+        tune(options, StopsAfter(at))
     assert not options.out.exists()
 
 
@@ -85,7 +63,7 @@ def test_it_goes_on_where_it_was_and_gives_the_same(options: TuneOptions, change
     straight = tune(replace(options, out=tmp_path / "straight"))
     interrupt(options, 10 if options.refit else 7)  # the three layers of a refit count
     assert read_step(options.out) == 4
-    progress = Interrupted(-1)
+    progress = StopsAfter(-1)
     resumed = tune(options, progress)
     assert progress.notes[0] == "going on after step 4, where the last run was interrupted"
     assert_same_curve(options.out, tmp_path / "straight")
@@ -136,7 +114,7 @@ def test_the_fit_before_the_first_step_is_kept(options: TuneOptions, tmp_path: P
     options = replace(options, refit=True)
     interrupt(options, 4)  # in the first step after the three layers of the fit
     assert read_step(options.out) == 0
-    progress = Interrupted(-1)
+    progress = StopsAfter(-1)
     tune(options, progress)
     assert progress.notes[0] == "going on after step 0, where the last run was interrupted"
     tune(replace(options, out=tmp_path / "straight"))
@@ -157,7 +135,7 @@ def test_interrupted_before_a_checkpoint_it_leaves_nothing(options: TuneOptions)
 def test_ctrl_c_says_how_to_go_on(
     options: TuneOptions, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_text: Path
 ):
-    monkeypatch.setattr("pregate.convert.progress.RichProgress", lambda: Interrupted(7))
+    monkeypatch.setattr("pregate.convert.progress.RichProgress", lambda: StopsAfter(7))
     arguments = ["tune", "--model", options.model, "--text", tiny_text, "--out", options.out, "--checkpoint-every", 4]
     assert main([str(a) for a in [*arguments, "--steps", 12, "--batch-tokens", 256, "--no-refit"]]) == 130
     assert "pregate: interrupted; the same command goes on after step 4, with --restart" in capsys.readouterr().err
