@@ -4,8 +4,10 @@
 
 Cuts stories3M twice by the default recipe, S3A3E8 and S2A2E8; collects what routers learn from once for each; trains
 every variant for the same number of steps, the ones it turns on with several seeds, and scores it on held-out stories:
-perplexity, and the share of picks in common with an oracle's on the same hidden states. Writes
-results/router_ablation.json and .md. One thread; training and scoring only, no weight of the model is tuned.
+perplexity, and the share of picks in common with an oracle's on the same hidden states. For one index the experts are
+renumbered first, as `pregate decouple` does. Writes results/router_ablation.json and .md of the rows there are; a
+finished row is kept in --work, so the same command goes on, and one process for each of --cuts may fill one folder.
+One thread; training and scoring only, no weight of the model is tuned.
 """
 
 from __future__ import annotations
@@ -13,30 +15,30 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.conversion import Bench, rows_in, subject
+from benchmarks.cuts import Cut, label
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.agreement import AgreementMeter
+from pregate.convert.alignment import align_experts
 from pregate.convert.api import ConvertOptions, DecoupleOptions, QuietProgress, convert
 from pregate.convert.controls import OraclePolicy
 from pregate.convert.decouple import read_rows, routed_with, train_router
-from pregate.convert.dense import context_tokens, load_tokenizer
-from pregate.convert.scoring import encode_all, score_rows
-from pregate.convert.targets import collect_targets
-from pregate.convert.text import read_documents
+from pregate.convert.targets import TargetPool, collect_targets
 from pregate.model import RoutedForCausalLM
-from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 from pregate.model.router_flops import router_flops
 
-CUTS = {"S3A3E8": (3, 3), "S2A2E8": (2, 2)}
+CUTS: tuple[Cut, ...] = ((8, 3, 3), (8, 2, 2))
+REFERENCES = ("linear gate per layer", "oracle")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,10 @@ class Variant:
     name: str
     change: dict[str, Any] = field(default_factory=dict)
     num_seeds: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.group}: {self.name}"
 
 
 VARIANTS = (
@@ -66,136 +72,126 @@ VARIANTS = (
 )
 
 
-def held_out_rows(path: Path, text: Path, every: int) -> list[list[int]]:
-    """One in `every` of the held-out documents, as token ids."""
-    context = context_tokens(path)
-    documents = read_documents([text], context, "--shared-folder")
-    return encode_all(load_tokenizer(path), [d.text for d in documents], context, None)[0][::every]
+class Ablation:
+    """One cut of stories3M, what its routers learn from, and its rows; all below the bench's folder."""
 
+    def __init__(self, bench: Bench, cut: Cut, steps: int) -> None:
+        self.bench, self.cut, folder = bench, cut, bench.work / label(cut)
+        source, text = bench.subject.model, bench.subject.calibration
+        self.options = DecoupleOptions(folder / "layerwise", folder / "unused", text, steps=steps)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self.options.model.exists():
+            experts, shared, active = cut
+            convert(ConvertOptions(source, self.options.model, experts, shared, active, text))
 
-def scored(
-    model: RoutedForCausalLM, rows: Sequence[list[int]], name: str, policy: RoutingPolicy | None = None
-) -> dict[str, float]:
-    """Perplexity, share of the FFN that ran, and picks in common with the oracle of whoever `name` says routes."""
-    meter = AgreementMeter()
-    score = score_rows(model, rows, meter, control=policy)
-    return {
-        "perplexity": score.perplexity,
-        "active_share": meter.active_share,
-        "oracle_picks": meter.figures()[f"{name}_vs_oracle"]["mean_overlap"],
-    }
+    @cached_property
+    def model(self) -> RoutedForCausalLM:
+        return RoutedForCausalLM.from_pretrained(self.options.model, dtype=torch.float32).eval()
 
+    @cached_property
+    def pool(self) -> TargetPool:
+        return collect_targets(self.model, read_rows(self.options), QuietProgress())
 
-class Cut:
-    """One cut model with what its routers learn from and are scored on."""
+    @cached_property
+    def aligned(self) -> tuple[RoutedForCausalLM, TargetPool]:
+        """The model with its experts renumbered so that equal numbers go together, and the pool of it."""
+        model = deepcopy(self.model)
+        return model, align_experts(model, self.pool)
 
-    def __init__(self, name: str, args: argparse.Namespace, work: Path) -> None:
-        stories = args.shared_folder / "text" / "stories"
-        (shared, active), train = CUTS[name], (stories / "ts_train.jsonl",)
-        out = work / name
-        convert(ConvertOptions(args.shared_folder / "models" / "stories3M", out, 8, shared, active, train))
-        self.options = DecoupleOptions(out, work / "unused", train, steps=args.steps)
-        self.model = RoutedForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
-        self.pool = collect_targets(self.model, read_rows(self.options), QuietProgress())
-        self.rows = held_out_rows(out, stories / "ts_heldout.jsonl", args.every)
+    def references(self) -> None:
+        gate, oracle = REFERENCES
+        self.bench.row(gate, self.cut, 0, lambda: self.bench.score(self.model))
+        self.bench.row(oracle, self.cut, 0, lambda: self.bench.score(self.model, OraclePolicy()))
 
-    def run(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
+    def variant(self, variant: Variant, seed: int) -> None:
+        self.bench.row(variant.label, self.cut, seed, lambda: self._trained(variant.change, seed))
+
+    def _trained(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train and score one router."""
-        options, started = replace(self.options, seed=seed, **change), time.monotonic()
-        router, _ = train_router(self.model, self.pool, options, QuietProgress())
+        options = replace(self.options, seed=seed, **change)
+        model, pool = self.aligned if options.heads == "single" else (self.model, self.pool)
+        started = time.monotonic()
+        router, _ = train_router(model, pool, options, QuietProgress())
         seconds = time.monotonic() - started
-        flops = router_flops(options.shape(), self.model.config.cuts, self.model.config.selection)
-        routed = routed_with(self.model, router, options)
-        return scored(routed, self.rows, "path") | {"flops_per_token": flops, "train_s": round(seconds, 1)}
-
-    def references(self) -> dict[str, dict[str, float]]:
-        """The layers' linear gates, and the oracle."""
-        return {
-            "linear gate per layer": scored(self.model, self.rows, "gate"),
-            "oracle": scored(self.model, self.rows, "control", OraclePolicy()),
-        }
+        flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
+        scored = self.bench.score(routed_with(model, router, options))
+        return scored | {"flops_per_token": flops, "train_s": round(seconds, 1)}
 
 
-def mean_of(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means over seeds; `perplexity_range` is the least and greatest."""
-    means = {name: statistics.fmean(r[name] for r in runs) for name in runs[0]}
-    perplexities = [r["perplexity"] for r in runs]
-    return means | {"num_seeds": len(runs), "perplexity_range": [min(perplexities), max(perplexities)]}
-
-
-def run(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
-    """Give the result so far after every router: first all variants with one seed, then more seeds."""
-    cuts = {name: Cut(name, args, work) for name in CUTS}
-    references = {name: cut.references() for name, cut in cuts.items()}
-    runs: dict[tuple[str, Variant], list[dict[str, Any]]] = {}
-    first = cuts["S3A3E8"]
-    result = {
-        "steps": args.steps,
-        "num_documents": len(first.rows),
-        "num_tokens": sum(len(row) - 1 for row in first.rows),
-        "pool_tokens": sum(map(len, first.pool.rows)),
-    }
+def fill(bench: Bench, cuts: Sequence[Cut], steps: int) -> None:
+    """Every row of `cuts` that is not there: first all variants with one seed, then more seeds."""
+    ablations = [Ablation(bench, cut, steps) for cut in cuts]
+    for ablation in ablations:
+        ablation.references()
     for seed in range(max(v.num_seeds for v in VARIANTS)):
-        for name, cut in cuts.items():
+        for ablation in ablations:
             for variant in VARIANTS:
                 if seed < variant.num_seeds:
-                    runs.setdefault((name, variant), []).append(cut.run(variant.change, seed))
-                    yield result | {"cuts": {n: _table(n, references[n], runs) for n in cuts}}
+                    ablation.variant(variant, seed)
 
 
-def _table(cut: str, references: dict[str, Any], runs: dict[tuple[str, Variant], list[dict[str, Any]]]) -> dict:
-    rows = [
-        {"group": v.group, "name": v.name, "change": v.change} | mean_of(runs[cut, v])
-        for v in VARIANTS
-        if (cut, v) in runs
-    ]
-    return {"references": references, "rows": rows}
+def folder_of(work: Path, steps: int) -> Path:
+    """Where rows of routers trained so long are kept: of no other length."""
+    return work / f"steps-{steps}"
 
 
-def markdown(result: dict[str, Any]) -> str:
-    lines = [
+def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], around: dict[str, Any], out: Path) -> None:
+    """Write router_ablation.json and .md to `out`, of the rows there are."""
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"rows": rows, "facts": facts, "surroundings": around}
+    (out / "router_ablation.json").write_text(json.dumps(result, indent=1) + "\n")
+    parts = [
         "# Path routers compared",
         "",
         "stories3M cut twice by the default recipe (selection by threshold). Every router trained for",
-        f"{result['steps']} steps on {result['pool_tokens']} tokens of other stories, by the defaults of",
+        f"{facts['steps']} steps on {facts['pool_tokens']:,} tokens of other stories, by the defaults of",
         "`pregate decouple` but for what its row names. Perplexity of",
-        f"{result['num_documents']} held-out stories ({result['num_tokens']} scored tokens); picks: the share in",
+        f"{facts['num_documents']} held-out stories ({facts['num_tokens']} scored tokens); picks: the share in",
         "common with an oracle's on the same hidden states. Means over seeds where there are several, with the",
-        "range of perplexity.",
+        "range of perplexity. One index: on experts renumbered so that equal numbers go together.",
     ]
-    for name, table in result["cuts"].items():
-        lines += ["", f"## {name}", "", "| | router | perplexity | seeds | picks | FLOPs per token | training, s |"]
-        lines.append("| --- | --- | --: | --: | --: | --: | --: |")
-        for reference, row in table["references"].items():
-            lines.append(f"| reference | {reference} | {row['perplexity']:.3f} | | {row['oracle_picks']:.3f} | | |")
-        lines += [_line(row) for row in table["rows"]]
-    return "\n".join(lines) + f"\n\n{sentence(result['surroundings'])}.\n"
+    for name in map(label, CUTS):
+        if found := [row for row in rows if row["cut"] == name]:
+            parts += _table(found, name)
+    (out / "router_ablation.md").write_text("\n".join([*parts, "", f"{sentence(around)}.", ""]))
 
 
-def _line(row: dict[str, Any]) -> str:
-    least, most = row["perplexity_range"]
-    seeds = f"{row['num_seeds']} ({least:.3f} to {most:.3f})" if row["num_seeds"] > 1 else "1"
-    cells = [row["group"], row["name"], f"{row['perplexity']:.3f}", seeds, f"{row['oracle_picks']:.3f}"]
-    return "| " + " | ".join([*cells, f"{row['flops_per_token']:,.0f}", f"{row['train_s']:.0f}"]) + " |"
+def _table(rows: list[dict[str, Any]], name: str) -> list[str]:
+    lines = ["", f"## {name}", "", "| | router | perplexity | seeds | picks | FLOPs per token | training, s |"]
+    lines.append("| --- | --- | --: | --: | --: | --: | --: |")
+    for reference in REFERENCES:
+        found = [row for row in rows if row["row"] == reference]
+        lines += [f"| reference | {reference} | {r['perplexity']:.3f} | | {r['mean_overlap']:.3f} | | |" for r in found]
+    by_variant = [(v, [row for row in rows if row["row"] == v.label]) for v in VARIANTS]
+    return lines + [_line(variant, found) for variant, found in by_variant if found]
+
+
+def _line(variant: Variant, runs: list[dict[str, Any]]) -> str:
+    mean = {k: statistics.fmean(r[k] for r in runs) for k in ("perplexity", "mean_overlap", "train_s")}
+    perplexities = [r["perplexity"] for r in runs]
+    spread = f" ({min(perplexities):.3f} to {max(perplexities):.3f})" if len(runs) > 1 else ""
+    cells = [variant.group, variant.name, f"{mean['perplexity']:.3f}", f"{len(runs)}{spread}"]
+    cells += [f"{mean['mean_overlap']:.3f}", f"{runs[0]['flops_per_token']:,.0f}", f"{mean['train_s']:.0f}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared-folder", type=Path, required=True, help="with models/stories3M and text/stories")
+    parser.add_argument("--cuts", nargs="+", default=list(map(label, CUTS)), choices=list(map(label, CUTS)))
+    parser.add_argument("--steps", type=int, default=DecoupleOptions.steps, help="training steps of every router")
+    parser.add_argument("--work", type=Path, default=Path("runs/router_ablation"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of every router")
-    parser.add_argument("--every", type=int, default=1, help="score one held-out story in so many")
     args = parser.parse_args()
     torch.set_num_threads(1)
     quiet_transformers()
-    args.out.mkdir(parents=True, exist_ok=True)
-    around = surroundings("router_ablation", ["transformers"])
-    with tempfile.TemporaryDirectory() as work:
-        for result in run(args, Path(work)):
-            result["surroundings"] = around
-            (args.out / "router_ablation.json").write_text(json.dumps(result, indent=1) + "\n")
-            (args.out / "router_ablation.md").write_text(markdown(result))
-    print(markdown(result))
+    work = folder_of(args.work, args.steps)
+    bench = Bench(subject("stories3M", args.shared_folder, work), work)
+    fill(bench, [cut for cut in CUTS if label(cut) in args.cuts], args.steps)
+    rows = rows_in(work, {bench.subject.name}, range(max(v.num_seeds for v in VARIANTS)))
+    facts = bench.subject.facts | {"steps": args.steps, "pool_tokens": DecoupleOptions.pool_tokens}
+    write_report(rows, facts, surroundings("router_ablation", ["transformers"]), args.out)
+    print((args.out / "router_ablation.md").read_text())
 
 
 if __name__ == "__main__":
