@@ -8,6 +8,7 @@ layers (experts renumbered first, so that equal numbers go together), at random 
 expert per domain (Read-ME). Every twentieth training document is kept for early stopping and used for nothing else.
 Held-out documents are scored by the protocol of `pregate.convert.scoring`. A finished row is kept in --work and an
 interrupted tuning goes on, so the same command again finishes the rest; the results are written of what is there.
+Processes that are given different --rows may fill one folder at once, when its checkpoints are there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 
 from benchmarks.conversion import Bench, rows_in, subject
 from benchmarks.cuts import Cut, label
-from benchmarks.decoupling_report import write_report
+from benchmarks.decoupling_report import FREE, write_report
 from benchmarks.surroundings import surroundings
 from pregate.convert.api import ConvertOptions, DecoupleOptions, convert, decouple
 from pregate.convert.controls import OraclePolicy, RandomPolicy
@@ -137,6 +138,8 @@ class Decoupling:
             self._row("Read-ME", cut, lambda cut=cut: self._score(self.checkpoint(cut, "read-me")))
 
     def _row(self, name: str, cut: Cut | None, make: Any) -> None:
+        if self.args.rows and name not in self.args.rows:
+            return
         self.bench.row(name, cut, self.args.seed, make)
 
     def _score(self, path: Path, control: RoutingPolicy | None = None) -> dict[str, Any]:
@@ -171,6 +174,7 @@ def main() -> None:
     parser.add_argument("--shared-folder", type=Path, required=True, help="folder with models/stories3M and text")
     parser.add_argument("--models", nargs="+", default=list(TUNED), choices=list(TUNED))
     parser.add_argument("--part", default="all", choices=["all", "free", "tuned", "report"])
+    parser.add_argument("--rows", nargs="+", choices=["dense", *FREE, "dense tuned", "Read-ME", *TUNED_ROWS])
     parser.add_argument("--tokens", type=int, default=1_500_000, help="tokens every tuned model is tuned on")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between two looks at the validation text")
     parser.add_argument("--patience", type=int, default=4, help="looks without a better one that end a tuning")

@@ -121,9 +121,9 @@ def _notes(rows: Rows, options: dict[str, Any]) -> list[str]:
         " index: a router with one choice for all layers, on the same experts renumbered so that equal numbers go"
         " together. Read-ME: one expert per domain (no shared expert, one active), distilled router, one index."
         " Tuned: down projections fitted in closed form (routed models), then all weights and the router by the"
-        " defaults of `pregate tune` against the untuned dense parent, as are the parent's own; at most"
-        f" {options['tokens']:,} tokens, the best of looks every {options['eval_every']} steps; tokens are those up to"
-        " the end of the run. A twentieth of the training text is validation and nothing else."
+        " defaults of `pregate tune` against the untuned dense parent, as are the parent's own; the best of looks"
+        f" every {options['eval_every']} steps; tokens are those up to the end of the run."
+        " A twentieth of the training text is validation and nothing else."
         f" CPU of all tunings: {hours:.1f} hours.",
     ]
 
