@@ -148,7 +148,7 @@ def evaluate(
     parent: Annotated[
         Path | None, typer.Option(help="The dense parent; without, every expert on.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the random routing.", show_default=False)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of random routing and of what --max-tokens leaves out.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity and bits per byte; for a routed model also how its routers agree, and --controls."""

@@ -12,7 +12,7 @@ from pregate.convert.control_table import control_rows
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named, recorded_parent
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.scoring import encode_all, load_any, score_rows
-from pregate.convert.text import read_documents
+from pregate.convert.text import draw_documents, read_documents
 from pregate.model.checkpoint import read_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
@@ -22,9 +22,10 @@ from pregate.model.modeling import RoutedForCausalLM
 class EvaluateOptions:
     """What `pregate evaluate` is asked: a model folder (dense or routed), text, and how much of it at most.
 
+    Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
     With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
     dense model it came from (None: the model itself with every expert on, which is the same until it is tuned).
-    `seed` is that of random routing (None: 0).
+    `seed` is that of random routing too.
     """
 
     model: Path
@@ -39,8 +40,8 @@ class EvaluateOptions:
             raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
         if self.parent is not None and not self.controls:
             raise UserError.of("--parent", self.parent, "needs --controls")
-        if self.seed is not None and not self.controls:
-            raise UserError.of("--seed", self.seed, "needs --controls")
+        if self.seed is not None and not self.controls and self.max_tokens is None:
+            raise UserError.of("--seed", self.seed, "needs --controls or --max-tokens")
 
 
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
     tokenizer = load_tokenizer(options.model)
     context = context_tokens(options.model)
-    documents = read_documents([options.text], context, "--text")
+    documents = draw_documents(read_documents([options.text], context, "--text"), options.seed or 0)
     model = load_any(options.model)
     rows, num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
     if not rows:

@@ -110,6 +110,21 @@ def test_max_tokens_stops_in_the_middle_of_a_document(text: Path, tiny_dense: Pa
     assert evaluate(EvaluateOptions(tiny_dense, text, 30))["num_tokens"] == 30
 
 
+def test_what_is_left_out_is_drawn_from_every_folder_alike(tmp_path: Path, tiny_dense: Path, text: Path):
+    """Not the end of the last one: figures of a cut sample would be those of the first folder alone."""
+    words = text.read_text(encoding="utf-8").split()
+    for folder in ("a", "b"):
+        (tmp_path / "both" / folder).mkdir(parents=True)
+        lines = (json.dumps({"text": " ".join([folder, *words[i : i + 20]])}) + "\n" for i in range(8))
+        (tmp_path / "both" / folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def scored(folder: str, seed: int) -> float:
+        return evaluate(EvaluateOptions(tiny_dense, tmp_path / folder, 120, seed=seed))["perplexity"]
+
+    assert scored("both", 0) == scored("both", 0)
+    assert len({scored("both", 0), scored("both", 1), scored("both/a", 0)}) == 3
+
+
 def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_checkpoint: Path):
     with pytest.raises(UserError, match="--max-tokens 0: allowed: 1 or more"):
         EvaluateOptions(tiny_dense, text, 0)

@@ -15,6 +15,7 @@ from pregate.cluster.cli import main
 from pregate.convert.control_table import control_rows
 from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 from pregate.convert.report.figures import Figures
@@ -175,6 +176,18 @@ def test_its_controls_are_those_of_evaluate(exact: tuple[Figures, str]):
     assert (layerwise.perplexity, layerwise.active_share) == (gate.perplexity, gate.active_share)
     assert dense.perplexity == pytest.approx(figures.quality.point("dense parent").perplexity, rel=1e-4)
     assert dense.active_share == 1.0
+
+
+def test_it_measures_on_what_evaluate_scores(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path):
+    """Of more text than is wanted both take the same documents."""
+    more = tmp_path / "more.jsonl"
+    words = tiny_text.read_text(encoding="utf-8").split()
+    lines = (json.dumps({"text": " ".join(words[i : i + 15])}) + "\n" for i in range(0, 150, 5))
+    more.write_text("".join(lines), encoding="utf-8")
+    figures, _ = _report(tiny_path_checkpoint, more, tmp_path, seed=3)
+    result = evaluate(EvaluateOptions(tiny_path_checkpoint, more, 150, seed=3))
+    assert result["num_documents"] < 30
+    assert figures.quality.own_point.perplexity == pytest.approx(result["perplexity"], abs=1e-3)
 
 
 def test_curves_go_from_no_routed_expert_to_the_dense_model(exact: tuple[Figures, str]):
