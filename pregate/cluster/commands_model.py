@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pregate.base.errors import UserError
+from pregate.base.strict_json import strict_json
 from pregate.cluster import method_options as method
 from pregate.cluster import router_options as router
 
@@ -148,7 +148,9 @@ def evaluate(
     parent: Annotated[
         Path | None, typer.Option(help="The dense parent; without, every expert on.", show_default=False)
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of random routing and of what --max-tokens leaves out.", show_default=False)] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of random routing and of what --max-tokens leaves out.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity and bits per byte; for a routed model also how its routers agree, and --controls."""
@@ -160,7 +162,7 @@ def evaluate(
     quiet_transformers()
     result = run(EvaluateOptions(model, text, max_tokens, controls, parent, seed), RichProgress())
     if as_json:
-        typer.echo(json.dumps(result))
+        typer.echo(strict_json(result))
         return
     rows = result.pop("controls", None)
     _print_figures(result)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pregate.base.errors import UserError
+from pregate.base.strict_json import strict_json
 from pregate.cluster.commands_model import ModelOption, SeedOption
 
 
@@ -41,7 +41,7 @@ def report(
     options = ReportOptions(model, out, tuple(text), tuple(compare or ()), parent, _tokens(max_tokens), seed)
     figures = run(options, RichProgress())
     if as_json:
-        typer.echo(json.dumps(figures.to_dict()))
+        typer.echo(strict_json(figures.to_dict()))
         return
     typer.echo(headline(figures))
     typer.echo(f"written: {out}")

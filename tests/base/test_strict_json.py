@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import json
+import math
+
+from pregate.base.strict_json import strict_json
+
+
+def test_numbers_that_json_has_no_name_for_are_null():
+    value = {"perplexity": math.inf, "layers": (1.5, [-math.inf, math.nan]), "text": "inf", "count": 3, "on": True}
+    text = strict_json(value)
+    assert json.loads(text, parse_constant=str.upper) == {
+        "perplexity": None,
+        "layers": [1.5, [None, None]],
+        "text": "inf",
+        "count": 3,
+        "on": True,
+    }
