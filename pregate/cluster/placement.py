@@ -24,7 +24,7 @@ class Placement:
     Worked example, two layers of 5 and 2 experts (R = 5) on two hosts:
 
         linear       [[0, 0, 0, 1, 1], [0, 1, -1, -1, -1]]
-        round_robin  [[0, 1, 0, 1, 0], [0, 1, -1, -1, -1]]
+        round_robin  [[0, 1, 0, 1, 0], [1, 0, -1, -1, -1]]
     """
 
     version: int
@@ -52,14 +52,16 @@ def place(num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", v
     """Give every routed expert of every layer one home host.
 
     `num_routed`: routed experts of each layer, 0 for a dense layer. `linear` gives each host one contiguous block
-    of a layer's experts (sizes differ by at most one, larger blocks first); `round_robin` gives expert e to host
-    e mod num_hosts. UserError when a layer would leave a host without experts, or the strategy is unknown.
+    of a layer's experts; `round_robin` deals them like cards. Where a layer's experts do not come out even, the hosts
+    with one more are those whose turn it is, layer after layer: else the first hosts would have more in every layer.
+    UserError when a layer would leave a host without experts, or the strategy is unknown.
     """
     check_request(num_routed, num_hosts, strategy)
     hosts_of = np.full((len(num_routed), max(num_routed, default=0)), NO_HOST, dtype=np.int16)
+    deal, turn = _cards if strategy == "round_robin" else _blocks, 0
     for layer, count in enumerate(num_routed):
-        experts = np.arange(count)
-        hosts_of[layer, :count] = experts % num_hosts if strategy == "round_robin" else _blocks(count, num_hosts)
+        hosts_of[layer, :count] = deal(count, num_hosts, turn)
+        turn = (turn + count) % num_hosts
     return Placement(version, num_hosts, hosts_of)
 
 
@@ -78,8 +80,8 @@ def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str) -> N
 def check(placement: Placement, num_routed: Sequence[int]) -> None:
     """Hold the invariants of a placement; AssertionError says which is broken.
 
-    Every unit has exactly one home, no home is given where no unit is, and in every layer the hosts' shares
-    differ by at most one expert.
+    Every unit has exactly one home, no home is given where no unit is, and the hosts' shares differ by at most one
+    expert, in every layer and in all.
     """
     hosts_of = placement.hosts_of
     assert hosts_of.shape == (len(num_routed), max(num_routed, default=0)), f"shape {hosts_of.shape}"
@@ -87,11 +89,21 @@ def check(placement: Placement, num_routed: Sequence[int]) -> None:
         homes, rest = hosts_of[layer, :count], hosts_of[layer, count:]
         assert (rest == NO_HOST).all(), f"layer {layer}: a home beyond its {count} experts"
         assert ((homes >= 0) & (homes < placement.num_hosts)).all(), f"layer {layer}: an expert without a home"
-        shares = np.bincount(homes, minlength=placement.num_hosts)
-        assert shares.max() - shares.min() <= 1, f"layer {layer}: shares {shares.tolist()} differ by more than one"
+        _check_even(f"layer {layer}", homes, placement.num_hosts)
+    _check_even("all layers", hosts_of[hosts_of != NO_HOST], placement.num_hosts)
 
 
-def _blocks(count: int, num_hosts: int) -> NDArray[np.int64]:
-    """Hosts of `count` experts in contiguous blocks: 5 experts on 2 hosts -> [0, 0, 0, 1, 1]."""
-    sizes = [count // num_hosts + (host < count % num_hosts) for host in range(num_hosts)]
-    return np.repeat(np.arange(num_hosts), sizes)
+def _check_even(where: str, homes: NDArray[np.int16], num_hosts: int) -> None:
+    shares = np.bincount(homes, minlength=num_hosts)
+    assert shares.max() - shares.min() <= 1, f"{where}: shares {shares.tolist()} differ by more than one"
+
+
+def _blocks(count: int, num_hosts: int, turn: int) -> NDArray[np.int64]:
+    """Hosts of `count` experts in contiguous blocks: 5 on 2 hosts -> [0, 0, 0, 1, 1], or at turn 1 [0, 0, 1, 1, 1]."""
+    hosts = np.arange(num_hosts)
+    return np.repeat(hosts, count // num_hosts + ((hosts - turn) % num_hosts < count % num_hosts))
+
+
+def _cards(count: int, num_hosts: int, turn: int) -> NDArray[np.int64]:
+    """Hosts of `count` experts dealt one by one: 5 on 2 hosts -> [0, 1, 0, 1, 0], or at turn 1 [1, 0, 1, 0, 1]."""
+    return (turn + np.arange(count)) % num_hosts

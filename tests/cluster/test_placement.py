@@ -12,7 +12,14 @@ def test_linear_gives_contiguous_blocks():
 
 def test_round_robin_deals_like_cards():
     placement = place([5, 0, 3], num_hosts=3, strategy="round_robin")
-    assert placement.hosts_of.tolist() == [[0, 1, 2, 0, 1], [-1] * 5, [0, 1, 2, -1, -1]]
+    assert placement.hosts_of.tolist() == [[0, 1, 2, 0, 1], [-1] * 5, [2, 0, 1, -1, -1]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_host_has_the_odd_expert_in_every_layer(strategy):
+    """Of five experts a layer the first of two hosts once held three everywhere, and did 70 % of the demo's work."""
+    placement = place([5] * 6, 2, strategy)
+    assert [len(placement.units_of(host)) for host in range(2)] == [15, 15]
 
 
 def test_units_of_lists_each_unit_once():
