@@ -2,12 +2,13 @@
 
     python -m benchmarks.router_ablation --shared-folder ../shared
 
-Cuts stories3M twice by the default recipe, S3A3E8 and S2A2E8; collects what routers learn from once for each; trains
-every variant for the same number of steps, the ones it turns on with several seeds, and scores it on held-out stories:
-perplexity, and the share of picks in common with an oracle's on the same hidden states. For one index the experts are
-renumbered first, as `pregate decouple` does. Writes results/router_ablation.json and .md of the rows there are; a
-finished row is kept in --work, so the same command goes on, and one process for each of --cuts may fill one folder.
-One thread; training and scoring only, no weight of the model is tuned.
+Cuts stories3M by the default recipe, S3A3E8 and S2A2E8, and S3A3E8 once more with a fixed number of experts per token,
+for which the paper's losses, softmax gates and DSelect-k were made. Collects what routers learn from once for each;
+trains every variant for the same number of steps, the ones it turns on with several seeds, and scores it on held-out
+stories: perplexity, and the share of picks in common with an oracle's on the same hidden states. For one index the
+experts are renumbered first, as `pregate decouple` does. Writes results/router_ablation.json and .md of the rows there
+are; a finished row is kept in --work, so the same command goes on, and processes for different --cuts may fill one
+folder. One thread; training and scoring only, no weight of the model is tuned.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.conversion import Bench, rows_in, subject
-from benchmarks.cuts import Cut, label
+from benchmarks.cuts import Cut
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.alignment import align_experts
 from pregate.convert.api import ConvertOptions, DecoupleOptions, QuietProgress, convert
@@ -37,7 +38,12 @@ from pregate.model import RoutedForCausalLM
 from pregate.model.quiet import quiet_transformers
 from pregate.model.router_flops import router_flops
 
-CUTS: tuple[Cut, ...] = ((8, 3, 3), (8, 2, 2))
+#: Cut and selection, by the name of its table.
+CUTS: dict[str, tuple[Cut, str]] = {
+    "S3A3E8": ((8, 3, 3), "threshold"),
+    "S2A2E8": ((8, 2, 2), "threshold"),
+    "S3A3E8-fixed": ((8, 3, 3), "top_k"),
+}
 REFERENCES = ("linear gate per layer", "oracle")
 
 
@@ -55,8 +61,14 @@ class Variant:
         return f"{self.group}: {self.name}"
 
 
+DEFAULT = Variant("default", "independent heads, dim 128, 1 block, window 64", num_seeds=3)
+PAPER = Variant("target", "the paper's losses", {"target": "paper"})
+GATES = (
+    Variant("gate", "captured mass, sigmoid or softmax, straight-through", {"target": "captured"}, 3),
+    Variant("gate", "captured mass, DSelect-k", {"gate": "dselect"}, 3),
+)
 VARIANTS = (
-    Variant("default", "independent heads, dim 128, 1 block, window 64", num_seeds=3),
+    DEFAULT,
     Variant("shape", "recurrent over the layers", {"heads": "recurrent"}),
     Variant("shape", "one index for all layers", {"heads": "single"}),
     Variant("size", "dim 32", {"dim": 32}),
@@ -66,23 +78,26 @@ VARIANTS = (
     Variant("window", "8 tokens", {"window": 8}),
     Variant("window", "256 tokens", {"window": 256}),
     Variant("embedding", "the parent's, projected", {"embedding": "parent"}),
-    Variant("target", "the paper's losses", {"target": "paper"}),
-    Variant("gate", "captured mass, softmax or sigmoid, straight-through", {"target": "captured"}, 3),
-    Variant("gate", "captured mass, DSelect-k", {"gate": "dselect"}, 3),
+    PAPER,
+    *GATES,
 )
+#: What is compared with a fixed number of experts.
+FIXED = (DEFAULT, PAPER, *GATES)
 
 
 class Ablation:
     """One cut of stories3M, what its routers learn from, and its rows; all below the bench's folder."""
 
-    def __init__(self, bench: Bench, cut: Cut, steps: int) -> None:
-        self.bench, self.cut, folder = bench, cut, bench.work / label(cut)
+    def __init__(self, bench: Bench, name: str, steps: int) -> None:
+        (self.cut, selection), self.bench, self.name = CUTS[name], bench, name
+        self.variants = VARIANTS if selection == "threshold" else FIXED
+        folder = bench.work / name
         source, text = bench.subject.model, bench.subject.calibration
         self.options = DecoupleOptions(folder / "layerwise", folder / "unused", text, steps=steps)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.options.model.exists():
-            experts, shared, active = cut
-            convert(ConvertOptions(source, self.options.model, experts, shared, active, text))
+            experts, shared, active = self.cut
+            convert(ConvertOptions(source, self.options.model, experts, shared, active, text, selection=selection))
 
     @cached_property
     def model(self) -> RoutedForCausalLM:
@@ -100,11 +115,14 @@ class Ablation:
 
     def references(self) -> None:
         gate, oracle = REFERENCES
-        self.bench.row(gate, self.cut, 0, lambda: self.bench.score(self.model))
-        self.bench.row(oracle, self.cut, 0, lambda: self.bench.score(self.model, OraclePolicy()))
+        self._row(gate, 0, lambda: self.bench.score(self.model))
+        self._row(oracle, 0, lambda: self.bench.score(self.model, OraclePolicy()))
 
     def variant(self, variant: Variant, seed: int) -> None:
-        self.bench.row(variant.label, self.cut, seed, lambda: self._trained(variant.change, seed))
+        self._row(variant.label, seed, lambda: self._trained(variant.change, seed))
+
+    def _row(self, row: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
+        self.bench.row(f"{self.name} {row}", self.cut, seed, lambda: {"table": self.name, "of": row} | make())
 
     def _trained(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
         """Train and score one router."""
@@ -118,14 +136,14 @@ class Ablation:
         return scored | {"flops_per_token": flops, "train_s": round(seconds, 1)}
 
 
-def fill(bench: Bench, cuts: Sequence[Cut], steps: int) -> None:
-    """Every row of `cuts` that is not there: first all variants with one seed, then more seeds."""
-    ablations = [Ablation(bench, cut, steps) for cut in cuts]
+def fill(bench: Bench, names: Sequence[str], steps: int) -> None:
+    """Every row of the cuts `names` that is not there: first all variants with one seed, then more seeds."""
+    ablations = [Ablation(bench, name, steps) for name in names]
     for ablation in ablations:
         ablation.references()
-    for seed in range(max(v.num_seeds for v in VARIANTS)):
+    for seed in range(DEFAULT.num_seeds):
         for ablation in ablations:
-            for variant in VARIANTS:
+            for variant in ablation.variants:
                 if seed < variant.num_seeds:
                     ablation.variant(variant, seed)
 
@@ -143,15 +161,16 @@ def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], around: dict
     parts = [
         "# Path routers compared",
         "",
-        "stories3M cut twice by the default recipe (selection by threshold). Every router trained for",
-        f"{facts['steps']} steps on {facts['pool_tokens']:,} tokens of other stories, by the defaults of",
-        "`pregate decouple` but for what its row names. Perplexity of",
-        f"{facts['num_documents']} held-out stories ({facts['num_tokens']} scored tokens); picks: the share in",
-        "common with an oracle's on the same hidden states. Means over seeds where there are several, with the",
-        "range of perplexity. One index: on experts renumbered so that equal numbers go together.",
+        "stories3M cut by the default recipe: experts chosen by a threshold, or (fixed) as many for every token. Every",
+        f"router trained for {facts['steps']} steps on {facts['pool_tokens']:,} tokens of other stories, by the",
+        "defaults of `pregate decouple` but for what its row names. Perplexity of",
+        f"{facts['num_documents']} held-out stories ({facts['num_tokens']} scored tokens); picks: the share in common",
+        "with an oracle's on the same hidden states. Means over seeds where there are several, with the range of",
+        "perplexity. One index: on experts renumbered so that equal numbers go together. Straight-through gates are a",
+        "sigmoid about the threshold, or with a fixed number a softmax.",
     ]
-    for name in map(label, CUTS):
-        if found := [row for row in rows if row["cut"] == name]:
+    for name in CUTS:
+        if found := [row for row in rows if row["table"] == name]:
             parts += _table(found, name)
     (out / "router_ablation.md").write_text("\n".join([*parts, "", f"{sentence(around)}.", ""]))
 
@@ -160,9 +179,9 @@ def _table(rows: list[dict[str, Any]], name: str) -> list[str]:
     lines = ["", f"## {name}", "", "| | router | perplexity | seeds | picks | FLOPs per token | training, s |"]
     lines.append("| --- | --- | --: | --: | --: | --: | --: |")
     for reference in REFERENCES:
-        found = [row for row in rows if row["row"] == reference]
+        found = [row for row in rows if row["of"] == reference]
         lines += [f"| reference | {reference} | {r['perplexity']:.3f} | | {r['mean_overlap']:.3f} | | |" for r in found]
-    by_variant = [(v, [row for row in rows if row["row"] == v.label]) for v in VARIANTS]
+    by_variant = [(v, [row for row in rows if row["of"] == v.label]) for v in VARIANTS]
     return lines + [_line(variant, found) for variant, found in by_variant if found]
 
 
@@ -178,7 +197,7 @@ def _line(variant: Variant, runs: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared-folder", type=Path, required=True, help="with models/stories3M and text/stories")
-    parser.add_argument("--cuts", nargs="+", default=list(map(label, CUTS)), choices=list(map(label, CUTS)))
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     parser.add_argument("--steps", type=int, default=DecoupleOptions.steps, help="training steps of every router")
     parser.add_argument("--work", type=Path, default=Path("runs/router_ablation"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -187,8 +206,8 @@ def main() -> None:
     quiet_transformers()
     work = folder_of(args.work, args.steps)
     bench = Bench(subject("stories3M", args.shared_folder, work), work)
-    fill(bench, [cut for cut in CUTS if label(cut) in args.cuts], args.steps)
-    rows = rows_in(work, {bench.subject.name}, range(max(v.num_seeds for v in VARIANTS)))
+    fill(bench, args.cuts, args.steps)
+    rows = rows_in(work, {bench.subject.name}, range(DEFAULT.num_seeds))
     facts = bench.subject.facts | {"steps": args.steps, "pool_tokens": DecoupleOptions.pool_tokens}
     write_report(rows, facts, surroundings("router_ablation", ["transformers"]), args.out)
     print((args.out / "router_ablation.md").read_text())

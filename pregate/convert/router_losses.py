@@ -72,6 +72,10 @@ class PaperLoss:
     A layer's score of an expert is its share of the token's activation, less the mean share, times 10. Target: 0.75
     of the best expert with label smoothing 0.5, and 0.25 of softmax(scores); loss: cross-entropy. Ours for the paper's
     count of channels is the contribution mass, and for more than one active expert the best k share the 0.75.
+
+    Made for a fixed number of experts: a softmax leaves open what is added to all scores of a token, and a threshold
+    compares scores of many tokens. That is not why it is behind there: log sum exp held to 0 (squared, weight 0.1)
+    gave a perplexity of 10.92 instead of 11.47, regression 7.56 (stories3M S3A3E8, 300 steps).
     """
 
     def __init__(self, cuts: Sequence[LayerCut]) -> None:
