@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.conversion import Bench, rows_in, subject
 from benchmarks.cuts import Cut, label
-from benchmarks.decoupling_report import FREE, write_report
+from benchmarks.decoupling_report import ALONE, FREE, write_report
 from benchmarks.surroundings import surroundings
 from pregate.convert.api import ConvertOptions, DecoupleOptions, convert, decouple
 from pregate.convert.controls import OraclePolicy, RandomPolicy
@@ -128,6 +128,7 @@ class Decoupling:
     def tuned(self) -> None:
         """The rows of models tuned alike, and what Read-ME's cut is before."""
         self._row("dense tuned", None, lambda: self._tuned(self.subject.model, "dense"))
+        self._row(ALONE, None, lambda: self._tuned(self.subject.model, "dense-alone", alone=True))
         for cut in TUNED[self.subject.name]:
             for row, kind in TUNED_ROWS.items():
                 self._row(
@@ -148,7 +149,7 @@ class Decoupling:
         row = self.bench.score(model, control, metered=routed)
         return row if routed else row | {"active_share": 1.0}
 
-    def _tuned(self, source: Path, name: str) -> dict[str, Any]:
+    def _tuned(self, source: Path, name: str, alone: bool = False) -> dict[str, Any]:
         out, args = self.folder / "tuned" / name, self.args
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -156,12 +157,13 @@ class Decoupling:
                 model=source,
                 out=out,
                 text=(self.fit,),
-                teacher=self.subject.model,
+                teacher=None if alone else self.subject.model,
                 validation=(self.validation,),
                 tokens=args.tokens,
                 patience=args.patience,
                 eval_every=args.eval_every,
                 seed=args.seed,
+                kl_share=0.0 if alone else TuneOptions.kl_share,
             )
             tune(options, self.progress)
         figures = json.loads((out / "manifest.json").read_text())["figures"]["tune"]
@@ -174,7 +176,7 @@ def main() -> None:
     parser.add_argument("--shared-folder", type=Path, required=True, help="folder with models/stories3M and text")
     parser.add_argument("--models", nargs="+", default=list(TUNED), choices=list(TUNED))
     parser.add_argument("--part", default="all", choices=["all", "free", "tuned", "report"])
-    parser.add_argument("--rows", nargs="+", choices=["dense", *FREE, "dense tuned", "Read-ME", *TUNED_ROWS])
+    parser.add_argument("--rows", nargs="+", choices=["dense", *FREE, "dense tuned", ALONE, "Read-ME", *TUNED_ROWS])
     parser.add_argument("--tokens", type=int, default=1_500_000, help="tokens every tuned model is tuned on")
     parser.add_argument("--eval-every", type=int, default=100, help="steps between two looks at the validation text")
     parser.add_argument("--patience", type=int, default=4, help="looks without a better one that end a tuning")

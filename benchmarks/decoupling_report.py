@@ -11,6 +11,8 @@ from benchmarks.cuts import cut_of, in_order
 from benchmarks.surroundings import sentence
 
 FREE = ("layer-wise", "path router", "one index", "random", "oracle")
+#: The dense model tuned without the teacher that it is itself: whether the text has anything to teach it.
+ALONE = "dense tuned, cross-entropy alone"
 TUNED = ("layer-wise tuned", "path router tuned", "Read-ME tuned")
 #: Row -> its checkpoint before tuning.
 BEFORE = {"layer-wise tuned": "layer-wise", "path router tuned": "path router", "Read-ME tuned": "Read-ME"}
@@ -81,6 +83,8 @@ def _tuned_table(rows: Rows, dense: dict[str, Any]) -> list[str]:
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: | --: |",
         _tuned_line("", "dense tuned", _one(rows, "dense"), dense, dense),
     ]
+    if (alone := _one(rows, ALONE)) is not None:
+        parts.append(_tuned_line("", ALONE, _one(rows, "dense"), alone, dense))
     for cut in _cuts(rows, TUNED):
         for name in TUNED:
             if (row := _one(rows, name, cut)) is not None:
@@ -121,8 +125,8 @@ def _notes(rows: Rows, options: dict[str, Any]) -> list[str]:
         " index: a router with one choice for all layers, on the same experts renumbered so that equal numbers go"
         " together. Read-ME: one expert per domain (no shared expert, one active), distilled router, one index."
         " Tuned: down projections fitted in closed form (routed models), then all weights and the router by the"
-        " defaults of `pregate tune` against the untuned dense parent, as are the parent's own; the best of looks"
-        f" every {options['eval_every']} steps; tokens are those up to the end of the run."
+        " defaults of `pregate tune` (--tokens of the table) against the untuned dense parent, as are the parent's own;"
+        f" the best of looks every {options['eval_every']} steps; tokens are those up to the end of the run."
         " A twentieth of the training text is validation and nothing else."
         f" CPU of all tunings: {hours:.1f} hours.",
     ]
@@ -150,9 +154,16 @@ def _panel(axis: Any, rows: Rows, model: str) -> None:
         if not found or base is None:
             continue
         shares = [100 * r["active_share"] for r in found]
-        style = {"marker": "s", "linestyle": "-"} if name in TUNED else {"marker": "o", "linestyle": ":"}
+        style: dict[str, Any] = {"marker": "o", "linestyle": ":"}
+        if name in TUNED:  # hollow and each of another size, as some lie on each other
+            size = 10 - 3 * TUNED.index(name)
+            style = {"marker": "s", "linestyle": "-", "markerfacecolor": "none", "markersize": size}
         axis.plot(shares, [r["perplexity"] / base["perplexity"] for r in found], label=name, **style)
     axis.axhline(1.0, color="grey", linewidth=0.8)
-    axis.set(title=model, xlabel="share of the FFN active, %", ylabel="perplexity / dense (tuned: / dense tuned)")
+    axis.set(
+        title=f"{model}, cuts of 8 experts",
+        xlabel="share of the FFN active, %",
+        ylabel="perplexity / dense (tuned: / dense tuned)",
+    )
     axis.set_yscale("log")
     axis.legend(fontsize=8)
