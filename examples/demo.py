@@ -51,7 +51,7 @@ def run(*arguments: str | Path) -> None:
     """Run one pregate command, showing it; stop the demo when it fails."""
     shown = [str(a.relative_to(ROOT)) if isinstance(a, Path) and a.is_relative_to(ROOT) else str(a) for a in arguments]
     console.print(f"[dim]$ pregate {' '.join(shown)}", soft_wrap=True)
-    subprocess.run([PREGATE, *map(str, arguments)], check=True, timeout=600)
+    subprocess.run([PREGATE, *map(str, arguments)], check=True, timeout=3600)
 
 
 def free_port() -> int:
