@@ -118,7 +118,8 @@ def _nominal(cut: str) -> float | None:
 
 
 def _notes(rows: Rows, options: dict[str, Any]) -> list[str]:
-    hours = sum(r.get("cpu_seconds", 0) for r in rows) / 3600
+    tunings = [r for r in rows if r["row"] in ("dense tuned", ALONE, *TUNED)]
+    hours = sum(r["cpu_seconds"] for r in tunings) / 3600
     return [
         "Perplexity per document, BOS prepended, truncated to the context. One seed. Layer-wise: recipe `ours`,"
         " gates fitted in closed form on 64 windows of 512 tokens; routers are trained on 200,000 tokens. One"
