@@ -41,7 +41,7 @@ def read_me(
     kl_share: Annotated[float, typer.Option(help="Share of the loss that is divergence from the parent.")] = 0.0,
     tie_overlap: Annotated[bool, typer.Option(help="A row that several experts hold stays one weight.")] = True,
     pool_tokens: Annotated[int, typer.Option(help="Tokens of text to train on, at most.")] = 2_000_000,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a tuning batch in memory at a time.")] = 8192,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a step in memory at a time.")] = 8192,
     dim: Annotated[int, typer.Option(help="Width of the path router.")] = 512,
     blocks: Annotated[int, typer.Option(help="Blocks of the path router.")] = 1,
     seed: SeedOption = 0,

@@ -31,7 +31,7 @@ class ReadMeOptions:
     of `batch` documents, the router frozen, and everything else tuned by cross-entropy, `kl_share` of it replaced by
     the divergence from the parent. (0 steps: there is none.) Learning rates fall by a cosine within a stage, and by
     `decay` from round to round. `tie_overlap` keeps a row that several experts hold one weight. At most `pool_tokens`
-    tokens are trained on. `batch_tokens` bounds what is in memory of a batch of the experts' stage.
+    tokens are trained on. `batch_tokens` bounds what is in memory of a stage's step.
 
     The path router has `dim` and `blocks`. `dtype` is what is stored; `device`: auto, cpu, cuda or cuda:N. `restart`
     discards what an interrupted run left beside `out`.

@@ -61,6 +61,7 @@ class Rounds:
             seed=options.seed + round_index,
             target=options.loss,
             batch_tokens=options.router_batch * self.length,
+            piece_tokens=options.batch_tokens,
             learning_rate=options.router_learning_rate * options.round_factor(round_index),
             weight_decay=options.weight_decay,
             warmup_share=0.0,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from pregate.convert.agreement import Tally, layer_figures
 from pregate.convert.capture import threshold_for
@@ -34,6 +35,7 @@ LAST_SHARE = 20
 class TrainingOptions:
     """How long and how fast a path router is trained, and on what; `batch_tokens` counts padding.
 
+    Of a batch at most `piece_tokens` (or one document) are run at a time: bounds the memory; the step is the same.
     `target`: see `router_losses.py`. `embedding` "own" is learned, "parent" the parent's times a learned projection.
     """
 
@@ -42,6 +44,7 @@ class TrainingOptions:
     target: str = "mass"
     embedding: str = "own"
     batch_tokens: int = 1024
+    piece_tokens: int = 8192
     learning_rate: float = 6e-3
     weight_decay: float = 0.05
     warmup_share: float = 0.05
@@ -73,7 +76,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _schedule(step, options)
             batch = next(order)
-            outputs_TO = _outputs(router, [pool.rows[i] for i in batch])
+            outputs_TO = outputs_of(router, [pool.rows[i] for i in batch], options.piece_tokens)
             loss = loss_of(outputs_TO, torch.cat([targets[i] for i in batch]))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
@@ -92,8 +95,20 @@ def first_and_last(losses: list[float]) -> dict[str, float]:
     return {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
 
 
+def outputs_of(router: PathRouter, rows: list[list[int]], piece_tokens: int) -> torch.Tensor:
+    """What the heads give for the tokens of `rows`, longest first, [T, O]: scores, or the logits of codes.
+
+    Of more than `piece_tokens`, padding included, only these outputs are kept: a piece is run anew when its gradient is
+    wanted. So a loss of all tokens together, such as that of a threshold, is the same however they are cut.
+    """
+    pieces = [[rows[i] for i in piece] for piece in batches(rows, piece_tokens)]
+    if len(pieces) == 1:
+        return _outputs(router, rows)
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_outputs, router, piece, **settings) for piece in pieces])
+
+
 def _outputs(router: PathRouter, rows: list[list[int]]) -> torch.Tensor:
-    """What the heads give for the tokens of `rows` [T, O]: scores, or the logits of codes."""
     ids_BN, mask_BN = padded(rows)
     return router.heads(router.encode(ids_BN)[0][mask_BN.bool()])
 

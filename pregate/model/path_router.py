@@ -28,7 +28,7 @@ from pregate.model.paths import Paths
 #: Scores are rounded to this many binary digits, so that experts tied in exact arithmetic stay tied whatever
 #: the batch shape does to the last bits of float64; ties go to the lower id.
 SCORE_BITS = 30
-#: Prompts are run through the router in pieces of this many tokens, which bounds its attention matrix.
+#: Texts are run through the router in pieces of this many tokens, which bounds its attention matrix.
 CHUNK_TOKENS = 512
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
@@ -93,7 +93,7 @@ class PathRouter(nn.Module):
     def forward(
         self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[KeysValues]]:
-        """Return scores [B, N, S] and each block's keys and values, past included.
+        """Return scores [B, N, S] and each block's keys and values, past included (of several pieces the last one's).
 
         `past`: per block ([B, P, C], [B, P, C]), left-padded; `past_len_B` says how many of P are real.
         """
@@ -107,15 +107,36 @@ class PathRouter(nn.Module):
     def encode(
         self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, list[KeysValues]]:
-        """Return what the heads read, [B, N, C], and keys and values; arguments as of `forward`."""
+        """Return what the heads read, [B, N, C], and keys and values; arguments as of `forward`.
+
+        More than `CHUNK_TOKENS` are attended to in pieces of so many, each with the window before it; that is the same
+        (gradients too), and what attention keeps for them grows with N and not with its square.
+        """
         if past_len_B is None:
             past_len_B = torch.zeros(ids_BN.shape[0], dtype=torch.int64, device=ids_BN.device)
+        parts, seen = [], past
+        for ids in ids_BN.split(CHUNK_TOKENS, dim=1):
+            if parts and seen is not None:
+                seen, past_len_B = self._last_window(seen, past_len_B + CHUNK_TOKENS)
+            x, seen = self._encode_piece(ids, seen, past_len_B)
+            parts.append(x)
+        return self.norm(torch.cat(parts, dim=1)), seen or []
+
+    def _encode_piece(
+        self, ids_BN: torch.Tensor, past: list[KeysValues] | None, past_len_B: torch.Tensor
+    ) -> tuple[torch.Tensor, list[KeysValues]]:
         x = self.embedding(ids_BN)
         kept: list[KeysValues] = []
         for index, block in enumerate(self.blocks):
             x, keys, values = block(x, None if past is None else past[index], past_len_B)
             kept.append((keys, values))
-        return self.norm(x), kept
+        return x, kept
+
+    def _last_window(self, kept: list[KeysValues], past_len_B: torch.Tensor) -> tuple[list[KeysValues], torch.Tensor]:
+        """Of keys and values what the next token can see, and how much of it is real."""
+        num_keys = kept[0][0].shape[1]
+        start = max(0, num_keys - (self.config.window - 1))
+        return [(keys[:, start:], values[:, start:]) for keys, values in kept], past_len_B.clamp_max(num_keys - start)
 
     def expert_weights(self, scores_TS: torch.Tensor) -> torch.Tensor | None:
         """What each expert would weigh if it were chosen [T, S]; None when all weigh 1.

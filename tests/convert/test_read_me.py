@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import UserError
@@ -31,6 +32,7 @@ from pregate.convert.tuning_options import TuneOptions
 from pregate.model import CheckpointReader
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import PathPolicy
+from pregate.model.path_router import PathRouter
 from tests.convert.read_me_cases import load, neurons_of, small
 from tests.equality import reference_texts
 from tests.router.serving import engine_in_process, hold
@@ -182,6 +184,22 @@ def test_the_router_learns_which_expert_holds_a_tokens_channels(options: ReadMeO
     assert figures["rounds"][0]["loss_last"] < figures["rounds"][0]["loss_first"]
     for own, row in enumerate(figures["by_domain"]):
         assert max(range(3), key=row["expert_share"].__getitem__) == own
+
+
+def test_both_stages_hold_no_more_than_batch_tokens_at_a_time(options: ReadMeOptions):
+    """Of steps of 128 tokens 64, or one document; scoring has a bound of its own, 2,048."""
+    seen: list[int] = []
+
+    def watch(module: Any, args: tuple[Any, ...]) -> None:
+        if isinstance(module, PathRouter) or type(module).__name__ == "_Block":
+            seen.append(args[0].shape[:2].numel() if torch.is_grad_enabled() else 0)
+
+    handle = register_module_forward_pre_hook(watch)
+    try:
+        read_me(options)
+    finally:
+        handle.remove()
+    assert max(seen) == 64
 
 
 class _StopsAfterStages(QuietProgress):

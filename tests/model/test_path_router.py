@@ -135,6 +135,36 @@ def test_chunks_of_the_runtime_itself_change_nothing(computer: PathComputer, mon
     assert np.array_equal(whole(computer, ids), before)
 
 
+@pytest.mark.parametrize("window", [1, 12, 40])
+def test_a_long_text_is_scored_in_pieces_and_trains_the_same(window: int, monkeypatch: pytest.MonkeyPatch):
+    """Pieces shorter and longer than the window, after a past of another length in each row."""
+    torch.manual_seed(0)
+    router = PathRouter(PathRouterConfig(16, 2, 4, window), 100, UNLIKE).double()
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    past_BN, ids_BN = (torch.tensor([prompt(n, seed) for seed in (1, 2)]) for n in (9, 90))
+    past, past_len_B = router(past_BN)[1], torch.tensor([9, 4])
+    sizes: list[int] = []
+    router.blocks[0].register_forward_pre_hook(lambda _block, args: sizes.append(args[0].shape[1]))
+
+    def scores_and_gradients(after: tuple[Any, ...]) -> list[torch.Tensor]:
+        sizes.clear()
+        scores_BNS = router(ids_BN, *after)[0]
+        (scores_BNS.sin() * torch.linspace(0, 3, 90, dtype=torch.float64)[:, None]).sum().backward(retain_graph=True)
+        gradients = [p.grad for p in router.parameters() if p.grad is not None]
+        router.zero_grad()
+        return [scores_BNS, *gradients]
+
+    for after in ((), (past, past_len_B)):
+        expected = scores_and_gradients(after)
+        assert sizes == [90]
+        with monkeypatch.context() as patch:
+            patch.setattr(path_router, "CHUNK_TOKENS", 13)
+            found = scores_and_gradients(after)
+        assert sizes == [13] * 6 + [12]
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_batch_mates_of_other_lengths_change_nothing(every: PathComputer):
     texts = [prompt(n, seed=n) for n in (3, 40, 17, 1)]
     states = [every.new_state() for _ in texts]
