@@ -1,8 +1,8 @@
 """Experts that overlap: which rows they share, and what a swap that moves only the others costs. Pure NumPy.
 
 Two rows of a layer are the same weights when `neuron_index` names the same parent neuron, and the experts were not
-trained apart (`tied`: not trained, or by `read-me`, unless `--no-tie-overlap`). A host that swaps expert j for expert i
-then needs only the rows of i that j has not.
+trained apart (`tied`: not trained, or by `read-me` alone, unless `--no-tie-overlap`; `tune` trains them apart). A host
+that swaps expert j for expert i then needs only the rows of i that j has not.
 
 Shape letters: R routed experts, M expert width, I neurons of the dense FFN.
 """
@@ -102,7 +102,6 @@ def overlap_figures(
 
     `widths` are the dense FFNs'; `row_bytes` and `tied` as for `swap_cost`. Shares are by layer.
     """
-    layers = [swap_cost(index, cut, row_bytes, tied) for index, cut in zip(indexes, cuts, strict=True)]
     covered = [round(coverage(index, width), 4) for index, width in zip(indexes, widths, strict=True)]
     common = [len(permanent_rows(index, cut)) for index, cut in zip(indexes, cuts, strict=True)]
     stored = [len(index) / len(np.unique(index)) for index in indexes]
@@ -110,8 +109,16 @@ def overlap_figures(
         "coverage": covered,
         "permanent_channels": common,
         "stored_rows_per_channel": round(float(np.mean(stored)), 4),
-        "swap": total_cost(layers).describe() | {"saved_share_by_layer": [round(c.saved_share, 4) for c in layers]},
+        "swap": swap_figures(indexes, cuts, row_bytes, tied),
     }
+
+
+def swap_figures(
+    indexes: Sequence[np.ndarray], cuts: Sequence[LayerCut], row_bytes: int, tied: bool = True
+) -> dict[str, Any]:
+    """What a manifest keeps of swaps: in bytes, of one index for another in every layer, and shares by layer."""
+    layers = [swap_cost(index, cut, row_bytes, tied) for index, cut in zip(indexes, cuts, strict=True)]
+    return total_cost(layers).describe() | {"saved_share_by_layer": [round(c.saved_share, 4) for c in layers]}
 
 
 def permanent_rows(neuron_index: np.ndarray, cut: LayerCut) -> np.ndarray:

@@ -81,3 +81,12 @@ def tied_rows(mlps: Sequence[RoutedMLP]) -> Iterator[None]:
 
 def _neurons(mlp: RoutedMLP) -> torch.Tensor:
     return mlp.neuron_index[mlp.cut.shared_width :].long().view(mlp.cut.num_routed, mlp.cut.expert_width)
+
+
+def rows_are_tied(mlp: RoutedMLP) -> bool:
+    """Whether rows of one layer that hold the same parent neuron have equal weights, bit for bit."""
+    _, which = mlp.neuron_index.long().unique(return_inverse=True)
+    first = torch.full_like(which, which.numel())
+    first.scatter_reduce_(0, which, torch.arange(which.numel()).to(which), "amin")
+    gate_up, down = mlp.dense_weights()
+    return all(torch.equal(rows, rows[first[which]]) for rows in (*gate_up.chunk(2), down.T))

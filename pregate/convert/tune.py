@@ -26,8 +26,9 @@ from pregate.convert.device import pick_device
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.refit import needs_parent
 from pregate.convert.rounding import round_to
-from pregate.convert.scoring import load_any, score_rows
+from pregate.convert.scoring import load_any
 from pregate.convert.tuning_data import TuningRows, read_rows
+from pregate.convert.tuning_figures import figures_that_hold, tuned_figures
 from pregate.convert.tuning_loop import Record, Tuner
 from pregate.convert.tuning_options import TuneOptions
 from pregate.convert.tuning_state import TuningFolder, open_folder
@@ -196,11 +197,10 @@ def _write(tuner: Tuner, options: TuneOptions, folder: TuningFolder) -> Manifest
     tuner.finish()
     weights = [t for n, t in model.named_parameters() if not kept_float32(n)]
     round_to([t.data for t in weights], getattr(torch, dtype), "a tuned weight")
-    figures = _figures(tuner, options)
+    manifest = _manifest(tuner, options, getattr(torch, dtype))
     with new_folder(options.out) as temporary:
         (temporary / folder.curve.name).write_bytes(folder.curve.read_bytes())
         model = model.cpu()
-        manifest = _manifest(tuner.rows, options, figures)
         if isinstance(model, RoutedForCausalLM):
             write_checkpoint(model, temporary, options.model, manifest, dtype)
         else:
@@ -216,37 +216,7 @@ def _stored_dtype(path: Path) -> str:
     return dtype_name(AutoConfig.from_pretrained(path).dtype or torch.float32)
 
 
-def _figures(tuner: Tuner, options: TuneOptions) -> dict[str, Any]:
-    """What came of it; the last validation is the reference model's own."""
-    counters, found = tuner.counters, tuner.evaluate()
-    first = counters.first
-    figures: dict[str, Any] = {
-        "validation_perplexity_before": round(first["perplexity"], 4),
-        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation).perplexity, 4),
-    }
-    if counters.refit:
-        figures["refit"] = counters.refit
-    if found.active_share is not None:
-        figures |= {
-            "active_share_before": round(first["active_share"], 4),
-            "active_share_after": round(found.active_share, 4),
-            "load_imbalance_before": list(first["imbalance"]),
-            "load_imbalance_after": list(found.imbalance),
-        }
-    return figures | {
-        "best_step": counters.best_step,
-        "steps": counters.step,
-        "tokens": counters.tokens,
-        "seconds": round(counters.seconds, 1),
-        "cpu_seconds": round(counters.cpu_seconds, 1),
-        "num_trained_parameters": sum(p.numel() for p in tuner.trained.all.values()),
-        "device": str(tuner.device),
-        "precision": dtype_name(tuner.precision),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _manifest(rows: TuningRows, options: TuneOptions, figures: dict[str, Any]) -> Manifest:
+def _manifest(tuner: Tuner, options: TuneOptions, dtype: torch.dtype) -> Manifest:
     """The manifest of what was tuned, with what was added under "tune"."""
     if check_model_folder(options.model)["model_type"] == RoutedConfig.model_type:
         source = read_manifest(options.model)
@@ -257,6 +227,6 @@ def _manifest(rows: TuningRows, options: TuneOptions, figures: dict[str, Any]) -
         method=f"{source.method}+tune",
         options=source.options | {"tune": options.describe()},
         source=origin,
-        calibration=source.calibration | {"tune": rows.describe() | {"seed": options.seed}},
-        figures=source.figures | {"tune": figures},
+        calibration=source.calibration | {"tune": tuner.rows.describe() | {"seed": options.seed}},
+        figures=figures_that_hold(source.figures, tuner, dtype) | {"tune": tuned_figures(tuner)},
     )

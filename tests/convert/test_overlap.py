@@ -11,6 +11,7 @@ from pregate.convert.overlap import (
     permanent_rows,
     routed_neurons,
     swap_cost,
+    swap_figures,
     total_cost,
 )
 from pregate.model.config import LayerCut
@@ -74,3 +75,6 @@ def test_the_figures_of_two_layers():
     assert figures["swap"]["full_bytes"] == 60
     assert figures["swap"]["saved_share_by_layer"] == [0.2222, 0.0]
     assert figures["swap"]["differing_bytes"][0] == [0, 40, 60]
+    apart = swap_figures([SHARED, np.arange(9)], [CUT, LayerCut(3, 0, 1, 3)], row_bytes=10, tied=False)
+    assert apart["saved_share_by_layer"] == [0.0, 0.0]
+    assert apart["mean_differing_bytes"] == apart["full_bytes"] == 60

@@ -34,6 +34,7 @@ from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import PathPolicy
 from pregate.model.path_router import PathRouter
 from tests.convert.read_me_cases import load, neurons_of, small
+from tests.convert.tuning import tiny_options
 from tests.equality import reference_texts
 from tests.router.serving import engine_in_process, hold
 
@@ -151,6 +152,26 @@ def _equal_copies(path: Path) -> tuple[int, int]:
             pairs += len(copies) - 1
             equal += sum(torch.equal(copy, copies[0]) for copy in copies[1:])
     return equal, pairs
+
+
+def test_tuning_unties_rows_and_the_manifest_says_so(
+    cut: Path, tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
+):
+    before = CheckpointReader(cut).manifest.figures
+    for name, rate in (("moved", 3e-3), ("still", 3.0)):  # with a rate that breaks the model the best is where it began
+        options = tiny_options(cut, domains[0], tmp_path / name, teacher=tiny_dense, steps=2, learning_rate=rate)
+        figures = tune(options).figures
+        equal, pairs = _equal_copies(tmp_path / name)
+        assert (figures["tune"]["best_step"] == 0) == (equal == pairs) == (name == "still")
+        if name == "still":
+            assert figures["swap"] == before["swap"]
+            continue
+        full = before["swap"]["full_bytes"]
+        assert (figures["swap"]["full_bytes"], figures["swap"]["mean_differing_bytes"]) == (full, full)
+        assert figures["swap"]["differing_bytes"] == [[0, full, full], [full, 0, full], [full, full, 0]]
+        assert figures["swap"]["saved_share"] == 0 < before["swap"]["saved_share"]
+        assert figures["swap"]["saved_share_by_layer"] == [0.0, 0.0, 0.0]
+        assert figures["coverage"] == before["coverage"]  # which neurons the rows are of is as it was
 
 
 def test_figures_are_of_the_checkpoint(cut: Path, tiny_dense: Path, domains: tuple[Path, ...]):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig
 
-from pregate.convert.tied_rows import tied_rows
+from pregate.convert.tied_rows import rows_are_tied, tied_rows
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.layers import PathPolicy, RoutedMLP
 
@@ -104,3 +104,15 @@ def test_it_ends_as_it_began_when_training_fails(mlp: RoutedMLP):
     with pytest.raises(ZeroDivisionError), tied_rows([mlp]):
         _ = 1 / 0
     assert _names(mlp) == names
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_rows_are_tied_until_one_copy_differs(mlp: RoutedMLP, name: str):
+    assert rows_are_tied(mlp)
+    weight = getattr(mlp.experts, name).data
+    weight[0, 0, 0] += 1e-6  # neuron 0's gate row, or its down column, which expert 2 has too
+    assert not rows_are_tied(mlp)
+    weight[2, 0, 0] = weight[0, 0, 0]
+    assert rows_are_tied(mlp)
+    weight[2, :, 3] += 1e-6 if name == "down_proj" else 0  # neuron 9 is no other expert's
+    assert rows_are_tied(mlp)

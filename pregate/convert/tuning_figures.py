@@ -1,0 +1,60 @@
+"""What a tuned checkpoint's manifest says came of tuning, and what its older figures say no longer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pregate.base.dtypes import dtype_name
+from pregate.convert.overlap import swap_figures
+from pregate.convert.scoring import score_rows
+from pregate.convert.tied_rows import rows_are_tied
+from pregate.convert.tuning_loop import Tuner
+
+
+def tuned_figures(tuner: Tuner) -> dict[str, Any]:
+    """What came of a run that is finished, its model as it is stored; the last validation is that model's own."""
+    counters, found = tuner.counters, tuner.evaluate()
+    first = counters.first
+    figures: dict[str, Any] = {
+        "validation_perplexity_before": round(first["perplexity"], 4),
+        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation).perplexity, 4),
+    }
+    if counters.refit:
+        figures["refit"] = counters.refit
+    if found.active_share is not None:
+        figures |= {
+            "active_share_before": round(first["active_share"], 4),
+            "active_share_after": round(found.active_share, 4),
+            "load_imbalance_before": list(first["imbalance"]),
+            "load_imbalance_after": list(found.imbalance),
+        }
+    return figures | {
+        "best_step": counters.best_step,
+        "steps": counters.step,
+        "tokens": counters.tokens,
+        "seconds": round(counters.seconds, 1),
+        "cpu_seconds": round(counters.cpu_seconds, 1),
+        "num_trained_parameters": sum(p.numel() for p in tuner.trained.all.values()),
+        "device": str(tuner.device),
+        "precision": dtype_name(tuner.precision),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def figures_that_hold(figures: dict[str, Any], tuner: Tuner, dtype: torch.dtype) -> dict[str, Any]:
+    """`figures` of the checkpoint that was tuned, so far as they are true of the model now, stored as `dtype`.
+
+    A swap moves whole experts where rows that experts share were trained apart.
+    """
+    kept = dict(figures)
+    if "swap" in kept and not all(map(rows_are_tied, tuner.model.routed_mlps)):
+        kept["swap"] = _swap(tuner.model, dtype)
+    return kept
+
+
+def _swap(model: Any, dtype: torch.dtype) -> dict[str, Any]:
+    indexes = [mlp.neuron_index.cpu().numpy() for mlp in model.routed_mlps]
+    row_bytes = 3 * model.config.text_config.hidden_size * dtype.itemsize
+    return swap_figures(indexes, [mlp.cut for mlp in model.routed_mlps], row_bytes, tied=False)
