@@ -69,7 +69,16 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
         _run(tuner, options, folder, progress)
         manifest = _write(tuner, options, folder)
         folder.discard()
+    _tell_forecast(manifest, progress)
     return manifest
+
+
+def _tell_forecast(manifest: Manifest, progress: Progress) -> None:
+    """Tuning moves the gates and not their forecast: say what that is worth by now."""
+    hits = manifest.figures["tune"].get("path_vs_gate")
+    if hits is not None:
+        kept = f"{100 * hits['mean_overlap']:.1f} % of their picks on the text of validation"
+        progress.note(f"the path router forecasts the gates as they were before tuning; now it shares {kept}")
 
 
 def check_teacher(options: TuneOptions) -> None:

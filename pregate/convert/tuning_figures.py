@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pregate.base.dtypes import dtype_name
+from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.overlap import swap_figures
 from pregate.convert.scoring import score_rows
 from pregate.convert.tied_rows import rows_are_tied
@@ -14,13 +15,19 @@ from pregate.convert.tuning_loop import Tuner
 
 
 def tuned_figures(tuner: Tuner) -> dict[str, Any]:
-    """What came of a run that is finished, its model as it is stored; the last validation is that model's own."""
+    """What came of a run that is finished, its model as it is stored; the last validation is that model's own.
+
+    Where a path router only forecasts, which tuning does not train, also how often it still names the gates' experts.
+    """
     counters, found = tuner.counters, tuner.evaluate()
     first = counters.first
+    meter = AgreementMeter() if _only_forecasts(tuner) else None
     figures: dict[str, Any] = {
         "validation_perplexity_before": round(first["perplexity"], 4),
-        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation).perplexity, 4),
+        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation, meter).perplexity, 4),
     }
+    if meter is not None and meter.forecast:
+        figures["path_vs_gate"] = layer_figures(meter.forecast)
     if counters.refit:
         figures["refit"] = counters.refit
     if found.active_share is not None:
@@ -43,14 +50,21 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
     }
 
 
+def _only_forecasts(tuner: Tuner) -> bool:
+    return tuner.routed and tuner.model.config.routing == "layerwise" and tuner.model.config.has_path_router
+
+
 def figures_that_hold(figures: dict[str, Any], tuner: Tuner, dtype: torch.dtype) -> dict[str, Any]:
     """`figures` of the checkpoint that was tuned, so far as they are true of the model now, stored as `dtype`.
 
-    A swap moves whole experts where rows that experts share were trained apart.
+    A swap moves whole experts where rows that experts share were trained apart. How often a forecast is right was
+    measured on the gates as they were; `tuned_figures` has it of those that are.
     """
     kept = dict(figures)
     if "swap" in kept and not all(map(rows_are_tied, tuner.model.routed_mlps)):
         kept["swap"] = _swap(tuner.model, dtype)
+    if (tuner.counters.best_step or tuner.counters.refit) and "decouple" in kept:
+        kept["decouple"] = {name: value for name, value in kept["decouple"].items() if name != "path_vs_gate"}
     return kept
 
 

@@ -10,16 +10,23 @@ import torch
 from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
+from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.dense import load_tokenizer
 from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
+from pregate.convert.scoring import score_rows
 from pregate.convert.targets import collect_targets
+from pregate.convert.tune import tune
+from pregate.convert.tuning_data import read_rows
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import Manifest
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP
+from tests.convert.interruption import StopsAfter
+from tests.convert.tuning import tiny_options
 from tests.equality import reference_texts
 from tests.router.serving import engine_in_process, hold
 
@@ -116,3 +123,23 @@ def test_the_papers_gate_can_be_forecast(tiny_dense: Path, tiny_text: Path, tmp_
     assert figures["path_vs_gate"]["mean_overlap"] > 0.4  # chance: a third
     with pytest.raises(UserError, match="--weights learned: allowed with --predict: one"):
         replace(options, weights="learned")
+
+
+def test_tuning_measures_the_forecast_anew(
+    made: tuple[DecoupleOptions, Manifest, Path], tiny_text: Path, tmp_path: Path
+):
+    """Tuning moves the gates and not their forecast: what was measured on them before is theirs no more."""
+    options = tiny_options(made[2], tiny_text, tmp_path / "out", learning_rate=1e-2, router_learning_rate=1e-2)
+    progress = StopsAfter(-1)
+    figures = tune(options, progress).figures
+    assert figures["tune"]["best_step"] > 0
+    assert figures["decouple"] == {n: v for n, v in made[1].figures["decouple"].items() if n != "path_vs_gate"}
+    hits, meter = figures["tune"]["path_vs_gate"], AgreementMeter()
+    rows = read_rows(options.text, load_tokenizer(made[2]), 64, 0.2, 0).validation
+    score_rows(RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval(), rows, meter)
+    assert hits == layer_figures(meter.forecast)
+    stale = AgreementMeter()
+    score_rows(RoutedForCausalLM.from_pretrained(made[2], dtype=torch.float32).eval(), rows, stale)
+    assert hits != layer_figures(stale.forecast)
+    told = f"now it shares {100 * hits['mean_overlap']:.1f} % of their picks"
+    assert [note for note in progress.notes if "forecast" in note and told in note]
