@@ -138,10 +138,11 @@ def _layerwise_config(path: Path) -> RoutedConfig:
 
 
 def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
-    """A path's experts all weigh 1; a gate that has learned to weigh them would lose that in silence."""
+    """A path router's weights start at 1, if it has any; those that a gate has learned would be lost in silence."""
     for mlp in model.routed_mlps:
         if isinstance(mlp.gate, RepresentativeGate) and mlp.gate.scale.any():
-            reason = f"layer {mlp.layer}'s gate weighs its experts (scale is not 0); paths cannot"
+            gate = f"layer {mlp.layer}'s gate weighs its experts (scale is not 0)"
+            reason = f"{gate}, and a path router does not learn its weights; allowed: --predict, or a gate of scale 0"
             raise UserError.of("--model", options.model, reason)
 
 

@@ -92,8 +92,8 @@ class Tuner:
         self.offsets: dict[int, torch.Tensor] = {}
         self._order = BatchOrder(rows.training, settings.batch_tokens, settings.seed)
         self._record = record or (lambda _record: None)
-        #: With the path router at rest paths stay, and so do the thresholds they were chosen by.
-        at_rest = self.routed and model.config.routing == "path" and not self.trained.router
+        #: With the path router at rest, its scale aside, paths stay, and so do the thresholds they were chosen by.
+        at_rest = self.routed and model.config.routing == "path" and not settings.router
         self._moves = self.routed and (not at_rest or settings.balance == "bias")
         half = settings.precision == "bfloat16" or (settings.precision == "auto" and self.device.type == "cuda")
         self.precision = torch.bfloat16 if half else torch.float32

@@ -24,8 +24,9 @@ class TuningSettings:
     """How a model in memory is tuned; what `Tuner` goes by.
 
     `method` lora: low-rank changes of `rank`, times `alpha` / `rank` (8 and 32 in CMoE, section 4.1). The FFNs are
-    always tuned; the router or gates with `router`, everything else (attention, norms, embeddings, head) with
-    `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student), per token. To it come
+    always tuned, and the scale by which a router or gate weighs its experts; the rest of it with `router`, everything
+    else (attention, norms, embeddings, head) with `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share`
+    KL(teacher || student), per token. To it come
     `hidden_match` times the squared error of every layer's output as the teacher's, relative to its square, and
     `router_mass` times the squared error of the router's scores as forecasts of the experts' present contribution
     masses, as a share of their variance; without `straight_through` a router learns from that alone. With `balance`

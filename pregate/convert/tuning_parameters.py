@@ -57,10 +57,10 @@ def _of_a_router(name: str) -> bool:
 
 
 def _router_names(model: RoutedForCausalLM, wanted: bool) -> list[str]:
-    """Parameters of the routing in force; without `wanted` only the scales by which a gate weighs its experts."""
-    if model.config.routing == "path":
-        return [n for n, _ in model.named_parameters() if n.startswith("path_router.")] if wanted else []
+    """Parameters of the routing in force; without `wanted` only the scales by which it weighs the experts it chose."""
     kind = "linear_gate" if model.config.gate == "linear" else "paper_gate"
+    if model.config.routing == "path":
+        kind = "path_router"
     names = [n for n, _ in model.named_parameters() if kind in n.split(".")]
     return names if wanted else [n for n in names if n.endswith(".scale")]
 

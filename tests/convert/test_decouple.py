@@ -176,5 +176,7 @@ def test_a_gate_that_weighs_its_experts_is_refused(
     model.save_pretrained(tmp_path / "learned")
     AutoTokenizer.from_pretrained(tiny_dense).save_pretrained(tmp_path / "learned")
     write_manifest(tmp_path / "learned", read_manifest(tmp_path / "paper"))
-    with pytest.raises(UserError, match="layer 1's gate weighs its experts"):
-        decouple(replace(options, model=tmp_path / "learned"))
+    for weights in ("one", "learned"):  # a scale of its own begins at 0, whatever the gate's is
+        with pytest.raises(UserError, match=r"layer 1's gate weighs its experts .* does not learn its weights"):
+            decouple(replace(options, model=tmp_path / "learned", weights=weights))
+    decouple(replace(options, model=tmp_path / "learned", predict=True))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pregate.base.errors import UserError
+from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.dense import load_dense, load_tokenizer
 from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.export_dense import check_dense
@@ -136,6 +137,24 @@ def test_the_scale_by_which_a_gate_weighs_is_learned(paper: Path, tiny_text: Pat
     weights = tuned.routed_mlps[0].gate.choose(torch.randn(5, 64)).weights
     assert weights is not None
     assert (weights - 1).abs().min() > 0
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_so_is_a_path_routers_with_the_paths_as_they_were(
+    tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path: Path, method: str
+):
+    """--no-router freezes what chooses: the scores and thresholds, and not the weights of what was chosen."""
+    learned = tmp_path / "learned"
+    decouple(DecoupleOptions(tiny_layerwise_checkpoint, learned, (tiny_text,), steps=20, dim=16, weights="learned"))
+    options = tiny_options(learned, tiny_text, tmp_path / "out", method=method, router=False)
+    assert tune(options).figures["tune"]["best_step"] > 0
+    names = changed(learned, options.out)
+    assert {n for n in names if n.startswith("path_router.")} == {"path_router.scale"}
+    before, after = (RoutedForCausalLM.from_pretrained(path).eval() for path in (learned, options.out))
+    paths = after.paths(list(range(40)))
+    assert (paths.ids == before.paths(list(range(40))).ids).all()
+    assert paths.weights is not None
+    assert abs(paths.weights[paths.ids >= 0] - 1).min() > 0
 
 
 @pytest.mark.parametrize("which", ["tied", "untied"])
