@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from datetime import timedelta
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bars
 
 Advance = Callable[[int], None]
+
+#: Steps of the last so many seconds tell the speed: where each takes a minute, those of rich's 30 are none.
+SPEED_PERIOD_S = 1800.0
+#: Seconds between lines where stderr is no terminal.
+LINE_EVERY_S = 60.0
 
 
 class Progress(Protocol):
@@ -34,7 +44,13 @@ class QuietProgress:
 
 
 class RichProgress:
-    """A bar per stage on stderr, with the time left."""
+    """A bar per stage on stderr, with the time left; where stderr is no terminal, a line a minute and one at the end.
+
+    `clock` gives seconds. (A test has its own.)
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
@@ -50,9 +66,45 @@ class RichProgress:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Bars(*columns, console=Console(stderr=True)) as bars:
+        console = Console(stderr=True)
+        shown = {"console": console, "disable": not console.is_terminal}
+        with Bars(*columns, **shown, speed_estimate_period=SPEED_PERIOD_S, get_time=self._clock) as bars:
             task = bars.add_task(name, total=total)
-            yield lambda steps: bars.advance(task, steps)
+            if console.is_terminal:
+                yield lambda steps: bars.advance(task, steps)
+                return
+            lines = _Lines(bars, self._clock, self.note)
+            yield lines.advance
+            lines.at_end()
 
     def note(self, sentence: str) -> None:
         sys.stderr.write(f"{sentence}\n")
+        sys.stderr.flush()
+
+
+class _Lines:
+    """Tells how far the one stage of rich's `bars` is, at most once in `LINE_EVERY_S`."""
+
+    def __init__(self, bars: Bars, clock: Callable[[], float], tell: Callable[[str], None]) -> None:
+        self._bars, self._task, self._clock, self._tell = bars, bars.tasks[0], clock, tell
+        self._told_s = clock()
+
+    def advance(self, steps: int) -> None:
+        self._bars.advance(self._task.id, steps)
+        if self._task.finished or self._clock() - self._told_s < LINE_EVERY_S:
+            return
+        self._told_s = self._clock()
+        left = self._task.time_remaining
+        when = "" if left is None else f", {_hours(left)} left"
+        self._tell(f"{self._so_far()} ({int(self._task.percentage)} %){when}")
+
+    def at_end(self) -> None:
+        self._tell(f"{self._so_far()}, {_hours(self._task.elapsed or 0)}")
+
+    def _so_far(self) -> str:
+        return f"{self._task.description}: {self._task.completed:,.0f} of {self._task.total:,.0f}"
+
+
+def _hours(seconds: float) -> str:
+    """E.g. 0:05:10."""
+    return str(timedelta(seconds=round(seconds)))
