@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pregate.base.errors import UserError
 from pregate.convert.shards import INDEX, DenseShards
 from pregate.convert.work_folder import short_digest
-from pregate.model.checkpoint import file_sha256, read_manifest
+from pregate.model.checkpoint import file_sha256
 from pregate.model.config import RoutedConfig
 
 #: For the rare config that does not say how long a sequence may be.
@@ -121,12 +121,3 @@ def source_fields(path: Path, source: dict[str, Any]) -> dict[str, Any]:
 def first_line(error: Exception) -> str:
     """What an error of a library says first; the rest is advice about the library."""
     return str(error).strip().split("\n", 1)[0]
-
-
-def recorded_parent(path: Path) -> Path | None:
-    """The dense model that the manifest of the checkpoint at `path` names, if it is there and its config unchanged."""
-    source = read_manifest(path).source
-    parent = Path(str(source.get("path", "")))
-    config = parent / "config.json"
-    expected = source.get("sha256", {}).get("config.json")
-    return parent if expected and config.is_file() and file_sha256(config) == expected else None

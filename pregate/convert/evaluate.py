@@ -9,7 +9,8 @@ from typing import Any
 from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.control_table import control_rows
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named, recorded_parent
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named
+from pregate.convert.parent import check_own_parent, recorded_parent
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.scoring import encode_all, load_any, score_rows
 from pregate.convert.text import draw_documents, read_documents
@@ -24,7 +25,7 @@ class EvaluateOptions:
 
     Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
     With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
-    dense model it came from (None: the model itself with every expert on, which is the same until it is tuned).
+    dense model it came from (None: the model itself with every expert on, or the recorded one of a tuned model).
     `seed` is that of random routing too.
     """
 
@@ -50,7 +51,8 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     Where a path router only forecasts, also how often it names the gates' experts, layer by layer.
 
     With `options.controls` "controls" maps a control's name to its figures (`control_table.control_rows`).
-    UserError for a folder that is no model, text that cannot be read, and controls of a dense model.
+    UserError for a folder that is no model, text that cannot be read, controls of a dense model, and controls whose
+    dense parent is needed and not found.
     """
     progress = progress or QuietProgress()
     if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
@@ -62,6 +64,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     rows, num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
     if not rows:
         raise UserError.of("--text", options.text, "holds no document of two tokens or more")
+    parent = _load_parent(options, model) if options.controls else None
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, rows, meter, progress)
     result: dict[str, Any] = {
@@ -79,25 +82,16 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         if model.config.routing == "layerwise" and meter.forecast:
             result["forecast_hit_rate"] = layer_figures(meter.forecast)
     if options.controls:
-        result["controls"] = control_rows(model, rows, num_bytes, _load_parent(options), options.seed or 0, progress)
+        result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed or 0, progress)
     return result
 
 
-def _load_parent(options: EvaluateOptions) -> Any:
+def _load_parent(options: EvaluateOptions, model: RoutedForCausalLM) -> Any:
     """The dense model to compare with: what was given, or a tuned checkpoint's; None for the checkpoint itself."""
     if options.parent is not None:
         with named("--parent"):
             return load_dense(options.parent)
-    recorded = _parent_of_tuned(options.model)
+    recorded = recorded_parent(options.model) if read_manifest(options.model).is_tuned else None
+    if recorded is None:
+        check_own_parent(options.model, model)
     return None if recorded is None else load_dense(recorded)
-
-
-def _parent_of_tuned(path: Path) -> Path | None:
-    """The recorded parent of a tuned checkpoint, which is not it with every expert on; None where nothing was tuned."""
-    if not read_manifest(path).is_tuned:
-        return None
-    parent = recorded_parent(path)
-    if parent is None:
-        reason = "was tuned, so with every expert on it is its dense parent no more, and that is not where it was"
-        raise UserError.of("--model", path, f"{reason}; give the dense model with --parent")
-    return parent

@@ -13,11 +13,11 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.convert.conversion import shard_name
+from pregate.convert.parent import recorded_parent
 from pregate.convert.progress import Progress
 from pregate.convert.routed_shards import CutFFN, RoutedShards
 from pregate.convert.shard_index import write_index, write_shard
 from pregate.convert.shards import DenseShards
-from pregate.model.checkpoint import file_sha256
 from pregate.model.gated_mlp import GatedMLP
 
 
@@ -102,11 +102,10 @@ def exact_type(tensor: torch.Tensor, dtypes: list[str], stored: str) -> torch.Te
 
 
 def compare_with_parent(source: RoutedShards, folder: Path) -> dict[str, Any]:
-    """How the written tensors compare with the parent's, if it still lies where it was converted from."""
-    origin = source.manifest.source
-    parent, hashes = Path(origin["path"]), origin["sha256"]
-    if any(not (parent / name).is_file() or file_sha256(parent / name) != digest for name, digest in hashes.items()):
-        return {"parent": f"{parent} is not there, or has changed since: not compared"}
+    """How the written tensors compare with the parent's, if it is found (`recorded_parent`)."""
+    parent = recorded_parent(source.folder)
+    if parent is None:
+        return {"parent": f"{source.manifest.source['path']} is not there, or has changed since: not compared"}
     written, dense = DenseShards(folder), DenseShards(parent)
     cpu, differing, left_out = torch.device("cpu"), [], 0
     for name, tensor in dense.tensors.items():

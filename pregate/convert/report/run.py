@@ -16,7 +16,8 @@ import torch
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named, recorded_parent
+from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named
+from pregate.convert.parent import check_own_parent, recorded_parent
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
 from pregate.convert.report.figures import Conditions, Figures, Model, Quality
@@ -39,9 +40,9 @@ DEFAULT_MAX_TOKENS = 10_000
 class ReportOptions:
     """What to report on: a routed checkpoint, held-out text, and models to show beside it.
 
-    `parent` is the dense model (None: the one the manifest names if it is still there, else the checkpoint with every
-    expert on). Documents are drawn with `seed`, which is that of random routing too, until `max_tokens` are scored
-    (None: all of them).
+    `parent` is the dense model (None: the one the manifest names if it is found, else the checkpoint with every
+    expert on, where that is the same). Documents are drawn with `seed`, which is that of random routing too, until
+    `max_tokens` are scored (None: all of them).
     """
 
     model: Path
@@ -77,8 +78,8 @@ class ReportOptions:
 def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
     """Measure `options.model`, write the page to `options.out`, and return what it shows.
 
-    UserError for a model that is no routed checkpoint or routes nothing, for text that cannot be read, and for a
-    model to compare with that reads the text as other tokens.
+    UserError for a model that is no routed checkpoint or routes nothing, or whose dense parent is needed and not found,
+    for text that cannot be read, and for a model to compare with that reads the text as other tokens.
     """
     figures = measure(options, _Runs(progress or QuietProgress()))
     page = render(figures)
@@ -109,6 +110,8 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     others = [(path, _load("--compare", path, text)) for path in options.compare]
     parent = None if parent_path is None else _load("--parent", parent_path, text)
     model: RoutedForCausalLM = load_any(options.model)
+    if parent is None:
+        check_own_parent(options.model, model)
     manifest = read_manifest(options.model)
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
     del parent
