@@ -146,7 +146,8 @@ def evaluate(
     max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.", show_default=False)] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Score the model by other routings as well.")] = False,
     parent: Annotated[
-        Path | None, typer.Option(help="The dense parent; without, every expert on.", show_default=False)
+        Path | None,
+        typer.Option(help="The dense parent; without, every expert on, or the recorded one.", show_default=False),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of random routing and of what --max-tokens leaves out.", show_default=False)

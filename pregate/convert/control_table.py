@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter
 from pregate.convert.controls import (
     AllPolicy,
@@ -47,14 +46,14 @@ def control_rows(
 ) -> dict[str, dict[str, float]]:
     """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
 
-    `parent` is the dense model; None: `model` with every expert on, which needs a cut that is a partition (UserError).
+    `parent` is the dense model; None: `model` with every expert on, which must be the same (`parent.is_own_parent`).
     Where no layer has a representative gate (Read-ME's cut has none) the paper's gate is left out. A control's
     agreement with the oracle is that on the hidden states its own routing leads to; a control that takes a fixed
     number of experts is compared with an oracle that takes as many.
     """
     progress = progress or QuietProgress()
     if parent is None:
-        _need_partition(model)
+        assert all(mlp.is_partition for mlp in model.routed_mlps), "not its own parent"
         dense = score_rows(model, rows, None, progress, AllPolicy())
     else:
         dense = score_rows(parent, rows, None, progress)
@@ -101,13 +100,3 @@ def nominal_share(model: RoutedForCausalLM) -> float:
     """Share of the FFNs' neurons that a token runs by the cut, where each takes `num_active` experts."""
     active = sum((cut.num_shared + cut.num_active) * cut.expert_width for cut in model.config.cuts)
     return round(active / sum(mlp.parent_width for mlp in model.routed_mlps), 4)
-
-
-def _need_partition(model: RoutedForCausalLM) -> None:
-    """UserError where all experts together are not the parent."""
-    for mlp in model.routed_mlps:
-        if not mlp.is_partition:
-            reason = (
-                f"layer {mlp.layer}'s experts overlap or leave neurons out, so all together they are not the parent"
-            )
-            raise UserError.of("--controls", "on", f"{reason}; give the dense model with --parent")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from pregate.convert.scoring import score_rows
 from pregate.convert.tune import tune
 from pregate.convert.tuning_options import TuneOptions
 from pregate.model import CheckpointReader
+from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import PathPolicy
 from pregate.model.path_router import PathRouter
@@ -289,12 +291,16 @@ def test_served_by_two_hosts_it_equals_the_reference(cut: Path):
         assert all(client.stats.groups > 0 for client in engine.exchange.clients)
 
 
-def test_evaluate_and_its_controls(cut: Path, tiny_dense: Path, domains: tuple[Path, ...]):
-    with pytest.raises(
-        UserError, match=r"--controls on: layer 0's experts overlap .* give the dense model with --parent"
-    ):
-        evaluate(EvaluateOptions(cut, domains[1], controls=True))
+def test_evaluate_and_its_controls(cut: Path, tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path):
+    """All experts together are not the dense parent: that is the one the manifest names."""
+    lost = tmp_path / "lost"
+    shutil.copytree(cut, lost)
+    manifest = read_manifest(lost)
+    write_manifest(lost, replace(manifest, source=manifest.source | {"path": "/nowhere"}))
+    with pytest.raises(UserError, match=r"--model .*layer 0's experts overlap .* give the dense model with --parent"):
+        evaluate(EvaluateOptions(lost, domains[1], controls=True))
     result = evaluate(EvaluateOptions(cut, domains[1], controls=True, parent=tiny_dense))
+    assert evaluate(EvaluateOptions(cut, domains[1], controls=True)) == result
     table = result["controls"]
     assert list(table) == ["dense parent", "static mask", "random routing", "linear gate", "path router", "oracle"]
     assert {row["active_share"] for name, row in table.items() if name != "dense parent"} == {0.5}
