@@ -20,7 +20,14 @@ from pregate.convert.controls import OraclePolicy
 from pregate.convert.overlap import overlaps, routed_neurons
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
-from pregate.convert.report.numbers import Numbers, ladders, takes_numbers, thresholds_for, with_numbers
+from pregate.convert.report.numbers import (
+    Numbers,
+    ladders,
+    leaves_no_choice,
+    takes_numbers,
+    thresholds_for,
+    with_numbers,
+)
 from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.scoring import Score, batches, score_rows
 from pregate.model.layers import RoutedMLP, RoutingPolicy
@@ -102,17 +109,18 @@ def compared(name: str, model: Any, rows: Sequence[list[int]], num_bytes: int, d
 def _curves(
     model: RoutedForCausalLM, rows: Sequence[list[int]], table: dict[str, dict[str, float]], progress: Progress
 ) -> tuple[Curve, ...]:
-    """The checkpoint's own router and the oracle from no routed expert to all of them.
+    """The checkpoint's own router and the oracle from no routed expert to all of them, or as far as `ladders` goes.
 
-    The oracle alone where the router cannot be given other numbers. The ends are the same for both, and what the
-    control table holds already is not run again.
+    The oracle alone where the router cannot be given other numbers. Numbers that leave no choice are run once for
+    both, and what the control table holds already is not run again.
     """
     policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
     policies[ORACLE] = OraclePolicy()
     ladder = ladders(model)
     limits = {name: thresholds_for(model, rows, ladder, of_oracle=name == ORACLE) for name in policies}
     first, policy = next(iter(policies.items()))
-    ends = {n: _run(model, rows, n, limits[first][n], policy, progress) for n in (ladder[0], ladder[-1])}
+    alike = [n for n in ladder if leaves_no_choice(model, n)]
+    ends = {n: _run(model, rows, n, limits[first][n], policy, progress) for n in alike}
     curves = []
     for name, policy in policies.items():
         points = []

@@ -17,6 +17,7 @@ import torch
 from pregate.convert.capture import threshold_for
 from pregate.convert.controls import OraclePolicy
 from pregate.convert.mass_scale import split_layers
+from pregate.convert.overlap import overlaps
 from pregate.convert.scoring import score_rows
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice
@@ -52,7 +53,8 @@ def ladders(model: RoutedForCausalLM) -> list[Numbers]:
     """Numbers of experts from none to all, the checkpoint's own among them.
 
     With the same number in every layer each step is that number plus one (or more: at most `MAX_STEPS`); else
-    steps are thirds of the way from the own number of each layer to none and to all.
+    steps are thirds of the way from the own number of each layer to none and to all. Where experts overlap there is
+    none beyond the own: the neurons that two of a token's experts hold would run, and be added, once for each.
     """
     cuts = [c for c in model.config.cuts if c.num_routed]
     kinds = {(c.num_routed, c.num_active) for c in cuts}
@@ -64,6 +66,8 @@ def ladders(model: RoutedForCausalLM) -> list[Numbers]:
     else:
         ways = [way / 3 for way in range(-3, 4)]
         layers = [[_part_way(cut, way) for cut in model.config.cuts] for way in ways]
+    if any(overlaps(mlp.neuron_index.cpu().numpy()) for mlp in model.routed_mlps):
+        layers = [n for n in layers if all(i <= cut.num_active for i, cut in zip(n, model.config.cuts, strict=True))]
     return list(dict.fromkeys(Numbers.make(model, n) for n in layers))
 
 
@@ -71,6 +75,11 @@ def _part_way(cut: LayerCut, way: float) -> int:
     """From none (-1) over the layer's own number (0) to all (1)."""
     end = cut.num_routed if way > 0 else 0
     return round(cut.num_active + (end - cut.num_active) * abs(way))
+
+
+def leaves_no_choice(model: RoutedForCausalLM, numbers: Numbers) -> bool:
+    """Whether every layer runs none or all of its routed experts, so that all routers give the same."""
+    return all(n in (0, cut.num_routed) for n, cut in zip(numbers.by_layer, model.config.cuts, strict=True))
 
 
 def takes_numbers(model: RoutedForCausalLM) -> bool:

@@ -41,10 +41,11 @@ def quality_section(figures: Figures) -> str:
     picture = both(lambda width: _chart(figures, width))
     rows = [_row(p, p.name == quality.own, MEANINGS.get(p.name, "")) for p in quality.controls]
     rows += [_row(p, False, "given with --compare") for p in quality.others]
+    other = "fewer" if figures.overlap.overlaps else "more or fewer"
     head = ("", "perplexity", "ratio to dense", "FFN active", "oracle's picks")
     return (
         "<p>Lower is better. At one active share (one vertical line) compare the checkpoint with its controls; along a "
-        "line see what more or fewer active experts would give. Numbers at the line: routed experts per token, mean of "
+        f"line see what {other} active experts would give. Numbers at the line: routed experts per token, mean of "
         f"layers. The scale of perplexity is logarithmic.</p><figure>{picture}</figure>{table(head, rows)}"
         "<p class='soft'>Oracle's picks: the share of a token's picks in a layer that the oracle picks too, on the "
         f"inputs that the routing leads to.</p>{conditions(figures, _more_conditions(figures))}"
@@ -56,6 +57,11 @@ def _more_conditions(figures: Figures) -> str:
     words = f"Dense parent: {escape(dense)}." if dense else "Dense parent: this checkpoint with every expert on."
     if figures.model.selection == "threshold":
         words += " For other numbers of experts the thresholds were set anew on a sample of this text."
+    if figures.overlap.overlaps:
+        words += (
+            " The lines end at the checkpoint's own number of experts: its experts overlap, so with more of them a "
+            "neuron that two hold would be added twice."
+        )
     if figures.quality.own not in {curve.name for curve in figures.quality.curves}:
         words += (
             " No line for the checkpoint's own router: one with --gate dselect is made for the number of experts it "
