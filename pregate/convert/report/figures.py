@@ -152,11 +152,12 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class Model:
-    """What is reported on; sizes as stored on disk."""
+    """What is reported on; sizes as stored on disk. `fits_router`: it was tuned under the routing in force."""
 
     name: str
     path: str
     method: str
+    fits_router: bool
     routing: str
     selection: str
     forecast: bool

@@ -37,7 +37,11 @@ WORDS = (
         "what chooses experts inside a layer while the model runs. Linear gate: ours, fitted to what experts "
         "contribute. Paper's gate: CMoE's, one neuron speaks for each expert.",
     ),
-    ("oracle", "chooses the experts that contribute most, which needs all of them computed: a bound, not a method."),
+    (
+        "oracle",
+        "chooses the experts that contribute most, which needs all of them computed: a bound, not a method. A model "
+        "tuned to its own router may do better by that.",
+    ),
     (
         "static mask",
         "as many neurons, always the same ones, those that contribute most on average: what pruning gives.",

@@ -142,7 +142,13 @@ def _against_oracle(figures: Figures) -> Finding | None:
         MIXED: "A better router would gain something (between 70 and 90 %).",
         POOR: "The router is what holds this model back (below 70 %): train it longer or on text like yours.",
     }
-    ends = f"from random experts ({number(random.perplexity)}) to the best by hindsight ({number(oracle.perplexity)})"
+    best = "the best by hindsight"
+    if figures.model.fits_router:
+        best = "the oracle"
+        advice[GOOD] = (
+            "That is near it or beyond (90 % or more); the model was tuned to this router, so it is no bound."
+        )
+    ends = f"from random experts ({number(random.perplexity)}) to {best} ({number(oracle.perplexity)})"
     sentence = f"The router gets {percent(share, 0)} of the gain in log perplexity {ends}"
     return Finding(mark, "Router", f"{sentence}. {advice[mark]}")
 
@@ -162,6 +168,8 @@ def _up_front(figures: Figures) -> Finding:
             POOR: "That is dear (over 10 %): train the path router longer.",
         }
         against = f"against gates that read each layer's input ({number(gate.perplexity)})"
+        if model.fits_router:
+            against += ", to which the model was not tuned"
         return Finding(mark, "Known up front", f"Fixing paths before the model runs {change} {against}. {advice[mark]}")
     if model.forecast:
         pairs = [a for a in figures.agreements if {a.first, a.second} == {"path", "gate"}]

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
 
 from pregate.cluster.cli import main
-from pregate.convert.control_table import DENSE
+from pregate.convert.control_table import DENSE, ORACLE
+from pregate.convert.decouple import DecoupleOptions, decouple
 from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.convert.report.figures import Figures
+from pregate.convert.report.page import render
 from pregate.convert.report.run import ReportOptions, report
+from pregate.convert.report.words import findings
 from pregate.convert.tune import tune
 from tests.convert.tuning import tiny_options
+
+
+@pytest.fixture(scope="module")
+def reported(tuned: Path, tiny_text: Path, tmp_path_factory) -> tuple[Figures, str]:
+    out = tmp_path_factory.mktemp("page") / "page.html"
+    figures = report(ReportOptions(tuned, out, (tiny_text,), max_tokens=150))
+    return figures, unescape(out.read_text()).replace("\N{NO-BREAK SPACE}", " ")
 
 
 @pytest.fixture(scope="module")
@@ -49,3 +62,36 @@ def test_without_its_parent_it_is_refused(tuned: Path, tiny_text: Path, tmp_path
     assert not (tmp_path / "r.html").exists()
     given = ["--parent", str(tuned.parent / "dense")]
     assert main(["report", *words, "--out", str(tmp_path / "r.html"), *given]) == 0
+
+
+def _sentence(figures: Figures, subject: str) -> str:
+    (found,) = [finding.sentence for finding in findings(figures) if finding.subject == subject]
+    return found
+
+
+def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[Figures, str]):
+    figures, html = reported
+    quality = figures.quality
+    assert "which nothing can know beforehand: no bound, as the model was tuned to its router" in html
+    beats = replace(quality.own_point, perplexity=quality.point(ORACLE).perplexity * 0.99)
+    points = tuple(beats if p.name == quality.own else p for p in quality.controls)
+    better = replace(figures, quality=replace(quality, controls=points))
+    assert "(90 % or more); the model was tuned to this router, so it is no bound." in _sentence(better, "Router")
+    assert "would gain little" not in _sentence(better, "Router")
+    assert "to which the model was not tuned" in _sentence(better, "Known up front")
+    untuned = replace(better, model=replace(better.model, fits_router=False))
+    assert "to the best by hindsight" in _sentence(untuned, "Router")
+    assert "A better router would gain little (90 % or more)." in _sentence(untuned, "Router")
+    assert "which nothing can know beforehand: the bound" in unescape(render(untuned))
+
+
+def test_paths_that_came_after_the_tuning_are_not_fitted(
+    tiny_layerwise_checkpoint: Path, tiny_dense: Path, tiny_text: Path, tmp_path: Path
+):
+    """The model was tuned under its gates; what is decoupled afterwards it does not know."""
+    tune(tiny_options(tiny_layerwise_checkpoint, tiny_text, tmp_path / "tuned", steps=2))
+    for predict in (False, True):
+        options = DecoupleOptions(tmp_path / "tuned", tmp_path / str(predict), (tiny_text,), steps=2, dim=16)
+        decouple(replace(options, predict=predict))
+        shown = ReportOptions(tmp_path / str(predict), tmp_path / f"{predict}.html", (tiny_text,), max_tokens=60)
+        assert report(shown).model.fits_router == predict
