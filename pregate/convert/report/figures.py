@@ -194,7 +194,11 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Figures:
-    """Everything a report shows."""
+    """Everything a report shows.
+
+    `tuning`: what the manifest says of the training behind the curves, empty where nothing: the options, the text, and
+    what came of it, which counts where an option has the same name.
+    """
 
     model: Model
     conditions: Conditions
@@ -205,6 +209,7 @@ class Figures:
     repeats: Repeats
     overlap: Overlap
     training: tuple[TrainingCurve, ...]
+    tuning: dict[str, Any]
     router_losses: dict[str, float]
     manifest: dict[str, Any]
 

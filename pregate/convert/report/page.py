@@ -12,8 +12,9 @@ from pregate.convert.control_table import STATIC
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.section_paths import flow_section, load_section
 from pregate.convert.report.section_quality import quality_section
-from pregate.convert.report.section_routers import agreement_section, training_section
+from pregate.convert.report.section_routers import agreement_section
 from pregate.convert.report.section_tokens import repeats_section
+from pregate.convert.report.section_training import training_section
 from pregate.convert.report.words import Finding, count, findings, headline, number, percent, router_share, size
 
 STYLE = Path(__file__).with_name("style.css")

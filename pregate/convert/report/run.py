@@ -24,7 +24,7 @@ from pregate.convert.report.figures import Conditions, Figures, Model, Quality
 from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
 from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
-from pregate.convert.report.training import training_curves
+from pregate.convert.report.training import training_curves, tuning_of
 from pregate.convert.scoring import encode_all, load_any
 from pregate.convert.text import draw_documents, read_documents, text_files
 from pregate.convert.work_folder import write_whole
@@ -130,6 +130,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
         repeats=routes.repeats(model, _row_bytes(stored)),
         overlap=measure_overlap(model),
         training=training_curves(options.model),
+        tuning=tuning_of(manifest),
         router_losses=_router_losses(manifest),
         manifest=manifest.options | {"source": manifest.source.get("path", ""), "calibration": manifest.calibration},
     )

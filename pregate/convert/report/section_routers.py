@@ -1,26 +1,17 @@
-"""The sections on routers: how path, gate and oracle agree by layer, and how the training went."""
+"""The section on routers: how path, gate and oracle agree by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 
 from pregate.convert.control_table import RANDOM
-from pregate.convert.report.figures import Agreement, Figures, TrainingCurve
+from pregate.convert.report.figures import Agreement, Figures
 from pregate.convert.report.parts import conditions, row, table
 from pregate.convert.report.svg import Axis, Point, Series, both, chart, linear_axis
-from pregate.convert.report.words import number, percent
+from pregate.convert.report.words import percent
 
 #: Pairs in the order of the table, and their colours.
 PAIRS = {("path", "oracle"): "c0", ("gate", "oracle"): "c2", ("path", "gate"): "c3"}
-CURVE_NAMES = {
-    "loss": "Loss",
-    "cross_entropy": "Cross entropy, nats per token",
-    "kl": "Divergence from the teacher, nats per token",
-    "validation_perplexity": "Perplexity on held-back text",
-    "active_share": "Share of the FFN that runs",
-    "learning_rate": "Learning rate",
-}
 Line = tuple[tuple[str, str], list[Agreement]]
 
 
@@ -72,34 +63,3 @@ def _row(pair: tuple[str, str], layers: Sequence[Agreement]) -> str:
     worst = min(layers, key=lambda a: a.mean_overlap)
     lowest = f"{percent(worst.mean_overlap)} (layer {worst.layer})"
     return row([" and ".join(pair), percent(mean), lowest, percent(same)])
-
-
-def training_section(figures: Figures) -> str:
-    """Curves of a training, where the checkpoint keeps them."""
-    parts = [_curve(curve) for curve in figures.training]
-    if not parts:
-        parts.append(
-            "<p>No training curve: the folder has no <code>training.jsonl</code>, which <code>pregate tune</code> "
-            "writes beside the weights it trained.</p>"
-        )
-    losses = figures.router_losses
-    if {"loss_first", "loss_last"} <= losses.keys():
-        words = f"{number(losses['loss_first'])} at the first step, {number(losses['loss_last'])} over the last 5 %"
-        parts.append(f"<p>Path router, training loss: {words} (from the manifest; on the text it was trained on).</p>")
-    return "".join(parts)
-
-
-def _curve(curve: TrainingCurve) -> str:
-    title = escape(CURVE_NAMES.get(curve.name, curve.name))
-    return f"<h3>{title}</h3><figure>{both(lambda width: _curve_chart(curve, width))}</figure>"
-
-
-def _curve_chart(curve: TrainingCurve, width: int) -> str:
-    x = linear_axis("step", min(curve.steps), max(curve.steps), lambda v: f"{v:,.0f}")
-    y = linear_axis("", min(curve.values), max(curve.values), lambda v: f"{v:g}", 4)
-    last, points = len(curve.steps) - 1, []
-    for index, (step, value) in enumerate(zip(curve.steps, curve.values, strict=True)):
-        note = f"step {step:,.0f}: {number(value)}"
-        points.append(Point(step, value, note, number(value) if index == last else ""))
-    series = Series("c0", tuple(points), "solid", marks=len(points) < 40)
-    return chart(curve.name, [series], x, y, width, 190)

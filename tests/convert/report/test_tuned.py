@@ -95,3 +95,44 @@ def test_paths_that_came_after_the_tuning_are_not_fitted(
         decouple(replace(options, predict=predict))
         shown = ReportOptions(tmp_path / str(predict), tmp_path / f"{predict}.html", (tiny_text,), max_tokens=60)
         assert report(shown).model.fits_router == predict
+
+
+def test_curves_say_what_they_were_trained_on_and_by(reported: tuple[Figures, str], tuned: Path, tiny_text: Path):
+    html = reported[1]
+    manifest = json.loads((tuned / "manifest.json").read_text())
+    text, found = manifest["calibration"]["tune"], manifest["figures"]["tune"]
+    assert found["steps"] == 6
+    assert (
+        f"Tuned for 6 steps on {found['tokens']:,} tokens of {tiny_text} ({text['num_tokens']:,} tokens in rows of at "
+        "most 64), seed 0, in float32 on cpu: FFNs, attention, norms, embeddings and head (all weights, rate up to "
+        "0.003); router, rate up to 0.003. "
+    ) in html
+    assert (
+        "Loss: 0.5 times cross entropy + 0.5 times divergence from the teacher + 0.1 times error of the router's "
+        "scores, where they forecast contributions. Teacher: itself before it was tuned, with every expert on. "
+    ) in html
+    assert (
+        f"Held-back text: {text['num_validation_tokens']:,} tokens of {text['num_validation_rows']} documents kept "
+        "back from that text, measured in float32 every 6 steps and at the end; the weights are those of step "
+        f"{found['best_step']}, the best of these."
+    ) in html
+
+
+def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
+    figures = reported[0]
+    given = {"method": "lora", "router": False, "backbone": False, "kl_share": 0, "hidden_match": 5.0, "teacher": "T"}
+    given |= {"balance": "loss", "balance_loss": 0.01, "validation": ["V", "<b>W"], "refit": {"missing_left": []}}
+    html = render(replace(figures, tuning=figures.tuning | given))
+    assert (
+        "FFNs (low-rank changes of rank 8, rate up to 0.003); the router&#x27;s scores as they were. Loss: 1 " in html
+    )
+    assert "Loss: 1 times cross entropy + 5 times error of the layers&#x27; outputs" in html
+    assert "+ 0.01 times Switch&#x27;s balancing loss. Teacher: T. Held-back" in html
+    assert (
+        "documents of V, &lt;b&gt;W, measured in float32 every 6 steps and at the end (step 0 twice: before and after"
+        in html
+    )
+    untaught = render(replace(figures, tuning=figures.tuning | {"kl_share": 0}))
+    assert "Loss: 1 times cross entropy + 0.1 times error of the router" in untaught
+    assert "Teacher: " not in untaught
+    assert "does not say what this was trained on and how: it has no" in render(replace(figures, tuning={"steps": 6}))
