@@ -30,6 +30,7 @@ from pregate.convert.report.numbers import (
 )
 from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.scoring import Score, batches, score_rows
+from pregate.convert.tied_rows import rows_are_tied
 from pregate.model.layers import RoutedMLP, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -155,14 +156,5 @@ def measure_overlap(model: RoutedForCausalLM) -> Overlap:
     """Whether experts hold the same parent neurons, and whether the weights of those rows are still equal."""
     rows = [mlp.neuron_index.cpu().numpy() for mlp in model.routed_mlps]
     num_neurons = sum(len(np.unique(index)) for index in rows)
-    tied = all(_rows_are_tied(mlp) for mlp in model.routed_mlps)
+    tied = all(map(rows_are_tied, model.routed_mlps))
     return Overlap(any(map(overlaps, rows)), tied, sum(map(len, rows)) / max(1, num_neurons))
-
-
-def _rows_are_tied(mlp: RoutedMLP) -> bool:
-    """Whether each row's weights equal those of the first row of the same neuron."""
-    _, first, which = np.unique(mlp.neuron_index.cpu().numpy(), return_index=True, return_inverse=True)
-    source = torch.from_numpy(first[which.ravel()])
-    gate_up, down = mlp.dense_weights()
-    gate, up = gate_up.chunk(2)
-    return all(torch.equal(w, w[source]) for w in (gate, up, down.T))
