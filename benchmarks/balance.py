@@ -23,15 +23,24 @@ from benchmarks.decoupling import Decoupling
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.scoring import load_any
 from pregate.convert.tune import tune
-from pregate.convert.tuning_options import BALANCES, TuneOptions
+from pregate.convert.tuning_options import TuneOptions
 from pregate.model.quiet import quiet_transformers
 
 CUT: Cut = (8, 3, 3)
+#: Row -> what of the options is not the default.
+ROWS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "bias": {"balance": "bias"},
+    "bias, --balance-rate 0.01": {"balance": "bias", "balance_rate": 0.01},
+    "loss": {"balance": "loss"},
+    "loss, --balance-loss 1": {"balance": "loss", "balance_loss": 1.0},
+}
 
 
-def tuned(one: Decoupling, balance: str) -> dict[str, Any]:
-    """The row of a model tuned with `balance`; its checkpoint is made when it is not there."""
-    source, out = one.checkpoint(CUT, "path"), one.folder / "balanced" / f"{balance}-{one.args.tokens}"
+def tuned(one: Decoupling, name: str) -> dict[str, Any]:
+    """The row `name` of `ROWS`; its checkpoint is made when it is not there."""
+    number = list(ROWS).index(name)
+    source, out = one.checkpoint(CUT, "path"), one.folder / "balanced" / f"{number}-{one.args.tokens}"
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         options = TuneOptions(
@@ -41,8 +50,8 @@ def tuned(one: Decoupling, balance: str) -> dict[str, Any]:
             teacher=one.subject.model,
             validation=(one.validation,),
             tokens=one.args.tokens,
-            balance=balance,
             seed=one.args.seed,
+            **ROWS[name],
         )
         tune(options, one.progress)
     figures = json.loads((out / "manifest.json").read_text())["figures"]["tune"]
@@ -81,11 +90,10 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_transformers()
     one = Decoupling("quartet", args)
-    names = [f"balance {balance}" for balance in BALANCES]
-    for name, balance in zip(names, BALANCES, strict=True):
-        one.bench.row(name, CUT, args.seed, lambda balance=balance: tuned(one, balance))
+    for name in ROWS:
+        one.bench.row(f"balance {name}", CUT, args.seed, lambda name=name: tuned(one, name))
     found = {row["row"]: row for row in rows_in(args.work, {"quartet"}, {args.seed})}
-    rows, around = [found[name] for name in names], surroundings("balance", ("transformers",))
+    rows, around = [found[f"balance {name}"] for name in ROWS], surroundings("balance", ("transformers",))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "balance.json").write_text(json.dumps({"rows": rows, "surroundings": around}, indent=1) + "\n")
     (args.out / "balance.md").write_text(markdown(rows, around))
