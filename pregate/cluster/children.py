@@ -80,9 +80,9 @@ class RayChildren:
         config, parts = self._config, self._parts
         parts.folder = _make_folder()
         reader = CheckpointReader(config.model)
-        num_routed = [cut.num_routed for cut in reader.config.cuts]
-        placement = place(num_routed, max(1, config.hosts), config.placement)
-        check(placement, num_routed)
+        num_routed, one_index = [cut.num_routed for cut in reader.config.cuts], reader.config.has_one_index
+        placement = place(num_routed, max(1, config.hosts), config.placement, one_index=one_index)
+        check(placement, num_routed, one_index)
         self.stage = f"reserving room for {config.hosts} hosts and the engine"
         parts.group = self._reserve()
         await self._in_time(parts.group.ready(), _no_room(config))

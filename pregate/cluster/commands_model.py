@@ -142,7 +142,7 @@ def decouple(
 
 def evaluate(
     model: ModelOption,
-    text: Annotated[Path, typer.Option(help="Text to score: .txt or .jsonl.", show_default=False)],
+    text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or a folder.", show_default=False)],
     max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.", show_default=False)] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Score the model by other routings as well.")] = False,
     parent: Annotated[

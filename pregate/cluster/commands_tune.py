@@ -22,7 +22,9 @@ def tune(
     method: Annotated[str, typer.Option(help="full or lora.")] = "full",
     rank: Annotated[int, typer.Option(help="Rank of LoRA's changes.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's changes count alpha / rank.")] = 32.0,
-    router: Annotated[bool, typer.Option(help="Tune the path router, or the layers' gates.")] = True,
+    router: Annotated[
+        bool, typer.Option(help="Tune the path router, or the layers' gates; a scale of experts' weights always is.")
+    ] = True,
     backbone: Annotated[bool, typer.Option(help="Tune attention, norms, embeddings and head.")] = True,
     kl_share: Annotated[float, typer.Option(help="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.9,
     hidden_match: Annotated[

@@ -45,7 +45,8 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     cuts = reader.config.cuts
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
-    placement = place([c.num_routed for c in cuts], max(1, config.hosts), config.placement)
+    num_routed, one_index = [c.num_routed for c in cuts], reader.config.has_one_index
+    placement = place(num_routed, max(1, config.hosts), config.placement, one_index=one_index)
     unit_bytes = [reader.unit_bytes(layer) if cut.num_routed else 0 for layer, cut in enumerate(cuts)]
     units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.

@@ -48,12 +48,16 @@ class Placement:
         return cls(version, num_hosts, np.asarray(hosts_of, dtype=np.int16))
 
 
-def place(num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", version: int = 1) -> Placement:
+def place(
+    num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", version: int = 1, one_index: bool = False
+) -> Placement:
     """Give every routed expert of every layer one home host.
 
     `num_routed`: routed experts of each layer, 0 for a dense layer. `linear` gives each host one contiguous block
     of a layer's experts; `round_robin` deals them like cards. Where a layer's experts do not come out even, the hosts
     with one more are those whose turn it is, layer after layer: else the first hosts would have more in every layer.
+    With `one_index`, where a token visits the experts of one number in every layer (Read-ME), nobody takes turns, so
+    that such experts have one host.
     UserError when a layer would leave a host without experts, or the strategy is unknown.
     """
     check_request(num_routed, num_hosts, strategy)
@@ -61,7 +65,7 @@ def place(num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", v
     deal, turn = _cards if strategy == "round_robin" else _blocks, 0
     for layer, count in enumerate(num_routed):
         hosts_of[layer, :count] = deal(count, num_hosts, turn)
-        turn = (turn + count) % num_hosts
+        turn = 0 if one_index else (turn + count) % num_hosts
     return Placement(version, num_hosts, hosts_of)
 
 
@@ -77,11 +81,11 @@ def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str) -> N
         raise UserError.of("--hosts", num_hosts, f"allowed: 0 to {most} (each host needs an expert in every layer)")
 
 
-def check(placement: Placement, num_routed: Sequence[int]) -> None:
+def check(placement: Placement, num_routed: Sequence[int], one_index: bool = False) -> None:
     """Hold the invariants of a placement; AssertionError says which is broken.
 
     Every unit has exactly one home, no home is given where no unit is, and the hosts' shares differ by at most one
-    expert, in every layer and in all.
+    expert in every layer, and without `one_index` in all.
     """
     hosts_of = placement.hosts_of
     assert hosts_of.shape == (len(num_routed), max(num_routed, default=0)), f"shape {hosts_of.shape}"
@@ -90,6 +94,8 @@ def check(placement: Placement, num_routed: Sequence[int]) -> None:
         assert (rest == NO_HOST).all(), f"layer {layer}: a home beyond its {count} experts"
         assert ((homes >= 0) & (homes < placement.num_hosts)).all(), f"layer {layer}: an expert without a home"
         _check_even(f"layer {layer}", homes, placement.num_hosts)
+    if one_index:
+        return
     _check_even("all layers", hosts_of[hosts_of != NO_HOST], placement.num_hosts)
 
 

@@ -113,6 +113,11 @@ def overlap_figures(
     }
 
 
+def bytes_per_row(hidden_size: int, item_bytes: int) -> int:
+    """Bytes of one neuron as stored: a gate row, an up row and a down column."""
+    return 3 * hidden_size * item_bytes
+
+
 def swap_figures(
     indexes: Sequence[np.ndarray], cuts: Sequence[LayerCut], row_bytes: int, tied: bool = True
 ) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pregate.convert.dense import (
 from pregate.convert.device import pick_device
 from pregate.convert.domain_targets import domain_targets, expert_masks
 from pregate.convert.domains import Domain, interleaved, read_domains
-from pregate.convert.overlap import overlap_figures
+from pregate.convert.overlap import bytes_per_row, overlap_figures
 from pregate.convert.parent_embedding import start_from
 from pregate.convert.partial import PartialCheckpoint, open_partial
 from pregate.convert.progress import Progress, QuietProgress
@@ -128,8 +128,8 @@ def _new_router(dense: Any, experts: DomainExperts, options: ReadMeOptions) -> P
 
 def _overlap(experts: DomainExperts, widths: list[int], hidden_size: int, options: ReadMeOptions) -> dict[str, Any]:
     tied = options.tie_overlap or not options.steps
-    row_bytes = 3 * hidden_size * getattr(torch, options.dtype).itemsize
-    return overlap_figures([s.neuron_index for s in experts.splits], experts.cuts, widths, row_bytes, tied)
+    size = bytes_per_row(hidden_size, getattr(torch, options.dtype).itemsize)
+    return overlap_figures([s.neuron_index for s in experts.splits], experts.cuts, widths, size, tied)
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ class Rounds:
             weight_decay=options.weight_decay,
             warmup_share=0.0,
         )
-        router.cpu().requires_grad_(True)  # small, and its batches are
+        router.cpu().requires_grad_(True)  # where the pool of documents and masses lies
         losses = train(router, None, self.pool, settings, progress)
         router.to(device).requires_grad_(False)
         self.model.forget_path_computer()

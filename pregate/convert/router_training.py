@@ -101,11 +101,12 @@ def outputs_of(router: PathRouter, rows: list[list[int]], piece_tokens: int) -> 
     Of more than `piece_tokens`, padding included, only these outputs are kept: a piece is run anew when its gradient is
     wanted. So a loss of all tokens together, such as that of a threshold, is the same however they are cut.
     """
-    pieces = [[rows[i] for i in piece] for piece in batches(rows, piece_tokens)]
+    pieces = list(batches(rows, piece_tokens))
+    assert [i for piece in pieces for i in piece] == list(range(len(rows))), "rows are not longest first"
     if len(pieces) == 1:
         return _outputs(router, rows)
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return torch.cat([checkpoint(_outputs, router, piece, **settings) for piece in pieces])
+    return torch.cat([checkpoint(_outputs, router, [rows[i] for i in piece], **settings) for piece in pieces])
 
 
 def _outputs(router: PathRouter, rows: list[list[int]]) -> torch.Tensor:

@@ -29,10 +29,8 @@ class _Gather(nn.Module):
 
     def __init__(self, neurons_RM: torch.Tensor) -> None:
         super().__init__()
-        distinct_U, slots = neurons_RM.unique(return_inverse=True)
-        first_U = torch.full_like(distinct_U, slots.numel())
-        first_U.scatter_reduce_(0, slots.flatten(), torch.arange(slots.numel()).to(slots), "amin")
-        self.register_buffer("slots_RM", slots)
+        slots_RM, first_U = _distinct_neurons(neurons_RM)
+        self.register_buffer("slots_RM", slots_RM)
         self.register_buffer("first_U", first_U)
 
     def _distinct(self, rows: torch.Tensor) -> torch.Tensor:
@@ -85,8 +83,13 @@ def _neurons(mlp: RoutedMLP) -> torch.Tensor:
 
 def rows_are_tied(mlp: RoutedMLP) -> bool:
     """Whether rows of one layer that hold the same parent neuron have equal weights, bit for bit."""
-    _, which = mlp.neuron_index.long().unique(return_inverse=True)
-    first = torch.full_like(which, which.numel())
-    first.scatter_reduce_(0, which, torch.arange(which.numel()).to(which), "amin")
+    slots, first_U = _distinct_neurons(mlp.neuron_index.long())
     gate_up, down = mlp.dense_weights()
-    return all(torch.equal(rows, rows[first[which]]) for rows in (*gate_up.chunk(2), down.T))
+    return all(torch.equal(rows, rows[first_U[slots]]) for rows in (*gate_up.chunk(2), down.T))
+
+
+def _distinct_neurons(neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which distinct neuron each row holds, in the shape of `neurons`, and the first row (flat) of each of them [U]."""
+    distinct_U, slots = neurons.unique(return_inverse=True)
+    first_U = torch.full_like(distinct_U, slots.numel())
+    return slots, first_U.scatter_reduce_(0, slots.flatten(), torch.arange(slots.numel()).to(slots), "amin")

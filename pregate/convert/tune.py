@@ -28,7 +28,7 @@ from pregate.convert.refit import needs_parent
 from pregate.convert.rounding import round_to
 from pregate.convert.scoring import load_any
 from pregate.convert.tuning_data import TuningRows, read_rows
-from pregate.convert.tuning_figures import figures_that_hold, tuned_figures
+from pregate.convert.tuning_figures import earlier_figures, tuned_figures
 from pregate.convert.tuning_loop import Record, Tuner
 from pregate.convert.tuning_options import TuneOptions
 from pregate.convert.tuning_state import TuningFolder, open_folder
@@ -237,5 +237,5 @@ def _manifest(tuner: Tuner, options: TuneOptions, dtype: torch.dtype) -> Manifes
         options=source.options | {"tune": options.describe()},
         source=origin,
         calibration=source.calibration | {"tune": tuner.rows.describe() | {"seed": options.seed}},
-        figures=figures_that_hold(source.figures, tuner, dtype) | {"tune": tuned_figures(tuner)},
+        figures=earlier_figures(source.figures, tuner, dtype) | {"tune": tuned_figures(tuner)},
     )

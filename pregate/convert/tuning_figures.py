@@ -1,4 +1,4 @@
-"""What a tuned checkpoint's manifest says came of tuning, and what its older figures say no longer."""
+"""What a tuned checkpoint's manifest says came of tuning, and what it says of swaps from then on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from pregate.base.dtypes import dtype_name
 from pregate.convert.agreement import AgreementMeter, layer_figures
-from pregate.convert.overlap import swap_figures
+from pregate.convert.overlap import bytes_per_row, swap_figures
 from pregate.convert.scoring import score_rows
 from pregate.convert.tied_rows import rows_are_tied
 from pregate.convert.tuning_loop import Tuner
@@ -54,21 +54,15 @@ def _only_forecasts(tuner: Tuner) -> bool:
     return tuner.routed and tuner.model.config.routing == "layerwise" and tuner.model.config.has_path_router
 
 
-def figures_that_hold(figures: dict[str, Any], tuner: Tuner, dtype: torch.dtype) -> dict[str, Any]:
-    """`figures` of the checkpoint that was tuned, so far as they are true of the model now, stored as `dtype`.
+def earlier_figures(figures: dict[str, Any], tuner: Tuner, dtype: torch.dtype) -> dict[str, Any]:
+    """`figures` of the checkpoint that was tuned: what each stage measured of the model as it left it.
 
-    A swap moves whole experts where rows that experts share were trained apart. How often a forecast is right was
-    measured on the gates as they were; `tuned_figures` has it of those that are.
+    Only those of swaps are of the weights stored now, as `dtype`: a swap moves whole experts where rows that experts
+    share were trained apart.
     """
-    kept = dict(figures)
-    if "swap" in kept and not all(map(rows_are_tied, tuner.model.routed_mlps)):
-        kept["swap"] = _swap(tuner.model, dtype)
-    if (tuner.counters.best_step or tuner.counters.refit) and "decouple" in kept:
-        kept["decouple"] = {name: value for name, value in kept["decouple"].items() if name != "path_vs_gate"}
-    return kept
-
-
-def _swap(model: Any, dtype: torch.dtype) -> dict[str, Any]:
-    indexes = [mlp.neuron_index.cpu().numpy() for mlp in model.routed_mlps]
-    row_bytes = 3 * model.config.text_config.hidden_size * dtype.itemsize
-    return swap_figures(indexes, [mlp.cut for mlp in model.routed_mlps], row_bytes, tied=False)
+    if "swap" not in figures or all(map(rows_are_tied, tuner.model.routed_mlps)):
+        return figures
+    mlps = tuner.model.routed_mlps
+    indexes, cuts = [mlp.neuron_index.cpu().numpy() for mlp in mlps], [mlp.cut for mlp in mlps]
+    size = bytes_per_row(tuner.model.config.text_config.hidden_size, dtype.itemsize)
+    return figures | {"swap": swap_figures(indexes, cuts, size, tied=False)}

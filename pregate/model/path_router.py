@@ -34,7 +34,9 @@ CHUNK_TOKENS = 512
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 
 
-class _Block(nn.Module):
+class RouterBlock(nn.Module):
+    """Attention over a window of tokens, biased by distance, and an FFN; [B, N, C] to the same."""
+
     def __init__(self, config: PathRouterConfig) -> None:
         super().__init__()
         self.num_heads, self.window = config.num_heads, config.window
@@ -83,7 +85,7 @@ class PathRouter(nn.Module):
         super().__init__()
         self.config, self.cuts, self.selection = config, tuple(cuts), selection
         self.embedding = nn.Embedding(vocab_size, config.dim)
-        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
+        self.blocks = nn.ModuleList(RouterBlock(config) for _ in range(config.num_blocks))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.heads = make_heads(config, self.cuts, selection)
         if config.weights == "learned":
@@ -116,8 +118,8 @@ class PathRouter(nn.Module):
             past_len_B = torch.zeros(ids_BN.shape[0], dtype=torch.int64, device=ids_BN.device)
         parts, seen = [], past
         for ids in ids_BN.split(CHUNK_TOKENS, dim=1):
-            if parts and seen is not None:
-                seen, past_len_B = self._last_window(seen, past_len_B + CHUNK_TOKENS)
+            if parts:
+                seen, past_len_B = self._last_window(seen or [], past_len_B + CHUNK_TOKENS)
             x, seen = self._encode_piece(ids, seen, past_len_B)
             parts.append(x)
         return self.norm(torch.cat(parts, dim=1)), seen or []
@@ -216,6 +218,7 @@ class PathComputer:
         self, states: Sequence[PathState], pieces: Sequence[list[int]]
     ) -> tuple[list[Paths], list[PathState]]:
         lengths = [len(p) for p in pieces]
+        assert max(lengths) <= CHUNK_TOKENS  # of more, `forward` returns the last keys alone
         ids_BN = torch.zeros(len(pieces), max(lengths), dtype=torch.int64, device=self.device)
         for row, piece in zip(ids_BN, pieces, strict=True):
             row[: len(piece)] = torch.tensor(piece, device=self.device)

@@ -22,6 +22,15 @@ def test_no_host_has_the_odd_expert_in_every_layer(strategy):
     assert [len(placement.units_of(host)) for host in range(2)] == [15, 15]
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_experts_of_one_number_have_one_host_where_a_token_visits_them_all(strategy):
+    placement = place([5] * 6, 2, strategy, one_index=True)
+    assert (placement.hosts_of == placement.hosts_of[0]).all()
+    check(placement, [5] * 6, one_index=True)
+    with pytest.raises(AssertionError, match=r"all layers: shares \[18, 12\] differ by more"):
+        check(placement, [5] * 6)
+
+
 def test_units_of_lists_each_unit_once():
     placement = place([3, 0, 2], num_hosts=2)
     assert placement.units_of(0) == [(0, 0), (0, 1), (2, 0)]

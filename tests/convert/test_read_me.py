@@ -34,7 +34,7 @@ from pregate.model import CheckpointReader
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import PathPolicy
-from pregate.model.path_router import PathRouter
+from pregate.model.path_router import PathRouter, RouterBlock
 from tests.convert.read_me_cases import load, neurons_of, small
 from tests.convert.tuning import tiny_options
 from tests.equality import reference_texts
@@ -212,10 +212,12 @@ def test_the_router_learns_which_expert_holds_a_tokens_channels(options: ReadMeO
 def test_both_stages_hold_no_more_than_batch_tokens_at_a_time(options: ReadMeOptions):
     """Of steps of 128 tokens 64, or one document; scoring has a bound of its own, 2,048."""
     seen: list[int] = []
+    kinds: set[type] = set()
 
     def watch(module: Any, args: tuple[Any, ...]) -> None:
-        if isinstance(module, PathRouter) or type(module).__name__ == "_Block":
+        if isinstance(module, PathRouter | RouterBlock):
             seen.append(args[0].shape[:2].numel() if torch.is_grad_enabled() else 0)
+            kinds.add(type(module))
 
     handle = register_module_forward_pre_hook(watch)
     try:
@@ -223,6 +225,7 @@ def test_both_stages_hold_no_more_than_batch_tokens_at_a_time(options: ReadMeOpt
     finally:
         handle.remove()
     assert max(seen) == 64
+    assert kinds == {PathRouter, RouterBlock}  # the router's stage runs its blocks, that of the experts the whole
 
 
 class _StopsAfterStages(QuietProgress):

@@ -224,9 +224,11 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def see_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention to the padding before a shorter mate's past."""
-    original = path_router._Block._bias
+    original = path_router.RouterBlock._bias
     monkeypatch.setattr(
-        path_router._Block, "_bias", lambda self, new, keys, past_len: original(self, new, keys, past_len * 0 + keys)
+        path_router.RouterBlock,
+        "_bias",
+        lambda self, new, keys, past_len: original(self, new, keys, past_len * 0 + keys),
     )
 
 
