@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.conversion import rows_in
+from benchmarks.conversion import Bench, rows_in
 from benchmarks.cuts import Cut, label
-from benchmarks.decoupling import Decoupling
+from benchmarks.decoupling import Decoupling, tune_figures
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.scoring import load_any
-from pregate.convert.tune import tune
-from pregate.convert.tuning_options import TuneOptions
 from pregate.model.quiet import quiet_transformers
 
 CUT: Cut = (8, 3, 3)
@@ -39,22 +37,9 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def tuned(one: Decoupling, name: str) -> dict[str, Any]:
     """The row `name` of `ROWS`; its checkpoint is made when it is not there."""
-    number = list(ROWS).index(name)
-    source, out = one.checkpoint(CUT, "path"), one.folder / "balanced" / f"{number}-{one.args.tokens}"
-    if not out.exists():
-        out.parent.mkdir(parents=True, exist_ok=True)
-        options = TuneOptions(
-            model=source,
-            out=out,
-            text=(one.fit,),
-            teacher=one.subject.model,
-            validation=(one.validation,),
-            tokens=one.args.tokens,
-            seed=one.args.seed,
-            **ROWS[name],
-        )
-        tune(options, one.progress)
-    figures = json.loads((out / "manifest.json").read_text())["figures"]["tune"]
+    slug = "-".join([*map(str, ROWS[name].values()), str(one.args.tokens), str(one.args.seed)])
+    out = one.tune(one.checkpoint(CUT, "path"), one.folder / "balanced" / slug, ROWS[name])
+    figures = tune_figures(out)
     kept = ("tokens", "cpu_seconds", "load_imbalance_before", "load_imbalance_after")
     return one.bench.score(load_any(out)) | {name: figures[name] for name in kept}
 
@@ -74,7 +59,7 @@ def markdown(rows: list[dict[str, Any]], around: dict[str, Any]) -> str:
     ]
     for row in rows:
         after = row["load_imbalance_after"]
-        cells = [row["row"].removeprefix("balance "), f"{row['perplexity']:.3f}", f"{row['active_share']:.3f}"]
+        cells = [row["row"], f"{row['perplexity']:.3f}", f"{row['active_share']:.3f}"]
         lines.append("| " + " | ".join([*cells, f"{fmean(after):.3f}", f"{max(after):.3f}"]) + " |")
     return "\n".join([*lines, "", f"{sentence(around)}.", ""])
 
@@ -90,10 +75,11 @@ def main() -> None:
     torch.set_num_threads(1)
     quiet_transformers()
     one = Decoupling("quartet", args)
+    kept = Bench(one.subject, args.work / f"balance-{args.tokens}")
     for name in ROWS:
-        one.bench.row(f"balance {name}", CUT, args.seed, lambda name=name: tuned(one, name))
-    found = {row["row"]: row for row in rows_in(args.work, {"quartet"}, {args.seed})}
-    rows, around = [found[f"balance {name}"] for name in ROWS], surroundings("balance", ("transformers",))
+        kept.row(name, CUT, args.seed, lambda name=name: tuned(one, name))
+    found = {row["row"]: row for row in rows_in(kept.work, {"quartet"}, {args.seed})}
+    rows, around = [found[name] for name in ROWS], surroundings("balance", ("transformers",))
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "balance.json").write_text(json.dumps({"rows": rows, "surroundings": around}, indent=1) + "\n")
     (args.out / "balance.md").write_text(markdown(rows, around))

@@ -128,7 +128,9 @@ class Decoupling:
     def tuned(self) -> None:
         """The rows of models tuned alike, and what Read-ME's cut is before."""
         self._row("dense tuned", None, lambda: self._tuned(self.subject.model, "dense"))
-        self._row(ALONE, None, lambda: self._tuned(self.subject.model, "dense-alone", alone=True))
+        self._row(
+            ALONE, None, lambda: self._tuned(self.subject.model, "dense-alone", {"teacher": None, "kl_share": 0.0})
+        )
         for cut in TUNED[self.subject.name]:
             for row, kind in TUNED_ROWS.items():
                 self._row(
@@ -149,26 +151,26 @@ class Decoupling:
         row = self.bench.score(model, control, metered=routed)
         return row if routed else row | {"active_share": 1.0}
 
-    def _tuned(self, source: Path, name: str, alone: bool = False) -> dict[str, Any]:
-        out, args = self.folder / "tuned" / name, self.args
+    def _tuned(self, source: Path, name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+        args, changes = self.args, changes or {}
+        stop = {"patience": args.patience, "eval_every": args.eval_every}
+        out = self.tune(source, self.folder / "tuned" / name, stop | changes)
+        kept = ("tokens", "steps", "best_step", "seconds", "cpu_seconds", "validation_perplexity_after")
+        return self._score(out) | {name: tune_figures(out)[name] for name in kept}
+
+    def tune(self, source: Path, out: Path, changes: dict[str, Any]) -> Path:
+        """Tune `source` into `out` by the defaults but for `changes`, against the dense parent, unless it is there."""
         if not out.exists():
             out.parent.mkdir(parents=True, exist_ok=True)
-            options = TuneOptions(
-                model=source,
-                out=out,
-                text=(self.fit,),
-                teacher=None if alone else self.subject.model,
-                validation=(self.validation,),
-                tokens=args.tokens,
-                patience=args.patience,
-                eval_every=args.eval_every,
-                seed=args.seed,
-                kl_share=0.0 if alone else TuneOptions.kl_share,
-            )
-            tune(options, self.progress)
-        figures = json.loads((out / "manifest.json").read_text())["figures"]["tune"]
-        kept = ("tokens", "steps", "best_step", "seconds", "cpu_seconds", "validation_perplexity_after")
-        return self._score(out) | {name: figures[name] for name in kept}
+            fields = {"model": source, "out": out, "text": (self.fit,), "validation": (self.validation,)}
+            fields |= {"teacher": self.subject.model, "tokens": self.args.tokens, "seed": self.args.seed}
+            tune(TuneOptions(**fields | changes), self.progress)
+        return out
+
+
+def tune_figures(path: Path) -> dict[str, Any]:
+    """What the manifest of a tuned checkpoint says came of it."""
+    return json.loads((path / "manifest.json").read_text())["figures"]["tune"]
 
 
 def main() -> None:
