@@ -147,7 +147,7 @@ def evaluate(
     controls: Annotated[bool, typer.Option("--controls", help="Score the model by other routings as well.")] = False,
     parent: Annotated[
         Path | None,
-        typer.Option(help="The dense parent; without, every expert on, or the recorded one.", show_default=False),
+        typer.Option(help="The dense parent; without, the one the manifest names if it is there.", show_default=False),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of random routing and of what --max-tokens leaves out.", show_default=False)

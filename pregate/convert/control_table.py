@@ -46,7 +46,7 @@ def control_rows(
 ) -> dict[str, dict[str, float]]:
     """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
 
-    `parent` is the dense model; None: `model` with every expert on, which must be the same (`parent.is_own_parent`).
+    `parent` is the dense model; None: `model` with every expert on, which must be the same (`parent.dense_of`).
     Where no layer has a representative gate (Read-ME's cut has none) the paper's gate is left out. A control's
     agreement with the oracle is that on the hidden states its own routing leads to; a control that takes a fixed
     number of experts is compared with an oracle that takes as many.

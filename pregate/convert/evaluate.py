@@ -10,7 +10,7 @@ from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.control_table import control_rows
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named
-from pregate.convert.parent import check_own_parent, is_own_parent, recorded_parent
+from pregate.convert.parent import dense_of
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.scoring import encode_all, load_any, score_rows
 from pregate.convert.text import draw_documents, read_documents
@@ -24,8 +24,8 @@ class EvaluateOptions:
 
     Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
     With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
-    dense model it came from (None: the model itself with every expert on; where that is another, as with a tuned model
-    and with experts that overlap, the one its manifest names).
+    dense model it came from (None: the one its manifest names if it is found, else the model itself with every expert
+    on, where that is the same).
     `seed` is that of random routing too.
     """
 
@@ -87,11 +87,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
 
 
 def _load_parent(options: EvaluateOptions, model: RoutedForCausalLM) -> Any:
-    """The dense model to compare with: what was given, or the recorded one; None for the checkpoint itself."""
-    if options.parent is not None:
-        with named("--parent"):
-            return load_dense(options.parent)
-    recorded = None if is_own_parent(options.model, model) else recorded_parent(options.model)
-    if recorded is None:
-        check_own_parent(options.model, model)
-    return None if recorded is None else load_dense(recorded)
+    """The dense model to compare with; None for the checkpoint itself."""
+    path = dense_of(options.model, model, options.parent)
+    with named("--parent"):
+        return None if path is None else load_dense(path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pregate.base.errors import UserError
-from pregate.convert.parent import check_own_parent, is_own_parent, recorded_parent
+from pregate.convert.parent import dense_of, recorded_parent
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
 
@@ -68,19 +68,27 @@ def test_the_example_finds_its_parent_from_anywhere(tmp_path: Path, monkeypatch:
     assert recorded_parent(EXAMPLES / "quartet-paths") == EXAMPLES / "quartet"
 
 
+def test_it_is_what_was_given_then_what_is_recorded_then_itself(moved: Path, tiny_dense: Path):
+    model = RoutedForCausalLM.from_pretrained(moved)
+    assert dense_of(moved, model, tiny_dense) == tiny_dense
+    assert dense_of(moved, model, None) == moved.parent / "dense"
+    shutil.rmtree(moved.parent / "dense")
+    assert dense_of(moved, model, None) is None
+
+
 def test_a_checkpoint_is_its_own_parent_until_it_is_tuned(moved: Path):
     model = RoutedForCausalLM.from_pretrained(moved)
-    assert is_own_parent(moved, model)
-    check_own_parent(moved, model)
     manifest = read_manifest(moved)
     write_manifest(moved, replace(manifest, method=f"{manifest.method}+tune"))
-    assert not is_own_parent(moved, model)
+    assert dense_of(moved, model, None) == moved.parent / "dense"
+    shutil.rmtree(moved.parent / "dense")
     with pytest.raises(UserError, match=r"^--model .*was tuned.*/nowhere/dense.*; give the dense model with --parent$"):
-        check_own_parent(moved, model)
+        dense_of(moved, model, None)
 
 
 def test_nor_where_a_neuron_is_left_out(moved: Path):
     model = RoutedForCausalLM.from_pretrained(moved)
     model.routed_mlps[1].neuron_index[3] = model.routed_mlps[1].neuron_index[4]
+    shutil.rmtree(moved.parent / "dense")
     with pytest.raises(UserError, match=r"layer 1's experts overlap or leave neurons out.*give the dense model"):
-        check_own_parent(moved, model)
+        dense_of(moved, model, None)

@@ -17,7 +17,7 @@ from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
 from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named
-from pregate.convert.parent import check_own_parent, recorded_parent
+from pregate.convert.parent import dense_of
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
 from pregate.convert.report.figures import Conditions, Figures, Model, Quality
@@ -106,12 +106,10 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     started_s = time.monotonic()
     stored = _routed_config(options.model)
     text = _Text.read(options)
-    parent_path = options.parent or recorded_parent(options.model)
     others = [(path, _load("--compare", path, text)) for path in options.compare]
-    parent = None if parent_path is None else _load("--parent", parent_path, text)
     model: RoutedForCausalLM = load_any(options.model)
-    if parent is None:
-        check_own_parent(options.model, model)
+    parent_path = dense_of(options.model, model, options.parent)
+    parent = None if parent_path is None else _load("--parent", parent_path, text)
     manifest = read_manifest(options.model)
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
     del parent

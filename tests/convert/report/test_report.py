@@ -15,6 +15,7 @@ from pregate.cluster.cli import main
 from pregate.convert.control_table import control_rows
 from pregate.convert.conversion import convert
 from pregate.convert.decouple import DecoupleOptions, decouple
+from pregate.convert.dense import load_dense
 from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
@@ -188,6 +189,20 @@ def test_it_measures_on_what_evaluate_scores(tiny_path_checkpoint: Path, tiny_te
     result = evaluate(EvaluateOptions(tiny_path_checkpoint, more, 150, seed=3))
     assert result["num_documents"] < 30
     assert figures.quality.own_point.perplexity == pytest.approx(result["perplexity"], abs=1e-3)
+
+
+def test_its_dense_parent_is_that_of_evaluate(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+    """Stored in a smaller type than its parent a checkpoint is not quite that with every expert on."""
+    options = ConvertOptions(tiny_dense, tmp_path / "half", 8, 2, 2, (tiny_text,), dtype="bfloat16", samples=2)
+    convert(replace(options, sequence_length=64))
+    figures, _ = _report(tmp_path / "half", tiny_text, tmp_path)
+    table = evaluate(EvaluateOptions(tmp_path / "half", tiny_text, 150, controls=True))["controls"]
+    own, dense = figures.quality.own_point, figures.quality.point("dense parent")
+    assert table["dense parent"]["perplexity"] == dense.perplexity
+    assert table[own.name]["ratio_to_dense"] == own.ratio_to_dense
+    itself = control_rows(_load(tmp_path / "half"), ROWS, 1)["dense parent"]["perplexity"]
+    parent = control_rows(_load(tmp_path / "half"), ROWS, 1, load_dense(tiny_dense))["dense parent"]["perplexity"]
+    assert itself != parent  # so it matters which of the two is called dense
 
 
 def test_curves_go_from_no_routed_expert_to_the_dense_model(exact: tuple[Figures, str]):
