@@ -23,7 +23,7 @@ from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap,
 from pregate.convert.report.numbers import (
     Numbers,
     ladders,
-    leaves_no_choice,
+    routers_agree,
     takes_numbers,
     thresholds_for,
     with_numbers,
@@ -112,15 +112,15 @@ def _curves(
 ) -> tuple[Curve, ...]:
     """The checkpoint's own router and the oracle from no routed expert to all of them, or as far as `ladders` goes.
 
-    The oracle alone where the router cannot be given other numbers. Numbers that leave no choice are run once for
-    both, and what the control table holds already is not run again.
+    The oracle alone where the router cannot be given other numbers. Numbers where they agree are run once for both,
+    and what the control table holds already is not run again.
     """
     policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
     policies[ORACLE] = OraclePolicy()
     ladder = ladders(model)
     limits = {name: thresholds_for(model, rows, ladder, of_oracle=name == ORACLE) for name in policies}
     first, policy = next(iter(policies.items()))
-    alike = [n for n in ladder if leaves_no_choice(model, n)]
+    alike = [n for n in ladder if routers_agree(model, n)]
     ends = {n: _run(model, rows, n, limits[first][n], policy, progress) for n in alike}
     curves = []
     for name, policy in policies.items():

@@ -20,7 +20,7 @@ from pregate.convert.mass_scale import split_layers
 from pregate.convert.overlap import overlaps
 from pregate.convert.scoring import score_rows
 from pregate.model.config import LayerCut
-from pregate.model.gates import Choice
+from pregate.model.gates import Choice, RepresentativeGate
 from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
@@ -77,9 +77,23 @@ def _part_way(cut: LayerCut, way: float) -> int:
     return round(cut.num_active + (end - cut.num_active) * abs(way))
 
 
-def leaves_no_choice(model: RoutedForCausalLM, numbers: Numbers) -> bool:
-    """Whether every layer runs none or all of its routed experts, so that all routers give the same."""
-    return all(n in (0, cut.num_routed) for n, cut in zip(numbers.by_layer, model.config.cuts, strict=True))
+def routers_agree(model: RoutedForCausalLM, numbers: Numbers) -> bool:
+    """Whether the checkpoint's own router and the oracle give the same.
+
+    So they do where every layer runs none or all of its routed experts; but with all of them only if the router leaves
+    them as they are: with a learned scale it weighs each by its score, and the oracle by 1.
+    """
+    ends = zip(numbers.by_layer, model.config.cuts, strict=True)
+    return all(n == 0 or (n == cut.num_routed and not _weighs(model)) for n, cut in ends)
+
+
+def _weighs(model: RoutedForCausalLM) -> bool:
+    """Whether the routing in force weighs its experts by other than 1."""
+    router = model.path_router
+    if model.config.routing == "path" and router is not None:
+        return router.config.weights == "learned" and bool(router.scale.any())
+    gates = [mlp.gate for mlp in model.routed_mlps if mlp.cut.num_routed]
+    return any(isinstance(gate, RepresentativeGate) and bool(gate.scale.any()) for gate in gates)
 
 
 def takes_numbers(model: RoutedForCausalLM) -> bool:

@@ -19,8 +19,8 @@ from pregate.convert.dense import load_dense
 from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
-from pregate.convert.report.figures import Figures
-from pregate.convert.report.measure import measure_routes
+from pregate.convert.report.figures import Curve, Figures
+from pregate.convert.report.measure import measure_quality, measure_routes
 from pregate.convert.report.numbers import Numbers, ladders, with_numbers
 from pregate.convert.report.page import render
 from pregate.convert.report.run import ReportOptions, report
@@ -73,10 +73,10 @@ def predicted(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def _random_checkpoint(folder: Path, dense: Path, layer_cuts: list[dict[str, int]]) -> Path:
+def _random_checkpoint(folder: Path, dense: Path, layer_cuts: list[dict[str, int]], **fields) -> Path:
     """Random weights and a fixed number of experts; cuts may differ, as no conversion here would make them."""
     text_config = json.loads((dense / "config.json").read_text()) | {"num_hidden_layers": len(layer_cuts)}
-    model = RoutedForCausalLM(RoutedConfig(text_config=text_config, layer_cuts=layer_cuts))
+    model = RoutedForCausalLM(RoutedConfig(text_config=text_config, layer_cuts=layer_cuts, **fields))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for mlp in model.routed_mlps:
@@ -216,6 +216,36 @@ def test_curves_go_from_no_routed_expert_to_the_dense_model(exact: tuple[Figures
         assert curve.perplexities[-1] == pytest.approx(figures.quality.point("dense parent").perplexity, rel=1e-4)
     assert own.perplexities[2] == figures.quality.own_point.perplexity
     assert own.active_shares[3] == pytest.approx(5 / 8, abs=0.03)  # thresholds set on this very text
+
+
+def test_with_every_expert_on_a_learned_scale_still_counts(tiny_dense: Path, tmp_path: Path):
+    """The oracle weighs its experts by 1, so there it is the dense model; the gate weighs them by their scores."""
+    model = _load(_random_checkpoint(tmp_path / "one", tiny_dense, [CUT], gate="representative"))
+    plain_own, plain_oracle = [curve.perplexities for curve in _curves(model)]
+    model.routed_mlps[0].paper_gate.scale.data.fill_(2.0)
+    own, oracle = [curve.perplexities for curve in _curves(model)]
+    assert plain_own[-1] == plain_oracle[-1] == oracle[-1]
+    with with_numbers(model, ladders(model)[-1], {}):
+        assert own[-1] == pytest.approx(score_rows(model, ROWS).perplexity, abs=1e-3)
+    assert own[-1] != pytest.approx(oracle[-1], rel=1e-3)
+    assert own[0] == oracle[0]
+
+
+def test_nor_is_a_path_router_of_learned_weights_the_dense_model(
+    tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path: Path
+):
+    options = DecoupleOptions(tiny_layerwise_checkpoint, tmp_path / "path", (tiny_text,), steps=2, dim=16)
+    decouple(replace(options, weights="learned"))
+    model = _load(tmp_path / "path")
+    model.path_router.scale.data.fill_(2.0)
+    model.forget_path_computer()
+    own, oracle = [curve.perplexities for curve in _curves(model)]
+    assert own[-1] != pytest.approx(oracle[-1], rel=1e-3)
+    assert own[0] == oracle[0]
+
+
+def _curves(model: RoutedForCausalLM) -> tuple[Curve, ...]:
+    return measure_quality(model, ROWS, 1, None, 0, QuietProgress()).curves
 
 
 def test_a_router_made_for_one_number_of_experts_has_no_curve(
