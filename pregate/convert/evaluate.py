@@ -9,11 +9,11 @@ from typing import Any
 from pregate.base.errors import UserError
 from pregate.convert.agreement import AgreementMeter, layer_figures
 from pregate.convert.control_table import control_rows
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named
+from pregate.convert.dense import check_model_folder, load_dense, named
 from pregate.convert.parent import dense_of
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.scoring import encode_all, load_any, score_rows
-from pregate.convert.text import draw_documents, read_documents
+from pregate.convert.scored_text import ScoredText
+from pregate.convert.scoring import load_any, score_rows
 from pregate.model.config import RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -57,22 +57,17 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     progress = progress or QuietProgress()
     if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
-    tokenizer = load_tokenizer(options.model)
-    context = context_tokens(options.model)
-    documents = draw_documents(read_documents([options.text], context, "--text"), options.seed or 0)
+    text = ScoredText.read(options.model, [options.text], options.max_tokens, options.seed or 0)
     model = load_any(options.model)
-    rows, num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
-    if not rows:
-        raise UserError.of("--text", options.text, "holds no document of two tokens or more")
     parent = _load_parent(options, model) if options.controls else None
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
-    score = score_rows(model, rows, meter, progress)
+    score = score_rows(model, text.rows, meter, progress)
     result: dict[str, Any] = {
         "model": str(options.model),
         "text": str(options.text),
         "perplexity": round(score.perplexity, 4),
-        "bits_per_byte": round(score.bits_per_byte(num_bytes), 4),
-        "num_documents": len(rows),
+        "bits_per_byte": round(score.bits_per_byte(text.num_bytes), 4),
+        "num_documents": len(text.rows),
         "num_tokens": score.num_tokens,
     }
     if meter is not None:
@@ -82,7 +77,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
         if model.config.routing == "layerwise" and meter.forecast:
             result["forecast_hit_rate"] = layer_figures(meter.forecast)
     if options.controls:
-        result["controls"] = control_rows(model, rows, num_bytes, parent, options.seed or 0, progress)
+        result["controls"] = control_rows(model, text.rows, text.num_bytes, parent, options.seed or 0, progress)
     return result
 
 

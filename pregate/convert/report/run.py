@@ -16,7 +16,7 @@ import torch
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
-from pregate.convert.dense import check_model_folder, context_tokens, load_dense, load_tokenizer, named
+from pregate.convert.dense import check_model_folder, load_dense, named
 from pregate.convert.parent import dense_of
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
@@ -25,8 +25,9 @@ from pregate.convert.report.measure import compared, measure_overlap, measure_qu
 from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
 from pregate.convert.report.training import training_curves, tuning_of
-from pregate.convert.scoring import encode_all, load_any
-from pregate.convert.text import draw_documents, read_documents, text_files
+from pregate.convert.scored_text import ScoredText
+from pregate.convert.scoring import load_any
+from pregate.convert.text import text_files
 from pregate.convert.work_folder import write_whole
 from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 from pregate.model.config import LayerCut, RoutedConfig
@@ -105,7 +106,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
     stored = _routed_config(options.model)
-    text = _Text.read(options)
+    text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed)
     others = [(path, _load("--compare", path, text)) for path in options.compare]
     model: RoutedForCausalLM = load_any(options.model)
     parent_path = dense_of(options.model, model, options.parent)
@@ -134,36 +135,6 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     )
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The report's text as the reported model's tokens; `texts` are the documents in the order drawn."""
-
-    rows: list[list[int]]
-    texts: list[str]
-    num_bytes: int
-    context: int
-    max_tokens: int | None
-
-    @classmethod
-    def read(cls, options: ReportOptions) -> _Text:
-        context = context_tokens(options.model)
-        documents = draw_documents(read_documents(options.text, context, "--text"), options.seed)
-        texts = [d.text for d in documents]
-        rows, num_bytes = encode_all(load_tokenizer(options.model), texts, context, options.max_tokens)
-        if not rows:
-            raise UserError.of("--text", " ".join(map(str, options.text)), "holds no document of two tokens or more")
-        return cls(rows, texts, num_bytes, context, options.max_tokens)
-
-    def check_same_tokens(self, option: str, path: Path) -> None:
-        """UserError where the model at `path` reads the text as other tokens; then perplexities do not compare."""
-        context = context_tokens(path)
-        longest = max(map(len, self.rows))
-        if context < longest:
-            raise UserError.of(option, path, f"its context of {context} tokens is shorter than a document ({longest})")
-        if encode_all(load_tokenizer(path), self.texts, self.context, self.max_tokens)[0] != self.rows:
-            raise UserError.of(option, path, "reads the text as other tokens, so perplexities do not compare")
-
-
 def _routed_config(path: Path) -> RoutedConfig:
     """The checkpoint's config; UserError for a dense model and one that routes nothing."""
     if check_model_folder(path)["model_type"] != RoutedConfig.model_type:
@@ -174,7 +145,7 @@ def _routed_config(path: Path) -> RoutedConfig:
     return config
 
 
-def _load(option: str, path: Path, text: _Text) -> Any:
+def _load(option: str, path: Path, text: ScoredText) -> Any:
     """A model to show beside the reported one; `option` says who named it."""
     with named(option):
         kind = check_model_folder(path)["model_type"]
@@ -252,7 +223,7 @@ def _stored(config: RoutedConfig) -> str:
 
 def _conditions(
     options: ReportOptions,
-    text: _Text,
+    text: ScoredText,
     model: RoutedForCausalLM,
     manifest: Manifest,
     parent: Path | None,
