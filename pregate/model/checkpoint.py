@@ -32,7 +32,11 @@ _EXPERTS = re.compile(r"\.(\d+)\.(?:.*\.)?experts\.(gate_up_proj|down_proj)$")
 
 @dataclass(frozen=True)
 class Manifest:
-    """How a checkpoint was made. `files` maps file name to {"sha256": hex, "bytes": size}; filled in on writing."""
+    """How a checkpoint was made.
+
+    `method`: what was done, step by step, joined by "+". `files` maps file name to {"sha256": hex, "bytes": size};
+    filled in on writing.
+    """
 
     method: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +49,17 @@ class Manifest:
     @property
     def is_tuned(self) -> bool:
         """Whether weights were trained after the cut, so that all experts together are the dense parent no more."""
-        return "tune" in self.method
+        return "tune" in self.method.split("+")
+
+    def fits_routing(self, routing: str) -> bool:
+        """Whether weights were tuned under `routing`: paths that came after tuning, they do not know.
+
+        Example: those of "cmoe+tune+decouple" fit its gates (routing "layerwise"), but not its paths ("path").
+        """
+        steps = self.method.split("+")
+        if routing == "path" and "decouple" in steps:
+            steps = steps[len(steps) - steps[::-1].index("decouple") :]
+        return "tune" in steps
 
 
 def file_sha256(path: Path) -> str:

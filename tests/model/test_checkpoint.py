@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import pregate.model  # noqa: F401 (registers the Auto classes)
 from pregate.base.errors import CheckpointError, UserError
-from pregate.model.checkpoint import CheckpointReader, new_folder
+from pregate.model.checkpoint import CheckpointReader, Manifest, new_folder
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -31,6 +31,23 @@ def test_round_trip_is_bit_for_bit(tiny_path_checkpoint, tmp_path):
     assert second.manifest is not None
     assert second.manifest.method == first.manifest.method
     assert second.config.to_dict()["layer_cuts"] == first.config.to_dict()["layer_cuts"]
+
+
+@pytest.mark.parametrize(
+    ("method", "tuned", "under_gates", "along_paths"),
+    [
+        ("cmoe+decouple", False, False, False),
+        ("cmoe+tune", True, True, True),
+        ("cmoe+tune+decouple", True, True, False),
+        ("cmoe+tune+decouple+tune", True, True, True),
+        ("cmoe+decouple+tune", True, True, True),
+        ("untuned", False, False, False),
+    ],
+)
+def test_a_method_says_what_the_weights_were_tuned_under(method, tuned, under_gates, along_paths):
+    manifest = Manifest(method)
+    assert manifest.is_tuned == tuned
+    assert (manifest.fits_routing("layerwise"), manifest.fits_routing("path")) == (under_gates, along_paths)
 
 
 def test_round_trip_through_bf16_keeps_the_path_router_in_fp32(tiny_path_checkpoint, tmp_path):

@@ -171,7 +171,7 @@ def _describe(
         name=path.resolve().name,
         path=str(path.resolve()),
         method=manifest.method,
-        fits_router=_fits_router(manifest.method, config.routing),
+        fits_router=manifest.fits_routing(config.routing),
         routing=config.routing,
         selection=config.selection,
         forecast=config.routing == "layerwise" and config.has_path_router,
@@ -186,14 +186,6 @@ def _describe(
         dtype=_stored(config),
         nominal_share=static.active_share,
     )
-
-
-def _fits_router(method: str, routing: str) -> bool:
-    """Whether the weights were tuned under the routing in force: paths that came after tuning, it did not know.
-
-    Example: "cmoe+tune+decouple" fits its gates, but not its paths.
-    """
-    return "tune" in (method.rpartition("decouple")[2] if routing == "path" else method)
 
 
 def _cut_words(cuts: Sequence[LayerCut], selection: str) -> str:
