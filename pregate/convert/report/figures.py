@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pregate.convert.report.tuning import Tuning
+
 
 @dataclass(frozen=True)
 class QualityPoint:
@@ -196,8 +198,7 @@ class Conditions:
 class Figures:
     """Everything a report shows.
 
-    `tuning`: what the manifest says of the training behind the curves, empty where nothing: the options, the text, and
-    what came of it, which counts where an option has the same name.
+    `tuning`: what the manifest says of the training behind the curves; None where that is not enough to show.
     """
 
     model: Model
@@ -209,7 +210,7 @@ class Figures:
     repeats: Repeats
     overlap: Overlap
     training: tuple[TrainingCurve, ...]
-    tuning: dict[str, Any]
+    tuning: Tuning | None
     router_losses: dict[str, float]
     manifest: dict[str, Any]
 

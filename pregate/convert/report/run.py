@@ -24,7 +24,8 @@ from pregate.convert.report.figures import Conditions, Figures, Model, Quality
 from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
 from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
-from pregate.convert.report.training import training_curves, tuning_of
+from pregate.convert.report.training import training_curves
+from pregate.convert.report.tuning import tuning_of
 from pregate.convert.scored_text import ScoredText
 from pregate.convert.scoring import load_any
 from pregate.convert.text import text_files

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from html import escape
-from typing import Any
 
 from pregate.convert.report.figures import Figures, TrainingCurve
 from pregate.convert.report.svg import Point, Series, both, chart, linear_axis
+from pregate.convert.report.tuning import Asked, Tuning
 from pregate.convert.report.words import number
 
 CURVE_NAMES = {
@@ -36,58 +36,59 @@ def training_section(figures: Figures) -> str:
     return "".join(parts)
 
 
-def _conditions(tuning: dict[str, Any]) -> str:
-    """On what and how it was tuned, as `Figures.tuning` has it."""
-    try:
-        return f"{_on_what(tuning)}: {_trained(tuning)}. {_loss(tuning)} {_held_back(tuning)}"
-    except KeyError as missing:
-        return f"The manifest does not say what this was trained on and how: it has no {missing}."
+def _conditions(tuning: Tuning | None) -> str:
+    """On what and how it was tuned."""
+    if tuning is None:
+        return "The manifest does not say, or not in full, what this was trained on and how."
+    return f"{_on_what(tuning)}: {_trained(tuning.asked)}. {_loss(tuning.asked)} {_held_back(tuning)}"
 
 
-def _on_what(t: dict[str, Any]) -> str:
+def _on_what(tuning: Tuning) -> str:
     """Length, text, seed and arithmetic."""
+    asked, outcome = tuning.asked, tuning.outcome
     return (
-        f"Tuned for {t['steps']:,} steps on {t['tokens']:,} tokens of {', '.join(t['text'])} "
-        f"({t['num_tokens']:,} tokens in rows of at most {t['sequence_length']:,}), seed {t['seed']}, "
-        f"in {t['precision']} on {t['device']}"
+        f"Tuned for {outcome.steps:,} steps on {outcome.tokens:,} tokens of {', '.join(asked.text)} "
+        f"({tuning.text.num_tokens:,} tokens in rows of at most {asked.sequence_length:,}), seed {asked.seed}, "
+        f"in {outcome.precision} on {outcome.device}"
     )
 
 
-def _trained(t: dict[str, Any]) -> str:
+def _trained(asked: Asked) -> str:
     """Which weights, and at what rates."""
-    full = t["method"] == "full"
+    full = asked.method == "full"
     rest = "attention, norms, embeddings and head" if full else "attention"
-    parts = f"FFNs, {rest}" if t["backbone"] else "FFNs"
-    how = "all weights" if full else f"low-rank changes of rank {t['rank']}"
+    parts = f"FFNs, {rest}" if asked.backbone else "FFNs"
+    how = "all weights" if full else f"low-rank changes of rank {asked.rank}"
     router = "the router's scores as they were"
-    if t["router"]:
-        router = f"router, rate up to {t['router_learning_rate']:g}"
-    return f"{parts} ({how}, rate up to {t['learning_rate']:g}); {router}"
+    if asked.router:
+        router = f"router, rate up to {asked.router_learning_rate:g}"
+    return f"{parts} ({how}, rate up to {asked.learning_rate:g}); {router}"
 
 
-def _loss(t: dict[str, Any]) -> str:
+def _loss(asked: Asked) -> str:
     """Its terms, and who taught."""
-    taught = t["kl_share"] > 0 or t["hidden_match"] > 0
+    taught = asked.kl_share > 0 or asked.hidden_match > 0
     weights = {
-        "cross entropy": 1 - t["kl_share"],
-        "divergence from the teacher": t["kl_share"],
-        "error of the layers' outputs beside the teacher's": t["hidden_match"],
-        "error of the router's scores, where they forecast contributions": t["router_mass"] * t["router"],
-        "Switch's balancing loss": t["balance_loss"] * (t["balance"] == "loss"),
+        "cross entropy": 1 - asked.kl_share,
+        "divergence from the teacher": asked.kl_share,
+        "error of the layers' outputs beside the teacher's": asked.hidden_match,
+        "error of the router's scores, where they forecast contributions": asked.router_mass * asked.router,
+        "Switch's balancing loss": asked.balance_loss * (asked.balance == "loss"),
     }
     terms = " + ".join(f"{weight:g} times {name}" for name, weight in weights.items() if weight)
-    teacher = t["teacher"] or "itself before it was tuned, with every expert on"
+    teacher = asked.teacher or "itself before it was tuned, with every expert on"
     return f"Loss: {terms}.{f' Teacher: {teacher}.' if taught else ''}"
 
 
-def _held_back(t: dict[str, Any]) -> str:
+def _held_back(tuning: Tuning) -> str:
     """What perplexity and active share along the training were measured on."""
-    where = f"of {', '.join(t['validation'])}" if t["validation"] else "kept back from that text"
-    refit = " (step 0 twice: before and after the fit in closed form)" if isinstance(t.get("refit"), dict) else ""
+    asked, text, outcome = tuning.asked, tuning.text, tuning.outcome
+    where = f"of {', '.join(asked.validation)}" if asked.validation else "kept back from that text"
+    refit = " (step 0 twice: before and after the fit in closed form)" if outcome.refit is not None else ""
     return (
-        f"Held-back text: {t['num_validation_tokens']:,} tokens of {t['num_validation_rows']:,} documents {where}, "
-        f"measured in float32 every {t['eval_every']:,} steps and at the end{refit}; the weights are those of step "
-        f"{t['best_step']:,}, the best of these."
+        f"Held-back text: {text.num_validation_tokens:,} tokens of {text.num_validation_rows:,} documents {where}, "
+        f"measured in float32 every {asked.eval_every:,} steps and at the end{refit}; the weights are those of step "
+        f"{outcome.best_step:,}, the best of these."
     )
 
 

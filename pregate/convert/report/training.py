@@ -1,5 +1,4 @@
-"""The curves of a training, from `training.jsonl` in the checkpoint's folder, where `pregate tune` writes it, and its
-conditions, from the manifest.
+"""The curves of a training, from `training.jsonl` in the checkpoint's folder, where `pregate tune` writes it.
 
 One JSON object a line: "step", and any of "loss", "cross_entropy", "kl", "learning_rate", "validation_perplexity",
 "active_share", each a number. Other fields are left alone.
@@ -15,7 +14,6 @@ from typing import Any
 from pregate.base.errors import UserError
 from pregate.convert.report.figures import TrainingCurve
 from pregate.convert.tuning_state import CURVE
-from pregate.model.checkpoint import Manifest
 
 CURVES = ("loss", "cross_entropy", "kl", "validation_perplexity", "active_share", "learning_rate")
 #: A page shows no more points of one curve than this.
@@ -39,12 +37,6 @@ def training_curves(folder: Path) -> tuple[TrainingCurve, ...]:
             if step is not None and value is not None:
                 points.setdefault(name, []).append((step, value))
     return tuple(_curve(name, points[name]) for name in CURVES if name in points)
-
-
-def tuning_of(manifest: Manifest) -> dict[str, Any]:
-    """`Figures.tuning`: what `pregate tune` was asked, on what, and what came of it."""
-    parts = (manifest.options, manifest.calibration, manifest.figures)
-    return {name: value for part in parts for name, value in part.get("tune", {}).items()}
 
 
 def _record(line: str, where: str) -> dict:

@@ -17,8 +17,10 @@ from pregate.convert.evaluate import EvaluateOptions, evaluate
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.page import render
 from pregate.convert.report.run import ReportOptions, report
+from pregate.convert.report.tuning import tuning_of
 from pregate.convert.report.words import findings
 from pregate.convert.tune import tune
+from pregate.model.checkpoint import read_manifest
 from tests.convert.tuning import tiny_options
 
 
@@ -120,9 +122,11 @@ def test_curves_say_what_they_were_trained_on_and_by(reported: tuple[Figures, st
 
 def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
     figures = reported[0]
-    given = {"method": "lora", "router": False, "backbone": False, "kl_share": 0, "hidden_match": 5.0, "teacher": "T"}
-    given |= {"balance": "loss", "balance_loss": 0.01, "validation": ["V", "<b>W"], "refit": {"missing_left": []}}
-    html = render(replace(figures, tuning=figures.tuning | given))
+    tuning = figures.tuning
+    asked = replace(tuning.asked, method="lora", router=False, backbone=False, kl_share=0, hidden_match=5.0)
+    asked = replace(asked, teacher="T", balance="loss", balance_loss=0.01, validation=["V", "<b>W"])
+    outcome = replace(tuning.outcome, refit={"missing_left": []})
+    html = render(replace(figures, tuning=replace(tuning, asked=asked, outcome=outcome)))
     assert (
         "FFNs (low-rank changes of rank 8, rate up to 0.003); the router&#x27;s scores as they were. Loss: 1 " in html
     )
@@ -132,7 +136,23 @@ def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
         "documents of V, &lt;b&gt;W, measured in float32 every 6 steps and at the end (step 0 twice: before and after"
         in html
     )
-    untaught = render(replace(figures, tuning=figures.tuning | {"kl_share": 0}))
+    untaught = render(replace(figures, tuning=replace(tuning, asked=replace(tuning.asked, kl_share=0))))
     assert "Loss: 1 times cross entropy + 0.1 times error of the router" in untaught
     assert "Teacher: " not in untaught
-    assert "does not say what this was trained on and how: it has no" in render(replace(figures, tuning={"steps": 6}))
+    assert "The manifest does not say, or not in full, what this was trained on" in render(
+        replace(figures, tuning=None)
+    )
+
+
+def test_options_and_what_came_of_them_are_kept_apart(tuned: Path):
+    manifest = read_manifest(tuned)
+    found = manifest.figures["tune"]
+    options = manifest.options | {"tune": manifest.options["tune"] | {"steps": 99, "tokens": 9, "seed": 7}}
+    tuning = tuning_of(replace(manifest, options=options))
+    assert (tuning.outcome.steps, tuning.outcome.tokens, tuning.asked.seed) == (6, found["tokens"], 7)
+    for part in ("options", "calibration", "figures"):
+        assert tuning_of(replace(manifest, **{part: {}})) is None
+        said = getattr(manifest, part)
+        for name in {"rank", "num_tokens", "best_step"} & said["tune"].keys():
+            short = {key: value for key, value in said["tune"].items() if key != name}
+            assert tuning_of(replace(manifest, **{part: said | {"tune": short}})) is None
