@@ -28,8 +28,8 @@ CUT: Cut = (8, 3, 3)
 #: Row -> what of the options is not the default.
 ROWS: dict[str, dict[str, Any]] = {
     "none": {},
+    "bias, --balance-rate 0.001": {"balance": "bias", "balance_rate": 0.001},
     "bias": {"balance": "bias"},
-    "bias, --balance-rate 0.01": {"balance": "bias", "balance_rate": 0.01},
     "loss": {"balance": "loss"},
     "loss, --balance-loss 1": {"balance": "loss", "balance_loss": 1.0},
 }

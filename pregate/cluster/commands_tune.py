@@ -44,7 +44,7 @@ def tune(
     balance: Annotated[str, typer.Option(help="none, bias (as CMoE) or loss (as Switch): even use of experts.")] = (
         "none"
     ),
-    balance_rate: Annotated[float, typer.Option(help="What --balance bias adds to a bias per step.")] = 1e-3,
+    balance_rate: Annotated[float, typer.Option(help="What --balance bias adds to a bias per step.")] = 1e-2,
     balance_loss: Annotated[float, typer.Option(help="Weight of --balance loss.")] = 1e-2,
     steps: Annotated[int | None, typer.Option(help="Most optimizer steps.", show_default=False)] = None,
     tokens: Annotated[
