@@ -123,6 +123,7 @@ def test_curves_say_what_they_were_trained_on_and_by(reported: tuple[Figures, st
 def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
     figures = reported[0]
     tuning = figures.tuning
+    assert tuning is not None
     asked = replace(tuning.asked, method="lora", router=False, backbone=False, kl_share=0, hidden_match=5.0)
     asked = replace(asked, teacher="T", balance="loss", balance_loss=0.01, validation=["V", "<b>W"])
     outcome = replace(tuning.outcome, refit={"missing_left": []})
@@ -149,6 +150,7 @@ def test_options_and_what_came_of_them_are_kept_apart(tuned: Path):
     found = manifest.figures["tune"]
     options = manifest.options | {"tune": manifest.options["tune"] | {"steps": 99, "tokens": 9, "seed": 7}}
     tuning = tuning_of(replace(manifest, options=options))
+    assert tuning is not None
     assert (tuning.outcome.steps, tuning.outcome.tokens, tuning.asked.seed) == (6, found["tokens"], 7)
     for part in ("options", "calibration", "figures"):
         assert tuning_of(replace(manifest, **{part: {}})) is None
