@@ -49,7 +49,7 @@ def read_me(
     device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
-    """One expert per domain, one index per token for all layers, tuned in rounds. Interrupted, it can go on."""
+    """One expert per domain, one index per token for all layers, tuned in rounds; goes on after a whole stage."""
     given: dict[str, Any] = {name: value for name, value in locals().items() if name != "domain"}
     from pregate.convert.progress import RichProgress
     from pregate.convert.read_me import read_me as run

@@ -48,7 +48,10 @@ def tune(
     balance_loss: Annotated[float, typer.Option(help="Weight of --balance loss.")] = 1e-2,
     steps: Annotated[int | None, typer.Option(help="Most optimizer steps.", show_default=False)] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Most tokens; 1500000 where no budget is given.", show_default=False)
+        int | None,
+        typer.Option(
+            help="End with the step that reaches so many; 1500000 where no budget is given.", show_default=False
+        ),
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Most minutes of tuning.", show_default=False)] = None,
     warmup_steps: Annotated[int, typer.Option(help="Steps in which the learning rate rises.")] = 20,

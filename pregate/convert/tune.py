@@ -23,6 +23,7 @@ from pregate.convert.dense import (
     source_of,
 )
 from pregate.convert.device import pick_device
+from pregate.convert.parent import recorded_parent
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.refit import needs_parent
 from pregate.convert.rounding import round_to
@@ -96,10 +97,14 @@ def check_teacher(options: TuneOptions) -> None:
         if options.matching and not _is_parent_shaped(options):
             raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
     elif routed and options.wants_teacher and read_manifest(options.model).is_tuned:
-        reason = (
-            "is tuned already: with every expert on it is its dense parent no more; give --teacher, or --kl-share 0"
-        )
-        raise UserError.of("--model", options.model, reason)
+        reason = "is tuned already: with every expert on it is its dense parent no more"
+        raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
+
+
+def _other_teacher(path: Path) -> str:
+    """What to give for a checkpoint that cannot be its own teacher."""
+    parent = recorded_parent(path)
+    return f"give --teacher{'' if parent is None else f' {parent}'}, or --kl-share 0"
 
 
 def _depth_and_width(path: Path) -> tuple[int, int]:
@@ -124,7 +129,7 @@ def check_partition(options: TuneOptions, model: Any) -> None:
     """UserError for a routed model whose experts overlap or leave neurons out: all together are not its parent."""
     if isinstance(model, RoutedForCausalLM) and needs_parent(model):
         reason = "its experts overlap or leave neurons out, so all together are not its dense parent"
-        raise UserError.of("--model", options.model, f"{reason}; give --teacher, or --kl-share 0")
+        raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
 
 
 @torch.no_grad()

@@ -326,7 +326,7 @@ def test_layers_are_matched_where_there_is_a_teacher_to_match(options: TuneOptio
 def test_a_tuned_checkpoint_needs_a_teacher(options: TuneOptions, tiny_dense: Path, tmp_path: Path):
     tune(options)
     again = replace(options, model=options.out, out=tmp_path / "again", steps=2)
-    with pytest.raises(UserError, match=r"--model \S+out: is tuned already.*give --teacher, or --kl-share 0"):
+    with pytest.raises(UserError, match=r"--model \S+out: is tuned already.*give --teacher \S+, or --kl-share 0"):
         tune(again)
     assert not again.out.exists()
     assert tune(replace(again, teacher=tiny_dense)).method == "cmoe+decouple+tune+tune"

@@ -75,7 +75,7 @@ def router_share(figures: Figures) -> float | None:
 
 
 def headline(figures: Figures) -> str:
-    """The verdict in one sentence: what the cut costs, and whether choosing experts is worth it."""
+    """The verdict in one sentence: what the cut costs, and whether choosing experts beats fixed neurons."""
     own, static = figures.quality.own_point, figures.quality.point(STATIC)
     ratio = own.ratio_to_dense
     if ratio < 0.98:  # then it was tuned to text like this, and the dense model was not
@@ -85,7 +85,7 @@ def headline(figures: Figures) -> str:
     loss = f"costs {much} quality: perplexity is {ratio:.2f} times the dense model's"
     assert static is not None
     pays = own.perplexity < 0.98 * static.perplexity
-    worth = "is worth it" if pays else "brings nothing over fixed neurons"
+    worth = "beats as many fixed neurons" if pays else "brings nothing over fixed neurons"
     worth = f"choosing experts for each token {worth}"
     joint = "; but " if (ratio > 1.05) == pays else "; and "
     return f"Running {percent(own.active_share, 0)} of the FFN {loss}{joint}{worth}."
