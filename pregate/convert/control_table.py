@@ -54,17 +54,17 @@ def control_rows(
     progress = progress or QuietProgress()
     if parent is None:
         assert all(mlp.is_partition for mlp in model.routed_mlps), "not its own parent"
-        dense = score_rows(model, rows, None, progress, AllPolicy())
+        dense = score_rows(model, rows, None, progress, AllPolicy(), DENSE)
     else:
-        dense = score_rows(parent, rows, None, progress)
+        dense = score_rows(parent, rows, None, progress, name=DENSE)
     with static_mask(model):
-        static = score_rows(model, rows, progress=progress)
+        static = score_rows(model, rows, progress=progress, name=STATIC)
     table = {DENSE: _figures(dense, dense, num_bytes) | {"active_share": 1.0}}
     table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": nominal_share(model)}
     for name, policy in _policies(model, seed).items():
         # Policies that always take the same number are held to an oracle that does.
         meter = AgreementMeter(fixed_number=name in FIXED)
-        score = score_rows(model, rows, meter, progress, policy)
+        score = score_rows(model, rows, meter, progress, policy, name)
         agreement = meter.tallies.get("path_vs_oracle" if policy is None else "control_vs_oracle")
         table[name] = _figures(score, dense, num_bytes) | {"active_share": round(meter.active_share, 4)}
         table[name] |= agreement.figures() if agreement else {}

@@ -97,13 +97,14 @@ def score_rows(
     meter: AgreementMeter | None = None,
     progress: Progress | None = None,
     control: RoutingPolicy | None = None,
+    name: str = "",
 ) -> Score:
     """Score rows of token ids (each of 2 or more); with `meter`, collect the routers' agreement on the way.
 
-    `control` takes the routing over from what the checkpoint says.
+    `control` takes the routing over from what the checkpoint says; `name` is whose scores they are, for `progress`.
     """
     score = Score(0.0, 0)
-    with (progress or QuietProgress()).stage("scoring", len(rows)) as advance:
+    with (progress or QuietProgress()).stage(f"scoring {name}".rstrip(), len(rows)) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
             logits = _logits(model, ids_BN, mask_BN, meter, control)
