@@ -17,6 +17,7 @@ from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.control_table import DENSE, STATIC
 from pregate.convert.dense import check_model_folder, load_dense, named
+from pregate.convert.overlap import bytes_per_row
 from pregate.convert.parent import dense_of
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
@@ -204,9 +205,7 @@ def _span(values: Sequence[int]) -> str:
 
 
 def _row_bytes(config: RoutedConfig) -> int:
-    """Bytes of one neuron as stored: a gate row, an up row and a down column."""
-    item = 4 if _stored(config) == "float32" else 2
-    return 3 * config.text_config.hidden_size * item
+    return bytes_per_row(config.text_config.hidden_size, getattr(torch, _stored(config)).itemsize)
 
 
 def _stored(config: RoutedConfig) -> str:
