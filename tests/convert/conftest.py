@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pregate.convert.read_me import read_me
 from tests.convert.exporting import convert_stock
-from tests.convert.read_me_cases import write_domains
+from tests.convert.read_me_cases import small, write_domains
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,11 @@ def stock_checkpoint(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest
 def domains(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     """Files of text, a domain each."""
     return write_domains(tmp_path_factory.mktemp("domains"))
+
+
+@pytest.fixture(scope="module")
+def cut(tiny_dense: Path, domains: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Read-ME's cut, not tuned: the experts' rows are the parent's."""
+    out = tmp_path_factory.mktemp("read-me") / "cut"
+    read_me(small(tiny_dense, out, domains, steps=0))
+    return out
