@@ -53,7 +53,7 @@ def control_rows(
     """
     progress = progress or QuietProgress()
     if parent is None:
-        assert all(mlp.is_partition for mlp in model.routed_mlps), "not its own parent"
+        assert model.is_partition, "not its own parent"
         dense = score_rows(model, rows, None, progress, AllPolicy(), DENSE)
     else:
         dense = score_rows(parent, rows, None, progress, name=DENSE)

@@ -94,7 +94,7 @@ def refit(
     """Fit the down projections of every routed layer, in place, on about `REFIT_TOKENS` of `rows`.
 
     What is missing is what the experts not chosen would add, in a model whose every expert together is the dense
-    parent (`needs_parent`: where they overlap or leave neurons out, `parent` tells). Not for a tuned model. Returns per
+    parent (where it is no partition, `parent` tells). Not for a tuned model. Returns per
     routed layer the share of the missing output's square that is still missing, on the text fitted on.
     """
     parts = [_Part.of(model, part) for part in spaced_batches(rows, REFIT_TOKENS)]
@@ -113,11 +113,6 @@ def refit(
             left.append(_solve(mlp, *sums))
             advance(1)
     return left
-
-
-def needs_parent(model: RoutedForCausalLM) -> bool:
-    """Whether a model's experts overlap or leave neurons out, so that all together are not its parent."""
-    return not all(mlp.is_partition for mlp in model.routed_mlps)
 
 
 def _solve(mlp: RoutedMLP, gram_JJ: torch.Tensor, cross_JD: torch.Tensor, missing: torch.Tensor) -> float:

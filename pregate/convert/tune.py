@@ -25,7 +25,6 @@ from pregate.convert.dense import (
 from pregate.convert.device import pick_device
 from pregate.convert.parent import recorded_parent
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.refit import needs_parent
 from pregate.convert.rounding import round_to
 from pregate.convert.scoring import load_any
 from pregate.convert.tuning_data import TuningRows, read_rows
@@ -127,7 +126,7 @@ def load_teacher(options: TuneOptions, model: Any) -> Any:
 
 def check_partition(options: TuneOptions, model: Any) -> None:
     """UserError for a routed model whose experts overlap or leave neurons out: all together are not its parent."""
-    if isinstance(model, RoutedForCausalLM) and needs_parent(model):
+    if isinstance(model, RoutedForCausalLM) and not model.is_partition:
         reason = "its experts overlap or leave neurons out, so all together are not its dense parent"
         raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
 
@@ -158,7 +157,7 @@ def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device)
 
 def _refit(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Progress) -> None:
     """Fit in closed form and keep it, or say why not."""
-    if needs_parent(tuner.model) and not _is_parent_shaped(options):
+    if not (tuner.model.is_partition or _is_parent_shaped(options)):
         progress.note(
             "no fit in closed form: experts overlap or leave neurons out, and no --teacher of the same layers and width"
             " tells what is missing"

@@ -20,7 +20,7 @@ import torch
 from pregate.base.errors import UserError
 from pregate.convert.lora import merge_low_rank
 from pregate.convert.progress import Progress
-from pregate.convert.refit import needs_parent, refit
+from pregate.convert.refit import refit
 from pregate.convert.scoring import Score, batches, padded
 from pregate.convert.tuning_balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tuning_data import BatchOrder, TuningRows
@@ -232,7 +232,7 @@ class Tuner:
         """Fit the down projections in closed form before the first step; evaluated before and after."""
         self.measure()
         begun, begun_cpu = time.monotonic(), time.process_time()
-        left = refit(self.model, self.rows.training, progress, self.teacher if needs_parent(self.model) else None)
+        left = refit(self.model, self.rows.training, progress, None if self.model.is_partition else self.teacher)
         self._count_time(begun, begun_cpu)
         self.counters.refit = {"missing_left": [round(x, 4) for x in left]}
         self.counters.refit["validation_perplexity"] = round(self.measure().perplexity, 4)

@@ -83,6 +83,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return [m for m in self.parent.modules() if isinstance(m, RoutedMLP)]
 
     @property
+    def is_partition(self) -> bool:
+        """Whether no layer's experts overlap or leave neurons out, so that all together are the parent's FFNs."""
+        return all(mlp.is_partition for mlp in self.routed_mlps)
+
+    @property
     def path_computer(self) -> PathComputer:
         """The float64 runtime of the path router; ValueError when the checkpoint has none."""
         if self.path_router is None:

@@ -11,7 +11,7 @@ import torch
 from pregate.convert.dense import load_dense
 from pregate.convert.progress import QuietProgress
 from pregate.convert.read_me import read_me
-from pregate.convert.refit import needs_parent, refit
+from pregate.convert.refit import refit
 from pregate.convert.scoring import score_rows
 from pregate.convert.tune import tune
 from pregate.convert.tuning_options import TuneOptions
@@ -95,7 +95,7 @@ def test_where_experts_overlap_the_parent_tells_what_is_missing(
 ):
     read_me(small(tiny_dense, tmp_path / "cut", domains, steps=0))
     model, parent = load(tmp_path / "cut"), load_dense(tiny_dense)
-    assert needs_parent(model)
+    assert not model.is_partition
     ffn = find_gated_mlps(parent)[0].module
 
     def missing() -> float:
