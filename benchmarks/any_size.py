@@ -34,14 +34,14 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from benchmarks.surroundings import shown, surroundings
-from pregate.convert.calibration import HELD_BACK_SHARE, MAX_HELD_BACK
-from pregate.convert.partial import partial_folder, read_state
-from pregate.convert.shard_index import write_index
+from pregate.convert.files.partial import partial_folder, read_state
+from pregate.convert.files.shard_index import write_index
+from pregate.convert.text.calibration import HELD_BACK_SHARE, MAX_HELD_BACK
 from pregate.model.checkpoint import file_sha256
 
 GIB = 2**30
 KILL_TIMEOUT_S = 7200.0
-IMPORTS = "import pregate.cluster.cli, pregate.convert.api, pregate.model"
+IMPORTS = "import pregate.cli.main, pregate.model"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     text = args.shared_folder / "text" / "stories" / "ts_train.jsonl"
     options = {"experts": 8, "shared": 3, "active": 3, "samples": args.samples, "sequence-length": args.sequence_length}
     options |= {"model": work / "dense", "calibration": text, "dtype": "bfloat16", "device": args.device}
-    command = [sys.executable, "-m", "pregate.cluster.cli", "convert"]
+    command = [sys.executable, "-m", "pregate.cli.main", "convert"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
 
     idle = measured([sys.executable, "-c", IMPORTS])

@@ -30,8 +30,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.assignment import balanced_assignment
-from pregate.convert.clustering import distances, means
+from pregate.convert.cut.assignment import balanced_assignment
+from pregate.convert.cut.clustering import distances, means
 
 NUM_TOKENS, NUM_MARKS, NUM_TOPICS = 16_384, 10, 64
 OUR_REPEATS = 9

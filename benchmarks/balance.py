@@ -21,7 +21,7 @@ from benchmarks.conversion import Bench, rows_in
 from benchmarks.cuts import Cut, label
 from benchmarks.decoupling import Decoupling, tune_figures
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.scoring import load_any
+from pregate.convert.measure.scoring import load_any
 from pregate.model.quiet import quiet_transformers
 
 CUT: Cut = (8, 3, 3)

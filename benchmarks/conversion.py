@@ -3,7 +3,7 @@
     python -m benchmarks.conversion --shared-folder ../shared [--models stories3M] [--work runs/conversion]
 
 Each cell (model, cut, seed) converts by the recipes plain, cmoe-paper and ours, and scores the same held-out documents
-by the protocol of `pregate.convert.scoring`. Static mask and random routing are those of ours' cut. Every recipe is
+by the protocol of `convert/measure/scoring.py`. Static mask and random routing are those of ours' cut. Every recipe is
 held to the oracle of its own cut. Variants of ours change one thing at a time. A finished row
 is kept in --work, so an interrupted run goes on; with all rows there the results are written.
 """
@@ -26,13 +26,14 @@ import torch
 from benchmarks.conversion_report import write_report
 from benchmarks.cuts import Cut, label
 from benchmarks.surroundings import surroundings
-from pregate.convert.agreement import AgreementMeter
-from pregate.convert.api import ConvertOptions, convert
-from pregate.convert.controls import OraclePolicy, RandomPolicy, static_mask
-from pregate.convert.dense import context_tokens, load_tokenizer
-from pregate.convert.recipes import RECIPES
-from pregate.convert.scoring import encode_all, load_any, score_rows
-from pregate.convert.text import read_documents
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.cut.recipes import RECIPES
+from pregate.convert.files.dense import context_tokens, load_tokenizer
+from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.controls import OraclePolicy, RandomPolicy, static_mask
+from pregate.convert.measure.scoring import encode_all, load_any, score_rows
+from pregate.convert.text.documents import read_documents
 from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 

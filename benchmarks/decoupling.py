@@ -6,7 +6,7 @@ Training-free: every cut of `CUTS` by the default recipe, routed by its gates, b
 layers (experts renumbered first, so that equal numbers go together), at random and by the oracle. Tuned: the cuts of
 `TUNED`, each for as many tokens, with the same loss: the dense parent, the layer-wise model, the path model, and one
 expert per domain (Read-ME). Every twentieth training document is kept for early stopping and used for nothing else.
-Held-out documents are scored by the protocol of `pregate.convert.scoring`. A finished row is kept in --work and an
+Held-out documents are scored by the protocol of `convert/measure/scoring.py`. A finished row is kept in --work and an
 interrupted tuning goes on, so the same command again finishes the rest; the results are written of what is there.
 Processes that are given different --rows may fill one folder at once, when its checkpoints are there.
 """
@@ -24,15 +24,17 @@ from benchmarks.conversion import Bench, rows_in, subject
 from benchmarks.cuts import Cut, label
 from benchmarks.decoupling_report import ALONE, FREE, write_report
 from benchmarks.surroundings import surroundings
-from pregate.convert.api import ConvertOptions, DecoupleOptions, convert, decouple
-from pregate.convert.controls import OraclePolicy, RandomPolicy
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.domains.options import ReadMeOptions
+from pregate.convert.domains.run import read_me
+from pregate.convert.measure.controls import OraclePolicy, RandomPolicy
+from pregate.convert.measure.scoring import load_any
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import Progress, RichProgress
-from pregate.convert.read_me import read_me
-from pregate.convert.read_me_options import ReadMeOptions
-from pregate.convert.scoring import load_any
-from pregate.convert.text import read_documents, text_files
-from pregate.convert.tune import tune
-from pregate.convert.tuning_options import TuneOptions
+from pregate.convert.text.documents import read_documents, text_files
+from pregate.convert.tune.options import TuneOptions
+from pregate.convert.tune.run import tune
 from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 

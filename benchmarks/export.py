@@ -25,16 +25,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.surroundings import sentence, shown, surroundings
-from pregate.convert.api import ConvertOptions, ExportOptions, RichProgress, convert, export
-from pregate.convert.dense import context_tokens, load_tokenizer
-from pregate.convert.export_check import compare_logits, greedy, load_stock
-from pregate.convert.export_qwen2_moe import write_qwen2_moe
-from pregate.convert.progress import QuietProgress
-from pregate.convert.routed_shards import RoutedShards
-from pregate.convert.router_scale import measure_scales
-from pregate.convert.scoring import encode_all, score_rows
-from pregate.convert.stock_class import stock_config, write_stock_config
-from pregate.convert.text import read_documents
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.export.check import compare_logits, greedy, load_stock
+from pregate.convert.export.gate_scale import measure_scales
+from pregate.convert.export.qwen2_moe import write_qwen2_moe
+from pregate.convert.export.run import ExportOptions, export
+from pregate.convert.export.stock_class import stock_config, write_stock_config
+from pregate.convert.files.dense import context_tokens, load_tokenizer
+from pregate.convert.files.routed_shards import RoutedShards
+from pregate.convert.measure.scoring import encode_all, score_rows
+from pregate.convert.progress import QuietProgress, RichProgress
+from pregate.convert.text.documents import read_documents
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.quiet import quiet_transformers
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.kernel_tables import tables
 from benchmarks.speedup_picture import draw
-from pregate.kernels.bench import ROUTINGS, SHAPES
+from pregate.kernels.tools.bench import ROUTINGS, SHAPES
 
 #: What two runs must share for their cells to stand in one table.
 SAME = ("versions", "hardware", "torch_threads", "instructions", "device", "dtype")

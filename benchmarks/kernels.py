@@ -29,10 +29,12 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 from benchmarks.kernel_report import Report
 from benchmarks.surroundings import surroundings
 from pregate.base.dtypes import dtype_name
-from pregate.kernels import bench, cpu_packed, segments
-from pregate.kernels.bench import ROUTINGS, SHAPES, DenseLayer, Shape
-from pregate.kernels.cpu import grouped_mm
+from pregate.kernels import segments
+from pregate.kernels.cpu import packed as cpu_packed
+from pregate.kernels.cpu.ffn import grouped_mm
 from pregate.kernels.expert_ffn import ExpertFFN, choose, choose_dtype, why_not
+from pregate.kernels.tools import bench
+from pregate.kernels.tools.bench import ROUTINGS, SHAPES, DenseLayer, Shape
 
 PERCENTS = (25, 50, 75)
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)

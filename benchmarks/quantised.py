@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from benchmarks.surroundings import surroundings
-from pregate.convert.api import ConvertOptions, convert
-from pregate.convert.dense import context_tokens, load_tokenizer
-from pregate.convert.scoring import encode_all, score_rows
-from pregate.convert.text import read_documents
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.files.dense import context_tokens, load_tokenizer
+from pregate.convert.measure.scoring import encode_all, score_rows
+from pregate.convert.text.documents import read_documents
 from pregate.kernels import reference
-from pregate.kernels.cpu import LoopFFN
-from pregate.kernels.cpu_packed import Int8FFN
+from pregate.kernels.cpu.ffn import LoopFFN
+from pregate.kernels.cpu.packed import Int8FFN
 from pregate.kernels.weights import quantise_rows, split_shared
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.quiet import quiet_transformers

@@ -22,13 +22,16 @@ from typing import Any
 import torch
 
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.api import ConvertOptions, DecoupleOptions, RichProgress, convert, decouple
-from pregate.convert.control_table import control_rows
-from pregate.convert.dense import context_tokens, load_dense, load_tokenizer
-from pregate.convert.domains import Domain, read_domains
-from pregate.convert.read_me import read_me
-from pregate.convert.read_me_options import ReadMeOptions
-from pregate.convert.scoring import Score, load_any, score_rows
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.domains.domains import Domain, read_domains
+from pregate.convert.domains.options import ReadMeOptions
+from pregate.convert.domains.run import read_me
+from pregate.convert.files.dense import context_tokens, load_dense, load_tokenizer
+from pregate.convert.measure.control_table import control_rows
+from pregate.convert.measure.scoring import Score, load_any, score_rows
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
+from pregate.convert.progress import RichProgress
 from pregate.model.layers import PathPolicy
 from pregate.model.quiet import quiet_transformers
 

@@ -29,11 +29,13 @@ import torch
 from benchmarks.conversion import Bench, rows_in, subject
 from benchmarks.cuts import Cut
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.alignment import align_experts
-from pregate.convert.api import ConvertOptions, DecoupleOptions, QuietProgress, convert
-from pregate.convert.controls import OraclePolicy
-from pregate.convert.decouple import read_rows, routed_with, train_router
-from pregate.convert.targets import TargetPool, collect_targets
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.measure.controls import OraclePolicy
+from pregate.convert.paths.alignment import align_experts
+from pregate.convert.paths.decouple import DecoupleOptions, read_rows, routed_with, train_router
+from pregate.convert.paths.targets import TargetPool, collect_targets
+from pregate.convert.progress import QuietProgress
 from pregate.model import RoutedForCausalLM
 from pregate.model.quiet import quiet_transformers
 from pregate.model.router_flops import router_flops

@@ -30,9 +30,9 @@ NUM_TOKENS = 64
 
 
 def make_checkpoints(shared: Path, folder: Path) -> dict[str, Path]:
-    from pregate.convert.conversion import convert
-    from pregate.convert.decouple import DecoupleOptions, decouple
-    from pregate.convert.options import ConvertOptions
+    from pregate.convert.cut.conversion import convert
+    from pregate.convert.cut.options import ConvertOptions
+    from pregate.convert.paths.decouple import DecoupleOptions, decouple
 
     text = (shared / "text" / "stories" / "ts_train.jsonl",)
     convert(ConvertOptions(shared / "models" / "stories3M", folder / "layerwise", 8, 3, 3, text))

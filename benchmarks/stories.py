@@ -21,17 +21,13 @@ import torch
 
 from benchmarks.cuts import label
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.api import (
-    ConvertOptions,
-    DecoupleOptions,
-    EvaluateOptions,
-    RichProgress,
-    convert,
-    decouple,
-    evaluate,
-)
-from pregate.convert.controls import AllPolicy
-from pregate.convert.scoring import load_any
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.measure.controls import AllPolicy
+from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
+from pregate.convert.measure.scoring import load_any
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
+from pregate.convert.progress import RichProgress
 from pregate.model.quiet import quiet_transformers
 
 

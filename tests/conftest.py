@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pregate.cluster import local_ray
-from pregate.convert.conversion import convert
-from pregate.convert.decouple import DecoupleOptions, decouple
-from pregate.convert.options import ConvertOptions
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.model.quiet import quiet_transformers
 from tests.families import FAMILIES, make_checkpoints, save_random
 

@@ -33,9 +33,9 @@ from transformers import (
     SmolLM3Config,
 )
 
-from pregate.convert.conversion import convert
-from pregate.convert.decouple import DecoupleOptions, decouple
-from pregate.convert.options import ConvertOptions
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
 
 WINDOW = 12
 SIZES: Mapping[str, Any] = MappingProxyType(

@@ -18,11 +18,26 @@ ALLOWED = {
     "workers": {"base", "kernels", "model"},
     "router": {"base", "kernels", "model", "workers", "client"},
     "client": {"base"},
-    "cluster": {"base", "kernels", "model", "convert", "workers", "router", "client"},
+    "cluster": {"base", "kernels", "model", "workers", "router", "client"},
+    "cli": {"base", "kernels", "model", "convert", "workers", "router", "cluster", "client"},
 }
+#: Rooms of `convert/`; each imports of the others only those before it. What lies beside them knows none of them.
+ROOMS = ("text", "files", "measure", "cut", "paths", "tune", "domains", "export", "report")
+#: Functions that import a module by its name, a string.
+BY_NAME = ("import_module", "__import__", "run_module")
+
+
+def named_modules(path: Path) -> set[str]:
+    """Modules of ours that `path` imports by their name, a string."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
+            found |= {a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+    return {name for name in found if name.startswith("pregate.")}
 
 
 def imported_modules(path: Path) -> set[str]:
+    """Modules of ours that import statements of `path` name, wherever they stand."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -47,10 +62,28 @@ def test_imports_run_downhill(package):
     files = sources(package)
     assert files
     for path in files:
-        for module in imported_modules(path):
+        for module in imported_modules(path) | named_modules(path):
             target = ([*module.split("."), ""])[1]
             if target in ALLOWED and target != package:
                 assert target in ALLOWED[package], f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_rooms_of_convert_import_only_those_before_them():
+    folders = {p.name for p in (PACKAGE / "convert").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(ROOMS)
+    for path in sources("convert"):
+        room = path.relative_to(PACKAGE / "convert").parts[0]
+        allowed = ROOMS[: ROOMS.index(room)] if room in ROOMS else ()
+        for module in imported_modules(path) | named_modules(path):
+            target = ([*module.split("."), "", ""])[2]
+            if module.startswith("pregate.convert.") and target in ROOMS and target != room:
+                assert target in allowed, f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_imports_by_name_are_seen(tmp_path: Path):
+    source = tmp_path / "module.py"
+    source.write_text('import importlib\nimportlib.import_module("pregate.cli.main")\n')
+    assert named_modules(source) == {"pregate.cli.main"}
 
 
 def test_router_sees_of_workers_only_protocol_and_client():

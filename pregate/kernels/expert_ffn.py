@@ -12,7 +12,8 @@ import torch
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
-from pregate.kernels import cpu, cpu_packed
+from pregate.kernels.cpu import ffn as cpu
+from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.segments import Segment, Segments
 from pregate.kernels.units import GroupRows, LayerUnits
 
@@ -208,7 +209,7 @@ def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int,
 
 def _make(name: str, device: torch.device, dtype: torch.dtype, act: str) -> ExpertFFN:
     if name in _TRITON:
-        from pregate.kernels.triton_path import TritonFFN
+        from pregate.kernels.triton.path import TritonFFN
 
         return TritonFFN(act, device, dtype, **_TRITON[name])
     makers = {

@@ -74,3 +74,18 @@ def above(scores_TR: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     ids_TR = torch.arange(num_routed, device=scores_TR.device).expand_as(scores_TR)
     ids_TR = ids_TR.masked_fill(scores_TR < threshold, num_routed).sort(dim=-1).values
     return ids_TR.masked_fill(ids_TR == num_routed, -1)
+
+
+def choose_sets(scores_TR: torch.Tensor, num_active: int, selection: str) -> torch.Tensor:
+    """Bool [T, R]: the `num_active` best of each token, or as many pairs of all those above one threshold."""
+    if selection == "threshold":
+        return scores_TR >= threshold_for(scores_TR, num_active)
+    chosen = torch.zeros_like(scores_TR, dtype=torch.bool)
+    return chosen.scatter_(1, scores_TR.topk(num_active, dim=1).indices, True)
+
+
+def threshold_for(scores_TR: torch.Tensor, mean_active: float) -> torch.Tensor:
+    """The score that makes the mean number of experts at or above it `mean_active`; infinite for none and for all."""
+    if mean_active in (0, scores_TR.shape[1]):
+        return scores_TR.new_full((), -torch.inf if mean_active else torch.inf)
+    return scores_TR.flatten().topk(max(1, round(scores_TR.shape[0] * mean_active))).values[-1]

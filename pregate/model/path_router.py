@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pregate.kernels.reference import above, top_k
+from pregate.kernels.reference import above, threshold_for, top_k
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.dselect import code_scores
 from pregate.model.gates import Choice
@@ -282,3 +282,16 @@ def _choose(router: PathRouter, units: Sequence[torch.Tensor]) -> list[torch.Ten
     limits_L = torch.round(router.thresholds.to(units[0].dtype) * 2.0**SCORE_BITS)
     chosen = [above(scores, limit) for scores, limit in zip(units, limits_L, strict=True)]
     return [ids if cut.num_active else ids[:, :0] for ids, cut in zip(chosen, router.cuts, strict=True)]
+
+
+def split_layers(x_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> tuple[torch.Tensor, ...]:
+    """Per layer [T, R]."""
+    return x_TS.split([c.num_routed for c in cuts], dim=-1)
+
+
+@torch.no_grad()
+def put_thresholds(router: PathRouter, scores_TS: torch.Tensor, numbers: Sequence[float]) -> None:
+    """Set each layer's threshold so that its experts' mean number per token of `scores_TS` is that of `numbers`."""
+    layers = zip(router.cuts, split_layers(scores_TS, router.cuts), numbers, strict=True)
+    for layer, (cut, scores_TR, number) in enumerate(layers):
+        router.thresholds[layer] = threshold_for(scores_TR, number) if cut.num_routed else torch.inf

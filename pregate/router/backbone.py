@@ -15,7 +15,7 @@ from torch import nn
 
 from pregate.kernels import expert_ffn
 from pregate.kernels.expert_ffn import ExpertFFN
-from pregate.kernels.warm_up import warm_up_dense
+from pregate.kernels.tools.warm_up import warm_up_dense
 from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.attention import ATTENTION_NAME, StepLayout, register_attention

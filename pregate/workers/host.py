@@ -17,8 +17,8 @@ import torch
 from pregate.base.errors import ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.kernels import expert_ffn
+from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
-from pregate.kernels.warm_up import warm_up_pairs
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.local import LocalLayers
 from pregate.workers.plans import PlanShelf

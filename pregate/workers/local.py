@@ -12,8 +12,8 @@ import torch
 
 from pregate.kernels.expert_ffn import ExpertFFN, layer_segments
 from pregate.kernels.segments import Segment
+from pregate.kernels.tools.warm_up import warm_up_layer
 from pregate.kernels.units import LayerUnits, SharedFFN
-from pregate.kernels.warm_up import warm_up_layer
 from pregate.kernels.weights import split_shared
 from pregate.model.config import LayerCut
 from pregate.workers.store import UnitStore

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
-from pregate.workers.groups import GroupIndex, GroupKey, HostPlan
+from pregate.workers.host_plans import GroupIndex, GroupKey, HostPlan
 
 __all__ = [
     "DTYPE_BYTES",

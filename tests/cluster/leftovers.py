@@ -105,7 +105,7 @@ def serving(*arguments):
     with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         log = folder / "serve.log"
-        command = [sys.executable, "-m", "pregate.cluster.cli", "serve", "--grpc-port", "0", *map(str, arguments)]
+        command = [sys.executable, "-m", "pregate.cli.main", "serve", "--grpc-port", "0", *map(str, arguments)]
         with log.open("w") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=file, env=own_environment(folder), start_new_session=True

@@ -63,7 +63,7 @@ def test_interrupt_drains_and_leaves_nothing_behind(path_checkpoint):
 
 def join(running, checkpoint, *arguments):
     """A second `pregate serve` on the Ray of the first; waits for its end."""
-    command = [sys.executable, "-m", "pregate.cluster.cli", "serve", "--model", checkpoint, "--grpc-port", "0"]
+    command = [sys.executable, "-m", "pregate.cli.main", "serve", "--model", checkpoint, "--grpc-port", "0"]
     command += ["--ray-address", running.ray_address, *map(str, arguments)]
     environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)

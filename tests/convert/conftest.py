@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pregate.convert.read_me import read_me
-from tests.convert.exporting import convert_stock
-from tests.convert.read_me_cases import small, write_domains
+from pregate.convert.domains.run import read_me
+from tests.convert.domains.read_me_cases import small, write_domains
+from tests.convert.export.exporting import convert_stock
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from pregate.convert.conversion import convert
-from pregate.convert.options import ConvertOptions
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 
 

@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from pregate.base.errors import UserError
-from pregate.convert.controls import AllPolicy
-from pregate.convert.conversion import convert
-from pregate.convert.options import ConvertOptions
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.measure.controls import AllPolicy
 from pregate.model import RoutedForCausalLM
 from tests.families import EXAONE, FALCON_H1, FAMILIES, SIZES, save_random
 

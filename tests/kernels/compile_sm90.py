@@ -24,9 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pregate.kernels import triton_decode, triton_ffn, triton_segments
-from pregate.kernels.block_sizes import BlockSizes, BlockTable, shared_bytes
-from pregate.kernels.triton_path import FP32_SIZES
+from pregate.kernels.triton import decode as triton_decode
+from pregate.kernels.triton import ffn as triton_ffn
+from pregate.kernels.triton import segments as triton_segments
+from pregate.kernels.triton.block_sizes import BlockSizes, BlockTable, shared_bytes
+from pregate.kernels.triton.path import FP32_SIZES
 
 SM_90 = GPUTarget("cuda", 90, 32)
 SM_86 = GPUTarget("cuda", 86, 32)

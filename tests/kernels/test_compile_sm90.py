@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pregate.kernels.block_sizes import BlockTable
+from pregate.kernels.triton.block_sizes import BlockTable
 from tests.kernels.programs import run_program
 
 PROGRAM = Path(__file__).with_name("compile_sm90.py")

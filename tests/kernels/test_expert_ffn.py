@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pregate.base.errors import UserError
-from pregate.kernels import cpu, cpu_packed
+from pregate.kernels.cpu import ffn as cpu
+from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, why_not
 
 CPU = torch.device("cpu")

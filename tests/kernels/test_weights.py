@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pregate.kernels import reference
-from pregate.kernels.cpu_packed import Int8FFN, PackedFFN
+from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
 from pregate.kernels.weights import (
     PaddedLayout,
     PlainLayout,
@@ -99,7 +99,7 @@ def test_a_stack_of_parameters_is_no_part_of_a_graph(name):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_a_layer_of_parameters_in_one_stack_is_no_part_of_a_graph():
-    from pregate.kernels.triton_path import TritonFFN
+    from pregate.kernels.triton.path import TritonFFN
 
     shared = tuple(map(nn.Parameter, expert(2 * M)))
     routed = (nn.Parameter(torch.stack([part, part])) for part in expert())

@@ -26,10 +26,13 @@ import torch
 from torch.nn import functional as F
 
 from pregate.base.errors import PregateError
-from pregate.kernels import bench, expert_ffn, segments, triton_path, tune
-from pregate.kernels.block_sizes import TABLE_PATH, BlockSizes, BlockTable
-from pregate.kernels.triton_path import TritonFFN
-from pregate.kernels.triton_segments import build_on_device
+from pregate.kernels import expert_ffn, segments
+from pregate.kernels.tools import bench
+from pregate.kernels.tools import tune_block_sizes as tune
+from pregate.kernels.triton import path as triton_path
+from pregate.kernels.triton.block_sizes import TABLE_PATH, BlockSizes, BlockTable
+from pregate.kernels.triton.path import TritonFFN
+from pregate.kernels.triton.segments import build_on_device
 from pregate.kernels.units import GroupRows, LayerUnits
 from pregate.kernels.weights import quantise_rows, split_shared
 

@@ -3,7 +3,7 @@
 import pytest
 
 from pregate.kernels import reference
-from pregate.kernels.cpu import LoopFFN
+from pregate.kernels.cpu.ffn import LoopFFN
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.layers import SharedExpert
 from tests.router.serving import engine_in_process, serve

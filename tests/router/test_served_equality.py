@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pregate.kernels import cpu
+from pregate.kernels.cpu import ffn as cpu
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router import planning
 from pregate.workers.protocol import HostPlan

@@ -5,9 +5,9 @@ import torch
 from transformers import DiffLlamaConfig, Qwen3_5TextConfig, StableLmConfig
 
 from pregate.base.errors import UserError
-from pregate.cluster.cli import main
-from pregate.convert.conversion import convert
-from pregate.convert.options import ConvertOptions
+from pregate.cli.main import main
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.router.family import check_family
 from pregate.router.messages import SamplingParams, SubmitRequest

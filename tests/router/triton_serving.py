@@ -18,7 +18,10 @@ from typing import Any
 
 import torch
 
-from pregate.kernels import triton_decode, triton_ffn, triton_segments, warm_up
+from pregate.kernels.tools import warm_up
+from pregate.kernels.triton import decode as triton_decode
+from pregate.kernels.triton import ffn as triton_ffn
+from pregate.kernels.triton import segments as triton_segments
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine import Engine
 from tests.equality import ReferenceText, reference_text

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from pregate.convert.agreement import AgreementMeter
-from pregate.convert.control_table import ORACLE, control_rows, own_name
-from pregate.convert.controls import OraclePolicy
-from pregate.convert.overlap import overlaps, routed_neurons
+from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.control_table import ORACLE, control_rows, own_name
+from pregate.convert.measure.controls import OraclePolicy
+from pregate.convert.measure.overlap import overlaps, routed_neurons
+from pregate.convert.measure.scoring import Score, score_rows
+from pregate.convert.measure.tied import rows_are_tied
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
 from pregate.convert.report.numbers import (
@@ -29,8 +31,7 @@ from pregate.convert.report.numbers import (
     with_numbers,
 )
 from pregate.convert.report.routes import layer_load, repeats
-from pregate.convert.scoring import Score, batches, score_rows
-from pregate.convert.tied_rows import rows_are_tied
+from pregate.convert.text.batches import batches
 from pregate.model.layers import RoutedMLP, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
 

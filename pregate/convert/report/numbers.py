@@ -14,16 +14,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pregate.convert.capture import threshold_for
-from pregate.convert.controls import OraclePolicy
-from pregate.convert.mass_scale import split_layers
-from pregate.convert.overlap import overlaps
-from pregate.convert.scoring import score_rows
+from pregate.convert.measure.controls import OraclePolicy
+from pregate.convert.measure.overlap import overlaps
+from pregate.convert.measure.scoring import score_rows
+from pregate.kernels.reference import threshold_for
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice, RepresentativeGate
 from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathRouter
+from pregate.model.path_router import PathRouter, split_layers
 
 #: At most so many numbers of experts are tried, both ends included.
 MAX_STEPS = 8

@@ -8,7 +8,7 @@ import re
 from html import escape
 from pathlib import Path
 
-from pregate.convert.control_table import STATIC
+from pregate.convert.measure.control_table import STATIC
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.section_paths import flow_section, load_section
 from pregate.convert.report.section_quality import quality_section

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pregate.convert.overlap import overlaps
+from pregate.convert.measure.overlap import overlaps
 from pregate.convert.report.figures import Flow, LayerLoad, LayerRepeats, Repeats
 
 

@@ -15,10 +15,13 @@ import torch
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
-from pregate.convert.control_table import DENSE, STATIC
-from pregate.convert.dense import check_model_folder, load_dense, named
-from pregate.convert.overlap import bytes_per_row
-from pregate.convert.parent import dense_of
+from pregate.convert.files.dense import check_model_folder, load_dense, named
+from pregate.convert.files.parent import dense_of
+from pregate.convert.files.work_folder import write_whole
+from pregate.convert.measure.control_table import DENSE, STATIC
+from pregate.convert.measure.overlap import bytes_per_row
+from pregate.convert.measure.scored_text import ScoredText
+from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
 from pregate.convert.report.figures import Conditions, Figures, Model, Quality
@@ -27,10 +30,7 @@ from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
 from pregate.convert.report.training import training_curves
 from pregate.convert.report.tuning import tuning_of
-from pregate.convert.scored_text import ScoredText
-from pregate.convert.scoring import load_any
-from pregate.convert.text import text_files
-from pregate.convert.work_folder import write_whole
+from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from math import isfinite
 
-from pregate.convert.control_table import DENSE, LINEAR, ORACLE, ORACLE_FIXED, PAPER, PATH, RANDOM, STATIC
+from pregate.convert.measure.control_table import DENSE, LINEAR, ORACLE, ORACLE_FIXED, PAPER, PATH, RANDOM, STATIC
 from pregate.convert.report.figures import Curve, Figures, QualityPoint
 from pregate.convert.report.parts import conditions, row, table
 from pregate.convert.report.svg import Point, Series, both, chart, linear_axis, log_axis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pregate.convert.control_table import RANDOM
+from pregate.convert.measure.control_table import RANDOM
 from pregate.convert.report.figures import Agreement, Figures
 from pregate.convert.report.parts import conditions, row, table
 from pregate.convert.report.svg import Axis, Point, Series, both, chart, linear_axis

@@ -13,7 +13,7 @@ from typing import Any
 
 from pregate.base.errors import UserError
 from pregate.convert.report.figures import TrainingCurve
-from pregate.convert.tuning_state import CURVE
+from pregate.convert.tune.state import CURVE
 
 CURVES = ("loss", "cross_entropy", "kl", "validation_perplexity", "active_share", "learning_rate")
 #: A page shows no more points of one curve than this.

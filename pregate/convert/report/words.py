@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pregate.convert.control_table import DENSE, LINEAR, ORACLE, PAPER, PATH, RANDOM, STATIC
+from pregate.convert.measure.control_table import DENSE, LINEAR, ORACLE, PAPER, PATH, RANDOM, STATIC
 from pregate.convert.report.figures import Figures, LayerRepeats
 
 #: Marks of a finding, with the word that stands beside the sign.

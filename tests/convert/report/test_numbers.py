@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pregate.cluster.cli import main
-from pregate.convert.conversion import convert
-from pregate.convert.decouple import DecoupleOptions, decouple
-from pregate.convert.options import ConvertOptions
+from pregate.cli.main import main
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.measure.scoring import score_rows
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import QuietProgress
 from pregate.convert.report.figures import Curve, Figures
 from pregate.convert.report.measure import measure_quality
 from pregate.convert.report.numbers import Numbers, ladders, with_numbers
-from pregate.convert.scoring import score_rows
 from pregate.model import RoutedForCausalLM
 from tests.convert.report.pages import CUT, ROWS, check_page, load, random_checkpoint
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pregate.convert.control_table import DENSE
-from pregate.convert.read_me import read_me
+from pregate.convert.domains.run import read_me
+from pregate.convert.measure.control_table import DENSE
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.run import ReportOptions, report
-from tests.convert.read_me_cases import load, small
+from tests.convert.domains.read_me_cases import load, small
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pregate.cluster.cli import main
-from pregate.convert.control_table import control_rows
-from pregate.convert.conversion import convert
-from pregate.convert.dense import load_dense
-from pregate.convert.evaluate import EvaluateOptions, evaluate
-from pregate.convert.options import ConvertOptions
+from pregate.cli.main import main
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.files.dense import load_dense
+from pregate.convert.measure.control_table import control_rows
+from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.progress import QuietProgress
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.measure import measure_routes

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from pregate.cluster.cli import main
-from pregate.convert.control_table import DENSE, ORACLE
-from pregate.convert.decouple import DecoupleOptions, decouple
-from pregate.convert.evaluate import EvaluateOptions, evaluate
+from pregate.cli.main import main
+from pregate.convert.measure.control_table import DENSE, ORACLE
+from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.page import render
 from pregate.convert.report.run import ReportOptions, report
 from pregate.convert.report.tuning import tuning_of
 from pregate.convert.report.words import findings
-from pregate.convert.tune import tune
+from pregate.convert.tune.run import tune
 from pregate.model.checkpoint import read_manifest
-from tests.convert.tuning import tiny_options
+from tests.convert.tune.tuning import tiny_options
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The command line: composition of everything a user can ask for."""

@@ -1,0 +1,100 @@
+"""The `pregate` command. Commands live in commands_*.py; here they get their names, and errors their exit codes.
+
+0 done, 1 something failed (a server is gone, a machine is not fit), 2 the user can mend it, 130 Ctrl-C.
+Errors are one line on stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from pregate.base.errors import PregateError, UserError
+from pregate.cli import bench as commands_bench
+from pregate.cli import export as commands_export
+from pregate.cli import method_options
+from pregate.cli import model as commands_model
+from pregate.cli import read_me as commands_read_me
+from pregate.cli import report as commands_report
+from pregate.cli import serve as commands_serve
+from pregate.cli import text as commands_text
+from pregate.cli import tune as commands_tune
+
+#: Options that take several values after one another: `--calibration a.txt b.jsonl`.
+_LIST_OPTIONS = ("--calibration", "--text", "--compare", "--domain", "--validation")
+#: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
+_UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
+
+app = typer.Typer(
+    name="pregate",
+    help="Turn a dense language model into a mixture of experts with paths known up front, and serve it on Ray.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command(epilog=method_options.describe_recipes())(commands_model.convert)
+app.command()(commands_model.decouple)
+app.command()(commands_tune.tune)
+app.command()(commands_model.evaluate)
+app.command("read-me")(commands_read_me.read_me)
+app.command()(commands_export.export)
+app.command()(commands_report.report)
+app.command()(commands_text.generate)
+app.command()(commands_text.route)
+app.command()(commands_serve.serve)
+app.command()(commands_serve.doctor)
+app.add_typer(commands_bench.app, name="bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return int(app(_spread(given) or ["--help"], standalone_mode=False) or 0)
+    except UserError as error:
+        return _fail(error, 2)
+    except PregateError as error:
+        return _fail(error, 1)
+    except _UsageError as error:
+        return _fail(_describe(error, given), 2)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+def _fail(error: object, code: int) -> int:
+    sys.stderr.write(f"pregate: {' '.join(str(error).split())}\n")
+    return code
+
+
+def _describe(error: Any, given: Sequence[str]) -> str:
+    """The parser's sentence; with the value in it where it is about one, for the parser does not always say it."""
+    for option in getattr(getattr(error, "param", None), "opts", []):
+        if option in given[:-1]:
+            return f"{option} {given[given.index(option) + 1]}: {error.message}"
+    return error.format_message()
+
+
+def _spread(arguments: Sequence[str]) -> list[str]:
+    """Repeat a list option before each of its values, as the parser wants it.
+
+    ["--text", "a", "b", "--seed", "1"] -> ["--text", "a", "--text", "b", "--seed", "1"]
+    """
+    spread: list[str] = []
+    option, num_values = "", 0
+    for argument in arguments:
+        if argument.startswith("-") and argument != "-":
+            option, num_values = argument if argument in _LIST_OPTIONS else "", 0
+        elif option:
+            num_values += 1
+            if num_values > 1:
+                spread.append(option)
+        spread.append(argument)
+    return spread
+
+
+if __name__ == "__main__":
+    sys.exit(main())

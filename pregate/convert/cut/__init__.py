@@ -1,0 +1,1 @@
+"""From a dense FFN to shared and routed experts, without training: recipes, assignment, gates."""

@@ -1,0 +1,172 @@
+"""`convert`: a dense model becomes a layer-wise routed checkpoint by CMoE, without training, one layer at a time.
+
+Data on its way: text -> calibration windows [S, N] -> hidden states [S, N, D], which pass through the layers one by
+one: a layer is loaded, profiled on what it gets from the converted layers before it, cut, written and dropped. So
+memory holds about two layers and the windows' hidden states, however many layers there are.
+
+Shape letters: S windows, N tokens of a window, D hidden width, H held-back windows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from pregate.base.errors import option_name
+from pregate.convert.cut.layer_pass import LayerPass
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.device import pick_device
+from pregate.convert.files.assembly import copy_tokenizer
+from pregate.convert.files.dense import context_tokens, load_tokenizer, source_fields, source_of
+from pregate.convert.files.partial import PartialCheckpoint, open_partial
+from pregate.convert.files.rounding import round_to
+from pregate.convert.files.shard_index import write_index
+from pregate.convert.files.skeleton import Skeleton
+from pregate.convert.files.work_folder import run_by, short_digest
+from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.scoring import Score, score_logits
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.calibration import Calibration, read_calibration
+from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
+from pregate.model.config import RoutedConfig
+
+#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
+_BESIDE_THE_POINT = ("model", "out", "calibration", "device")
+
+
+def convert(options: ConvertOptions, progress: Progress | None = None) -> Manifest:
+    """Convert `options.model` and write the checkpoint to `options.out`; returns its manifest.
+
+    What a user can get wrong is refused with a UserError, before any work where it shows before (a weight that
+    `dtype` cannot hold does not). A conversion that was interrupted after a layer was done goes on there when it is
+    asked for again (`convert/files/partial.py`), and gives the same checkpoint, bit for bit, on the same machine with
+    as many threads.
+    """
+    progress = progress or QuietProgress()
+    check_new_folder(options.out)
+    skeleton = Skeleton(options.model, pick_device(options.device))
+    config = routed_config(skeleton, options)
+    tokenizer = load_tokenizer(options.model)
+    length = min(options.sequence_length, context_tokens(options.model))
+    text = read_calibration(options.calibration, tokenizer, options.samples, length, options.seed, options.draw)
+    source = source_of(options.model)
+    fingerprint = fingerprint_of(options, source, skeleton.device, text)
+    with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
+        layer_pass = _start(skeleton, config, options, text, partial)
+        _cut_layers(layer_pass, partial, progress)
+        figures = _measure(skeleton, options, text, layer_pass)
+        if options.shared is None:
+            figures["shared_experts"] = " ".join(str(cut.num_shared) for cut in config.cuts)
+        _write_rest(skeleton, config, options, partial)
+        calibration = text.describe() | {"seed": options.seed}
+        manifest = Manifest("cmoe", options.describe(), source, calibration, figures)
+        write_manifest(partial.checkpoint, manifest)
+        partial.finish()
+    return read_manifest(options.out)
+
+
+def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
+    """The config of the checkpoint; UserError when the experts do not divide a layer's FFN.
+
+    Where a layer's shared experts are still to be found, it says what would do; cutting the layer settles it.
+    """
+    cuts = [asdict(options.cuts(width)[0]) for width in skeleton.widths]
+    parent = deepcopy(skeleton.model.config)
+    return RoutedConfig(
+        text_config=parent,
+        layer_cuts=cuts,
+        gate=options.gate,
+        selection=options.selection,
+        token_power=options.token_power,
+    )
+
+
+def fingerprint_of(
+    options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
+) -> dict[str, Any]:
+    """Everything the resulting weights depend on, by name."""
+    fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
+    fields["calibration text"] = short_digest([text.windows_SN.tolist(), text.held_back])
+    return fields | source_fields(options.model, source) | run_by(device)
+
+
+@torch.no_grad()
+def _start(
+    skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, text: Calibration, partial: PartialCheckpoint
+) -> LayerPass:
+    """The pass at the layer it is at: its hidden states from the embeddings, or as an interrupted run left them."""
+    meter = AgreementMeter.resumed(partial.state.carried.get("meter", {}))
+    config.layer_cuts = partial.state.carried.get("layer_cuts", config.layer_cuts)
+    if partial.state.layers_done:
+        hidden_SND = partial.hidden(skeleton.device)
+    else:
+        held_back_HN = torch.tensor(text.held_back, dtype=torch.int64)
+        hidden_SND = {}
+        with skeleton.loaded(skeleton.outer_names):
+            if text.held_back:
+                hidden_SND["dense"] = skeleton.enter(held_back_HN)
+            round_to(skeleton.tensors(skeleton.outer_names).values(), getattr(torch, options.dtype), "the embedding")
+            hidden_SND["calibration"] = skeleton.enter(text.windows_SN)
+            if text.held_back:
+                hidden_SND["routed"] = skeleton.enter(held_back_HN)
+    return LayerPass(skeleton, config, options, hidden_SND, meter)
+
+
+def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Progress) -> None:
+    num_layers, done = partial.state.num_layers, partial.state.layers_done
+    if done:
+        progress.note(f"going on after layer {done} of {num_layers}, where the last run was interrupted")
+    skeleton = layer_pass.skeleton
+    rest = [name for name in skeleton.outer_names if name not in skeleton.embedding_names]
+    with progress.stage("cutting layers", num_layers) as advance, skeleton.loaded(rest):
+        advance(done)
+        for index in range(done, num_layers):
+            partial.write_shard(shard_name(index, num_layers), layer_pass.run(index))
+            carried = {"meter": asdict(layer_pass.meter), "layer_cuts": layer_pass.config.layer_cuts}
+            partial.layer_done(layer_pass.hidden_SND, carried)
+            advance(1)
+
+
+def shard_name(index: int, num_layers: int) -> str:
+    """File of layer `index`; of what lies outside the layers for `index` = `num_layers`."""
+    return f"model-{index + 1:05d}-of-{num_layers + 1:05d}.safetensors"
+
+
+@torch.no_grad()
+def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, layer_pass: LayerPass) -> dict[str, Any]:
+    """The held-back windows' figures, from what the last layer gave: dense as it was, routed as stored."""
+    if not text.held_back:
+        return {"dense_perplexity": None, "routed_perplexity": None, "agreement": {}}
+    names, hidden_SND = skeleton.outer_names, layer_pass.hidden_SND
+    with skeleton.loaded(names):
+        dense = _perplexity(skeleton, hidden_SND["dense"], text.held_back)
+        round_to(skeleton.tensors(names).values(), getattr(torch, options.dtype), "an embedding, norm or the head")
+        routed = _perplexity(skeleton, hidden_SND["routed"], text.held_back)
+    figures = {"dense_perplexity": dense, "routed_perplexity": routed}
+    return figures | {
+        "active_share": round(layer_pass.meter.active_share, 4),
+        "agreement": layer_pass.meter.figures(),
+    }
+
+
+def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
+    score = Score(0.0, 0)
+    for ids, logits_NV in zip(held_back, skeleton.logits(hidden_HND), strict=True):
+        ids_1N = torch.tensor([ids], device=logits_NV.device)
+        score += score_logits(logits_NV[None], ids_1N, torch.ones_like(ids_1N))
+    return round(score.perplexity, 4)
+
+
+def _write_rest(skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, partial: PartialCheckpoint) -> None:
+    """Everything but the layers' shards and the manifest."""
+    folder, num_layers = partial.checkpoint, partial.state.num_layers
+    outer = skeleton.stored(skeleton.outer_names, getattr(torch, options.dtype))
+    partial.write_shard(shard_name(num_layers, num_layers), {f"parent.{name}": t for name, t in outer.items()})
+    copy_tokenizer(options.model, folder)
+    config.architectures, config.dtype = ["RoutedForCausalLM"], options.dtype
+    config.save_pretrained(folder)
+    skeleton.model.generation_config.save_pretrained(folder)
+    write_index(folder)

@@ -1,0 +1,1 @@
+"""Read-ME: one expert per domain, one index for all layers."""

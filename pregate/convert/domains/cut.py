@@ -1,0 +1,109 @@
+"""Cutting a whole dense model into domain experts, its gates fitted beside.
+
+Data on its way: each domain's windows -> mean |h| of every channel [L][R, I] -> one `LayerCut` and `NeuronSplit` per
+layer -> the experts in the FFNs' places.
+
+Shape letters: L layers, R domains and so routed experts, I channels of a dense FFN, T tokens, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pregate.convert.cut.capture import SAMPLE_TOKENS
+from pregate.convert.cut.cmoe import NeuronSplit
+from pregate.convert.cut.gate_fit import fit_linear
+from pregate.convert.cut.layer_cut import cut_layer
+from pregate.convert.domains.channels import domain_cut
+from pregate.convert.domains.domains import Domain, channel_means, run_layers, watched
+from pregate.convert.domains.options import ReadMeOptions
+from pregate.convert.progress import Progress
+from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
+
+
+@dataclass(frozen=True)
+class DomainExperts:
+    """The cut of every layer, and what each channel contributes on average over the domains, float64 [I] a layer."""
+
+    cuts: list[LayerCut]
+    splits: list[NeuronSplit]
+    contribution_LI: list[np.ndarray]
+
+
+def choose_experts(model: Any, domains: Sequence[Domain], options: ReadMeOptions, progress: Progress) -> DomainExperts:
+    """Profile a dense `model` on every domain and decide each layer's cut; the model stays as it is."""
+    mlps = find_gated_mlps(model)
+    means_RL = [channel_means(model, domain.windows_SN, progress, domain.name) for domain in domains]
+    means_LRI = [np.stack([of[layer].numpy() for of in means_RL]) for layer in range(len(mlps))]
+    contributions_LRI = [means * _norms(mlp) for means, mlp in zip(means_LRI, mlps, strict=True)]
+    scores_LRI = means_LRI if options.score == "activation" else contributions_LRI
+    layers = [
+        domain_cut(scores_RI, options.active_width(mlp.width), options.permanent)
+        for scores_RI, mlp in zip(scores_LRI, mlps, strict=True)
+    ]
+    cuts, splits = zip(*layers, strict=True)
+    return DomainExperts(list(cuts), list(splits), [c.mean(axis=0) for c in contributions_LRI])
+
+
+def read_me_config(parent: Any, experts: DomainExperts, options: ReadMeOptions) -> RoutedConfig:
+    """The config of the checkpoint: paths are exact, and one index serves all layers."""
+    return RoutedConfig(
+        text_config=parent,
+        layer_cuts=[asdict(cut) for cut in experts.cuts],
+        routing="path",
+        gate="linear",
+        selection="top_k",
+        path_router=asdict(options.router_shape()),
+    )
+
+
+@torch.no_grad()
+def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains: Sequence[Domain]) -> None:
+    """Hang the experts in the FFNs' places of a dense `model`, each layer with a linear gate fitted to their masses.
+
+    The gates are fitted on what the FFNs get while the model is dense. They route nothing; they are there to be
+    compared with (`pregate evaluate --controls`). Read-ME's experts have no representative neurons: `paper_gate` stays
+    zero.
+    """
+    mlps = find_gated_mlps(model)
+    inputs_LTD = ffn_inputs(model, mlps, sample_windows(domains))
+    for mlp, cut, split, contribution_I in zip(
+        mlps, experts.cuts, experts.splits, experts.contribution_LI, strict=True
+    ):
+        mlp.check(config.hidden_act)
+        routed = cut_layer(mlp, split, cut, config)
+        scores = torch.from_numpy(contribution_I[split.neuron_index])
+        routed.neuron_score.copy_(scores)
+        fit_linear(routed, inputs_LTD[mlp.layer])
+        inputs_LTD[mlp.layer] = torch.empty(0)
+        mlp.replace(routed)
+
+
+def sample_windows(domains: Sequence[Domain], num_tokens: int = SAMPLE_TOKENS) -> list[torch.Tensor]:
+    """Windows [N] of the domains in turn, until there are `num_tokens`."""
+    chosen: list[torch.Tensor] = []
+    for index in range(max(len(d.windows_SN) for d in domains)):
+        for domain in domains:
+            if index < len(domain.windows_SN) and sum(map(len, chosen)) < num_tokens:
+                chosen.append(domain.windows_SN[index])
+    return chosen
+
+
+def ffn_inputs(model: Any, mlps: Sequence[GatedMLP], windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What each layer's FFN gets [T, D] while a dense `model` runs over `windows`."""
+    parts: list[list[torch.Tensor]] = [[] for _ in mlps]
+    with watched([mlp.module for mlp in mlps], lambda layer, x_TD: parts[layer].append(x_TD)):
+        for ids_N in windows:
+            run_layers(model, ids_N[None])
+    return [torch.cat(rows) for rows in parts]
+
+
+def _norms(mlp: GatedMLP) -> np.ndarray:
+    """The norm of each down column, float64 [I]."""
+    return torch.linalg.vector_norm(mlp.down.detach(), dim=0, dtype=torch.float64).cpu().numpy()

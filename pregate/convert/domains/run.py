@@ -1,0 +1,170 @@
+"""`read-me`: a dense model becomes one expert per domain and a router that gives a token one index for all layers.
+
+(Read-ME, arXiv 2410.19123.) Data on its way: the domains' text -> mean |h| of every channel on each -> experts that
+overlap -> what each of them holds of every token's channels -> a path router distilled from it -> rounds of tuning.
+
+Shape letters: L layers, R domains and so experts, T tokens, I channels of a dense FFN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from pregate.base.errors import option_name
+from pregate.convert.device import pick_device
+from pregate.convert.domains.cut import DomainExperts, choose_experts, cut_model, read_me_config
+from pregate.convert.domains.domains import Domain, interleaved, read_domains
+from pregate.convert.domains.options import ReadMeOptions
+from pregate.convert.domains.rounds import Rounds, num_stages
+from pregate.convert.domains.targets import domain_targets, expert_masks
+from pregate.convert.files.assembly import assemble, write_checkpoint
+from pregate.convert.files.dense import (
+    context_tokens,
+    dense_config,
+    load_dense,
+    load_tokenizer,
+    source_fields,
+    source_of,
+)
+from pregate.convert.files.partial import PartialCheckpoint, open_partial
+from pregate.convert.files.rounding import round_to
+from pregate.convert.files.work_folder import run_by, short_digest
+from pregate.convert.measure.control_table import nominal_share
+from pregate.convert.measure.overlap import bytes_per_row, overlap_figures
+from pregate.convert.measure.scoring import Score, score_rows
+from pregate.convert.paths.parent_embedding import start_from
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
+from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.layers import kept_float32
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathRouter
+
+#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
+_BESIDE_THE_POINT = ("model", "out", "domains", "device")
+
+
+def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifest:
+    """Cut `options.model` by domain, train in rounds, and write the checkpoint to `options.out`; returns its manifest.
+
+    What a user can get wrong is refused with a UserError before any work. A run that was interrupted goes on after
+    the last stage it had done when the same is asked again, and gives the same checkpoint, bit for bit, on the same
+    machine with as many threads.
+    """
+    progress = progress or QuietProgress()
+    check_new_folder(options.out)
+    dense_config(options.model)
+    device, tokenizer = pick_device(options.device), load_tokenizer(options.model)
+    length = min(options.sequence_length, context_tokens(options.model))
+    domains = read_domains(options.domains, tokenizer, options.samples, length, options.pool_tokens, options.seed)
+    dense = load_dense(options.model).to(device)
+    find_gated_mlps(dense)
+    source = source_of(options.model)
+    fingerprint = fingerprint_of(options, source, device, domains)
+    with open_partial(options.out, fingerprint, num_stages(options), options.restart) as partial:
+        dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
+        rounds, figures = _prepare(dense, domains, options, length, progress)
+        _train(rounds, partial, progress)
+        figures |= _measure(rounds, domains, dense_scores)
+        method = "read-me+tune" if options.steps else "read-me"
+        calibration = {"domains": [d.describe() for d in domains], "seed": options.seed}
+        manifest = Manifest(method, options.describe(), source, calibration, figures)
+        write_checkpoint(rounds.model, partial.checkpoint, options.model, manifest, options.dtype)
+        partial.finish()
+    return read_manifest(options.out)
+
+
+def fingerprint_of(
+    options: ReadMeOptions, source: dict[str, Any], device: torch.device, domains: Sequence[Domain]
+) -> dict[str, Any]:
+    """Everything the resulting weights depend on, by name."""
+    fields = {option_name(name): v for name, v in options.describe().items() if name not in _BESIDE_THE_POINT}
+    fields["text of the domains"] = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
+    return fields | source_fields(options.model, source) | run_by(device)
+
+
+def _prepare(
+    dense: Any, domains: Sequence[Domain], options: ReadMeOptions, length: int, progress: Progress
+) -> tuple[Rounds, dict[str, Any]]:
+    """The model cut and its router at its start, and the figures of the cut; `dense` is used up."""
+    experts = choose_experts(dense, domains, options, progress)
+    mlps = find_gated_mlps(dense)
+    widths = [mlp.width for mlp in mlps]
+    active = [options.active_width(width) for width in widths]
+    masks = expert_masks([split.routed_RM for split in experts.splits], widths)
+    pool = domain_targets(dense, interleaved(domains), masks, active, options.target, progress)
+    figures = _overlap(experts, widths, mlps[0].hidden_size, options)
+    config = read_me_config(dense.config, experts, options)
+    cut_model(dense, config, experts, domains)
+    model = assemble(config, dense, _new_router(dense, experts, options))
+    teacher = load_dense(options.model).to(dense.device) if options.steps and options.kl_share else None
+    held_back = [row for domain in domains for row in domain.held_back]
+    return Rounds(model, pool, held_back, options, length, teacher), figures
+
+
+def _train(rounds: Rounds, partial: PartialCheckpoint, progress: Progress) -> None:
+    """Run the stages that are not done; a stage is here what a layer is to a conversion."""
+    done, total = partial.state.layers_done, partial.state.num_layers
+    if done:
+        progress.note(f"going on after stage {done} of {total}, where the last run was interrupted")
+        rounds.restore(partial.hidden(rounds.model.device), partial.state.carried["rounds"])
+    for index in range(done, total):
+        rounds.run_stage(index, progress)
+        partial.layer_done(rounds.tensors, {"rounds": rounds.figures})
+
+
+def _new_router(dense: Any, experts: DomainExperts, options: ReadMeOptions) -> PathRouter:
+    """An untrained router whose embedding starts from a copy of the parent's principal components."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        router = PathRouter(options.router_shape(), dense.config.vocab_size, experts.cuts, "top_k")
+    start_from(router, dense.get_input_embeddings().weight.detach().cpu())
+    return router.to(dense.device)
+
+
+def _overlap(experts: DomainExperts, widths: list[int], hidden_size: int, options: ReadMeOptions) -> dict[str, Any]:
+    tied = options.tie_overlap or not options.steps
+    size = bytes_per_row(hidden_size, getattr(torch, options.dtype).itemsize)
+    return overlap_figures([s.neuron_index for s in experts.splits], experts.cuts, widths, size, tied)
+
+
+@torch.no_grad()
+def _measure(rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[Score]) -> dict[str, Any]:
+    """Perplexity as stored beside the dense model's, and how the router spreads the domains' held-back text."""
+    model, dtype = rounds.model, getattr(torch, rounds.options.dtype)
+    round_to([p.data for n, p in model.named_parameters() if not kept_float32(n)], dtype, "a weight")
+    scores = [score_rows(model, d.held_back) for d in domains]
+    indices = [[_indices(model, row) for row in d.held_back] for d in domains]
+    repeats = np.concatenate([row[1:] == row[:-1] for rows in indices for row in rows])
+    by_domain = [
+        {
+            "name": domain.name,
+            "dense_perplexity": round(dense.perplexity, 4),
+            "routed_perplexity": round(routed.perplexity, 4),
+            "expert_share": _shares(np.concatenate(rows), len(domains)),
+        }
+        for domain, dense, routed, rows in zip(domains, dense_scores, scores, indices, strict=True)
+    ]
+    return {
+        "dense_perplexity": round(sum(dense_scores, Score(0.0, 0)).perplexity, 4),
+        "routed_perplexity": round(sum(scores, Score(0.0, 0)).perplexity, 4),
+        "active_share": nominal_share(model),
+        "by_domain": by_domain,
+        "repeats_last_expert": round(float(repeats.mean()), 4),
+        "rounds": rounds.figures,
+    }
+
+
+def _indices(model: RoutedForCausalLM, row: list[int]) -> np.ndarray:
+    """Each token's index [T], which is the same in every layer."""
+    return model.paths(row).ids[:, 0, 0]
+
+
+def _shares(indices_T: np.ndarray, num_experts: int) -> list[float]:
+    """Share of the tokens that visit each expert."""
+    counts = np.bincount(indices_T, minlength=num_experts)
+    return [round(float(n) / len(indices_T), 4) for n in counts]

@@ -1,0 +1,151 @@
+"""`export`: a routed checkpoint as a folder that needs no pregate: stock Qwen2-MoE, or the dense parent again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from pregate.base.errors import UserError
+from pregate.convert.cut.options import DTYPES
+from pregate.convert.export.card import write_card
+from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
+from pregate.convert.export.dense import check_dense, write_dense
+from pregate.convert.export.gate_scale import RouterScale, measure_scales
+from pregate.convert.export.qwen2_moe import write_qwen2_moe
+from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
+from pregate.convert.files.assembly import copy_tokenizer
+from pregate.convert.files.dense import context_tokens, load_tokenizer
+from pregate.convert.files.routed_shards import RoutedShards
+from pregate.convert.measure.scoring import encode_all
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.documents import read_documents
+from pregate.model.checkpoint import new_folder
+from pregate.model.modeling import RoutedForCausalLM
+
+FORMATS = ("qwen2_moe", "dense")
+RECORD = "export.json"
+_GENERATION = "generation_config.json"
+#: Median relative difference of logits that rounding may make, by the type exported; beyond it the export is refused.
+#: Experts chosen otherwise at near ties move single positions, not the median.
+TOLERANCE = MappingProxyType({"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1})
+#: Tokens the gates' factors are measured on, and the random ones that stand in where no text is given.
+SCALE_TOKENS, RANDOM_ROWS, RANDOM_TOKENS = 4096, 64, 64
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `pregate export` is asked. `text`: held-out text to measure on (None: random tokens).
+
+    `scale`: what the largest weight of every gate becomes (None: each layer's is measured). `dtype`: what is written
+    (None: as the checkpoint is stored; for `dense`, as the parent was). `max_tokens` bounds the text measured on.
+    """
+
+    model: Path
+    out: Path
+    format: str
+    text: Path | None = None
+    scale: float | None = None
+    dtype: str | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise UserError.of("--format", self.format, f"allowed: {', '.join(FORMATS)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise UserError.of("--dtype", self.dtype, f"allowed: {', '.join(DTYPES)}")
+        if self.scale is not None and not 0 < self.scale <= 1:
+            raise UserError.of("--scale", self.scale, "allowed: above 0, at most 1")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
+        if self.format == "dense":
+            for option, value in (("--text", self.text), ("--scale", self.scale), ("--max-tokens", self.max_tokens)):
+                if value is not None:
+                    raise UserError.of(option, value, "goes with --format qwen2_moe only")
+        if self.max_tokens is not None and self.text is None:
+            raise UserError.of("--max-tokens", self.max_tokens, "goes with --text only, which it bounds")
+
+
+def export(options: ExportOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Write the folder `options.out` and return what was measured; with an error nothing is left behind.
+
+    UserError names what the format cannot express, and says what to do.
+    """
+    progress = progress or QuietProgress()
+    with new_folder(options.out) as folder:
+        source = RoutedShards(options.model)
+        copy_tokenizer(options.model, folder)
+        if (options.model / _GENERATION).is_file():
+            shutil.copyfile(options.model / _GENERATION, folder / _GENERATION)
+        if options.format == "dense":
+            check_dense(source)
+            return write_dense(source, folder, options.dtype, progress)
+        check_expressible(source)
+        return _export_stock(source, options, folder, progress)
+
+
+def _export_stock(source: RoutedShards, options: ExportOptions, folder: Path, progress: Progress) -> dict[str, Any]:
+    dtype = options.dtype or source.dtype
+    stock = stock_config(source.config, dtype)
+    rows = _rows(options, stock.max_position_embeddings, stock.vocab_size)
+    routed: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    scales = measure_scales(routed, rows, SCALE_TOKENS, getattr(torch, dtype), options.scale)
+    write_stock_config(stock, folder)
+    write_qwen2_moe(source, [scale.factor for scale in scales], folder, getattr(torch, dtype), progress)
+    model = load_stock(folder)
+    figures = _figures(options, dtype, stock.max_position_embeddings, scales)
+    figures |= compare_logits(routed, model, rows, progress)
+    _check_difference(options, dtype, figures["median_relative_difference"])
+    figures |= compare_texts(routed, model, rows, stock.max_position_embeddings)
+    if options.text is None:
+        for name in ("routed_perplexity", "exported_perplexity", "perplexity_ratio"):
+            figures[name] = None  # of random tokens it says nothing
+    record = {"options": _described(options), "source": source.manifest.source, "figures": figures}
+    record |= {"layers": [asdict(s) for s in scales], "versions": {n: version(n) for n in ("pregate", "transformers")}}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_card(folder, source, figures)
+    return figures
+
+
+def _figures(options: ExportOptions, dtype: str, context: int, scales: list[RouterScale]) -> dict[str, Any]:
+    factors = [scale.factor for scale in scales]
+    return {
+        "stored_as": dtype,
+        "context_tokens": context,
+        "gate_factors": f"{min(factors):.3g} to {max(factors):.3g}",
+        "other_experts": rounded(max(scale.expected_other_experts for scale in scales)),
+        "measured_on": "random tokens (give --text for perplexity)" if options.text is None else str(options.text),
+    }
+
+
+def _check_difference(options: ExportOptions, dtype: str, median: float) -> None:
+    if not median <= TOLERANCE[dtype]:
+        differ = f"logits differ by {median:.2g} of the largest at the median position"
+        allowed = f"allowed for {dtype}: {TOLERANCE[dtype]:g}"
+        if options.scale is not None:
+            raise UserError.of("--scale", options.scale, f"{differ}; {allowed}; without --scale it is measured")
+        reason = f"{options.model}: the class does not compute what the checkpoint does: {differ}; {allowed}"
+        raise UserError.of("--format", options.format, reason)
+
+
+def _rows(options: ExportOptions, context: int, vocab_size: int) -> list[list[int]]:
+    """Token ids to measure on: the documents of `--text`, or random ones."""
+    if options.text is None:
+        shape = (RANDOM_ROWS, min(RANDOM_TOKENS, context))
+        return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
+    documents = read_documents([options.text], min(context, context_tokens(options.model)), "--text")
+    tokenizer = load_tokenizer(options.model)
+    rows, _num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
+    if not rows:
+        raise UserError.of("--text", options.text, "holds no document of two tokens or more")
+    return rows
+
+
+def _described(options: ExportOptions) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}

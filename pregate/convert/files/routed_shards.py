@@ -1,0 +1,102 @@
+"""Reading a routed checkpoint layer by layer, by the names its dense parent has for the tensors.
+
+Shape letters: D hidden width, I neurons of the dense FFN, M expert width, R routed experts, S shared experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from pregate.base.dtypes import dtype_name
+from pregate.base.errors import UserError
+from pregate.convert.files.dense import check_model_folder
+from pregate.convert.files.shards import DenseShards
+from pregate.model.checkpoint import read_manifest, verify_files
+from pregate.model.config import RoutedConfig
+from pregate.model.gated_mlp import GatedMLP, decoder_layers, find_gated_mlps
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class CutFFN:
+    """One layer's cut FFN. `shared` [2SM, D] and [D, SM], `experts` [R, 2M, D] and [R, D, M]: gate-up, and down.
+
+    `gate` and `bias` are those of the linear gate [R, D], [R]; `neuron_index` int64 [I], the parent's neuron of every
+    row, shared rows first, then expert by expert.
+    """
+
+    neuron_index: torch.Tensor
+    shared: tuple[torch.Tensor, torch.Tensor] | None
+    experts: tuple[torch.Tensor, torch.Tensor] | None
+    gate: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+class RoutedShards:
+    """The tensors of a routed checkpoint, float32, read when asked for; nothing is held.
+
+    UserError for a dense model, CheckpointError for a folder that is damaged or foreign.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if check_model_folder(folder)["model_type"] != RoutedConfig.model_type:
+            raise UserError.of("--model", folder, "is a dense model; allowed: a checkpoint of `pregate convert`")
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        verify_files(folder, self.manifest, hashes=True)
+        self.config: Any = RoutedConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            #: The parent without weights: it knows the names.
+            self.parent: Any = AutoModelForCausalLM.from_config(self.config.text_config)
+        self.ffns: list[GatedMLP] = find_gated_mlps(self.parent)
+        layers = decoder_layers(self.parent)
+        self.layers_name = next(name for name, module in self.parent.named_modules() if module is layers)
+        self._shards = DenseShards(folder)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.ffns)
+
+    @property
+    def dtype(self) -> str:
+        """What the weights are stored as, in torch's name."""
+        return dtype_name(self.config.dtype or torch.float32)
+
+    def ffn_prefix(self, index: int) -> str:
+        """What the names of a layer's FFN begin with, in the parent."""
+        return f"{self.layers_name}.{index}.{self.ffns[index].attribute}."
+
+    def outer(self) -> dict[str, torch.Tensor]:
+        """The parent's tensors outside the layers; a tied head is not among them."""
+        return self._read([n for n in self._parent_names() if not n.startswith(f"{self.layers_name}.")])
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """The parent's tensors of one layer, its FFN left out."""
+        start = f"{self.layers_name}.{index}."
+        names = [n for n in self._parent_names() if n.startswith(start) and not n.startswith(self.ffn_prefix(index))]
+        return self._read(names)
+
+    def ffn(self, index: int) -> CutFFN:
+        """One layer's cut FFN."""
+        prefix = self.ffn_prefix(index)
+        names = [n for n in self._parent_names() if n.startswith(prefix)]
+        own = {name.removeprefix(prefix): tensor for name, tensor in self._read(names).items()}
+
+        def pair(part: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+            return (own[f"{part}.gate_up_proj"], own[f"{part}.down_proj"]) if f"{part}.down_proj" in own else None
+
+        gate, bias = own.get("linear_gate.weight"), own.get("linear_gate.bias")
+        return CutFFN(own["neuron_index"].long(), pair("shared"), pair("experts"), gate, bias)
+
+    def _parent_names(self) -> list[str]:
+        return [n.removeprefix("parent.") for n in self._shards.tensors if n.startswith("parent.")]
+
+    def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
+        found = self._shards.read([f"parent.{name}" for name in names], _CPU)
+        return {name.removeprefix("parent."): tensor for name, tensor in found.items()}

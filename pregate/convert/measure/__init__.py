@@ -1,0 +1,1 @@
+"""What a model is worth: scoring, agreement of routers, controls beside a checkpoint, overlap of experts."""

@@ -1,0 +1,88 @@
+"""`evaluate`: perplexity and bits per byte of a model on text; for a routed one, how its routers agree and controls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pregate.base.errors import UserError
+from pregate.convert.files.dense import check_model_folder, load_dense, named
+from pregate.convert.files.parent import dense_of
+from pregate.convert.measure.agreement import AgreementMeter, layer_figures
+from pregate.convert.measure.control_table import control_rows
+from pregate.convert.measure.scored_text import ScoredText
+from pregate.convert.measure.scoring import load_any, score_rows
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.model.config import RoutedConfig
+from pregate.model.modeling import RoutedForCausalLM
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `pregate evaluate` is asked: a model folder (dense or routed), text, and how much of it at most.
+
+    Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
+    With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
+    dense model it came from (None: the one its manifest names if it is found, else the model itself with every expert
+    on, where that is the same).
+    `seed` is that of random routing too.
+    """
+
+    model: Path
+    text: Path
+    max_tokens: int | None = None
+    controls: bool = False
+    parent: Path | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
+        if self.parent is not None and not self.controls:
+            raise UserError.of("--parent", self.parent, "needs --controls")
+        if self.seed is not None and not self.controls and self.max_tokens is None:
+            raise UserError.of("--seed", self.seed, "needs --controls or --max-tokens")
+
+
+def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Score a model on text; for a routed model also how its routers agree with each other and with the oracle.
+
+    Where a path router only forecasts, also how often it names the gates' experts, layer by layer.
+
+    With `options.controls` "controls" maps a control's name to its figures (`control_table.control_rows`).
+    UserError for a folder that is no model, text that cannot be read, controls of a dense model, and controls whose
+    dense parent is needed and not found.
+    """
+    progress = progress or QuietProgress()
+    if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
+        raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
+    text = ScoredText.read(options.model, [options.text], options.max_tokens, options.seed or 0)
+    model = load_any(options.model)
+    parent = _load_parent(options, model) if options.controls else None
+    meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
+    score = score_rows(model, text.rows, meter, progress)
+    result: dict[str, Any] = {
+        "model": str(options.model),
+        "text": str(options.text),
+        "perplexity": round(score.perplexity, 4),
+        "bits_per_byte": round(score.bits_per_byte(text.num_bytes), 4),
+        "num_documents": len(text.rows),
+        "num_tokens": score.num_tokens,
+    }
+    if meter is not None:
+        result["routing"] = model.config.routing
+        result["active_share"] = round(meter.active_share, 4)
+        result["agreement"] = meter.figures()
+        if model.config.routing == "layerwise" and meter.forecast:
+            result["forecast_hit_rate"] = layer_figures(meter.forecast)
+    if options.controls:
+        result["controls"] = control_rows(model, text.rows, text.num_bytes, parent, options.seed or 0, progress)
+    return result
+
+
+def _load_parent(options: EvaluateOptions, model: RoutedForCausalLM) -> Any:
+    """The dense model to compare with; None for the checkpoint itself."""
+    path = dense_of(options.model, model, options.parent)
+    with named("--parent"):
+        return None if path is None else load_dense(path)

@@ -1,0 +1,48 @@
+"""Text to score a model on: documents drawn from files, as the model's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pregate.base.errors import UserError
+from pregate.convert.files.dense import context_tokens, load_tokenizer
+from pregate.convert.measure.scoring import encode_all
+from pregate.convert.text.documents import draw_documents, read_documents
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """`rows`: a document's ids each, of at most `context`; `num_bytes` of text are scored, and at most `max_tokens`.
+
+    `texts` are all documents in the order drawn.
+    """
+
+    rows: list[list[int]]
+    texts: list[str]
+    num_bytes: int
+    context: int
+    max_tokens: int | None
+
+    @classmethod
+    def read(cls, model: Path, paths: Sequence[Path], max_tokens: int | None, seed: int) -> ScoredText:
+        """Draw documents of `paths` with `seed`, from every folder alike, until `max_tokens` are scored (None: all).
+
+        UserError for text that cannot be read or gives nothing to score.
+        """
+        context = context_tokens(model)
+        texts = [d.text for d in draw_documents(read_documents(paths, context, "--text"), seed)]
+        rows, num_bytes = encode_all(load_tokenizer(model), texts, context, max_tokens)
+        if not rows:
+            raise UserError.of("--text", " ".join(map(str, paths)), "holds no document of two tokens or more")
+        return cls(rows, texts, num_bytes, context, max_tokens)
+
+    def check_same_tokens(self, option: str, path: Path) -> None:
+        """UserError where the model at `path` reads the text as other tokens; then perplexities do not compare."""
+        context = context_tokens(path)
+        longest = max(map(len, self.rows))
+        if context < longest:
+            raise UserError.of(option, path, f"its context of {context} tokens is shorter than a document ({longest})")
+        if encode_all(load_tokenizer(path), self.texts, self.context, self.max_tokens)[0] != self.rows:
+            raise UserError.of(option, path, "reads the text as other tokens, so perplexities do not compare")

@@ -1,0 +1,153 @@
+"""Perplexity and bits per byte by one protocol: per document, BOS prepended, truncated to the context.
+
+A document's first token (BOS, where the tokenizer has one) is given and not scored; perplexity is over all
+scored tokens of all documents together. Documents of like length share a batch, padded on the right; that changes
+nothing (a test holds it).
+
+Shape letters: B documents of a batch, N tokens, V vocabulary, L layers, K active experts, P positions of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pregate.convert.files.dense import check_model_folder, load_dense
+from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.batches import batches, padded
+from pregate.convert.text.calibration import encode
+from pregate.model.config import RoutedConfig
+from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
+from pregate.model.modeling import RoutedForCausalLM
+
+#: Mean loss from which on a perplexity counts as infinite; exp overflows a little above.
+MOST_NATS = 700
+
+
+@dataclass(frozen=True)
+class Score:
+    """Summed negative log-likelihood (natural log) of `num_tokens` scored tokens."""
+
+    nats: float
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; infinite where that is too large for a float, NaN where `nats` is."""
+        nats = self.nats / self.num_tokens
+        return math.inf if nats >= MOST_NATS else math.exp(nats)
+
+    def bits_per_byte(self, num_bytes: int) -> float:
+        return self.nats / math.log(2) / num_bytes
+
+    def __add__(self, other: Score) -> Score:
+        return Score(self.nats + other.nats, self.num_tokens + other.num_tokens)
+
+
+def score_logits(logits_BNV: torch.Tensor, ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> Score:
+    """Negative log-likelihood of all ids but each row's first, in float32, summed in float64; `mask_BN` 0 at padding.
+
+    Example: logits of 0 over a vocabulary of 4, three ids and no padding: 2 tokens, 2 ln 4 nats.
+    """
+    targets_BN = ids_BN[:, 1:].masked_fill(mask_BN[:, 1:] == 0, -100)
+    logits_PV = logits_BNV[:, :-1].float().flatten(0, 1)
+    losses_P = F.cross_entropy(logits_PV, targets_BN.flatten(), reduction="none")
+    return Score(losses_P.double().sum().item(), int(mask_BN[:, 1:].sum()))
+
+
+@torch.no_grad()
+def score_rows(
+    model: Any,
+    rows: Sequence[list[int]],
+    meter: AgreementMeter | None = None,
+    progress: Progress | None = None,
+    control: RoutingPolicy | None = None,
+    name: str = "",
+) -> Score:
+    """Score rows of token ids (each of 2 or more); with `meter`, collect the routers' agreement on the way.
+
+    `control` takes the routing over from what the checkpoint says; `name` is whose scores they are, for `progress`.
+    """
+    score = Score(0.0, 0)
+    with (progress or QuietProgress()).stage(f"scoring {name}".rstrip(), len(rows)) as advance:
+        for batch in batches(rows):
+            ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
+            logits = _logits(model, ids_BN, mask_BN, meter, control)
+            score += score_logits(logits, ids_BN, mask_BN)
+            advance(len(batch))
+    return score
+
+
+@contextmanager
+def routed_by(model: Any, policy: RoutingPolicy | None) -> Iterator[None]:
+    """Let `policy` choose the experts of a routed `model` within the block; with None nothing changes."""
+    if policy is None:
+        yield
+        return
+    before, model.routing_policy = model.routing_policy, policy
+    try:
+        yield
+    finally:
+        model.routing_policy = before
+
+
+def _logits(
+    model: Any,
+    ids_BN: torch.Tensor,
+    mask_BN: torch.Tensor,
+    meter: AgreementMeter | None,
+    control: RoutingPolicy | None,
+) -> torch.Tensor:
+    policy = control if meter is None else _metered(model, ids_BN, mask_BN, meter, control)
+    with routed_by(model, policy):
+        return model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits
+
+
+def _metered(
+    model: RoutedForCausalLM,
+    ids_BN: torch.Tensor,
+    mask_BN: torch.Tensor,
+    meter: AgreementMeter,
+    control: RoutingPolicy | None,
+) -> MeteredPolicy:
+    """The routing in force (`control`, else the checkpoint's own), watched by `meter`."""
+    real_T, by_path = mask_BN.flatten().bool(), None
+    if model.path_router is not None:
+        states = [model.path_computer.new_state() for _ in ids_BN]
+        by_path = PathPolicy.of(model.batch_paths(ids_BN, mask_BN, states)[0])
+    paths_TLK = None if by_path is None else by_path.ids_TLK
+    if control is not None:
+        return MeteredPolicy(control, meter, real_T, paths_TLK, control_name="control")
+    own: RoutingPolicy = by_path if by_path is not None and model.config.routing == "path" else GatePolicy()
+    return MeteredPolicy(own, meter, real_T, paths_TLK)
+
+
+def load_any(path: Path) -> Any:
+    """Load a routed or a dense model folder in float32."""
+    if check_model_folder(path)["model_type"] == RoutedConfig.model_type:
+        return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_dense(path)
+
+
+def encode_all(
+    tokenizer: Any, texts: Sequence[str], context: int, max_tokens: int | None
+) -> tuple[list[list[int]], int]:
+    """Rows of ids until `max_tokens` scored tokens are reached, and how many bytes of text are scored."""
+    rows, num_bytes, left = [], 0, math.inf if max_tokens is None else max_tokens
+    for text in texts:
+        if left < 1:
+            break
+        ids = encode(tokenizer, text, int(min(context, left + 1)))
+        if len(ids) > 1:
+            rows.append(ids)
+            num_bytes += len(tokenizer.decode(ids[1:]).encode())
+            left -= len(ids) - 1
+    return rows, num_bytes

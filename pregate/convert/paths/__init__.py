@@ -1,0 +1,1 @@
+"""Decoupling: a path router's targets, losses and training."""

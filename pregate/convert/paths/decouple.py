@@ -1,0 +1,166 @@
+"""`decouple`: train a path router for a layer-wise checkpoint and write one whose paths are exact, or forecast."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.base.dtypes import dtype_name
+from pregate.base.errors import UserError
+from pregate.convert.files.assembly import assemble, write_checkpoint
+from pregate.convert.files.dense import check_model_folder, context_tokens, load_tokenizer
+from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.scoring import score_rows
+from pregate.convert.paths.alignment import align_experts
+from pregate.convert.paths.options import DecoupleOptions
+from pregate.convert.paths.targets import TargetPool, collect_targets
+from pregate.convert.paths.training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.calibration import encode_pool
+from pregate.convert.text.documents import draw_documents, read_documents, text_files
+from pregate.model.checkpoint import Manifest, new_folder, read_manifest
+from pregate.model.config import RoutedConfig
+from pregate.model.gates import RepresentativeGate
+from pregate.model.layers import kept_float32
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_heads import check_heads
+from pregate.model.path_router import PathRouter
+from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
+
+
+def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Manifest:
+    """Train a path router on `options.text` and write a checkpoint with it to `options.out`; returns its manifest.
+
+    Its paths are exact, or with `predict` a forecast of what the gates will choose. UserError for a model that is not
+    layer-wise routed, has a path router already, or has nothing to route.
+    """
+    progress = progress or QuietProgress()
+    with new_folder(options.out) as folder:
+        config = _layerwise_config(options.model)
+        check_heads(options.shape(), config.cuts)
+        rows = read_rows(options)
+        model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        if not options.predict:
+            _refuse_weights(model, options)
+        pool = collect_targets(model, rows, progress, of_gates=options.predict)
+        if options.heads == "single":
+            pool = align_experts(model, pool)
+        router, figures = train_router(model, pool, options, progress)
+        measured_on = pool.held_back().rows
+        figures |= _figures("layerwise", model, measured_on)
+        routed = routed_with(model, router, options)
+        if not options.predict:
+            figures |= _figures("path", routed, measured_on)
+        figures |= _cost(options, model)
+        manifest = _manifest(read_manifest(options.model), options, rows, figures)
+        write_checkpoint(routed, folder, options.model, manifest, _stored_dtype(config))
+        return read_manifest(folder)
+
+
+def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]]) -> dict[str, Any]:
+    meter = AgreementMeter()
+    score = score_rows(model, rows, meter)
+    return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
+
+
+def read_rows(options: DecoupleOptions) -> list[list[int]]:
+    """Token ids of the documents to learn on, drawn with the seed."""
+    tokenizer = load_tokenizer(options.model)
+    length = min(options.sequence_length, context_tokens(options.model))
+    documents = draw_documents(read_documents(options.text, length, "--text"), options.seed)
+    rows = list(encode_pool(documents, tokenizer, length, options.pool_tokens))
+    if len(rows) < 2:
+        raise UserError.of("--text", " ".join(map(str, options.text)), "needs two documents of two tokens or more")
+    return rows
+
+
+def _manifest(source: Manifest, options: DecoupleOptions, rows: list[list[int]], figures: dict[str, Any]) -> Manifest:
+    """The layer-wise checkpoint's manifest with what was added under "decouple"."""
+    return Manifest(
+        method=f"{source.method}+decouple",
+        options=source.options | {"decouple": options.describe()},
+        source=source.source | {"layerwise": str(options.model.resolve())},
+        calibration=source.calibration | {"decouple": _describe_text(options, rows)},
+        figures=source.figures | {"decouple": figures},
+    )
+
+
+def train_router(
+    model: RoutedForCausalLM, pool: TargetPool, options: DecoupleOptions, progress: Progress
+) -> tuple[PathRouter, dict[str, Any]]:
+    """Train a path router for `model` on the pool less its held-back documents, and measure it on those."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        config = model.config
+        router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
+        embedding: Any = model.get_input_embeddings()
+        training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
+        losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress)
+    router.requires_grad_(False)
+    set_thresholds(router, pool.training())
+    name = "path_vs_gate" if options.predict else "path_vs_oracle"
+    return router, first_and_last(losses) | {name: hit_rate(router, pool.held_back())}
+
+
+def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
+    """The router's operations per token and their share of the dense parent's; a warning where that is much."""
+    flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
+    share = flops / backbone_flops(_num_multiplied(model))
+    figures = {"router_flops_per_token": flops, "router_flops_share": round(share, 5)}
+    if share <= MAX_SHARE:
+        return figures
+    much = f"the path router costs {share:.1%} of the dense model's operations, more than {MAX_SHARE:.0%}"
+    return figures | {"warning": f"{much}; a smaller --dim, --window or --blocks costs less"}
+
+
+def _num_multiplied(model: RoutedForCausalLM) -> int:
+    """The dense parent's parameters less an embedding that is only looked up in (one tied to the head is not)."""
+    parameters = {id(p): p.numel() for n, p in model.parent.named_parameters() if not kept_float32(n)}
+    embedding, head = (
+        getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())
+    )
+    return sum(parameters.values()) - (0 if embedding is head or embedding is None else embedding.numel())
+
+
+def _layerwise_config(path: Path) -> RoutedConfig:
+    """Config of a checkpoint that can be decoupled; UserError says why another cannot."""
+    if check_model_folder(path)["model_type"] != RoutedConfig.model_type:
+        raise UserError.of("--model", path, "is a dense model; convert it first with `pregate convert`")
+    config = RoutedConfig.from_pretrained(path)
+    if config.routing == "path" or config.has_path_router:
+        raise UserError.of("--model", path, "already decoupled; allowed: a layer-wise checkpoint of `pregate convert`")
+    if not any(c.num_active for c in config.cuts):
+        raise UserError.of("--model", path, "has no layer with an active routed expert; there is nothing to route")
+    return config
+
+
+def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
+    """A path router's weights start at 1, if it has any; those that a gate has learned would be lost in silence."""
+    for mlp in model.routed_mlps:
+        if isinstance(mlp.gate, RepresentativeGate) and mlp.gate.scale.any():
+            gate = f"layer {mlp.layer}'s gate weighs its experts (scale is not 0)"
+            reason = f"{gate}, and a path router does not learn its weights; allowed: --predict, or a gate of scale 0"
+            raise UserError.of("--model", options.model, reason)
+
+
+def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleOptions) -> RoutedForCausalLM:
+    """`model` with `router`, which decides or, with `predict`, forecasts; the parent is the same one."""
+    routing = "layerwise" if options.predict else "path"
+    fields = model.config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
+    return assemble(RoutedConfig.from_dict(fields), model.parent, router)
+
+
+def _stored_dtype(config: RoutedConfig) -> str:
+    return dtype_name(config.dtype or torch.float32)
+
+
+def _describe_text(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:
+    return {
+        "files": [str(p) for p in text_files(options.text, "--text")],
+        "num_documents": len(rows),
+        "num_tokens": sum(map(len, rows)),
+        "seed": options.seed,
+    }

@@ -1,0 +1,203 @@
+"""What a path router is trained to lower: three losses over every layer's contribution masses.
+
+"mass" regresses them; "paper" is Read-ME's distillation; "captured" is minus the mass of the experts chosen, with a
+choice that gradients pass: softmax with straight-through, or the codes of DSelect-k.
+
+Shape letters: T tokens of a batch, S the routed experts of all layers side by side, O the heads' outputs likewise (S,
+or code logits), R routed experts of a layer, K selectors, B bits, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+
+from pregate.convert.paths.mass_scale import MassScale
+from pregate.kernels.reference import threshold_for, top_k
+from pregate.model.config import LayerCut
+from pregate.model.dselect import code_signs, selector_logits
+from pregate.model.path_router import PathRouter, split_layers
+
+#: Width of DSelect-k's smooth step, in logits: beyond half of it a bit is 0 or 1.
+STEP_WIDTH = 4.0
+#: Weight of the codes' entropy, and of codes that name no expert, beside the captured mass.
+ENTROPY_WEIGHT, STRAY_WEIGHT = 0.02, 0.1
+
+
+class RouterLoss(Protocol):
+    """One way to train; made by `loss_for`."""
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        """What the masses [T, S] of a document become once, before training: [T, S]."""
+        ...
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, of the heads' outputs for tokens of these targets."""
+        ...
+
+
+def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> RouterLoss:
+    """The loss that `target` names ("mass", "paper" or "captured"), scaled to the masses [T, S] to be learned."""
+    if target == "paper":
+        return PaperLoss(router.cuts)
+    scale = MassScale.of(mass_TS, router.cuts)
+    if target == "mass":
+        return MassLoss(router.cuts, router.selection, scale, mass_TS)
+    if router.config.gate == "dselect":
+        return SelectorLoss(router.cuts, router.selection, scale, mass_TS)
+    return StraightThroughLoss(router.cuts, router.selection, scale, mass_TS)
+
+
+class MassLoss:
+    """Squared error of the scores as a share of the variance of the targets (`MassScale.targets`)."""
+
+    def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
+        self._cuts, self._selection, self._scale = cuts, selection, scale
+        self._variance = self.targets(mass_TS).var().clamp_min(1e-12)
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        return self._scale.targets(mass_TS, self._cuts, self._selection)
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(outputs_TO, targets_TS) / self._variance
+
+
+class PaperLoss:
+    """Read-ME's distillation as its code has it (the notes on it, section 2), averaged over layers.
+
+    A layer's score of an expert is its share of the token's activation, less the mean share, times 10. Target: 0.75
+    of the best expert with label smoothing 0.5, and 0.25 of softmax(scores); loss: cross-entropy. Ours for the paper's
+    count of channels is the contribution mass, and for more than one active expert the best k share the 0.75.
+
+    Made for a fixed number of experts: a softmax leaves open what is added to all scores of a token, and a threshold
+    compares scores of many tokens. (Tried: to hold log sum exp to 0 gains little there.)
+    """
+
+    def __init__(self, cuts: Sequence[LayerCut]) -> None:
+        self._cuts = cuts
+        self._num_layers = max(1, sum(c.num_routed > 0 for c in cuts))
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        parts = []
+        for cut, x_TR in zip(self._cuts, split_layers(mass_TS, self._cuts), strict=True):
+            share_TR = x_TR / x_TR.sum(dim=-1, keepdim=True).clamp_min(1e-20)
+            best_TR = torch.zeros_like(x_TR).scatter_(-1, top_k(x_TR, max(cut.num_active, 1)), 1.0)
+            hard_TR = 0.5 * best_TR / best_TR.sum(dim=-1, keepdim=True) + 0.5 / max(cut.num_routed, 1)
+            parts.append(0.75 * hard_TR + 0.25 * (10 * (share_TR - 1 / max(cut.num_routed, 1))).softmax(dim=-1))
+        return torch.cat(parts, dim=-1)
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        logs = torch.cat([x.log_softmax(dim=-1) for x in split_layers(outputs_TO, self._cuts)], dim=-1)
+        return -(targets_TS * logs).sum(dim=-1).mean() / self._num_layers
+
+
+class StraightThroughLoss:
+    """One minus the captured mass, as a share of what an oracle captures; the scores choose.
+
+    Forward a chosen expert counts 1 and any other 0; backward the choice is that of k * softmax (a fixed number), or of
+    a sigmoid about the score that the batch's threshold would be. There a place is worth the mass at which the oracle's
+    threshold lies: experts below it are to fall, though it is above the mean.
+    """
+
+    def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
+        self._cuts, self._selection, self._scale = cuts, selection, scale
+        targets_TS = self.targets(mass_TS)
+        layers = [_hard(x, c, selection) for c, x in zip(cuts, split_layers(targets_TS, cuts), strict=True)]
+        limits = [limit.expand(c.num_routed) for c, (_, limit) in zip(cuts, layers, strict=True)]
+        self._limit_S = torch.cat(limits)
+        self._places = sum(float(limit) * c.num_active for c, (_, limit) in zip(cuts, layers, strict=True))
+        chosen_TS = torch.cat([hard for hard, _ in layers], dim=-1)
+        self._most = (chosen_TS * targets_TS).sum(dim=-1).mean().clamp_min(1e-12)
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        return self._scale.targets(mass_TS, self._cuts, self._selection)
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        layers = zip(self._cuts, split_layers(outputs_TO, self._cuts), strict=True)
+        return self.of_choice(torch.cat([self._choice(x, cut) for cut, x in layers], dim=-1), targets_TS)
+
+    def of_choice(self, chosen_TS: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        """The loss of choosing each expert with these shares, 0 to 1."""
+        captured = (chosen_TS * (targets_TS - self._limit_S)).sum(dim=-1).mean() + self._places
+        return 1 - captured / self._most
+
+    def _choice(self, scores_TR: torch.Tensor, cut: LayerCut) -> torch.Tensor:
+        """0 and 1 [T, R], with a gradient."""
+        if self._selection == "top_k":
+            hard_TR, _ = _hard(scores_TR.detach(), cut, self._selection)
+            soft_TR = cut.num_active * scores_TR.softmax(dim=-1)
+        else:
+            scores_TR = _standardised(scores_TR)
+            hard_TR, limit = _hard(scores_TR.detach(), cut, self._selection)
+            soft_TR = torch.sigmoid(scores_TR - limit)
+        return hard_TR + soft_TR - soft_TR.detach()
+
+
+def _standardised(scores_TR: torch.Tensor) -> torch.Tensor:
+    """A layer's scores with mean 0 and deviation 1: neither moves a choice by threshold; both can flatten a sigmoid."""
+    if scores_TR.numel() < 2:
+        return scores_TR
+    return (scores_TR - scores_TR.mean()) / scores_TR.std().clamp_min(1e-6)
+
+
+def _hard(scores_TR: torch.Tensor, cut: LayerCut, selection: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which experts are chosen, 0 or 1 [T, R], and the threshold they reach (finite; with a fixed number 0)."""
+    zero = scores_TR.new_zeros(())
+    if selection == "top_k":
+        return torch.zeros_like(scores_TR).scatter_(-1, top_k(scores_TR, cut.num_active), 1.0), zero
+    limit = threshold_for(scores_TR, cut.num_active) if cut.num_routed else zero
+    return (scores_TR >= limit).to(scores_TR.dtype), limit.nan_to_num(posinf=0.0, neginf=0.0)
+
+
+class SelectorLoss:
+    """As `StraightThroughLoss`, but the selectors of DSelect-k choose: an expert counts by how sure one is of it.
+
+    (Hazimeh et al. 2021, sections 3 and 3.1.) An expert that two selectors name counts once, as its experts' outputs
+    weigh 1; so selectors need no weights to part ways. Added: the codes' entropy, which drives their bits to 0 and 1
+    for each token, and, with a fixed number, the share of codes that name no expert where R is no power of two. (The
+    paper divides by what is left; this is the same push with a bound.)
+    """
+
+    def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
+        self._cuts, self._selection = cuts, selection
+        self._captured = StraightThroughLoss(cuts, selection, scale, mass_TS)
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        return self._captured.targets(mass_TS)
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        chosen, entropies, strays = [], [], []
+        for cut, logits_TKB in zip(self._cuts, selector_logits(outputs_TO, self._cuts, self._selection), strict=True):
+            bits_TKB = smooth_step(logits_TKB)
+            named_TKR = code_shares(bits_TKB, cut.num_routed)
+            chosen.append(1 - (1 - named_TKR).prod(dim=1))
+            if cut.num_active:
+                entropies.append(bit_entropy(bits_TKB).sum(dim=-1).mean())
+                strays.append(1 - named_TKR.sum(dim=-1).mean())
+        loss = self._captured.of_choice(torch.cat(chosen, dim=-1), targets_TS)
+        loss = loss + ENTROPY_WEIGHT * torch.stack(entropies).mean()
+        return loss if self._selection == "threshold" else loss + STRAY_WEIGHT * torch.stack(strays).mean()
+
+
+def smooth_step(logits: torch.Tensor) -> torch.Tensor:
+    """0 below -`STEP_WIDTH` / 2, 1 above it, a cubic with matching slopes between (section 3, equation 3).
+
+    Example: 0 gives 0.5; a quarter of the width 0.84375.
+    """
+    t = (logits / STEP_WIDTH).clamp(-0.5, 0.5)
+    return -2 * t**3 + 1.5 * t + 0.5
+
+
+def code_shares(bits_TKB: torch.Tensor, num_routed: int) -> torch.Tensor:
+    """How sure each selector is of each expert's code [T, K, R]: the product over bits of bit or 1 - bit."""
+    ones_RB = code_signs(num_routed, bits_TKB.shape[-1], bits_TKB) > 0
+    return torch.where(ones_RB, bits_TKB[..., None, :], 1 - bits_TKB[..., None, :]).prod(dim=-1)
+
+
+def bit_entropy(bits: torch.Tensor) -> torch.Tensor:
+    """Entropy of each bit in nats; those of a code add up to that of its distribution over all codes."""
+    bits = bits.clamp(1e-6, 1 - 1e-6)  # its slope at 0 and 1 is infinite
+    return torch.special.entr(bits) + torch.special.entr(1 - bits)

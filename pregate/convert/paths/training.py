@@ -1,0 +1,150 @@
+"""Training a path router from token ids alone: batches, schedule, thresholds and its hit rate.
+
+What is lowered is said in `router_losses.py`; the embedding starts from the parent's, or is tied to it.
+
+Shape letters: B documents of a batch, N tokens, T tokens of all documents, S the routed experts of all layers side by
+side, O the heads' outputs, L layers, V vocabulary, D the parent's hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from pregate.convert.measure.agreement import Tally, layer_figures
+from pregate.convert.paths.losses import loss_for
+from pregate.convert.paths.parent_embedding import ParentEmbedding, start_from
+from pregate.convert.paths.targets import TargetPool
+from pregate.convert.progress import Progress
+from pregate.convert.text.batches import batches, padded
+from pregate.kernels.reference import above, top_k
+from pregate.model.path_router import PathRouter, choose_experts, put_thresholds, split_layers
+
+#: The last loss told of a training is the mean over one step in this many, at its end.
+LAST_SHARE = 20
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How long and how fast a path router is trained, and on what; `batch_tokens` counts padding.
+
+    Of a batch at most `piece_tokens` (or one document) are run at a time: bounds the memory; the step is the same.
+    `target`: see `router_losses.py`. `embedding` "own" is learned, "parent" the parent's times a learned projection.
+    """
+
+    steps: int
+    seed: int
+    target: str = "mass"
+    embedding: str = "own"
+    batch_tokens: int = 1024
+    piece_tokens: int = 8192
+    learning_rate: float = 6e-3
+    weight_decay: float = 0.05
+    warmup_share: float = 0.05
+
+
+@torch.enable_grad()
+def train(
+    router: PathRouter, parent_VD: torch.Tensor | None, pool: TargetPool, options: TrainingOptions, progress: Progress
+) -> list[float]:
+    """Train `router` in place on the documents and masses of `pool`; `parent_VD` is the parent's embedding, which the
+    router's starts from; None goes on with the router as it is.
+
+    Returns the loss of every step.
+    """
+    model: Any = router
+    if parent_VD is None:
+        pass
+    elif options.embedding == "parent":
+        model.embedding = ParentEmbedding(parent_VD, router.config.dim)
+    else:
+        start_from(router, parent_VD)
+    loss_of = loss_for(options.target, router, torch.cat(pool.mass))
+    targets = [loss_of.targets(mass) for mass in pool.mass]
+    optimizer = torch.optim.AdamW(router.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    losses: list[float] = []
+    order = _endless_batches(pool.rows, options)
+    with progress.stage("training the path router", options.steps) as advance:
+        for step in range(options.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = options.learning_rate * _schedule(step, options)
+            batch = next(order)
+            outputs_TO = outputs_of(router, [pool.rows[i] for i in batch], options.piece_tokens)
+            loss = loss_of(outputs_TO, torch.cat([targets[i] for i in batch]))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+            advance(1)
+    if isinstance(model.embedding, ParentEmbedding):
+        model.embedding = model.embedding.fold()
+    return losses
+
+
+def first_and_last(losses: list[float]) -> dict[str, float]:
+    """What is told of a training: its first loss, and the mean over its last steps (one in `LAST_SHARE`)."""
+    last = losses[-max(1, len(losses) // LAST_SHARE) :]
+    return {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
+
+
+def outputs_of(router: PathRouter, rows: list[list[int]], piece_tokens: int) -> torch.Tensor:
+    """What the heads give for the tokens of `rows`, longest first, [T, O]: scores, or the logits of codes.
+
+    Of more than `piece_tokens`, padding included, only these outputs are kept: a piece is run anew when its gradient is
+    wanted. So a loss of all tokens together, such as that of a threshold, is the same however they are cut.
+    """
+    pieces = list(batches(rows, piece_tokens))
+    assert [i for piece in pieces for i in piece] == list(range(len(rows))), "rows are not longest first"
+    if len(pieces) == 1:
+        return _outputs(router, rows)
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(_outputs, router, [rows[i] for i in piece], **settings) for piece in pieces])
+
+
+def _outputs(router: PathRouter, rows: list[list[int]]) -> torch.Tensor:
+    ids_BN, mask_BN = padded(rows)
+    return router.heads(router.encode(ids_BN)[0][mask_BN.bool()])
+
+
+def _schedule(step: int, options: TrainingOptions) -> float:
+    warmup = min(1.0, (step + 1) / max(1.0, options.warmup_share * options.steps))
+    return warmup * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+
+
+def _endless_batches(rows: Sequence[list[int]], options: TrainingOptions) -> Iterator[list[int]]:
+    """Batches of documents of like length, in an order that `seed` shuffles anew each time round."""
+    generator = torch.Generator().manual_seed(options.seed)
+    groups = list(batches(rows, options.batch_tokens))
+    while True:
+        for index in torch.randperm(len(groups), generator=generator).tolist():
+            yield groups[index]
+
+
+@torch.no_grad()
+def set_thresholds(router: PathRouter, pool: TargetPool) -> None:
+    """Set each layer's threshold so that its experts' mean number per token of `pool` is `pool.mean_active`."""
+    scores_TS = torch.cat([router(torch.tensor([row]))[0][0] for row in pool.rows])
+    put_thresholds(router, scores_TS, pool.mean_active)
+
+
+@torch.no_grad()
+def hit_rate(router: PathRouter, pool: TargetPool) -> dict[str, Any]:
+    """How the router's choices agree, over the documents of `pool`, with those that its masses and limits make.
+
+    In all, and layer by layer for those that have a choice.
+    """
+    tallies = {n: Tally() for n, c in enumerate(router.cuts) if 0 < c.num_active < c.num_routed}
+    for row, mass_TS in zip(pool.rows, pool.mass, strict=True):
+        chosen = choose_experts(router, router(torch.tensor([row]))[0][0])
+        masses = split_layers(mass_TS, router.cuts)
+        for layer, tally in tallies.items():
+            best, num_active = masses[layer], router.cuts[layer].num_active
+            by_rank = router.selection == "top_k"
+            tally.add(chosen[layer].ids, top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
+    return layer_figures(tallies)

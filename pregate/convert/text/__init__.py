@@ -1,0 +1,1 @@
+"""Text and token ids: documents from files, windows to calibrate on, batches and padding."""

@@ -1,0 +1,126 @@
+"""Token ids to calibrate on: documents encoded with BOS, and windows packed from them.
+
+Shape letters: S windows, N tokens of a window.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.base.errors import UserError
+from pregate.convert.text.documents import Document, draw_documents, read_documents
+
+#: Share of the windows kept back from calibration to measure the result on, and their greatest number.
+HELD_BACK_SHARE = 8
+MAX_HELD_BACK = 16
+
+
+def encode(tokenizer: Any, text: str, max_tokens: int | None) -> list[int]:
+    """Token ids of one document: BOS (where the tokenizer has one) first, cut to `max_tokens` (None: whole)."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return (bos + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])[:max_tokens]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows to calibrate on [S, N] and to measure on (rows of N ids), both int64, and where they came from."""
+
+    windows_SN: torch.Tensor
+    held_back: list[list[int]]
+    files: tuple[Path, ...]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "files": [str(p) for p in self.files],
+            "num_windows": self.windows_SN.shape[0],
+            "window_tokens": self.windows_SN.shape[1],
+            "num_tokens": self.windows_SN.numel(),
+            "num_held_back_windows": len(self.held_back),
+        }
+
+
+def pack_windows(rows: Iterator[list[int]], length: int, count: int) -> list[list[int]]:
+    """Join documents into at most `count` windows of `length` ids; each starts at a document's start.
+
+    Example: documents [1 5 6], [1 7], [1 8 9], length 4: windows [1 5 6 1] (the second document is cut) and
+    nothing more, as [1 8 9] alone is too short.
+    """
+    windows: list[list[int]] = []
+    current: list[int] = []
+    for row in rows:
+        current = current + row
+        if len(current) >= length:
+            windows.append(current[:length])
+            current = []
+        if len(windows) == count:
+            break
+    if not windows and len(current) > 1:
+        windows.append(current)  # a text shorter than one window is one short window
+    return windows
+
+
+def stream_windows(
+    ids: list[int], length: int, count: int, num_held_back: int, seed: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """`count` windows of `length` ids from anywhere in `ids`, then at most `num_held_back` that overlap none of them.
+
+    All of `ids` is one window where it is shorter. The first are drawn as CMoE's released code draws them.
+    """
+    if len(ids) <= length + 1:
+        return ([ids[:length]] if len(ids) > 1 else []), []
+    rng = random.Random(seed)
+    starts = [rng.randint(0, len(ids) - length - 1) for _ in range(count)]
+    tried = (rng.randint(0, len(ids) - length - 1) for _ in range(100 * num_held_back))
+    free = [at for at in tried if all(abs(at - start) >= length for start in starts)][:num_held_back]
+    return [ids[at : at + length] for at in starts], [ids[at : at + length] for at in free]
+
+
+def read_calibration(
+    paths: Sequence[Path],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    seed: int,
+    draw: str = "documents",
+    option: str = "--calibration",
+) -> Calibration:
+    """Draw `samples` windows of `length` tokens with `seed`, and some more to measure on, from the files at `paths`.
+
+    `draw` "documents": each starts at a document's start; text that yields fewer windows is used whole. "stream":
+    each starts anywhere in the documents joined by blank lines (as CMoE's released code draws them).
+    UserError names `option` where there is no text.
+    """
+    documents = read_documents(paths, length, option)
+    files = tuple(dict.fromkeys(d.source for d in documents))
+    wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
+    if draw == "stream":
+        ids = encode(tokenizer, "\n\n".join(d.text for d in documents), None)
+        kept, held_back = stream_windows(ids, length, samples, wanted, seed)
+    else:
+        drawn = draw_documents(documents, seed)
+        windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
+        held = min(wanted, len(windows) // 4)
+        kept, held_back = windows[held:][:samples], windows[:held]
+    if not kept:
+        raise UserError.of(option, " ".join(map(str, paths)), "holds fewer than two tokens")
+    return Calibration(torch.tensor(kept, dtype=torch.int64), held_back, files)
+
+
+def encode_pool(
+    documents: Sequence[Document], tokenizer: Any, max_tokens: int, total_tokens: int
+) -> Iterator[list[int]]:
+    """Encode documents in order, each cut to `max_tokens`, until `total_tokens` are given; one-token ones left out."""
+    left = total_tokens
+    for document in documents:
+        if left < 2:
+            return
+        ids = encode(tokenizer, document.text, min(max_tokens, left))
+        if len(ids) > 1:
+            left -= len(ids)
+            yield ids

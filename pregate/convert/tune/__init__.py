@@ -1,0 +1,1 @@
+"""Recovery by training under a checkpoint's own routing."""

@@ -1,0 +1,115 @@
+"""Even use of experts while tuning, and thresholds that keep the number of active experts where it belongs.
+
+Shape letters: T tokens, R routed experts of a layer, S the routed experts of all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pregate.base.errors import UserError
+from pregate.convert.text.batches import padded
+from pregate.convert.tune.data import spaced, spaced_batches
+from pregate.convert.tune.forward import Gathered, TuningPass, threshold_of
+from pregate.convert.tune.outputs import path_scores, run_layers
+from pregate.model.gates import RepresentativeGate
+from pregate.model.layers import RoutedMLP
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import put_thresholds
+
+#: How far a threshold moves to the batch's own after each step.
+THRESHOLD_RATE = 0.1
+#: Tokens thresholds are set on: by a path router alone, and where a forward pass of the model is needed.
+ROUTER_TOKENS = 65_536
+FORWARD_TOKENS = 8192
+
+
+def check_biases(model: RoutedForCausalLM) -> None:
+    """UserError for a path router that has no bias for each layer's each expert."""
+    if model.config.routing != "path" or model.path_router is None:
+        return
+    shape = model.path_router.config
+    if shape.gate == "dselect" or shape.heads == "single":
+        told = f"{shape.gate} gate and {shape.heads} heads"
+        raise UserError.of(
+            "--balance", "bias", f"a path router with {told} has no bias per expert; allowed: none, loss"
+        )
+
+
+def bias_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
+    """What is added to a layer's scores [R], where it lies (a view)."""
+    if model.config.routing == "path":
+        assert model.path_router is not None
+        heads: Any = model.path_router.heads
+        start = sum(c.num_routed for c in model.config.cuts[: mlp.layer])
+        bias_S = heads.bias if isinstance(heads, nn.Linear) else heads.output.bias
+        return bias_S.data[start : start + mlp.cut.num_routed]
+    return mlp.gate.balance_bias if isinstance(mlp.gate, RepresentativeGate) else mlp.gate.bias.data
+
+
+@torch.no_grad()
+def move_biases(
+    model: RoutedForCausalLM,
+    loads: dict[int, torch.Tensor],
+    spreads: dict[int, torch.Tensor],
+    rate: float,
+    offsets: dict[int, torch.Tensor],
+) -> None:
+    """Add `rate` to the bias of each expert used less than its layer's mean, take it from one used more.
+
+    (CMoE, section 3.4.) A representative gate's bias is in units of its softmax shares, as there; another router's
+    in those of its scores' standard deviation. `offsets` keeps the sum of what was added.
+    """
+    for mlp in model.routed_mlps:
+        if mlp.layer not in loads:
+            continue
+        loads_R = loads[mlp.layer]
+        by_share = model.config.routing != "path" and isinstance(mlp.gate, RepresentativeGate)
+        unit = 1.0 if by_share else spreads[mlp.layer]
+        change_R = (rate * unit * torch.sign(loads_R.mean() - loads_R)).float()
+        bias_of(model, mlp).add_(change_R)
+        offsets[mlp.layer] = offsets.get(mlp.layer, torch.zeros_like(change_R)) + change_R
+
+
+@torch.no_grad()
+def follow_thresholds(model: RoutedForCausalLM, limits: dict[int, torch.Tensor]) -> None:
+    """Move each threshold a little towards `limits`, what would have been right for the last batch."""
+    for mlp in model.routed_mlps:
+        if mlp.layer in limits and limits[mlp.layer].isfinite():
+            held = threshold_of(model, mlp)
+            held.lerp_(limits[mlp.layer].to(held.dtype), THRESHOLD_RATE)
+
+
+@torch.no_grad()
+def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
+    """Set every threshold so that the mean number of experts on (a part of) `rows` is the layer's `num_active`."""
+    if model.config.selection != "threshold":
+        return
+    if model.config.routing != "path" or model.path_router is None:
+        calibrate(model, rows)
+        return
+    scores_TS = torch.cat([_router_scores(model, part) for part in spaced_batches(rows, ROUTER_TOKENS)])
+    put_thresholds(model.path_router, scores_TS, [cut.num_active for cut in model.config.cuts])
+
+
+@torch.no_grad()
+def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
+    """Set the thresholds of layers' gates, and of their oracles, layer after layer in one forward pass.
+
+    So each layer's is set on what the layers before it give with theirs.
+    """
+    ids_BN, mask_BN = (t.to(model.device) for t in padded(spaced(rows, FORWARD_TOKENS)))
+    gathered = Gathered(calibrate=True)
+    tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
+    run_layers(model, ids_BN, tuning_pass)
+
+
+def _router_scores(model: RoutedForCausalLM, rows: list[list[int]]) -> torch.Tensor:
+    ids_BN, mask_BN = (t.to(model.device) for t in padded(rows))
+    scores_TS = path_scores(model, ids_BN)
+    assert scores_TS is not None
+    return scores_TS[mask_BN.flatten().bool()]

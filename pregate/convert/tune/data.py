@@ -1,0 +1,136 @@
+"""Rows to tune on and rows to measure on, and the order in which batches come.
+
+Shape letters: B rows of a batch, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pregate.base.errors import UserError
+from pregate.convert.files.work_folder import short_digest
+from pregate.convert.text.batches import batches
+from pregate.convert.text.calibration import encode
+from pregate.convert.text.documents import draw_documents, read_documents
+
+#: No more than this is measured on, however much text there is.
+MAX_VALIDATION_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class TuningRows:
+    """Rows of token ids, each of 2 or more: to tune on, and of other documents to measure on."""
+
+    training: list[list[int]]
+    validation: list[list[int]]
+    files: tuple[Path, ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "files": [str(p) for p in self.files],
+            "num_rows": len(self.training),
+            "num_tokens": sum(map(len, self.training)),
+            "num_validation_rows": len(self.validation),
+            "num_validation_tokens": sum(map(len, self.validation)),
+        }
+
+    def digest(self) -> str:
+        """Sixteen hex digits that tell other text apart."""
+        return short_digest([self.training, self.validation])
+
+
+def read_rows(
+    paths: Sequence[Path],
+    tokenizer: Any,
+    length: int,
+    validation_share: float,
+    seed: int,
+    validation: Sequence[Path] = (),
+) -> TuningRows:
+    """Draw the documents at `paths` with `seed`; the first of them are for validation, in one row each.
+
+    With files of `validation` those are, and no document of `paths`. The rest become rows of at most `length` ids,
+    long ones several (see `windows_of`). UserError names the option where there are not enough documents.
+    """
+    documents = draw_documents(read_documents(paths, length, "--text"), seed)
+    encoded = _encoded([d.text for d in documents], tokenizer)
+    if len(encoded) < (1 if validation else 2):
+        needed = "a document" if validation else "two documents"
+        raise UserError.of("--text", " ".join(map(str, paths)), f"needs {needed} of two tokens or more")
+    if validation:
+        texts = [d.text for d in draw_documents(read_documents(validation, length, "--validation"), seed)]
+        held, kept = _encoded(texts, tokenizer), encoded
+        if not held:
+            reason = "needs a document of two tokens or more"
+            raise UserError.of("--validation", " ".join(map(str, validation)), reason)
+    else:
+        num_held = min(len(encoded) - 1, max(1, round(validation_share * len(encoded))))
+        held, kept = encoded[:num_held], encoded[num_held:]
+    training = [window for ids in kept for window in windows_of(ids, length)]
+    return TuningRows(training, _first_rows(held, length), tuple(dict.fromkeys(d.source for d in documents)))
+
+
+def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of every text that has two tokens or more."""
+    return [ids for text in texts if len(ids := encode(tokenizer, text, None)) > 1]
+
+
+def _first_rows(encoded: Sequence[list[int]], length: int) -> list[list[int]]:
+    """The first row of each document, until there are `MAX_VALIDATION_TOKENS`."""
+    rows: list[list[int]] = []
+    for ids in encoded:
+        if sum(map(len, rows)) < MAX_VALIDATION_TOKENS:
+            rows.append(ids[:length])
+    return rows
+
+
+def windows_of(ids: list[int], length: int) -> list[list[int]]:
+    """Cut a document into rows of at most `length`; each begins with the last id of the one before it.
+
+    So every id but the first is predicted once. Example: [1 2 3 4 5], length 3: [1 2 3], [3 4 5].
+    """
+    return [ids[at : at + length] for at in range(0, len(ids) - 1, length - 1)]
+
+
+def spaced(rows: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    """Rows evenly spaced over all of them, of about `num_tokens` together and one at least."""
+    total = sum(map(len, rows))
+    step = max(1.0, total / num_tokens)
+    return [rows[int(i * step)] for i in range(max(1, int(len(rows) / step)))]
+
+
+def spaced_batches(rows: Sequence[list[int]], num_tokens: int) -> list[list[list[int]]]:
+    """What `spaced` gives, in batches of like length."""
+    chosen = spaced(rows, num_tokens)
+    return [[chosen[i] for i in group] for group in batches(chosen)]
+
+
+class BatchOrder:
+    """Batches of rows of like length, shuffled anew each time round; which one comes when follows from `seed` alone.
+
+    So a run that goes on needs to know nothing but how many batches it has had.
+    """
+
+    def __init__(self, rows: Sequence[list[int]], batch_tokens: int, seed: int) -> None:
+        self._rows, self._batch_tokens, self._seed = rows, batch_tokens, seed
+        #: The same each time round: it depends on the rows' lengths alone.
+        self.num_batches = sum(1 for _ in batches(rows, batch_tokens))
+        self._epoch, self._groups = -1, [[0]]
+
+    def batch(self, index: int) -> list[list[int]]:
+        """The rows of batch `index`, counted from 0 through all times round."""
+        epoch, place = divmod(index, self.num_batches)
+        if epoch != self._epoch:
+            self._epoch, self._groups = epoch, self._shuffled(epoch)
+        return [self._rows[i] for i in self._groups[place]]
+
+    def _shuffled(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self._rows), generator=generator).tolist()  # rows of one length mix anew
+        groups = [[order[i] for i in group] for group in batches([self._rows[i] for i in order], self._batch_tokens)]
+        return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]

@@ -1,0 +1,68 @@
+"""What a tuned checkpoint's manifest says came of tuning, and what it says of swaps from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pregate.base.dtypes import dtype_name
+from pregate.convert.measure.agreement import AgreementMeter, layer_figures
+from pregate.convert.measure.overlap import bytes_per_row, swap_figures
+from pregate.convert.measure.scoring import score_rows
+from pregate.convert.measure.tied import rows_are_tied
+from pregate.convert.tune.loop import Tuner
+
+
+def tuned_figures(tuner: Tuner) -> dict[str, Any]:
+    """What came of a run that is finished, its model as it is stored; the last validation is that model's own.
+
+    Where a path router only forecasts, which tuning does not train, also how often it still names the gates' experts.
+    """
+    counters, found = tuner.counters, tuner.evaluate()
+    first = counters.first
+    meter = AgreementMeter() if _only_forecasts(tuner) else None
+    figures: dict[str, Any] = {
+        "validation_perplexity_before": round(first["perplexity"], 4),
+        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation, meter).perplexity, 4),
+    }
+    if meter is not None and meter.forecast:
+        figures["path_vs_gate"] = layer_figures(meter.forecast)
+    if counters.refit:
+        figures["refit"] = counters.refit
+    if found.active_share is not None:
+        figures |= {
+            "active_share_before": round(first["active_share"], 4),
+            "active_share_after": round(found.active_share, 4),
+            "load_imbalance_before": list(first["imbalance"]),
+            "load_imbalance_after": list(found.imbalance),
+        }
+    return figures | {
+        "best_step": counters.best_step,
+        "steps": counters.step,
+        "tokens": counters.tokens,
+        "seconds": round(counters.seconds, 1),
+        "cpu_seconds": round(counters.cpu_seconds, 1),
+        "num_trained_parameters": sum(p.numel() for p in tuner.trained.all.values()),
+        "device": str(tuner.device),
+        "precision": dtype_name(tuner.precision),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _only_forecasts(tuner: Tuner) -> bool:
+    return tuner.routed and tuner.model.config.routing == "layerwise" and tuner.model.config.has_path_router
+
+
+def earlier_figures(figures: dict[str, Any], tuner: Tuner, dtype: torch.dtype) -> dict[str, Any]:
+    """`figures` of the checkpoint that was tuned: what each stage measured of the model as it left it.
+
+    Only those of swaps are of the weights stored now, as `dtype`: a swap moves whole experts where rows that experts
+    share were trained apart.
+    """
+    if "swap" not in figures or all(map(rows_are_tied, tuner.model.routed_mlps)):
+        return figures
+    mlps = tuner.model.routed_mlps
+    indexes, cuts = [mlp.neuron_index.cpu().numpy() for mlp in mlps], [mlp.cut for mlp in mlps]
+    size = bytes_per_row(tuner.model.config.text_config.hidden_size, dtype.itemsize)
+    return figures | {"swap": swap_figures(indexes, cuts, size, tied=False)}

@@ -1,0 +1,80 @@
+"""Running student and teacher in tuning, and how far apart their layers are.
+
+Shape letters: B rows, N tokens, T tokens of all rows (padding included), S routed experts of all layers side by side,
+D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pregate.convert.tune.forward import TuningPass
+from pregate.model.modeling import RoutedForCausalLM
+
+
+def path_scores(model: RoutedForCausalLM, ids_BN: torch.Tensor) -> torch.Tensor | None:
+    """The path router's scores [B * N, S] in float32; None where the layers' gates decide.
+
+    The router is causal and padding is on the right, so real tokens do not see it.
+    """
+    if model.config.routing != "path" or model.path_router is None:
+        return None
+    with torch.autocast(ids_BN.device.type, enabled=False):
+        return model.path_router(ids_BN)[0].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gives for a batch: logits [T, V], and where asked for every layer's output, [T, D] each."""
+
+    logits: Any = None
+    hidden: tuple[torch.Tensor, ...] = ()
+
+
+def run_model(model: Any, ids_BN: torch.Tensor, tuning_pass: TuningPass | None, hidden: bool = False) -> Outputs:
+    """Run a dense or a routed model, the latter's layers by `tuning_pass`; no mask is needed.
+
+    Attention is causal and padding on the right: what real tokens get is the same, and attention faster.
+    """
+    with _layers_by(model, tuning_pass) as parent:
+        found = parent(input_ids=ids_BN, use_cache=False, output_hidden_states=hidden)
+    layers = found.hidden_states[1:] if hidden else ()  # the first are the embeddings
+    return Outputs(found.logits.flatten(0, 1), tuple(h.flatten(0, 1) for h in layers))
+
+
+def run_layers(model: RoutedForCausalLM, ids_BN: torch.Tensor, tuning_pass: TuningPass) -> None:
+    """As `run_model` for what the pass gathers alone: no head, no output."""
+    with _layers_by(model, tuning_pass) as parent:
+        parent.base_model(input_ids=ids_BN, use_cache=False)
+
+
+@contextmanager
+def _layers_by(model: Any, tuning_pass: TuningPass | None) -> Iterator[Any]:
+    """Give the model to call, its routed layers computed by `tuning_pass` within the block."""
+    mlps = [] if tuning_pass is None else model.routed_mlps
+    for mlp in mlps:
+        mlp.fast = tuning_pass
+    try:
+        yield model if tuning_pass is None else model.parent
+    finally:
+        for mlp in mlps:
+            mlp.fast = None
+
+
+def hidden_error(
+    ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...], real_T: torch.Tensor
+) -> torch.Tensor:
+    """Mean over layers of |ours - theirs|^2 / |theirs|^2, each summed over real tokens.
+
+    Example: one layer, one token, ours [1, 1], theirs [1, 2]: 1 / 5.
+    """
+    errors = []
+    for our_TD, their_TD in zip(ours, theirs, strict=True):
+        aim_TD = their_TD[real_T].float()
+        errors.append((our_TD[real_T].float() - aim_TD).square().sum() / aim_TD.square().sum().clamp_min(1e-12))
+    return torch.stack(errors).mean()

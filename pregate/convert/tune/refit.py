@@ -1,0 +1,136 @@
+"""Fitting down projections anew, in closed form, to what the dense parent's FFN gives.
+
+Under a routing, a layer leaves out the experts it does not choose, and what they would have added is lost. Much of it
+can be told from the neurons that do run; so the least-squares fit of the dense output on those gives back a part of
+it, without a gradient: (Z' Z + r) X = Z' Y with Z the hidden neurons times their experts' weights (0 where not chosen),
+Y what is missing, and X what is added to the down projections. Layer after layer, each on inputs that the layers
+before it give after their own fit.
+
+Shape letters: B rows, N tokens, T tokens of all rows, D hidden width, M expert width, R routed experts, S routed
+experts of all layers side by side, J neurons of a layer's shared and routed experts side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pregate.convert.progress import Progress
+from pregate.convert.text.batches import padded
+from pregate.convert.tune.data import spaced_batches
+from pregate.convert.tune.forward import TuningPass, routed_hidden
+from pregate.convert.tune.outputs import path_scores, run_layers
+from pregate.kernels.reference import gated_hidden
+from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.layers import RoutedMLP
+from pregate.model.modeling import RoutedForCausalLM
+
+#: Tokens fitted on.
+REFIT_TOKENS = 32_768
+#: Ridge, as a share of the mean diagonal of Z' Z.
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A batch of rows as every layer's fit needs it; `scores_TS` the path router's, None where gates decide."""
+
+    ids_BN: torch.Tensor
+    real_T: torch.Tensor
+    scores_TS: torch.Tensor | None
+
+    @classmethod
+    def of(cls, model: RoutedForCausalLM, rows: list[list[int]]) -> _Part:
+        ids_BN, mask_BN = (t.to(model.device) for t in padded(rows))
+        return cls(ids_BN, mask_BN.flatten().bool(), path_scores(model, ids_BN))
+
+
+@dataclass
+class _RefitPass(TuningPass):
+    """Runs as it is up to layer `fitted`, and there takes the sums of the fit: Z' Z [J, J], Z' Y [J, D] and |Y|^2.
+
+    What that layer and those after it give is not needed, and is 0. `parent`: see `refit`.
+    """
+
+    fitted: int = 0
+    parent: nn.Module | None = None
+    sums: list[torch.Tensor] = field(default_factory=list)
+
+    def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+        if mlp.layer < self.fitted:
+            return super().forward(mlp, x_TD)
+        if mlp.layer == self.fitted:
+            weights_TR = self._weights(mlp, x_TD, None)[self.real_T]
+            z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], weights_TR, self.parent)
+            self.sums = [z_TJ.T @ z_TJ, z_TJ.T @ missing_TD, missing_TD.square().sum()]
+        return torch.zeros_like(x_TD)
+
+
+def _fit_of(
+    mlp: RoutedMLP, x_TD: torch.Tensor, weights_TR: torch.Tensor, parent: nn.Module | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What there is to fit with and what is missing, float64."""
+    assert mlp.experts is not None
+    h_TRM = routed_hidden(mlp, x_TD)
+    there_TRM = h_TRM * weights_TR[:, :, None]
+    down_DS = mlp.experts.down_proj.transpose(0, 1).flatten(1)
+    if parent is None:
+        missing_TD = F.linear((h_TRM - there_TRM).flatten(1), down_DS)
+    else:
+        missing_TD = parent(x_TD[None])[0] - mlp.shared_output(x_TD) - F.linear(there_TRM.flatten(1), down_DS)
+    shared = [] if mlp.shared is None else [gated_hidden(x_TD, mlp.shared.gate_up_proj, mlp.act)]
+    return torch.cat([*shared, there_TRM.flatten(1)], dim=1).double(), missing_TD.double()
+
+
+@torch.no_grad()
+def refit(
+    model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress, parent: Any | None = None
+) -> list[float]:
+    """Fit the down projections of every routed layer, in place, on about `REFIT_TOKENS` of `rows`.
+
+    What is missing is what the experts not chosen would add, in a model whose every expert together is the dense
+    parent (where it is no partition, `parent` tells). Not for a tuned model. Returns per
+    routed layer the share of the missing output's square that is still missing, on the text fitted on.
+    """
+    parts = [_Part.of(model, part) for part in spaced_batches(rows, REFIT_TOKENS)]
+    mlps = [m for m in model.routed_mlps if 0 < m.cut.num_active < m.cut.num_routed]
+    whole = {} if parent is None else {m.layer: m.module for m in find_gated_mlps(parent)}
+    left: list[float] = []
+    with progress.stage("fitting down projections", len(mlps)) as advance:
+        for mlp in mlps:
+            sums = [torch.zeros((), dtype=torch.float64, device=model.device)] * 3
+            for part in parts:
+                refit_pass = _RefitPass(
+                    model, part.real_T, part.scores_TS, {}, fitted=mlp.layer, parent=whole.get(mlp.layer)
+                )
+                run_layers(model, part.ids_BN, refit_pass)
+                sums = [total + found for total, found in zip(sums, refit_pass.sums, strict=True)]
+            left.append(_solve(mlp, *sums))
+            advance(1)
+    return left
+
+
+def _solve(mlp: RoutedMLP, gram_JJ: torch.Tensor, cross_JD: torch.Tensor, missing: torch.Tensor) -> float:
+    """Add the fit to a layer's down projections; returns the share of `missing` that stays."""
+    assert mlp.experts is not None
+    ridge = RIDGE * gram_JJ.diagonal().mean().clamp_min(1e-12)
+    change_JD = torch.linalg.solve(gram_JJ + ridge * torch.eye(len(gram_JJ)).to(gram_JJ), cross_JD)
+    width = mlp.cut.shared_width
+    if mlp.shared is not None:
+        _add_to(mlp.shared, change_JD[:width].T)
+    by_expert_RMD = change_JD[width:].unflatten(0, (mlp.cut.num_routed, -1))
+    _add_to(mlp.experts, by_expert_RMD.transpose(1, 2))
+    gained = 2 * (change_JD * cross_JD).sum() - (change_JD * (gram_JJ @ change_JD)).sum()
+    return float(1 - gained / missing.clamp_min(1e-30))
+
+
+def _add_to(module: Any, change: torch.Tensor) -> None:
+    """Add to a module's down projections: to those behind a low-rank change, where there is one."""
+    low_rank = getattr(module, "parametrizations", None)
+    held = module.down_proj if low_rank is None else low_rank.down_proj.original
+    held.data += change.to(held)

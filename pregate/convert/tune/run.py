@@ -1,0 +1,245 @@
+"""`tune`: recover by training, under a checkpoint's own routing, what its conversion cost; or tune a dense model."""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from pregate.base.dtypes import dtype_name
+from pregate.base.errors import UserError, option_name
+from pregate.convert.device import pick_device
+from pregate.convert.files.assembly import copy_tokenizer, make_readable, write_checkpoint
+from pregate.convert.files.dense import (
+    check_model_folder,
+    context_tokens,
+    load_dense,
+    load_tokenizer,
+    named,
+    shards_stamp,
+    source_of,
+)
+from pregate.convert.files.parent import recorded_parent
+from pregate.convert.files.rounding import round_to
+from pregate.convert.files.work_folder import run_by
+from pregate.convert.measure.scoring import load_any
+from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.tune.data import TuningRows, read_rows
+from pregate.convert.tune.figures import earlier_figures, tuned_figures
+from pregate.convert.tune.loop import Record, Tuner
+from pregate.convert.tune.options import TuneOptions
+from pregate.convert.tune.state import TuningFolder, open_folder
+from pregate.model.checkpoint import Manifest, check_new_folder, new_folder, read_manifest, write_manifest
+from pregate.model.config import RoutedConfig
+from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
+from pregate.model.modeling import RoutedForCausalLM
+
+#: A checkpoint is written after the first step that ends so long after the one before, whatever its number.
+CHECKPOINT_S = 300.0
+#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
+_BESIDE_THE_POINT = ("model", "teacher", "out", "text", "device", "checkpoint_every")
+
+
+def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
+    """Tune `options.model` and write its best state to `options.out`; returns the manifest.
+
+    Beside the weights it writes the curve, `training.jsonl`: an object per step, and one per evaluation. A run that
+    was interrupted after a checkpoint goes on there when it is asked for again (`pregate.convert.tune.state`) and
+    gives the same curve, on the same machine with as many threads. UserError for what a user can get wrong.
+    """
+    progress = progress or QuietProgress()
+    check_new_folder(options.out)
+    check_teacher(options)
+    device = pick_device(options.device)
+    length = min(options.sequence_length, context_tokens(options.model))
+    tokenizer = load_tokenizer(options.model)
+    rows = read_rows(options.text, tokenizer, length, options.validation_share, options.seed, options.validation)
+    with open_folder(options.out, fingerprint_of(options, rows, device), options.restart) as folder:
+        model = load_any(options.model).to(device)
+        teacher = load_teacher(options, model)
+        tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress))
+        if folder.load(tuner):
+            progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
+        elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
+            _refit(tuner, options, folder, progress)
+        _run(tuner, options, folder, progress)
+        manifest = _write(tuner, options, folder)
+        folder.discard()
+    _tell_forecast(manifest, progress)
+    return manifest
+
+
+def _tell_forecast(manifest: Manifest, progress: Progress) -> None:
+    """Tuning moves the gates and not their forecast: say what that is worth by now."""
+    hits = manifest.figures["tune"].get("path_vs_gate")
+    if hits is not None:
+        kept = f"{100 * hits['mean_overlap']:.1f} % of their picks on the text of validation"
+        progress.note(f"the path router forecasts the gates as they were before tuning; now it shares {kept}")
+
+
+def check_teacher(options: TuneOptions) -> None:
+    """UserError for a teacher that cannot be one, and for a tuned checkpoint without any."""
+    fields = check_model_folder(options.model)
+    routed = fields["model_type"] == RoutedConfig.model_type
+    if options.teacher is not None:
+        with named("--teacher"):
+            theirs = check_model_folder(options.teacher)
+        if theirs["model_type"] == RoutedConfig.model_type:
+            raise UserError.of("--teacher", options.teacher, "is a routed checkpoint; allowed: a dense model")
+        if theirs.get("vocab_size") != fields.get("vocab_size"):
+            reason = f"has a vocabulary of {theirs.get('vocab_size')}, --model one of {fields.get('vocab_size')}"
+            raise UserError.of("--teacher", options.teacher, reason)
+        if options.matching and not _is_parent_shaped(options):
+            raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
+    elif routed and options.wants_teacher and read_manifest(options.model).is_tuned:
+        reason = "is tuned already: with every expert on it is its dense parent no more"
+        raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
+
+
+def _other_teacher(path: Path) -> str:
+    """What to give for a checkpoint that cannot be its own teacher."""
+    parent = recorded_parent(path)
+    return f"give --teacher{'' if parent is None else f' {parent}'}, or --kl-share 0"
+
+
+def _depth_and_width(path: Path) -> tuple[int, int]:
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    return config.num_hidden_layers, config.hidden_size
+
+
+def load_teacher(options: TuneOptions, model: Any) -> Any:
+    """The frozen model whose distributions the student is to keep to, on its device; None where none is asked for."""
+    if not options.wants_teacher:
+        return None
+    if options.teacher is not None:
+        with named("--teacher"):
+            teacher = load_dense(options.teacher).to(model.device)
+    else:
+        check_partition(options, model)
+        teacher = dense_parent(model) if isinstance(model, RoutedForCausalLM) else deepcopy(model)
+    return teacher.requires_grad_(False)
+
+
+def check_partition(options: TuneOptions, model: Any) -> None:
+    """UserError for a routed model whose experts overlap or leave neurons out: all together are not its parent."""
+    if isinstance(model, RoutedForCausalLM) and not model.is_partition:
+        reason = "its experts overlap or leave neurons out, so all together are not its dense parent"
+        raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
+
+
+@torch.no_grad()
+def dense_parent(model: RoutedForCausalLM) -> Any:
+    """A copy of an untuned routed model's dense parent: every expert on, each FFN one again."""
+    parent = deepcopy(model.parent)
+    for slot in find_routed_slots(parent):
+        gate_up, down = slot.mlp.dense_weights()
+        whole = SharedExpert(slot.mlp.hidden_size, down.shape[1], slot.mlp.act_name).to(down)
+        whole.gate_up_proj.data, whole.down_proj.data = gate_up, down
+        slot.replace(whole)
+    return parent
+
+
+def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device) -> dict[str, Any]:
+    """Everything the result depends on, by name; values are what JSON gives back."""
+    fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
+    fields |= {"--model": str(options.model.resolve()), "the model's shards": shards_stamp(options.model)}
+    if options.teacher is not None:
+        with named("--teacher"):
+            stamp = shards_stamp(options.teacher)
+        fields |= {"--teacher": str(options.teacher.resolve()), "its shards": stamp}
+    fields["text"] = rows.digest()
+    return fields | run_by(device)
+
+
+def _refit(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Progress) -> None:
+    """Fit in closed form and keep it, or say why not."""
+    if not (tuner.model.is_partition or _is_parent_shaped(options)):
+        progress.note(
+            "no fit in closed form: experts overlap or leave neurons out, and no --teacher of the same layers and width"
+            " tells what is missing"
+        )
+        return
+    tuner.refit(progress)
+    folder.save(tuner)
+
+
+def _is_parent_shaped(options: TuneOptions) -> bool:
+    return options.teacher is not None and _depth_and_width(options.teacher) == _depth_and_width(options.model)
+
+
+def _recorder(folder: TuningFolder, progress: Progress) -> Any:
+    def record(figures: Record) -> None:
+        folder.record(figures)
+        if "validation_perplexity" in figures:
+            progress.note(f"step {figures['step']}: validation perplexity {figures['validation_perplexity']}")
+
+    return record
+
+
+def _run(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Progress) -> None:
+    """Tune to the end, with a checkpoint every so often and the time left shown in units of the budget."""
+    unit, total = ("steps", options.steps) if options.steps else ("tokens", options.token_budget or 0)
+    if not total:
+        unit, total = "seconds", round(60 * (options.minutes or 0)) or 1
+    shown, saved_s = 0, time.monotonic()
+    with progress.stage(f"tuning ({unit})", total) as advance:
+
+        def after_step() -> None:
+            nonlocal shown, saved_s
+            done = round(total * tuner.share_done)
+            advance(done - shown)
+            shown = done
+            due = tuner.counters.step % options.checkpoint_every == 0 or time.monotonic() - saved_s > CHECKPOINT_S
+            if due or tuner.share_done >= 1:
+                folder.save(tuner)
+                saved_s = time.monotonic()
+
+        shown = round(total * tuner.share_done)
+        advance(shown)
+        tuner.run(after_step=after_step)
+
+
+def _write(tuner: Tuner, options: TuneOptions, folder: TuningFolder) -> Manifest:
+    """Write the best state to `options.out`, measured as it is stored."""
+    model = tuner.model
+    dtype = _stored_dtype(options.model)
+    tuner.finish()
+    weights = [t for n, t in model.named_parameters() if not kept_float32(n)]
+    round_to([t.data for t in weights], getattr(torch, dtype), "a tuned weight")
+    manifest = _manifest(tuner, options, getattr(torch, dtype))
+    with new_folder(options.out) as temporary:
+        (temporary / folder.curve.name).write_bytes(folder.curve.read_bytes())
+        model = model.cpu()
+        if isinstance(model, RoutedForCausalLM):
+            write_checkpoint(model, temporary, options.model, manifest, dtype)
+        else:
+            model.to(getattr(torch, dtype)).save_pretrained(temporary)
+            make_readable(temporary)
+            copy_tokenizer(options.model, temporary)
+            write_manifest(temporary, manifest)
+    return read_manifest(options.out)
+
+
+def _stored_dtype(path: Path) -> str:
+    """What the weights at `path` are stored as, by its config."""
+    return dtype_name(AutoConfig.from_pretrained(path).dtype or torch.float32)
+
+
+def _manifest(tuner: Tuner, options: TuneOptions, dtype: torch.dtype) -> Manifest:
+    """The manifest of what was tuned, with what was added under "tune"."""
+    if check_model_folder(options.model)["model_type"] == RoutedConfig.model_type:
+        source = read_manifest(options.model)
+        origin = source.source | {"untuned": str(options.model.resolve())}
+    else:
+        source, origin = Manifest("dense"), source_of(options.model)
+    return Manifest(
+        method=f"{source.method}+tune",
+        options=source.options | {"tune": options.describe()},
+        source=origin,
+        calibration=source.calibration | {"tune": tuner.rows.describe() | {"seed": options.seed}},
+        figures=earlier_figures(source.figures, tuner, dtype) | {"tune": tuned_figures(tuner)},
+    )

@@ -1,0 +1,1 @@
+"""The expert FFN on a CPU: plain and packed products."""

@@ -1,0 +1,1 @@
+"""Timing, block-size tuning and warming up of kernels."""

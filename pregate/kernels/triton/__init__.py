@@ -1,0 +1,1 @@
+"""The expert FFN in Triton: kernels, their path and their block sizes."""

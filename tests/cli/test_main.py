@@ -1,0 +1,160 @@
+"""What bad input gets: one line on stderr, exit code 2, nothing started and nothing written."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from pregate.cli.main import _spread, main
+from pregate.convert.cut.recipes import RECIPES
+
+DECOUPLE = ("--model", "TINY", "--out", "/no/such", "--text", "/no/such")
+
+
+def fails(capsys, *arguments):
+    """Run the command line; returns its one line of error."""
+    code = main([str(a) for a in arguments])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve", "--model", "/no/such"], "--model /no/such: no such folder"),
+        (["serve", "--model", "TINY", "--hosts", "6"], "--hosts 6: allowed: 0 to 5"),
+        (["serve", "--model", "TINY", "--hosts", "-1"], "--hosts -1"),
+        (["serve", "--model", "TINY", "--hosts", "two"], "--hosts two:"),
+        (["serve", "--model", "TINY", "--placement", "spread"], "--placement spread: allowed: linear, round_robin"),
+        (["serve", "--model", "TINY", "--device", "cuda"], "--device cuda"),
+        (["serve", "--model", "TINY", "--expert-ffn", "triton"], "--expert-ffn triton: not possible here"),
+        (["serve", "--model", "TINY", "--host", "0.0.0.0"], "--host 0.0.0.0: needs --tls-cert"),
+        (["serve", "--model", "TINY", "--grpc-port", "70000"], "--grpc-port 70000: allowed: 0"),
+        (["serve", "--model", "TINY", "--token-file", "/no/such"], "--token-file /no/such"),
+        (["serve", "--modle", "x"], "--modle"),
+        (["bench", "kernels", "--shape", "13b"], "--shape 13b: allowed: llama-2-7b, 1b, quartet"),
+        (["bench", "kernels", "--percent", "30"], "--percent 30: allowed: 25, 50, 75"),
+        (["bench", "kernels", "--tokens", "1,0"], "--tokens 1,0: allowed"),
+        (["bench", "kernels", "--device", "tpu"], "--device tpu: allowed: cpu, cuda"),
+        (["bench", "kernels", "--table", "t.json"], "--table t.json: is only written; allowed with --tune"),
+        (["bench", "kernels", "--tune", "--shape", "quartet"], "has no block sizes"),
+        (["bench", "kernels", "--expert-ffn", "fastest"], "--expert-ffn fastest: unknown"),
+        (["brew"], "brew"),
+        (["generate", "--prompt", "a"], "--model, --target: give one of them"),
+        (["generate", "--model", "a", "--target", "b:1", "--prompt", "a"], "--model, --target: give one of them"),
+        (["generate", "--target", "nowhere", "--prompt", "a"], "--target nowhere: must be HOST:PORT"),
+        (["generate", "--model", "/no/such", "--prompt", "a"], "--model /no/such: no such folder"),
+        (["generate", "--model", "TINY", "--prompt", "a", "--max-tokens", "0"], "--max-tokens 0"),
+        (["generate", "--model", "TINY", "--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+        (["generate", "--model", "TINY", "--prompt", ""], "--prompt of 0 tokens"),
+        (["decouple", *DECOUPLE, "--heads", "two"], "--heads two: allowed: independent, recurrent, single"),
+        (
+            ["decouple", *DECOUPLE, "--gate", "dselect", "--target", "paper"],
+            "--target paper: allowed with --gate dselect",
+        ),
+        (
+            ["decouple", *DECOUPLE, "--predict", "--weights", "learned"],
+            "--weights learned: allowed with --predict: one",
+        ),
+        (["decouple", *DECOUPLE, "--window", "0"], "--window 0: allowed: 1 or more"),
+        (["decouple", *DECOUPLE, "--embedding", "none"], "--embedding none: allowed: own, parent"),
+        (["route", "--model", "TINY", "--prompt", "a"], "make one with `pregate decouple`"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(capsys, layerwise_checkpoint, arguments, sentence):
+    line = fails(capsys, *(layerwise_checkpoint if a == "TINY" else a for a in arguments))
+    assert line.startswith("pregate: ")
+    assert sentence in line
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(capsys, layerwise_checkpoint):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = fails(capsys, "serve", "--model", layerwise_checkpoint, "--grpc-port", port)
+    assert f"--grpc-port {port} on 127.0.0.1: cannot be listened on" in line
+
+
+def test_a_damaged_checkpoint_names_the_file(capsys, layerwise_checkpoint, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in layerwise_checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes()[: -1 if path.suffix == ".safetensors" else None])
+    assert "model.safetensors" in fails(capsys, "serve", "--model", folder)
+    (folder / "manifest.json").unlink()
+    assert "manifest.json: missing" in fails(capsys, "serve", "--model", folder)
+
+
+def test_an_unreachable_target_is_a_failure_not_bad_input(capsys):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        assert main(["generate", "--target", f"127.0.0.1:{nobody.getsockname()[1]}", "--prompt", "a"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_generate_in_this_process_is_the_reference(capsys, path_checkpoint):
+    import torch
+
+    from pregate.model.modeling import RoutedForCausalLM
+
+    assert main(["generate", "--model", str(path_checkpoint), "--prompt", "abc", "--max-tokens", "6", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    model = RoutedForCausalLM.from_pretrained(path_checkpoint)
+    ids = torch.tensor([[ord(c) - ord("!") for c in "abc"]])
+    expected = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    assert result["token_ids"] == expected[0, 3:].tolist()
+    assert (result["finish_reason"], result["prompt_tokens"], result["completion_tokens"]) == ("length", 3, 6)
+
+
+def test_route_in_this_process(capsys, path_checkpoint):
+    assert main(["route", "--model", str(path_checkpoint), "--prompt", "abc", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["exact"]
+    assert [[len(layer) for layer in token] for token in result["paths"]] == [[3, 3, 3]] * 3
+
+
+def test_generate_in_this_process_and_help_stay_light(path_checkpoint):
+    code = (
+        "import sys; from pregate.cli.main import main\n"
+        "assert main(['--help']) == 0 and not {'torch', 'ray', 'transformers'} & set(sys.modules)\n"
+        f"assert main(['generate', '--model', {str(path_checkpoint)!r}, '--prompt', 'a', '--max-tokens', '1']) == 0\n"
+        "bad = [m for m in sys.modules if m == 'ray' or m.startswith(('pregate.router', 'pregate.workers'))]\n"
+        "assert not bad, bad\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True)
+
+
+def test_list_options_take_several_values():
+    assert _spread(["--text", "a", "b", "--seed", "1", "x"]) == ["--text", "a", "--text", "b", "--seed", "1", "x"]
+    assert _spread(["--calibration", "a", "--calibration", "b"]) == ["--calibration", "a", "--calibration", "b"]
+
+
+def test_doctor_says_what_fits(capsys, layerwise_checkpoint):
+    assert main(["doctor", "--model", str(layerwise_checkpoint), "--hosts", "2"]) == 0
+    out = capsys.readouterr().out
+    for word in ("python", "ray", "shared memory", "backbone", "KV cache", "units", "all of it here"):
+        assert word in out
+    assert main(["doctor", "--model", str(layerwise_checkpoint), "--hosts", "6"]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_bench_kernels_prints_a_line_per_batch_size(capsys):
+    assert main(["bench", "kernels", "--shape", "quartet", "--tokens", "1,8", "--expert-ffn", "loop"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert head == "quartet, 25 % active, loop on cpu in float32, ms"
+    assert [line.split()[0] for line in lines] == ["1", "8"]
+    assert all(float(value) > 0 for line in lines for value in line.split()[1:])
+
+
+def test_help_of_convert_tells_what_a_recipe_is(capsys):
+    assert main(["convert", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Recipe ours: clustering capture, shared-by capture" in shown
+    assert all(f"Recipe {name}:" in shown for name in RECIPES)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from pregate.base.errors import UserError
+from pregate.convert.text.calibration import encode, encode_pool, pack_windows, read_calibration, stream_windows
+from pregate.convert.text.documents import Document
+
+
+def test_windows_start_at_document_starts():
+    rows = [[1, 5, 6], [1, 7], [1, 8, 9], [1, 2, 3, 4, 5], [1, 6]]
+    assert pack_windows(iter(rows), 4, 10) == [[1, 5, 6, 1], [1, 8, 9, 1]]
+    assert pack_windows(iter(rows), 4, 1) == [[1, 5, 6, 1]]
+    assert pack_windows(iter([[1, 5]]), 4, 3) == [[1, 5]]  # text shorter than a window is one short window
+
+
+def test_bos_comes_first_and_once(tiny_dense: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
+    ids = encode(tokenizer, "The harbour", 100)
+    assert ids == tokenizer("The harbour")["input_ids"]
+    assert ids[0] == 1
+    assert 1 not in ids[1:]
+    assert encode(tokenizer, "The harbour", 2) == ids[:2]
+
+
+def test_calibration_windows_are_reproducible_and_disjoint_from_the_held_back(tiny_dense: Path, tiny_text: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
+    first, again, other = (read_calibration([tiny_text], tokenizer, 8, 32, seed) for seed in (0, 0, 1))
+    assert first.windows_SN.tolist() == again.windows_SN.tolist() != other.windows_SN.tolist()
+    assert first.windows_SN.shape == (8, 32)
+    assert (first.windows_SN[:, 0] == 1).all()
+    assert len(first.held_back) == 1
+    assert first.files == (tiny_text,)
+
+
+def test_text_without_tokens_is_refused(tiny_dense: Path, tmp_path: Path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match=r"^--calibration"):
+        read_calibration([path], AutoTokenizer.from_pretrained(tiny_dense), 8, 32, 0)
+
+
+def test_pool_keeps_to_its_token_budget(tiny_dense: Path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
+    documents = [Document("The harbour lay quiet before the storm.", Path("a.txt"))] * 5
+    rows = list(encode_pool(documents, tokenizer, max_tokens=6, total_tokens=15))
+    assert [len(r) for r in rows] == [6, 6, 3]
+
+
+def test_windows_of_a_stream_lie_anywhere_and_held_back_ones_elsewhere():
+    ids = list(range(1000))
+    kept, held_back = stream_windows(ids, 50, 4, 3, seed=0)
+    rng = random.Random(0)  # as the released code draws: randint(0, len - length - 1)
+    assert [window[0] for window in kept] == [rng.randint(0, 949) for _ in range(4)]
+    assert all(window == list(range(window[0], window[0] + 50)) for window in kept + held_back)
+    assert len(held_back) == 3
+    assert not {i for window in kept for i in window} & {i for window in held_back for i in window}
+    assert stream_windows(ids[:40], 50, 4, 3, seed=0) == ([ids[:40]], [])

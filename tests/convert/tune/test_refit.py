@@ -1,0 +1,128 @@
+"""The closed-form fit of down projections, against least squares and by what it leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pregate.convert.domains.run import read_me
+from pregate.convert.files.dense import load_dense
+from pregate.convert.measure.scoring import score_rows
+from pregate.convert.progress import QuietProgress
+from pregate.convert.tune.options import TuneOptions
+from pregate.convert.tune.refit import refit
+from pregate.convert.tune.run import tune
+from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.modeling import RoutedForCausalLM
+from tests.convert.domains.read_me_cases import small
+from tests.convert.interruption import StopsAfter
+
+ROWS = [list(range(1 + n, 200 + n)) for n in range(0, 310, 31)]
+
+
+def load(path: Path) -> Any:
+    return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def first_layer(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Layer 0 by the reference on ROWS: neurons that run [T, J], the dense output and the layer's own [T, D]."""
+    mlp, seen = model.routed_mlps[0], []
+    hook = mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    ids = torch.tensor(ROWS)
+    model(ids, use_cache=False)
+    own = mlp(seen[0])  # by the policy of the pass it saw
+    hook.remove()
+    x = seen[0].reshape(-1, 64)
+    ids_TK, _ = mlp.policy.choose(mlp, x)
+    on = torch.zeros(len(x), 7).scatter_(1, ids_TK % 7, 1.0)[:, :6]  # -1 falls in column 6
+    gate_up, _ = mlp.dense_weights()
+    gate, up = (x @ gate_up.T).chunk(2, dim=-1)
+    h = mlp.act(gate) * up
+    width = mlp.cut.shared_width
+    mask = torch.cat([torch.ones(len(x), width), on.repeat_interleave(mlp.cut.expert_width, dim=1)], dim=1)
+    return h * mask, h, own.reshape(-1, 64)
+
+
+@pytest.mark.parametrize("kind", ["path", "layerwise"])
+def test_it_is_the_least_squares_fit_of_the_dense_output(
+    kind: str, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path
+):
+    model = load(tiny_path_checkpoint if kind == "path" else tiny_layerwise_checkpoint)
+    z, h, own = first_layer(model)
+    _, down = model.routed_mlps[0].dense_weights()
+    dense = h @ down.T
+    best = torch.linalg.lstsq(z.double(), dense.double()).solution
+    least = (z.double() @ best - dense).square().sum() / (own - dense).square().sum()
+    left = refit(model, ROWS, QuietProgress())
+    assert left[0] == pytest.approx(least.item(), abs=0.02)  # the ridge keeps it a little above
+    assert left[0] >= least - 1e-6
+    refitted = first_layer(model)[2]
+    measured = (refitted - dense).square().sum() / (own - dense).square().sum()
+    assert measured.item() == pytest.approx(left[0], rel=1e-3)
+    assert max(left) < 0.9
+
+
+def test_it_lowers_perplexity_and_moves_down_projections_alone(tiny_path_checkpoint: Path, tiny_dense: Path):
+    model = load(tiny_path_checkpoint)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refit(model, ROWS, QuietProgress())
+    after = model.state_dict()
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
+    assert len(moved) == 6
+    assert all(n.endswith("down_proj") for n in moved)
+    dense = RoutedForCausalLM.from_pretrained(tiny_path_checkpoint, dtype=torch.float32).eval()
+    dense.path_router.thresholds.fill_(-torch.inf)  # every expert on
+    text = [dense.generate(torch.tensor([[1, n]]), max_new_tokens=40, do_sample=False)[0].tolist() for n in (9, 40, 90)]
+    assert score_rows(model, text).perplexity < score_rows(load(tiny_path_checkpoint), text).perplexity
+
+
+def test_layers_that_leave_nothing_out_stay(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+    from pregate.convert.cut.conversion import convert
+    from pregate.convert.cut.options import ConvertOptions
+
+    convert(ConvertOptions(tiny_dense, tmp_path / "all", 8, 2, 6, (tiny_text,), samples=2, sequence_length=32))
+    model = load(tmp_path / "all")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert refit(model, ROWS, QuietProgress()) == []
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_where_experts_overlap_the_parent_tells_what_is_missing(
+    tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
+):
+    read_me(small(tiny_dense, tmp_path / "cut", domains, steps=0))
+    model, parent = load(tmp_path / "cut"), load_dense(tiny_dense)
+    assert not model.is_partition
+    ffn = find_gated_mlps(parent)[0].module
+
+    def missing() -> float:
+        seen: list[torch.Tensor] = []
+        hook = model.routed_mlps[0].register_forward_hook(lambda _m, args, out: seen.extend((args[0], out)))
+        model(torch.tensor(ROWS), use_cache=False)
+        hook.remove()
+        return (ffn(seen[0]) - seen[1]).square().sum().item()
+
+    before = missing()
+    left = refit(model, ROWS, QuietProgress(), parent)
+    assert missing() / before == pytest.approx(left[0], rel=1e-3)
+    assert max(left) < 0.9
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_overlapping_experts_are_tuned_after_a_fit_where_a_teacher_is_given(
+    given: bool, tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
+):
+    read_me(small(tiny_dense, tmp_path / "cut", domains, steps=0))
+    fields: dict[str, Any] = {"teacher": tiny_dense} if given else {"kl_share": 0.0, "hidden_match": 0.0}
+    options = TuneOptions(
+        model=tmp_path / "cut", out=tmp_path / "out", text=domains, steps=1, sequence_length=64, device="cpu", **fields
+    )
+    progress = StopsAfter(-1)  # keeps what it is told, and never stops
+    figures = tune(options, progress).figures["tune"]
+    assert ("refit" in figures) == given
+    assert any("no fit in closed form" in note for note in progress.notes) != given
+    if given:
+        assert figures["refit"]["validation_perplexity"] < figures["validation_perplexity_before"]

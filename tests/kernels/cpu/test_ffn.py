@@ -1,0 +1,198 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from pregate.base.errors import PregateError
+from pregate.kernels import reference, segments
+from pregate.kernels.cpu import ffn as cpu
+from pregate.kernels.cpu import packed as cpu_packed
+from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
+from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
+from pregate.kernels.units import GroupRows, LayerUnits
+
+D, M, S = 32, 24, 5
+EXACT = [LoopFFN, GroupedFFN, PackedFFN]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """Every uninitialised tensor starts as NaN, so that what nobody wrote cannot look right."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def random_experts(num_slots: int = S, width: int = M, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    gate_up = torch.randn(num_slots, 2 * width, D, generator=generator) / D**0.5
+    return gate_up, torch.randn(num_slots, D, width, generator=generator) / width**0.5
+
+
+def expected(x_ND, rows: GroupRows, gate_up, down, act):
+    """The reference, pair by pair."""
+    slots = np.repeat(rows.slots, rows.counts).tolist()
+    return torch.cat(
+        [
+            reference.expert_ffn(x_ND[row : row + 1], gate_up[slot], down[slot], reference.activation(act))
+            for row, slot in zip(rows.row_index.tolist(), slots, strict=True)
+        ]
+    )
+
+
+def group(slots, counts, num_rows, seed=3) -> GroupRows:
+    """Each unit takes random rows, ascending."""
+    pick = np.random.default_rng(seed)
+    index = np.concatenate([np.sort(pick.choice(num_rows, count, replace=False)) for count in counts])
+    return GroupRows(np.array(slots, np.int32), np.array(counts, np.int32), index.astype(np.int32))
+
+
+@pytest.mark.parametrize("ffn_class", EXACT)
+@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(
+    ("slots", "counts", "num_rows"),
+    [
+        ([2], [1], 1),  # one row, one expert
+        ([0, 3, 4], [1, 1, 1], 1),  # one row, three experts
+        ([1], [9], 9),  # one expert takes all
+        ([0, 2, 4], [3, 1, 7], 8),  # slots 1 and 3 are empty
+        ([0, 1, 2, 3, 4], [2, 5, 1, 1, 600], 600),  # ragged
+        ([4, 0, 2], [3, 6, 2], 7),  # a cache: slots in any order
+    ],
+)
+def test_pairs_equal_the_reference(ffn_class, act, slots, counts, num_rows):
+    gate_up, down = random_experts()
+    x_ND = torch.randn(num_rows, D, generator=torch.Generator().manual_seed(1))
+    ffn, rows = ffn_class(act), group(slots, counts, num_rows)
+    y_PD = ffn.pairs(x_ND, rows, ffn.stack(gate_up, down))
+    torch.testing.assert_close(y_PD, expected(x_ND, rows, gate_up, down, act), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("ffn_class", EXACT)
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 8, 9, 64, 257])
+@pytest.mark.parametrize("num_k", [1, 3, S])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_layer_equals_float64_token_by_token(ffn_class, num_tokens, num_k, weighted):
+    seed = int.from_bytes(os.urandom(4), "little")
+    print("seed", seed)
+    generator = torch.Generator().manual_seed(seed)
+    gate_up, down = random_experts(seed=seed + 1)
+    wide = random_experts(1, 2 * M, seed + 2)
+    shared = (wide[0][0], wide[1][0])
+    x_TD = torch.randn(num_tokens, D, generator=generator)
+    ids_TK = torch.rand(num_tokens, S, generator=generator).argsort(dim=1)[:, :num_k].sort(dim=1).values
+    # Tokens with fewer experts, and one expert that nobody takes.
+    ids_TK = torch.where((torch.rand(ids_TK.shape, generator=generator) < 0.3) | (ids_TK == 3), -1, ids_TK)
+    weights_TK = torch.rand(num_tokens, num_k, generator=generator) if weighted else None
+    wanted = reference.add_routed(
+        reference.expert_ffn(x_TD.double(), shared[0].double(), shared[1].double(), torch.nn.functional.silu),
+        x_TD.double(),
+        ids_TK,
+        weights_TK,
+        gate_up.double(),
+        down.double(),
+        torch.nn.functional.silu,
+    )
+    ffn = ffn_class("silu")
+    segment = segments.build(ids_TK[:, None], S, weights_TLK=None if weights_TK is None else weights_TK[:, None]).layer(
+        0
+    )
+    got = ffn.layer(x_TD, segment, ffn.units(shared, 2, gate_up, down))
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+    alone = segments.build(torch.full_like(ids_TK, -1)[:, None], S).layer(0)
+    only = ffn.layer(x_TD, alone, ffn.units(shared, 2, gate_up, down))
+    assert torch.equal(only, ffn.dense(x_TD, ffn.stack(*wide))), "the shared expert only"
+    nothing = ffn.layer(x_TD, alone, ffn.units(None, 0, gate_up, down))
+    assert torch.equal(nothing, torch.zeros_like(x_TD)), "no shared expert and no routed one: nothing"
+
+
+@pytest.mark.parametrize("ffn_class", [*EXACT, Int8FFN])
+def test_a_unit_without_a_slot_is_an_error(ffn_class):
+    ffn = ffn_class("silu")
+    gate_up, down = random_experts()
+    with pytest.raises(PregateError, match=r"units \[1\]"):
+        ffn.pairs(torch.ones(2, D), group([0, -1], [1, 2], 2), ffn.stack(gate_up, down))
+    segment = segments.build(torch.tensor([[[0, 2]], [[2, -1]]]), S).layer(0)
+    units = ffn.units(None, 0, gate_up, down)
+    absent = LayerUnits(units.weights, np.array([0, 1, -1, 3, 4], np.int32))
+    with pytest.raises(PregateError, match=r"units \[2\]"):
+        ffn.layer(torch.ones(2, D), segment, absent)
+    unused = LayerUnits(units.weights, np.array([0, -1, 2, -1, 4], np.int32))
+    torch.testing.assert_close(
+        ffn.layer(torch.ones(2, D), segment, unused), ffn.layer(torch.ones(2, D), segment, units)
+    )
+
+
+def test_a_segment_of_other_units_or_tokens_is_refused():
+    ffn = LoopFFN("silu")
+    units = ffn.units(None, 0, *random_experts())
+    ids_TLK = torch.tensor([[[0, 2]], [[2, -1]]])
+    with pytest.raises(ValueError, match="segment of 6 units and 2 tokens; the layer has 5 and 2"):
+        ffn.layer(torch.ones(2, D), segments.build(ids_TLK, S, num_shared=1).layer(0), units)
+    with pytest.raises(ValueError, match="2 tokens; the layer has 5 and 3"):
+        ffn.layer(torch.ones(3, D), segments.build(ids_TLK, S).layer(0), units)
+
+
+def test_int8_is_near_and_not_exact():
+    ffn, exact = Int8FFN("silu"), LoopFFN("silu")
+    gate_up, down = random_experts()
+    x_ND, rows = torch.randn(9, D, generator=torch.Generator().manual_seed(2)), group([0, 3], [6, 7], 9)
+    wanted = exact.pairs(x_ND, rows, exact.stack(gate_up, down))
+    error = (ffn.pairs(x_ND, rows, ffn.stack(gate_up, down)) - wanted).norm() / wanted.norm()
+    assert 0.001 < error < 0.05
+
+
+def test_int8_answers_for_a_row_whatever_is_beside_it():
+    ffn = Int8FFN("silu")
+    weights = ffn.stack(*random_experts())
+    x_ND = torch.randn(9, D, generator=torch.Generator().manual_seed(2))
+    outlier = torch.cat([1000 * x_ND[:1] + 1, x_ND])
+    together = ffn.dense(x_ND, weights)
+    assert torch.equal(ffn.dense(outlier, weights)[1:], together)
+    assert torch.equal(ffn.dense(x_ND[4:5], weights), together[4:5])
+
+
+@pytest.mark.parametrize("ffn_class", [*EXACT, Int8FFN])
+def test_a_slot_moves_as_it_is_held(ffn_class):
+    ffn = ffn_class("silu")
+    gate_up, down = random_experts()
+    old, new = ffn.stack(gate_up, down), ffn.layout.allocate(2, M, D)
+    assert new.num_slots == 2
+    ffn.layout.move(old, 4, new, 0)
+    ffn.layout.put(new, 1, gate_up[2], down[2])
+    x_ND = torch.randn(3, D, generator=torch.Generator().manual_seed(2))
+    moved = ffn.pairs(x_ND, group([0, 1], [2, 3], 3), new)
+    assert torch.equal(moved, ffn.pairs(x_ND, group([4, 2], [2, 3], 3), old))
+    item = 1 if ffn_class is Int8FFN else 4
+    assert new.slot_bytes == 3 * M * D * item
+
+
+def test_grouped_weights_lie_transposed_and_keep_their_shapes():
+    ffn, (gate_up, down) = GroupedFFN("silu"), random_experts()
+    weights = ffn.stack(gate_up.bfloat16(), down.double())
+    assert torch.equal(weights.gate_up_SMD, gate_up.bfloat16().float()) and torch.equal(weights.down_SDM, down)
+    assert weights.gate_up_SMD[1].t().is_contiguous() and weights.down_SDM[1].t().is_contiguous()
+    assert LoopFFN("silu").stack(gate_up, down).down_SDM.data_ptr() == down.data_ptr(), "the loop shares the caller's"
+
+
+def test_unaligned_rows_are_refused_with_the_width():
+    assert "43" in cpu.why_not_grouped([64, 43], torch.float32)
+    assert cpu.why_not_grouped([64, 44], torch.float32) == ""
+
+
+def test_a_product_that_answers_wrongly_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu_packed, "packed_linear", lambda x, packed: x)
+    assert "wrong answers" in cpu_packed.why_not_packed(torch.float32)
+
+
+def test_half_precision_needs_native_instructions(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert "bfloat16" in cpu.why_not_dtype(torch.bfloat16)
+    assert cpu.why_not_dtype(torch.float32) == ""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert cpu.why_not_dtype(torch.bfloat16) == ""
+    assert "float16" in cpu.why_not_dtype(torch.float16)
