@@ -16,6 +16,7 @@ from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.model.quiet import quiet_transformers
 from tests.families import FAMILIES, make_checkpoints, save_random
+from tests.random_checkpoints import make_checkpoint
 
 # Before Ray is imported anywhere: it reads its environment once, and every process of a test must agree on it.
 local_ray.prepare_environment()
@@ -129,3 +130,13 @@ def family_folder(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.Te
         return made[family]
 
     return folder_of
+
+
+@pytest.fixture(scope="session")
+def layerwise_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("layerwise") / "tiny", "layerwise")
+
+
+@pytest.fixture(scope="session")
+def path_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("path") / "tiny", "path")

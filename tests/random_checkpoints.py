@@ -1,6 +1,9 @@
-"""Tiny random checkpoints with a tokenizer, made once per session."""
+"""Tiny random checkpoints with a tokenizer, routed by gates or by paths."""
 
-import pytest
+from __future__ import annotations
+
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig
@@ -12,7 +15,7 @@ from pregate.model.modeling import RoutedForCausalLM
 NUM_LAYERS, NUM_ROUTED = 3, 5
 
 
-def make_checkpoint(folder, routing, context=4096):
+def make_checkpoint(folder: Path, routing: str, context: int = 4096) -> Path:
     """A random Llama cut S3A3E8 whose tokens are single bytes."""
     torch.manual_seed(0)
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -41,13 +44,3 @@ def make_checkpoint(folder, routing, context=4096):
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
-
-
-@pytest.fixture(scope="session")
-def layerwise_checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("layerwise") / "tiny", "layerwise")
-
-
-@pytest.fixture(scope="session")
-def path_checkpoint(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("path") / "tiny", "path")
