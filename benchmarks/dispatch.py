@@ -40,7 +40,7 @@ from pregate.cluster.ray_start import init_local
 from pregate.convert.report.conditions import processor
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.channel import ChannelClient
-from pregate.workers.host import HostOptions
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupKey
 
 ANSWER_TIMEOUT_S = 30.0

@@ -126,7 +126,7 @@ def test_reference_model_is_independent():
 
 @pytest.mark.parametrize(
     "module",
-    ["router.batching", "router.blocks", "router.sequence", "cluster.placement", "cluster.leases"],
+    ["router.batching", "router.blocks", "router.sequence", "cluster.placement", "cluster.leases", "cluster.config"],
 )
 def test_deciding_code_loads_neither_torch_nor_ray(module):
     """In a process of its own, so that what the module imports in turn counts too."""

@@ -10,8 +10,8 @@ from typing import Any
 from pregate.base.errors import UserError
 from pregate.cluster import strict
 from pregate.cluster.placement import STRATEGIES
-from pregate.router.engine import EngineOptions
-from pregate.workers.host import HostOptions
+from pregate.router.engine_options import EngineOptions
+from pregate.workers.host_options import HostOptions
 
 DEVICES = ("cpu", "cuda")
 #: What two launchers must agree on to share one deployment, and the option each field is set by.

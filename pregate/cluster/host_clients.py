@@ -9,7 +9,8 @@ import zmq
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.channel import ChannelClient, ChannelOptions
 from pregate.workers.client import HostClient, InProcessClient
-from pregate.workers.host import ExpertHost, HostOptions
+from pregate.workers.host import ExpertHost
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import HostAddress
 from pregate.workers.transport import CurveKeys
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from pregate.base import log
 from pregate.model.quiet import quiet_transformers
-from pregate.router.engine import Engine, EngineOptions, build_engine
+from pregate.router.engine import Engine, build_engine
+from pregate.router.engine_options import EngineOptions
 from pregate.router.engine_server import EngineServer
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from pregate.base import log
 from pregate.base.errors import UnavailableError, UserError
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.echo import EchoHost
-from pregate.workers.host import ExpertHost, Host, HostOptions
+from pregate.workers.host import ExpertHost, Host
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import HostAddress
 from pregate.workers.server import HostServer, ServerOptions
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pregate.workers.host import HostOptions, check_hello
+from pregate.workers.host import check_hello
+from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 

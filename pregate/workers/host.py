@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from pregate.kernels import expert_ffn
 from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
+from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
 from pregate.workers.plans import PlanShelf
 from pregate.workers.prepared import PreparedPlan, prepare
@@ -28,22 +29,6 @@ from pregate.workers.rows import dtype_name
 from pregate.workers.store import UnitStore
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class HostOptions:
-    """How a host computes. `dtype` auto is float32 on cpu, bfloat16 on cuda; `num_plans` is kept per engine."""
-
-    host_id: int = 0
-    device: str = "cpu"
-    dtype: str = "auto"
-    expert_ffn: str = "auto"
-    num_plans: int = 4
-    max_rows: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.num_plans < 1 or self.max_rows < 1:
-            raise UserError.of("host options", asdict(self), "num_plans and max_rows must be 1 or more")
 
 
 class Host(Protocol):

@@ -15,7 +15,7 @@ from pregate.cluster.ray_start import init_local
 from pregate.kernels import reference
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.channel import ChannelClient, ChannelOptions
-from pregate.workers.host import HostOptions
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupIndex, GroupKey
 from pregate.workers.transport import CurveKeys
 

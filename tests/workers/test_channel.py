@@ -10,7 +10,8 @@ from pregate.base.errors import HostLostError, PregateError, ProtocolError, User
 from pregate.workers.channel import ChannelClient
 from pregate.workers.client import InProcessClient
 from pregate.workers.echo import EchoHost
-from pregate.workers.host import ExpertHost, HostOptions
+from pregate.workers.host import ExpertHost
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupIndex, GroupKey, HostAddress, HostPlan
 
 WIDTH = 512

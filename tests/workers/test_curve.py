@@ -7,7 +7,7 @@ import zmq
 from pregate.base.errors import HostLostError, UserError
 from pregate.workers.channel import ChannelClient, ChannelOptions
 from pregate.workers.echo import EchoHost
-from pregate.workers.host import HostOptions
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupKey, Hello
 from pregate.workers.transport import CurveKeys
 from pregate.workers.wire import encode

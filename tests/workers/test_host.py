@@ -9,7 +9,8 @@ from pregate.base.errors import ProtocolError, UserError
 from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.echo import EchoHost
-from pregate.workers.host import ExpertHost, HostOptions
+from pregate.workers.host import ExpertHost
+from pregate.workers.host_options import HostOptions
 from pregate.workers.plans import MAX_ENGINES, NeedPlanError
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HostPlan
 

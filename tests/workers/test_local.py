@@ -10,7 +10,8 @@ from pregate.model.paths import Paths
 from pregate.router.exchange import Exchange
 from pregate.workers.client import InProcessClient
 from pregate.workers.echo import EchoHost
-from pregate.workers.host import ExpertHost, HostOptions
+from pregate.workers.host import ExpertHost
+from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
 from pregate.workers.protocol import GroupIndex, GroupKey
 
