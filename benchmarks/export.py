@@ -129,7 +129,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     cut = {"model": model, "out": work / "routed", "experts": 8, "shared": 3, "active": 3}
     convert(ConvertOptions.of_recipe("stock", {}, calibration=(stories / "ts_train.jsonl",), **cut), RichProgress())
     held_out = stories / "ts_heldout.jsonl"
-    exported = export(ExportOptions(work / "routed", work / "stock", "qwen2_moe", held_out), RichProgress())
+    exported = export(ExportOptions(work / "routed", work / "stock", "qwen2_moe", (held_out,)), RichProgress())
     dense = export(ExportOptions(work / "routed", work / "dense", "dense"), RichProgress())
     tokenizer, context = load_tokenizer(model), context_tokens(model)
     texts = [document.text for document in read_documents([held_out], context, "--text")]

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     )
     watch("convert", convert, options, progress)
     watch("decouple", decouple, DecoupleOptions(options.out, work / "path", train, seed=args.seed), progress)
-    held_out = EvaluateOptions(work / "path", stories / "ts_heldout.jsonl", controls=True, parent=source)
+    held_out = EvaluateOptions(work / "path", (stories / "ts_heldout.jsonl",), controls=True, parent=source)
     scored = watch("evaluate", evaluate, held_out, progress)
     return {
         "cut": label((args.experts, args.shared, args.active)),

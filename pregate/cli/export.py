@@ -17,7 +17,7 @@ def export(
         str, typer.Option("--format", help="qwen2_moe: a stock mixture class; dense: the parent.", show_default=False)
     ],
     text: Annotated[
-        Path | None, typer.Option(help="Held-out text to measure on; without, random tokens.", show_default=False)
+        list[Path] | None, typer.Option(help="Held-out text to measure on; without, random tokens.", show_default=False)
     ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Measure on at most so many tokens.", show_default=False)
@@ -37,5 +37,5 @@ def export(
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    options = ExportOptions(model, out, format, text=text, scale=scale, dtype=dtype, max_tokens=max_tokens)
+    options = ExportOptions(model, out, format, text=tuple(text or ()), scale=scale, dtype=dtype, max_tokens=max_tokens)
     report(out, run(options, RichProgress()))

@@ -142,7 +142,9 @@ def decouple(
 
 def evaluate(
     model: ModelOption,
-    text: Annotated[Path, typer.Option(help="Text to score: .txt, .jsonl or a folder.", show_default=False)],
+    text: Annotated[
+        list[Path], typer.Option(help="Text to score: .txt, .jsonl or folders of them.", show_default=False)
+    ],
     max_tokens: Annotated[int | None, typer.Option(help="Score at most so many tokens.", show_default=False)] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Score the model by other routings as well.")] = False,
     parent: Annotated[
@@ -161,7 +163,7 @@ def evaluate(
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    result = run(EvaluateOptions(model, text, max_tokens, controls, parent, seed), RichProgress())
+    result = run(EvaluateOptions(model, tuple(text), max_tokens, controls, parent, seed), RichProgress())
     if as_json:
         typer.echo(strict_json(result))
         return

@@ -51,7 +51,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     config = routed_config(skeleton, options)
     tokenizer = load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
-    text = read_calibration(options.calibration, tokenizer, options.samples, length, options.seed, options.draw)
+    text = read_calibration(
+        options.calibration,
+        tokenizer,
+        options.samples,
+        length,
+        options.seed,
+        options.draw,
+        text_field=options.text_field,
+    )
     source = source_of(options.model)
     fingerprint = fingerprint_of(options, source, skeleton.device, text)
     with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:

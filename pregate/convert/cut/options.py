@@ -33,6 +33,7 @@ class ConvertOptions(Recipe):
     dtype: str = "float32"
     device: str = "auto"
     restart: bool = False
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         choices = {"gate": GATES, "selection": SELECTIONS, "clustering": CLUSTERINGS, "shared_by": SHARED_BY}

@@ -50,7 +50,13 @@ class Domain:
 
 
 def read_domains(
-    paths: Sequence[Path], tokenizer: Any, samples: int, length: int, pool_tokens: int, seed: int
+    paths: Sequence[Path],
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    pool_tokens: int,
+    seed: int,
+    text_field: str | None = None,
 ) -> list[Domain]:
     """Read each path (a file, or a folder with all below it) as one domain; at most `pool_tokens` to train on in all.
 
@@ -60,11 +66,21 @@ def read_domains(
     short = [path.resolve().stem for path in paths]
     names = [stem if short.count(stem) == 1 else str(path) for stem, path in zip(short, paths, strict=True)]
     share = max(2, pool_tokens // len(paths))
-    return [_read(name, path, tokenizer, samples, length, share, seed) for name, path in zip(names, paths, strict=True)]
+    pairs = zip(names, paths, strict=True)
+    return [_read(name, path, tokenizer, samples, length, share, seed, text_field) for name, path in pairs]
 
 
-def _read(name: str, path: Path, tokenizer: Any, samples: int, length: int, pool_tokens: int, seed: int) -> Domain:
-    documents = draw_documents(read_documents([path], length, "--domain"), seed)
+def _read(
+    name: str,
+    path: Path,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    pool_tokens: int,
+    seed: int,
+    text_field: str | None,
+) -> Domain:
+    documents = draw_documents(read_documents([path], length, "--domain", text_field), seed)
     files = tuple(dict.fromkeys(d.source for d in documents))
     kept = [d for i, d in enumerate(documents) if i % HELD_BACK_EVERY]
     held_back = [encode(tokenizer, d.text, length) for d in documents[::HELD_BACK_EVERY][:MAX_HELD_BACK]]

@@ -66,6 +66,7 @@ class ReadMeOptions:
     dtype: str = "float32"
     device: str = "auto"
     restart: bool = False
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         choices = {"permanent": PERMANENTS, "score": SCORES, "target": TARGETS, "loss": LOSSES, "dtype": DTYPES}

@@ -60,7 +60,8 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     dense_config(options.model)
     device, tokenizer = pick_device(options.device), load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
-    domains = read_domains(options.domains, tokenizer, options.samples, length, options.pool_tokens, options.seed)
+    sizes = options.samples, length, options.pool_tokens
+    domains = read_domains(options.domains, tokenizer, *sizes, options.seed, options.text_field)
     dense = load_dense(options.model).to(device)
     find_gated_mlps(dense)
     source = source_of(options.model)

@@ -41,7 +41,7 @@ SCALE_TOKENS, RANDOM_ROWS, RANDOM_TOKENS = 4096, 64, 64
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `pregate export` is asked. `text`: held-out text to measure on (None: random tokens).
+    """What `pregate export` is asked. `text`: held-out text to measure on (none: random tokens).
 
     `scale`: what the largest weight of every gate becomes (None: each layer's is measured). `dtype`: what is written
     (None: as the checkpoint is stored; for `dense`, as the parent was). `max_tokens` bounds the text measured on.
@@ -50,10 +50,11 @@ class ExportOptions:
     model: Path
     out: Path
     format: str
-    text: Path | None = None
+    text: tuple[Path, ...] = ()
     scale: float | None = None
     dtype: str | None = None
     max_tokens: int | None = None
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -65,10 +66,14 @@ class ExportOptions:
         if self.max_tokens is not None and self.max_tokens < 1:
             raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
         if self.format == "dense":
-            for option, value in (("--text", self.text), ("--scale", self.scale), ("--max-tokens", self.max_tokens)):
+            for option, value in (
+                ("--text", _shown(self.text)),
+                ("--scale", self.scale),
+                ("--max-tokens", self.max_tokens),
+            ):
                 if value is not None:
                     raise UserError.of(option, value, "goes with --format qwen2_moe only")
-        if self.max_tokens is not None and self.text is None:
+        if self.max_tokens is not None and not self.text:
             raise UserError.of("--max-tokens", self.max_tokens, "goes with --text only, which it bounds")
 
 
@@ -103,7 +108,7 @@ def _export_stock(source: RoutedShards, options: ExportOptions, folder: Path, pr
     figures |= compare_logits(routed, model, rows, progress)
     _check_difference(options, dtype, figures["median_relative_difference"])
     figures |= compare_texts(routed, model, rows, stock.max_position_embeddings)
-    if options.text is None:
+    if not options.text:
         for name in ("routed_perplexity", "exported_perplexity", "perplexity_ratio"):
             figures[name] = None  # of random tokens it says nothing
     record = {"options": _described(options), "source": source.manifest.source, "figures": figures}
@@ -120,7 +125,7 @@ def _figures(options: ExportOptions, dtype: str, context: int, scales: list[Rout
         "context_tokens": context,
         "gate_factors": f"{min(factors):.3g} to {max(factors):.3g}",
         "other_experts": rounded(max(scale.expected_other_experts for scale in scales)),
-        "measured_on": "random tokens (give --text for perplexity)" if options.text is None else str(options.text),
+        "measured_on": _shown(options.text) or "random tokens (give --text for perplexity)",
     }
 
 
@@ -136,16 +141,22 @@ def _check_difference(options: ExportOptions, dtype: str, median: float) -> None
 
 def _rows(options: ExportOptions, context: int, vocab_size: int) -> list[list[int]]:
     """Token ids to measure on: the documents of `--text`, or random ones."""
-    if options.text is None:
+    if not options.text:
         shape = (RANDOM_ROWS, min(RANDOM_TOKENS, context))
         return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
-    documents = read_documents([options.text], min(context, context_tokens(options.model)), "--text")
+    documents = read_documents(options.text, min(context, context_tokens(options.model)), "--text", options.text_field)
     tokenizer = load_tokenizer(options.model)
     rows, _num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
     if not rows:
-        raise UserError.of("--text", options.text, "holds no document of two tokens or more")
+        raise UserError.of("--text", _shown(options.text), "holds no document of two tokens or more")
     return rows
 
 
 def _described(options: ExportOptions) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    fields = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return fields | {"text": _shown(options.text)}
+
+
+def _shown(text: tuple[Path, ...]) -> str | None:
+    """The files as one string; None for none."""
+    return " ".join(map(str, text)) or None

@@ -20,7 +20,7 @@ from pregate.model.modeling import RoutedForCausalLM
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What `pregate evaluate` is asked: a model folder (dense or routed), text, and how much of it at most.
+    """What `pregate evaluate` is asked: a model folder (dense or routed), files of text, and how much of it at most.
 
     Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
     With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
@@ -30,11 +30,12 @@ class EvaluateOptions:
     """
 
     model: Path
-    text: Path
+    text: tuple[Path, ...]
     max_tokens: int | None = None
     controls: bool = False
     parent: Path | None = None
     seed: int | None = None
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -57,14 +58,14 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     progress = progress or QuietProgress()
     if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
-    text = ScoredText.read(options.model, [options.text], options.max_tokens, options.seed or 0)
+    text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed or 0, options.text_field)
     model = load_any(options.model)
     parent = _load_parent(options, model) if options.controls else None
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, text.rows, meter, progress)
     result: dict[str, Any] = {
         "model": str(options.model),
-        "text": str(options.text),
+        "text": " ".join(map(str, options.text)),
         "perplexity": round(score.perplexity, 4),
         "bits_per_byte": round(score.bits_per_byte(text.num_bytes), 4),
         "num_documents": len(text.rows),

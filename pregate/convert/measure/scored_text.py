@@ -26,13 +26,15 @@ class ScoredText:
     max_tokens: int | None
 
     @classmethod
-    def read(cls, model: Path, paths: Sequence[Path], max_tokens: int | None, seed: int) -> ScoredText:
+    def read(
+        cls, model: Path, paths: Sequence[Path], max_tokens: int | None, seed: int, text_field: str | None = None
+    ) -> ScoredText:
         """Draw documents of `paths` with `seed`, from every folder alike, until `max_tokens` are scored (None: all).
 
         UserError for text that cannot be read or gives nothing to score.
         """
         context = context_tokens(model)
-        texts = [d.text for d in draw_documents(read_documents(paths, context, "--text"), seed)]
+        texts = [d.text for d in draw_documents(read_documents(paths, context, "--text", text_field), seed)]
         rows, num_bytes = encode_all(load_tokenizer(model), texts, context, max_tokens)
         if not rows:
             raise UserError.of("--text", " ".join(map(str, paths)), "holds no document of two tokens or more")

@@ -70,7 +70,7 @@ def read_rows(options: DecoupleOptions) -> list[list[int]]:
     """Token ids of the documents to learn on, drawn with the seed."""
     tokenizer = load_tokenizer(options.model)
     length = min(options.sequence_length, context_tokens(options.model))
-    documents = draw_documents(read_documents(options.text, length, "--text"), options.seed)
+    documents = draw_documents(read_documents(options.text, length, "--text", options.text_field), options.seed)
     rows = list(encode_pool(documents, tokenizer, length, options.pool_tokens))
     if len(rows) < 2:
         raise UserError.of("--text", " ".join(map(str, options.text)), "needs two documents of two tokens or more")

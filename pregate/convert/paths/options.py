@@ -41,6 +41,7 @@ class DecoupleOptions:
     target: str | None = None
     embedding: str = "own"
     predict: bool = False
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "dim": 4, "blocks": 1, "seed": 0, "pool_tokens": 2}.items():

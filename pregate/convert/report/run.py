@@ -55,6 +55,7 @@ class ReportOptions:
     parent: Path | None = None
     max_tokens: int | None = DEFAULT_MAX_TOKENS
     seed: int = 0
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         if not self.text:
@@ -75,6 +76,7 @@ class ReportOptions:
         words += [word for path in self.compare for word in ("--compare", path)]
         words += ["--parent", self.parent] if self.parent is not None else []
         words += ["--max-tokens", "all" if self.max_tokens is None else self.max_tokens, "--seed", self.seed]
+        words += ["--text-field", self.text_field] if self.text_field is not None else []
         return shlex.join(map(str, words))
 
 
@@ -108,7 +110,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
     stored = _routed_config(options.model)
-    text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed)
+    text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed, options.text_field)
     others = [(path, _load("--compare", path, text)) for path in options.compare]
     model: RoutedForCausalLM = load_any(options.model)
     parent_path = dense_of(options.model, model, options.parent)

@@ -89,6 +89,7 @@ def read_calibration(
     seed: int,
     draw: str = "documents",
     option: str = "--calibration",
+    text_field: str | None = None,
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens with `seed`, and some more to measure on, from the files at `paths`.
 
@@ -96,7 +97,7 @@ def read_calibration(
     each starts anywhere in the documents joined by blank lines (as CMoE's released code draws them).
     UserError names `option` where there is no text.
     """
-    documents = read_documents(paths, length, option)
+    documents = read_documents(paths, length, option, text_field, whole_paragraphs=draw == "stream")
     files = tuple(dict.fromkeys(d.source for d in documents))
     wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
     if draw == "stream":

@@ -51,19 +51,21 @@ def read_rows(
     validation_share: float,
     seed: int,
     validation: Sequence[Path] = (),
+    text_field: str | None = None,
 ) -> TuningRows:
     """Draw the documents at `paths` with `seed`; the first of them are for validation, in one row each.
 
     With files of `validation` those are, and no document of `paths`. The rest become rows of at most `length` ids,
     long ones several (see `windows_of`). UserError names the option where there are not enough documents.
     """
-    documents = draw_documents(read_documents(paths, length, "--text"), seed)
+    documents = draw_documents(read_documents(paths, length, "--text", text_field), seed)
     encoded = _encoded([d.text for d in documents], tokenizer)
     if len(encoded) < (1 if validation else 2):
         needed = "a document" if validation else "two documents"
         raise UserError.of("--text", " ".join(map(str, paths)), f"needs {needed} of two tokens or more")
     if validation:
-        texts = [d.text for d in draw_documents(read_documents(validation, length, "--validation"), seed)]
+        documents_held = read_documents(validation, length, "--validation", text_field)
+        texts = [d.text for d in draw_documents(documents_held, seed)]
         held, kept = _encoded(texts, tokenizer), encoded
         if not held:
             reason = "needs a document of two tokens or more"

@@ -156,6 +156,7 @@ class TuneOptions(TuningSettings):
     checkpoint_every: int = 100
     device: str = "auto"
     restart: bool = False
+    text_field: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -57,7 +57,8 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
     device = pick_device(options.device)
     length = min(options.sequence_length, context_tokens(options.model))
     tokenizer = load_tokenizer(options.model)
-    rows = read_rows(options.text, tokenizer, length, options.validation_share, options.seed, options.validation)
+    share, field = options.validation_share, options.text_field
+    rows = read_rows(options.text, tokenizer, length, share, options.seed, options.validation, field)
     with open_folder(options.out, fingerprint_of(options, rows, device), options.restart) as folder:
         model = load_any(options.model).to(device)
         teacher = load_teacher(options, model)

@@ -118,7 +118,7 @@ def test_with_all_experts_on_it_is_the_dense_model(converted: Path, uneven_dense
 def test_controls_run_at_its_active_share(request: pytest.FixtureRequest, kind: str, tiny_text: Path):
     """Four of eight experts in every layer, however many of them are shared."""
     path = request.getfixturevalue("converted" if kind == "layerwise" else "decoupled")
-    result = evaluate(EvaluateOptions(path, tiny_text, 120, controls=True))
+    result = evaluate(EvaluateOptions(path, (tiny_text,), 120, controls=True))
     table = result["controls"]
     own = "linear gate" if kind == "layerwise" else "path router"
     assert table[own]["perplexity"] == result["perplexity"]

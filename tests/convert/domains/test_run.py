@@ -144,9 +144,9 @@ def test_evaluate_and_its_controls(cut: Path, tiny_dense: Path, domains: tuple[P
     manifest = read_manifest(lost)
     write_manifest(lost, replace(manifest, source=manifest.source | {"path": "/nowhere"}))
     with pytest.raises(UserError, match=r"--model .*layer 0's experts overlap .* give the dense model with --parent"):
-        evaluate(EvaluateOptions(lost, domains[1], controls=True))
-    result = evaluate(EvaluateOptions(cut, domains[1], controls=True, parent=tiny_dense))
-    assert evaluate(EvaluateOptions(cut, domains[1], controls=True)) == result
+        evaluate(EvaluateOptions(lost, (domains[1],), controls=True))
+    result = evaluate(EvaluateOptions(cut, (domains[1],), controls=True, parent=tiny_dense))
+    assert evaluate(EvaluateOptions(cut, (domains[1],), controls=True)) == result
     table = result["controls"]
     assert list(table) == ["dense parent", "static mask", "random routing", "linear gate", "path router", "oracle"]
     assert {row["active_share"] for name, row in table.items() if name != "dense parent"} == {0.5}

@@ -116,7 +116,7 @@ def test_stock_model_is_the_routed_one(parent: str, tiny_dense: Path, tiny_text:
 def test_record_and_older_readers(stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
     """What was measured lies in the folder; the config has rotation and type under transformers 4's names too."""
     out = tmp_path / "out"
-    figures = export(ExportOptions(stock_checkpoint, out, "qwen2_moe", text=tiny_text))
+    figures = export(ExportOptions(stock_checkpoint, out, "qwen2_moe", text=(tiny_text,)))
     record = json.loads((out / "export.json").read_text())
     assert record["figures"] == figures
     assert len(record["layers"]) == 3 and all(layer["other_experts"] < 3e-3 for layer in record["layers"])
@@ -134,7 +134,7 @@ def test_record_and_older_readers(stock_checkpoint: Path, tiny_text: Path, tmp_p
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_types(dtype: str, stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
-    options = ExportOptions(stock_checkpoint, tmp_path / "out", "qwen2_moe", text=tiny_text, dtype=dtype)
+    options = ExportOptions(stock_checkpoint, tmp_path / "out", "qwen2_moe", text=(tiny_text,), dtype=dtype)
     figures = export(options)
     assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {getattr(torch, dtype)}
     assert 0 < figures["median_relative_difference"] < TOLERANCE[dtype]
@@ -277,7 +277,7 @@ def test_plain_transformers_without_pregate(shared_folder: Path, tmp_path: Path)
         shared_folder / "models" / "stories3M", tmp_path / "routed", stories / "ts_train.jsonl", 3, 3, **options
     )
     figures = export(
-        ExportOptions(routed_folder, tmp_path / "out", "qwen2_moe", stories / "ts_heldout.jsonl", max_tokens=2500)
+        ExportOptions(routed_folder, tmp_path / "out", "qwen2_moe", (stories / "ts_heldout.jsonl",), max_tokens=2500)
     )
     assert abs(figures["perplexity_ratio"] - 1) < 2e-3
     assert figures["same_top_token"] > 0.995

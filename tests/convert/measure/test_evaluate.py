@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import CheckpointError, UserError
+from pregate.cli.main import main
 from pregate.convert.measure.agreement import AgreementMeter, Tally
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
@@ -57,7 +58,7 @@ def test_batched_equals_one_by_one(
     model_class = AutoModelForCausalLM if kind == "dense" else RoutedForCausalLM
     model = model_class.from_pretrained(path, dtype=torch.float32).eval()
     nats, num_tokens, num_bytes = _naive(model, AutoTokenizer.from_pretrained(path))
-    result = evaluate(EvaluateOptions(path, text))
+    result = evaluate(EvaluateOptions(path, (text,)))
     assert result["num_tokens"] == num_tokens
     assert result["num_documents"] == 4
     assert result["perplexity"] == pytest.approx(math.exp(nats / num_tokens), rel=1e-5)
@@ -109,7 +110,7 @@ def test_batches_hold_every_row_once_and_keep_to_their_size():
 
 
 def test_max_tokens_stops_in_the_middle_of_a_document(text: Path, tiny_dense: Path):
-    assert evaluate(EvaluateOptions(tiny_dense, text, 30))["num_tokens"] == 30
+    assert evaluate(EvaluateOptions(tiny_dense, (text,), 30))["num_tokens"] == 30
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -125,18 +126,32 @@ def test_what_is_left_out_is_drawn_from_every_folder_alike(tmp_path: Path, tiny_
     assert 6 <= len(drawn) <= 12
     assert [words[0] for words in drawn] == (["a", "b"] * 6)[: len(drawn)]
     assert drawn[:-1] != [f"{folder} {i} loaves" for i in range(6) for folder in ("a", "b")][: len(drawn) - 1]
-    result = evaluate(EvaluateOptions(tiny_dense, tmp_path, 40, seed=seed))
+    result = evaluate(EvaluateOptions(tiny_dense, (tmp_path,), 40, seed=seed))
     dense = AutoModelForCausalLM.from_pretrained(tiny_dense, dtype=torch.float32).eval()
     assert result["perplexity"] == pytest.approx(score_rows(dense, text.rows).perplexity, abs=1e-3)
 
 
+def test_every_file_given_is_scored_and_a_missing_one_refused(capsys, tiny_dense: Path, tmp_path: Path):
+    """On the command line the last of several used to win, and one that is missing before it passed."""
+    for name, count in (("a.jsonl", 2), ("b.jsonl", 3)):
+        lines = [json.dumps({"text": f"{name} {i}: seven loaves at four pence each " * 9}) for i in range(count)]
+        (tmp_path / name).write_text("\n".join(lines))
+    command = ["evaluate", "--model", str(tiny_dense), "--json", "--text"]
+    for given in (["a.jsonl", "b.jsonl"], ["*.jsonl"]):
+        assert main([*command, *(str(tmp_path / name) for name in given)]) == 0
+        assert json.loads(capsys.readouterr().out)["num_documents"] == 5
+    for given in (["none.txt", "b.jsonl"], ["b.jsonl", "none.txt"], ["b.jsonl", "*.txt"]):
+        assert main([*command, *(str(tmp_path / name) for name in given)]) == 2
+        assert f"--text {tmp_path}" in capsys.readouterr().err
+
+
 def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_checkpoint: Path):
     with pytest.raises(UserError, match="--max-tokens 0: allowed: 1 or more"):
-        EvaluateOptions(tiny_dense, text, 0)
+        EvaluateOptions(tiny_dense, (text,), 0)
     with pytest.raises(UserError, match=r"--text .*no such path"):
-        evaluate(EvaluateOptions(tiny_dense, tmp_path / "none.txt"))
+        evaluate(EvaluateOptions(tiny_dense, (tmp_path / "none.txt",)))
     with pytest.raises(UserError, match="not a model folder"):
-        evaluate(EvaluateOptions(tmp_path, text))
+        evaluate(EvaluateOptions(tmp_path, (text,)))
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for path in tiny_layerwise_checkpoint.iterdir():
@@ -146,13 +161,13 @@ def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_c
     weights[-1] ^= 1
     shard.write_bytes(weights)
     with pytest.raises(CheckpointError, match=r"model-00002-of-00004\.safetensors: damaged"):
-        evaluate(EvaluateOptions(damaged, text))
+        evaluate(EvaluateOptions(damaged, (text,)))
 
 
 @pytest.mark.slow
 def test_stories3m_reads_as_published(shared_folder: Path):
     text = shared_folder / "text" / "stories" / "ts_heldout.jsonl"
-    result = evaluate(EvaluateOptions(shared_folder / "models" / "stories3M", text))
+    result = evaluate(EvaluateOptions(shared_folder / "models" / "stories3M", (text,)))
     assert result["num_documents"] == 231
     assert result["perplexity"] == pytest.approx(4.748, abs=1e-3)
     assert result["bits_per_byte"] == pytest.approx(0.576, abs=1e-3)

@@ -69,8 +69,8 @@ def test_the_manifest_tells_how_often_the_forecast_is_right(made: tuple[Decouple
 def test_evaluate_prints_the_hit_rate_layer_by_layer(
     made: tuple[DecoupleOptions, Manifest, Path], tiny_layerwise_checkpoint: Path, tiny_text: Path
 ):
-    with_router = evaluate(EvaluateOptions(made[2], tiny_text, max_tokens=300))
-    without = evaluate(EvaluateOptions(tiny_layerwise_checkpoint, tiny_text, max_tokens=300))
+    with_router = evaluate(EvaluateOptions(made[2], (tiny_text,), max_tokens=300))
+    without = evaluate(EvaluateOptions(tiny_layerwise_checkpoint, (tiny_text,), max_tokens=300))
     rate = with_router["forecast_hit_rate"]
     assert len(rate["same_set_by_layer"]) == len(rate["mean_overlap_by_layer"]) == len(rate["layers"]) == 3
     assert rate["same_set"] == with_router["agreement"]["path_vs_gate"]["same_set"]

@@ -73,7 +73,7 @@ def test_it_measures_on_what_evaluate_scores(tiny_path_checkpoint: Path, tiny_te
     lines = (json.dumps({"text": " ".join(words[i : i + 15])}) + "\n" for i in range(0, 150, 5))
     more.write_text("".join(lines), encoding="utf-8")
     figures, _ = make_report(tiny_path_checkpoint, more, tmp_path, seed=3)
-    result = evaluate(EvaluateOptions(tiny_path_checkpoint, more, 150, seed=3))
+    result = evaluate(EvaluateOptions(tiny_path_checkpoint, (more,), 150, seed=3))
     assert result["num_documents"] < 30
     assert figures.quality.own_point.perplexity == pytest.approx(result["perplexity"], abs=1e-3)
 
@@ -83,7 +83,7 @@ def test_its_dense_parent_is_that_of_evaluate(tiny_dense: Path, tiny_text: Path,
     options = ConvertOptions(tiny_dense, tmp_path / "half", 8, 2, 2, (tiny_text,), dtype="bfloat16", samples=2)
     convert(replace(options, sequence_length=64))
     figures, _ = make_report(tmp_path / "half", tiny_text, tmp_path)
-    table = evaluate(EvaluateOptions(tmp_path / "half", tiny_text, 150, controls=True))["controls"]
+    table = evaluate(EvaluateOptions(tmp_path / "half", (tiny_text,), 150, controls=True))["controls"]
     own, dense = figures.quality.own_point, figures.quality.point("dense parent")
     assert table["dense parent"]["perplexity"] == dense.perplexity
     assert table[own.name]["ratio_to_dense"] == own.ratio_to_dense

@@ -47,7 +47,7 @@ def test_it_goes_by_the_parent_beside_it(tuned: Path, tiny_text: Path, tmp_path:
     monkeypatch.chdir(tmp_path)
     figures = report(ReportOptions(tuned, tmp_path / "r.html", (tiny_text,), max_tokens=60))
     assert figures.conditions.dense == str(tuned.parent / "dense")
-    dense = evaluate(EvaluateOptions(tuned.parent / "dense", tiny_text, 60))["perplexity"]
+    dense = evaluate(EvaluateOptions(tuned.parent / "dense", (tiny_text,), 60))["perplexity"]
     assert figures.quality.point(DENSE).perplexity == dense
     (oracle,) = [curve for curve in figures.quality.curves if curve.name == "oracle"]
     assert oracle.perplexities[-1] != pytest.approx(dense, rel=1e-3)  # so it matters which of the two is called dense

@@ -191,8 +191,8 @@ def test_a_dense_model_is_tuned_alike(tiny_dense: Path, tiny_text: Path, tmp_pat
     steps, _ = curve_of(options.out)
     assert (steps[0]["kl"] < 1e-6) and ((steps[-1]["kl"] > 1e-4) == (kl_share > 0))  # it starts as its own teacher
     assert AutoModelForCausalLM.from_pretrained(options.out).config.model_type == "llama"
-    result = evaluate(EvaluateOptions(options.out, tiny_text, max_tokens=200))
-    assert result["perplexity"] < evaluate(EvaluateOptions(tiny_dense, tiny_text, max_tokens=200))["perplexity"]
+    result = evaluate(EvaluateOptions(options.out, (tiny_text,), max_tokens=200))
+    assert result["perplexity"] < evaluate(EvaluateOptions(tiny_dense, (tiny_text,), max_tokens=200))["perplexity"]
 
 
 @pytest.mark.parametrize(
@@ -324,10 +324,10 @@ def test_layers_are_matched_where_there_is_a_teacher_to_match(options: TuneOptio
 def test_controls_of_a_tuned_checkpoint_go_by_its_recorded_parent(options: TuneOptions, tiny_dense: Path):
     tune(replace(options, steps=8))
     text = options.text[0]
-    printed = evaluate(EvaluateOptions(options.out, text, max_tokens=200, controls=True))["controls"]["dense parent"]
-    assert printed["perplexity"] == evaluate(EvaluateOptions(tiny_dense, text, max_tokens=200))["perplexity"]
+    printed = evaluate(EvaluateOptions(options.out, (text,), max_tokens=200, controls=True))["controls"]["dense parent"]
+    assert printed["perplexity"] == evaluate(EvaluateOptions(tiny_dense, (text,), max_tokens=200))["perplexity"]
     manifest = json.loads((options.out / "manifest.json").read_text())
     manifest["source"]["path"] = "/nowhere"
     (options.out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"was tuned, so with every expert on .*; give the dense model with --parent"):
-        evaluate(EvaluateOptions(options.out, text, max_tokens=200, controls=True))
+        evaluate(EvaluateOptions(options.out, (text,), max_tokens=200, controls=True))
