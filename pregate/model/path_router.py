@@ -10,15 +10,17 @@ L layers, K experts of a token.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pregate.kernels.reference import above, threshold_for, top_k
+from pregate.kernels.reference import threshold_for
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.dselect import code_scores
 from pregate.model.gates import Choice
@@ -28,6 +30,8 @@ from pregate.model.paths import Paths
 #: Scores are rounded to this many binary digits, so that experts tied in exact arithmetic stay tied whatever
 #: the batch shape does to the last bits of float64; ties go to the lower id.
 SCORE_BITS = 30
+#: Scores are told apart up to this size, in units of 2 ** -SCORE_BITS: with an expert's id they fit 64 bits.
+MAX_UNITS = 2.0**47
 #: Texts are run through the router in pieces of this many tokens, which bounds its attention matrix.
 CHUNK_TOKENS = 512
 
@@ -151,27 +155,42 @@ class PathRouter(nn.Module):
         learns = torch.is_grad_enabled() and self.scale.requires_grad
         if not learns and not self.scale.any():
             return None
-        layers = scores_TS.split([c.num_routed for c in self.cuts], dim=-1)
-        return 1 + torch.cat([scores.softmax(dim=-1) for scores in layers], dim=-1) * self.scale
+        places_LR = self.places.to(scores_TS.device)
+        # Not -inf: a layer without experts has a softmax, too, and its gradient must not be NaN.
+        shares_TLR = by_layer(scores_TS, places_LR, torch.finfo(scores_TS.dtype).min).softmax(dim=-1)
+        return 1 + shares_TLR[:, places_LR < scores_TS.shape[-1]] * self.scale
+
+    @cached_property
+    def places(self) -> torch.Tensor:
+        """Where each layer's scores stand among those of all layers [L, R], R the most of any; S where it has fewer."""
+        sizes_L = np.array([c.num_routed for c in self.cuts], dtype=np.int64)
+        expert_R = np.arange(sizes_L.max(initial=0))
+        first_L1 = (np.cumsum(sizes_L) - sizes_L)[:, None]
+        return torch.from_numpy(np.where(expert_R < sizes_L[:, None], first_L1 + expert_R, sizes_L.sum()))
+
+
+def by_layer(x_TS: torch.Tensor, places_LR: torch.Tensor, fill: float) -> torch.Tensor:
+    """[T, L, R]: the values of every layer's experts (`PathRouter.places`), `fill` where a layer has fewer."""
+    return F.pad(x_TS, (0, 1), value=fill)[:, places_LR]
 
 
 @dataclass(frozen=True)
 class PathState:
-    """What the router remembers of one sequence: keys and values [num_blocks, P, C] of its last W - 1 tokens."""
+    """What the router remembers of one sequence: [P, 2 * num_blocks, C], of its last W - 1 tokens each block's keys and
+    values in turn."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    kept: torch.Tensor
 
     @property
     def length(self) -> int:
-        return self.keys.shape[1]
+        return self.kept.shape[0]
 
 
 class PathComputer:
     """Runs a path router incrementally over many sequences; the same paths whole, in chunks, or token by token.
 
     It computes in float64 on a copy of the weights: sums in another order then differ by about 1e-15, so batch
-    mates cannot move a choice (see `SCORE_BITS`).
+    mates cannot move a choice (see `SCORE_BITS`). All sequences and layers are handled by the same few calls.
     """
 
     def __init__(self, router: PathRouter) -> None:
@@ -184,8 +203,8 @@ class PathComputer:
 
     def new_state(self) -> PathState:
         """State of a sequence nothing of which has been seen."""
-        empty = torch.zeros(self.config.num_blocks, 0, self.config.dim, dtype=torch.float64, device=self.device)
-        return PathState(empty, empty)
+        shape = (0, 2 * self.config.num_blocks, self.config.dim)
+        return PathState(torch.zeros(shape, dtype=torch.float64, device=self.device))
 
     def extend(
         self, states: Sequence[PathState], new_ids: Sequence[Sequence[int]]
@@ -196,7 +215,7 @@ class PathComputer:
         longest = max((len(ids) for ids in new_ids), default=0)
         for start in range(0, longest, CHUNK_TOKENS):
             live = [i for i, ids in enumerate(new_ids) if len(ids) > start]
-            pieces = [list(new_ids[i][start : start + CHUNK_TOKENS]) for i in live]
+            pieces = [new_ids[i][start : start + CHUNK_TOKENS] for i in live]
             paths, after = self._extend_chunk([states[i] for i in live], pieces)
             for i, path, state in zip(live, paths, after, strict=True):
                 parts[i].append(path)
@@ -208,80 +227,82 @@ class PathComputer:
         num_scores = sum(c.num_routed for c in self.cuts)
         return self._paths(torch.empty(0, num_scores, dtype=torch.float64, device=self.device))
 
-    @property
-    def _k_max(self) -> int:
-        by_threshold = self._router.selection == "threshold"
-        return max((c.num_routed if by_threshold else c.num_active for c in self.cuts), default=0)
-
     @torch.no_grad()
     def _extend_chunk(
-        self, states: Sequence[PathState], pieces: Sequence[list[int]]
+        self, states: Sequence[PathState], pieces: Sequence[Sequence[int]]
     ) -> tuple[list[Paths], list[PathState]]:
-        lengths = [len(p) for p in pieces]
-        assert max(lengths) <= CHUNK_TOKENS  # of more, `forward` returns the last keys alone
-        ids_BN = torch.zeros(len(pieces), max(lengths), dtype=torch.int64, device=self.device)
-        for row, piece in zip(ids_BN, pieces, strict=True):
-            row[: len(piece)] = torch.tensor(piece, device=self.device)
-        past, past_len_B = self._stack(states)
-        scores_BNS, kept = self._router(ids_BN, past, past_len_B)
-        num_past = past_len_B.max().item() if len(states) else 0
-        after = [self._keep(kept, b, int(num_past), states[b].length, n) for b, n in enumerate(lengths)]
-        return [self._paths(scores_BNS[b, :n]) for b, n in enumerate(lengths)], after
+        new_B, past_B = np.array([len(p) for p in pieces]), np.array([s.length for s in states])
+        num_new, num_past = new_B.max(), past_B.max()
+        assert num_new <= CHUNK_TOKENS  # of more, `encode` returns the last keys alone
+        ids_BN = np.zeros((len(pieces), num_new), dtype=np.int64)
+        places = _runs(new_B)
+        ids_BN[places] = np.fromiter(itertools.chain.from_iterable(pieces), np.int64, new_B.sum())
+        past_BPMC = states[0].kept.new_zeros(len(states), num_past, *states[0].kept.shape[1:])
+        past_BPMC[self._on_device(_runs(past_B, num_past - past_B))] = torch.cat([s.kept for s in states])
+        past = list(zip(past_BPMC[:, :, 0::2].unbind(2), past_BPMC[:, :, 1::2].unbind(2), strict=True))
+        x_BNC, kept = self._router.encode(torch.from_numpy(ids_BN).to(self.device), past, self._on_device([past_B])[0])
+        paths = self._paths(self._router.scores_of(self._router.heads(x_BNC[self._on_device(places)])))
+        ends = np.cumsum(new_B)
+        return [paths[end - n : end] for end, n in zip(ends, new_B, strict=True)], self._keep(kept, past_B, new_B)
 
-    def _stack(self, states: Sequence[PathState]) -> tuple[list[KeysValues], torch.Tensor]:
-        longest = max(s.length for s in states)
-        padded = [
-            torch.stack([F.pad(t, (0, 0, longest - t.shape[1], 0)) for t in side])
-            for side in ([s.keys for s in states], [s.values for s in states])
-        ]
-        past = [(padded[0][:, i], padded[1][:, i]) for i in range(self.config.num_blocks)]
-        return past, torch.tensor([s.length for s in states], device=self.device)
+    def _keep(self, kept: list[KeysValues], past_B: np.ndarray, new_B: np.ndarray) -> list[PathState]:
+        """The states after a piece whose sequences had `past_B` tokens, left-padded, and got `new_B`, right-padded."""
+        left_B = np.minimum(past_B + new_B, self.config.window - 1)
+        places = self._on_device(_runs(left_B, past_B.max() + new_B - left_B))
+        rows = torch.stack([t[places] for pair in kept for t in pair], dim=1)
+        return [PathState(state) for state in rows.split(left_B.tolist())]
 
-    def _keep(self, kept: list[KeysValues], row: int, num_past: int, past_len: int, num_new: int) -> PathState:
-        stop = num_past + num_new
-        start = max(num_past - past_len, stop - (self.config.window - 1))
-        keys, values = zip(*((k[row, start:stop], v[row, start:stop]) for k, v in kept), strict=True)
-        return PathState(torch.stack(keys), torch.stack(values))
+    def _on_device(self, arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.from_numpy(np.stack(arrays)).to(self.device))
 
     def _paths(self, scores_NS: torch.Tensor) -> Paths:
-        choices = choose_experts(self._router, scores_NS)
-        shape = (scores_NS.shape[0], len(self.cuts), self._k_max)
-        ids = np.full(shape, -1, dtype=np.int16)
-        weighted = any(chosen.weights is not None for chosen in choices)
-        weights = np.zeros(shape, dtype=np.float32) if weighted else None
-        for layer, chosen in enumerate(choices):
-            width = chosen.ids.shape[1]
-            ids[:, layer, :width] = chosen.ids.cpu().numpy()
-            if weights is not None and chosen.weights is not None:
-                weights[:, layer, :width] = chosen.weights.cpu().numpy()
-        return Paths(ids, weights)
+        chosen = choose_experts(self._router, scores_NS)
+        weights = None if chosen.weights is None else chosen.weights.to(torch.float32).cpu().numpy()
+        return Paths(chosen.ids.to(torch.int16).cpu().numpy(), weights)
 
 
-def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> list[Choice]:
-    """Per layer the ids [N, K] that scores [N, S] of `router` choose, and what they weigh (0 where the id is -1).
+def _runs(lengths_B: np.ndarray, first_B: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of runs of places, row b's from `first_B[b]`. Example: lengths [2, 1]: [0, 0, 1], [0, 1, 0]."""
+    row = np.repeat(np.arange(len(lengths_B)), lengths_B)
+    before_B = np.cumsum(lengths_B) - lengths_B
+    return row, np.arange(len(row)) + (first_B - before_B)[row]
 
-    The k highest, or those above the layer's threshold. Weights are of the rounded scores too, so that they are as
-    stable as the choice; except where gradients are asked for, which rounding has none of.
+
+def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> Choice:
+    """Ids [N, L, K] that scores [N, S] of `router` choose in every layer, and what they weigh (0 where the id is -1).
+
+    The k highest, ties to the lower id, or those above the layer's threshold. Weights are of the rounded scores too, so
+    that they are as stable as the choice; except where gradients are asked for, which rounding has none of.
     """
-    sizes = [c.num_routed for c in router.cuts]
+    places_LR = router.places.to(scores_NS.device)
     units_NS = torch.round(scores_NS * 2.0**SCORE_BITS)
-    chosen = _choose(router, units_NS.split(sizes, dim=-1))
+    ids_NLK = _choose(router, by_layer(units_NS, places_LR, -torch.inf), places_LR == scores_NS.shape[-1])
     if router.config.weights == "one":  # before the units are scores again: this is on every token's way
-        return [Choice(ids) for ids in chosen]
+        return Choice(ids_NLK)
     weights_NS = router.expert_weights(scores_NS if scores_NS.requires_grad else units_NS / 2.0**SCORE_BITS)
     if weights_NS is None:
-        return [Choice(ids) for ids in chosen]
-    layers = zip(chosen, weights_NS.split(sizes, dim=-1), strict=True)
-    return [Choice(ids, weights.gather(-1, ids.clamp_min(0)) * (ids >= 0)) for ids, weights in layers]
+        return Choice(ids_NLK)
+    weights_NLR = by_layer(weights_NS, places_LR, 0.0)
+    return Choice(ids_NLK, weights_NLR.gather(-1, ids_NLK.clamp_min(0)) * (ids_NLK >= 0))
 
 
-def _choose(router: PathRouter, units: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Ids [N, K] of every layer from its scores in units of 2 ** -SCORE_BITS [N, R]."""
+def _choose(router: PathRouter, units_NLR: torch.Tensor, absent_LR: torch.Tensor) -> torch.Tensor:
+    """Ids [N, L, K] of every layer from its scores in units of 2 ** -SCORE_BITS."""
+    num_routed = units_NLR.shape[-1]
+    expert_R = torch.arange(num_routed, device=units_NLR.device)
+    active_L1 = torch.tensor([c.num_active for c in router.cuts], device=units_NLR.device)[:, None]
     if router.selection == "top_k":
-        return [top_k(scores, cut.num_active) for scores, cut in zip(units, router.cuts, strict=True)]
-    limits_L = torch.round(router.thresholds.to(units[0].dtype) * 2.0**SCORE_BITS)
-    chosen = [above(scores, limit) for scores, limit in zip(units, limits_L, strict=True)]
-    return [ids if cut.num_active else ids[:, :0] for ids, cut in zip(chosen, router.cuts, strict=True)]
+        num_active = max((c.num_active for c in router.cuts), default=0)
+        # All unlike, so that the same are found whatever the order they are looked at in.
+        keys_NLR = units_NLR.clamp(-MAX_UNITS, MAX_UNITS).long() * num_routed + (num_routed - 1 - expert_R)
+        ids = keys_NLR.topk(num_active, dim=-1).indices
+        ids = ids.masked_fill(expert_R[:num_active] >= active_L1, num_routed)
+    else:
+        limits_L1 = torch.round(router.thresholds.to(units_NLR.dtype) * 2.0**SCORE_BITS)[:, None]
+        absent = (units_NLR < limits_L1) | absent_LR | (active_L1 == 0)
+        ids = expert_R.expand_as(units_NLR).masked_fill(absent, num_routed)
+    ids = ids.sort(dim=-1).values
+    return ids.masked_fill(ids == num_routed, -1)
 
 
 def split_layers(x_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> tuple[torch.Tensor, ...]:

@@ -11,14 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
 
 from pregate.base.errors import UserError
+from pregate.kernels.reference import above, top_k
 from pregate.model import path_router
 from pregate.model.config import LayerCut, PathRouterConfig, RoutedConfig
 from pregate.model.gates import Choice
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathComputer, PathRouter, PathState, choose_experts
+from pregate.model.path_router import PathComputer, PathRouter, PathState, choose_experts, split_layers
 from pregate.model.paths import Paths
 
 UNLIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(7, 1, 2, 8)]
@@ -176,17 +178,71 @@ def test_batch_mates_of_other_lengths_change_nothing(every: PathComputer):
         assert_same((both.ids, both.weights), route(every, text))
 
 
+class _Calls(TorchDispatchMode):
+    """Counts torch's operations."""
+
+    num_calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num_calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def calls_of_a_step(kind: Kind, num_sequences: int, num_layers: int) -> int:
+    """How many operations extend so many sequences of unlike length by a token each."""
+    router = PathRouter(
+        kind.config, 100, [LayerCut(6, 2, 2, 8), LayerCut(4, 4, 1, 8)] * (num_layers // 2), kind.selection
+    )
+    computer = PathComputer(router)
+    texts = [prompt(3 + n % 20, seed=n) for n in range(num_sequences)]
+    states = computer.extend([computer.new_state()] * num_sequences, texts)[1]
+    with _Calls() as calls:
+        computer.extend(states, [[n % 100] for n in range(num_sequences)])
+    return calls.num_calls
+
+
+@pytest.mark.parametrize("weights", ["one", "learned"])
+@pytest.mark.parametrize("selection", ["top_k", "threshold"])
+def test_a_decode_step_takes_the_same_calls_whatever_its_sequences_and_layers(selection: str, weights: str):
+    kind = Kind(selection=selection, weights=weights)
+    assert calls_of_a_step(kind, 2, 2) == calls_of_a_step(kind, 33, 2) == calls_of_a_step(kind, 33, 16)
+
+
+@pytest.mark.parametrize("selection", ["top_k", "threshold"])
+def test_all_layers_at_once_choose_as_each_by_itself(selection: str):
+    """Of unlike layers, with many ties; thresholds that every, some and no scores reach."""
+    cuts = [
+        LayerCut(7, 1, 3, 8),
+        LayerCut(0, 8, 0, 8),
+        LayerCut(4, 1, 0, 8),
+        LayerCut(2, 1, 2, 8),
+        LayerCut(64, 1, 9, 8),
+    ]
+    router = PathRouter(PathRouterConfig(dim=4), 10, cuts, selection)
+    router.thresholds.copy_(torch.tensor([-torch.inf, torch.inf, 0.0, torch.inf, 1.0]))
+    scores_NS = torch.randint(-3, 4, (50, 77), generator=torch.Generator().manual_seed(0)).double()
+    ids_NLK = choose_experts(router, scores_NS).ids
+    for layer, (cut, scores) in enumerate(zip(cuts, split_layers(scores_NS, cuts), strict=True)):
+        expected = (
+            above(scores, router.thresholds[layer]) if selection == "threshold" else top_k(scores, cut.num_active)
+        )
+        expected = expected if cut.num_active else expected[:, :0]
+        width = expected.shape[1]
+        assert torch.equal(ids_NLK[:, layer, :width], expected)
+        assert (ids_NLK[:, layer, width:] == -1).all()
+
+
 @pytest.fixture
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     """For each time experts are chosen: of how many tokens, and on which device their scores lie."""
     seen: list[tuple[int, str]] = []
     original = path_router.choose_experts
 
-    def choose(router: PathRouter, scores_NS: torch.Tensor) -> list[Choice]:
+    def choose(router: PathRouter, scores_NS: torch.Tensor) -> Choice:
         seen.append((len(scores_NS), scores_NS.device.type))
         if scores_NS.device.type == "cpu":
             return original(router, scores_NS)
-        return [Choice(torch.empty(0, 0, dtype=torch.int64)) for _ in router.cuts]
+        return Choice(torch.empty(0, len(router.cuts), 0, dtype=torch.int64))
 
     monkeypatch.setattr(path_router, "choose_experts", choose)
     return seen
@@ -196,7 +252,7 @@ def test_experts_are_chosen_once_a_call_and_of_no_tokens_only_where_there_are_no
     computer: PathComputer, scored: list[tuple[int, str]]
 ):
     states = computer.extend([computer.new_state()] * 2, [prompt(3), prompt(1)])[1]
-    assert scored == [(3, "cpu"), (1, "cpu")]
+    assert scored == [(4, "cpu")]
     scored.clear()
     paths, _ = computer.extend(states, [prompt(1), []])
     assert scored == [(1, "cpu"), (0, "cpu")]
@@ -236,9 +292,8 @@ def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """A state one token shorter than the window needs."""
     original = PathComputer._keep
 
-    def shorter(self: PathComputer, kept: Any, row: int, num_past: int, past_len: int, num_new: int) -> PathState:
-        state = original(self, kept, row, num_past, past_len, num_new)
-        return PathState(state.keys[:, 1:], state.values[:, 1:])
+    def shorter(self: PathComputer, *args: Any) -> list[PathState]:
+        return [PathState(state.kept[1:]) for state in original(self, *args)]
 
     monkeypatch.setattr(PathComputer, "_keep", shorter)
 
@@ -273,8 +328,8 @@ def test_state_is_bounded_by_the_window(every: PathComputer):
     for size in (1, 3, 90, 1, 200):
         _, (state,) = every.extend([state], [prompt(size)])
         assert state.length <= every.config.window - 1
-        assert all(t.untyped_storage().nbytes() <= 2 * 11 * 16 * 8 for t in (state.keys, state.values))
-    assert state.keys.shape == state.values.shape == (2, 11, 16)
+        assert state.kept.untyped_storage().nbytes() <= 2 * 2 * 11 * 16 * 8
+    assert state.kept.shape == (11, 4, 16)
 
 
 def test_paths_fit_their_layers(every: PathComputer):
@@ -361,11 +416,10 @@ def test_weights_by_hand_and_their_gradient():
     expected = torch.tensor([0.5, 0.5, *torch.tensor([0.0, 3.0**0.5]).softmax(0).tolist()])
     torch.testing.assert_close(router.scale.grad, expected)
     router.scale.data += torch.tensor([1.0, 2.0, 3.0, 4.0])
-    (first, second) = choose_experts(router.requires_grad_(False), scores)
-    assert (first.ids.tolist(), second.ids.tolist()) == ([[0]], [[1]])
-    assert first.weights is not None and second.weights is not None
-    assert first.weights.tolist() == [[1.5]]
-    assert second.weights.item() == pytest.approx(1 + 4 * expected[3].item(), abs=1e-6)
+    chosen = choose_experts(router.requires_grad_(False), scores)
+    assert chosen.ids.tolist() == [[[0], [1]]]
+    assert chosen.weights is not None
+    assert chosen.weights.flatten().tolist() == pytest.approx([1.5, 1 + 4 * expected[3].item()], abs=1e-6)
 
 
 def test_a_config_of_before_still_names_a_router():

@@ -146,5 +146,5 @@ def hit_rate(router: PathRouter, pool: TargetPool) -> dict[str, Any]:
         for layer, tally in tallies.items():
             best, num_active = masses[layer], router.cuts[layer].num_active
             by_rank = router.selection == "top_k"
-            tally.add(chosen[layer].ids, top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
+            tally.add(chosen.ids[:, layer], top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
     return layer_figures(tallies)
