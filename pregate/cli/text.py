@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pregate.base.errors import CheckpointError, UserError
+from pregate.base.errors import CheckpointError, UserError, option_name
 from pregate.base.sampling import check_sampling
 from pregate.base.tokens import read_tokens
 
@@ -36,7 +36,7 @@ class Sampling:
     seed: int | None
 
     def __post_init__(self) -> None:
-        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed, option_name)
 
 
 def generate(

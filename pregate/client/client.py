@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import array
+import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +14,10 @@ from typing import Any, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pregate.base.errors import BY_CODE, PregateError, UserError
+from pregate.base.completion import Chunk, Completion
+from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.network import is_loopback
+from pregate.base.sampling import check_ids
 from pregate.client.proto import pregate_pb2 as pb
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 
@@ -35,6 +38,8 @@ _RETRIES = {
     ],
     "loadBalancingConfig": [{"round_robin": {}}],
 }
+#: What a plain client hears from a port that speaks TLS.
+_SIGNS_OF_TLS = ("Socket closed", "Connection reset", "recvmsg:")
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -42,29 +47,6 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.service_config", json.dumps(_RETRIES)),
 )
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """What is new since the chunk before: ids, and text that is certain by now (either may be empty)."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished request. `rows_per_host[h]`: the (token, layer, expert) rows that host h computed for it."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    rows_per_host: tuple[int, ...]
-    request_id: str
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,11 @@ class Route:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a server serves, and how busy it is."""
+    """What a server serves, and how busy it is.
+
+    `unavailable` says why it refuses requests now, "" when it takes them. `busy_with` is what its engine computes now
+    ("": nothing), for `busy_s` already; `num_steps` counts the steps it has begun.
+    """
 
     model: str
     max_context_length: int
@@ -96,6 +82,10 @@ class ModelInfo:
     num_running: int
     num_queued: int
     version: str
+    num_steps: int
+    busy_with: str
+    busy_s: float
+    unavailable: str
 
 
 class Generation(Iterator[Chunk]):
@@ -104,9 +94,9 @@ class Generation(Iterator[Chunk]):
     `cancel`, or leaving a `with` block, gives the request up.
     """
 
-    def __init__(self, call: Any, target: str) -> None:
+    def __init__(self, call: Any, translate: Callable[[grpc.RpcError], PregateError]) -> None:
         self._call = call
-        self._target = target
+        self._translate = translate
         self._cancelled = False
         self.completion: Completion | None = None
 
@@ -117,7 +107,7 @@ class Generation(Iterator[Chunk]):
             except grpc.RpcError as error:
                 if self._cancelled:
                     raise StopIteration from None
-                raise _translate(error, self._target) from None
+                raise self._translate(error) from None
             if response.WhichOneof("response") == "chunk":
                 chunk = response.chunk
                 return Chunk(tuple(chunk.token_ids), chunk.text, chunk.prompt_tokens, chunk.completion_tokens)
@@ -147,13 +137,14 @@ class Client:
         self, target: str, token: str | None = None, ca: str | Path | None = None, timeout_s: float = 600.0
     ) -> None:
         if timeout_s <= 0:
-            raise UserError.of("--timeout", timeout_s, "must be above 0 seconds")
+            raise UserError.of("timeout_s", timeout_s, "must be above 0 seconds")
         if token is not None and ca is None and not _stays_here(target):
-            raise UserError.of("--token", f"for {target}", "would travel in clear text; give --ca too")
+            raise UserError.of("token", f"for {target}", "would travel in clear text; give ca too")
         self._target = target
         self._timeout_s = timeout_s
         self._metadata = () if token is None else (("authorization", f"Bearer {token}"),)
         self._channel = _open_channel(target, ca)
+        self._translate = functools.partial(_translate, target=target, plain=ca is None)
         self._stub = pb_grpc.PregateStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
@@ -185,14 +176,14 @@ class Client:
                 top_p=top_p,
                 seed=seed,
                 ignore_eos=ignore_eos,
-                stop_token_ids=stop_token_ids,
+                stop_token_ids=_ids("stop_token_ids", stop_token_ids),
             ),
             stream=stream,
             model=model,
             **_input(prompt),
         )
         call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
-        return Generation(call, self._target)
+        return Generation(call, self._translate)
 
     def complete(self, prompt: str | Sequence[int], max_tokens: int = 64, **options: Any) -> Completion:
         """Generate and wait for the whole; `options` are those of `generate` (`temperature`, `seed`, ...)."""
@@ -236,7 +227,7 @@ class Client:
         try:
             return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _translate(error, self._target) from None
+            raise self._translate(error) from None
 
 
 def _stays_here(target: str) -> bool:
@@ -244,13 +235,15 @@ def _stays_here(target: str) -> bool:
 
 
 def _open_channel(target: str, ca: str | Path | None) -> grpc.Channel:
+    # A proxy of the environment is no way to this machine, and would see a token sent in clear text.
+    options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if _stays_here(target) else _CHANNEL_OPTIONS
     if ca is None:
-        return grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        return grpc.insecure_channel(target, options=options)
     try:
         credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes())
     except OSError as error:
-        raise UserError.of("--ca", ca, f"cannot be read: {error.strerror}") from error
-    return grpc.secure_channel(target, credentials, options=_CHANNEL_OPTIONS)
+        raise UserError.of("ca", ca, f"cannot be read: {error.strerror}") from error
+    return grpc.secure_channel(target, credentials, options=options)
 
 
 def _build(kind: type[_T], **fields: Any) -> _T:
@@ -263,14 +256,31 @@ def _build(kind: type[_T], **fields: Any) -> _T:
 def _input(prompt: str | Sequence[int]) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"text": prompt}
-    return {"tokenized": _build(pb.TokenizedInput, input_ids=prompt)}
+    if isinstance(prompt, (bytes, bytearray, memoryview)):
+        raise UserError.of("prompt", f"of {type(prompt).__name__}", "must be text or a list of token ids")
+    return {"tokenized": _build(pb.TokenizedInput, input_ids=_ids("prompt token id", prompt))}
 
 
-def _translate(error: grpc.RpcError, target: str) -> PregateError:
+def _ids(name: str, token_ids: Sequence[int]) -> Sequence[int]:
+    """Return the ids when the wire can carry them; the server holds them to its vocabulary."""
+    try:
+        check_ids(name, token_ids, 1 << 32)
+    except TypeError:
+        raise UserError.of(name, f"in a {type(token_ids).__name__}", "must be a whole number") from None
+    return token_ids
+
+
+def _translate(error: grpc.RpcError, target: str, *, plain: bool) -> PregateError:
     """Return the typed error of a call's status; the sentence is the server's."""
     code, details = error.code().name, error.details() or "no details"  # pyright: ignore[reportAttributeAccessIssue]
     if code == "UNAUTHENTICATED":
-        return UserError.of("--token", "", details)
+        return UserError.of("token", "", details)
+    if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:  # gRPC's words: trying again does not help
+        return UserError(f"{target}: {details}")
+    if code == "UNAVAILABLE" and plain and any(sign in details for sign in _SIGNS_OF_TLS):
+        return UnavailableError(f"{target}: {details}; if the server speaks TLS, give ca, its certificate's PEM file")
+    if code == "UNAVAILABLE" and not plain and "WRONG_VERSION_NUMBER" in details:
+        return UnavailableError(f"{target}: {details}; if the server speaks no TLS, leave ca out")
     if code in BY_CODE and code != "INTERNAL":
         return BY_CODE[code](details)
     return PregateError(f"{target} answered {code}: {details}")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pregate.base.errors import PregateError, UserError
+from pregate.base.errors import HostLostError, PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.path_router import PathComputer, PathState
@@ -68,17 +68,16 @@ class Engine:
 
         Raises UserError (bad prompt or sampling) or QueueFullError.
         """
-        request.sampling.validate()
-        check_prompt(request.token_ids, vocab_size=self.config.text_config.vocab_size, max_context=self.context)
+        vocab_size = self.config.text_config.vocab_size
+        request.sampling.validate(vocab_size)
+        check_prompt(request.token_ids, vocab_size=vocab_size, max_context=self.context)
         if request.request_id in self._sequences:
             raise UserError.of("request id", request.request_id, "is running already; use a new one")
         num_prompt = len(request.token_ids)
         max_tokens = min(request.sampling.max_tokens, self.context - num_prompt)
         capacity = self.allocator.num_blocks * self.allocator.block_size
         if num_prompt + max_tokens > capacity:
-            raise UserError.of(
-                "--max-tokens", max_tokens, f"with this prompt exceeds the KV cache of {capacity} tokens"
-            )
+            raise UserError.of("max_tokens", max_tokens, f"with this prompt exceeds the KV cache of {capacity} tokens")
         seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         hosts = np.zeros(len(self.exchange.clients), dtype=np.int64)
@@ -144,19 +143,31 @@ class Engine:
 
     def fail_all(self, error: PregateError) -> list[Event]:
         """End every request with `error`; the engine stays usable."""
-        failed: list[Event] = [FailedEvent(i, error.code, str(error)) for i in self._sequences]
-        for sequence in list(self._sequences.values()):
+        return self._fail(list(self._sequences.values()), error)
+
+    def _fail(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
+        for sequence in sequences:
             self._drop(sequence)
-        return failed
+        return [FailedEvent(s.request_id, error.code, str(error)) for s in sequences]
 
     def step(self) -> list[Event]:
-        """Run one step; returns its events. Raises HostLostError when a host does not answer."""
+        """Run one step; returns its events. A failure ends the requests in it and no others.
+
+        Raises HostLostError when a host does not answer: then nothing can be computed.
+        """
         events = self._expire(time.monotonic())
         batch = self.batcher.next_batch()
         if not batch:
             return events
         self._step_number += 1
-        logits_BV = self._forward(batch)
+        try:
+            logits_BV = self._forward(batch)
+        except HostLostError:
+            raise
+        except (PregateError, torch.OutOfMemoryError) as failure:
+            logger.error("step %d failed: %s", self._step_number, failure)
+            error = failure if isinstance(failure, PregateError) else PregateError(f"out of memory: {failure}")
+            return events + self._fail([s.sequence for s in batch], error)
         sampled = [s.sequence for s in batch if s.samples]
         for piece in batch:
             piece.sequence.num_computed += piece.num_tokens

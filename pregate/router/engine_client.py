@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
-from pregate.base.errors import BY_CODE, PregateError, ProtocolError, UnavailableError
+from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, UnavailableError
 from pregate.base.log import get_logger
 from pregate.router.endpoint import ipc_file
 from pregate.router.messages import (
@@ -21,6 +21,7 @@ from pregate.router.messages import (
     EngineBound,
     FailedEvent,
     FinishedEvent,
+    Heartbeat,
     InfoReply,
     InfoRequest,
     KeepAlive,
@@ -37,11 +38,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class EngineClientOptions:
-    """Times in seconds. Silence for `silence_s` means the engine is lost; 8 leaves room for doors to say so in 10."""
+    """Times in seconds. Silence for `silence_s` means that the engine's process is lost: its I/O thread answers while a
+    step runs. A route waits for the computation, so it may take longer than other replies."""
 
-    keep_alive_s: float = 1.0
-    silence_s: float = 8.0
+    keep_alive_s: float = 0.5
+    silence_s: float = 4.0
     reply_timeout_s: float = 10.0
+    route_timeout_s: float = 120.0
 
 
 class EngineClient:
@@ -65,7 +68,7 @@ class EngineClient:
         self._incarnation = uuid.uuid4().hex
         self._answered = False
         self._lost: str | None = None  # found here: silence
-        self._refusing: str | None = None  # told by the engine
+        self._heartbeat: Heartbeat | None = None
         self._silent_ticks = 0
 
     @property
@@ -73,7 +76,7 @@ class EngineClient:
         """Why the engine takes no work now, or None."""
         if not self._answered:
             return "the engine has not answered yet"
-        return self._lost or self._refusing
+        return self._lost or (self._heartbeat.unavailable if self._heartbeat else None)
 
     def open(self) -> None:
         """Connect, so that `unavailable` becomes true to life. Must be called inside a running event loop."""
@@ -99,14 +102,18 @@ class EngineClient:
         """Yield the request's events, the FinishedEvent last; tokens that piled up meanwhile come as one event.
 
         Leaving early (use `contextlib.aclosing`) cancels the request. Raises the error of base/errors.py whose code a
-        FailedEvent carries; UnavailableError when the engine is lost.
+        FailedEvent carries; UnavailableError when the engine is lost, DeadlineError when the request's deadline passes
+        before its end, which an engine in a long step does not see.
         """
         self._check_available()
         request_id = request.request_id
         queue: asyncio.Queue[DoorBound] = asyncio.Queue()
         self._waiting[request_id] = queue
         self._running_ids.add(request_id)
-        ended = False
+        ended, timer = False, None
+        if request.deadline_s is not None:
+            late = FailedEvent(request_id, DeadlineError.code, "the deadline passed before the answer was complete")
+            timer = asyncio.get_running_loop().call_later(request.deadline_s, queue.put_nowait, late)
         try:
             await self._send(request)
             while not ended:
@@ -118,6 +125,8 @@ class EngineClient:
         finally:
             del self._waiting[request_id]
             self._running_ids.discard(request_id)
+            if timer is not None:
+                timer.cancel()
             if not ended:
                 await self.cancel(request_id)
 
@@ -129,18 +138,29 @@ class EngineClient:
             # An engine that cannot be told drops the request when it misses it in our keep-alives.
             logger.info("cancel of %s: %s", request_id, error)
 
-    async def route(self, token_ids: Sequence[int]) -> RouteReply:
+    async def route(self, token_ids: Sequence[int], deadline_s: float | None = None) -> RouteReply:
         """Return the paths of a prompt. Raises UserError when the checkpoint has no path router."""
-        reply = await self._ask(RouteRequest(uuid.uuid4().hex, tuple(token_ids)), self._options.reply_timeout_s)
-        return _checked(reply, RouteReply)
+        self._check_available()
+        timeout_s = self._options.route_timeout_s if deadline_s is None else deadline_s
+        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids))
+        self._running_ids.add(request.request_id)
+        try:
+            return _checked(await self._ask(request, timeout_s), RouteReply)
+        finally:
+            self._running_ids.discard(request.request_id)  # the next keep-alive tells the engine, should it still run
 
     async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """Return `Engine.info()`. Raises UnavailableError after `timeout_s` (default: `reply_timeout_s`)."""
+        """Return `Engine.info()` and what its link knows, also while the engine refuses requests.
+
+        Raises UnavailableError after `timeout_s` (default: `reply_timeout_s`).
+        """
+        self.open()
+        if self._lost is not None:
+            raise UnavailableError(self._lost)
         reply = await self._ask(InfoRequest(uuid.uuid4().hex), timeout_s or self._options.reply_timeout_s)
         return _checked(reply, InfoReply).info
 
     async def _ask(self, request: RouteRequest | InfoRequest, timeout_s: float) -> DoorBound:
-        self._check_available()
         queue: asyncio.Queue[DoorBound] = asyncio.Queue()
         self._waiting[request.request_id] = queue
         try:
@@ -181,8 +201,8 @@ class EngineClient:
                 self._take(message)
 
     def _take(self, message: Any) -> None:
-        if isinstance(message, KeepAlive):
-            self._refusing = message.unavailable
+        if isinstance(message, Heartbeat):
+            self._heartbeat = message
         elif isinstance(message, FailedEvent) and not message.request_id:
             self._fail_waiting(ProtocolError(message.message))  # the engine could not read a packet of ours
         elif message.request_id in self._waiting:
@@ -194,7 +214,7 @@ class EngineClient:
         Counting ticks, not reading a clock, keeps a frozen front door from blaming the engine when it wakes.
         """
         while True:
-            keep_alive = KeepAlive(self._incarnation, None, tuple(self._running_ids))
+            keep_alive = KeepAlive(self._incarnation, tuple(self._running_ids))
             with contextlib.suppress(UnavailableError):
                 await self._send(keep_alive)
             await asyncio.sleep(self._options.keep_alive_s)

@@ -1,37 +1,21 @@
-"""The engine's side of the channel to front doors: one thread that receives, steps the engine and sends events."""
+"""Serves one engine: the compute thread, which takes requests, steps and publishes, beside the link's I/O thread."""
 
 from __future__ import annotations
 
 import time
-import uuid
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from threading import Event as StopEvent
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import zmq
 
-from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError
+from pregate.base.errors import HostLostError, PregateError, UnavailableError
 from pregate.base.log import get_logger
-from pregate.router.endpoint import ipc_file
-from pregate.router.messages import (
-    CancelRequest,
-    DoorBound,
-    Event,
-    FailedEvent,
-    InfoReply,
-    InfoRequest,
-    KeepAlive,
-    Message,
-    RouteReply,
-    RouteRequest,
-    SubmitRequest,
-    TokensEvent,
-)
-from pregate.router.packet import MAX_PACKET_BYTES, pack, unpack
+from pregate.router.engine_link import EngineLink, LinkOptions
+from pregate.router.inbox import Pending
+from pregate.router.messages import Event, FailedEvent, FinishedEvent, RouteReply, RouteRequest, SubmitRequest
 
 if TYPE_CHECKING:
     from pregate.model.paths import Paths
@@ -40,7 +24,11 @@ logger = get_logger(__name__)
 
 
 class Engine(Protocol):
-    """What the server needs of router/engine.py. Only the server's thread calls it."""
+    """What the server needs of router/engine.py. Only the compute thread calls it, but for `info`, which only reads.
+
+    `step` and `idle` raise HostLostError when an expert host is gone. Any other failure of a step is an event of each
+    request that was in it.
+    """
 
     @property
     def has_work(self) -> bool: ...
@@ -55,18 +43,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class EngineServerOptions:
-    """Times of the loop, in seconds, and how many unsent packets a slow door may pile up."""
+    """`prompt_tokens_per_turn` bounds the prompts taken between two steps (one is taken in any case): their paths are
+    computed on the compute thread. A lost host counts as back after `recovery_s` without a complaint.
+    """
 
-    keep_alive_s: float = 1.0
-    peer_silence_s: float = 10.0
+    link: LinkOptions = field(default_factory=LinkOptions)
     idle_poll_s: float = 0.1
-    max_unsent_packets: int = 100_000
-
-
-@dataclass
-class _Peer:
-    last_heard_s: float
-    request_ids: set[str] = field(default_factory=set)
+    prompt_tokens_per_turn: int = 512
+    recovery_s: float = 1.0
 
 
 class EngineServer:
@@ -86,109 +70,74 @@ class EngineServer:
     ) -> None:
         self._engine = engine
         self._options = options or EngineServerOptions()
-        self._incarnation = uuid.uuid4().hex
-        self._peers: dict[bytes, _Peer] = {}
-        self._owners: dict[str, bytes] = {}
-        self._lost: UnavailableError | None = None
-        self._next_keep_alive_s = 0.0
-        self._ipc_file = ipc_file(endpoint)
-        self._socket = _bind(context or zmq.Context.instance(), endpoint, self._ipc_file, self._options)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
+        self._link = EngineLink(endpoint, engine.info, self._options.link, context)
+        self._lost_s: float | None = None  # when a host was last found lost
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request runs or waits."""
+        return self._engine.has_work or len(self._link.inbox) > 0
+
+    def status(self) -> dict[str, Any]:
+        """Return what the compute thread is busy with, since when, and why requests are refused (or None)."""
+        return {**self._link.activity.describe(), "unavailable": self._link.refusing}
 
     def run(self, stop_event: StopEvent) -> None:
         """Serve until `stop_event` is set; then every request still running fails with UNAVAILABLE."""
+        error = PregateError("internal error in the engine")  # a bug ends the loop, and callers hear it at once
+        self._link.start()
         try:
             while not stop_event.is_set():
                 self._turn()
-            self._fail_requests(UnavailableError("the engine is stopping"))
-        except Exception:
-            # A bug: the loop ends with it, but callers are told now rather than by silence.
-            self._fail_requests(PregateError("internal error in the engine"))
-            raise
+            error = UnavailableError("the engine is stopping")
         finally:
-            self._socket.close(linger=500)
-            if self._ipc_file is not None:
-                self._ipc_file.unlink(missing_ok=True)
+            self._link.stop(error)
+            self._engine.fail_all(error)
 
     def _turn(self) -> None:
-        busy = self._lost is None and self._engine.has_work
-        if self._poller.poll(0 if busy else int(self._options.idle_poll_s * 1000)):
-            self._receive_all()
-        # After receiving and before a step, which may be long: a door is silent only if nothing of it is waiting here.
-        self._tend_peers(time.monotonic())
-        if self._lost is None:
-            self._advance()
-
-    def _advance(self) -> None:
-        try:
-            if self._engine.has_work:
-                self._deliver(self._engine.step())
-            else:
-                self._engine.idle()
-        except PregateError as error:
-            # A lost host, or one that failed or refused a group: nothing can be computed any more.
-            logger.error("%s; requests are refused from now on", error)
-            self._lost = error if isinstance(error, UnavailableError) else UnavailableError(str(error))
-            self._fail_requests(self._lost)
-            self._next_keep_alive_s = 0.0  # tell the doors at once
-
-    # --- receiving ---
-
-    def _receive_all(self) -> None:
-        while True:
-            try:
-                peer_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                return
-            peer = self._peers.setdefault(peer_id, _Peer(0.0))
-            peer.last_heard_s = time.monotonic()
-            try:
-                messages = [message for frame in frames for message in unpack(frame)]
-            except ProtocolError as error:
-                logger.warning("packet of a front door dropped: %s", error)
-                self._send(peer_id, [FailedEvent("", error.code, str(error))])
-                continue
-            for message in messages:
-                self._handle(peer_id, message)
-
-    def _handle(self, peer_id: bytes, message: Message) -> None:
-        try:
-            if isinstance(message, SubmitRequest):
-                self._submit(peer_id, message)
-            elif isinstance(message, CancelRequest):
-                self._cancel(peer_id, message.request_id)
-            elif isinstance(message, RouteRequest):
-                self._send(peer_id, [self._route(message)])
-            elif isinstance(message, InfoRequest):
-                self._send(peer_id, [InfoReply(message.request_id, self._engine.info())])
-            elif isinstance(message, KeepAlive):
-                self._reconcile(peer_id, message.request_ids)
-        except PregateError as error:
-            request_id = getattr(message, "request_id", "")
-            self._send(peer_id, [FailedEvent(request_id, error.code, str(error))])
-
-    def _submit(self, peer_id: bytes, request: SubmitRequest) -> None:
-        if self._lost is not None:
-            raise UnavailableError(str(self._lost))
-        if request.request_id in self._owners:
-            raise UserError.of("request_id", request.request_id, "is already running")
-        self._engine.submit(request)
-        self._owners[request.request_id] = peer_id
-        self._peers[peer_id].request_ids.add(request.request_id)
-
-    def _cancel(self, peer_id: bytes, request_id: str) -> None:
-        if self._owners.get(request_id) == peer_id:
-            self._forget(request_id)
+        inbox, activity = self._link.inbox, self._link.activity
+        if self._lost_s is not None or not self._engine.has_work:
+            inbox.wait(self._options.idle_poll_s)
+        cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)
+        for request_id in cancels:
             self._engine.cancel(request_id)
+        if taken:
+            with activity.doing(f"the paths of {len(taken)} prompts"):
+                self._link.publish([event for pending in taken for event in self._begin(pending)])
+        self._link.publish(self._advance())
 
-    def _reconcile(self, peer_id: bytes, request_ids: Sequence[str]) -> None:
-        unknown = [i for i in request_ids if self._owners.get(i) != peer_id]
-        for request_id in self._peers[peer_id].request_ids.difference(request_ids):
-            self._cancel(peer_id, request_id)
-        if unknown:
-            reason = "the engine does not know this request; it was restarted or had lost the front door"
-            self._send(peer_id, [FailedEvent(i, UnavailableError.code, reason) for i in unknown])
+    def _advance(self) -> Sequence[Event]:
+        try:
+            if self._lost_s is None and self._engine.has_work:
+                with self._link.activity.doing("a step"):
+                    return self._engine.step()
+            self._engine.idle()
+            self._recover()
+        except HostLostError as error:
+            self._lose(error)
+        except PregateError as error:
+            logger.error("requests fail: %s", error)
+            self._engine.fail_all(error)
+            self._link.fail_requests(error)
+        return ()
+
+    def _begin(self, pending: Pending) -> list[Event | RouteReply]:
+        """Hand a request to the engine; returns what ends it already."""
+        request = pending.request
+        try:
+            if isinstance(request, RouteRequest):
+                return [self._route(request)]
+            if self._link.refusing is not None:
+                raise UnavailableError(self._link.refusing)
+            if request.deadline_s is not None:
+                left_s = request.deadline_s - (time.monotonic() - pending.arrived_s)
+                if left_s <= 0:
+                    return [FinishedEvent(request.request_id, "deadline", len(request.token_ids), 0, ())]
+                request = replace(request, deadline_s=left_s)
+            self._engine.submit(request)
+        except PregateError as error:
+            return [FailedEvent(request.request_id, error.code, str(error))]
+        return []
 
     def _route(self, request: RouteRequest) -> RouteReply:
         paths = self._engine.route(request.token_ids)
@@ -197,75 +146,17 @@ class EngineServer:
         version = str(self._engine.info()["version"])
         return RouteReply(request.request_id, ids, (num_tokens, num_layers, num_active), bool(paths.exact), version)
 
-    # --- sending ---
+    def _lose(self, error: HostLostError) -> None:
+        """Refuse from now on: without the host nothing can be computed. `_recover` takes requests again."""
+        self._lost_s = time.monotonic()
+        if self._link.refusing is None:
+            logger.error("%s; requests are refused until it answers again", error)
+            self._engine.fail_all(error)
+            self._link.refuse(str(error))
+            self._link.fail_requests(error)
 
-    def _deliver(self, events: Sequence[Event]) -> None:
-        """Send each event to the door that owns its request, one packet per door; drop those nobody waits for."""
-        packets: dict[bytes, list[DoorBound]] = defaultdict(list)
-        for event in events:
-            peer_id = self._owners.get(event.request_id)
-            if peer_id is None:
-                continue
-            packets[peer_id].append(event)
-            if not isinstance(event, TokensEvent):
-                self._forget(event.request_id)
-        for peer_id, messages in packets.items():
-            self._send(peer_id, messages)
-
-    def _send(self, peer_id: bytes, messages: Sequence[DoorBound]) -> None:
-        try:
-            self._socket.send_multipart([peer_id, pack(messages)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                raise
-            self._drop_peer(peer_id, "its connection is gone or it does not read")
-
-    def _fail_requests(self, error: PregateError) -> None:
-        self._deliver([FailedEvent(request_id, error.code, str(error)) for request_id in list(self._owners)])
-        self._engine.fail_all(error)
-
-    # --- peers ---
-
-    def _tend_peers(self, now_s: float) -> None:
-        if now_s < self._next_keep_alive_s:
-            return
-        self._next_keep_alive_s = now_s + self._options.keep_alive_s
-        keep_alive = KeepAlive(self._incarnation, None if self._lost is None else str(self._lost))
-        for peer_id, peer in list(self._peers.items()):
-            silence_s = now_s - peer.last_heard_s
-            if silence_s > self._options.peer_silence_s:
-                self._drop_peer(peer_id, f"silent for {silence_s:.1f} s")
-            else:
-                self._send(peer_id, [keep_alive])
-
-    def _drop_peer(self, peer_id: bytes, reason: str) -> None:
-        peer = self._peers.pop(peer_id, None)
-        if peer is None:
-            return
-        logger.info("front door %s: %s; %d requests cancelled", peer_id.hex(), reason, len(peer.request_ids))
-        for request_id in peer.request_ids:
-            self._owners.pop(request_id, None)
-            self._engine.cancel(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        peer = self._peers.get(self._owners.pop(request_id, b""))
-        if peer is not None:
-            peer.request_ids.discard(request_id)
-
-
-def _bind(context: zmq.Context, endpoint: str, file: Path | None, options: EngineServerOptions) -> zmq.Socket:
-    if file is not None:
-        # Whoever can open the socket file can submit requests: only this user may.
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a door that is gone fails instead of vanishing
-    socket.setsockopt(zmq.SNDHWM, options.max_unsent_packets)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        raise UserError.of("engine endpoint", endpoint, f"cannot be bound: {error}") from error
-    if file is not None:
-        file.chmod(0o600)
-    return socket
+    def _recover(self) -> None:
+        if self._lost_s is not None and time.monotonic() - self._lost_s > self._options.recovery_s:
+            logger.info("every expert host answers again; requests are taken")
+            self._lost_s = None
+            self._link.refuse(None)

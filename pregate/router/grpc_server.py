@@ -8,34 +8,42 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pregate.base import log
+from pregate.base.completion import Completion
 from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.client.proto import pregate_pb2 as pb
-from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 from pregate.router.access import AccessOptions, is_authorized
 from pregate.router.messages import SamplingParams
-from pregate.router.service import Completion, RouterService
+from pregate.router.service import RouterService
 
 logger = log.get_logger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
 DEFAULT_MAX_TOKENS = 64
+#: A larger message is refused by gRPC, unread: RESOURCE_EXHAUSTED. Up to here the service says INVALID_ARGUMENT.
+_MIN_MESSAGE_BYTES = 4 << 20
+#: What a server takes that does not know its engine yet.
+_MAX_MESSAGE_BYTES = 64 << 20
 #: Pings are not counted against clients, so long silent calls stay up. (The last key is right without "recv".)
 _CHANNEL_OPTIONS = (
     ("grpc.so_reuseport", 0),  # a port in use is an error, not half of the traffic
-    ("grpc.max_receive_message_length", 64 << 20),
+    # Above its own bound (1,000) gRPC ends calls with a bare CANCELLED; the service refuses them with a reason.
+    ("grpc.server.max_pending_requests", 1 << 20),
+    ("grpc.server.max_pending_requests_hard_limit", 1 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
 )
 _REQUEST_ID = re.compile(r"[\w.:@/-]{1,128}", re.ASCII)
+_M = TypeVar("_M", bound=Message)
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -64,8 +72,10 @@ class GrpcServer:
         """Bind and serve; returns the port."""
         tokens = self._options.access.read_tokens()
         interceptors = [_TokenInterceptor(tokens)] if tokens else []
-        server = grpc.aio.server(interceptors=interceptors, options=_CHANNEL_OPTIONS)
-        pb_grpc.add_PregateServicer_to_server(_Servicer(self._service, self._options), server)
+        most = max(_MIN_MESSAGE_BYTES, self._service.max_message_bytes or _MAX_MESSAGE_BYTES)
+        options = (*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", most))
+        server = grpc.aio.server(interceptors=interceptors, options=options)
+        server.add_generic_rpc_handlers((_Calls(self._service, self._options).handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
@@ -118,36 +128,53 @@ class GrpcServer:
             await self._health.set(name, statuses.SERVING if serving else statuses.NOT_SERVING)
 
 
-class _Servicer(pb_grpc.PregateServicer):
+class _Calls:
+    """The service's calls. They take bytes: gRPC's own word for a message that cannot be decoded is UNKNOWN."""
+
     def __init__(self, service: RouterService, options: GrpcOptions) -> None:
         self._service = service
         self._options = options
 
-    async def Generate(  # noqa: N802 - the name is the RPC's
-        self, request: pb.GenerateRequest, context: _Context
-    ) -> AsyncGenerator[pb.GenerateResponse, None]:
-        async with self._answering(context, request.request_id) as request_id:
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return what a server is to be given."""
+        unary = grpc.unary_unary_rpc_method_handler
+        handlers = {
+            "Generate": grpc.unary_stream_rpc_method_handler(
+                self.generate, response_serializer=pb.GenerateResponse.SerializeToString
+            ),
+            "GetModelInfo": unary(self.get_model_info, response_serializer=pb.GetModelInfoResponse.SerializeToString),
+            "Route": unary(self.route, response_serializer=pb.RouteResponse.SerializeToString),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
+
+    async def generate(self, message: bytes, context: _Context) -> AsyncGenerator[pb.GenerateResponse, None]:
+        async with self._answering(context):
+            request = _parse(pb.GenerateRequest, message)
+            request_id = _request_id(request.request_id)
+            log.request_id.set(request_id)  # each call runs in a task, and so in a context, of its own
             stream = self._service.generate(
                 _prompt(request),
                 _sampling(request.sampling_params),
                 deadline_s=_deadline_s(context),
                 model=request.model,
+                request_id=request_id,
             )
             async with aclosing(stream):
                 async for item in stream:
                     if isinstance(item, Completion):
-                        yield pb.GenerateResponse(complete=_complete(item, request_id))
+                        yield pb.GenerateResponse(complete=_complete(item))
                     elif request.stream:
                         yield pb.GenerateResponse(chunk=pb.GenerateStreamChunk(**vars(item)))
 
-    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:  # noqa: N802
+    async def get_model_info(self, message: bytes, context: _Context) -> pb.GetModelInfoResponse:
         async with self._answering(context):
-            info = await self._service.model_info(model=request.model)
-            return _model_info(info)
+            request = _parse(pb.GetModelInfoRequest, message)
+            return _model_info(await self._service.model_info(model=request.model))
 
-    async def Route(self, request: pb.RouteRequest, context: _Context) -> pb.RouteResponse:  # noqa: N802
+    async def route(self, message: bytes, context: _Context) -> pb.RouteResponse:
         async with self._answering(context):
-            route = await self._service.route(_prompt(request), model=request.model)
+            request = _parse(pb.RouteRequest, message)
+            route = await self._service.route(_prompt(request), deadline_s=_deadline_s(context), model=request.model)
             return pb.RouteResponse(
                 token_ids=route.token_ids,
                 tokens=route.tokens,
@@ -159,14 +186,11 @@ class _Servicer(pb_grpc.PregateServicer):
             )
 
     @asynccontextmanager
-    async def _answering(self, context: _Context, request_id: str = "") -> AsyncGenerator[str, None]:
+    async def _answering(self, context: _Context) -> AsyncGenerator[None, None]:
         """Turn what goes wrong inside into the status of the call; a bug shows no stack trace to the client."""
-        if request_id and not _REQUEST_ID.fullmatch(request_id):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"request_id: must match {_REQUEST_ID.pattern}")
-        request_id = request_id or uuid.uuid4().hex
-        log.request_id.set(request_id)  # each call runs in a task, and so in a context, of its own
+        log.request_id.set(uuid.uuid4().hex)
         try:
-            yield request_id
+            yield
         except PregateError as error:
             trailing = ()
             if isinstance(error, QueueFullError):
@@ -174,6 +198,7 @@ class _Servicer(pb_grpc.PregateServicer):
             await context.abort(grpc.StatusCode[error.code], str(error), trailing)
         except Exception:
             logger.exception("a call failed by a bug")
+            request_id = log.request_id.get()
             await context.abort(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it under {request_id}")
 
 
@@ -202,10 +227,23 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence)
 
 
+def _parse(kind: type[_M], message: bytes) -> _M:
+    try:
+        return kind.FromString(message)
+    except DecodeError:
+        raise UserError(f"the message cannot be decoded as {kind.__name__}") from None
+
+
+def _request_id(given: str) -> str:
+    if given and not _REQUEST_ID.fullmatch(given):
+        raise UserError(f"request_id: must match {_REQUEST_ID.pattern}")
+    return given or uuid.uuid4().hex
+
+
 def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> str | tuple[int, ...]:
     kind = request.WhichOneof("input")
     if kind is None:
-        raise UserError("--prompt: missing; give text or tokenized")
+        raise UserError("prompt: missing; give text or tokenized")
     return request.text if kind == "text" else tuple(request.tokenized.input_ids)
 
 
@@ -225,29 +263,23 @@ def _deadline_s(context: _Context) -> float | None:
     return None if remaining_s is None else float(remaining_s)
 
 
-def _complete(completion: Completion, request_id: str) -> pb.GenerateComplete:
+def _complete(completion: Completion) -> pb.GenerateComplete:
     return pb.GenerateComplete(
         output_ids=completion.token_ids,
         finish_reason=completion.finish_reason,
         prompt_tokens=completion.prompt_tokens,
         completion_tokens=completion.completion_tokens,
         text=completion.text,
-        request_id=request_id,
+        request_id=completion.request_id,
         rows_per_host=completion.rows_per_host,
     )
 
 
 def _model_info(info: dict[str, Any]) -> pb.GetModelInfoResponse:
+    same = ("vocab_size", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued")
     return pb.GetModelInfoResponse(
-        model=info["model"],
+        **{name: info[name] for name in (*same, "model", "eos_token_ids", "version", "num_steps", "busy_s")},
         max_context_length=info["max_context"],
-        vocab_size=info["vocab_size"],
-        eos_token_ids=info["eos_token_ids"],
-        routing=info["routing"],
-        has_path_router=info["has_path_router"],
-        num_layers=info["num_layers"],
-        num_hosts=info["num_hosts"],
-        num_running=info["num_running"],
-        num_queued=info["num_queued"],
-        version=info["version"],
+        unavailable=info["unavailable"] or "",
+        busy_with=info["busy_with"] or "",
     )

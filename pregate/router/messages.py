@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pregate.base.errors import ProtocolError, UserError
-from pregate.base.sampling import check_sampling
-
-FINISH_REASONS = ("stop", "length", "cancelled", "deadline")
+from pregate.base.sampling import check_ids, check_sampling
 
 
 @dataclass(frozen=True)
@@ -24,21 +22,20 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
-    def validate(self) -> None:
+    def validate(self, vocab_size: int) -> None:
         """Raise the UserError that every entrance prints for a value out of range."""
         check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
 
 
 def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_context: int) -> None:
     """Raise UserError unless the prompt holds 1 to `max_context - 1` ids of the vocabulary."""
     if not token_ids:
-        raise UserError.of("--prompt", "of 0 tokens", f"must hold 1 to {max_context - 1} tokens")
+        raise UserError.of("prompt", "of 0 tokens", f"must hold 1 to {max_context - 1} tokens")
     if len(token_ids) >= max_context:
         sentence = f"longer than the context of {max_context} tokens allows; allowed: 1 to {max_context - 1} tokens"
-        raise UserError.of("--prompt", f"of {len(token_ids)} tokens", sentence)
-    outside = next((i for i in token_ids if not 0 <= i < vocab_size), None)
-    if outside is not None:
-        raise UserError.of("--prompt", f"token id {outside}", f"must be 0 to {vocab_size - 1}")
+        raise UserError.of("prompt", f"of {len(token_ids)} tokens", sentence)
+    check_ids("prompt token id", token_ids, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -75,16 +72,29 @@ class InfoRequest:
 
 @dataclass(frozen=True)
 class KeepAlive:
-    """Sent by both sides every second; `sender` is the incarnation.
+    """Sent by a door twice a second; `sender` is its incarnation, `request_ids` are those it waits for.
 
-    An engine says in `unavailable` why it takes no work. A door lists the requests it waits for: one that the engine
-    does not know (it was restarted, or had given the door up) is answered with a FailedEvent, and one that the engine
-    runs for this door but the door does not list is cancelled.
+    One that the engine does not know (it was restarted, or had given the door up) is answered with a FailedEvent; one
+    that the engine runs for this door but the door does not list is cancelled.
     """
 
     sender: str
-    unavailable: str | None = None
     request_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Sent by an engine's I/O thread twice a second, also while a step runs; `sender` is its incarnation.
+
+    `progress` counts what the compute thread has done; `busy_with` is what it does now (None: nothing), for `busy_s`
+    already. `unavailable` says why the engine takes no requests.
+    """
+
+    sender: str
+    progress: int
+    busy_with: str | None
+    busy_s: float
+    unavailable: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class TokensEvent:
 
 @dataclass(frozen=True)
 class FinishedEvent:
-    """The one last event of a request that ran; `reason` is one of FINISH_REASONS.
+    """The one last event of a request that ran; `reason` is stop, length or deadline.
 
     `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request.
     """
@@ -138,7 +148,7 @@ class RouteReply:
 
 @dataclass(frozen=True)
 class InfoReply:
-    """What `Engine.info` returned."""
+    """What `Engine.info` returned, and what the link adds: the fields of a Heartbeat."""
 
     request_id: str
     info: dict[str, Any]
@@ -146,5 +156,5 @@ class InfoReply:
 
 EngineBound: TypeAlias = SubmitRequest | CancelRequest | RouteRequest | InfoRequest | KeepAlive
 Event: TypeAlias = TokensEvent | FinishedEvent | FailedEvent
-DoorBound: TypeAlias = Event | RouteReply | InfoReply | KeepAlive
+DoorBound: TypeAlias = Event | RouteReply | InfoReply | Heartbeat
 Message: TypeAlias = EngineBound | DoorBound

@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import aclosing
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -15,12 +15,16 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pregate.base import log
-from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.base.completion import Chunk, Completion
+from pregate.base.errors import PregateError, UserError
 from pregate.router.access import is_authorized
 from pregate.router.messages import SamplingParams
-from pregate.router.service import Chunk, Completion, RouterService
+from pregate.router.service import RouterService
 
 logger = log.get_logger(__name__)
 _HTTP_STATUS: Mapping[str, int] = MappingProxyType(
@@ -35,6 +39,8 @@ _HTTP_STATUS: Mapping[str, int] = MappingProxyType(
     }
 )
 _RETRY_AFTER_S = 1
+#: What a door takes that does not know its engine yet.
+_MAX_BODY_BYTES = 64 << 20
 _BUG = "internal error; the server's log has it"
 _Stream: TypeAlias = AsyncGenerator[Chunk | Completion, None]
 
@@ -121,7 +127,9 @@ def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), t
     app = FastAPI(title="pregate", docs_url=None, redoc_url=None)
     app.add_exception_handler(PregateError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(_BoundedBody, service=service)
 
     async def authorize(request: Request) -> None:
         if tokens and not is_authorized(request.headers.get("authorization"), tokens):
@@ -142,14 +150,15 @@ def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), t
     @app.post("/v1/completions", dependencies=[Depends(authorize)])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         prompt, sampling = body.single_prompt(), body.sampling()
-        stream = service.generate(prompt, sampling, deadline_s=timeout_s, model=body.model)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         head["model"] = service.model_name
         if not body.stream:
-            completion = await _last_of(stream, request)
+            whole = service.complete(prompt, sampling, deadline_s=timeout_s, model=body.model)
+            completion = await _unless_disconnected(whole, request)
             if completion is None:
                 return Response(status_code=499)  # nginx's number for a client that is gone; nobody reads it
             return JSONResponse({**head, "choices": [_choice(completion)], "usage": _usage(completion)})
+        stream = service.generate(prompt, sampling, deadline_s=timeout_s, model=body.model)
         first = await anext(stream)  # what fails before the first item still gets a status of its own
         usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(_events(first, stream, head, usage=usage), media_type="text/event-stream")
@@ -157,9 +166,35 @@ def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), t
     return app
 
 
-async def _last_of(stream: _Stream, request: Request) -> Completion | None:
-    """Return the end of the stream, or None when the client went away first; the request is cancelled then."""
-    tasks = asyncio.ensure_future(_end_of(stream)), asyncio.ensure_future(_disconnect(request))
+class _BoundedBody:
+    """Refuses a body that is larger than any prompt that fits the context, without reading it to its end."""
+
+    def __init__(self, app: ASGIApp, service: RouterService) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        most = self._service.max_message_bytes or _MAX_BODY_BYTES
+        num_bytes = 0
+
+        async def bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > most:
+                raise HTTPException(413, f"body of {num_bytes} bytes or more: allowed: {most}")
+            return message
+
+        stated = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if stated.isdecimal() and int(stated) > most:
+            refusal = _error_response("INVALID_ARGUMENT", f"body of {stated} bytes: allowed: {most}", 413)
+            await refusal(scope, receive, send)
+        else:
+            await self._app(scope, bounded, send)
+
+
+async def _unless_disconnected(work: Coroutine[Any, Any, Completion], request: Request) -> Completion | None:
+    """Return what `work` gives, or None when the client went away first; the request is cancelled then."""
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         return tasks[0].result() if tasks[0].done() else None
@@ -167,14 +202,6 @@ async def _last_of(stream: _Stream, request: Request) -> Completion | None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _end_of(stream: _Stream) -> Completion:
-    async with aclosing(stream):
-        async for item in stream:
-            if isinstance(item, Completion):
-                return item
-    raise UnavailableError("the engine ended the stream early")
 
 
 async def _disconnect(request: Request) -> None:
@@ -228,14 +255,20 @@ def _error_body(code: str, message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": code.lower()}}
 
 
-def _error_response(code: str, message: str) -> JSONResponse:
+def _error_response(code: str, message: str, status: int | None = None) -> JSONResponse:
     headers = {"Retry-After": str(_RETRY_AFTER_S)} if code == "RESOURCE_EXHAUSTED" else None
-    return JSONResponse(_error_body(code, message), _HTTP_STATUS[code], headers)
+    return JSONResponse(_error_body(code, message), status or _HTTP_STATUS[code], headers)
 
 
 async def _on_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, PregateError)
     return _error_response(error.code, str(error))
+
+
+async def _on_http(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = "NOT_FOUND" if error.status_code == 404 else "INVALID_ARGUMENT"
+    return _error_response(code, str(error.detail), error.status_code)
 
 
 async def _on_invalid(_: Request, error: Exception) -> JSONResponse:

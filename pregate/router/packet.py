@@ -1,6 +1,6 @@
 """How messages between front doors and engines travel: versioned, size-limited msgpack, never pickle.
 
-One packet is `{"version": 1, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
+One packet is `{"version": 2, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
 peer travels in one packet. Unknown kinds, unknown or missing fields and wrong types are ProtocolErrors.
 """
 
@@ -18,6 +18,7 @@ from pregate.router.messages import (
     CancelRequest,
     FailedEvent,
     FinishedEvent,
+    Heartbeat,
     InfoReply,
     InfoRequest,
     KeepAlive,
@@ -29,7 +30,7 @@ from pregate.router.messages import (
     TokensEvent,
 )
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 #: A packet above this is refused on both sides; a million token ids need about 5 MB.
 MAX_PACKET_BYTES = 16 << 20
 
@@ -40,6 +41,7 @@ _KINDS: Mapping[str, type] = MappingProxyType(
         "route": RouteRequest,
         "info": InfoRequest,
         "keep_alive": KeepAlive,
+        "heartbeat": Heartbeat,
         "tokens": TokensEvent,
         "finished": FinishedEvent,
         "failed": FailedEvent,

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import (
     CheckpointError,
     DeadlineError,
@@ -25,7 +26,11 @@ from pregate.router.engine_client import EngineClient
 from pregate.router.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
 
 #: A text above this is tokenised beside the event loop, so that other streams do not wait for it.
-_LONG_TEXT_CHARS = 4096
+_LONG_TEXT_BYTES = 4096
+#: Tokens of ordinary text have about 4 bytes: more than this on average, and its beginning is looked at first.
+_BYTES_PER_TOKEN = 16
+#: What a message holds beside its prompt.
+_OTHER_FIELDS_BYTES = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -36,32 +41,7 @@ class ServiceOptions:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What is new: ids, and the text that is certain by now (either may be empty)."""
-
-    token_ids: tuple[int, ...]
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The end of a request. `text` and `token_ids` are whole: the chunks' joined; an end-of-text token is in neither.
-
-    `completion_tokens` counts the end-of-text token when there was one.
-    """
-
-    finish_reason: str
-    token_ids: tuple[int, ...]
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    rows_per_host: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Route:
+class PackedRoute:
     """Paths of a prompt: `ids` int16 little-endian of `shape` (tokens, layers, k), -1 padding at the end of a row."""
 
     token_ids: tuple[int, ...]
@@ -91,12 +71,23 @@ class RouterService:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._token_bytes = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         self._limits: tuple[int, int] | None = None  # vocab_size, max_context
 
     @property
     def unavailable(self) -> str | None:
         """Why requests are refused now, or None."""
         return "the server is draining" if self._draining else self._engine.unavailable
+
+    @property
+    def max_message_bytes(self) -> int | None:
+        """The largest message a prompt that fits the context can need, as text or ids; None until the engine answered.
+
+        JSON may write a character of n bytes in 3 n bytes, and an id in 10.
+        """
+        if self._limits is None:
+            return None
+        return self._limits[1] * max(3 * self._token_bytes, 10) + _OTHER_FIELDS_BYTES
 
     def open(self) -> None:
         """Connect to the engine. Must be called inside a running event loop; `generate` and others do it too."""
@@ -109,6 +100,7 @@ class RouterService:
         *,
         deadline_s: float | None = None,
         model: str = "",
+        request_id: str = "",
     ) -> AsyncGenerator[Chunk | Completion, None]:
         """Yield chunks as they are made, then one Completion.
 
@@ -116,15 +108,16 @@ class RouterService:
         Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
         """
         self._check_model(model)
-        sampling.validate()
         with self._admitted():
             vocab_size, max_context = await self._get_limits()
-            prompt_ids = await self._encode(prompt)
+            sampling.validate(vocab_size)
+            prompt_ids = await self._encode(prompt, max_context - 1)
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
             sampling = replace(sampling, max_tokens=max_tokens)
+            # Its own id: two callers may have chosen the same.
             request = SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s)
-            async with aclosing(self._stream(request)) as stream:
+            async with aclosing(self._stream(request, request_id or request.request_id)) as stream:
                 async for item in stream:
                     yield item
 
@@ -143,21 +136,25 @@ class RouterService:
                     return item
         raise UnavailableError("the engine ended the stream early")
 
-    async def route(self, prompt: str | Sequence[int], *, model: str = "") -> Route:
+    async def route(
+        self, prompt: str | Sequence[int], *, deadline_s: float | None = None, model: str = ""
+    ) -> PackedRoute:
         """Return the expert path of every prompt token. Raises UserError when the checkpoint has no path router."""
         self._check_model(model)
         self._check_draining()
         vocab_size, max_context = await self._get_limits()
-        token_ids = await self._encode(prompt)
+        token_ids = await self._encode(prompt, max_context)
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
-        reply = await self._engine.route(token_ids)
+        reply = await self._engine.route(token_ids, deadline_s)
         tokens = tuple(self._tokenizer.id_to_token(i) or "" for i in token_ids)
-        return Route(token_ids, tokens, reply.ids, reply.shape, reply.exact, reply.version)
+        return PackedRoute(token_ids, tokens, reply.ids, reply.shape, reply.exact, reply.version)
 
     async def model_info(self, *, model: str = "") -> dict[str, Any]:
-        """Return the engine's info (see Engine.info) under the name this service serves it by."""
+        """Return the engine's info (see EngineClient.info) under the name this service serves it by."""
         self._check_model(model)
-        return {**await self._engine.info(), "model": self.model_name}
+        info = await self._engine.info()
+        self._limits = int(info["vocab_size"]), int(info["max_context"])
+        return {**info, "model": self.model_name}
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests; wait for the running ones. Returns whether all ended in time."""
@@ -173,7 +170,7 @@ class RouterService:
         self._draining = True
         await self._engine.close()
 
-    async def _stream(self, request: SubmitRequest) -> AsyncGenerator[Chunk | Completion, None]:
+    async def _stream(self, request: SubmitRequest, request_id: str) -> AsyncGenerator[Chunk | Completion, None]:
         detokenizer = Detokenizer(self._tokenizer, request.token_ids)
         num_prompt = len(request.token_ids)
         token_ids: list[int] = []
@@ -188,34 +185,57 @@ class RouterService:
                     yield Chunk(new_ids, text, num_prompt, len(token_ids))
                 if isinstance(event, TokensEvent):
                     continue
-                _check_reason(event.reason, request.deadline_s)
+                if event.reason == "deadline":
+                    raise DeadlineError("the deadline passed before the answer was complete")
                 yield Completion(
-                    event.reason,
-                    tuple(token_ids),
                     "".join(texts),
+                    tuple(token_ids),
+                    event.reason,
                     event.prompt_tokens,
                     event.completion_tokens,
                     event.rows_per_host,
+                    request_id,
                 )
 
     async def _get_limits(self) -> tuple[int, int]:
         if self._limits is None:
-            info = await self._engine.info()
-            self._limits = int(info["vocab_size"]), int(info["max_context"])
+            await self.model_info()
+        assert self._limits is not None
         return self._limits
 
-    async def _encode(self, prompt: str | Sequence[int]) -> tuple[int, ...]:
+    async def _encode(self, prompt: str | Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Return the prompt's ids. A text that is far too long for `max_tokens` is refused by its bytes, or by its
+        beginning, before it is tokenised."""
+        if isinstance(prompt, (bytes, bytearray, memoryview)):
+            raise UserError.of("prompt", f"of {type(prompt).__name__}", "must be text or a list of token ids")
         if not isinstance(prompt, str):
             return tuple(prompt)
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise UserError.of("--prompt", "with half of a surrogate pair", "must be text that UTF-8 can carry")
-        if len(prompt) > _LONG_TEXT_CHARS:
-            return tuple((await asyncio.to_thread(self._tokenizer.encode, prompt)).ids)
-        return tuple(self._tokenizer.encode(prompt).ids)
+        try:
+            num_bytes = len(prompt.encode())
+        except UnicodeEncodeError:
+            sentence = "must be text that UTF-8 can carry"
+            raise UserError.of("prompt", "with half of a surrogate pair", sentence) from None
+        if num_bytes <= _LONG_TEXT_BYTES:
+            return tuple(self._tokenizer.encode(prompt).ids)
+        most = max_tokens * self._token_bytes
+        if num_bytes > most:
+            sentence = f"longer than {max_tokens} tokens can hold; allowed: {most} bytes"
+            raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
+        beginning = prompt[: max_tokens * _BYTES_PER_TOKEN]
+        if len(beginning) < len(prompt) and len(await self._encode_aside(beginning)) > max_tokens * 9 // 8:
+            sentence = f"its first {len(beginning)} characters alone exceed the {max_tokens} tokens allowed"
+            raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
+        return await self._encode_aside(prompt)
+
+    async def _encode_aside(self, text: str) -> tuple[int, ...]:
+        """Tokenise in a thread. `encode` would keep Python's lock there, and with it every other stream;
+        `encode_batch` gives it up."""
+        (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text])
+        return tuple(encoding.ids)
 
     def _check_model(self, model: str) -> None:
         if model and model != self.model_name:
-            raise NotFoundError.of("--model", model, f"is not served here; allowed: {self.model_name}")
+            raise NotFoundError.of("model", model, f"is not served here; allowed: {self.model_name}")
 
     def _check_draining(self) -> None:
         if self._draining:
@@ -234,13 +254,6 @@ class RouterService:
             self._num_requests -= 1
             if not self._num_requests:
                 self._idle.set()
-
-
-def _check_reason(reason: str, deadline_s: float | None) -> None:
-    if reason == "deadline":
-        raise DeadlineError(f"the deadline of {deadline_s or 0:.1f} s passed before the answer was complete")
-    if reason == "cancelled":
-        raise UnavailableError("the engine cancelled the request")
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:

@@ -63,9 +63,9 @@ def test_on_loopback_a_token_may(target):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    with pytest.raises(UserError, match="--timeout 0: must be above 0"):
+    with pytest.raises(UserError, match="timeout_s 0: must be above 0"):
         Client("127.0.0.1:1", timeout_s=0)
-    with pytest.raises(UserError, match=r"--ca .*none\.pem: cannot be read"):
+    with pytest.raises(UserError, match=r"ca .*none\.pem: cannot be read"):
         Client("127.0.0.1:1", ca=tmp_path / "none.pem")
     with Client("127.0.0.1:1") as client:
         for prompt, options in [([-1], {}), ([1 << 40], {}), ("x", {"max_tokens": 1 << 70}), ("\ud800", {})]:

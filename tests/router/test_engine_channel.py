@@ -9,6 +9,7 @@ import zmq
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.router.engine_client import EngineClient
+from pregate.router.engine_link import LinkOptions
 from pregate.router.engine_server import EngineServer, EngineServerOptions
 from pregate.router.messages import (
     CancelRequest,
@@ -125,7 +126,7 @@ def test_a_foreign_request_can_be_neither_taken_over_nor_cancelled(slow, endpoin
         owner.send(SubmitRequest("mine", PROMPT, SHORT))
         owner.receive(TokensEvent)
         other.send(CancelRequest("mine"), SubmitRequest("mine", PROMPT, SHORT))
-        assert "is already running" in other.receive(FailedEvent).message
+        assert "is running already" in other.receive(FailedEvent).message
         assert owner.receive(FinishedEvent).completion_tokens == 40
 
 
@@ -134,10 +135,10 @@ def test_refusals_carry_code_and_sentence(engine, endpoint, raw):
         door = raw()
         door.send(SubmitRequest("a", (), LONG))
         assert door.receive(FailedEvent) == FailedEvent(
-            "a", "INVALID_ARGUMENT", "--prompt of 0 tokens: must hold 1 to 255 tokens"
+            "a", "INVALID_ARGUMENT", "prompt of 0 tokens: must hold 1 to 255 tokens"
         )
         door.send(SubmitRequest("b", PROMPT, SamplingParams(max_tokens=0)))
-        assert door.receive(FailedEvent).message == "--max-tokens 0: must be at least 1"
+        assert door.receive(FailedEvent).message == "max_tokens 0: must be at least 1"
 
 
 def test_route_reply_holds_the_paths(engine, endpoint, raw):
@@ -153,7 +154,7 @@ def test_route_reply_holds_the_paths(engine, endpoint, raw):
 
 @pytest.mark.parametrize("how", ["cancels", "closes", "falls silent", "stops listing it"])
 def test_a_door_that_gives_a_request_up_frees_it(slow, endpoint, raw, how):
-    options = EngineServerOptions(keep_alive_s=0.1, peer_silence_s=0.4)
+    options = EngineServerOptions(LinkOptions(heartbeat_s=0.1, peer_silence_s=0.4))
     with engine_thread(slow, endpoint, options):
         door = raw()
         door.send(SubmitRequest("a", PROMPT, LONG))
@@ -165,19 +166,19 @@ def test_a_door_that_gives_a_request_up_frees_it(slow, endpoint, raw, how):
         elif how == "closes":
             door.close()
         elif how == "stops listing it":
-            door.send(KeepAlive("door", None, ()))
+            door.send(KeepAlive("door", ()))
         wait_for(lambda: not slow.has_work, 20, "an idle engine")
         assert slow.info()["num_steps"] - before < 200, "it ended because it was told, not because it was done"
 
 
 def test_a_door_that_lists_its_request_keeps_it(slow, endpoint, raw):
-    options = EngineServerOptions(keep_alive_s=0.1, peer_silence_s=0.5)
+    options = EngineServerOptions(LinkOptions(heartbeat_s=0.1, peer_silence_s=0.5))
     with engine_thread(slow, endpoint, options):
         door = raw()
         door.send(SubmitRequest("a", PROMPT, SamplingParams(max_tokens=100, ignore_eos=True)))
         finished = None
         while finished is None:
-            door.send(KeepAlive("door", None, ("a",)))
+            door.send(KeepAlive("door", ("a",)))
             finished = door.look(FinishedEvent, 0.1)
         assert finished.completion_tokens == 100
 
@@ -185,7 +186,7 @@ def test_a_door_that_lists_its_request_keeps_it(slow, endpoint, raw):
 def test_a_request_the_engine_does_not_know_is_failed(engine, endpoint, raw):
     with engine_thread(engine, endpoint):
         door = raw()
-        door.send(KeepAlive("door", None, ("gone",)))
+        door.send(KeepAlive("door", ("gone",)))
         failed = door.receive(FailedEvent)
         assert (failed.request_id, failed.code) == ("gone", "UNAVAILABLE")
 

@@ -126,16 +126,16 @@ def test_route_of_a_layerwise_checkpoint_names_the_remedy(tiny_layerwise_checkpo
 @pytest.mark.parametrize(
     ("error", "sentence", "prompt", "options"),
     [
-        (UserError, "--max-tokens 0: must be at least 1", "x", {"max_tokens": 0}),
-        (UserError, "--max-tokens -1: must be at least 1", "x", {"max_tokens": -1}),
-        (UserError, r"--temperature -1.0: must be 0 \(greedy\)", "x", {"temperature": -1.0}),
-        (UserError, "--top-p 0.0: must be above 0", "x", {"top_p": 0.0}),
-        (UserError, "--top-p 1.5: must be above 0", "x", {"top_p": 1.5}),
-        (UserError, "--prompt of 256 tokens: longer than the context of 256", [5] * 256, {}),
-        (UserError, "--prompt of 0 tokens: must hold", [], {}),
-        (UserError, "--prompt token id 512: must be 0 to 511", [512], {}),
+        (UserError, "max_tokens 0: must be at least 1", "x", {"max_tokens": 0}),
+        (UserError, "max_tokens -1: must be at least 1", "x", {"max_tokens": -1}),
+        (UserError, r"temperature -1.0: must be 0 \(greedy\)", "x", {"temperature": -1.0}),
+        (UserError, "top_p 0.0: must be above 0", "x", {"top_p": 0.0}),
+        (UserError, "top_p 1.5: must be above 0", "x", {"top_p": 1.5}),
+        (UserError, "prompt of 256 tokens: longer than the context of 256", [5] * 256, {}),
+        (UserError, "prompt of 0 tokens: must hold", [], {}),
+        (UserError, "prompt token id 512: must be 0 to 511", [512], {}),
         (UserError, "request_id: must match", "x", {"request_id": "a\nb"}),
-        (NotFoundError, "--model other: is not served here; allowed: tiny", "x", {"model": "other"}),
+        (NotFoundError, "model other: is not served here; allowed: tiny", "x", {"model": "other"}),
     ],
 )
 def test_bad_input_is_refused_with_the_sentence_of_the_command_line(client, error, sentence, prompt, options):
@@ -149,7 +149,7 @@ def test_no_prompt_at_all_is_invalid(front):
     with pytest.raises(grpc.RpcError) as error:
         list(front[1].stub.Generate(pb.GenerateRequest(), timeout=10))
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.value.details() == "--prompt: missing; give text or tokenized"
+    assert error.value.details() == "prompt: missing; give text or tokenized"
 
 
 def test_full_queue_says_when_to_come_again(checkpoint):

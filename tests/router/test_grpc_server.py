@@ -84,7 +84,7 @@ def test_tokens_are_asked_of_every_call_but_health(endpoint, tiny_dense, token_f
         for token in (None, "gamma"):
             with Client(front.target, token=token) as client:
                 for call in (lambda: client.complete("x"), client.model_info, lambda: client.route("x")):
-                    with pytest.raises(UserError, match=r"--token .*authorization: Bearer"):
+                    with pytest.raises(UserError, match=r"token .*authorization: Bearer"):
                         call()
         with grpc.insecure_channel(front.target) as channel, pytest.raises(grpc.RpcError) as error:
             ProtoReflectionDescriptorDatabase(channel).get_services()
@@ -104,7 +104,7 @@ def test_tls_carries_calls_and_refuses_plain_ones(endpoint, tiny_dense, tls, tok
             assert client.health() is False
             with pytest.raises(UnavailableError, match="the engine"):
                 client.model_info()
-        with Client(f"localhost:{port}", ca=cert) as client, pytest.raises(UserError, match="--token"):
+        with Client(f"localhost:{port}", ca=cert) as client, pytest.raises(UserError, match="token"):
             client.model_info()
         with Client(f"127.0.0.1:{port}", timeout_s=5) as plain, pytest.raises(PregateError) as error:
             plain.health()

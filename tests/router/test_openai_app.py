@@ -100,17 +100,17 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
 @pytest.mark.parametrize(
     ("status", "code", "sentence", "body"),
     [
-        (400, "invalid_argument", "--max-tokens 0: must be at least 1", {"max_tokens": 0}),
-        (400, "invalid_argument", "--temperature -1.0: must be 0 (greedy) or a finite number", {"temperature": -1}),
-        (400, "invalid_argument", "--prompt of 256 tokens: longer than the context of 256", {"prompt": [5] * 256}),
-        (400, "invalid_argument", "--prompt of 0 tokens", {"prompt": []}),
+        (400, "invalid_argument", "max_tokens 0: must be at least 1", {"max_tokens": 0}),
+        (400, "invalid_argument", "temperature -1.0: must be 0 (greedy) or a finite number", {"temperature": -1}),
+        (400, "invalid_argument", "prompt of 256 tokens: longer than the context of 256", {"prompt": [5] * 256}),
+        (400, "invalid_argument", "prompt of 0 tokens", {"prompt": []}),
         (400, "invalid_argument", "prompt of 2 texts: must be one text", {"prompt": ["a", "b"]}),
-        (400, "invalid_argument", "--prompt with half of a surrogate pair", {"prompt": "\ud800"}),
+        (400, "invalid_argument", "prompt with half of a surrogate pair", {"prompt": "\ud800"}),
         (400, "invalid_argument", "n 2: is not supported", {"n": 2}),
         (400, "invalid_argument", 'stop ["x"]: is not supported', {"stop": ["x"]}),
         (400, "invalid_argument", "tempersture: Extra inputs", {"tempersture": 1}),
         (400, "invalid_argument", "prompt", {"prompt": None}),
-        (404, "not_found", "--model other: is not served here; allowed: tiny", {"model": "other"}),
+        (404, "not_found", "model other: is not served here; allowed: tiny", {"model": "other"}),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])

@@ -8,6 +8,7 @@ from pregate.router.messages import (
     CancelRequest,
     FailedEvent,
     FinishedEvent,
+    Heartbeat,
     InfoReply,
     InfoRequest,
     KeepAlive,
@@ -26,8 +27,8 @@ MESSAGES = [
     CancelRequest("a"),
     RouteRequest("r", (4,)),
     InfoRequest("i"),
-    KeepAlive("door", None, ("a", "b")),
-    KeepAlive("engine", "host 1 is lost"),
+    KeepAlive("door", ("a", "b")),
+    Heartbeat("engine", 7, "a step", 12.5, "host 1 is lost"),
     TokensEvent("a", (3, 4)),
     FinishedEvent("a", "stop", 3, 2, (10, 0)),
     FailedEvent("b", "UNAVAILABLE", "wört"),
@@ -36,7 +37,7 @@ MESSAGES = [
 ]
 
 
-def packet(*messages, version=1):
+def packet(*messages, version=2):
     return msgpack.packb({"version": version, "messages": list(messages)})
 
 
@@ -57,9 +58,9 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (pack(MESSAGES)[:-1], "not msgpack"),
         (pack(MESSAGES) + b"\x00", "not msgpack"),
         (b"\x91" * 100_000, "not msgpack"),
-        (msgpack.packb([1]), "version None; this side speaks 1"),
-        (packet(version=2), "version 2; this side speaks 1"),
-        (msgpack.packb({"version": 1, "messages": "x"}), "no list"),
+        (msgpack.packb([1]), "version None; this side speaks 2"),
+        (packet(version=1), "version 1; this side speaks 2"),
+        (msgpack.packb({"version": 2, "messages": "x"}), "no list"),
         (packet("tokens"), "unknown kind None"),
         (packet({"kind": "exec", "request_id": "a"}), "unknown kind 'exec'"),
         (packet({"kind": ["tokens"]}), "unknown kind"),

@@ -91,7 +91,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "max_context_length", "vocab_size", "eos_token_ids", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued", "version")
+    __slots__ = ("model", "max_context_length", "vocab_size", "eos_token_ids", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued", "version", "unavailable", "busy_with", "busy_s", "num_steps")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,10 @@ class GetModelInfoResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_WITH_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_context_length: int
     vocab_size: int
@@ -114,7 +118,11 @@ class GetModelInfoResponse(_message.Message):
     num_running: int
     num_queued: int
     version: str
-    def __init__(self, model: _Optional[str] = ..., max_context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., routing: _Optional[str] = ..., has_path_router: bool = ..., num_layers: _Optional[int] = ..., num_hosts: _Optional[int] = ..., num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
+    unavailable: str
+    busy_with: str
+    busy_s: float
+    num_steps: int
+    def __init__(self, model: _Optional[str] = ..., max_context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., routing: _Optional[str] = ..., has_path_router: bool = ..., num_layers: _Optional[int] = ..., num_hosts: _Optional[int] = ..., num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., version: _Optional[str] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
     __slots__ = ("tokenized", "text", "model")
