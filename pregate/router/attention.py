@@ -37,8 +37,8 @@ class PromptChunk:
 class StepLayout:
     """Which rows of a step belong to which sequence, and where their context lies in the KV cache.
 
-    `slot_T`: the new tokens' slots. `decode_slots_BC`: context slots of each decoding sequence, padded with 0;
-    `context_len_B`: how many of them are real, the new token included.
+    `slot_T`: the new tokens' slots. `decode_slots_BC`: context slots of each decoding sequence, padded with the cache's
+    spare one; `context_len_B`: how many of them are real, the new token included.
     """
 
     kv: PagedKV
@@ -53,7 +53,7 @@ class StepLayout:
     ) -> StepLayout:
         """Lay out `decodes` (context slots of each) followed by `chunks` (number of new rows, context slots)."""
         lengths = [len(d) for d in decodes]
-        padded = np.zeros((len(decodes), max(lengths, default=0)), dtype=np.int64)
+        padded = np.full((len(decodes), max(lengths, default=0)), kv.spare_slot, dtype=np.int64)
         for row, slots in zip(padded, decodes, strict=True):
             row[: len(slots)] = slots
         new = [d[-1:] for d in decodes] + [slots[-n:] for n, slots in chunks]

@@ -8,6 +8,7 @@ Shape letters: T tokens, L layers, K experts per token, R routed experts, H host
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,15 +34,6 @@ class LayerPlan:
 
     groups: tuple[LayerGroup, ...]
     slots: np.ndarray
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """One step: every layer's groups, what each host is told up front, and pairs per token and host [T, H]."""
-
-    layers: tuple[LayerPlan, ...]
-    hosts: dict[int, HostPlan]
-    pair_counts_TH: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -102,14 +94,10 @@ def make_plan(step: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray, num_hosts
     slots_TLK = np.full((num_tokens, num_layers, k_max), -1, dtype=np.int32)
     slots_TLK[pairs.token, pairs.layer, pairs.column] = _slots(group, pair_start, num_hosts, num_layers)
     counts_TH = np.bincount(pairs.token * num_hosts + pairs.host, minlength=num_tokens * num_hosts)
-    return StepPlan(
-        tuple(
-            LayerPlan(arrays.layer_groups(layer, num_hosts, num_layers), slots_TLK[:, layer])
-            for layer in range(num_layers)
-        ),
-        {h: p for h in range(num_hosts) if (p := arrays.host_plan(step, h, num_layers)) is not None},
-        counts_TH.reshape(num_tokens, num_hosts),
+    layers = tuple(
+        LayerPlan(arrays.layer_groups(layer, num_hosts, num_layers), slots_TLK[:, layer]) for layer in range(num_layers)
     )
+    return StepPlan(step, layers, counts_TH.reshape(num_tokens, num_hosts), arrays)
 
 
 def _slots(group: np.ndarray, pair_start: np.ndarray, num_hosts: int, num_layers: int) -> np.ndarray:
@@ -159,6 +147,24 @@ class _Arrays:
             pair_offsets=(pairs - pairs[0]).astype(np.int32),
             row_index=self.row_index[pairs[0] : pairs[-1]],
         )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One step: every layer's groups, and pairs per token and host [T, H]."""
+
+    step: int
+    layers: tuple[LayerPlan, ...]
+    pair_counts_TH: np.ndarray
+    arrays: _Arrays
+
+    @cached_property
+    def hosts(self) -> dict[int, HostPlan]:
+        """What each host that is asked for anything is sent up front, made when first wanted: gates want none."""
+        plans = (
+            (h, self.arrays.host_plan(self.step, h, len(self.layers))) for h in range(self.pair_counts_TH.shape[1])
+        )
+        return {h: plan for h, plan in plans if plan is not None}
 
 
 def check_plan(plan: StepPlan, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> None:
