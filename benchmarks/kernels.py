@@ -30,9 +30,10 @@ from benchmarks.kernel_report import Report
 from benchmarks.surroundings import surroundings
 from pregate.base.dtypes import dtype_name
 from pregate.kernels import segments
+from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import grouped_mm
-from pregate.kernels.expert_ffn import ExpertFFN, choose, choose_dtype, why_not
+from pregate.kernels.expert_ffn import choose, choose_dtype, why_not
 from pregate.kernels.tools import bench
 from pregate.kernels.tools.bench import ROUTINGS, SHAPES, DenseLayer, Shape
 

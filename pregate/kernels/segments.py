@@ -56,15 +56,9 @@ class Visits:
         return self._ends[num_slots]
 
 
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One layer: rows sorted by unit, within a unit by token. Units 0 .. num_shared - 1 are shared, then the routed.
-
-    `row_token` [P] token of each row; `row_pair` [P] its place t * J + j; `row_of` [T, J] row of each place, -1 for
-    none; `offsets` [E + 1] where each unit's rows begin; `tiles` [X, 3] unit, first row, end row; `num_tiles` [1].
-    `ids_TK` [T, K] as they came, `row_weight` fp32 [P] and `weights_TK` fp32 when experts have weights other than 1.
-    Rows and tiles past the counts are 0 and mean nothing.
-    """
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Rows:
+    """What `Segment` and `Segments` share."""
 
     num_shared: int
     block_m: int
@@ -74,8 +68,20 @@ class Segment:
     offsets: torch.Tensor
     tiles: torch.Tensor
     num_tiles: torch.Tensor
-    ids_TK: torch.Tensor
     row_weight: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segment(_Rows):
+    """One layer: rows sorted by unit, within a unit by token. Units 0 .. num_shared - 1 are shared, then the routed.
+
+    `row_token` [P] token of each row; `row_pair` [P] its place t * J + j; `row_of` [T, J] row of each place, -1 for
+    none; `offsets` [E + 1] where each unit's rows begin; `tiles` [X, 3] unit, first row, end row; `num_tiles` [1].
+    `ids_TK` [T, K] as they came, `row_weight` fp32 [P] and `weights_TK` fp32 when experts have weights other than 1.
+    Rows and tiles past the counts are 0 and mean nothing.
+    """
+
+    ids_TK: torch.Tensor
     weights_TK: torch.Tensor | None = None
 
     @property
@@ -99,23 +105,14 @@ class Segment:
         return self.row_token[: int(self.offsets[-1])].long()
 
 
-@dataclass(frozen=True, eq=False)
-class Segments:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Segments(_Rows):
     """All layers of a step: the arrays of `Segment` with a leading L (`ids` and `weights` [T, L, K]).
 
     `bad_ids` int32 [L]: how many ids of each layer are no expert, where a device sorted them; see `check_ids`.
     """
 
-    num_shared: int
-    block_m: int
-    row_token: torch.Tensor
-    row_pair: torch.Tensor
-    row_of: torch.Tensor
-    offsets: torch.Tensor
-    tiles: torch.Tensor
-    num_tiles: torch.Tensor
     ids_TLK: torch.Tensor
-    row_weight: torch.Tensor | None = None
     weights_TLK: torch.Tensor | None = None
     bad_ids: torch.Tensor | None = None
 
@@ -130,14 +127,11 @@ class Segments:
 
     def layer(self, layer: int) -> Segment:
         """Return views of one layer's arrays."""
+        arrays = {name: getattr(self, name)[layer] for name in _BUFFERS[:-1]}
         return Segment(
             num_shared=self.num_shared,
             block_m=self.block_m,
-            row_token=self.row_token[layer],
-            row_pair=self.row_pair[layer],
-            row_of=self.row_of[layer],
-            offsets=self.offsets[layer],
-            tiles=self.tiles[layer],
+            **arrays,
             num_tiles=self.num_tiles[layer : layer + 1],
             ids_TK=self._ids_by_layer[layer],
             row_weight=None if self.row_weight is None else self.row_weight[layer],
@@ -148,7 +142,7 @@ class Segments:
         """ValueError if ids that a device sorted lie outside [-1, num_routed), as `build` raises at once.
 
         It waits for the device, so it is for the moment when the step's other results are read: outside a CUDA graph,
-        after each replay. Unread, such ids are not silent either: their tokens come out as NaN (but with atomics).
+        after each replay. Unread, such ids are not silent either: their tokens come out as NaN.
         """
         if self.bad_ids is None:
             return

@@ -5,6 +5,7 @@ Shape letters: S slots, M expert width, D hidden width.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,60 +41,66 @@ class LayerWeights:
         return sum(part[0].nbytes for part in parts if part is not None)
 
 
-class PlainLayout:
-    """Experts as the checkpoint has them, in one dtype."""
+class Layout(ABC):
+    """How an implementation holds experts in slots. Weights are opaque to everyone else."""
+
+    @abstractmethod
+    def allocate(self, num_slots: int, width: int, hidden: int) -> Any:
+        """Return uninitialised slots for experts `width` wide; they have `num_slots` and `slot_bytes`."""
+
+    @abstractmethod
+    def put(self, weights: Any, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Write one expert, `gate_up` [2M, D] and `down` [D, M] in any dtype, into `slot`."""
+
+    @abstractmethod
+    def move(self, old: Any, old_slot: int, new: Any, new_slot: int) -> None:
+        """Take over a slot of other weights of the same widths as it is held."""
+
+    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> Any:
+        """Return a whole stack put slot by slot into fresh weights; no part of a gradient's graph."""
+        num_slots, hidden, width = down_SDM.shape
+        weights = self.allocate(num_slots, width, hidden)
+        # The copies would keep the weights they were made from, were these parameters with a gradient.
+        for slot, (gate_up, down) in enumerate(zip(gate_up_SMD.detach(), down_SDM.detach(), strict=True)):
+            self.put(weights, slot, gate_up, down)
+        return weights
+
+
+class _TensorLayout(Layout):
+    """Experts in stacked tensors of one dtype."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
 
     def allocate(self, num_slots: int, width: int, hidden: int) -> LayerWeights:
-        """Return uninitialised slots for experts `width` wide."""
         return LayerWeights(self._empty(num_slots, 2 * width, hidden), self._empty(num_slots, hidden, width))
 
     def put(self, weights: LayerWeights, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        """Write one expert, `gate_up` [2M, D] and `down` [D, M] in any dtype, into `slot`."""
         weights.gate_up_SMD[slot].copy_(gate_up)
         weights.down_SDM[slot].copy_(down)
 
     def move(self, old: LayerWeights, old_slot: int, new: LayerWeights, new_slot: int) -> None:
-        """Copy a slot as it is held."""
         for name in ("gate_up_SMD", "down_SDM", "gate_up_scale", "down_scale"):
             source = getattr(old, name)
             if source is not None:
                 getattr(new, name)[new_slot].copy_(source[old_slot])
 
-    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> LayerWeights:
-        """Return a whole stack in this layout; without a copy where it is in it already."""
-        return LayerWeights(*(part.detach().to(self.device, self.dtype) for part in (gate_up_SMD, down_SDM)))
-
     def _empty(self, num_slots: int, num_rows: int, num_columns: int) -> torch.Tensor:
         return torch.empty(num_slots, num_rows, num_columns, dtype=self.dtype, device=self.device)
 
 
-def put_all(layout: Any, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> Any:
-    """Return a whole stack put slot by slot into fresh weights of `layout` (`expert_ffn.Layout`)."""
-    num_slots, hidden, width = down_SDM.shape
-    weights = layout.allocate(num_slots, width, hidden)
-    # The copies would keep the weights they were made from, were these parameters with a gradient.
-    for slot, (gate_up, down) in enumerate(zip(gate_up_SMD.detach(), down_SDM.detach(), strict=True)):
-        layout.put(weights, slot, gate_up, down)
-    return weights
-
-
-class _CopiedLayout(PlainLayout):
-    """A layout that no checkpoint's tensor is in already: a stack is put slot by slot."""
+class PlainLayout(_TensorLayout):
+    """Experts as the checkpoint has them."""
 
     def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> LayerWeights:
-        """Return a whole stack in this layout; always a copy, and no part of a gradient's graph."""
-        return put_all(self, gate_up_SMD, down_SDM)
+        """Return a whole stack in this layout; without a copy where it is in it already."""
+        return LayerWeights(*(part.detach().to(self.device, self.dtype) for part in (gate_up_SMD, down_SDM)))
 
 
-class TransposedLayout(_CopiedLayout):
+class TransposedLayout(_TensorLayout):
     """The shapes of `PlainLayout` as views of memory that holds each matrix transposed.
 
-    A product x W' then reads its second factor in order, which MKL does faster at few rows. Measured for `GroupedFFN`
-    on an EPYC of 2024, one thread, fp32, AVX-512 and AVX2 code, experts of 80 x 192 to 1376 x 4096, 25 to 75 % active:
-    1.02 to 1.32 times at 1 to 16 tokens, 1.00 to 1.25 at 64 and 256. kernels.md, section 4, saw 1.2 to 1.5 at 2 to 32.
+    A product x W' then reads its second factor in order, which MKL does faster at few rows (docs/measurements.md).
     """
 
     def put(self, weights: LayerWeights, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
@@ -105,7 +112,7 @@ class TransposedLayout(_CopiedLayout):
         return super()._empty(num_slots, num_columns, num_rows).transpose(1, 2)
 
 
-class PaddedLayout(_CopiedLayout):
+class PaddedLayout(_TensorLayout):
     """Expert width padded with zeros to a multiple of 64: act(0) * 0 = 0 for every padded neuron, so it is exact."""
 
     def allocate(self, num_slots: int, width: int, hidden: int) -> LayerWeights:
@@ -116,10 +123,7 @@ class PaddedLayout(_CopiedLayout):
 
 
 class QuantisedLayout(PaddedLayout):
-    """8-bit weights with one scale per row (W8A16): half the bytes of bf16.
-
-    Measured cost in perplexity on stories3M: int8 times 1.001, fp8 times 1.013 (benchmarks/results/quantised.json).
-    """
+    """8-bit weights with one scale per row (W8A16): half the bytes of bf16 (benchmarks/results/quantised.json)."""
 
     def allocate(self, num_slots: int, width: int, hidden: int) -> LayerWeights:
         plain = super().allocate(num_slots, width, hidden)

@@ -27,7 +27,12 @@ class FastExperts:
         widths = {mlps[0].hidden_size, *(mlp.cut.expert_width for mlp in mlps)}
         self._compute_dtype = expert_ffn.compute_dtype(dtype, device)
         self._ffn = expert_ffn.choose(implementation, device, self._compute_dtype, act=mlps[0].act_name, widths=widths)
-        self._units = {mlp.layer: self._hold(mlp) for mlp in mlps if mlp.experts is not None}
+        self._units = {}
+        for mlp in mlps:
+            if mlp.experts is not None:
+                shared = None if mlp.shared is None else (mlp.shared.gate_up_proj, mlp.shared.down_proj)
+                routed = mlp.experts.gate_up_proj, mlp.experts.down_proj
+                self._units[mlp.layer] = self._ffn.units(shared, mlp.cut.num_shared, *routed)
         self._shared = {
             mlp.layer: self._ffn.stack(mlp.shared.gate_up_proj[None], mlp.shared.down_proj[None])
             for mlp in mlps
@@ -58,8 +63,3 @@ class FastExperts:
             weights_T1K = None if weights_TK is None else weights_TK[:, None]
             segment = self._ffn.segments(ids_TK[:, None], *self._sizes[mlp.layer], weights_T1K).layer(0)
         return self._ffn.layer(x_TD.to(self._compute_dtype), segment, self._units[mlp.layer]).to(x_TD.dtype)
-
-    def _hold(self, mlp: RoutedMLP) -> expert_ffn.LayerUnits:
-        assert mlp.experts is not None
-        shared = None if mlp.shared is None else (mlp.shared.gate_up_proj, mlp.shared.down_proj)
-        return self._ffn.units(shared, mlp.cut.num_shared, mlp.experts.gate_up_proj, mlp.experts.down_proj)

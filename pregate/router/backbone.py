@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pregate.kernels import expert_ffn
-from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.tools.warm_up import warm_up_dense
 from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from pregate.kernels.expert_ffn import ExpertFFN, layer_segments
+from pregate.kernels.contract import ExpertFFN
+from pregate.kernels.expert_ffn import layer_segments
 from pregate.kernels.segments import Segment
 from pregate.kernels.tools.warm_up import warm_up_layer
 from pregate.kernels.units import LayerUnits, SharedFFN

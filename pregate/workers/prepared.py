@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.units import GroupRows
 from pregate.workers.protocol import HostPlan
 from pregate.workers.store import UnitStore

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pregate.base.log import get_logger
-from pregate.kernels.expert_ffn import Layout
+from pregate.kernels.weights import Layout
 from pregate.model.checkpoint import CheckpointReader
 
 _log = get_logger(__name__)

@@ -25,10 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pregate.kernels.triton import decode as triton_decode
-from pregate.kernels.triton import ffn as triton_ffn
 from pregate.kernels.triton import segments as triton_segments
+from pregate.kernels.triton import tiled as triton_tiled
 from pregate.kernels.triton.block_sizes import BlockSizes, BlockTable, shared_bytes
-from pregate.kernels.triton.path import FP32_SIZES
+from pregate.kernels.triton.ffn import FP32_SIZES
 
 SM_90 = GPUTarget("cuda", 90, 32)
 SM_86 = GPUTarget("cuda", 86, 32)
@@ -73,13 +73,12 @@ class Config:
     weighted: bool = False
     tma: bool = True
     quant: str = ""
-    atomic: bool = False
     target: GPUTarget = SM_90
 
     @property
     def name(self) -> str:
         up = self.kernel.endswith("gate_up")
-        marks = {"sm_86": self.target != SM_90, "tma": self.has_tma, "atomic": self.atomic}
+        marks = {"sm_86": self.target != SM_90, "tma": self.has_tma}
         marks |= {self.act: up, "weighted": up and self.weighted, self.quant: bool(self.quant)}
         return " ".join([self.kernel, str(self.block_m), self.element, *(mark for mark in marks if marks[mark])])
 
@@ -109,8 +108,7 @@ class Config:
     def _tiled(self) -> dict[str, Any]:
         sizes = self.sizes
         shape = {"BLOCK_M": self.block_m, "BLOCK_N": sizes.block_n, "BLOCK_K": sizes.block_k}
-        rest = {"ATOMIC": self.atomic} if self.kernel == "down" else {}
-        return {**shape, "SWAP": sizes.swap, "TMA": self.tma, **rest}
+        return {**shape, "SWAP": sizes.swap, "TMA": self.tma}
 
     def _decode(self) -> dict[str, Any]:
         block = {"HALF_N": triton_decode.HALF} if self.kernel.endswith("up") else {"BLOCK_N": self.sizes.block_n}
@@ -118,8 +116,8 @@ class Config:
 
 
 KERNELS = {
-    "gate_up": triton_ffn.gate_up_kernel,
-    "down": triton_ffn.down_kernel,
+    "gate_up": triton_tiled.gate_up_kernel,
+    "down": triton_tiled.down_kernel,
     "decode_gate_up": triton_decode.decode_gate_up_kernel,
     "decode_down": triton_decode.decode_down_kernel,
 }
@@ -142,7 +140,6 @@ def configurations() -> Iterator[Config]:
         yield from (Config(kernel, m, sizes, quant=quant) for m, sizes in rows.items() for quant in QUANTISED)
         yield from (Config(kernel, m, FP32_SIZES, element="fp32") for m in rows)
     yield Config("gate_up", 128, FP32_SIZES, element="fp32", act="gelu", weighted=True)
-    yield Config("down", 64, table.sizes("down", 64), atomic=True)
     yield from cut_configurations(table)
 
 
@@ -157,7 +154,7 @@ def cut_configurations(table: BlockTable) -> Iterator[Config]:
 
 def small_kernels() -> Iterator[tuple[str, ASTSource]]:
     """The kernels that the table says nothing of."""
-    yield "sum", source(triton_ffn.sum_kernel, "bf16", {"BLOCK_D": 1024}, "")
+    yield "sum", source(triton_tiled.sum_kernel, "bf16", {"BLOCK_D": 1024}, "")
     constants = {"NUM_SHARED": 1, "BLOCK_M": 64, "BLOCK": 256, "PADDED_E": 16}
     yield "segments", source(triton_segments.segments_kernel, "bf16", constants, "")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pregate.base.errors import UserError
-from pregate.kernels.cpu import ffn as cpu
+from pregate.kernels.cpu import ffn as cpu_ffn
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, why_not
 
@@ -17,10 +17,10 @@ def pick(implementation: str, widths=(64, 32), device=CPU):
 
 
 def test_auto_takes_the_fastest_of_this_machine_and_says_why(log, monkeypatch):
-    monkeypatch.setattr(cpu, "has_avx512", lambda: True)
+    monkeypatch.setattr(cpu_ffn, "has_avx512", lambda: True)
     assert pick("auto", widths=LARGE).name == "packed"
     assert pick("auto").name == "grouped"
-    monkeypatch.setattr(cpu, "has_avx512", lambda: False)
+    monkeypatch.setattr(cpu_ffn, "has_avx512", lambda: False)
     assert pick("auto", widths=LARGE).name == "grouped"
     assert pick("auto", widths=(64, 43)).name == "loop"
     assert len(log) == 4
@@ -48,18 +48,18 @@ def test_no_packed_product_in_this_torch_leaves_the_others(monkeypatch):
     def missing(*_):
         raise AttributeError("no such operation")
 
-    monkeypatch.setattr(cpu, "has_avx512", lambda: True)
+    monkeypatch.setattr(cpu_ffn, "has_avx512", lambda: True)
     monkeypatch.setattr(cpu_packed, "pack_linear", missing)
     assert pick("auto", widths=LARGE).name == "grouped"
     with pytest.raises(UserError, match="no packed linear"):
         pick("packed")
-    monkeypatch.setattr(cpu, "grouped_mm", missing)
+    monkeypatch.setattr(cpu_ffn, "grouped_mm", missing)
     assert pick("auto", widths=LARGE).name == "loop"
     with pytest.raises(UserError, match="no grouped_mm"):
         pick("grouped")
 
 
-@pytest.mark.parametrize("name", ["triton", "triton-int8", "triton-fp8", "triton-atomic"])
+@pytest.mark.parametrize("name", ["triton", "triton-int8", "triton-fp8"])
 def test_the_kernels_for_cuda_are_refused_without_a_device(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(UserError, match=rf"--expert-ffn {name}: not possible here: .*allowed: auto, packed"):

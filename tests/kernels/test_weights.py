@@ -99,7 +99,7 @@ def test_a_stack_of_parameters_is_no_part_of_a_graph(name):
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 def test_a_layer_of_parameters_in_one_stack_is_no_part_of_a_graph():
-    from pregate.kernels.triton.path import TritonFFN
+    from pregate.kernels.triton.ffn import TritonFFN
 
     shared = tuple(map(nn.Parameter, expert(2 * M)))
     routed = (nn.Parameter(torch.stack([part, part])) for part in expert())

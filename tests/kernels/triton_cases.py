@@ -29,9 +29,9 @@ from pregate.base.errors import PregateError
 from pregate.kernels import expert_ffn, segments
 from pregate.kernels.tools import bench
 from pregate.kernels.tools import tune_block_sizes as tune
-from pregate.kernels.triton import path as triton_path
+from pregate.kernels.triton import ffn as triton_ffn
 from pregate.kernels.triton.block_sizes import TABLE_PATH, BlockSizes, BlockTable
-from pregate.kernels.triton.path import TritonFFN
+from pregate.kernels.triton.ffn import TritonFFN
 from pregate.kernels.triton.segments import build_on_device
 from pregate.kernels.units import GroupRows, LayerUnits
 from pregate.kernels.weights import quantise_rows, split_shared
@@ -56,7 +56,6 @@ class Case:
     block_m: int = 0
     by: str = "layer"
     weighted: bool = False
-    atomic: bool = False
     tma: bool = False
     quant: str = ""
 
@@ -84,7 +83,6 @@ def cases(device: torch.device) -> list[Case]:
         Case("no shared, 5 tokens", tokens=5, shared=0, routing="ragged"),
         Case("width 192 in blocks of 128", tokens=70, width=192, block_m=64, dtype="float16"),
         Case("tiles of 128", tokens=300, k=1, block_m=128, dtype="float16"),
-        Case("atomic", tokens=30, atomic=True, routing="ragged"),
         Case("tma", tokens=30, tma=True, hidden=72),
         Case("tma fp16 ragged", tokens=50, tma=True, hidden=136, dtype="float16", routing="ragged"),
         Case("int8", tokens=30, quant="int8"),
@@ -169,7 +167,7 @@ class Inputs:
 def make_ffn(case: Case, inputs: Inputs) -> TritonFFN:
     weight_dtype = getattr(torch, case.quant) if case.quant else None
     tma = None if inputs.device.type == "cuda" else case.tma
-    return TritonFFN(case.act, inputs.device, inputs.dtype, weight_dtype=weight_dtype, atomic=case.atomic, tma=tma)
+    return TritonFFN(case.act, inputs.device, inputs.dtype, weight_dtype=weight_dtype, tma=tma)
 
 
 def run_layer(case: Case, inputs: Inputs, unit_slot: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -373,7 +371,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
     assert torch.empty(1).isnan().all(), "buffers must start as NaN"
-    assert tuple(triton_path.ACTIVATIONS) == expert_ffn.TRITON_ACTIVATIONS, "the entry point promises what there is"
+    assert tuple(triton_ffn.ACTIVATIONS) == expert_ffn.TRITON_ACTIVATIONS, "the entry point promises what there is"
     only = sys.argv[2] if len(sys.argv) > 2 else ""
     for case in cases(device):
         if only in case.name:

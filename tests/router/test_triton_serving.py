@@ -53,7 +53,6 @@ def test_from_the_first_layer_to_the_last_nobody_waits_for_a_value(served):
 def test_layers_that_would_differ_from_the_groups_are_not_offered(served):
     assert served[3] == {
         "triton-int8": "triton-int8: it would round the shared experts too",
-        "triton-atomic": "triton-atomic: it adds a token's experts in any order",
         "id -2": "expert ids must lie in [-1, 4)",
         "id 4": "expert ids must lie in [-1, 4)",
     }

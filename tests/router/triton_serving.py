@@ -20,15 +20,15 @@ import torch
 
 from pregate.kernels.tools import warm_up
 from pregate.kernels.triton import decode as triton_decode
-from pregate.kernels.triton import ffn as triton_ffn
 from pregate.kernels.triton import segments as triton_segments
+from pregate.kernels.triton import tiled as triton_tiled
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine import Engine
 from tests.equality import ReferenceText, reference_text
 from tests.router.serving import engine_of, hold, hosts_here
 
 KERNELS = {
-    triton_ffn: ("gate_up_kernel", "down_kernel", "sum_kernel"),
+    triton_tiled: ("gate_up_kernel", "down_kernel", "sum_kernel"),
     triton_decode: ("decode_gate_up_kernel", "decode_down_kernel"),
     triton_segments: ("segments_kernel",),
 }
@@ -99,13 +99,11 @@ def serve_with(path: Path, num_hosts: int, references: list[ReferenceText], seen
 
 def refusals(path: Path) -> dict[str, Any]:
     """What the entry point and a host say to what they must not do."""
-    hosts: dict[str, Any] = {
-        name: hosts_here(path, 1, expert_ffn=name)[0]._host for name in ("triton-int8", "triton-atomic")
-    }
-    found: dict[str, Any] = {name: h.local_layers(torch.device("cpu"), torch.float32) for name, h in hosts.items()}
+    host: Any = hosts_here(path, 1, expert_ffn="triton-int8")[0]._host
+    found: dict[str, Any] = {"triton-int8": host.local_layers(torch.device("cpu"), torch.float32)}
     for ids in (-2, 4):
         try:
-            hosts["triton-int8"]._ffn.segments(torch.full((1, 1, 1), ids), 4, 1)
+            host._ffn.segments(torch.full((1, 1, 1), ids), 4, 1)
         except ValueError as error:
             found[f"id {ids}"] = str(error)
     return found

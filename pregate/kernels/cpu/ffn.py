@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from pregate.base.dtypes import dtype_name
+from pregate.kernels.contract import ExpertFFN, Pair
 from pregate.kernels.reference import Activation, activation
 from pregate.kernels.segments import Segment, Segments, Visits, build
 from pregate.kernels.units import GroupRows, LayerUnits
@@ -26,35 +27,29 @@ ROW_ALIGNMENT_BYTES = 16
 CPU = torch.device("cpu")
 
 
-class LoopFFN:
-    """One matrix product per expert and half, with the reference's own operations. The base of the others."""
+class LoopFFN(ExpertFFN):
+    """One matrix product per expert and half, with the reference's own operations. The base of the others.
+
+    Segments hold routed units only: one wide product serves the shared expert better.
+    """
 
     name = "loop"
-    #: Segments for this implementation hold routed units only: one wide product serves the shared expert better.
-    shared_in_segments = False
-    compiles = False
-    why_no_layers = ""
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         self._act: Activation = activation(act)
-        self.layout: Any = PlainLayout(dtype, CPU)
+        self.layout = PlainLayout(dtype, CPU)
+
+    @classmethod
+    def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
+        """Return why it cannot serve matrices with these row lengths on this CPU; empty if it can."""
+        return ""
 
     def block_m(self, num_rows: int, num_units: int) -> int:
-        """Rows per tile of segments; nothing here reads tiles."""
-        return max(num_rows, 1)
-
-    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> Any:
-        """Return experts as this implementation holds them; without a copy where it holds them as they are."""
-        return self.layout.stack(gate_up_SMD, down_SDM)
+        return max(num_rows, 1)  # nothing here reads tiles
 
     def units(
-        self,
-        shared: tuple[torch.Tensor, torch.Tensor] | None,
-        num_shared: int,
-        gate_up_RMD: torch.Tensor,
-        down_RDM: torch.Tensor,
+        self, shared: Pair | None, num_shared: int, gate_up_RMD: torch.Tensor, down_RDM: torch.Tensor
     ) -> LayerUnits:
-        """Return a layer's routed experts, and its shared expert apart, as one FFN."""
         num_routed = down_RDM.shape[0]
         wide = None if shared is None else partial(self.dense, weights=self.stack(shared[0][None], shared[1][None]))
         routed = self.stack(gate_up_RMD, down_RDM)
@@ -63,27 +58,23 @@ class LoopFFN:
     def segments(
         self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
     ) -> Segments:
-        """Return the segments of these layers; without the shared units, which are not in them."""
         return build(ids_TLK, num_routed, block_m=max(ids_TLK.shape[0], 1), weights_TLK=weights_TLK)
 
     def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
-        """Derive now what `pairs` would derive of each group. PregateError for a unit that is in no slot."""
         for rows in groups:
             rows.derive()
         return list(groups)
 
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:
-        """Return [P, D]: one row per (row, unit) pair, in order. PregateError for a unit that is in no slot."""
         whole = len(rows.row_index) == x_ND.shape[0] and rows.in_order
         x_PD = x_ND if whole else x_ND.index_select(0, rows.index)
         return self._run(x_PD, rows.visits, weights)
 
     def dense(self, x_TD: torch.Tensor, weights: Any) -> torch.Tensor:
-        """Return [T, D]: every row through the expert in slot 0."""
         return self._expert(x_TD, weights, 0)
 
     def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
-        """Return [T, D]: the shared expert, then each token's routed ones, added in ascending unit order."""
+        """Return [T, D]: the shared expert first, then each token's routed ones in ascending unit order."""
         units.check(segment, x_TD.shape[0])
         out_TD = torch.zeros_like(x_TD) if units.shared is None else units.shared(x_TD)
         visits = units.visits(segment)
@@ -125,6 +116,14 @@ class GroupedFFN(LoopFFN):
         self.layout = TransposedLayout(dtype, CPU)
         self._grouped_mm = grouped_mm()
 
+    @classmethod
+    def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
+        for width in widths:
+            if width * dtype.itemsize % ROW_ALIGNMENT_BYTES:
+                return f"rows of {width} {dtype} values do not start on {ROW_ALIGNMENT_BYTES}-byte boundaries"
+        probe, weight, ends = torch.ones(2, 8, dtype=dtype), torch.ones(1, 8, 8, dtype=dtype), torch.tensor([2])
+        return fault_of(f"grouped_mm for {dtype}", lambda: grouped_mm()(probe, weight, offs=ends.int()))
+
     def _run(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
         if visits.single_rows or len(visits.count_list) == 1:
             return super()._run(x_PD, visits, weights)
@@ -149,24 +148,12 @@ def grouped_mm() -> GroupedMM:
     return public if public is not None else torch._grouped_mm  # pyright: ignore[reportPrivateImportUsage]
 
 
-def why_not_grouped(widths: Iterable[int], dtype: torch.dtype) -> str:
-    """Return why `grouped_mm` cannot serve matrices with these row lengths; empty if it can."""
-    for width in widths:
-        if width * dtype.itemsize % ROW_ALIGNMENT_BYTES:
-            return f"rows of {width} {dtype} values do not start on {ROW_ALIGNMENT_BYTES}-byte boundaries"
-    probe = torch.ones(2, 8, dtype=dtype)
-    return why_not(
-        f"grouped_mm for {dtype}",
-        lambda: grouped_mm()(probe, torch.ones(1, 8, 8, dtype=dtype), offs=torch.tensor([2], dtype=torch.int32)),
-    )
-
-
 def has_avx512() -> bool:
     """True where torch runs its AVX-512 code."""
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def why_not(what: str, probe: Callable[[], torch.Tensor]) -> str:
+def fault_of(what: str, probe: Callable[[], torch.Tensor]) -> str:
     """Run `probe`, whose answer must be all 8s; return what is wrong with it."""
     try:
         answer = probe()

@@ -1,10 +1,8 @@
 """The expert FFN on a CPU with weights packed at load: oneDNN products in fp32 or bf16, and dynamic int8.
 
-What pays was measured on two machines, one thread, fp32. With AVX2 (kernels.md, section 4) `grouped_mm` wins from two
-rows up and the loop for one; packing wins only between 2 and 16. With AVX-512 on an EPYC of 2024
-(benchmarks/results/kernels.json) packing wins everywhere: MKL, which the others run on, leaves half of it unused. The
-same EPYC held to AVX2 code still ran packed experts of 704 x 2048 and 1376 x 4096 1.02 to 1.93 times as fast as
-transposed `grouped_mm` at 1 to 64 tokens: on a newer machine without AVX-512, `packed` is worth asking for by name.
+With AVX2 `grouped_mm` wins from two rows up and the loop for one; packing wins only between 2 and 16. With AVX-512
+packing wins everywhere: MKL, which the others run on, leaves half of it unused (benchmarks/results/kernels.json,
+docs/measurements.md).
 
 Shape letters: T tokens, N rows of an expert, D hidden width, M expert width, K columns of any weight matrix.
 """
@@ -12,14 +10,14 @@ Shape letters: T tokens, N rows of an expert, D hidden width, M expert width, K 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pregate.kernels.cpu.ffn import LoopFFN, why_not
-from pregate.kernels.weights import put_all, quantise_rows
+from pregate.kernels.cpu.ffn import LoopFFN, fault_of
+from pregate.kernels.weights import Layout, quantise_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,27 +33,21 @@ class PackedWeights:
         return len(self.down)
 
 
-class PackedLayout:
+class PackedLayout(Layout):
     """Each matrix packed by `pack`, `item_bytes` per value."""
 
     def __init__(self, pack: Callable[[torch.Tensor], Any], item_bytes: int) -> None:
         self._pack, self._item_bytes = pack, item_bytes
 
     def allocate(self, num_slots: int, width: int, hidden: int) -> PackedWeights:
-        """Return empty slots for experts `width` wide."""
         return PackedWeights([None] * num_slots, [None] * num_slots, 3 * width * hidden * self._item_bytes)
 
     def put(self, weights: PackedWeights, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        """Pack one expert, `gate_up` [2M, D] and `down` [D, M], into `slot`."""
         weights.gate_up[slot], weights.down[slot] = self._pack(gate_up), self._pack(down)
 
     def move(self, old: PackedWeights, old_slot: int, new: PackedWeights, new_slot: int) -> None:
         """Let a slot share what another holds; packed weights are never written again."""
         new.gate_up[new_slot], new.down[new_slot] = old.gate_up[old_slot], old.down[old_slot]
-
-    def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> PackedWeights:
-        """Pack a whole stack; no part of a gradient's graph."""
-        return put_all(self, gate_up_SMD, down_SDM)
 
 
 class PackedFFN(LoopFFN):
@@ -66,6 +58,11 @@ class PackedFFN(LoopFFN):
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(act, dtype)
         self.layout = PackedLayout(lambda matrix: pack_linear(matrix.to(dtype)), dtype.itemsize)
+
+    @classmethod
+    def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
+        ones = torch.ones(8, 8, dtype=dtype)
+        return fault_of(f"packed linear for {dtype}", lambda: packed_linear(ones, pack_linear(ones)))
 
     def _expert(self, x_ND: torch.Tensor, weights: PackedWeights, slot: int) -> torch.Tensor:
         h_NM = self._gated(packed_linear(x_ND, weights.gate_up[slot]))
@@ -83,6 +80,13 @@ class Int8FFN(LoopFFN):
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(act, dtype)
         self.layout = PackedLayout(pack_int8, 1)
+
+    @classmethod
+    def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
+        if dtype != torch.float32:
+            return f"dynamic int8 takes float32 rows, not {dtype}"
+        ones = torch.ones(8, 8)
+        return fault_of("dynamic int8 linear", lambda: torch.ops.quantized.linear_dynamic(ones, pack_int8(ones)))
 
     def _expert(self, x_ND: torch.Tensor, weights: PackedWeights, slot: int) -> torch.Tensor:
         h_NM = self._gated(int8_linear(x_ND, weights.gate_up[slot]))
@@ -104,7 +108,7 @@ def pack_int8(weight: torch.Tensor) -> Any:
     values, scale_N = quantise_rows(weight, torch.int8)
     zeros = torch.zeros(len(scale_N), dtype=torch.int64)
     with warnings.catch_warnings():
-        # torch warns that its quantised tensor types will go; `why_not_int8` notices when they have.
+        # torch warns that its quantised tensor types will go; `Int8FFN.why_not` notices when they have.
         warnings.simplefilter("ignore")
         make = torch._make_per_channel_quantized_tensor  # pyright: ignore[reportPrivateImportUsage]
         quantised = make(values, scale_N.double(), zeros, 0)
@@ -122,17 +126,3 @@ def int8_linear(x_NK: torch.Tensor, packed: Any) -> torch.Tensor:
     ends_1K[0, 0], ends_1K[0, 1] = -1, 1
     rows = torch.cat([x_NK / scale_N1, ends_1K])
     return torch.ops.quantized.linear_dynamic(rows, packed)[:-1].mul_(scale_N1)
-
-
-def why_not_packed(dtype: torch.dtype) -> str:
-    """Return why weights cannot be packed for oneDNN; empty if they can."""
-    ones = torch.ones(8, 8, dtype=dtype)
-    return why_not(f"packed linear for {dtype}", lambda: packed_linear(ones, pack_linear(ones)))
-
-
-def why_not_int8(dtype: torch.dtype) -> str:
-    """Return why dynamic int8 cannot serve rows in `dtype`; empty if it can."""
-    if dtype != torch.float32:
-        return f"dynamic int8 takes float32 rows, not {dtype}"
-    ones = torch.ones(8, 8)
-    return why_not("dynamic int8 linear", lambda: torch.ops.quantized.linear_dynamic(ones, pack_int8(ones)))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
-from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.units import LayerUnits
 
 ROUTINGS = ("uniform", "zipf", "grouped")

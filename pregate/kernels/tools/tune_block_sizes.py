@@ -19,7 +19,7 @@ from pregate.kernels.tools import bench
 from pregate.kernels.tools.bench import DenseLayer, Shape
 from pregate.kernels.triton import block_sizes
 from pregate.kernels.triton.block_sizes import BlockSizes, BlockTable
-from pregate.kernels.triton.path import TritonFFN
+from pregate.kernels.triton.ffn import TritonFFN
 
 #: Gives the milliseconds of a call; inf if it cannot be launched.
 Timer = Callable[[Callable[[], object]], float]

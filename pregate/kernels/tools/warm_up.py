@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pregate.kernels.expert_ffn import ExpertFFN
+from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.units import GroupRows, LayerUnits
 
 #: The largest batch that may be a decode batch (`triton_decode.MAX_TOKENS`; importing that needs Triton).

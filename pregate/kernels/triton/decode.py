@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pregate.kernels.triton.ffn import activate
+from pregate.kernels.triton.tiled import activate
 
 #: Rows that the tokens are padded to: the narrowest operand of a tensor-core product.
 MAX_TOKENS = 8

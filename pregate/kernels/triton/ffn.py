@@ -1,213 +1,251 @@
-"""Triton kernels of the expert FFN over expert-sorted rows: (A) gate-up, (B) down, and the sum over a token's experts.
+"""`TritonFFN`: the expert FFN through the Triton kernels; launches, buffers, and which kernel serves which batch.
 
-Row order: rows are sorted by unit, within a unit by token; a tile list (`segments.py`) cuts them into runs of at most
-BLOCK_M rows of one unit. Weights are read through `unit_slot`, so a cache may hold any unit in any slot.
-Design: the study `kernels.md`, sections 1 and 7; the column-major order of tiles is PyTorch's "locality aware" design
-(2024), the swapped operands are vLLM's and SGLang's swap-AB, the gather inside the product is ScatterMoE's.
-
-Shape letters: T tokens, P rows (token, unit), D hidden width, M expert width (padded), S slots, E units, J columns
-(a token's units, shared ones first). Plain-torch twins: `reference.gated_hidden`, `reference.expert_ffn`.
+Shape letters: T tokens, N rows of a group, P rows (token, unit), U units of a group, D hidden width, M expert width.
 """
-
-# Kernels are typed by what they are launched with; a branch of a compile-time constant must be a statement.
-# ruff: noqa: ANN001, ANN201, SIM108
-# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
 import triton
-import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from pregate.kernels import segments
+from pregate.kernels.contract import ExpertFFN, Pair
+from pregate.kernels.segments import Segment, Segments
+from pregate.kernels.triton import decode as triton_decode
+from pregate.kernels.triton import segments as triton_segments
+from pregate.kernels.triton import tiled as triton_tiled
+from pregate.kernels.triton.block_sizes import BlockSizes, BlockTable, block_m_for
+from pregate.kernels.units import GroupRows, LayerUnits, check_present
+from pregate.kernels.weights import LayerWeights, PaddedLayout, QuantisedLayout, split_shared
+
+#: fp32 has no tensor-core product of full precision: small blocks that fit the registers, whatever the table says.
+FP32_SIZES = BlockSizes(block_n=32, block_k=16, num_warps=8, num_stages=2)
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+SHORT_NAMES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
+SUM_BLOCK_D = 1024
+TILED = {"gate_up": triton_tiled.gate_up_kernel, "down": triton_tiled.down_kernel}
+#: Programs of a persistent grid where there is no device to ask (the interpreter).
+NUM_SMS_INTERPRETED = 3
 
 
-@triton.jit
-def activate(gate, ACT: tl.constexpr):
-    """Gate activation in fp32: "silu", "gelu" (exact) or "gelu_pytorch_tanh". Example: silu(0) = 0."""
-    if ACT == "silu":
-        out = gate * tl.sigmoid(gate)
-    elif ACT == "gelu":
-        out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    else:
-        # tanh(z) = 2 sigmoid(2 z) - 1
-        out = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    return out
+@dataclass(frozen=True)
+class _Work:
+    """Rows of one launch pair, on the device: see `segments.Segment`."""
+
+    block_m: int
+    row_token: torch.Tensor
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+    unit_slot: torch.Tensor
+    row_weight: torch.Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_token.shape[0]
 
 
-@triton.jit
-def weight_tile(w, row0, k0, num_rows, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TMA: tl.constexpr):
-    """Load [BLOCK_N, BLOCK_K] of a weight matrix [*, K] from (row0, k0); zero past column K and past `num_rows` rows.
+class TritonFFN(ExpertFFN):
+    """Kernels A and B over sorted rows; C for a whole layer of at most 8 tokens.
 
-    With TMA the box may run into the rows after `num_rows`; they only meet outputs that are not stored.
+    `weight_dtype` int8 or float8_e4m3fn holds 8-bit weights with a scale per row. `tma` None uses it where the device
+    has it.
     """
-    if TMA:
-        tile = w.load([row0, k0])
-    else:
-        rows = tl.arange(0, BLOCK_N)
-        ks = k0 + tl.arange(0, BLOCK_K)
-        mask = (rows < num_rows)[:, None] & (ks < K)[None, :]
-        tile = tl.load(w + (row0.to(tl.int64) + rows)[:, None] * K + ks[None, :], mask=mask, other=0.0)
-    return tile
+
+    shared_in_segments = True
+    compiles = True
+
+    def __init__(
+        self,
+        act: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        weight_dtype: torch.dtype | None = None,
+        tma: bool | None = None,
+    ) -> None:
+        self.name = f"triton-{SHORT_NAMES[weight_dtype]}" if weight_dtype else "triton"
+        self._act, self._device, self._dtype = ACTIVATIONS[act], device, dtype
+        self._scaled = weight_dtype is not None
+        self.why_no_layers = "it would round the shared experts too" if self._scaled else ""
+        self.layout = QuantisedLayout(weight_dtype, device) if weight_dtype else PaddedLayout(dtype, device)
+        cuda = device.type == "cuda"
+        properties = torch.cuda.get_device_properties(device) if cuda else None
+        self._num_sms = properties.multi_processor_count if properties else NUM_SMS_INTERPRETED
+        self._tma = (properties is not None and properties.major >= 9) if tma is None else tma
+        self._dense: Segment | None = None
+        # Slot 0, and where it was copied to: a copy in every layer would be a wait in every layer.
+        self._dense_slots = np.zeros(1, dtype=np.int32)
+        self._dense_slots_on: dict[torch.device, torch.Tensor] = {}
+        name = properties.name if properties else ""
+        self.table = BlockTable.load(name, max_shared_bytes=_max_shared_bytes(device) if cuda else None)
+
+    def block_m(self, num_rows: int, num_units: int) -> int:
+        return block_m_for(num_rows, num_units)
+
+    def units(
+        self, shared: Pair | None, num_shared: int, gate_up_RMD: torch.Tensor, down_RDM: torch.Tensor
+    ) -> LayerUnits:
+        """Return a layer in one stack: the shared expert cut into units of the routed width, then the routed ones."""
+        slices = split_shared(*shared, num_shared) if shared is not None else []
+        num_routed, hidden, width = down_RDM.shape
+        weights = self.layout.allocate(len(slices) + num_routed, width, hidden)
+        for slot, (gate_up, down) in enumerate([*slices, *zip(gate_up_RMD, down_RDM, strict=True)]):
+            self.layout.put(weights, slot, gate_up.detach(), down.detach())
+        return LayerUnits(weights, np.arange(weights.num_slots, dtype=np.int32))
+
+    def segments(
+        self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
+    ) -> Segments:
+        """As the contract says: one copy of the ids, one launch, no wait for either."""
+        if not ids_TLK.is_cuda and ((ids_TLK < -1) | (ids_TLK >= num_routed)).any():
+            raise ValueError(f"expert ids must lie in [-1, {num_routed})")
+        num_rows = ids_TLK.shape[0] * (num_shared + ids_TLK.shape[2])
+        block_m = self.block_m(num_rows, num_shared + num_routed)
+        ids_TLK = self._put(ids_TLK.to(torch.int32))
+        built = triton_segments.build_on_device(ids_TLK, num_routed, num_shared=num_shared, block_m=block_m)
+        return built if weights_TLK is None else segments.with_weights(built, self._put(weights_TLK))
+
+    def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
+        arrays, sizes = [], []
+        for rows in groups:
+            check_present(rows.slots, rows.counts)
+            block_m = self.block_m(len(rows.row_index), len(rows.slots))
+            tiles = segments.tile_list(rows.counts, block_m)
+            arrays += [rows.slots, rows.row_index, np.array([len(tiles)]), tiles.reshape(-1)]
+            sizes.append(block_m)
+        if not groups:
+            return []
+        flat = self._put(torch.from_numpy(np.concatenate(arrays).astype(np.int32)))
+        parts = iter(flat.split([len(array) for array in arrays]))
+        prepared = []
+        for rows, block_m in zip(groups, sizes, strict=True):
+            unit_slot, row_token, num_tiles, tiles = (next(parts) for _ in range(4))
+            prepared.append(replace(rows, made=_Work(block_m, row_token, tiles.view(-1, 3), num_tiles, unit_slot)))
+        return prepared
+
+    def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: LayerWeights) -> torch.Tensor:
+        """As the contract says, and for a few rows too: the decode pair (C) would not serve better.
+
+        Its advantage over A and B is that it needs no order and no index, and here both come with the plan, before the
+        rows; and its down kernel sums over a token's units, where a host answers with every pair's own row.
+        """
+        return self._rows(x_ND.contiguous(), rows.made or self.prepare([rows])[0].made, weights)
+
+    def dense(self, x_TD: torch.Tensor, weights: LayerWeights) -> torch.Tensor:
+        num_tokens, segment = x_TD.shape[0], self._dense
+        if segment is None or segment.num_tokens != num_tokens:
+            # All layers of a step have as many tokens: the last one's rows are kept.
+            ids_T1K = torch.zeros(num_tokens, 1, 0, dtype=torch.int32)
+            built = segments.build(ids_T1K, 0, num_shared=1, block_m=self.block_m(num_tokens, 1))
+            self._dense = segment = built.to(x_TD.device).layer(0)
+        return self.layer(x_TD, segment, LayerUnits(weights, self._dense_slots, _on_device=self._dense_slots_on))
+
+    def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
+        x_TD = x_TD.contiguous()
+        units.check(segment, x_TD.shape[0])
+        unit_slot = units.slots_on(x_TD.device)
+        if x_TD.shape[0] <= triton_decode.MAX_TOKENS:
+            return self._decode(x_TD, segment, units.weights, unit_slot)
+        tiles, num_tiles, row_token = segment.tiles, segment.num_tiles, segment.row_token
+        work = _Work(segment.block_m, row_token, tiles, num_tiles, unit_slot, segment.row_weight)
+        y_PD = self._rows(x_TD, work, units.weights)
+        return self._sum(y_PD, segment.row_of, torch.empty_like(x_TD))
+
+    def _put(self, array: torch.Tensor) -> torch.Tensor:
+        """`array` on the device; from the host in a copy that nobody waits for."""
+        if self._device.type != "cuda" or array.is_cuda:
+            return array.to(self._device)
+        return array.pin_memory().to(self._device, non_blocking=True)
+
+    def _sizes(self, kernel: str, block_m: int) -> BlockSizes:
+        return FP32_SIZES if self._dtype == torch.float32 else self.table.sizes(kernel, block_m)
+
+    def _weight(self, stack: torch.Tensor, sizes: BlockSizes) -> Any:
+        """The stack as one matrix: by TMA descriptor where the device has it and rows are aligned, else by pointer."""
+        rows = stack.view(-1, stack.shape[-1])
+        if self._tma and rows.stride(0) * rows.itemsize % 16 == 0:
+            return TensorDescriptor.from_tensor(rows, [sizes.block_n, sizes.block_k])
+        return rows
+
+    def _rows(self, x_TD: torch.Tensor, work: _Work, weights: LayerWeights) -> torch.Tensor:
+        """Return [P, D]: A, then B, over the rows of `work`."""
+        h_PM = x_TD.new_empty(work.num_rows, weights.down_SDM.shape[2])
+        y_PD = x_TD.new_empty(work.num_rows, x_TD.shape[1])
+        sizes = (x_TD.shape[1], h_PM.shape[1])
+        rows, weighted = (work.row_token, work.row_weight), work.row_weight is not None
+        up = (weights.gate_up_SMD, weights.gate_up_scale)
+        self._tiled("gate_up", x_TD, *up, h_PM, rows, work, sizes, ACT=self._act, WEIGHTED=weighted)
+        self._tiled("down", h_PM, weights.down_SDM, weights.down_scale, y_PD, (), work, sizes)
+        return y_PD
+
+    def _tiled(
+        self,
+        name: str,
+        rows: torch.Tensor,
+        stack: torch.Tensor,
+        scale: torch.Tensor | None,
+        out: torch.Tensor,
+        index: tuple[torch.Tensor | None, ...],
+        work: _Work,
+        widths: tuple[int, int],
+        **constants: object,
+    ) -> None:
+        """Launch kernel A or B by its `name`; `index` are the row arrays it reads, `widths` D and M."""
+        sizes = self._sizes(name, work.block_m)
+        num_blocks = work.tiles.shape[0] * triton.cdiv(out.shape[1], sizes.block_n)
+        w = self._weight(stack, sizes)
+        constants |= {"BLOCK_M": work.block_m, "BLOCK_N": sizes.block_n, "BLOCK_K": sizes.block_k, "SWAP": sizes.swap}
+        constants |= {"TMA": isinstance(w, TensorDescriptor), "SCALED": self._scaled}
+        constants |= {"num_warps": sizes.num_warps, "num_stages": sizes.num_stages}
+        arrays = (*index, work.tiles, work.num_tiles, work.unit_slot)
+        programs = max(min(num_blocks, self._num_sms * sizes.programs_per_sm), 1)
+        _on_grid(TILED[name], programs)(rows, w, scale, out, *arrays, *widths, **constants)
+
+    @staticmethod
+    def _sum(y_PD: torch.Tensor, row_of_TJ: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
+        num_tokens, num_columns = row_of_TJ.shape
+        hidden = y_PD.shape[1]
+        block_d = min(SUM_BLOCK_D, triton.next_power_of_2(hidden))
+        launch = _on_grid(triton_tiled.sum_kernel, num_tokens, triton.cdiv(hidden, block_d))
+        launch(y_PD, row_of_TJ, out_TD, hidden, num_columns, BLOCK_D=block_d)
+        return out_TD
+
+    def _decode(
+        self, x_TD: torch.Tensor, segment: Segment, weights: LayerWeights, unit_slot: torch.Tensor
+    ) -> torch.Tensor:
+        (num_tokens, hidden), num_k = x_TD.shape, segment.ids_TK.shape[1]
+        num_units, width, half = segment.num_units, weights.down_SDM.shape[2], triton_decode.HALF
+        first, second = self._sizes("decode_gate_up", 16), self._sizes("decode_down", 16)
+        h_TJM, out_TD = x_TD.new_empty(num_tokens, segment.num_shared + num_k, width), torch.empty_like(x_TD)
+        sizes = (num_tokens, hidden, width, num_k)
+        both = {"NUM_SHARED": segment.num_shared, "SCALED": self._scaled, "PADDED": triton_decode.PADDED_TOKENS}
+        up, down = (
+            {"BLOCK_K": s.block_k, "num_warps": s.num_warps, "num_stages": s.num_stages} for s in (first, second)
+        )
+        up |= {"ACT": self._act, "WEIGHTED": segment.weights_TK is not None, "HALF_N": half}
+        held = (weights.gate_up_SMD, weights.gate_up_scale)
+        index = (segment.ids_TK, segment.weights_TK, unit_slot)
+        launch = _on_grid(triton_decode.decode_gate_up_kernel, num_units, width // half)
+        launch(x_TD, *held, h_TJM, *index, *sizes, **both, **up)
+        held, index = (weights.down_SDM, weights.down_scale), (segment.ids_TK, unit_slot)
+        launch = _on_grid(triton_decode.decode_down_kernel, triton.cdiv(hidden, second.block_n))
+        launch(h_TJM, *held, out_TD, *index, *sizes, num_units, **both, **down, BLOCK_N=second.block_n)
+        return out_TD
 
 
-#: Index arrays are slices of a step's buffers and start anywhere: their alignment must not be compiled in, or a kernel
-#: would be compiled anew while serving. Likewise counts that change from step to step.
-INDEX_ARRAYS = ("row_token_ptr", "row_weight_ptr", "tiles_ptr", "num_tiles_ptr", "unit_slot_ptr")
+def _on_grid(kernel: Any, *grid: int) -> Any:
+    """The launcher of a kernel; a launch's arguments are not those that the kernel's body is typed by."""
+    return kernel[grid]
 
 
-@triton.jit(do_not_specialize_on_alignment=INDEX_ARRAYS)
-def gate_up_kernel(
-    x_ptr,  # [T, D]
-    w,  # [S * 2M, D] pointer or TMA descriptor
-    scale_ptr,  # fp32 [S * 2M] per weight row, read only if SCALED
-    h_ptr,  # [P, M]
-    row_token_ptr,  # int32 [P]
-    row_weight_ptr,  # fp32 [P] routing weights, read only if WEIGHTED
-    tiles_ptr,  # int32 [tiles, 3]: unit, first row, end row
-    num_tiles_ptr,  # int32 [1]
-    unit_slot_ptr,  # int32 [E], -1 absent
-    D,
-    M,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr,
-    TMA: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """(A) h[p] = act(gate) * up * weight of x[row_token[p]]; a persistent grid walks (weight columns, tiles).
-
-    All tiles meet one block of weight columns before the next begins, so that the tiles of an expert read it from L2.
-    An absent unit gives NaN. Example: rows of unit 1 are 2..4, BLOCK_M = 2: tiles [1, 2, 4] and [1, 4, 5].
-    """
-    num_tiles = tl.load(num_tiles_ptr)
-    num_columns = tl.cdiv(M, BLOCK_N)
-    for work in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
-        tile_ptr = tiles_ptr + 3 * (work % num_tiles)
-        n0 = (work // num_tiles) * BLOCK_N
-        slot_or_absent = tl.load(unit_slot_ptr + tl.load(tile_ptr))
-        slot = tl.maximum(slot_or_absent, 0)
-        rows = tl.load(tile_ptr + 1) + tl.arange(0, BLOCK_M)
-        row_ok = rows < tl.load(tile_ptr + 2)
-        tokens = tl.load(row_token_ptr + rows, mask=row_ok, other=0).to(tl.int64)
-        gate_row = slot * 2 * M + n0
-        if SWAP:
-            gate = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-            up = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        else:
-            gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, D, BLOCK_K):
-            ks = k0 + tl.arange(0, BLOCK_K)
-            x = tl.load(x_ptr + tokens[:, None] * D + ks[None, :], mask=row_ok[:, None] & (ks < D)[None, :], other=0.0)
-            gate_w = weight_tile(w, gate_row, k0, M - n0, D, BLOCK_N, BLOCK_K, TMA).to(x.dtype)
-            up_w = weight_tile(w, gate_row + M, k0, M - n0, D, BLOCK_N, BLOCK_K, TMA).to(x.dtype)
-            if SWAP:
-                x_KM = tl.trans(x)
-                gate = tl.dot(gate_w, x_KM, gate, input_precision="ieee")
-                up = tl.dot(up_w, x_KM, up, input_precision="ieee")
-            else:
-                gate = tl.dot(x, tl.trans(gate_w), gate, input_precision="ieee")
-                up = tl.dot(x, tl.trans(up_w), up, input_precision="ieee")
-        if SWAP:
-            gate = tl.trans(gate)
-            up = tl.trans(up)
-        ns = n0 + tl.arange(0, BLOCK_N)
-        n_ok = ns < M
-        if SCALED:
-            gate = gate * tl.load(scale_ptr + slot * 2 * M + ns, mask=n_ok, other=0.0)[None, :]
-            up = up * tl.load(scale_ptr + slot * 2 * M + M + ns, mask=n_ok, other=0.0)[None, :]
-        h = activate(gate, ACT) * up
-        if WEIGHTED:
-            h = h * tl.load(row_weight_ptr + rows, mask=row_ok, other=0.0)[:, None]
-        h = tl.where(slot_or_absent < 0, float("nan"), h)
-        h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * M + ns[None, :]
-        tl.store(h_ptrs, h.to(h_ptr.dtype.element_ty), mask=row_ok[:, None] & n_ok[None, :])
-
-
-@triton.jit(do_not_specialize_on_alignment=INDEX_ARRAYS)
-def down_kernel(
-    h_ptr,  # [P, M]
-    w,  # [S * D, M] pointer or TMA descriptor
-    scale_ptr,  # fp32 [S * D] per weight row, read only if SCALED
-    y_ptr,  # [P, D], or fp32 [T, D] zeroed if ATOMIC
-    row_token_ptr,  # int32 [P], read only if ATOMIC
-    tiles_ptr,  # int32 [tiles, 3]: unit, first row, end row
-    num_tiles_ptr,  # int32 [1]
-    unit_slot_ptr,  # int32 [E], -1 absent
-    D,
-    M,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SWAP: tl.constexpr,
-    TMA: tl.constexpr,
-    SCALED: tl.constexpr,
-    ATOMIC: tl.constexpr,
-):
-    """(B) y[p] = h[p] through its unit's down matrix, stored at row p, or added to y[row_token[p]] if ATOMIC.
-
-    The store is deterministic: row p has one writer. Same order of tiles as (A). Example: rows 0, 1 of token 0 and
-    row 2 of token 1 give y[0], y[1], y[2]; ATOMIC gives y[0] = both of token 0, y[1] = the one of token 1.
-    """
-    num_tiles = tl.load(num_tiles_ptr)
-    num_columns = tl.cdiv(D, BLOCK_N)
-    for work in range(tl.program_id(0), num_tiles * num_columns, tl.num_programs(0)):
-        tile_ptr = tiles_ptr + 3 * (work % num_tiles)
-        n0 = (work // num_tiles) * BLOCK_N
-        slot_or_absent = tl.load(unit_slot_ptr + tl.load(tile_ptr))
-        slot = tl.maximum(slot_or_absent, 0)
-        rows = tl.load(tile_ptr + 1) + tl.arange(0, BLOCK_M)
-        row_ok = rows < tl.load(tile_ptr + 2)
-        h_rows = h_ptr + rows.to(tl.int64)[:, None] * M
-        if SWAP:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, M, BLOCK_K):
-            ks = k0 + tl.arange(0, BLOCK_K)
-            h = tl.load(h_rows + ks[None, :], mask=row_ok[:, None] & (ks < M)[None, :], other=0.0)
-            down_w = weight_tile(w, slot * D + n0, k0, D - n0, M, BLOCK_N, BLOCK_K, TMA).to(h.dtype)
-            if SWAP:
-                acc = tl.dot(down_w, tl.trans(h), acc, input_precision="ieee")
-            else:
-                acc = tl.dot(h, tl.trans(down_w), acc, input_precision="ieee")
-        if SWAP:
-            acc = tl.trans(acc)
-        ns = n0 + tl.arange(0, BLOCK_N)
-        n_ok = ns < D
-        if SCALED:
-            acc = acc * tl.load(scale_ptr + slot * D + ns, mask=n_ok, other=0.0)[None, :]
-        acc = tl.where(slot_or_absent < 0, float("nan"), acc)
-        mask = row_ok[:, None] & n_ok[None, :]
-        if ATOMIC:
-            tokens = tl.load(row_token_ptr + rows, mask=row_ok, other=0).to(tl.int64)
-            tl.atomic_add(y_ptr + tokens[:, None] * D + ns[None, :], acc, mask=mask, sem="relaxed")
-        else:
-            y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * D + ns[None, :]
-            tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize_on_alignment=["row_of_ptr"], do_not_specialize=["J"])
-def sum_kernel(
-    y_ptr,  # [P, D]
-    row_of_ptr,  # int32 [T, J]: row of each of a token's units, -1 for none, -2 for an id that is no expert
-    out_ptr,  # [T, D]
-    D,
-    J,
-    BLOCK_D: tl.constexpr,
-):
-    """out[t] = the sum in fp32 of y[row_of[t, j]], in column order, so that the result never varies; NaN with a -2.
-
-    Example: row_of [[0, 2], [1, -1]] gives out = [y[0] + y[2], y[1]].
-    """
-    token = tl.program_id(0)
-    ds = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    acc = tl.zeros((BLOCK_D,), tl.float32)
-    for column in range(J):
-        row = tl.load(row_of_ptr + token * J + column)
-        width = tl.where(row < 0, 0, D)
-        y_ptrs = y_ptr + tl.maximum(row, 0).to(tl.int64) * D + ds
-        acc += tl.load(y_ptrs, mask=ds < width, other=0.0).to(tl.float32)
-        acc = tl.where(row < -1, float("nan"), acc)
-    tl.store(out_ptr + token.to(tl.int64) * D + ds, acc.to(out_ptr.dtype.element_ty), mask=ds < D)
+def _max_shared_bytes(device: torch.device) -> int:
+    """What one block may have on `device`, as Triton asks before it launches."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    driver: Any = triton.runtime.driver.active
+    return int(driver.utils.get_device_properties(index)["max_shared_mem"])

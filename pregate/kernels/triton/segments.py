@@ -118,8 +118,8 @@ def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, 
         return torch.full(shape, value, dtype=torch.int32, device=ids_TLK.device)
 
     built = Segments(
-        num_shared,
-        block_m,
+        num_shared=num_shared,
+        block_m=block_m,
         row_token=full(0, num_layers, num_rows),
         row_pair=full(0, num_layers, num_rows),
         row_of=full(-1, num_layers, num_tokens, num_columns),
@@ -130,23 +130,9 @@ def build_on_device(ids_TLK: torch.Tensor, num_routed: int, *, num_shared: int, 
         bad_ids=full(0, num_layers),
     )
     launch: Any = segments_kernel[(num_layers, num_units)]
-    launch(
-        built.ids_TLK,
-        built.row_token,
-        built.row_pair,
-        built.row_of,
-        built.offsets,
-        built.tiles,
-        built.num_tiles,
-        built.bad_ids,
-        num_tokens,
-        num_layers,
-        num_k,
-        num_units,
-        size,
-        NUM_SHARED=num_shared,
-        BLOCK_M=block_m,
-        BLOCK=PAIRS_PER_LOOK,
-        PADDED_E=triton.next_power_of_2(num_units),
-    )
+    rows = (built.ids_TLK, built.row_token, built.row_pair, built.row_of)
+    counts = (built.offsets, built.tiles, built.num_tiles, built.bad_ids)
+    constants = {"NUM_SHARED": num_shared, "BLOCK_M": block_m, "BLOCK": PAIRS_PER_LOOK}
+    constants["PADDED_E"] = triton.next_power_of_2(num_units)
+    launch(*rows, *counts, num_tokens, num_layers, num_k, num_units, size, **constants)
     return built

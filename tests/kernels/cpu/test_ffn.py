@@ -179,13 +179,13 @@ def test_grouped_weights_lie_transposed_and_keep_their_shapes():
 
 
 def test_unaligned_rows_are_refused_with_the_width():
-    assert "43" in cpu.why_not_grouped([64, 43], torch.float32)
-    assert cpu.why_not_grouped([64, 44], torch.float32) == ""
+    assert "43" in GroupedFFN.why_not(torch.float32, [64, 43])
+    assert GroupedFFN.why_not(torch.float32, [64, 44]) == ""
 
 
 def test_a_product_that_answers_wrongly_is_refused(monkeypatch):
     monkeypatch.setattr(cpu_packed, "packed_linear", lambda x, packed: x)
-    assert "wrong answers" in cpu_packed.why_not_packed(torch.float32)
+    assert "wrong answers" in PackedFFN.why_not(torch.float32, ())
 
 
 def test_half_precision_needs_native_instructions(monkeypatch):
