@@ -2,10 +2,10 @@
 
     python -m benchmarks.conversion --shared-folder ../shared [--models stories3M] [--work runs/conversion]
 
-Each cell (model, cut, seed) converts by the recipes plain, cmoe-paper and ours, and scores the same held-out documents
-by the protocol of `convert/measure/scoring.py`. Static mask and random routing are those of ours' cut. Every recipe is
-held to the oracle of its own cut. Variants of ours change one thing at a time. A finished row
-is kept in --work, so an interrupted run goes on; with all rows there the results are written.
+Each cell (model, cut, seed) converts by the recipes plain, cmoe-paper and capture (rows call it "ours"), and scores the
+same held-out documents by the protocol of `convert/measure/scoring.py`. Static mask and random routing are those of
+capture's cut. Every recipe is held to the oracle of its own cut. Variants of capture change one thing at a time. A
+finished row is kept in --work, so an interrupted run goes on; with all rows there the results are written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from pregate.model.quiet import quiet_transformers
 
 QUARTET = Path(__file__).resolve().parents[1] / "examples" / "quartet"
 CUTS: tuple[Cut, ...] = ((8, 3, 3), (8, 2, 2), (8, 1, 1), (16, 6, 6), (16, 4, 4), (16, 2, 2))
-#: Name -> what is changed in ours; all of it scored on the first cut, what `OPEN` names on the other two of 8 experts.
+#: Name -> what is changed in recipe capture; all of it scored on the first cut, what `OPEN` names on the other two of 8
+#: experts.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain + threshold": {"clustering": "marks", "shared_by": "contribution", "token_power": 0.0},
     "ours, fixed number": {"selection": "top_k"},
@@ -50,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ours, shared count per layer": {"shared": None},
 }
 OPEN = ("ours, tokens weighed as they are", "ours, shared count per layer")
+#: Row -> recipe.
+ROWS = {"plain": "plain", "cmoe-paper": "cmoe-paper", "ours": "capture"}
 HELD_OUT_PER_DOMAIN = 30
 
 
@@ -149,13 +152,13 @@ class Bench:
 
     def cell(self, cut: Cut, seed: int) -> None:
         """All rows of one cut and seed."""
-        for recipe in ("plain", "cmoe-paper", "ours"):
+        for row, recipe in ROWS.items():
             model = _Lazy(lambda recipe=recipe: self.converted(recipe, cut, seed, {}))
-            self.row(recipe, cut, seed, lambda model=model: self.score(model()))
+            self.row(row, cut, seed, lambda model=model: self.score(model()))
             if recipe == "cmoe-paper":
                 continue
-            self.row(f"oracle of {recipe}", cut, seed, lambda model=model: self.score(model(), OraclePolicy()))
-            if recipe == "ours":
+            self.row(f"oracle of {row}", cut, seed, lambda model=model: self.score(model(), OraclePolicy()))
+            if row == "ours":
                 self.row("random", cut, seed, lambda model=model: self.score(model(), RandomPolicy(seed)))
                 self.row("static", cut, seed, lambda model=model: self._static(model()))
 
@@ -167,7 +170,7 @@ class Bench:
 
     def variants(self, cut: Cut, seed: int) -> None:
         for name in VARIANTS if cut == CUTS[0] else OPEN:
-            model = _Lazy(lambda change=VARIANTS[name]: self.converted("ours", cut, seed, change))
+            model = _Lazy(lambda change=VARIANTS[name]: self.converted("capture", cut, seed, change))
             self.row(name, cut, seed, lambda model=model: self._variant(model()))
 
     def _variant(self, model: Any) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def _notes(rows: Rows, options: dict[str, Any]) -> list[str]:
     tunings = [r for r in rows if r["row"] in ("dense tuned", ALONE, *TUNED)]
     hours = sum(r["cpu_seconds"] for r in tunings) / 3600
     return [
-        "Perplexity per document, BOS prepended, truncated to the context. One seed. Layer-wise: recipe `ours`,"
+        "Perplexity per document, BOS prepended, truncated to the context. One seed. Layer-wise: recipe `capture`,"
         " gates fitted in closed form on 64 windows of 512 tokens; routers are trained on 200,000 tokens. One"
         " index: a router with one choice for all layers, on the same experts renumbered so that equal numbers go"
         " together. Read-ME: one expert per domain (no shared expert, one active), distilled router, one index."

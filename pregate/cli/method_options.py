@@ -9,7 +9,7 @@ import typer
 from pregate.convert.cut.recipes import RECIPES
 
 Clustering = Annotated[
-    str | None, typer.Option(help="capture (ours) or marks (CMoE): how neurons are grouped.", show_default=False)
+    str | None, typer.Option(help="capture or marks (CMoE): how neurons are grouped.", show_default=False)
 ]
 SharedBy = Annotated[
     str | None, typer.Option(help="capture, contribution or rate: how shared neurons are chosen.", show_default=False)
@@ -40,10 +40,10 @@ Seed = Annotated[int | None, typer.Option(help="Seed of every random choice.", s
 
 
 def describe_recipes() -> str:
-    """Every recipe's values, a paragraph each: all of ours, of the others what differs."""
-    ours = vars(RECIPES["ours"])
+    """Every recipe's values, a paragraph each: all of capture's, of the others what differs."""
+    default = vars(RECIPES["capture"])
     parts = []
     for name, recipe in RECIPES.items():
-        values = {k: v for k, v in vars(recipe).items() if name == "ours" or v != ours[k]}
+        values = {k: v for k, v in vars(recipe).items() if name == "capture" or v != default[k]}
         parts.append(f"Recipe {name}: " + ", ".join(f"{k.replace('_', '-')} {v}" for k, v in values.items()) + ".")
     return "\n\n".join(parts)

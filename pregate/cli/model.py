@@ -33,7 +33,9 @@ def convert(
     calibration: Annotated[
         list[Path], typer.Option(help="Text to profile on: .txt, .jsonl or folders of them.", show_default=False)
     ],
-    recipe: Annotated[str, typer.Option(help="ours, plain, stock or cmoe-paper: defaults of what follows.")] = "ours",
+    recipe: Annotated[str, typer.Option(help="capture, plain, stock or cmoe-paper: defaults of what follows.")] = (
+        "capture"
+    ),
     clustering: method.Clustering = None,
     shared_by: method.SharedBy = None,
     gate: method.Gate = None,

@@ -153,8 +153,8 @@ def test_bench_kernels_prints_a_line_per_batch_size(capsys):
     assert all(float(value) > 0 for line in lines for value in line.split()[1:])
 
 
-def test_help_of_convert_tells_what_a_recipe_is(capsys):
+def test_help_of_convert_says_what_a_recipe_is(capsys):
     assert main(["convert", "--help"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Recipe ours: clustering capture, shared-by capture" in shown
+    assert "Recipe capture: clustering capture, shared-by capture" in shown
     assert all(f"Recipe {name}:" in shown for name in RECIPES)

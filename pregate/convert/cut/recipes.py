@@ -13,7 +13,7 @@ DRAWS = ("documents", "stream")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How neurons are grouped, how the gate is made, and what text it is all measured on; the defaults are ours.
+    """How neurons are grouped, how the gate is made, and what text it is all measured on. Defaults: recipe `capture`.
 
     `clustering`: "capture" (`pregate.convert.cut.capture`) or CMoE's "marks" (`pregate.convert.cut.clustering`).
     `shared_by` chooses the shared neurons: "capture", together with the clusters; "contribution", the greatest mean
@@ -45,10 +45,11 @@ class Recipe:
     seed: int = 0
 
 
-#: `plain` is our first one; `stock` gives what a stock mixture class can express (see `pregate export`); `cmoe-paper`
+#: `capture` assigns neurons to the experts that run when they contribute; `plain` is CMoE's cut with a linear gate;
+#: `stock` gives what a stock mixture class can express (see `pregate export`); `cmoe-paper`
 #: has the values of the code released with CMoE (arXiv 2502.04416).
 RECIPES = {
-    "ours": Recipe(),
+    "capture": Recipe(),
     "plain": Recipe(clustering="marks", shared_by="contribution", selection="top_k", token_power=0.0),
     "stock": Recipe(selection="top_k", intercept=False),
     "cmoe-paper": Recipe(
