@@ -164,11 +164,11 @@ def measured(command: list[str], kill_at: tuple[Path, int] | None = None) -> Mea
     process = subprocess.Popen(["/usr/bin/time", "-v", *command], stderr=subprocess.PIPE, text=True)
     if kill_at is not None:
         _kill_when_done(process, *kill_at)
-    _, told = process.communicate()
+    _, output = process.communicate()
     if kill_at is None and process.returncode:
-        raise SystemExit(f"{shlex.join(command)} ended with code {process.returncode}: {told}")
-    peak = re.search(r"Maximum resident set size \(kbytes\): (\d+)", told)
-    assert peak is not None, told
+        raise SystemExit(f"{shlex.join(command)} ended with code {process.returncode}: {output}")
+    peak = re.search(r"Maximum resident set size \(kbytes\): (\d+)", output)
+    assert peak is not None, output
     return Measured(int(peak[1]) * 1024, round(time.monotonic() - started, 1))
 
 

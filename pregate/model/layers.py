@@ -51,7 +51,7 @@ class RoutedMLP(nn.Module):
 
     `mass_threshold` is to contribution mass what a gate's threshold is to its scores: for the oracle, not for routing.
     Two gates are kept, `linear_gate` and CMoE's `paper_gate`, so that each can be compared with the other on the same
-    cut; `gate` is the one in force. Per row, shared rows first, then expert by expert: `neuron_index` int32
+    cut; `gate` is the one that routes. Per row, shared rows first, then expert by expert: `neuron_index` int32
     [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on the calibration text. Experts
     may overlap (Read-ME's do): then rows repeat a neuron, and others of the parent's `parent_width` may have none.
     """
@@ -82,7 +82,7 @@ class RoutedMLP(nn.Module):
 
     @property
     def gate(self) -> Gate:
-        """The gate in force; only a layer with routed experts has one."""
+        """The gate that routes; only a layer with routed experts has one."""
         gate = self.linear_gate if self.gate_kind == "linear" else self.paper_gate
         assert gate is not None
         return gate

@@ -13,7 +13,7 @@ from pregate.convert.progress import QuietProgress
 
 
 class StopsAfter(QuietProgress):
-    """Raises Ctrl-C once `number` layers or steps are done (never: -1); keeps what it was told."""
+    """Raises Ctrl-C once `number` layers or steps are done (never: -1); keeps its notes."""
 
     def __init__(self, number: int) -> None:
         self._left = number

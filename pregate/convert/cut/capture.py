@@ -63,11 +63,12 @@ def split_by_capture(
     `fits` are of the inputs [T, D] of the same rows as `c_TI`. A row's sets come from the fit that has not seen it.
     `shared`, ids of the shared neurons, if they are chosen already.
     """
-    total_I = c_TI.sum(dim=0)
+    total_I, experts_R = c_TI.sum(dim=0), torch.arange(cut.num_routed, device=c_TI.device)
     labels_I = _first_labels(total_I, cut, shared)
     best, best_captured = labels_I, -1.0
     for _ in range(rounds):
-        mass_TR = c_TI @ _one_hot(labels_I, cut.num_routed)
+        is_in_IR = (labels_I[:, None] == experts_R).float()  # a zero row for a shared neuron
+        mass_TR = c_TI @ is_in_IR
         sets_TR = choose_sets(fits.scores(mass_TR), cut.num_active, selection)
         captured = float((mass_TR * sets_TR).double().sum() + total_I[labels_I < 0].double().sum())
         if captured > best_captured:
@@ -75,7 +76,10 @@ def split_by_capture(
         labels_I = _assign(c_TI.T @ sets_TR.to(c_TI.dtype), total_I, cut, shared)
         if torch.equal(labels_I, best):
             break
-    return _split(best, cut), best_captured / float(total_I.double().sum().clamp_min(1e-30))
+    labels = best.cpu().numpy()
+    routed_RM = np.stack([np.flatnonzero(labels == expert) for expert in range(cut.num_routed)])
+    split = NeuronSplit(np.flatnonzero(labels < 0), routed_RM)
+    return split, best_captured / float(total_I.double().sum().clamp_min(1e-30))
 
 
 def _first_labels(total_I: torch.Tensor, cut: LayerCut, shared: np.ndarray | None) -> torch.Tensor:
@@ -101,14 +105,3 @@ def _assign(benefit_IR: torch.Tensor, total_I: torch.Tensor, cut: LayerCut, shar
         always = np.repeat(total_I.double().cpu().numpy()[:, None], cut.num_shared, axis=1)
         labels = balanced_assignment(-np.concatenate([always, benefit], axis=1), cut.expert_width) - cut.num_shared
     return torch.from_numpy(np.maximum(labels, -1)).to(benefit_IR.device)
-
-
-def _one_hot(labels_I: torch.Tensor, num_routed: int) -> torch.Tensor:
-    """Float [I, R]; a zero row for a shared neuron."""
-    return (labels_I[:, None] == torch.arange(num_routed, device=labels_I.device)).float()
-
-
-def _split(labels_I: torch.Tensor, cut: LayerCut) -> NeuronSplit:
-    labels = labels_I.cpu().numpy()
-    routed = np.stack([np.flatnonzero(labels == expert) for expert in range(cut.num_routed)])
-    return NeuronSplit(np.flatnonzero(labels < 0), routed)

@@ -82,14 +82,8 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
     Where a layer's shared experts are still to be found, it says what would do; cutting the layer settles it.
     """
     cuts = [asdict(options.cuts(width)[0]) for width in skeleton.widths]
-    parent = deepcopy(skeleton.model.config)
-    return RoutedConfig(
-        text_config=parent,
-        layer_cuts=cuts,
-        gate=options.gate,
-        selection=options.selection,
-        token_power=options.token_power,
-    )
+    method = {"gate": options.gate, "selection": options.selection, "token_power": options.token_power}
+    return RoutedConfig(text_config=deepcopy(skeleton.model.config), layer_cuts=cuts, **method)
 
 
 def fingerprint_of(
@@ -153,11 +147,9 @@ def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, lay
         dense = _perplexity(skeleton, hidden_SND["dense"], text.held_back)
         round_to(skeleton.tensors(names).values(), getattr(torch, options.dtype), "an embedding, norm or the head")
         routed = _perplexity(skeleton, hidden_SND["routed"], text.held_back)
-    figures = {"dense_perplexity": dense, "routed_perplexity": routed}
-    return figures | {
-        "active_share": round(layer_pass.meter.active_share, 4),
-        "agreement": layer_pass.meter.figures(),
-    }
+    meter = layer_pass.meter
+    figures = {"active_share": round(meter.active_share, 4), "agreement": meter.figures()}
+    return {"dense_perplexity": dense, "routed_perplexity": routed} | figures
 
 
 def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:

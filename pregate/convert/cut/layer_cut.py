@@ -20,7 +20,7 @@ from pregate.model.layers import RoutedMLP
 
 
 def cut_one(mlp: GatedMLP, x_TD: torch.Tensor, config: RoutedConfig, options: ConvertOptions) -> RoutedMLP:
-    """Profile one FFN on its inputs, split its neurons, and make both gates (`options.gate` is in force)."""
+    """Profile one FFN on its inputs, split its neurons, and make both gates (`options.gate` routes)."""
     act = activation(config.hidden_act)
     seen = profile(x_TD, mlp, act, options.marks_per_token, options.profile)
     if options.clustering == "marks":
@@ -44,15 +44,13 @@ def _capture(
     rows_TD = sample_rows(x_TD)
     c_TI = contributions(rows_TD, mlp, act, options.token_power)
     fits = CrossFit(rows_TD, options.intercept)
-    best: tuple[float, LayerCut, NeuronSplit] | None = None
+    found: list[tuple[float, LayerCut, NeuronSplit]] = []
     for cut in reversed(options.cuts(mlp.width)):
         joint = options.shared_by == "capture"
         shared = None if joint else shared_neurons(seen, cut.shared_width, options.shared_by)
         split, captured = split_by_capture(fits, c_TI, cut, options.selection, shared)
-        if best is None or captured > best[0]:
-            best = captured, cut, split
-    assert best is not None
-    return best[1:]
+        found.append((captured, cut, split))
+    return max(found, key=lambda one: one[0])[1:]  # the first of equals
 
 
 @torch.no_grad()
@@ -66,9 +64,8 @@ def cut_layer(mlp: GatedMLP, split: NeuronSplit, cut: LayerCut, config: RoutedCo
         shared = torch.from_numpy(split.shared)
         routed.shared.gate_up_proj.copy_(torch.cat([mlp.gate[shared], mlp.up[shared]]))
         routed.shared.down_proj.copy_(mlp.down[:, shared])
-    if routed.experts is None:
-        return routed
-    for expert, neurons in enumerate(torch.from_numpy(split.routed_RM)):
-        routed.experts.gate_up_proj[expert].copy_(torch.cat([mlp.gate[neurons], mlp.up[neurons]]))
-        routed.experts.down_proj[expert].copy_(mlp.down[:, neurons])
+    if routed.experts is not None:
+        for expert, neurons in enumerate(torch.from_numpy(split.routed_RM)):
+            routed.experts.gate_up_proj[expert].copy_(torch.cat([mlp.gate[neurons], mlp.up[neurons]]))
+            routed.experts.down_proj[expert].copy_(mlp.down[:, neurons])
     return routed

@@ -59,12 +59,12 @@ class LayerPass:
         self.config.layer_cuts[mlp.layer] = asdict(routed.cut)
         mlp.replace(routed)
         self._move("calibration", mlp.layer)
-        self._move_metered(routed)
+        gate, routed.policy = routed.policy, _Watched(self.meter)
+        self._move("routed", mlp.layer)
+        routed.policy = gate
         prefix = f"parent.{self.skeleton.layers_name}.{mlp.layer}."
         tensors = self.skeleton.layers[mlp.layer].state_dict(prefix=prefix)
-        return {
-            name: tensor if kept_float32(name) else as_stored(tensor, self._dtype) for name, tensor in tensors.items()
-        }
+        return {name: t if kept_float32(name) else as_stored(t, self._dtype) for name, t in tensors.items()}
 
     def _ffn_inputs(self, mlp: GatedMLP) -> torch.Tensor:
         """What the FFN gets [T, D] on the calibration windows; it is not computed itself."""
@@ -84,12 +84,6 @@ class LayerPass:
             for rows_SND in self.skeleton.run(index, hidden_SND):
                 hidden_SND[first : first + len(rows_SND)] = rows_SND
                 first += len(rows_SND)
-
-    def _move_metered(self, routed: RoutedMLP) -> None:
-        gate = routed.policy
-        routed.policy = _Watched(self.meter)
-        self._move("routed", routed.layer)
-        routed.policy = gate
 
 
 class _Collector(nn.Module):

@@ -169,7 +169,7 @@ class Skeleton:
             with self._running(index, compute):
                 self.model.base_model(inputs_embeds=rows_SND, use_cache=False)
             if not isinstance(out[0], torch.Tensor) or out[0].shape != rows_SND.shape:
-                reason = f"{type(layer).__name__} hands on more than hidden states; such layers cannot be streamed"
+                reason = f"{type(layer).__name__} returns more than hidden states; such layers cannot be streamed"
                 raise UserError.of("--model", self.path, reason)
             yield out[0]
 

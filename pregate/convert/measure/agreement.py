@@ -56,7 +56,7 @@ def layer_figures(tallies: Mapping[int, Tally]) -> dict[str, Any]:
 class AgreementMeter:
     """Collects what gate, path router and oracle choose on the hidden states of one run, and how much is active.
 
-    All are asked about the states that the routing in force leads to. Layers without a choice (no routed expert
+    All are asked about the states that the routing in use leads to. Layers without a choice (no routed expert
     active, or all of them) do not count towards agreement. With `fixed_number` the oracle takes that of each layer
     whatever the checkpoint's selection: to compare with a policy that does. Without `compares` only what is active is
     counted, which spares the oracle's work. `tallies` are by pair of names ("path_vs_gate"), of all layers together;

@@ -1,6 +1,6 @@
 """The controls beside a routed checkpoint: the same text, the same active share, other ways to choose.
 
-Data on its way: rows of ids -> per control one scoring run (`score_rows`) with a policy in force and a meter -> its
+Data on its way: rows of ids -> per control one scoring run (`score_rows`) with a policy in use and a meter -> its
 figures: perplexity, ratio to dense, bits per byte, active share measured, and how often it picks the oracle's experts.
 """
 

@@ -31,7 +31,7 @@ class RandomPolicy:
 
 
 class LinearGatePolicy:
-    """Each layer's linear gate, whichever gate or router is in force."""
+    """Each layer's linear gate, whichever gate or router is in use."""
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         assert mlp.linear_gate is not None
@@ -39,7 +39,7 @@ class LinearGatePolicy:
 
 
 class PaperGatePolicy:
-    """Each layer's representative gate (CMoE), whichever gate or router is in force."""
+    """Each layer's representative gate (CMoE), whichever gate or router is in use."""
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         assert mlp.paper_gate is not None

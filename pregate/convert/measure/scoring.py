@@ -118,7 +118,7 @@ def _metered(
     meter: AgreementMeter,
     control: RoutingPolicy | None,
 ) -> MeteredPolicy:
-    """The routing in force (`control`, else the checkpoint's own), watched by `meter`."""
+    """The routing in use (`control`, else the checkpoint's own), watched by `meter`."""
     real_T, by_path = mask_BN.flatten().bool(), None
     if model.path_router is not None:
         states = [model.path_computer.new_state() for _ in ids_BN]

@@ -25,7 +25,7 @@ from pregate.convert.text.batches import batches, padded
 from pregate.kernels.reference import above, top_k
 from pregate.model.path_router import PathRouter, choose_experts, put_thresholds, split_layers
 
-#: The last loss told of a training is the mean over one step in this many, at its end.
+#: The last loss reported of a training is the mean over one step in this many, at its end.
 LAST_SHARE = 20
 
 
@@ -88,7 +88,7 @@ def train(
 
 
 def first_and_last(losses: list[float]) -> dict[str, float]:
-    """What is told of a training: its first loss, and the mean over its last steps (one in `LAST_SHARE`)."""
+    """What is reported of a training: its first loss, and the mean over its last steps (one in `LAST_SHARE`)."""
     last = losses[-max(1, len(losses) // LAST_SHARE) :]
     return {"loss_first": round(losses[0], 4), "loss_last": round(sum(last) / len(last), 4)}
 

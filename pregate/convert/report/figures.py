@@ -154,7 +154,7 @@ class TrainingCurve:
 
 @dataclass(frozen=True)
 class Model:
-    """What is reported on; sizes as stored on disk. `fits_router`: it was tuned under the routing in force."""
+    """What is reported on; sizes as stored on disk. `fits_router`: it was tuned under the routing in use."""
 
     name: str
     path: str

@@ -87,7 +87,7 @@ def routers_agree(model: RoutedForCausalLM, numbers: Numbers) -> bool:
 
 
 def _weighs(model: RoutedForCausalLM) -> bool:
-    """Whether the routing in force weighs its experts by other than 1."""
+    """Whether the routing in use weighs its experts by other than 1."""
     router = model.path_router
     if model.config.routing == "path" and router is not None:
         return router.config.weights == "learned" and bool(router.scale.any())
@@ -96,7 +96,7 @@ def _weighs(model: RoutedForCausalLM) -> bool:
 
 
 def takes_numbers(model: RoutedForCausalLM) -> bool:
-    """Whether the routing in force can be given other numbers of experts.
+    """Whether the routing in use can be given other numbers of experts.
 
     Not a path router with gate "dselect": its heads are made for the codes of as many experts as it was trained to
     choose (`dselect.code_shape`).

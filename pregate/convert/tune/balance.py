@@ -34,9 +34,9 @@ def check_biases(model: RoutedForCausalLM) -> None:
         return
     shape = model.path_router.config
     if shape.gate == "dselect" or shape.heads == "single":
-        told = f"{shape.gate} gate and {shape.heads} heads"
+        kind = f"{shape.gate} gate and {shape.heads} heads"
         raise UserError.of(
-            "--balance", "bias", f"a path router with {told} has no bias per expert; allowed: none, loss"
+            "--balance", "bias", f"a path router with {kind} has no bias per expert; allowed: none, loss"
         )
 
 
@@ -92,8 +92,13 @@ def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     if model.config.routing != "path" or model.path_router is None:
         calibrate(model, rows)
         return
-    scores_TS = torch.cat([_router_scores(model, part) for part in spaced_batches(rows, ROUTER_TOKENS)])
-    put_thresholds(model.path_router, scores_TS, [cut.num_active for cut in model.config.cuts])
+    parts = []
+    for part in spaced_batches(rows, ROUTER_TOKENS):
+        ids_BN, mask_BN = (t.to(model.device) for t in padded(part))
+        scores_TS = path_scores(model, ids_BN)
+        assert scores_TS is not None
+        parts.append(scores_TS[mask_BN.flatten().bool()])
+    put_thresholds(model.path_router, torch.cat(parts), [cut.num_active for cut in model.config.cuts])
 
 
 @torch.no_grad()
@@ -106,10 +111,3 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     gathered = Gathered(calibrate=True)
     tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
     run_layers(model, ids_BN, tuning_pass)
-
-
-def _router_scores(model: RoutedForCausalLM, rows: list[list[int]]) -> torch.Tensor:
-    ids_BN, mask_BN = (t.to(model.device) for t in padded(rows))
-    scores_TS = path_scores(model, ids_BN)
-    assert scores_TS is not None
-    return scores_TS[mask_BN.flatten().bool()]

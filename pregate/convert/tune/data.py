@@ -74,21 +74,16 @@ def read_rows(
         num_held = min(len(encoded) - 1, max(1, round(validation_share * len(encoded))))
         held, kept = encoded[:num_held], encoded[num_held:]
     training = [window for ids in kept for window in windows_of(ids, length)]
-    return TuningRows(training, _first_rows(held, length), tuple(dict.fromkeys(d.source for d in documents)))
+    measured: list[list[int]] = []
+    for ids in held:
+        if sum(map(len, measured)) < MAX_VALIDATION_TOKENS:
+            measured.append(ids[:length])
+    return TuningRows(training, measured, tuple(dict.fromkeys(d.source for d in documents)))
 
 
 def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     """Ids of every text that has two tokens or more."""
     return [ids for text in texts if len(ids := encode(tokenizer, text, None)) > 1]
-
-
-def _first_rows(encoded: Sequence[list[int]], length: int) -> list[list[int]]:
-    """The first row of each document, until there are `MAX_VALIDATION_TOKENS`."""
-    rows: list[list[int]] = []
-    for ids in encoded:
-        if sum(map(len, rows)) < MAX_VALIDATION_TOKENS:
-            rows.append(ids[:length])
-    return rows
 
 
 def windows_of(ids: list[int], length: int) -> list[list[int]]:

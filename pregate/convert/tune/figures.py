@@ -21,7 +21,8 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
     """
     counters, found = tuner.counters, tuner.evaluate()
     first = counters.first
-    meter = AgreementMeter() if _only_forecasts(tuner) else None
+    forecasts = tuner.routed and tuner.model.config.routing == "layerwise" and tuner.model.config.has_path_router
+    meter = AgreementMeter() if forecasts else None
     figures: dict[str, Any] = {
         "validation_perplexity_before": round(first["perplexity"], 4),
         "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation, meter).perplexity, 4),
@@ -48,10 +49,6 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
         "precision": dtype_name(tuner.precision),
         "threads": torch.get_num_threads(),
     }
-
-
-def _only_forecasts(tuner: Tuner) -> bool:
-    return tuner.routed and tuner.model.config.routing == "layerwise" and tuner.model.config.has_path_router
 
 
 def earlier_figures(figures: dict[str, Any], tuner: Tuner, dtype: torch.dtype) -> dict[str, Any]:

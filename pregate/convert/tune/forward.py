@@ -76,19 +76,14 @@ class TuningPass:
             return out_TD
         down, h_TRM = mlp.experts.down_proj, routed_hidden(mlp, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            mass_TR = self._masses(mlp, h_TRM, down) if self.gathered.mass or self.gathered.calibrate else None
+            wanted = self.gathered.mass or self.gathered.calibrate
+            mass_TR = masses(h_TRM, down, mlp.token_power) if wanted else None
             weights_TR = self._weights(mlp, x_TD, mass_TR)
         weighted_TRM = h_TRM * weights_TR[:, :, None].to(h_TRM.dtype)
         return out_TD + F.linear(weighted_TRM.flatten(1), down.transpose(0, 1).flatten(1))
 
-    @torch.no_grad()
-    def _masses(self, mlp: RoutedMLP, h_TRM: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-        """As `layers.weighted_mass`, from what is there."""
-        mass_TR = torch.linalg.vecdot(h_TRM.abs().float(), down.float().norm(dim=1))
-        return by_token_power(mass_TR, mass_TR.sum(dim=-1, keepdim=True), mlp.token_power)
-
     def _weights(self, mlp: RoutedMLP, x_TD: torch.Tensor, mass_TR: torch.Tensor | None) -> torch.Tensor:
-        """The weights [T, R] of the routing in force, with a gradient to what it chose by."""
+        """The weights [T, R] of the routing in use, with a gradient to what it chose by."""
         gate, num_active = mlp.gate, mlp.cut.num_active
         if self.scores_TS is None and isinstance(gate, RepresentativeGate):
             shares_TR = gate(x_TD.float()).softmax(dim=-1)
@@ -115,7 +110,7 @@ class TuningPass:
 
     @torch.no_grad()
     def _threshold(self, mlp: RoutedMLP, scores_TR: torch.Tensor, mass_TR: torch.Tensor | None) -> torch.Tensor | None:
-        """The threshold in force, a copy, as it moves after the step; None where a fixed number is chosen."""
+        """The threshold in use, a copy, as it moves after the step; None where a fixed number is chosen."""
         if mlp.selection != "threshold":
             return None
         held = threshold_of(self.model, mlp)
@@ -146,10 +141,9 @@ class TuningPass:
 
     def _mass_error(self, mlp: RoutedMLP, scores_TR: torch.Tensor, mass_TR: torch.Tensor) -> torch.Tensor:
         """Squared error of scores as forecasts of masses, as a share of what is to be forecast's variance."""
+        target_TR, cuts = mass_TR, [mlp.cut]
         if self.scores_TS is not None:
-            target_TR = MassScale.of(mass_TR, [mlp.cut]).targets(mass_TR, [mlp.cut], mlp.selection)
-        else:
-            target_TR = mass_TR
+            target_TR = MassScale.of(mass_TR, cuts).targets(mass_TR, cuts, mlp.selection)
         variance = target_TR.var().clamp_min(1e-12)
         if mlp.layer in self.offsets:
             target_TR = target_TR + self.offsets[mlp.layer]
@@ -177,6 +171,13 @@ def routed_hidden(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
     return mlp.act(gate_TRM) * up_TRM
 
 
+@torch.no_grad()
+def masses(h_TRM: torch.Tensor, down: torch.Tensor, token_power: float) -> torch.Tensor:
+    """As `layers.weighted_mass`, from what is there."""
+    mass_TR = torch.linalg.vecdot(h_TRM.abs().float(), down.float().norm(dim=1))
+    return by_token_power(mass_TR, mass_TR.sum(dim=-1, keepdim=True), token_power)
+
+
 def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
     """The threshold a layer's experts are chosen by, where it lies (a scalar view)."""
     if model.config.routing == "path":
@@ -187,7 +188,7 @@ def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
 
 
 def forecasts_masses(model: RoutedForCausalLM) -> bool:
-    """Whether the router in force was fitted so that its scores forecast masses, and may be kept to that."""
+    """Whether the router in use was fitted so that its scores forecast masses, and may be kept to that."""
     if model.config.routing != "path" or model.path_router is None:
         return model.config.gate == "linear"
     made = {} if model.manifest is None else model.manifest.options.get("decouple", {})

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -116,16 +116,19 @@ class Tuner:
             self.measure()
         stop = math.inf if num_steps is None else self.counters.step + num_steps
         while self.share_done < 1 and self.counters.step < stop:
-            begun, begun_cpu = time.monotonic(), time.process_time()
-            figures = self._step()
-            self._count_time(begun, begun_cpu)
+            with self._timed():
+                figures = self._step()
             self._record(self._counted() | figures)
             if self.counters.step % self.settings.eval_every == 0 or self.share_done >= 1:
                 self.measure()
             if after_step is not None:
                 after_step()
 
-    def _count_time(self, begun: float, begun_cpu: float) -> None:
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Count the time that the block takes."""
+        begun, begun_cpu = time.monotonic(), time.process_time()
+        yield
         self.counters.seconds += time.monotonic() - begun
         self.counters.cpu_seconds += time.process_time() - begun_cpu
 
@@ -177,7 +180,9 @@ class Tuner:
             with torch.no_grad(), self._autocast():
                 theirs = run_model(self.teacher, ids_BN, None, matched)
         with self._autocast():
-            tuning_pass = self._pass(ids_BN, mask_BN, self._gathered())
+            mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
+            gathered = Gathered(mass, settings.balance == "loss", straight_through=settings.straight_through)
+            tuning_pass = self._pass(ids_BN, mask_BN, gathered)
             ours = run_model(self.model, ids_BN, tuning_pass, matched)
         loss, sums = mixed_loss(ours.logits, targets_P, theirs.logits, settings.kl_share, num_tokens)
         share = float((targets_P >= 0).sum()) / num_tokens
@@ -188,12 +193,6 @@ class Tuner:
         if tuning_pass is not None and tuning_pass.balance_terms:
             loss = loss + share * settings.balance_loss * torch.stack(tuning_pass.balance_terms).mean()
         return loss, sums, tuning_pass
-
-    def _gathered(self) -> Gathered:
-        """What a training pass is to gather."""
-        settings = self.settings
-        mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
-        return Gathered(mass, settings.balance == "loss", straight_through=settings.straight_through)
 
     def _pass(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, gathered: Gathered) -> TuningPass | None:
         if not self.routed:
@@ -213,28 +212,26 @@ class Tuner:
             move_biases(self.model, loads, passes[0].spreads, self.settings.balance_rate, self.offsets)
 
     def measure(self) -> Evaluation:
-        """Evaluate, keep the tensors if they are the best so far, and tell."""
-        begun, begun_cpu = time.monotonic(), time.process_time()
+        """Evaluate, keep the tensors if they are the best so far, and record."""
         counters = self.counters
-        if self._moves and (counters.step or counters.refit):
-            set_thresholds(self.model, self.rows.training)
-        found = self.evaluate()
-        if not counters.first:
-            counters.first = asdict(found)
-        counters.worse_since += 1
-        if found.perplexity < counters.best:
-            counters.best, counters.best_step, counters.worse_since = found.perplexity, counters.step, 0
-            self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.changing.items()}
-        self._count_time(begun, begun_cpu)
+        with self._timed():
+            if self._moves and (counters.step or counters.refit):
+                set_thresholds(self.model, self.rows.training)
+            found = self.evaluate()
+            if not counters.first:
+                counters.first = asdict(found)
+            counters.worse_since += 1
+            if found.perplexity < counters.best:
+                counters.best, counters.best_step, counters.worse_since = found.perplexity, counters.step, 0
+                self.best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.changing.items()}
         self._record(self._counted() | found.record())
         return found
 
     def refit(self, progress: Progress) -> None:
         """Fit the down projections in closed form before the first step; evaluated before and after."""
         self.measure()
-        begun, begun_cpu = time.monotonic(), time.process_time()
-        left = refit(self.model, self.rows.training, progress, None if self.model.is_partition else self.teacher)
-        self._count_time(begun, begun_cpu)
+        with self._timed():
+            left = refit(self.model, self.rows.training, progress, None if self.model.is_partition else self.teacher)
         self.counters.refit = {"missing_left": [round(x, 4) for x in left]}
         self.counters.refit["validation_perplexity"] = round(self.measure().perplexity, 4)
 

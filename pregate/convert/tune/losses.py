@@ -80,7 +80,7 @@ def mixed_loss(
     """Return (1 - s) cross-entropy + s KL(teacher || student), divided by `num_tokens`, and the sums of both.
 
     `targets_P` int64, below 0 where nothing is scored. Sums are float64 [2], in nats. `kl_share` must be 0 without
-    a teacher; with 0 a teacher's KL is told all the same.
+    a teacher; with 0 a teacher's KL is reported all the same.
 
     Example: logits of 0 over a vocabulary of 4, one target, no teacher: loss ln 4, sums [ln 4, 0].
     """

@@ -14,11 +14,9 @@ BALANCES = ("none", "bias", "loss")
 PRECISIONS = ("auto", "float32", "bfloat16")
 #: Tokens tuned on where no budget is given.
 DEFAULT_TOKENS = 1_500_000
-#: Weight of matching layers where there is a KL share and no weight is given. Validation perplexity after 250,000
-#: tokens of tuning stories3M at S3A3E8, one seed: 5.537 with 5, 5.484 with 12, 5.466 with 20, 5.802 with 80.
+#: Weight of matching layers where there is a KL share and no weight is given (docs/measurements.md).
 DEFAULT_MATCH = 20.0
-#: CMoE's is 0.001. On quartet, 160 steps: the busiest expert's load over the mean went from 1.37 to 1.31 with that and
-#: to 1.05 with 0.01, perplexity 51.53 and 51.65, unbalanced 51.55 (benchmarks/results/balance.md).
+#: Ten times CMoE's (docs/measurements.md).
 DEFAULT_BALANCE_RATE = 1e-2
 
 

@@ -57,7 +57,7 @@ def _of_a_router(name: str) -> bool:
 
 
 def _router_names(model: RoutedForCausalLM, wanted: bool) -> list[str]:
-    """Parameters of the routing in force; without `wanted` only the scales by which it weighs the experts it chose."""
+    """Parameters of the router in use; without `wanted` only the scales by which it weighs the experts it chose."""
     kind = "linear_gate" if model.config.gate == "linear" else "paper_gate"
     if model.config.routing == "path":
         kind = "path_router"

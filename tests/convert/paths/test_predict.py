@@ -141,5 +141,5 @@ def test_tuning_measures_the_forecast_anew(
     stale = AgreementMeter()
     score_rows(RoutedForCausalLM.from_pretrained(made[2], dtype=torch.float32).eval(), rows, stale)
     assert hits != layer_figures(stale.forecast)
-    told = f"now it shares {100 * hits['mean_overlap']:.1f} % of their picks"
-    assert [note for note in progress.notes if "forecast" in note and told in note]
+    kept = f"now it shares {100 * hits['mean_overlap']:.1f} % of their picks"
+    assert [note for note in progress.notes if "forecast" in note and kept in note]

@@ -28,7 +28,7 @@ HOSTILE = '<script>alert(1)</script>"><img src="http://evil.example/x.png" onerr
 
 @pytest.fixture(scope="module")
 def predicted(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The path checkpoint with its gates in force, so that its paths are a forecast."""
+    """The path checkpoint with its gates routing, so that its paths are a forecast."""
     folder = tmp_path_factory.mktemp("checkpoints") / "predicted"
     shutil.copytree(tiny_path_checkpoint, folder)
     config = json.loads((folder / "config.json").read_text()) | {"routing": "layerwise"}

@@ -120,7 +120,7 @@ def test_overlapping_experts_are_tuned_after_a_fit_where_a_teacher_is_given(
     options = TuneOptions(
         model=tmp_path / "cut", out=tmp_path / "out", text=domains, steps=1, sequence_length=64, device="cpu", **fields
     )
-    progress = StopsAfter(-1)  # keeps what it is told, and never stops
+    progress = StopsAfter(-1)  # keeps its notes, and never stops
     figures = tune(options, progress).figures["tune"]
     assert ("refit" in figures) == given
     assert any("no fit in closed form" in note for note in progress.notes) != given

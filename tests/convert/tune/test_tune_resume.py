@@ -144,8 +144,8 @@ def test_ctrl_c_says_how_to_go_on(
 def test_other_options_are_refused_and_restart_discards(options: TuneOptions, tmp_path: Path):
     interrupt(options, 7)
     other = replace(options, seed=1, kl_share=0.25)
-    told = r"--out .*\.out\.tuning holds .* that differs .*--kl-share 0\.\d+ there, 0\.25 here.*--seed 0"
-    with pytest.raises(UserError, match=told):
+    reason = r"--out .*\.out\.tuning holds .* that differs .*--kl-share 0\.\d+ there, 0\.25 here.*--seed 0"
+    with pytest.raises(UserError, match=reason):
         tune(other)
     assert read_step(options.out) == 4
     tune(replace(other, restart=True))
