@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# Before torch is imported, and for every process a test starts, whatever the shell says: with another number of threads
+# sums differ in their last bits, and tests that compare two runs fail now and then.
+os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
 from collections.abc import Callable
 from pathlib import Path
 

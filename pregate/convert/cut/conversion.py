@@ -27,7 +27,8 @@ from pregate.convert.files.shard_index import write_index
 from pregate.convert.files.skeleton import Skeleton
 from pregate.convert.files.work_folder import run_by, short_digest
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.scoring import Score, score_logits
+from pregate.convert.measure.logits import positions_at_once
+from pregate.convert.measure.scoring import Score, score_pieces
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.calibration import Calibration, read_calibration
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
@@ -59,6 +60,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
         options.seed,
         options.draw,
         text_field=options.text_field,
+        progress=progress,
     )
     source = source_of(options.model)
     fingerprint = fingerprint_of(options, source, skeleton.device, text)
@@ -154,9 +156,11 @@ def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, lay
 
 def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
     score = Score(0.0, 0)
-    for ids, logits_NV in zip(held_back, skeleton.logits(hidden_HND), strict=True):
-        ids_1N = torch.tensor([ids], device=logits_NV.device)
-        score += score_logits(logits_NV[None], ids_1N, torch.ones_like(ids_1N))
+    size = positions_at_once(1, skeleton.model.config.vocab_size)
+    for ids, hidden_ND in zip(held_back, hidden_HND, strict=True):
+        ids_1N = torch.tensor([ids], device=hidden_ND.device)
+        pieces = (part[None] for hidden_nD in hidden_ND.split(size) for part in skeleton.logits(hidden_nD[None]))
+        score += score_pieces(pieces, ids_1N, torch.ones_like(ids_1N))
     return round(score.perplexity, 4)
 
 

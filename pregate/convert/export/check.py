@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pregate.base.errors import PregateError
+from pregate.convert.measure.logits import logits_in_pieces
 from pregate.convert.measure.scoring import Score, routed_by, score_logits
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import batches, padded
@@ -46,17 +47,16 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
     with progress.stage("comparing logits", len(rows)) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = padded([rows[i] for i in batch])
-            real_BN = mask_BN.bool()
-            ours, theirs = (
-                model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits.float()
-                for model in (routed, stock)
-            )
-            largest_P = (ours - theirs).abs().amax(dim=-1)[real_BN]
-            absolute.append(largest_P)
-            relative.append(largest_P / ours.abs().amax(dim=-1)[real_BN])
-            same += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1))[real_BN].sum())
-            before += score_logits(ours, ids_BN, mask_BN)
-            after += score_logits(theirs, ids_BN, mask_BN)
+            pieces, at = (logits_in_pieces(model, ids_BN, mask_BN) for model in (routed, stock)), 0
+            for ours, theirs in zip(*pieces, strict=True):
+                here, ahead = slice(at, at + ours.shape[1]), slice(at, at + ours.shape[1] + 1)
+                at, real = here.stop, mask_BN[:, here].bool()
+                largest_P = (ours.float() - theirs.float()).abs().amax(dim=-1)[real]
+                absolute.append(largest_P)
+                relative.append(largest_P / ours.float().abs().amax(dim=-1)[real])
+                same += int((ours.argmax(dim=-1) == theirs.argmax(dim=-1))[real].sum())
+                before += score_logits(ours, ids_BN[:, ahead], mask_BN[:, ahead])
+                after += score_logits(theirs, ids_BN[:, ahead], mask_BN[:, ahead])
             advance(len(batch))
     absolute_P, relative_P = torch.cat(absolute), torch.cat(relative)
     return {

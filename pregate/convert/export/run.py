@@ -25,6 +25,7 @@ from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.measure.scoring import encode_all
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.amount import ENOUGH_TO_MEASURE, LEAST_TOKENS, check_amount
 from pregate.convert.text.documents import read_documents
 from pregate.model.checkpoint import new_folder
 from pregate.model.modeling import RoutedForCausalLM
@@ -98,7 +99,7 @@ def export(options: ExportOptions, progress: Progress | None = None) -> dict[str
 def _export_stock(source: RoutedShards, options: ExportOptions, folder: Path, progress: Progress) -> dict[str, Any]:
     dtype = options.dtype or source.dtype
     stock = stock_config(source.config, dtype)
-    rows = _rows(options, stock.max_position_embeddings, stock.vocab_size)
+    rows = _rows(options, stock.max_position_embeddings, stock.vocab_size, progress)
     routed: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     scales = measure_scales(routed, rows, SCALE_TOKENS, getattr(torch, dtype), options.scale)
     write_stock_config(stock, folder)
@@ -139,7 +140,7 @@ def _check_difference(options: ExportOptions, dtype: str, median: float) -> None
         raise UserError.of("--format", options.format, reason)
 
 
-def _rows(options: ExportOptions, context: int, vocab_size: int) -> list[list[int]]:
+def _rows(options: ExportOptions, context: int, vocab_size: int, progress: Progress) -> list[list[int]]:
     """Token ids to measure on: the documents of `--text`, or random ones."""
     if not options.text:
         shape = (RANDOM_ROWS, min(RANDOM_TOKENS, context))
@@ -147,8 +148,9 @@ def _rows(options: ExportOptions, context: int, vocab_size: int) -> list[list[in
     documents = read_documents(options.text, min(context, context_tokens(options.model)), "--text", options.text_field)
     tokenizer = load_tokenizer(options.model)
     rows, _num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
-    if not rows:
-        raise UserError.of("--text", _shown(options.text), "holds no document of two tokens or more")
+    enough = min(ENOUGH_TO_MEASURE, options.max_tokens or ENOUGH_TO_MEASURE)
+    num_tokens = sum(len(row) - 1 for row in rows)
+    check_amount(num_tokens, enough, "--text", options.text, progress, min(LEAST_TOKENS, enough))
     return rows
 
 

@@ -59,6 +59,7 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
     text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed or 0, options.text_field)
+    text.check_amount(options.text, progress)
     model = load_any(options.model)
     parent = _load_parent(options, model) if options.controls else None
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None

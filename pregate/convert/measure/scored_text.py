@@ -9,6 +9,8 @@ from pathlib import Path
 from pregate.base.errors import UserError
 from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.measure.scoring import encode_all
+from pregate.convert.progress import Progress
+from pregate.convert.text.amount import ENOUGH_TO_MEASURE, LEAST_TOKENS, check_amount
 from pregate.convert.text.documents import draw_documents, read_documents
 
 
@@ -31,14 +33,24 @@ class ScoredText:
     ) -> ScoredText:
         """Draw documents of `paths` with `seed`, from every folder alike, until `max_tokens` are scored (None: all).
 
-        UserError for text that cannot be read or gives nothing to score.
+        UserError for text that cannot be read; `check_amount` refuses what gives nothing to score.
         """
         context = context_tokens(model)
         texts = [d.text for d in draw_documents(read_documents(paths, context, "--text", text_field), seed)]
         rows, num_bytes = encode_all(load_tokenizer(model), texts, context, max_tokens)
-        if not rows:
-            raise UserError.of("--text", " ".join(map(str, paths)), "holds no document of two tokens or more")
         return cls(rows, texts, num_bytes, context, max_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are scored."""
+        return sum(len(row) - 1 for row in self.rows)
+
+    def check_amount(self, paths: Sequence[Path], progress: Progress) -> None:
+        """UserError where the text is too little to say anything, a note where it is little; as much as is asked for
+        with `max_tokens` will do.
+        """
+        enough = min(ENOUGH_TO_MEASURE, self.max_tokens or ENOUGH_TO_MEASURE)
+        check_amount(self.num_tokens, enough, "--text", paths, progress, min(LEAST_TOKENS, enough))
 
     def check_same_tokens(self, option: str, path: Path) -> None:
         """UserError where the model at `path` reads the text as other tokens; then perplexities do not compare."""

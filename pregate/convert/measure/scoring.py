@@ -10,7 +10,7 @@ Shape letters: B documents of a batch, N tokens, V vocabulary, L layers, K activ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from torch.nn import functional as F
 
 from pregate.convert.files.dense import check_model_folder, load_dense
 from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.measure.logits import logits_in_pieces
+from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.text.batches import batches, padded
 from pregate.convert.text.calibration import encode
 from pregate.model.config import RoutedConfig
+from pregate.model.gated_mlp import decoder_layers
 from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -58,9 +60,19 @@ def score_logits(logits_BNV: torch.Tensor, ids_BN: torch.Tensor, mask_BN: torch.
     Example: logits of 0 over a vocabulary of 4, three ids and no padding: 2 tokens, 2 ln 4 nats.
     """
     targets_BN = ids_BN[:, 1:].masked_fill(mask_BN[:, 1:] == 0, -100)
-    logits_PV = logits_BNV[:, :-1].float().flatten(0, 1)
+    logits_PV = logits_BNV[:, : targets_BN.shape[1]].float().flatten(0, 1)
     losses_P = F.cross_entropy(logits_PV, targets_BN.flatten(), reduction="none")
     return Score(losses_P.double().sum().item(), int(mask_BN[:, 1:].sum()))
+
+
+def score_pieces(pieces: Iterable[torch.Tensor], ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> Score:
+    """As `score_logits`, of logits that come some positions at a time, [B, n, V] each."""
+    score, at = Score(0.0, 0), 0
+    for logits_BnV in pieces:
+        here = slice(at, at + logits_BnV.shape[1] + 1)  # the id after a piece is its last position's target
+        score += score_logits(logits_BnV, ids_BN[:, here], mask_BN[:, here])
+        at += logits_BnV.shape[1]
+    return score
 
 
 @torch.no_grad()
@@ -74,16 +86,34 @@ def score_rows(
 ) -> Score:
     """Score rows of token ids (each of 2 or more); with `meter`, collect the routers' agreement on the way.
 
-    `control` takes the routing over from what the checkpoint says; `name` is whose scores they are, for `progress`.
+    `control` takes the routing over from what the checkpoint says; `name` is whose scores they are, for `progress`,
+    which counts tokens: a long document advances it layer by layer.
     """
-    score = Score(0.0, 0)
-    with (progress or QuietProgress()).stage(f"scoring {name}".rstrip(), len(rows)) as advance:
+    score, total = Score(0.0, 0), sum(map(len, rows))
+    with (progress or QuietProgress()).stage(f"scoring {name}".rstrip(), total) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
-            logits = _logits(model, ids_BN, mask_BN, meter, control)
-            score += score_logits(logits, ids_BN, mask_BN)
-            advance(len(batch))
+            policy = control if meter is None else _metered(model, ids_BN, mask_BN, meter, control)
+            with routed_by(model, policy), _by_layer(model, sum(len(rows[i]) for i in batch), advance):
+                score += score_pieces(logits_in_pieces(model, ids_BN, mask_BN), ids_BN, mask_BN)
     return score
+
+
+@contextmanager
+def _by_layer(model: Any, num_tokens: int, advance: Advance) -> Iterator[None]:
+    """Within the block, in which the model runs `num_tokens` once, every layer that is done advances its share."""
+    layers = decoder_layers(model)
+    done = [num_tokens * n // len(layers) for n in range(len(layers) + 1)]
+
+    def hook(index: int) -> Any:
+        return lambda *_args: advance(done[index + 1] - done[index])
+
+    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -97,18 +127,6 @@ def routed_by(model: Any, policy: RoutingPolicy | None) -> Iterator[None]:
         yield
     finally:
         model.routing_policy = before
-
-
-def _logits(
-    model: Any,
-    ids_BN: torch.Tensor,
-    mask_BN: torch.Tensor,
-    meter: AgreementMeter | None,
-    control: RoutingPolicy | None,
-) -> torch.Tensor:
-    policy = control if meter is None else _metered(model, ids_BN, mask_BN, meter, control)
-    with routed_by(model, policy):
-        return model(input_ids=ids_BN, attention_mask=mask_BN, use_cache=False).logits
 
 
 def _metered(

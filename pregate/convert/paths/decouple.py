@@ -19,6 +19,7 @@ from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.paths.targets import TargetPool, collect_targets
 from pregate.convert.paths.training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.amount import ENOUGH_TO_TRAIN, check_amount
 from pregate.convert.text.calibration import encode_pool
 from pregate.convert.text.documents import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import Manifest, new_folder, read_manifest
@@ -42,6 +43,7 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
         config = _layerwise_config(options.model)
         check_heads(options.shape(), config.cuts)
         rows = read_rows(options)
+        check_amount(sum(map(len, rows)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         if not options.predict:
             _refuse_weights(model, options)
@@ -50,19 +52,19 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
             pool = align_experts(model, pool)
         router, figures = train_router(model, pool, options, progress)
         measured_on = pool.held_back().rows
-        figures |= _figures("layerwise", model, measured_on)
+        figures |= _figures("layerwise", model, measured_on, progress)
         routed = routed_with(model, router, options)
         if not options.predict:
-            figures |= _figures("path", routed, measured_on)
+            figures |= _figures("path", routed, measured_on, progress)
         figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
         write_checkpoint(routed, folder, options.model, manifest, _stored_dtype(config))
         return read_manifest(folder)
 
 
-def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]]) -> dict[str, Any]:
+def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]], progress: Progress) -> dict[str, Any]:
     meter = AgreementMeter()
-    score = score_rows(model, rows, meter)
+    score = score_rows(model, rows, meter, progress, name=name)
     return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
 
 
@@ -100,9 +102,9 @@ def train_router(
         training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
         losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress)
     router.requires_grad_(False)
-    set_thresholds(router, pool.training())
+    set_thresholds(router, pool.training(), progress)
     name = "path_vs_gate" if options.predict else "path_vs_oracle"
-    return router, first_and_last(losses) | {name: hit_rate(router, pool.held_back())}
+    return router, first_and_last(losses) | {name: hit_rate(router, pool.held_back(), progress)}
 
 
 def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:

@@ -127,24 +127,30 @@ def _endless_batches(rows: Sequence[list[int]], options: TrainingOptions) -> Ite
 
 
 @torch.no_grad()
-def set_thresholds(router: PathRouter, pool: TargetPool) -> None:
+def set_thresholds(router: PathRouter, pool: TargetPool, progress: Progress) -> None:
     """Set each layer's threshold so that its experts' mean number per token of `pool` is `pool.mean_active`."""
-    scores_TS = torch.cat([router(torch.tensor([row]))[0][0] for row in pool.rows])
-    put_thresholds(router, scores_TS, pool.mean_active)
+    scores = []
+    with progress.stage("setting thresholds", len(pool.rows)) as advance:
+        for row in pool.rows:
+            scores.append(router(torch.tensor([row]))[0][0])
+            advance(1)
+    put_thresholds(router, torch.cat(scores), pool.mean_active)
 
 
 @torch.no_grad()
-def hit_rate(router: PathRouter, pool: TargetPool) -> dict[str, Any]:
+def hit_rate(router: PathRouter, pool: TargetPool, progress: Progress) -> dict[str, Any]:
     """How the router's choices agree, over the documents of `pool`, with those that its masses and limits make.
 
     In all, and layer by layer for those that have a choice.
     """
     tallies = {n: Tally() for n, c in enumerate(router.cuts) if 0 < c.num_active < c.num_routed}
-    for row, mass_TS in zip(pool.rows, pool.mass, strict=True):
-        chosen = choose_experts(router, router(torch.tensor([row]))[0][0])
-        masses = split_layers(mass_TS, router.cuts)
-        for layer, tally in tallies.items():
-            best, num_active = masses[layer], router.cuts[layer].num_active
-            by_rank = router.selection == "top_k"
-            tally.add(chosen.ids[:, layer], top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
+    with progress.stage("comparing choices", len(pool.rows)) as advance:
+        for row, mass_TS in zip(pool.rows, pool.mass, strict=True):
+            chosen = choose_experts(router, router(torch.tensor([row]))[0][0])
+            masses = split_layers(mass_TS, router.cuts)
+            for layer, tally in tallies.items():
+                best, num_active = masses[layer], router.cuts[layer].num_active
+                by_rank = router.selection == "top_k"
+                tally.add(chosen.ids[:, layer], top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
+            advance(1)
     return layer_figures(tallies)

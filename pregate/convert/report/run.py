@@ -111,6 +111,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     started_s = time.monotonic()
     stored = _routed_config(options.model)
     text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed, options.text_field)
+    text.check_amount(options.text, progress)
     others = [(path, _load("--compare", path, text)) for path in options.compare]
     model: RoutedForCausalLM = load_any(options.model)
     parent_path = dense_of(options.model, model, options.parent)
@@ -233,7 +234,7 @@ def _conditions(
         seconds=round(seconds, 1),
         text=tuple(map(str, used)),
         num_documents=len(text.rows),
-        num_tokens=sum(len(row) - 1 for row in text.rows),
+        num_tokens=text.num_tokens,
         context_tokens=text.context,
         seed=options.seed,
         dense=str(parent) if parent is not None else "",

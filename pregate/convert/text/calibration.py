@@ -14,11 +14,14 @@ from typing import Any
 import torch
 
 from pregate.base.errors import UserError
+from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.documents import Document, draw_documents, read_documents
 
 #: Share of the windows kept back from calibration to measure the result on, and their greatest number.
 HELD_BACK_SHARE = 8
 MAX_HELD_BACK = 16
+#: Of fewer windows none would be left to measure on.
+LEAST_WINDOWS = 4
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int | None) -> list[int]:
@@ -90,12 +93,13 @@ def read_calibration(
     draw: str = "documents",
     option: str = "--calibration",
     text_field: str | None = None,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens with `seed`, and some more to measure on, from the files at `paths`.
 
     `draw` "documents": each starts at a document's start; text that yields fewer windows is used whole. "stream":
     each starts anywhere in the documents joined by blank lines (as CMoE's released code draws them).
-    UserError names `option` where there is no text.
+    UserError names `option` where there is no text, or too little; where there is less than asked for, that is noted.
     """
     documents = read_documents(paths, length, option, text_field, whole_paragraphs=draw == "stream")
     files = tuple(dict.fromkeys(d.source for d in documents))
@@ -103,14 +107,29 @@ def read_calibration(
     if draw == "stream":
         ids = encode(tokenizer, "\n\n".join(d.text for d in documents), None)
         kept, held_back = stream_windows(ids, length, samples, wanted, seed)
+        found = len(ids) // length
     else:
         drawn = draw_documents(documents, seed)
         windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
+        found = sum(len(window) == length for window in windows)
         held = min(wanted, len(windows) // 4)
         kept, held_back = windows[held:][:samples], windows[:held]
-    if not kept:
-        raise UserError.of(option, " ".join(map(str, paths)), "holds fewer than two tokens")
+    _check_windows(found, samples + wanted, length, option, paths, progress or QuietProgress())
     return Calibration(torch.tensor(kept, dtype=torch.int64), held_back, files)
+
+
+def _check_windows(
+    found: int, wanted: int, length: int, option: str, paths: Sequence[Path], progress: Progress
+) -> None:
+    """UserError where text gives too few windows of `length` tokens; a note where it gives fewer than are `wanted`."""
+    where, enough = " ".join(map(str, paths)), f"about {wanted * length:,} tokens are enough for {wanted}"
+    windows = f"{'no window' if not found else '1 window' if found == 1 else f'{found} windows'} of {length} tokens"
+    least = min(LEAST_WINDOWS, wanted)
+    if found < least:
+        reason = f"its text gives {windows}; {least} are the least ({least * length:,} tokens), {enough}"
+        raise UserError.of(option, where, f"{reason}; a smaller --sequence-length needs less")
+    if found < wanted:
+        progress.note(f"{option} {where}: its text gives {windows} only; {enough}")
 
 
 def encode_pool(

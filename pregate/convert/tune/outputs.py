@@ -41,7 +41,7 @@ def run_model(model: Any, ids_BN: torch.Tensor, tuning_pass: TuningPass | None, 
 
     Attention is causal and padding on the right: what real tokens get is the same, and attention faster.
     """
-    with _layers_by(model, tuning_pass) as parent:
+    with layers_by(model, tuning_pass) as parent:
         found = parent(input_ids=ids_BN, use_cache=False, output_hidden_states=hidden)
     layers = found.hidden_states[1:] if hidden else ()  # the first are the embeddings
     return Outputs(found.logits.flatten(0, 1), tuple(h.flatten(0, 1) for h in layers))
@@ -49,12 +49,12 @@ def run_model(model: Any, ids_BN: torch.Tensor, tuning_pass: TuningPass | None, 
 
 def run_layers(model: RoutedForCausalLM, ids_BN: torch.Tensor, tuning_pass: TuningPass) -> None:
     """As `run_model` for what the pass gathers alone: no head, no output."""
-    with _layers_by(model, tuning_pass) as parent:
+    with layers_by(model, tuning_pass) as parent:
         parent.base_model(input_ids=ids_BN, use_cache=False)
 
 
 @contextmanager
-def _layers_by(model: Any, tuning_pass: TuningPass | None) -> Iterator[Any]:
+def layers_by(model: Any, tuning_pass: TuningPass | None) -> Iterator[Any]:
     """Give the model to call, its routed layers computed by `tuning_pass` within the block."""
     mlps = [] if tuning_pass is None else model.routed_mlps
     for mlp in mlps:

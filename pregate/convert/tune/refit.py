@@ -4,7 +4,7 @@ Under a routing, a layer leaves out the experts it does not choose, and what the
 can be told from the neurons that do run; so the least-squares fit of the dense output on those gives back a part of
 it, without a gradient: (Z' Z + r) X = Z' Y with Z the hidden neurons times their experts' weights (0 where not chosen),
 Y what is missing, and X what is added to the down projections. Layer after layer, each on inputs that the layers
-before it give after their own fit.
+before it give after their own fit: a layer runs twice on the text, once to be fitted and once to go on.
 
 Shape letters: B rows, N tokens, T tokens of all rows, D hidden width, M expert width, R routed experts, S routed
 experts of all layers side by side, J neurons of a layer's shared and routed experts side by side.
@@ -24,9 +24,9 @@ from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced_batches
 from pregate.convert.tune.forward import TuningPass, routed_hidden
-from pregate.convert.tune.outputs import path_scores, run_layers
+from pregate.convert.tune.outputs import layers_by, path_scores
 from pregate.kernels.reference import gated_hidden
-from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -36,39 +36,64 @@ REFIT_TOKENS = 32_768
 RIDGE = 1e-3
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
-    """A batch of rows as every layer's fit needs it; `scores_TS` the path router's, None where gates decide."""
+    """A batch of rows on its way through the layers: `hidden_BND` enters the next one.
 
-    ids_BN: torch.Tensor
-    real_T: torch.Tensor
-    scores_TS: torch.Tensor | None
+    `given` are the masks and positions the model has for each layer.
+    """
+
+    routing: _RefitPass
+    hidden_BND: torch.Tensor
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]]
 
     @classmethod
-    def of(cls, model: RoutedForCausalLM, rows: list[list[int]]) -> _Part:
+    def of(cls, model: RoutedForCausalLM, rows: list[list[int]], layers: Sequence[nn.Module]) -> _Part:
+        """Rows up to the first layer; the model is called with every layer giving its input on."""
         ids_BN, mask_BN = (t.to(model.device) for t in padded(rows))
-        return cls(ids_BN, mask_BN.flatten().bool(), path_scores(model, ids_BN))
+        routing = _RefitPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {})
+        entering, given = [], []
+
+        def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            entering.append(hidden_states)
+            given.append((args, kwargs))
+            return hidden_states
+
+        own: list[Any] = list(layers)
+        for layer in own:
+            layer.forward = record
+        try:
+            model.parent.base_model(input_ids=ids_BN, use_cache=False)
+        finally:
+            for layer in own:
+                del layer.forward
+        return cls(routing, entering[0].clone(), given)
+
+    def run(self, model: RoutedForCausalLM, layers: Sequence[nn.Module], index: int) -> torch.Tensor:
+        """What layer `index` gives for `hidden_BND`."""
+        args, kwargs = self.given[index]
+        with layers_by(model, self.routing):
+            out = layers[index](self.hidden_BND, *args, **kwargs)
+        return out if isinstance(out, torch.Tensor) else out[0]
 
 
 @dataclass
 class _RefitPass(TuningPass):
-    """Runs as it is up to layer `fitted`, and there takes the sums of the fit: Z' Z [J, J], Z' Y [J, D] and |Y|^2.
-
-    What that layer and those after it give is not needed, and is 0. `parent`: see `refit`.
+    """Runs layers as they are; in layer `fitted` takes the sums of the fit in place of it: Z' Z [J, J], Z' Y [J, D] and
+    |Y|^2. `parent`: see `refit`.
     """
 
-    fitted: int = 0
+    fitted: int | None = None
     parent: nn.Module | None = None
     sums: list[torch.Tensor] = field(default_factory=list)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
-        if mlp.layer < self.fitted:
+        if mlp.layer != self.fitted:
             return super().forward(mlp, x_TD)
-        if mlp.layer == self.fitted:
-            weights_TR = self._weights(mlp, x_TD, None)[self.real_T]
-            z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], weights_TR, self.parent)
-            self.sums = [z_TJ.T @ z_TJ, z_TJ.T @ missing_TD, missing_TD.square().sum()]
-        return torch.zeros_like(x_TD)
+        weights_TR = self._weights(mlp, x_TD, None)[self.real_T]
+        z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], weights_TR, self.parent)
+        self.sums = [z_TJ.T @ z_TJ, z_TJ.T @ missing_TD, missing_TD.square().sum()]
+        return torch.zeros_like(x_TD)  # is not looked at
 
 
 def _fit_of(
@@ -97,21 +122,27 @@ def refit(
     parent (where it is no partition, `parent` tells). Not for a tuned model. Returns per
     routed layer the share of the missing output's square that is still missing, on the text fitted on.
     """
-    parts = [_Part.of(model, part) for part in spaced_batches(rows, REFIT_TOKENS)]
-    mlps = [m for m in model.routed_mlps if 0 < m.cut.num_active < m.cut.num_routed]
+    layers = decoder_layers(model.parent)
+    mlps = {m.layer: m for m in model.routed_mlps if 0 < m.cut.num_active < m.cut.num_routed}
     whole = {} if parent is None else {m.layer: m.module for m in find_gated_mlps(parent)}
     left: list[float] = []
-    with progress.stage("fitting down projections", len(mlps)) as advance:
-        for mlp in mlps:
-            sums = [torch.zeros((), dtype=torch.float64, device=model.device)] * 3
+    if not mlps:
+        return left
+    parts = [_Part.of(model, part, layers) for part in spaced_batches(rows, REFIT_TOKENS)]
+    with progress.stage("fitting down projections", (max(mlps) + 1) * len(parts)) as advance:
+        for index in range(max(mlps) + 1):
+            if index in mlps:
+                sums = [torch.zeros((), dtype=torch.float64, device=model.device)] * 3
+                for part in parts:
+                    part.routing.fitted, part.routing.parent = index, whole.get(index)
+                    part.run(model, layers, index)
+                    sums = [total + found for total, found in zip(sums, part.routing.sums, strict=True)]
+                    part.routing.fitted = None
+                left.append(_solve(mlps[index], *sums))
             for part in parts:
-                refit_pass = _RefitPass(
-                    model, part.real_T, part.scores_TS, {}, fitted=mlp.layer, parent=whole.get(mlp.layer)
-                )
-                run_layers(model, part.ids_BN, refit_pass)
-                sums = [total + found for total, found in zip(sums, refit_pass.sums, strict=True)]
-            left.append(_solve(mlp, *sums))
-            advance(1)
+                if index < max(mlps):
+                    part.hidden_BND = part.run(model, layers, index)
+                advance(1)
     return left
 
 

@@ -28,6 +28,7 @@ from pregate.convert.files.rounding import round_to
 from pregate.convert.files.work_folder import run_by
 from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, check_amount
 from pregate.convert.tune.data import TuningRows, read_rows
 from pregate.convert.tune.figures import earlier_figures, tuned_figures
 from pregate.convert.tune.loop import Record, Tuner
@@ -59,6 +60,9 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
     tokenizer = load_tokenizer(options.model)
     share, field = options.validation_share, options.text_field
     rows = read_rows(options.text, tokenizer, length, share, options.seed, options.validation, field)
+    check_amount(sum(map(len, rows.training)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
+    held_out, option = (options.validation, "--validation") if options.validation else (options.text, "--text")
+    check_amount(sum(map(len, rows.validation)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
     with open_folder(options.out, fingerprint_of(options, rows, device), options.restart) as folder:
         model = load_any(options.model).to(device)
         teacher = load_teacher(options, model)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cli.main import main
+from pregate.convert.measure import logits
 from pregate.convert.measure.agreement import AgreementMeter, Tally
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scored_text import ScoredText
-from pregate.convert.measure.scoring import Score, score_logits, score_rows
+from pregate.convert.measure.scoring import Score, load_any, score_logits, score_rows
 from pregate.convert.text.batches import batches, padded
 from pregate.model import RoutedForCausalLM
+from pregate.model.gated_mlp import decoder_layers
+from tests.convert.interruption import StopsAfter
 
 TEXTS = ["The harbour lay quiet.", "O wind", "Seven loaves at four pence each make twenty-eight pence. " * 40, "x"]
 
@@ -143,6 +147,43 @@ def test_every_file_given_is_scored_and_a_missing_one_refused(capsys, tiny_dense
     for given in (["none.txt", "b.jsonl"], ["b.jsonl", "none.txt"], ["b.jsonl", "*.txt"]):
         assert main([*command, *(str(tmp_path / name) for name in given)]) == 2
         assert f"--text {tmp_path}" in capsys.readouterr().err
+
+
+def test_too_little_text_is_refused_and_little_is_said(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+    (tmp_path / "word.txt").write_text("harbour lay quiet")
+    with pytest.raises(UserError, match=r"^--text .*word.txt: holds \d+ tokens of text; 100 are the least, 5,000 are"):
+        evaluate(EvaluateOptions(tiny_dense, (tmp_path / "word.txt",)))
+    told = StopsAfter(-1)
+    evaluate(EvaluateOptions(tiny_dense, (tiny_text,)), told)
+    evaluate(EvaluateOptions(tiny_dense, (tiny_text,), max_tokens=50), told)  # asked for so few
+    assert re.fullmatch(r"--text \S+: [\d,]+ tokens of text are few; 5,000 are enough", "".join(told.notes))
+
+
+@pytest.mark.parametrize("kind", ["dense", "layerwise", "path"])
+def test_logits_in_pieces_score_the_same(
+    kind: str, monkeypatch, tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path
+):
+    """A document of any length with any vocabulary holds no more logits at a time than it may."""
+    path = {"dense": tiny_dense, "layerwise": tiny_layerwise_checkpoint, "path": tiny_path_checkpoint}[kind]
+    model, rows = load_any(path), [list(range(1, 200)), list(range(5, 190)), [7, 8]]
+    whole, sizes = score_rows(model, rows), []
+    monkeypatch.setattr(logits, "MOST_LOGITS", 64 * 512)
+    hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
+    layer = decoder_layers(model)[0].register_forward_hook(lambda _m, _a, _o: sizes.append(0))
+    pieces = score_rows(model, rows)
+    hook.remove()
+    layer.remove()
+    assert pieces.num_tokens == whole.num_tokens
+    assert pieces.nats == pytest.approx(whole.nats, rel=1e-6)
+    assert len(sizes) - sizes.count(0) == 10
+    assert max(sizes) <= 64 * 512
+    assert sizes.count(0) == 1  # the layers run once
+
+
+def test_a_long_document_advances_layer_by_layer(tiny_dense: Path):
+    told = StopsAfter(-1)
+    score_rows(load_any(tiny_dense), [list(range(1, 200))], progress=told)
+    assert told.steps == [66, 66, 67]
 
 
 def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_checkpoint: Path):

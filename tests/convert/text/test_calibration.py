@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoTokenizer
 from pregate.base.errors import UserError
 from pregate.convert.text.calibration import encode, encode_pool, pack_windows, read_calibration, stream_windows
 from pregate.convert.text.documents import Document
+from tests.convert.interruption import StopsAfter
 
 
 def test_windows_start_at_document_starts():
@@ -42,6 +44,20 @@ def test_text_without_tokens_is_refused(tiny_dense: Path, tmp_path: Path):
     path.write_text('{"text": ""}\n')
     with pytest.raises(UserError, match=r"^--calibration"):
         read_calibration([path], AutoTokenizer.from_pretrained(tiny_dense), 8, 32, 0)
+
+
+def test_too_little_text_is_refused_with_what_is_enough(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+    tokenizer, notes = AutoTokenizer.from_pretrained(tiny_dense), StopsAfter(-1)
+    (tmp_path / "word.txt").write_text("harbour")
+    for draw in ("documents", "stream"):
+        with pytest.raises(
+            UserError, match=r"word\.txt: its text gives no window of 32 tokens; 4 .*288 tokens are enou"
+        ):
+            read_calibration([tmp_path / "word.txt"], tokenizer, 8, 32, 0, draw)
+    read_calibration([tiny_text], tokenizer, 8, 32, 0, progress=notes)
+    assert notes.notes == []
+    read_calibration([tiny_text], tokenizer, 80, 32, 0, progress=notes)
+    assert re.search(r"--calibration \S+harbour\.txt: its text gives \d+ windows .* about 2,880", notes.notes[0])
 
 
 def test_pool_keeps_to_its_token_budget(tiny_dense: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from pregate.convert.domains.run import read_me
 from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.progress import QuietProgress
+from pregate.convert.text.batches import padded
+from pregate.convert.tune.data import spaced_batches
+from pregate.convert.tune.forward import TuningPass
 from pregate.convert.tune.options import TuneOptions
-from pregate.convert.tune.refit import refit
+from pregate.convert.tune.outputs import path_scores, run_layers
+from pregate.convert.tune.refit import REFIT_TOKENS, _fit_of, _solve, refit
 from pregate.convert.tune.run import tune
-from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
+from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 from tests.convert.domains.read_me_cases import small
 from tests.convert.interruption import StopsAfter
@@ -77,6 +83,49 @@ def test_it_lowers_perplexity_and_moves_down_projections_alone(tiny_path_checkpo
     dense.path_router.thresholds.fill_(-torch.inf)  # every expert on
     text = [dense.generate(torch.tensor([[1, n]]), max_new_tokens=40, do_sample=False)[0].tolist() for n in (9, 40, 90)]
     assert score_rows(model, text).perplexity < score_rows(load(tiny_path_checkpoint), text).perplexity
+
+
+@dataclass
+class _WholePass(TuningPass):
+    """As it was done before: the whole model up to layer `fitted`, for each layer anew."""
+
+    fitted: int = 0
+
+    def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+        if mlp.layer < self.fitted:
+            return super().forward(mlp, x_TD)
+        if mlp.layer == self.fitted:
+            z_TJ, missing_TD = _fit_of(mlp, x_TD[self.real_T], self._weights(mlp, x_TD, None)[self.real_T], None)
+            self.sums = [z_TJ.T @ z_TJ, z_TJ.T @ missing_TD, missing_TD.square().sum()]
+        return torch.zeros_like(x_TD)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["path", "layerwise"])
+def test_layer_by_layer_it_is_the_fit_of_whole_passes(
+    kind: str, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path
+):
+    path = tiny_path_checkpoint if kind == "path" else tiny_layerwise_checkpoint
+    model, old, runs = load(path), load(path), []
+    layers = decoder_layers(model.parent)
+    hooks = [layer.register_forward_hook(lambda *_a, n=n: runs.append(n)) for n, layer in enumerate(layers)]
+    left = refit(model, ROWS, QuietProgress())
+    for hook in hooks:
+        hook.remove()
+    batches = spaced_batches(ROWS, REFIT_TOKENS)
+    first, once = [0, 1, 2] * len(batches), len(batches)  # the first pass takes masks and positions
+    assert runs[len(first) :] == [0] * 2 * once + [1] * 2 * once + [2] * once
+    expected = []
+    for mlp in old.routed_mlps:
+        totals = [0.0] * 3
+        for rows in batches:
+            ids_BN, mask_BN = padded(rows)
+            whole = _WholePass(old, mask_BN.flatten().bool(), path_scores(old, ids_BN), {}, fitted=mlp.layer)
+            run_layers(old, ids_BN, whole)
+            totals = [total + found for total, found in zip(totals, whole.sums, strict=True)]
+        expected.append(_solve(mlp, *totals))
+    assert left == expected
+    assert all(torch.equal(tensor, old.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 def test_layers_that_leave_nothing_out_stay(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
