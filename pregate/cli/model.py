@@ -93,7 +93,7 @@ def convert(
     try:
         figures = run(options, RichProgress()).figures
     except KeyboardInterrupt:
-        typer.echo(f"pregate: {interrupted(out, 'layer')}", err=True)
+        typer.echo(f"pregate: {interrupted(out)}", err=True)
         raise typer.Exit(130) from None
     report(out, figures)
 
@@ -114,9 +114,11 @@ def decouple(
     gate: router.Gate = "scores",
     weights: router.Weights = "one",
     predict: router.Predict = False,
+    pool_tokens: Annotated[int, typer.Option(help="Tokens of text to learn from, at most.")] = 200_000,
     seed: SeedOption = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
-    """Train a path router for a layer-wise checkpoint and write one whose paths are exact, or a forecast."""
+    """Train a path router for a layer-wise checkpoint: exact paths, or a forecast. Interrupted, it can go on."""
     from pregate.convert.paths.decouple import DecoupleOptions
     from pregate.convert.paths.decouple import decouple as run
     from pregate.convert.progress import RichProgress
@@ -137,9 +139,16 @@ def decouple(
         gate=gate,
         weights=weights,
         predict=predict,
+        pool_tokens=pool_tokens,
         seed=seed,
+        restart=restart,
     )
-    report(out, run(options, RichProgress()).figures["decouple"])  # the others were measured on another text
+    try:
+        figures = run(options, RichProgress()).figures["decouple"]  # the others were measured on another text
+    except KeyboardInterrupt:
+        typer.echo(f"pregate: {interrupted(out)}", err=True)
+        raise typer.Exit(130) from None
+    report(out, figures)
 
 
 def evaluate(
@@ -192,15 +201,11 @@ def _shared(value: str) -> int | None:
     return int(value)
 
 
-def interrupted(out: Path, what: str) -> str:
-    """What an interrupted run that goes on after each `what` (layer, stage) leaves, and how to go on."""
-    from pregate.convert.files.partial import read_state
+def interrupted(out: Path) -> str:
+    """What an interrupted run leaves, and how to go on."""
+    from pregate.convert.files.partial import interrupted as sentence
 
-    state = read_state(out)
-    if state is None:
-        return "interrupted; nothing was kept"
-    done = f"interrupted after {what} {state.layers_done} of {state.num_layers}"
-    return f"{done}; the same command goes on there, with --restart it begins anew"
+    return sentence(out)
 
 
 def report(out: Path, figures: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def read_me(
     try:
         manifest = run(options, RichProgress())
     except KeyboardInterrupt:
-        typer.echo(f"pregate: {interrupted(out, 'stage')}", err=True)
+        typer.echo(f"pregate: {interrupted(out)}", err=True)
         raise typer.Exit(130) from None
     print_figures(manifest.figures)
     typer.echo(f"written: {out}")

@@ -118,16 +118,8 @@ def tune(
     try:
         figures = run(options, RichProgress()).figures["tune"]
     except KeyboardInterrupt:
-        typer.echo(f"pregate: {_interrupted(out)}", err=True)
+        from pregate.convert.tune.state import interrupted
+
+        typer.echo(f"pregate: {interrupted(out)}", err=True)
         raise typer.Exit(130) from None
     report(out, figures)
-
-
-def _interrupted(out: Path) -> str:
-    """What an interrupted run leaves, and how to go on."""
-    from pregate.convert.tune.state import read_step
-
-    step = read_step(out)
-    if step is None:
-        return "interrupted; nothing was kept"
-    return f"interrupted; the same command goes on after step {step}, with --restart it begins anew"

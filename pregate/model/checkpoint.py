@@ -8,6 +8,7 @@ Names inside the shards: `parent.<path of layer l's FFN>.experts.gate_up_proj` [
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pregate.base.errors import CheckpointError, UserError
+from pregate.base.errors import CheckpointError, PregateError, UserError
 from pregate.model.config import RoutedConfig
 
 FORMAT_VERSION = 2
@@ -198,6 +199,12 @@ def check_new_folder(path: Path, option: str = "--out") -> None:
         raise UserError.of(option, path, "its parent folder does not exist")
 
 
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error of writing says that no more fits; safetensors has the number in its text."""
+    numbers = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {number})" in str(error) for number in numbers)
+
+
 @contextmanager
 def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
     """Give a temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when not."""
@@ -207,5 +214,9 @@ def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        if not is_disk_full(error):
+            raise
+        raise PregateError(f"{option} {path}: cannot be written ({error}); nothing was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -25,7 +25,7 @@ from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.shard_index import write_index
 from pregate.convert.files.skeleton import Skeleton
-from pregate.convert.files.work_folder import run_by, short_digest
+from pregate.convert.files.work_folder import run_by, short_digest, writing
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.logits import positions_at_once
 from pregate.convert.measure.scoring import Score, score_pieces
@@ -70,10 +70,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
         figures = _measure(skeleton, options, text, layer_pass)
         if options.shared is None:
             figures["shared_experts"] = " ".join(str(cut.num_shared) for cut in config.cuts)
-        _write_rest(skeleton, config, options, partial)
         calibration = text.describe() | {"seed": options.seed}
         manifest = Manifest("cmoe", options.describe(), source, calibration, figures)
-        write_manifest(partial.checkpoint, manifest)
+        with writing(options.out, partial.checkpoint):
+            _write_rest(skeleton, config, options, partial)
+            write_manifest(partial.checkpoint, manifest)
         partial.finish()
     return read_manifest(options.out)
 
@@ -122,7 +123,7 @@ def _start(
 def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Progress) -> None:
     num_layers, done = partial.state.num_layers, partial.state.layers_done
     if done:
-        progress.note(f"going on after layer {done} of {num_layers}, where the last run was interrupted")
+        progress.note(partial.state.going_on)
     skeleton = layer_pass.skeleton
     rest = [name for name in skeleton.outer_names if name not in skeleton.embedding_names]
     with progress.stage("cutting layers", num_layers) as advance, skeleton.loaded(rest):

@@ -32,7 +32,7 @@ from pregate.convert.files.dense import (
 )
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.rounding import round_to
-from pregate.convert.files.work_folder import run_by, short_digest
+from pregate.convert.files.work_folder import run_by, short_digest, writing
 from pregate.convert.measure.control_table import nominal_share
 from pregate.convert.measure.overlap import bytes_per_row, overlap_figures
 from pregate.convert.measure.scoring import Score, score_rows
@@ -69,7 +69,7 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     find_gated_mlps(dense)
     source = source_of(options.model)
     fingerprint = fingerprint_of(options, source, device, domains)
-    with open_partial(options.out, fingerprint, num_stages(options), options.restart) as partial:
+    with open_partial(options.out, fingerprint, num_stages(options), options.restart, "stage") as partial:
         dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
         rounds, figures = _prepare(dense, domains, options, length, progress)
         _train(rounds, partial, progress)
@@ -77,7 +77,8 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
         method = "read-me+tune" if options.steps else "read-me"
         calibration = {"domains": [d.describe() for d in domains], "seed": options.seed}
         manifest = Manifest(method, options.describe(), source, calibration, figures)
-        write_checkpoint(rounds.model, partial.checkpoint, options.model, manifest, options.dtype)
+        with writing(options.out, partial.checkpoint):
+            write_checkpoint(rounds.model, partial.checkpoint, options.model, manifest, options.dtype)
         partial.finish()
     return read_manifest(options.out)
 
@@ -114,7 +115,7 @@ def _train(rounds: Rounds, partial: PartialCheckpoint, progress: Progress) -> No
     """Run the stages that are not done; a stage is here what a layer is to a conversion."""
     done, total = partial.state.layers_done, partial.state.num_layers
     if done:
-        progress.note(f"going on after stage {done} of {total}, where the last run was interrupted")
+        progress.note(partial.state.going_on)
         rounds.restore(partial.hidden(rounds.model.device), partial.state.carried["rounds"])
     for index in range(done, total):
         rounds.run_stage(index, progress)

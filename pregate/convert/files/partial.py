@@ -8,7 +8,8 @@
 
 Every file is written under another name, synced and renamed; `state.json` is what counts. So a conversion killed at
 any moment, or by a loss of power, goes on after the last layer that it says is done. Read-ME's rounds keep their stages
-here in place of layers, with the model's tensors in place of hidden states.
+here in place of layers, with the model's tensors in place of hidden states; `decouple` its steps, with the router's
+and its optimizer's, and what it learns from in a file of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.files.shard_index import write_shard
-from pregate.convert.files.work_folder import WRITE_ERRORS, taken_up, write_whole
+from pregate.convert.files.work_folder import interrupted_after, taken_up, write_whole, writing
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -34,12 +35,21 @@ _STATE = "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """`fingerprint`: everything the result depends on, by name. `carried`: what the figures need of finished layers."""
+    """`fingerprint`: everything the result depends on, by name. `carried`: what the figures need of finished layers.
+
+    A layer may be another `unit` of work: a stage, a step.
+    """
 
     fingerprint: dict[str, Any]
     num_layers: int
+    unit: str = "layer"
     layers_done: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def going_on(self) -> str:
+        """What a run that goes on says."""
+        return f"going on after {self.unit} {self.layers_done} of {self.num_layers}, where the last run was interrupted"
 
 
 def partial_folder(out: Path) -> Path:
@@ -62,6 +72,16 @@ def read_state(out: Path) -> State | None:
         raise UserError.of("--out", out, f"{path} cannot be read ({error}); --restart discards {folder}") from error
 
 
+def interrupted(out: Path) -> str:
+    """What an interrupted run leaves of `out`, and how to go on."""
+    state = read_state(out)
+    return (
+        interrupted_after("", None)
+        if state is None
+        else interrupted_after(state.unit, state.layers_done, state.num_layers)
+    )
+
+
 def _fingerprint(out: Path) -> dict[str, Any] | None:
     state = read_state(out)
     return None if state is None else state.fingerprint
@@ -71,15 +91,15 @@ class PartialCheckpoint:
     """The folder of an unfinished conversion, ours while the lock is held; see `open_partial`."""
 
     def __init__(self, out: Path, state: State) -> None:
-        self._out, self._folder, self.state = out, partial_folder(out), state
-        self.checkpoint = self._folder / "checkpoint"
+        self._out, self.folder, self.state = out, partial_folder(out), state
+        self.checkpoint = self.folder / "checkpoint"
         self.checkpoint.mkdir(exist_ok=True)
 
     def hidden(self, device: torch.device) -> dict[str, torch.Tensor]:
         """The hidden states that enter the next layer, by name, as they were given to `layer_done`."""
         path = self._hidden_path(self.state.layers_done)
         if not path.exists():
-            raise UserError.of("--out", self._out, f"{path} is missing; --restart discards {self._folder}")
+            raise UserError.of("--out", self._out, f"{path} is missing; --restart discards {self.folder}")
         return {name: tensor.to(device) for name, tensor in load_file(path).items()}
 
     def write_shard(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -87,34 +107,38 @@ class PartialCheckpoint:
         on_cpu = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
         self._write(self.checkpoint / name, lambda path: write_shard(on_cpu, path))
 
-    def layer_done(self, hidden: dict[str, torch.Tensor], carried: dict[str, Any]) -> None:
-        """Record that the layer whose shard was just written is done, and where the next one starts."""
-        done = self.state.layers_done + 1
-        on_cpu = {name: tensor.cpu().contiguous() for name, tensor in hidden.items()}
-        self._write(self._hidden_path(done), lambda path: save_file(on_cpu, path))
-        self.state = State(self.state.fingerprint, self.state.num_layers, done, carried)
+    def layer_done(self, hidden: dict[str, torch.Tensor], carried: dict[str, Any], layers: int = 1) -> None:
+        """Record that the layer whose shard was written is done (or `layers` of them), and where the next starts."""
+        before, done = self.state.layers_done, self.state.layers_done + layers
+        self.keep(self._hidden_path(done), hidden)
+        self.state = replace(self.state, layers_done=done, carried=carried)
         text = json.dumps(vars(self.state) | {"format_version": FORMAT_VERSION}, indent=1)
-        self._write(self._folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))
-        self._hidden_path(done - 1).unlink(missing_ok=True)
+        self._write(self.folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))
+        if before != done:
+            self._hidden_path(before).unlink(missing_ok=True)
+
+    def keep(self, path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        """Write tensors to a file of the folder."""
+        on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._write(path, lambda path: save_file(on_cpu, path))
 
     def finish(self) -> None:
         """Make the checkpoint folder `out`, and drop the rest."""
         self.checkpoint.rename(self._out)
-        shutil.rmtree(self._folder)
+        shutil.rmtree(self.folder)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        try:
+        with writing(self._out, path):
             write_whole(path, write)
-        except WRITE_ERRORS as error:
-            reason = f"{path} cannot be written ({error}); layers that are done are kept, the same command goes on"
-            raise UserError.of("--out", self._out, reason) from error
 
     def _hidden_path(self, layer: int) -> Path:
-        return self._folder / f"hidden-{layer:05d}.safetensors"
+        return self.folder / f"hidden-{layer:05d}.safetensors"
 
 
 @contextmanager
-def open_partial(out: Path, fingerprint: dict[str, Any], num_layers: int, restart: bool) -> Iterator[PartialCheckpoint]:
+def open_partial(
+    out: Path, fingerprint: dict[str, Any], num_layers: int, restart: bool, unit: str = "layer"
+) -> Iterator[PartialCheckpoint]:
     """Go on with the unfinished conversion to `out`, or begin one; the block holds its lock.
 
     Left with an error before a layer is done, nothing stays. UserError when another process works on it, and when
@@ -122,9 +146,9 @@ def open_partial(out: Path, fingerprint: dict[str, Any], num_layers: int, restar
     """
     folder = partial_folder(out)
     with taken_up(out, folder, "conversion", restart, fingerprint, lambda: _fingerprint(out)):
-        partial = PartialCheckpoint(out, read_state(out) or State(fingerprint, num_layers))
+        partial = PartialCheckpoint(out, read_state(out) or State(fingerprint, num_layers, unit))
         try:
             yield partial
         finally:
-            if not partial.state.layers_done:
+            if folder.exists() and not (folder / _STATE).exists():
                 shutil.rmtree(folder, ignore_errors=True)

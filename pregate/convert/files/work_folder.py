@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError
 
-from pregate.base.errors import UserError
+from pregate.base.errors import PregateError, UserError
 
 
 def short_digest(value: Any) -> str:
@@ -103,6 +103,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 #: What `write_whole` raises where the disk is full or the folder gone.
 WRITE_ERRORS = (OSError, SafetensorError)
+
+
+@contextmanager
+def writing(out: Path, what: Path) -> Iterator[None]:
+    """PregateError where `what`, a file of the work on `out`, cannot be written in the block: the work is kept."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        reason = f"{what} cannot be written ({error}); what is done is kept, the same command goes on"
+        raise PregateError(f"--out {out}: {reason}") from error
+
+
+def interrupted_after(unit: str, done: int | None, total: int | None = None) -> str:
+    """What an interrupted run leaves that had `done` so many of a `unit` (None: too few to keep), and how to go on."""
+    if done is None:
+        return "interrupted; nothing was kept"
+    of = "" if total is None else f" of {total}"
+    return f"interrupted after {unit} {done}{of}; the same command goes on there, with --restart it begins anew"
 
 
 def _differences(folder: Path, what: str, there: dict[str, Any], here: dict[str, Any]) -> str:

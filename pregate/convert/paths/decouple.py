@@ -7,22 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from pregate.base.dtypes import dtype_name
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 from pregate.convert.files.assembly import assemble, write_checkpoint
 from pregate.convert.files.dense import check_model_folder, context_tokens, load_tokenizer
+from pregate.convert.files.partial import PartialCheckpoint, open_partial
+from pregate.convert.files.work_folder import run_by, short_digest, writing
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.paths.targets import TargetPool, collect_targets
-from pregate.convert.paths.training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
+from pregate.convert.paths.training import Keeper, TrainingOptions, first_and_last, hit_rate, set_thresholds, train
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.amount import ENOUGH_TO_TRAIN, check_amount
 from pregate.convert.text.calibration import encode_pool
 from pregate.convert.text.documents import draw_documents, read_documents, text_files
-from pregate.model.checkpoint import Manifest, new_folder, read_manifest
+from pregate.model.checkpoint import MANIFEST, Manifest, check_new_folder, file_sha256, read_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.gates import RepresentativeGate
 from pregate.model.layers import kept_float32
@@ -36,21 +39,24 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
     """Train a path router on `options.text` and write a checkpoint with it to `options.out`; returns its manifest.
 
     Its paths are exact, or with `predict` a forecast of what the gates will choose. UserError for a model that is not
-    layer-wise routed, has a path router already, or has nothing to route.
+    layer-wise routed, has a path router already, or has nothing to route. A run that was interrupted goes on when it is
+    asked for again and gives the same checkpoint, on the same machine with as many threads.
     """
     progress = progress or QuietProgress()
-    with new_folder(options.out) as folder:
-        config = _layerwise_config(options.model)
-        check_heads(options.shape(), config.cuts)
-        rows = read_rows(options)
-        check_amount(sum(map(len, rows)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
+    check_new_folder(options.out)
+    config = _layerwise_config(options.model)
+    check_heads(options.shape(), config.cuts)
+    rows = read_rows(options)
+    check_amount(sum(map(len, rows)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
+    fingerprint = fingerprint_of(options, rows)
+    with open_partial(options.out, fingerprint, options.steps, options.restart, "step") as partial:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         if not options.predict:
             _refuse_weights(model, options)
-        pool = collect_targets(model, rows, progress, of_gates=options.predict)
+        pool = _collected(model, rows, options, partial, progress)
         if options.heads == "single":
             pool = align_experts(model, pool)
-        router, figures = train_router(model, pool, options, progress)
+        router, figures = train_router(model, pool, options, progress, _Keeper(partial))
         measured_on = pool.held_back().rows
         figures |= _figures("layerwise", model, measured_on, progress)
         routed = routed_with(model, router, options)
@@ -58,8 +64,52 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
             figures |= _figures("path", routed, measured_on, progress)
         figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
-        write_checkpoint(routed, folder, options.model, manifest, _stored_dtype(config))
-        return read_manifest(folder)
+        with writing(options.out, partial.checkpoint):
+            write_checkpoint(routed, partial.checkpoint, options.model, manifest, _stored_dtype(config))
+        partial.finish()
+    return read_manifest(options.out)
+
+
+def fingerprint_of(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:
+    """Everything the result depends on, by name."""
+    fields = {option_name(k): v for k, v in options.describe().items() if k not in ("model", "out", "text")}
+    fields |= {"--model": str(options.model.resolve()), "its manifest": file_sha256(options.model / MANIFEST)[:16]}
+    return fields | {"text": short_digest(rows)} | run_by(torch.device("cpu"))
+
+
+def _collected(
+    model: RoutedForCausalLM,
+    rows: list[list[int]],
+    options: DecoupleOptions,
+    partial: PartialCheckpoint,
+    progress: Progress,
+) -> TargetPool:
+    """What the router learns from: as an interrupted run left it, or collected and kept."""
+    path = partial.folder / "targets.safetensors"
+    if path.exists():
+        progress.note(partial.state.going_on)
+        kept = load_file(path)
+        mass = list(kept["mass"].split([len(row) for row in rows]))
+        return TargetPool(rows, mass, tuple(kept["limits"]), tuple(kept["mean_active"].tolist()))
+    pool = collect_targets(model, rows, progress, of_gates=options.predict)
+    mean_active = torch.tensor(pool.mean_active, dtype=torch.float64)
+    partial.keep(path, {"mass": torch.cat(pool.mass), "limits": torch.stack(pool.limits), "mean_active": mean_active})
+    partial.layer_done({}, {"losses": []}, 0)
+    return pool
+
+
+class _Keeper:
+    """Keeps the router's training in the folder of an unfinished run."""
+
+    def __init__(self, partial: PartialCheckpoint) -> None:
+        self._partial = partial
+
+    def load(self) -> tuple[int, dict[str, torch.Tensor], list[float]]:
+        state = self._partial.state
+        return state.layers_done, self._partial.hidden(torch.device("cpu")), list(state.carried["losses"])
+
+    def save(self, num_steps: int, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
+        self._partial.layer_done(tensors, {"losses": losses}, num_steps - self._partial.state.layers_done)
 
 
 def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]], progress: Progress) -> dict[str, Any]:
@@ -91,7 +141,11 @@ def _manifest(source: Manifest, options: DecoupleOptions, rows: list[list[int]],
 
 
 def train_router(
-    model: RoutedForCausalLM, pool: TargetPool, options: DecoupleOptions, progress: Progress
+    model: RoutedForCausalLM,
+    pool: TargetPool,
+    options: DecoupleOptions,
+    progress: Progress,
+    keeper: Keeper | None = None,
 ) -> tuple[PathRouter, dict[str, Any]]:
     """Train a path router for `model` on the pool less its held-back documents, and measure it on those."""
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +154,7 @@ def train_router(
         router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
         embedding: Any = model.get_input_embeddings()
         training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
-        losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress)
+        losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress, keeper)
     router.requires_grad_(False)
     set_thresholds(router, pool.training(), progress)
     name = "path_vs_gate" if options.predict else "path_vs_oracle"

@@ -20,6 +20,7 @@ class DecoupleOptions:
 
     At most `pool_tokens` tokens of text are used, in documents of at most `sequence_length`. With `predict` the gates
     go on deciding and the router forecasts them. `target` None: "mass", or with the gate "dselect" "captured".
+    `restart` discards what an interrupted run left beside `out`.
     """
 
     model: Path
@@ -39,6 +40,7 @@ class DecoupleOptions:
     embedding: str = "own"
     predict: bool = False
     text_field: str | None = None
+    restart: bool = False
 
     def __post_init__(self) -> None:
         for name, least in {"steps": 1, "dim": 4, "blocks": 1, "seed": 0, "pool_tokens": 2}.items():
@@ -74,4 +76,5 @@ class DecoupleOptions:
 
     def describe(self) -> dict[str, Any]:
         fields = asdict(self) | {"target": self.objective}
+        del fields["restart"]  # says nothing about the result
         return fields | {"model": str(self.model), "out": str(self.out), "text": [str(p) for p in self.text]}

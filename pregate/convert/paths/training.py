@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -27,6 +28,8 @@ from pregate.model.path_router import PathRouter, choose_experts, put_thresholds
 
 #: The last loss reported of a training is the mean over one step in this many, at its end.
 LAST_SHARE = 20
+#: Steps after which a run is kept.
+SAVE_EVERY = 100
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,30 @@ class TrainingOptions:
     warmup_share: float = 0.05
 
 
+class Keeper(Protocol):
+    """Where a training run is kept on its way, so that it can go on."""
+
+    def load(self) -> tuple[int, dict[str, torch.Tensor], list[float]]:
+        """Steps done, the tensors after them, and their losses; 0 and nothing for a run that begins."""
+        ...
+
+    def save(self, num_steps: int, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
+        """Keep the run as it is after `num_steps`."""
+        ...
+
+
 @torch.enable_grad()
 def train(
-    router: PathRouter, parent_VD: torch.Tensor | None, pool: TargetPool, options: TrainingOptions, progress: Progress
+    router: PathRouter,
+    parent_VD: torch.Tensor | None,
+    pool: TargetPool,
+    options: TrainingOptions,
+    progress: Progress,
+    keeper: Keeper | None = None,
 ) -> list[float]:
     """Train `router` in place on the documents and masses of `pool`; `parent_VD` is the parent's embedding, which the
-    router's starts from; None goes on with the router as it is.
+    router's starts from; None goes on with the router as it is. `keeper` has the run every `SAVE_EVERY` steps, and
+    gives back what an interrupted one left: the result is the same, bit for bit.
 
     Returns the loss of every step.
     """
@@ -67,10 +88,12 @@ def train(
     loss_of = loss_for(options.target, router, torch.cat(pool.mass))
     targets = [loss_of.targets(mass) for mass in pool.mass]
     optimizer = torch.optim.AdamW(router.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    losses: list[float] = []
-    order = _endless_batches(pool.rows, options)
+    done, tensors, losses = (0, {}, []) if keeper is None else keeper.load()
+    _put_tensors(router, optimizer, tensors)
+    order = islice(_endless_batches(pool.rows, options), done, None)
     with progress.stage("training the path router", options.steps) as advance:
-        for step in range(options.steps):
+        advance(done)
+        for step in range(done, options.steps):
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _schedule(step, options)
             batch = next(order)
@@ -81,10 +104,33 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
+            if keeper is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == options.steps):
+                keeper.save(step + 1, _tensors(router, optimizer), losses)
             advance(1)
     if isinstance(model.embedding, ParentEmbedding):
         model.embedding = model.embedding.fold()
     return losses
+
+
+def _tensors(router: PathRouter, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All that a training run goes on from: weights, and AdamW's moments."""
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in router.named_parameters():
+        found[f"now/{name}"] = parameter
+        found |= {f"{part}/{name}": tensor for part, tensor in optimizer.state.get(parameter, {}).items()}
+    return found
+
+
+@torch.no_grad()
+def _put_tensors(router: PathRouter, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Undo `_tensors` on a fresh router; nothing where there are none."""
+    named = dict(router.named_parameters())
+    for full_name, tensor in tensors.items():
+        part, _, name = full_name.partition("/")
+        if part == "now":
+            named[name].copy_(tensor)
+        else:
+            optimizer.state[named[name]][part] = tensor
 
 
 def first_and_last(losses: list[float]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pregate.base.dtypes import dtype_name
-from pregate.base.errors import UserError
+from pregate.base.errors import PregateError, UserError
 from pregate.convert.files.dense import check_model_folder, load_dense, named
 from pregate.convert.files.parent import dense_of
 from pregate.convert.files.work_folder import write_whole
@@ -88,7 +88,10 @@ def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
     """
     figures = measure(options, _Runs(progress or QuietProgress()))
     page = render(figures)
-    write_whole(options.out, lambda path: path.write_text(page, encoding="utf-8"))
+    try:
+        write_whole(options.out, lambda path: path.write_text(page, encoding="utf-8"))
+    except OSError as error:
+        raise PregateError(f"--out {options.out}: cannot be written ({error})") from error
     return figures
 
 

@@ -25,7 +25,7 @@ from pregate.convert.files.dense import (
 )
 from pregate.convert.files.parent import recorded_parent
 from pregate.convert.files.rounding import round_to
-from pregate.convert.files.work_folder import run_by
+from pregate.convert.files.work_folder import run_by, writing
 from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, check_amount
@@ -72,7 +72,8 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
             _refit(tuner, options, folder, progress)
         _run(tuner, options, folder, progress)
-        manifest = _write(tuner, options, folder)
+        with writing(options.out, options.out):
+            manifest = _write(tuner, options, folder)
         folder.discard()
     _tell_forecast(manifest, progress)
     return manifest

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
-from pregate.convert.files.work_folder import WRITE_ERRORS, taken_up, write_whole
+from pregate.convert.files.work_folder import interrupted_after, taken_up, write_whole, writing
 from pregate.convert.tune.loop import Counters, Record, Tuner
 
 FORMAT_VERSION = 1
@@ -42,6 +42,11 @@ def read_step(out: Path) -> int | None:
     """The step an unfinished run would go on after; None when there is none. UserError when it is unreadable."""
     state = _read_state(out)
     return None if state is None else state["counters"]["step"]
+
+
+def interrupted(out: Path) -> str:
+    """What an interrupted run leaves of `out`, and how to go on."""
+    return interrupted_after("step", read_step(out))
 
 
 def _read_state(out: Path) -> dict[str, Any] | None:
@@ -89,22 +94,17 @@ class TuningFolder:
         step = tuner.counters.step
         state = {"fingerprint": self._fingerprint, "counters": asdict(tuner.counters)}
         text = json.dumps(state | {"format_version": FORMAT_VERSION}, indent=1)
-        try:
-            tensors = take_tensors(tuner)
+        tensors = take_tensors(tuner)
+        with writing(self._out, self._folder):
             write_whole(self._tensors_path(step), lambda path: save_file(tensors, path))
             write_whole(self._folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))
-        except WRITE_ERRORS as error:
-            reason = (
-                f"{self._folder} cannot be written ({error}); the last checkpoint is kept, the same command goes on"
-            )
-            raise UserError.of("--out", self._out, reason) from error
         for path in self._folder.glob("tensors-*.safetensors"):
             if path != self._tensors_path(step):
                 path.unlink()
 
     def record(self, figures: Record) -> None:
         """Append a line to the curve."""
-        with self.curve.open("a", encoding="utf-8") as file:
+        with writing(self._out, self.curve), self.curve.open("a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
     def discard(self) -> None:

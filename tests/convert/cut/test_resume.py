@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pregate.base.errors import UserError
+from pregate.base.errors import PregateError, UserError
 from pregate.cli.main import main
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
@@ -200,7 +200,7 @@ def test_a_shard_that_cannot_be_written_keeps_what_is_done(options: ConvertOptio
     interrupt(options, 1)
     obstacle = partial_folder(options.out) / "checkpoint" / "model-00002-of-00004.safetensors.tmp"
     obstacle.mkdir()
-    with pytest.raises(UserError, match=r"--out .*model-00002-of-00004\.safetensors cannot be written"):
+    with pytest.raises(PregateError, match=r"--out .*model-00002-of-00004\.safetensors cannot be written"):
         convert(options)
     obstacle.rmdir()
     progress = StopsAfter(-1)

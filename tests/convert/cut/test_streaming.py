@@ -82,11 +82,13 @@ def test_figures_are_those_of_the_checkpoint_as_stored(options: ConvertOptions, 
     assert figures["dense_perplexity"] == pytest.approx(dense.perplexity, rel=1e-4)
 
 
-def test_text_too_short_to_hold_any_back(options: ConvertOptions, tmp_path: Path):
+def test_text_too_short_to_hold_any_back_is_refused(options: ConvertOptions, tmp_path: Path):
     text = tmp_path / "short.txt"
     text.write_text("The harbour lay quiet before the storm. Three boats had come in at noon.")
-    figures = convert(replace(options, calibration=(text,))).figures
-    assert figures == {"dense_perplexity": None, "routed_perplexity": None, "agreement": {}}
+    with pytest.raises(
+        UserError, match=r"^--calibration .*short\.txt: its text gives no window of 64 tokens; 4 are the"
+    ):
+        convert(replace(options, calibration=(text,)))
 
 
 class _Memory:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pregate.base.errors import UserError
 from pregate.cli.main import main
@@ -108,20 +108,14 @@ def test_the_static_mask_is_undone(checkpoint: tuple[str, Path]):
 def test_it_leaves_the_model_as_it_was_when_scoring_fails(checkpoint: tuple[str, Path]):
     model = _load(checkpoint[1])
     mlps = model.routed_mlps
-    with pytest.raises(IndexError):
-        control_rows(model, [[1, 5, 511 + 1]], NUM_BYTES, parent=_Scored())
+    wider = LlamaConfig(
+        vocab_size=600, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    with pytest.raises(IndexError):  # the text is outside the routed model's vocabulary
+        control_rows(model, [[1, 5, 511 + 1]], NUM_BYTES, parent=LlamaForCausalLM(wider).eval())
     assert len(mlps) == 3
     assert all(ours is theirs for ours, theirs in zip(model.routed_mlps, mlps, strict=True))
     assert model.routing_policy is None
-
-
-class _Scored(torch.nn.Module):
-    """A dense model of any vocabulary: uniform logits. The text is outside the routed model's, which then raises."""
-
-    device = torch.device("cpu")
-
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
-        return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 600)})
 
 
 def test_active_shares(checkpoint: tuple[str, Path], table: dict):

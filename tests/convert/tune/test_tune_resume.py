@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pregate.base.errors import UserError
+from pregate.base.errors import PregateError, UserError
 from pregate.cli.main import main
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
@@ -65,7 +65,7 @@ def test_it_goes_on_where_it_was_and_gives_the_same(options: TuneOptions, change
     assert read_step(options.out) == 4
     progress = StopsAfter(-1)
     resumed = tune(options, progress)
-    assert progress.notes[0] == "going on after step 4, where the last run was interrupted"
+    assert "going on after step 4, where the last run was interrupted" in progress.notes
     assert_same_curve(options.out, tmp_path / "straight")
     assert resumed.figures["tune"]["steps"] == 12
     for path in (tmp_path / "straight").glob("*.safetensors"):
@@ -116,7 +116,7 @@ def test_the_fit_before_the_first_step_is_kept(options: TuneOptions, tmp_path: P
     assert read_step(options.out) == 0
     progress = StopsAfter(-1)
     tune(options, progress)
-    assert progress.notes[0] == "going on after step 0, where the last run was interrupted"
+    assert "going on after step 0, where the last run was interrupted" in progress.notes
     tune(replace(options, out=tmp_path / "straight"))
     assert_same_curve(options.out, tmp_path / "straight")
 
@@ -138,7 +138,9 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.setattr("pregate.convert.progress.RichProgress", lambda: StopsAfter(7))
     arguments = ["tune", "--model", options.model, "--text", tiny_text, "--out", options.out, "--checkpoint-every", 4]
     assert main([str(a) for a in [*arguments, "--steps", 12, "--batch-tokens", 256, "--no-refit"]]) == 130
-    assert "pregate: interrupted; the same command goes on after step 4, with --restart" in capsys.readouterr().err
+    assert (
+        "pregate: interrupted after step 4; the same command goes on there, with --restart" in capsys.readouterr().err
+    )
 
 
 def test_other_options_are_refused_and_restart_discards(options: TuneOptions, tmp_path: Path):
@@ -179,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_last(options: TuneOptions
     folder = tuning_folder(options.out)
     obstacle = folder / "tensors-00000008.safetensors.tmp"
     obstacle.mkdir()
-    with pytest.raises(UserError, match=r"--out .*cannot be written .*the last checkpoint is kept"):
+    with pytest.raises(PregateError, match=r"--out .*cannot be written .*what is done is kept"):
         tune(options)
     assert read_step(options.out) == 4
     assert load_file(folder / "tensors-00000004.safetensors")

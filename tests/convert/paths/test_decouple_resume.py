@@ -1,0 +1,186 @@
+"""Decouplings that are interrupted or cannot write: what stays, what goes on, and that the result is the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pregate.base.errors import PregateError, UserError
+from pregate.cli.main import main
+from pregate.convert.files.partial import partial_folder, read_state
+from pregate.convert.paths import training
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
+from pregate.convert.progress import QuietProgress
+
+ROOT = Path(__file__).resolve().parents[3]
+TRAINING = "training the path router"
+
+
+class StopsIn(QuietProgress):
+    """Raises Ctrl-C once a stage has advanced so far; keeps what it was told, stage by stage."""
+
+    def __init__(self, stage: str = "", number: int = -1) -> None:
+        self._stage, self._number = stage, number
+        self.steps: dict[str, list[int]] = {}
+        self.notes: list[str] = []
+
+    @contextmanager
+    def stage(self, name: str, total: int) -> Iterator:
+        done = self.steps.setdefault(name, [])
+
+        def advance(steps: int) -> None:
+            done.append(steps)
+            if name == self._stage and sum(done) >= self._number:
+                raise KeyboardInterrupt
+
+        yield advance
+        assert sum(done) == total, name
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+
+@pytest.fixture
+def options(
+    tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> DecoupleOptions:
+    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    return DecoupleOptions(tiny_layerwise_checkpoint, tmp_path / "out", (tiny_text,), steps=7, dim=16)
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
+
+
+def stop(options: DecoupleOptions, stage: str, number: int) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        decouple(options, StopsIn(stage, number))
+    assert not options.out.exists()
+
+
+@pytest.mark.parametrize("more", [{}, {"heads": "single"}, {"embedding": "parent"}, {"predict": True}], ids=str)
+def test_it_goes_on_where_it_was_and_gives_the_same(options: DecoupleOptions, more: dict, tmp_path: Path):
+    options = replace(options, **more)
+    straight = decouple(replace(options, out=tmp_path / "straight"))
+    stop(options, TRAINING, 5)
+    state = read_state(options.out)
+    assert state is not None
+    assert state.layers_done == 4
+    told = StopsIn()
+    resumed = decouple(options, told)
+    assert told.notes[-1] == "going on after step 4 of 7, where the last run was interrupted"
+    assert told.steps[TRAINING] == [4, 1, 1, 1]
+    assert "collecting targets" not in told.steps
+    assert resumed.figures == straight.figures
+    assert shards(options.out) == shards(tmp_path / "straight")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "text") == ["out", "straight"]
+
+
+def test_every_long_loop_has_a_stage(options: DecoupleOptions):
+    """After the training it used to be silent for minutes."""
+    told = StopsIn()
+    decouple(options, told)
+    expected = ["collecting targets", TRAINING, "setting thresholds", "comparing choices", "scoring layerwise"]
+    assert list(told.steps) == [*expected, "scoring path"]
+    assert all(told.steps.values())  # each to its total, which a stage checks as it ends
+
+
+def test_interrupted_before_targets_are_there_it_leaves_nothing(options: DecoupleOptions):
+    stop(options, "collecting targets", 1)
+    assert list(options.out.parent.iterdir()) == []
+
+
+def test_other_options_are_refused_and_restart_discards(options: DecoupleOptions):
+    stop(options, TRAINING, 3)
+    with pytest.raises(UserError, match=r"--out .*\.out\.partial holds .*--seed 0 there, 1 here.*--restart"):
+        decouple(replace(options, seed=1))
+    manifest = decouple(replace(options, seed=1, restart=True))
+    assert manifest.options["decouple"]["seed"] == 1
+    assert "restart" not in manifest.options["decouple"]
+
+
+@contextmanager
+def files_of_at_most(num_bytes: int) -> Iterator[None]:
+    """As on a disk that is full: what goes beyond fails (with EFBIG for ENOSPC)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_on_a_full_disk_the_training_is_kept(options: DecoupleOptions, capsys, tmp_path: Path):
+    """The checkpoint is the largest file: its writing fails, and the same command goes on to it."""
+    arguments = ["decouple", "--model", options.model, "--out", options.out, "--text", *options.text]
+    command = [str(a) for a in [*arguments, "--steps", 7, "--dim", 16]]
+    straight = decouple(replace(options, out=tmp_path / "straight"))
+    sizes = {name: entry["bytes"] for name, entry in straight.files.items() if name.endswith(".safetensors")}
+    largest = max(sizes.values())
+    with files_of_at_most(largest - 1):
+        assert main(command) == 1
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert re.search(rf"^pregate: --out {options.out}: .* cannot be written .* the same command goes on$", told, re.M)
+    state = read_state(options.out)
+    assert state is not None
+    assert state.layers_done == 7
+    assert main(command) == 0
+    assert shards(options.out) == shards(tmp_path / "straight")
+
+
+def test_a_file_that_cannot_be_kept_is_one_sentence(options: DecoupleOptions):
+    with files_of_at_most(1000), pytest.raises(PregateError, match=r"targets\.safetensors cannot be written"):
+        decouple(options)
+    decouple(options)
+
+
+def test_a_killed_run_goes_on(capsys, options: DecoupleOptions, tmp_path: Path):
+    """SIGKILL once it has kept some steps; then Ctrl-C's sentence; then to the end."""
+    arguments = ["decouple", "--model", options.model, "--text", *options.text, "--steps", 400, "--dim", 16]
+    command = [str(a) for a in arguments]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pregate.cli.main", *command, "--out", str(options.out)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    state_path, deadline_s = partial_folder(options.out) / "state.json", time.monotonic() + 240
+    while not (state_path.exists() and json.loads(state_path.read_text())["layers_done"]):
+        assert child.poll() is None
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait(30) == -signal.SIGKILL
+    state = read_state(options.out)
+    assert state is not None
+    assert 100 <= state.layers_done < 400
+    assert main([*command, "--out", str(options.out)]) == 0
+    assert f"going on after step {state.layers_done} of 400" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "straight")]) == 0
+    assert shards(options.out) == shards(tmp_path / "straight")
+
+
+def test_ctrl_c_says_what_was_kept(options: DecoupleOptions, capsys, monkeypatch: pytest.MonkeyPatch):
+    stop(options, TRAINING, 5)
+    monkeypatch.setattr("pregate.convert.paths.decouple.decouple", _interrupted)
+    arguments = ["decouple", "--model", options.model, "--out", options.out, "--text", *options.text]
+    assert main([str(a) for a in arguments]) == 130
+    sentence = "pregate: interrupted after step 4 of 7; the same command goes on there, with --restart it begins anew"
+    assert sentence in capsys.readouterr().err
+
+
+def _interrupted(*_args: object) -> None:
+    raise KeyboardInterrupt
