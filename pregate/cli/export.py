@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pregate.cli.model import ModelOption, OutOption, report
+from pregate.cli.model import ModelOption, OutOption, TextFieldOption, report
 
 
 def export(
@@ -19,6 +19,7 @@ def export(
     text: Annotated[
         list[Path] | None, typer.Option(help="Held-out text to measure on; without, random tokens.", show_default=False)
     ] = None,
+    text_field: TextFieldOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Measure on at most so many tokens.", show_default=False)
     ] = None,
@@ -37,5 +38,14 @@ def export(
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    options = ExportOptions(model, out, format, text=tuple(text or ()), scale=scale, dtype=dtype, max_tokens=max_tokens)
+    options = ExportOptions(
+        model,
+        out,
+        format,
+        text=tuple(text or ()),
+        scale=scale,
+        dtype=dtype,
+        max_tokens=max_tokens,
+        text_field=text_field,
+    )
     report(out, run(options, RichProgress()))

@@ -16,6 +16,12 @@ ModelOption = Annotated[Path, typer.Option("--model", help="Model folder.", show
 OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; must not exist.", show_default=False)]
 
 
+TextFieldOption = Annotated[
+    str | None,
+    typer.Option(
+        "--text-field", help="Field of a .jsonl record that is its text; without, by form.", show_default=False
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 
 
@@ -33,6 +39,7 @@ def convert(
     calibration: Annotated[
         list[Path], typer.Option(help="Text to profile on: .txt, .jsonl or folders of them.", show_default=False)
     ],
+    text_field: TextFieldOption = None,
     recipe: Annotated[str, typer.Option(help="capture, plain, stock or cmoe-paper: defaults of what follows.")] = (
         "capture"
     ),
@@ -89,6 +96,7 @@ def convert(
         dtype=dtype,
         device=device,
         restart=restart,
+        text_field=text_field,
     )
     try:
         figures = run(options, RichProgress()).figures
@@ -116,6 +124,7 @@ def decouple(
     predict: router.Predict = False,
     pool_tokens: Annotated[int, typer.Option(help="Tokens of text to learn from, at most.")] = 200_000,
     seed: SeedOption = 0,
+    text_field: TextFieldOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
     """Train a path router for a layer-wise checkpoint: exact paths, or a forecast. Interrupted, it can go on."""
@@ -141,6 +150,7 @@ def decouple(
         predict=predict,
         pool_tokens=pool_tokens,
         seed=seed,
+        text_field=text_field,
         restart=restart,
     )
     try:
@@ -165,6 +175,7 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of random routing and of what --max-tokens leaves out.", show_default=False)
     ] = None,
+    text_field: TextFieldOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Perplexity and bits per byte; for a routed model also how its routers agree, and --controls."""
@@ -174,7 +185,7 @@ def evaluate(
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    result = run(EvaluateOptions(model, tuple(text), max_tokens, controls, parent, seed), RichProgress())
+    result = run(EvaluateOptions(model, tuple(text), max_tokens, controls, parent, seed, text_field), RichProgress())
     if as_json:
         typer.echo(strict_json(result))
         return

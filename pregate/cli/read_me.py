@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pregate.cli.model import ModelOption, OutOption, SeedOption, interrupted
+from pregate.cli.model import ModelOption, OutOption, SeedOption, TextFieldOption, interrupted
 
 
 def read_me(
@@ -47,6 +47,7 @@ def read_me(
     seed: SeedOption = 0,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
     device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    text_field: TextFieldOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
     """One expert per domain, one index per token for all layers, tuned in rounds; goes on after a whole stage."""

@@ -9,7 +9,7 @@ import typer
 
 from pregate.base.errors import UserError
 from pregate.base.strict_json import strict_json
-from pregate.cli.model import ModelOption, SeedOption
+from pregate.cli.model import ModelOption, SeedOption, TextFieldOption
 
 
 def report(
@@ -28,6 +28,7 @@ def report(
     ] = None,
     max_tokens: Annotated[str, typer.Option(help="Measure on at most so many tokens, or all.")] = "10000",
     seed: SeedOption = 0,
+    text_field: TextFieldOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as one JSON object too.")] = False,
 ) -> None:
     """Measure a routed checkpoint and write one self-contained HTML page: quality, load, flows, agreement, repeats."""
@@ -38,7 +39,9 @@ def report(
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    options = ReportOptions(model, out, tuple(text), tuple(compare or ()), parent, _tokens(max_tokens), seed)
+    options = ReportOptions(
+        model, out, tuple(text), tuple(compare or ()), parent, _tokens(max_tokens), seed, text_field
+    )
     figures = run(options, RichProgress())
     if as_json:
         typer.echo(strict_json(figures.to_dict()))

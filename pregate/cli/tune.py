@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pregate.cli.model import ModelOption, OutOption, SeedOption, report
+from pregate.cli.model import ModelOption, OutOption, SeedOption, TextFieldOption, report
 
 
 def tune(
@@ -68,6 +68,7 @@ def tune(
     precision: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32 or bfloat16 products.")] = "auto",
     seed: SeedOption = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU when there is one), cpu, cuda or cuda:N.")] = "auto",
+    text_field: TextFieldOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what an interrupted run left.")] = False,
 ) -> None:
     """Tune a checkpoint under its own routing (or a dense model, the control). Interrupted, it can go on."""
@@ -114,6 +115,7 @@ def tune(
         seed=seed,
         device=device,
         restart=restart,
+        text_field=text_field,
     )
     try:
         figures = run(options, RichProgress()).figures["tune"]
