@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pregate.base.errors import HostLostError
 from pregate.model.paths import Paths
 from pregate.router.planning import LayerPlan, StepPlan, make_plan
 from pregate.workers.protocol import GroupKey
@@ -61,6 +62,8 @@ class Exchange:
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         """Open step `number`. With exact paths plan all layers now and tell every host its share, once."""
+        for client in self.clients:
+            client.abandon_groups()  # of a step that failed
         plan = weights = None
         counts = np.zeros((num_tokens, len(self.clients)), dtype=np.int64)
         if paths is not None and self.local is not None:
@@ -120,9 +123,15 @@ class Exchange:
         return self._step.pair_counts_TH
 
     def poll(self) -> None:
-        """Take in heartbeats without blocking; HostLostError when a host has been silent too long."""
+        """Take in heartbeats of every host, without blocking; HostLostError while one has been silent too long."""
+        lost = None
         for client in self.clients:
-            client.poll()
+            try:
+                client.poll()
+            except HostLostError as error:
+                lost = lost or error
+        if lost is not None:
+            raise lost
 
 
 def _with_spare_row(layer: LayerPlan) -> np.ndarray:

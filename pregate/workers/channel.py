@@ -6,6 +6,7 @@ P (row, expert) pairs, D hidden width.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ from pregate.workers.protocol import (
     HostAddress,
     HostPlan,
     Message,
+    NeedHello,
     NeedPlan,
     PlanMessage,
     Refused,
@@ -82,16 +84,23 @@ class ChannelOptions:
 
 @dataclass
 class _InFlight:
-    """A group on its way: the identity it was last sent under, what to send again, and its answer."""
+    """A group on its way: the identity it was last sent under, what to send again, and its answer. `unheard`: the host
+    did not know us and looked at none of it."""
 
     key: GroupKey
     rows_ND: torch.Tensor
     index: GroupIndex | None
     answer: RowsMessage | Failure | None = None
+    unheard: bool = False
 
 
 class ChannelClient:
-    """A host behind its sockets. `context` may be shared by all clients of an engine."""
+    """A host behind its sockets. `context` may be shared by all clients of an engine.
+
+    A host that was silent for too long, or does not know us any more (its connection was cut), is greeted again until
+    it answers; then it serves again, and what it did not hear is sent again. Another incarnation in its place is taken
+    where it holds as many units, under the same terms.
+    """
 
     def __init__(
         self, address: HostAddress, options: ChannelOptions | None = None, context: zmq.Context | None = None
@@ -105,12 +114,15 @@ class ChannelClient:
         self._address = address
         self._own_context = context is None
         self._context = context or zmq.Context()
+        self._incarnation = address.incarnation
         self._engine = ""
         self._dtype: torch.dtype | None = None
-        self._max_rows = 0
+        self._hello: Hello | None = None
+        self._greeting: HelloAck | Refused | None = None
+        self._terms: HelloAck | None = None
         self._plans = SentPlans()
         self._in_flight: dict[GroupKey, _InFlight] = {}
-        self._greeting: HelloAck | Refused | None = None
+        self._greeted_s = 0.0
         self._silent_s = 0.0
         self._looked_s = self._looked_at_control_s = time.monotonic()
         # Named by us, so that the host knows us again after a broken connection.
@@ -132,8 +144,10 @@ class ChannelClient:
         return socket
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
-        self._greeting = None
-        self._send(self._control, encode(Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)))
+        self._engine, self._hello = engine, Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
+        self._dtype = dtype
+        self._greeting = self._terms = None
+        self._greet()
         deadline_s = time.monotonic() + self._options.hello_timeout_s
         while self._greeting is None:
             if time.monotonic() > deadline_s:
@@ -142,10 +156,17 @@ class ChannelClient:
             self._take(self._control, 0)
         if isinstance(self._greeting, Refused):
             raise UserError(f"expert host {self.host_id} refused: {self._greeting.reason}")
-        self._engine, self._dtype, self._max_rows = engine, dtype, self._greeting.max_rows
-        if self._data is None:
-            self._data = self._connect(self._greeting.data_endpoint, transport.data_id(self._id))
         return self._greeting
+
+    def _greet(self) -> None:
+        assert self._hello is not None
+        self._greeted_s = time.monotonic()
+        self._send(self._control, encode(self._hello))
+
+    def _greet_again(self) -> None:
+        """Say hello once more, unless that was a moment ago."""
+        if self._hello is not None and time.monotonic() - self._greeted_s > self._options.host_timeout_s / 6:
+            self._greet()
 
     def warm_up(self) -> None:
         pass
@@ -156,9 +177,10 @@ class ChannelClient:
         self.stats.plans += 1
 
     def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
-        if rows_ND.dtype != self._dtype or rows_ND.shape[0] > self._max_rows:
-            got = f"{rows_ND.shape[0]} rows of {rows_ND.dtype}"
-            raise ProtocolError(f"group of {got}; agreed: at most {self._max_rows} of {self._dtype}")
+        hello = self._hello
+        if hello is None or rows_ND.dtype != self._dtype or rows_ND.shape[0] > hello.max_rows:
+            got, agreed = f"{rows_ND.shape[0]} rows of {rows_ND.dtype}", hello and f"{hello.max_rows} of {self._dtype}"
+            raise ProtocolError(f"group of {got}; agreed: at most {agreed}")
         flight = _InFlight(key, rows_ND, index)
         self._in_flight[key] = flight
         self._send_flight(flight)
@@ -178,6 +200,9 @@ class ChannelClient:
             raise _error_of(flight.answer, self.host_id)
         return from_rows(flight.answer.rows)
 
+    def abandon_groups(self) -> None:
+        self._in_flight.clear()
+
     def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
         return "its hosts are other processes"
 
@@ -189,8 +214,9 @@ class ChannelClient:
             self._check_alive()
 
     def close(self) -> None:
-        if self._engine:
-            self._send(self._control, encode(Bye(self._engine)))
+        if self._terms is not None:
+            with contextlib.suppress(HostLostError):
+                self._send(self._control, encode(Bye(self._engine)))
         for socket in (self._control, self._data):
             if socket is not None:
                 socket.close()
@@ -248,27 +274,60 @@ class ChannelClient:
         now_s = time.monotonic()
         self._silent_s += min(now_s - self._looked_s, self._options.host_timeout_s / 3)
         self._looked_s = now_s
-        if self._greeting is not None and self._silent_s > self._options.host_timeout_s:
+        if self._terms is None or self._silent_s < self._options.host_timeout_s / 2:
+            return
+        self._greet_again()  # a host that forgot us sends no heartbeats, but answers to this
+        if self._silent_s > self._options.host_timeout_s:
             raise HostLostError(self.host_id, f"silent for {self._silent_s:.1f} s; {self._last_words()}")
 
     def _handle(self, message: Message, num_bytes: int) -> None:
         if isinstance(message, (Hello, Bye, PlanMessage, GroupMessage)):
             raise ProtocolError(f"a host sent a {type(message).__name__}")
-        if message.incarnation != self._address.incarnation:
-            self._other_incarnation(message)
-        elif isinstance(message, (RowsMessage, NeedPlan, Failure)):
-            self._answered(message, num_bytes)
+        if isinstance(message, (HelloAck, Refused)):
+            self._greeted(message)
+        elif message.incarnation != self._incarnation:
+            # Another process answers where our host was: its rows are not ours, and it knows nothing of us.
+            self.stats.discarded_answers += not isinstance(message, Heartbeat)
+            self._greet_again()
+            if isinstance(message, NeedHello):
+                self._mark_unheard(message.key)
         elif isinstance(message, Heartbeat):
             self.last_heartbeat = message
+        elif isinstance(message, NeedHello):
+            self._mark_unheard(message.key)
+            self._greet_again()
         else:
-            self._greeting = message
+            self._answered(message, num_bytes)
 
-    def _other_incarnation(self, message: Message) -> None:
-        """Another process answers where our host was: its rows are not ours, and it knows nothing of us."""
-        if isinstance(message, (RowsMessage, NeedPlan)):
-            self.stats.discarded_answers += 1
+    def _greeted(self, answer: HelloAck | Refused) -> None:
+        """Take a host's terms, the first time or again. Raises HostLostError where it is not the one it was."""
+        terms, self._greeting = self._terms, answer
+        replaced = answer.incarnation != self._incarnation
+        if isinstance(answer, Refused):
+            if terms is not None:
+                raise HostLostError(self.host_id, f"it refused to go on: {answer.reason}")
             return
-        raise HostLostError(self.host_id, f"it was replaced: {self._address.endpoint} answers with another incarnation")
+        if replaced and (terms is None or answer.num_units < terms.num_units):
+            wanted = "" if terms is None else f" which holds {answer.num_units} units, not {terms.num_units}"
+            where = f"{self._address.endpoint} answers with another incarnation{wanted}"
+            raise HostLostError(self.host_id, f"it was replaced: {where}")
+        if self._data is None or terms is None or answer.data_endpoint != terms.data_endpoint:
+            if self._data is not None:
+                self._data.close()
+            self._data = self._connect(answer.data_endpoint, transport.data_id(self._id))
+        self._incarnation, self._terms = answer.incarnation, answer
+        for flight in self._in_flight.values():
+            if flight.answer is None and (replaced or flight.unheard):
+                self._send_again(flight)
+
+    def _mark_unheard(self, key: GroupKey | None) -> None:
+        for flight in self._in_flight.values():
+            flight.unheard |= flight.key == key
+
+    def _send_again(self, flight: _InFlight) -> None:
+        flight.key, flight.unheard = flight.key.next_attempt(), False
+        self._send_flight(flight)
+        self.stats.resent_groups += 1
 
     def _answered(self, message: RowsMessage | NeedPlan | Failure, num_bytes: int) -> None:
         if isinstance(message, Failure) and message.key is None:
@@ -278,10 +337,8 @@ class ChannelClient:
             self.stats.discarded_answers += 1
             _log.info("host %d: discarded a stale answer for %s", self.host_id, message.key)
         elif isinstance(message, NeedPlan):
-            flight.key = flight.key.next_attempt()
             self.send_plan(self._plans.get(flight.key.step))
-            self._send_flight(flight)
-            self.stats.resent_groups += 1
+            self._send_again(flight)
         else:
             flight.answer = message
             self.stats.reply_bytes += num_bytes

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from pregate.base.errors import PregateError
+from pregate.base.log import get_logger
 from pregate.workers.channel import ChannelClient, ChannelOptions, ChannelStats
 from pregate.workers.local import LocalLayers
 from pregate.workers.plans import NeedPlanError, SentPlans
@@ -28,6 +30,8 @@ __all__ = [
     "InProcessClient",
     "LocalLayers",
 ]
+
+_log = get_logger(__name__)
 
 
 class HostClient(Protocol):
@@ -59,12 +63,16 @@ class HostClient(Protocol):
         """
         ...
 
+    def abandon_groups(self) -> None:
+        """Forget the groups that were sent and not received: their step has failed. Their answers are discarded."""
+        ...
+
     def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
         """Return the host's whole layers, where it is in this process and they serve better; else why not."""
         ...
 
     def poll(self) -> None:
-        """Take in what has arrived, without waiting; HostLostError when the host has been silent for too long."""
+        """Take in what has arrived, without waiting; HostLostError while the host has been silent for too long."""
         ...
 
     def close(self) -> None:
@@ -104,11 +112,21 @@ class InProcessClient:
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
         rows_ND, index = self._groups.pop(key)
         try:
-            return self._host.compute(key, rows_ND, index)
-        except NeedPlanError:
-            self._host.put_plan(self._engine, self._plans.get(key.step))
-            self.stats.resent_groups += 1
-            return self._host.compute(key.next_attempt(), rows_ND, index)
+            try:
+                return self._host.compute(key, rows_ND, index)
+            except NeedPlanError:
+                self._host.put_plan(self._engine, self._plans.get(key.step))
+                self.stats.resent_groups += 1
+                return self._host.compute(key.next_attempt(), rows_ND, index)
+        except PregateError:
+            raise
+        except Exception as error:
+            # As over a channel: what goes wrong in one group (no memory, a defect) is that group's failure.
+            _log.exception("host %d failed at %s", self.host_id, key)
+            raise PregateError(f"expert host {self.host_id}: {type(error).__name__}: {error}") from error
+
+    def abandon_groups(self) -> None:
+        self._groups.clear()
 
     def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
         return self._host.local_layers(device, dtype)

@@ -19,6 +19,7 @@ from pregate.workers.protocol import (
     GroupMessage,
     Heartbeat,
     Message,
+    NeedHello,
     NeedPlan,
     PlanMessage,
     RowsMessage,
@@ -107,7 +108,8 @@ class ComputeThread:
 
     def _ask(self, peer: bytes, message: Message) -> Message | None:
         if transport.client_of(peer) not in self._clients:
-            raise ProtocolError("this host does not know you: say hello first")
+            key = message.key if isinstance(message, GroupMessage) else None
+            return NeedHello(key, self._host.incarnation)
         if isinstance(message, GroupMessage):
             rows_PD = self._host.compute(message.key, from_rows(message.rows), message.index)
             return RowsMessage(message.key, self._host.incarnation, to_rows(rows_PD))

@@ -30,6 +30,7 @@ __all__ = [
     "HostAddress",
     "HostPlan",
     "Message",
+    "NeedHello",
     "NeedPlan",
     "PlanMessage",
     "Refused",
@@ -37,7 +38,7 @@ __all__ = [
     "RowsMessage",
 ]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
@@ -142,6 +143,17 @@ class NeedPlan:
 
 
 @dataclass(frozen=True)
+class NeedHello:
+    """The host does not know who sent this (it was cut off and forgotten): say hello, and send the group again.
+
+    `key` is None where it was a plan.
+    """
+
+    key: GroupKey | None
+    incarnation: str
+
+
+@dataclass(frozen=True)
 class Failure:
     """The host could not do it. `code` is a gRPC status name, `key` None when no single group is meant."""
 
@@ -163,7 +175,17 @@ class Heartbeat:
 
 
 Message: TypeAlias = (
-    Hello | HelloAck | Refused | Bye | PlanMessage | GroupMessage | RowsMessage | NeedPlan | Failure | Heartbeat
+    Hello
+    | HelloAck
+    | Refused
+    | Bye
+    | PlanMessage
+    | GroupMessage
+    | RowsMessage
+    | NeedPlan
+    | NeedHello
+    | Failure
+    | Heartbeat
 )
 
 
@@ -178,6 +200,7 @@ KINDS: Mapping[type, str] = MappingProxyType(
         GroupMessage: "group",
         RowsMessage: "rows",
         NeedPlan: "need_plan",
+        NeedHello: "need_hello",
         Failure: "failure",
         Heartbeat: "heartbeat",
     }

@@ -97,6 +97,28 @@ def test_a_stopped_host_is_noticed_and_its_answer_discarded_when_it_wakes(proces
 
 
 @pytest.mark.slow
+def test_a_host_that_pauses_while_idle_is_taken_back_when_it_wakes(process):
+    host, client = process
+    os.kill(host.pid, signal.SIGSTOP)
+    os.waitpid(host.pid, os.WUNTRACED)
+    lost_after_s(lambda: poll_until_it_raises(client))
+    time.sleep(2 * HOST_TIMEOUT_S)
+    with pytest.raises(HostLostError):
+        client.poll()
+    os.kill(host.pid, signal.SIGCONT)
+    give_up_s = time.monotonic() + 20
+    while True:
+        try:
+            client.poll()
+            break
+        except HostLostError:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.05)
+    client.send_group(KEY._replace(step=3), torch.full((1, 8), 7.0))
+    assert torch.equal(client.receive(KEY._replace(step=3), 30.0), torch.full((1, 8), 7.0))
+
+
+@pytest.mark.slow
 def test_a_killed_host_is_noticed_within_the_timeout(process):
     host, client = process
     os.kill(host.pid, signal.SIGKILL)
