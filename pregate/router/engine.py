@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 Event = TokensEvent | FinishedEvent | FailedEvent
+#: How torch says on the CPU that there is no memory, with an error of no kind of its own.
+_NO_MEMORY = "can't allocate memory"
 
 
 class Engine:
@@ -164,7 +166,9 @@ class Engine:
             logits_BV = self._forward(batch)
         except HostLostError:
             raise
-        except (PregateError, torch.OutOfMemoryError) as failure:
+        except (PregateError, RuntimeError) as failure:
+            if not isinstance(failure, (PregateError, torch.OutOfMemoryError)) and _NO_MEMORY not in str(failure):
+                raise  # a defect
             logger.error("step %d failed: %s", self._step_number, failure)
             error = failure if isinstance(failure, PregateError) else PregateError(f"out of memory: {failure}")
             return events + self._fail([s.sequence for s in batch], error)
