@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from pregate.cluster.config import ServeConfig
-    from pregate.cluster.launch import Deployment
-    from pregate.router.grpc_server import GrpcOptions
-
-#: How often the waiting launcher looks at what the lease thread has heard.
-_LOOK_S = 0.5
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(
@@ -44,7 +31,7 @@ def serve(
 
     if ray_address is None:
         local_ray.prepare_environment()
-    from pregate.cluster import preflight
+    from pregate.cluster import serving
     from pregate.cluster.config import ServeConfig
     from pregate.router.access import AccessOptions
     from pregate.router.grpc_server import GrpcOptions
@@ -64,91 +51,7 @@ def serve(
         }
     )
     door = GrpcOptions(port=grpc_port, access=AccessOptions(host, tls_cert, tls_key, token_file))
-    preflight.check_config(config)
-    preflight.check_door(door)
-    _serve(config, door, ray_address)
-
-
-def _serve(config: ServeConfig, door: GrpcOptions, ray_address: str | None) -> None:
-    from pregate.cluster.launch import RayAccess, launch
-
-    for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
-        signal.signal(number, _interrupt)
-    deployment = launch(config, RayAccess(ray_address), lambda stage: typer.echo(f"  {stage}", err=True))
-    try:
-        host, port = deployment.add_door(door)
-        stopping = _stop_on_signal()
-        _print_served(deployment, host, port)
-        reason = _wait(deployment, stopping)
-    finally:
-        typer.echo("  draining and stopping", err=True)
-        if deployment.num_launchers > 1:
-            typer.echo("  another launcher uses the deployment; it and its Ray go on until that one ends", err=True)
-        clean = deployment.close()
-    if reason is not None:
-        _end(f"the deployment is gone: {reason}")
-    if not clean:
-        _end("stopping took too long; the supervisor goes on with it")
-
-
-def _end(sentence: str) -> None:
-    from pregate.base.errors import UnavailableError
-
-    raise UnavailableError(sentence)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-def _stop_on_signal() -> threading.Event:
-    """An event that the first signal sets; a second one interrupts (the supervisor then finishes alone)."""
-    stopping = threading.Event()
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    for number in _SIGNALS:
-        signal.signal(number, handle)
-    return stopping
-
-
-def _wait(deployment: Deployment, stopping: threading.Event) -> str | None:
-    """Wait for a signal (None) or for the loss of the deployment (why). Tells of parts that die."""
-    told: set[str] = set()
-    while not stopping.wait(_LOOK_S):
-        for who, reason in deployment.dead.items():
-            if who not in told:
-                typer.echo(f"  {who} is lost: {reason}", err=True)
-                told.add(who)
-        if deployment.lost is not None:
-            return deployment.lost
-    return None
-
-
-def _print_served(deployment: Deployment, host: str, port: int) -> None:
-    config, info = deployment.config, deployment.info
-    where = f"{config.hosts} expert hosts" if config.hosts else "experts in the engine's process"
-    experts = "/".join(str(n) for n in sorted(set(info["info"]["num_experts"])))
-    lines = [
-        f"serving  {info['model_name']}  from {config.model}",
-        f"  {info['info']['num_layers']} layers of {experts} experts, {info['info']['routing']} routing,"
-        f" {where}, placement {config.placement}, {config.dtype} on {config.device}",
-        f"gRPC     {host}:{port}",
-        f"Ray      {deployment.ray_address}",
-        f"join it  {_how_to_join(deployment.ray_address)}",
-        f'try      pregate generate --target {host}:{port} --prompt "Once upon a time"',
-        "stop     Ctrl-C",
-    ]
-    typer.echo("\n".join(lines))
-
-
-def _how_to_join(address: str) -> str:
-    """Ray does not find out by itself that an address wants the user's token."""
-    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-    return f"export {token}RAY_ADDRESS={address}"
+    serving.serve(config, door, ray_address)
 
 
 def doctor(

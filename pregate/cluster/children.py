@@ -1,57 +1,48 @@
 """What a supervisor owns, as Ray sees it: a placement group, host actors, an engine, front doors, a socket folder.
 
 Everything is created by the supervisor's process and not detached, so Ray takes it down when the supervisor dies.
+Nothing here loads torch: the classes of the actors do so in their own processes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import os
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pregate.base.errors import UnavailableError
 from pregate.base.log import get_logger
-from pregate.cluster import host_clients, strict
+from pregate.cluster import room, run_folder, strict
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.local_ray import NAMESPACE, RUN_DIR_VARIABLE
+from pregate.cluster.doors import Doors, settle
+from pregate.cluster.local_ray import NAMESPACE
 from pregate.cluster.placement import Placement, check, place
-from pregate.model.checkpoint import CheckpointReader
+from pregate.cluster.pulse import SILENT_AFTER_S, Pulse, look
+from pregate.cluster.routed_experts import read_routed_experts
+from pregate.cluster.supervisor import Health
 from pregate.router.actor import EngineActor
 from pregate.router.door import DoorActor
 from pregate.router.grpc_server import GrpcOptions
 from pregate.workers.actor import ActorOptions, ExpertHostActor
-from pregate.workers.client import HostClient
+from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import HostAddress
 from pregate.workers.transport import CurveKeys
 
-#: Logical CPUs an actor of ours asks for: they only admit it. What it may use is its own options' matter.
-ACTOR_CPUS = 0.1
-#: Pins a bundle to a node through the resource Ray gives every node under its address.
-NODE_SHARE = 0.001
-STATUS_TIMEOUT_S = 10.0
 STOP_TIMEOUT_S = 10.0
+#: How often the cluster is asked what room it has.
+ROOM_EVERY_S = 2.0
 
 logger = get_logger(__name__)
 T = TypeVar("T")
-
-
-@dataclass
-class _Door:
-    owner: str
-    actor: Any
-    port: int
 
 
 @dataclass
@@ -62,7 +53,7 @@ class _Parts:
     folder: Path | None = None
     hosts: list[Any] = field(default_factory=list)
     engine: Any = None
-    doors: list[_Door] = field(default_factory=list)
+    pulses: dict[str, Pulse] = field(default_factory=dict)
 
 
 class RayChildren:
@@ -72,22 +63,22 @@ class RayChildren:
         self.stage = "starting"
         self._config = config
         self._parts = _Parts()
+        self._doors = Doors(self._make_door, config.start_timeout_s)
+        self._silent: set[str] = set()
+        self._stopping: asyncio.Task[None] | None = None
         self._deadline_s = asyncio.get_running_loop().time() + config.start_timeout_s
         self._node_ip = ray.util.get_node_ip_address()
 
     async def start(self) -> dict[str, Any]:
         """Place and start hosts, then the engine. Raises what a part failed with, or UnavailableError in time."""
         config, parts = self._config, self._parts
-        parts.folder = _make_folder()
-        reader = CheckpointReader(config.model)
-        num_routed, one_index = [cut.num_routed for cut in reader.config.cuts], reader.config.has_one_index
-        placement = place(num_routed, max(1, config.hosts), config.placement, one_index=one_index)
-        check(placement, num_routed, one_index)
-        self.stage = f"reserving room for {config.hosts} hosts and the engine"
-        parts.group = self._reserve()
-        await self._in_time(parts.group.ready(), _no_room(config))
+        parts.folder = Path(tempfile.mkdtemp(prefix="pregate-ipc-", dir=run_folder.own()))  # of Unix sockets
+        experts = read_routed_experts(config.model)
+        placement = place(experts.num_routed, max(1, config.hosts), config.placement, one_index=experts.one_index)
+        check(placement, experts.num_routed, experts.one_index)
+        parts.group = await self._reserve()
         keys = CurveKeys.new()
-        self.stage = f"loading {config.hosts} hosts"
+        self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
         parts.engine = self._make_engine()  # its process comes up while the hosts load
         for host, (bundle, node) in enumerate(_host_bundles_by_node(parts.group)):
             parts.hosts.append(self._make_host(host, bundle, node, placement, keys))
@@ -95,33 +86,45 @@ class RayChildren:
             asyncio.gather(*(host.start.remote() for host in parts.hosts)), "the hosts did not load"
         )
         self.stage = "loading the engine"
-        make_clients = self._clients_maker(placement, addresses, keys)
+        if config.hosts:
+            make_clients = functools.partial(_connect, addresses, keys)
+        else:
+            make_clients = functools.partial(_in_process, config.model, placement.units_of(0), config.host_options(0))
         started = await self._in_time(
             parts.engine.start.remote(placement.hosts_of, make_clients), "the engine did not load"
         )
         self.stage = "ready"
+        named = {f"host {i}": host for i, host in enumerate(parts.hosts)} | {"the engine": parts.engine}
+        parts.pulses = {name: Pulse(actor) for name, actor in named.items()}
         hosts = [{"host_id": a.host_id, "endpoint": a.endpoint, "pid": a.pid, "node_ip": a.node_ip} for a in addresses]
         return {**started, "node_ip": self._node_ip, "model_name": config.model_name, "hosts": hosts}
 
     # ---- making parts ----
 
-    def _reserve(self) -> PlacementGroup:
-        config = self._config
-        router: dict[str, float] = {"CPU": ACTOR_CPUS, f"node:{self._node_ip}": NODE_SHARE}
-        if config.router_gpus:
-            router["GPU"] = config.router_gpus
-        host: dict[str, float] = {"CPU": ACTOR_CPUS}
-        if config.gpus_per_host:
-            host["GPU"] = config.gpus_per_host
-        bundles = [router, *(dict(host) for _ in range(config.hosts))]
-        return placement_group(bundles, strategy="PACK", name=f"pregate:{config.name}")
+    async def _reserve(self) -> PlacementGroup:
+        """Wait for room, saying what is waited for. UserError at once where there never will be any."""
+        config, bundles = self._config, room.bundles_of(self._config, self._node_ip)
+        group = placement_group(bundles, strategy="PACK", name=f"pregate:{config.name}")
+        self._parts.group = group  # from here on `stop` removes it
+        self.stage = f"reserving room for {config.hosts} hosts and the engine"
+        ready = asyncio.ensure_future(_wait(group.ready()))
+        while not ready.done():
+            nodes = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+            has = room.describe(config, ray.cluster_resources(), ray.available_resources())
+            lacks = room.lacking(bundles, nodes)
+            if lacks and run_folder.own() is not None:  # a Ray of our own: it does not grow
+                raise room.refusal(config, lacks, has)
+            await self._in_time(asyncio.wait([ready], timeout=ROOM_EVERY_S), f"no room for {has}")
+            if not ready.done():
+                self.stage = f"waiting for the cluster to {'grow' if lacks else 'have room'}: {has}"
+        return group
 
     def _options(self, role: str, bundle: int, num_gpus: float) -> dict[str, Any]:
         assert self._parts.group is not None
         return {
             "name": f"{self._config.name}/{role}",
             "namespace": NAMESPACE,
-            "num_cpus": ACTOR_CPUS,
+            "num_cpus": room.ACTOR_CPUS,
             "num_gpus": num_gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
@@ -150,61 +153,48 @@ class RayChildren:
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         return remote.remote(config.engine_options, f"ipc://{folder}/engine")
 
-    def _clients_maker(
-        self, placement: Placement, addresses: Sequence[HostAddress], keys: CurveKeys
-    ) -> Callable[[], list[HostClient]]:
+    def _make_door(self, number: int, options: GrpcOptions) -> Any:
+        """A door beside the engine."""
         config = self._config
-        if config.hosts:
-            return functools.partial(host_clients.connect, list(addresses), keys)
-        return functools.partial(host_clients.in_process, config.model, placement.units_of(0), config.host_options(0))
+        placed = {**self._options(f"door-{number}", 0, 0), "num_cpus": 0}
+        endpoint = f"ipc://{self._parts.folder}/engine"
+        return ray.remote(DoorActor).options(**placed).remote(endpoint, config.model, config.model_name, options)
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Start a gRPC door for a launcher beside the engine. Raises UserError when its port is taken."""
-        config, folder = self._config, self._parts.folder
-        placed = {**self._options(f"door-{owner}-{len(self._parts.doors)}", 0, 0), "num_cpus": 0}
-        actor: Any = (
-            ray.remote(DoorActor)
-            .options(**placed)
-            .remote(f"ipc://{folder}/engine", config.model, config.model_name, strict.from_dict(GrpcOptions, options))
-        )
-        door, parts = _Door(owner, actor, 0), self._parts
-        parts.doors.append(door)
-        try:
-            started = await asyncio.wait_for(actor.start.remote(), config.start_timeout_s)
-        except BaseException:
-            ray.kill(actor)
-            parts.doors = [d for d in parts.doors if d is not door]  # `stop` may have emptied the list meanwhile
-            raise
-        door.port = started["port"]
-        return started
-
-    # ---- life and death ----
-
-    async def check(self) -> dict[str, str]:
-        """Ask every part for its status at once; returns name -> reason of those that gave none."""
-        parts = self._parts
-        named = {f"host {i}": host for i, host in enumerate(parts.hosts)}
-        named |= {"engine": parts.engine} | {
-            f"door on port {door.port}": door.actor for door in parts.doors if door.port
-        }
-        reasons = await asyncio.gather(*(_ailment(actor) for actor in named.values()))
-        return {name: reason for name, reason in zip(named, reasons, strict=True) if reason}
+        """Start a gRPC door for a launcher. Raises UserError when its port is taken."""
+        return await self._doors.add(owner, strict.from_dict(GrpcOptions, options))
 
     async def drop_doors(self, owner: str, grace_s: float) -> None:
         """Drain and stop the doors of a launcher, all at once."""
-        mine = [door for door in self._parts.doors if door.owner == owner]
-        self._parts.doors = [door for door in self._parts.doors if door.owner != owner]
-        await _stop_doors(mine, grace_s)
+        await self._doors.drop(owner, grace_s)
+
+    # ---- life and death ----
+
+    async def check(self) -> Health:
+        """Look after every part at once; a front door that died is started again."""
+        pulses = self._parts.pulses
+        (lost_doors, notes), _ = await asyncio.gather(self._doors.check(), look(pulses.values()))
+        lost = {name: pulse.lost for name, pulse in pulses.items() if pulse.lost}
+        silent = {name for name, pulse in pulses.items() if pulse.silent_s > SILENT_AFTER_S}
+        notes += [f"{name}: no answer for {pulses[name].silent_s:.0f} s" for name in sorted(silent - self._silent)]
+        notes += [f"{name}: answers again" for name in sorted(self._silent - silent - lost.keys())]
+        self._silent = silent
+        return Health({**lost, **lost_doors}, notes)
 
     async def stop(self, grace_s: float) -> None:
-        """Drain and stop everything there is; what has not come up is killed. Repeating it is harmless."""
+        """Drain and stop everything there is; what has not come up is killed. Repeating it waits for the first."""
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._stop(grace_s))
+        await asyncio.shield(self._stopping)
+
+    async def _stop(self, grace_s: float) -> None:
         came_up, self.stage = self.stage == "ready", "stopping"
         parts, self._parts = self._parts, _Parts()
-        await _stop_doors(parts.doors, grace_s)
+        await self._doors.stop(grace_s)
         if came_up:
-            await _settle(parts.engine.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
-            await _settle(parts.engine.stop.remote(), STOP_TIMEOUT_S)
-            await asyncio.gather(*(_settle(host.stop.remote(), STOP_TIMEOUT_S) for host in parts.hosts))
+            await settle(parts.engine.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
+            await settle(parts.engine.stop.remote(), STOP_TIMEOUT_S)
+            await asyncio.gather(*(settle(host.stop.remote(), STOP_TIMEOUT_S) for host in parts.hosts))
         for actor in (parts.engine, *parts.hosts):
             if actor is not None:
                 ray.kill(actor)
@@ -221,32 +211,8 @@ class RayChildren:
             raise UnavailableError(f"{otherwise} within {self._config.start_timeout_s:.0f} s") from None
 
 
-async def _ailment(actor: Any) -> str:
-    """Why an actor gives no status; "" when it does."""
-    try:
-        status: Mapping[str, Any] = await asyncio.wait_for(actor.status.remote(), STATUS_TIMEOUT_S)
-    except asyncio.TimeoutError:
-        return f"no answer within {STATUS_TIMEOUT_S:.0f} s"
-    except ray.exceptions.RayError as error:
-        return f"its process died ({type(error).__name__})"
-    return "" if status.get("running", True) else "its loop has ended; its log says why"
-
-
-async def _stop_doors(doors: Sequence[_Door], grace_s: float) -> None:
-    await asyncio.gather(*(_settle(door.actor.stop.remote(grace_s), grace_s + STOP_TIMEOUT_S) for door in doors))
-    for door in doors:
-        ray.kill(door.actor)
-
-
-async def _settle(stopped: Awaitable[Any], timeout_s: float) -> None:
-    """Let an actor end by itself; whether it does or not, it is killed afterwards."""
-    with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
-        await asyncio.wait_for(stopped, timeout_s)
-
-
-def _make_folder() -> Path:
-    """A private folder for Unix sockets, inside the keeper's folder where there is one."""
-    return Path(tempfile.mkdtemp(prefix="pregate-ipc-", dir=os.environ.get(RUN_DIR_VARIABLE)))
+async def _wait(reference: Any) -> None:
+    await reference
 
 
 def _host_bundles_by_node(group: PlacementGroup) -> list[tuple[int, str]]:
@@ -255,6 +221,20 @@ def _host_bundles_by_node(group: PlacementGroup) -> list[tuple[int, str]]:
     return sorted(((index, node) for index, node in nodes.items() if index), key=lambda pair: (pair[1], pair[0]))
 
 
-def _no_room(config: ServeConfig) -> str:
-    wanted = f"{config.hosts} hosts with {config.gpus_per_host:g} GPUs each and an engine with {config.router_gpus:g}"
-    return f"Ray found no room for {wanted} (the engine on this node)"
+def _connect(addresses: Sequence[HostAddress], keys: CurveKeys) -> list[Any]:
+    """One channel per host, in the order of the addresses. Runs in the engine's process."""
+    import zmq
+
+    from pregate.workers.channel import ChannelClient, ChannelOptions
+
+    context = zmq.Context()
+    return [ChannelClient(address, ChannelOptions(keys=keys), context) for address in addresses]
+
+
+def _in_process(model: str, units: Sequence[tuple[int, int]], options: HostOptions) -> list[Any]:
+    """`--hosts 0`: one host, in the engine's process, that holds every unit."""
+    from pregate.model.checkpoint import CheckpointReader
+    from pregate.workers.client import InProcessClient
+    from pregate.workers.host import ExpertHost
+
+    return [InProcessClient(ExpertHost(CheckpointReader(model), units, options))]

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pregate.base.errors import UserError
-from pregate.cluster.local_ray import OBJECT_STORE_BYTES
+from pregate.cluster.local_ray import OBJECT_STORE_BYTES, token_path
 
 DEFAULT_GRPC_PORT = 50051
 #: Ray keeps logs, sockets and spilled objects there.
 MIN_TEMP_BYTES = 2 * 10**9
 MIN_OPEN_FILES = 4096
 _PACKAGES = ("torch", "ray", "transformers", "grpcio", "pyzmq", "safetensors", "tokenizers")
-_MARKS = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
+_MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `state` ok, warn or fail; `mend` says what to do about the last two."""
+    """One line of the report: `state` ok, warn or fail; `mend`: what to do, where `value` does not say it."""
 
     what: str
     state: str
@@ -39,14 +39,16 @@ class Finding:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """Print the findings as a table."""
+    """Print a line for each finding, and below it how to mend it. Nothing is cut to the terminal's width."""
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("", "what", "found", "how to mend it", box=None, header_style="bold")
+    console = Console(soft_wrap=True, highlight=False)
+    width = max(len(finding.what) for finding in findings)
     for finding in findings:
-        table.add_row(_MARKS[finding.state], finding.what, finding.value, finding.mend)
-    Console().print(table)
+        console.print(f"{_MARKS[finding.state]} {finding.what:<{width}}  ", end="")
+        console.print(finding.value, markup=False)
+        if finding.mend:
+            console.print(f"     {'':<{width}}  -> {finding.mend}", markup=False)
 
 
 def examine_machine() -> Iterator[Finding]:
@@ -58,6 +60,7 @@ def examine_machine() -> Iterator[Finding]:
     yield _shared_memory()
     yield _open_files()
     yield _temp_folder()
+    yield _token()
     yield Finding("memory available", "ok", _gigabytes(available_bytes()))
 
 
@@ -72,7 +75,7 @@ def examine_model(model: Path, hosts: int) -> list[Finding]:
         config = ServeConfig.from_dict({"model": str(model), "hosts": hosts})
         preflight.check_config(config)
     except UserError as error:
-        return [Finding("model", "fail", str(error), "see the sentence; `pregate convert` makes checkpoints")]
+        return [Finding("model", "fail", str(error))]  # the sentence says what to do
     roles = measure(CheckpointReader(config.model), config)
     available, needed = available_bytes(), roles.total_bytes
     fits = needed <= available
@@ -187,6 +190,22 @@ def _temp_folder() -> Finding:
     if free >= MIN_TEMP_BYTES:
         return Finding("temporary folder", "ok", value)
     return Finding("temporary folder", "fail", value, f"free {_gigabytes(MIN_TEMP_BYTES)} there, or set TMPDIR")
+
+
+def _token() -> Finding:
+    """Whether Ray's token can be kept: a home that cannot be written is usual in containers."""
+    path = token_path()
+    if path is None or os.access(path, os.R_OK):
+        return Finding("Ray's token", "ok", "in RAY_AUTH_TOKEN" if path is None else str(path))
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        pass
+    else:
+        return Finding("Ray's token", "ok", f"will be made at {path}")
+    mend = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
+    return Finding("Ray's token", "warn", f"{path} cannot be written", mend)
 
 
 def _gigabytes(num_bytes: float) -> str:

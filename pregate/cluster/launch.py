@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -17,8 +18,9 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pregate.base.errors import BY_CODE, PregateError, UnavailableError
+from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.log import get_logger
+from pregate.base.network import is_loopback
 from pregate.cluster import local_ray, strict
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
@@ -32,6 +34,13 @@ CALL_TIMEOUT_S = 30.0
 POLL_S = 0.2
 #: Room for the clean-up that comes after the drain.
 STOP_MARGIN_S = 30.0
+#: A stage of the start that lasts is told again this often.
+TELL_EVERY_S = 10.0
+#: Ray's control service (GCS) may take no connection for this long before Ray is given up: on one machine nothing
+#: starts it again, in a cluster something may, and Ray itself waits for 60 s.
+GCS_PATIENCE_S, CLUSTER_GCS_PATIENCE_S = 3.0, 45.0
+#: How long a --ray-address may take to prove that a gRPC server is there.
+ADDRESS_TIMEOUT_S = 5.0
 
 logger = get_logger(__name__)
 
@@ -46,30 +55,37 @@ class RayAccess:
 class Deployment:
     """A deployment this process holds a lease of. `info` is what `Children.start` returned."""
 
-    def __init__(self, config: ServeConfig, supervisor: Any, launcher_id: str, kept: LocalRay | None) -> None:
+    def __init__(
+        self, config: ServeConfig, supervisor: Any, launcher_id: str, ray_address: str, kept: LocalRay | None
+    ) -> None:
         self.config = config
-        self.ray_address = ray.get_runtime_context().gcs_address
+        self.ray_address = ray_address
         self.info: dict[str, Any] = {}
         self.lost: str | None = None  # why the deployment is no more
-        self.dead: dict[str, str] = {}  # which parts died, and why
+        self.ray_lost = False  # no call to Ray returns any more
+        self.notes: list[tuple[int, str]] = []  # numbered sentences of what happened lately
         self.num_launchers = 1  # who holds leases, this process included
         self._supervisor = supervisor
         self._launcher_id = launcher_id
         self._kept = kept
         self._closing = threading.Event()
         self._closed = False
+        self._gcs_silent_since_s: float | None = None
         self._renewal = threading.Thread(target=self._renew, name="pregate-lease", daemon=True)
 
     def wait_ready(self, on_stage: Callable[[str], None]) -> None:
         """Wait for the start to end, telling its stages. Raises what it failed with, or UnavailableError in time."""
         self._renewal.start()
-        give_up_s = time.monotonic() + self.config.start_timeout_s
-        stage = ""
-        while time.monotonic() < give_up_s:
-            status = self._call("status")
+        started_s = time.monotonic()
+        stage, told_s = "", started_s
+        while time.monotonic() < started_s + self.config.start_timeout_s:
+            status, now_s = self._call("status"), time.monotonic()
             if status["stage"] != stage:
-                stage = status["stage"]
+                stage, told_s = status["stage"], now_s
                 on_stage(stage)
+            elif now_s - told_s > TELL_EVERY_S:
+                told_s = now_s
+                on_stage(f"{stage} (after {now_s - started_s:.0f} s)")
             if status["failure"] is not None:
                 raise _error_of(status["failure"])
             if status["state"] == "ready":
@@ -77,6 +93,19 @@ class Deployment:
                 return
             time.sleep(POLL_S)
         raise UnavailableError(f"not ready within {self.config.start_timeout_s:.0f} s; it was at: {stage}")
+
+    def look(self) -> str | None:
+        """Why the deployment is no more, or None. Returns at once, whatever has become of Ray."""
+        now_s = time.monotonic()
+        if local_ray.gcs_answers(self.ray_address):
+            self._gcs_silent_since_s = None
+            return self.lost
+        since_s = self._gcs_silent_since_s = self._gcs_silent_since_s or now_s
+        alone = is_loopback(self.ray_address.rpartition(":")[0]) or self._kept is not None
+        if now_s - since_s > (GCS_PATIENCE_S if alone else CLUSTER_GCS_PATIENCE_S):
+            self.ray_lost = True
+            self.lost = f"Ray is lost: its control service at {self.ray_address} takes no connection"
+        return self.lost
 
     def add_door(self, options: GrpcOptions) -> tuple[str, int]:
         """Start a gRPC front door that lives as long as this lease; returns its interface and port."""
@@ -104,6 +133,8 @@ class Deployment:
         if self._closed:
             return True
         self._closed = True
+        if self.ray_lost:  # the keeper saw it too, and ends what is left
+            return self._kept is None or self._kept.wait_gone(STOP_MARGIN_S)
         give_up_s = time.monotonic() + self.config.drain_s + STOP_MARGIN_S
         self.release()
         gone = self._wait_let_go(give_up_s)
@@ -116,6 +147,10 @@ class Deployment:
             self._kept.let_go()
             return True
         return self._kept.wait_gone(max(1.0, give_up_s - time.monotonic())) and gone is not None
+
+    def kept_logs(self) -> str:
+        """After `close`: the folder in which Ray's logs are kept, or "" where they are not, or not ours to keep."""
+        return "" if self._kept is None else self._kept.kept_logs()
 
     def _wait_let_go(self, give_up_s: float) -> bool | None:
         """True: the supervisor is gone. False: it goes on, without anything of ours. None: not seen in time."""
@@ -138,12 +173,13 @@ class Deployment:
                 logger.warning("%s; trying again", error)
                 continue
             except UnavailableError as error:
-                self.lost = str(error)
+                self.lost = self.lost or str(error)
                 return
-            self.dead = status["dead"]
-            self.num_launchers = len(status["launchers"])
+            self.notes, self.num_launchers = status["notes"], len(status["launchers"])
+            if status["failure"] is not None:
+                self.lost = status["failure"]["message"]
             if not status["leased"]:
-                self.lost = "the lease lapsed: this process was stopped or starved for too long"
+                self.lost = self.lost or "the lease lapsed: this process was stopped or starved for too long"
                 return
 
     def _call(self, method: str, *arguments: Any) -> Any:
@@ -172,6 +208,8 @@ def launch(
         deployment.wait_ready(on_stage)
     except BaseException:  # Ctrl-C too
         deployment.close()
+        if logs := deployment.kept_logs():
+            on_stage(f"the logs are kept in {logs}")
         raise
     return deployment
 
@@ -202,6 +240,8 @@ def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str
         # Logical CPUs only admit actors; ours ask for a tenth each, and a Serve application needs room beside them.
         kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
         address = kept.address
+    else:
+        _check_address(address)
     try:
         with _own_signals():
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -210,6 +250,25 @@ def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str
             kept.wait_gone(STOP_MARGIN_S)
         raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
     return kept
+
+
+def _check_address(address: str) -> None:
+    """Refuse what is no Ray at once; it would take Ray minutes. UserError or UnavailableError."""
+    if address == "auto":  # Ray looks for one on this machine, and says quickly when there is none
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address:
+            return
+    if not re.fullmatch(r"[^/]+:\d{1,5}", address):
+        raise UserError.of("--ray-address", address, "allowed: HOST:PORT, or auto for the Ray of this machine")
+    import grpc
+
+    if not local_ray.gcs_answers(address):
+        raise UnavailableError(f"--ray-address {address}: nothing takes connections there; is it Ray's address?")
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(ADDRESS_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise UnavailableError(f"--ray-address {address}: what listens there is not Ray") from None
 
 
 @contextmanager
@@ -231,7 +290,7 @@ def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
             arguments = (launcher_id, config.to_dict())
             reply = call(supervisor, "launch", *arguments, timeout_s=config.start_timeout_s)
             if reply["state"] != "refused":
-                return Deployment(config, supervisor, launcher_id, kept)
+                return Deployment(config, supervisor, launcher_id, ray.get_runtime_context().gcs_address, kept)
             error = _error_of(reply["failure"])
         except UnavailableError as gone:
             error = gone

@@ -5,7 +5,7 @@ from __future__ import annotations
 #: A launcher that has not renewed for this long is taken for dead.
 LEASE_TTL_S = 15.0
 #: How often a launcher renews.
-RENEW_EVERY_S = 2.0
+RENEW_EVERY_S = 1.0
 
 
 class Leases:

@@ -3,19 +3,19 @@
 Ray's processes die with the process that called `ray.init`. A `kill -9` of `pregate serve` must not take Ray away
 from under the supervisor, which still has to drain and clean up when the lease lapses. So `python -m
 pregate.cluster.local_ray` keeps Ray: in a session of its own (Ctrl-C does not reach it), until no supervisor is
-alive, or its launcher died before one came up. Then it stops Ray and removes its folder.
+alive, Ray is broken, or its launcher died before a supervisor came up. Then it stops Ray and removes its folder.
 """
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import json
 import logging
 import os
 import secrets
 import select
-import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,25 +25,28 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
+import psutil
+
 from pregate.base.errors import PregateError, UnavailableError, UserError
-from pregate.cluster.ray_start import init_local, stop_ray
+from pregate.cluster import run_folder
+from pregate.cluster.ray_start import end_processes, init_local, stop_ray
 
 NAMESPACE = "pregate"
 SUPERVISOR_PREFIX = "pregate:"
-#: Set for every process of a kept Ray: the folder that the keeper removes at the end.
-RUN_DIR_VARIABLE = "PREGATE_RUN_DIR"
 #: Nothing of ours travels through the object store; this is Ray's own need.
 OBJECT_STORE_BYTES = 200 * 2**20
 #: Above Ray's own limit times `ray_start.ATTEMPTS`.
 START_TIMEOUT_S = 120.0
-#: Ray's sockets lie in the folder and a Unix socket path holds at most 107 bytes; Ray appends about 75.
-MAX_FOLDER_BYTES = 30
 POLL_S = 0.5
-_FOLDER_PREFIX = "pregate-"
+#: A GCS that takes no connection for this long, or this often in a row, is gone.
+GCS_CONNECT_TIMEOUT_S = 2.0
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray's ports are open to the network; only who holds the token gets in
+    "RAY_enable_metrics_collection": "0",  # these three ports would ask nobody for a token; the port -1 is not opened
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
     "RAY_worker_niceness": "0",  # at Ray's 15 any other program starves hosts, engine and the renewal of leases
     "RAY_prestart_worker_first_driver": "0",  # one idle Python per logical CPU otherwise
     "RAY_enable_worker_prestart": "0",
@@ -71,6 +74,11 @@ class LocalRay:
             return False
         return True
 
+    def kept_logs(self) -> str:
+        """Where Ray's logs are now; "" while the keeper runs, or when all went well and they went with it."""
+        assert self.process.stdout is not None
+        return "" if self.process.poll() is None else self.process.stdout.read().strip()
+
 
 def prepare_environment() -> None:
     """Set what Ray reads from the environment while it is imported; what the user has set stands."""
@@ -83,7 +91,7 @@ def start(num_cpus: int, timeout_s: float = START_TIMEOUT_S) -> LocalRay:
     if "RAY_AUTH_MODE" not in os.environ:
         raise UserError.of("RAY_AUTH_MODE", "unset", "call prepare_environment() before Ray is imported, or set it")
     if os.environ["RAY_AUTH_MODE"] == "token":
-        _ensure_token()
+        ensure_token()
     command = [sys.executable, "-m", "pregate.cluster.local_ray", str(num_cpus)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -111,21 +119,42 @@ def start(num_cpus: int, timeout_s: float = START_TIMEOUT_S) -> LocalRay:
     return LocalRay(started["address"], Path(started["run_dir"]), process)
 
 
-def _ensure_token() -> None:
+def token_path() -> Path | None:
+    """The file of the user's Ray token; None where the environment holds the token itself."""
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return None
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(given) if given else Path.home() / ".ray" / "auth_token"
+
+
+def ensure_token() -> None:
     """Make the user's Ray token where every Ray process of the user looks for it, this one included.
 
-    Ray would make it too, but readable for others.
+    Ray would make it too, but readable for others. UserError where it cannot be written.
     """
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+    path = token_path()
+    if path is None:
         return
-    path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return
+    except OSError as error:
+        way_out = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
+        raise UserError.of("HOME", Path.home(), f"{path} cannot be written ({error.strerror}); {way_out}") from error
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(32))
+
+
+def gcs_answers(address: str) -> bool:
+    """Whether Ray's control service (GCS) at HOST:PORT still takes connections."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), GCS_CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _read_line(stream: IO[str], timeout_s: float) -> str:
@@ -151,25 +180,36 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> None:
 
 
 def keep(num_cpus: int) -> None:
-    """Start Ray, tell the launcher where, and hold it until nobody needs it. Runs in the keeper process."""
+    """Start Ray, tell the launcher where, and hold it until nobody needs it. Runs in the keeper process.
+
+    Prints at the end where the logs are kept, if they are.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    sweep_abandoned()
-    run_dir = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=_short_folder()))
-    lock = _lock(run_dir)
+    run_dir, lock = run_folder.make()
+    broken = False
     try:
-        _keep_ray(num_cpus, run_dir)
+        broken = not _keep_ray(num_cpus, run_dir)
     except _StopError:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        stop_ray()
-        shutil.rmtree(run_dir, ignore_errors=True)
+        if not broken:
+            stop_ray()
+        end_processes(_session(), grace_s=0)
+        kept = run_folder.remove(run_dir)
         lock.close()
+        if kept is not None:
+            with contextlib.suppress(BrokenPipeError):
+                sys.stdout.write(f"{kept}\n")
+                sys.stdout.flush()
+        if broken:
+            os._exit(1)  # at its end Ray would wait for the service that is gone
 
 
-def _keep_ray(num_cpus: int, run_dir: Path) -> None:
-    os.environ[RUN_DIR_VARIABLE] = str(run_dir)
+def _keep_ray(num_cpus: int, run_dir: Path) -> bool:
+    """True when nobody needs Ray any more, False when it is broken."""
+    os.environ[run_folder.RUN_DIR_VARIABLE] = str(run_dir)
     context = init_local(
         run_dir / "ray",
         num_cpus,
@@ -178,15 +218,28 @@ def _keep_ray(num_cpus: int, run_dir: Path) -> None:
         logging_level=logging.ERROR,
     )
     signal.signal(signal.SIGTERM, _on_sigterm)  # ray.init puts its own in place
-    sys.stdout.write(json.dumps({"address": context.address_info["gcs_address"], "run_dir": str(run_dir)}) + "\n")
+    address = context.address_info["gcs_address"]
+    sys.stdout.write(json.dumps({"address": address, "run_dir": str(run_dir)}) + "\n")
     sys.stdout.flush()
     seen = False
-    while True:
+    while gcs_answers(address):
         alive = _supervisor_alive()
         if not alive and (seen or _launcher_gone()):
-            return
+            return True
         seen = seen or alive
         time.sleep(POLL_S)
+    return False
+
+
+def _session() -> list[psutil.Process]:
+    """Every process of this session but this one: all of Ray, those whose parent died included."""
+    assert os.getsid(0) == os.getpid()  # see `start`
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(process.pid) == os.getpid() != process.pid:
+                found.append(process)
+    return found
 
 
 def _supervisor_alive() -> bool:
@@ -200,40 +253,6 @@ def _launcher_gone() -> bool:
     """Whether the launcher closed our standard input, by letting go or by dying."""
     ready, _, _ = select.select([sys.stdin], [], [], 0)
     return bool(ready)
-
-
-# ---- folders ----
-
-
-def _short_folder() -> str:
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= MAX_FOLDER_BYTES else "/tmp"
-
-
-def _lock(run_dir: Path) -> IO[str]:
-    """Mark the folder as in use for as long as this process lives."""
-    waiting = run_dir / "lock.new"
-    file = waiting.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    waiting.rename(run_dir / "lock")  # a lock file without a lock is never to be seen: see sweep_abandoned
-    return file
-
-
-def sweep_abandoned() -> None:
-    """Remove folders of keepers that were killed before they could do so themselves."""
-    for lock_path in Path(_short_folder()).glob(f"{_FOLDER_PREFIX}*/lock"):
-        try:
-            _remove_if_abandoned(lock_path)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # in use; or another keeper was quicker
-
-
-def _remove_if_abandoned(lock_path: Path) -> None:
-    if lock_path.stat().st_uid != os.getuid():
-        return
-    with lock_path.open() as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(lock_path.parent, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,55 @@
-"""What can be refused before anything starts: the model, the hosts, the ports."""
+"""What can be refused before anything starts: the model, the hosts, the ports.
+
+What needs torch is looked at in a process of its own, so that launchers do not hold torch for as long as they serve.
+"""
 
 from __future__ import annotations
 
+import json
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
-from pregate.base.errors import CheckpointError, UserError
+from pregate.base.errors import BY_CODE, CheckpointError, PregateError, UnavailableError, UserError
 from pregate.cluster import placement
 from pregate.cluster.config import ServeConfig
-from pregate.router.family import check_family
 from pregate.router.grpc_server import GrpcOptions
+
+#: Hashing a large checkpoint from a slow disk takes minutes.
+CHECK_TIMEOUT_S = 1800.0
 
 
 def check_config(config: ServeConfig) -> None:
     """Refuse a deployment that cannot come up. UserError or CheckpointError with the house's sentence."""
+    if not Path(config.model).is_dir():
+        raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
+    if "torch" in sys.modules:
+        check_model(config)
+        return
+    command = [sys.executable, "-m", "pregate.cluster.preflight"]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(config.to_dict()), capture_output=True, text=True, check=False,
+            timeout=CHECK_TIMEOUT_S,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise UnavailableError(f"--model {config.model}: not checked within {CHECK_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        raise UnavailableError(f"--model {config.model}: the check failed: {(done.stderr.splitlines() or [''])[-1]}")
+    failure = json.loads(done.stdout.splitlines()[-1])
+    if failure:
+        raise BY_CODE[failure["code"]](failure["message"])
+
+
+def check_model(config: ServeConfig) -> None:
+    """`check_config` in this process; loads torch and transformers."""
     import torch
 
     from pregate.kernels import expert_ffn
     from pregate.model.checkpoint import CheckpointReader
+    from pregate.router.family import check_family
 
-    if not Path(config.model).is_dir():
-        raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
     reader = CheckpointReader(config.model, hashes=True)
     if not (Path(config.model) / "tokenizer.json").is_file():
         raise CheckpointError(f"{config.model}/tokenizer.json: missing; a served model needs its tokenizer")
@@ -52,3 +81,17 @@ def check_door(options: GrpcOptions) -> None:
             raise UserError.of(
                 "--grpc-port", where, f"cannot be listened on ({error.strerror}); use another"
             ) from error
+
+
+def main() -> None:
+    """Check the config on standard input; print null, or the failure's code and message."""
+    try:
+        check_model(ServeConfig.from_dict(json.load(sys.stdin)))
+        failure = None
+    except PregateError as error:
+        failure = {"code": error.code, "message": str(error)}
+    print(json.dumps(failure))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Collection
@@ -57,7 +58,13 @@ def stop_ray(others: Collection[psutil.Process] = ()) -> None:
 
     started = [process for process in children() if process not in others]
     ray.shutdown()
-    _, left = psutil.wait_procs(started, timeout=STOP_TIMEOUT_S)
+    end_processes(started)
+
+
+def end_processes(started: Collection[psutil.Process], grace_s: float = STOP_TIMEOUT_S) -> None:
+    """Let processes end by themselves for `grace_s`, then kill them."""
+    _, left = psutil.wait_procs(started, timeout=grace_s)
     for process in left:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     psutil.wait_procs(left, timeout=STOP_TIMEOUT_S)

@@ -9,18 +9,23 @@ and the engine with it. Replicas hold no weights; they run on the engine's node.
 from __future__ import annotations
 
 import asyncio
+import atexit
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import click
+import ray
 from ray import serve
 
 from pregate.base import log
-from pregate.base.errors import UnavailableError, UserError
+from pregate.base.errors import PregateError, UnavailableError, UserError
 from pregate.cluster import preflight, strict
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
+from pregate.cluster.ray_start import stop_ray
 from pregate.router import openai_app
 from pregate.router.endpoint import ipc_file
 from pregate.router.engine_client import EngineClient
@@ -64,11 +69,22 @@ class AppOptions:
 def build_app(args: Mapping[str, Any]) -> serve.Application:
     """Build the application from `serve run`'s arguments (text) or a config file's `args`.
 
-    Raises UserError for an unknown key, a bad value, or a model that cannot be served.
+    Raises UserError for an unknown key, a bad value, or a model that cannot be served; on Serve's command line that
+    ends in one sentence and exit code 2.
     """
-    options = strict.from_dict(AppOptions, args)
-    config = options.config()
-    preflight.check_config(config)
+    on_command_line = click.get_current_context(silent=True) is not None
+    try:
+        options = strict.from_dict(AppOptions, args)
+        config = options.config()
+        preflight.check_config(config)
+    except PregateError as error:
+        if not on_command_line:
+            raise
+        refusal = click.ClickException(str(error))
+        refusal.exit_code = 2
+        raise refusal from error
+    if on_command_line and not ray.is_initialized():
+        atexit.register(_remove_session)
     deployment = serve.deployment(
         _replica_class(),
         name="pregate",
@@ -79,6 +95,19 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 0.1},
     )
     return deployment.bind(config.to_dict())
+
+
+def _remove_session() -> None:
+    """Remove the session folder of a Ray that `serve run` started in this process; Ray itself leaves it behind."""
+    node = ray._private.worker._global_node
+    if node is None or not node.is_head():  # another's Ray, or none
+        return
+    session = Path(node.get_session_dir_path())
+    stop_ray()
+    shutil.rmtree(session, ignore_errors=True)
+    latest = session.with_name("session_latest")
+    if latest.is_symlink() and not latest.exists():
+        latest.unlink()
 
 
 class Replica:

@@ -1,19 +1,21 @@
 """The one named, detached actor that owns a deployment: leases in, life and death of everything else out.
 
-It is an async actor that never blocks: launchers renew while hosts load. When the last lease is released or lapses
-it drains, stops what it owns, and then itself. What it owns is not detached, so it dies with the supervisor too.
+It is an async actor that never blocks: launchers renew while hosts load. When a part is lost for good the deployment
+has failed: what is left is stopped, and launchers hear why. When the last lease is released or lapses it drains, stops
+what it owns, and then itself. What it owns is not detached, so it dies with the supervisor too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pregate.base import log
 from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.cluster import run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.leases import Leases
 
@@ -22,8 +24,18 @@ CHECK_EVERY_S = 1.0
 CREATOR = "creator"
 #: Between the end of clean-up and our own death: replies on their way get out.
 LAST_WORD_S = 0.3
+#: What happened lately, for launchers that print it.
+MAX_NOTES = 50
 
 logger = log.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Health:
+    """`lost`: who is dead for good, and why. `notes`: what happened that the deployment survives, a sentence each."""
+
+    lost: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
 
 class Children(Protocol):
@@ -43,8 +55,8 @@ class Children(Protocol):
         """Drain and stop a launcher's doors."""
         ...
 
-    async def check(self) -> dict[str, str]:
-        """Return who is dead or does not answer, and why."""
+    async def check(self) -> Health:
+        """Look after every part; what can be started again is."""
         ...
 
     async def stop(self, grace_s: float) -> None:
@@ -80,11 +92,12 @@ class Supervisor:
         self._children: Children | None = None
         self._info: dict[str, Any] | None = None
         self._failure: Failure | None = None
-        self._dead: dict[str, str] = {}
+        self._notes: list[tuple[int, str]] = []  # numbered, so that none is printed twice
         self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._start_task: asyncio.Task[None] | None = None
         self._leases.take(CREATOR, time.monotonic())
+        run_folder.mark(name)
         self._spawn(self._watch())  # Ray constructs async actors on their event loop
 
     # ---- what launchers call ----
@@ -135,12 +148,12 @@ class Supervisor:
         return self._refusal(error) if error is not None else task.result()
 
     async def status(self) -> dict[str, Any]:
-        """State, stage of the start, the failure if any, who is dead, and what `Children.start` returned."""
+        """State, stage of the start, the failure if any, what happened lately, and what `Children.start` returned."""
         return {
             "state": self._state,
             "stage": self._children.stage if self._children is not None else "",
             "failure": None if self._failure is None else vars(self._failure),
-            "dead": dict(self._dead),
+            "notes": list(self._notes),
             "launchers": list(self._leases.holders),
             "info": self._info,
             "leased": True,
@@ -171,8 +184,8 @@ class Supervisor:
         if error is None:
             self._info, self._state = start.result(), "ready"
             return
-        self._failure, self._state = Failure.of(error), "failed"
         logger.error("the deployment did not start", exc_info=error)
+        self._failure, self._state = Failure.of(error), "failed"
         await children.stop(grace_s=0)
 
     async def _watch(self) -> None:
@@ -191,14 +204,21 @@ class Supervisor:
         for launcher in lapsed:
             logger.warning("the lease of launcher %s lapsed", launcher)
         self._let_go(lapsed)
-        if self._state == "ready" and self._children is not None:
-            self._note_dead(await self._children.check())
+        if self._state != "ready" or self._children is None:
+            return
+        health = await self._children.check()
+        for note in health.notes:
+            logger.warning("%s", note)
+            self._notes = [*self._notes, (self._notes[-1][0] + 1 if self._notes else 0, note)][-MAX_NOTES:]
+        if health.lost and self._state == "ready":
+            self._lose(self._children, health.lost)
 
-    def _note_dead(self, dead: dict[str, str]) -> None:
-        for who, reason in dead.items():
-            if who not in self._dead:
-                logger.error("%s is gone: %s", who, reason)
-        self._dead = dead
+    def _lose(self, children: Children, lost: Mapping[str, str]) -> None:
+        """Fail for good; what is left drains and stops, so that running requests hear of it."""
+        sentence = "; ".join(f"{part} is lost: {reason}" for part, reason in lost.items())
+        logger.error("%s", sentence)
+        self._failure, self._state = Failure(UnavailableError.code, sentence), "failed"
+        self._spawn(children.stop(self._config.drain_s if self._config is not None else 0))
 
     def _let_go(self, launchers: list[str]) -> None:
         """Drain the doors of launchers that are gone; after the last launcher, everything."""
@@ -230,6 +250,8 @@ class Supervisor:
             if self._children is not None and self._config is not None:
                 await self._children.stop(self._config.drain_s)
             await asyncio.sleep(LAST_WORD_S)
+            if self._failure is None:
+                run_folder.unmark(self._name)
         finally:
             ray.kill(ray.get_runtime_context().current_actor)
 

@@ -1,6 +1,6 @@
 """The shell that makes the engine a process of its own: start, status, drain, stop; no logic.
 
-A plain class: the cluster package wraps it with `ray.remote`.
+A plain class: the cluster package wraps it with `ray.remote`. That process does not load torch: `start` does.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pregate.base import log
-from pregate.model.quiet import quiet_transformers
-from pregate.router.engine import Engine, build_engine
 from pregate.router.engine_options import EngineOptions
-from pregate.router.engine_server import EngineServer
 
 if TYPE_CHECKING:
+    import numpy as np
+
+    from pregate.router.engine import Engine
+    from pregate.router.engine_server import EngineServer
     from pregate.workers.client import HostClient
 
 _POLL_S = 0.05
@@ -31,6 +30,8 @@ class EngineActor:
     """An engine and its server in one process; the loop has a thread of its own that owns the device."""
 
     def __init__(self, options: EngineOptions, endpoint: str) -> None:
+        import pregate.router.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
+
         log.configure("engine")
         self._options = options
         self._endpoint = endpoint
@@ -45,6 +46,10 @@ class EngineActor:
 
         `hosts_of_LR` int16: each unit's home. `make_clients` connects to the hosts, or builds one in this process.
         """
+        from pregate.model.quiet import quiet_transformers
+        from pregate.router.engine import build_engine
+        from pregate.router.engine_server import EngineServer
+
         quiet_transformers()
         self._clients = make_clients()
         self._engine = build_engine(self._options, self._clients, hosts_of_LR)

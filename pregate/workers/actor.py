@@ -1,21 +1,22 @@
-"""The Ray shell of a host: start, status, drain, stop. Whoever makes the actor wraps the class with `ray.remote`."""
+"""The Ray shell of a host: start, status, drain, stop. Whoever makes the actor wraps the class with `ray.remote`.
+
+That process does not load torch: what computes is imported by `start`.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
 from pregate.base.errors import UnavailableError, UserError
-from pregate.model.checkpoint import CheckpointReader
-from pregate.workers.echo import EchoHost
-from pregate.workers.host import ExpertHost, Host
 from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import HostAddress
-from pregate.workers.server import HostServer, ServerOptions
+
+if TYPE_CHECKING:
+    from pregate.workers.host import Host
+    from pregate.workers.server import HostServer
 
 TRANSPORTS = ("ipc", "tcp")
 
@@ -61,6 +62,10 @@ class ExpertHostActor:
         """Read the units, listen, and say where. Repeating it returns the same address."""
         if self._address is not None:
             return self._address
+        import torch
+
+        from pregate.workers.server import HostServer, ServerOptions
+
         options = self._options
         log.configure(f"host {options.host.host_id}")
         torch.set_num_threads(options.num_threads)
@@ -102,7 +107,12 @@ class ExpertHostActor:
 
     def _make_host(self) -> Host:
         if self._options.checkpoint is None:
+            from pregate.workers.echo import EchoHost
+
             return EchoHost(self._options.host)
+        from pregate.model.checkpoint import CheckpointReader
+        from pregate.workers.host import ExpertHost
+
         return ExpertHost(CheckpointReader(self._options.checkpoint), self._options.units, self._options.host)
 
     def _endpoint(self, host: Host) -> str:

@@ -1,6 +1,7 @@
 """What bad input gets: one line on stderr, exit code 2, nothing started and nothing written."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -142,7 +143,22 @@ def test_doctor_says_what_fits(capsys, layerwise_checkpoint):
     for word in ("python", "ray", "shared memory", "backbone", "KV cache", "units", "all of it here"):
         assert word in out
     assert main(["doctor", "--model", str(layerwise_checkpoint), "--hosts", "6"]) == 1
-    assert "FAIL" in capsys.readouterr().out
+    assert "FAIL model" in capsys.readouterr().out
+
+
+def test_doctor_cuts_no_path_and_gives_no_remedy_that_does_not_fit(capsys, layerwise_checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / ("a-long-name" * 8)
+    shutil.copytree(layerwise_checkpoint, folder)
+    (folder / "tokenizer.json").write_text("{}")
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["doctor", "--model", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert str(folder / "tokenizer.json") in out
+    assert "pregate convert" not in out  # the model was converted; its tokenizer is damaged
+    assert "warn Ray's token" in out
+    assert "-> set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file" in out
 
 
 def test_bench_kernels_prints_a_line_per_batch_size(capsys):

@@ -29,15 +29,29 @@ def own_environment(folder):
 
 
 def processes_of(folder):
-    """Processes of the run, by the mark in their environment (Ray hands it to all it starts)."""
-    found = []
+    """Processes of the run, by the mark in their environment (Ray hands it to all it starts) or by their session.
+
+    (Ray's agents overwrite their environment with their name.)
+    """
+    marked, sessions, own = set(), {}, os.getsid(0)
     for process in psutil.process_iter():
         try:
-            if process.environ().get("PREGATE_TEST_MARK") == str(folder) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except psutil.Error:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                sessions[process] = os.getsid(process.pid)
+                if process.environ().get("PREGATE_TEST_MARK") == str(folder):
+                    marked.add(process)
+        except (psutil.Error, ProcessLookupError):
             continue
-    return found
+    of_run = {sessions[process] for process in marked} - {own}
+    return [process for process, session in sessions.items() if process in marked or session in of_run]
+
+
+def command_of(process):
+    """Its command line; "" when it has just ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def files_in(folder):
@@ -84,14 +98,19 @@ class Running:
     def ray_address(self):
         return next(line.split()[1] for line in self.log.read_text().splitlines() if line.startswith("Ray"))
 
+    @property
+    def kept_logs(self):
+        line = next(line for line in self.log.read_text().splitlines() if "the logs are kept in" in line)
+        return Path(line.split()[-1])
+
     def children(self, name):
-        return [p for p in processes_of(self.folder) if name in " ".join(p.cmdline())]
+        return [p for p in processes_of(self.folder) if name in command_of(p)]
 
     def wait_nothing_left(self, timeout_s):
         """Wait until no process and no file of the run is left; returns what remains."""
         give_up_s = time.monotonic() + timeout_s
         while time.monotonic() < give_up_s:
-            left = [" ".join(p.cmdline())[:100] for p in processes_of(self.folder)]
+            left = [command for p in processes_of(self.folder) if (command := command_of(p)[:100])]
             left += [path for path in files_in(self.folder) if path != str(self.log)]
             if not left:
                 return []

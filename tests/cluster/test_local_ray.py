@@ -1,45 +1,23 @@
-import fcntl
-import tempfile
+import os
+import socket
 
+import psutil
 import pytest
 
 from pregate.base.errors import UserError
 from pregate.cluster import local_ray
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_ray, "_short_folder", lambda: str(tmp_path))
-    return tmp_path
-
-
-def test_only_folders_of_dead_keepers_are_swept(folder):
-    for name in ("pregate-dead", "pregate-alive", "pregate-starting", "other"):
-        (folder / name / "ray").mkdir(parents=True)
-    for name in ("pregate-dead", "pregate-alive", "other"):
-        (folder / name / "lock").touch()
-    with (folder / "pregate-alive" / "lock").open() as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        local_ray.sweep_abandoned()
-    assert sorted(p.name for p in folder.iterdir()) == ["other", "pregate-alive", "pregate-starting"]
-
-
-def test_a_folder_in_use_is_locked_from_the_moment_its_lock_is_seen(folder):
-    run_dir = folder / "pregate-new"
-    run_dir.mkdir()
-    lock = local_ray._lock(run_dir)
-    local_ray.sweep_abandoned()
-    assert (run_dir / "lock").exists()
-    lock.close()
-    local_ray.sweep_abandoned()
-    assert not run_dir.exists()
-
-
-def test_sockets_fit_into_their_folder(monkeypatch):
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/a/very/long/folder/of/a/batch/system/job-12345")
-    assert local_ray._short_folder() == "/tmp"
-    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/scratch/me")
-    assert local_ray._short_folder() == "/scratch/me"
+def session_of(process):
+    """Processes of the keeper's session. (Ray's agents overwrite their environment, so no mark in it would do.)"""
+    found = []
+    for other in psutil.process_iter():
+        try:
+            if os.getsid(other.pid) == process.pid and other.status() != psutil.STATUS_ZOMBIE:
+                found.append(other)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
 
 
 def test_starting_after_ray_has_read_its_environment_is_refused(monkeypatch):
@@ -48,14 +26,48 @@ def test_starting_after_ray_has_read_its_environment_is_refused(monkeypatch):
         local_ray.start(1)
 
 
-def test_the_token_is_for_its_owner_only(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
+@pytest.fixture
+def no_token(monkeypatch):
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
-    local_ray._ensure_token()
+
+
+@pytest.mark.parametrize("where", ["HOME", "RAY_AUTH_TOKEN_PATH"])
+def test_the_token_is_for_its_owner_only(tmp_path, monkeypatch, no_token, where):
     path = tmp_path / ".ray" / "auth_token"
+    monkeypatch.setenv(where, str(tmp_path if where == "HOME" else path))
+    local_ray.ensure_token()
     token = path.read_text()
     assert path.stat().st_mode & 0o077 == 0
     assert len(token) == 64
-    local_ray._ensure_token()
+    local_ray.ensure_token()
     assert path.read_text() == token
+
+
+def test_a_home_that_cannot_be_written_is_one_sentence(monkeypatch, no_token):
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    with pytest.raises(UserError, match=r"HOME /proc/nowhere: .*cannot be written.*RAY_AUTH_TOKEN_PATH"):
+        local_ray.ensure_token()
+
+
+def test_a_port_that_nobody_listens_on_does_not_answer():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert not local_ray.gcs_answers(address)
+        taken.listen()
+        assert local_ray.gcs_answers(address)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_without_its_control_service_ray_is_ended_at_once():
+    """Ray's processes would wait for it for a minute, and its two agents, whose parent died, for longer."""
+    kept = local_ray.start(1)
+    session = session_of(kept.process)
+    names = [process.name() for process in session]
+    assert [name for name in names if name.startswith("ray::")], names
+    next(process for process in session if process.name() == "gcs_server").kill()
+    kept.process.wait(15)
+    assert session_of(kept.process) == []
+    assert not kept.run_dir.exists()

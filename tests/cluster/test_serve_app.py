@@ -49,6 +49,14 @@ def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
         build_app({k: str(layerwise_checkpoint) if v == "TINY" else v for k, v in args.items()})
 
 
+def test_on_serves_command_line_a_bad_argument_is_one_sentence(layerwise_checkpoint):
+    run = [sys.executable, "-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
+    done = subprocess.run([*run, "model=/no/such"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "Error: --model /no/such: no such folder; allowed: a checkpoint folder"
+    assert "Traceback" not in done.stderr
+
+
 def ask(port, **fields):
     body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields}
     request = urllib.request.Request(

@@ -1,0 +1,60 @@
+"""Is an actor alive? Each is asked for its status again and again; one slow to answer hides no other's death."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import ray.exceptions
+
+#: An actor that has given no answer for this long is said to be silent; it may be busy, or stopped.
+SILENT_AFTER_S = 10.0
+#: How long one look waits for the answers; what comes later is read by the next look.
+LOOK_S = 0.5
+
+
+class Pulse:
+    """One actor's. `lost` says why it is dead for good, `silent_s` for how long it has not answered."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._question: asyncio.Task[str] | None = None
+        self._asked_s = 0.0
+        self.lost = ""
+
+    @property
+    def silent_s(self) -> float:
+        return 0.0 if self._question is None else time.monotonic() - self._asked_s
+
+    def ask(self) -> asyncio.Task[str]:
+        """Ask, unless an answer is still awaited; the task is done when `take` has something to read."""
+        if self._question is None:
+            self._question, self._asked_s = asyncio.ensure_future(self._answer()), time.monotonic()
+        return self._question
+
+    def take(self) -> None:
+        """Read the answer, where there is one."""
+        if self._question is not None and self._question.done():
+            self.lost, self._question = self._question.result(), None
+
+    async def _answer(self) -> str:
+        try:
+            status: Mapping[str, Any] = await self._actor.status.remote()
+        except ray.exceptions.ActorUnavailableError:
+            return ""  # it may come back; its death is another error
+        except ray.exceptions.RayTaskError as error:
+            return str(error.cause)
+        except ray.exceptions.RayError as error:
+            return f"its process died ({type(error).__name__})"
+        return "" if status.get("running", True) else "its loop has ended"
+
+
+async def look(pulses: Iterable[Pulse]) -> None:
+    """Ask every actor and read what answers have come within `LOOK_S`."""
+    pulses = list(pulses)
+    if pulses:
+        await asyncio.wait([pulse.ask() for pulse in pulses], timeout=LOOK_S)
+    for pulse in pulses:
+        pulse.take()

@@ -1,0 +1,133 @@
+"""`pregate serve` from its options to its exit: check, launch, say where it serves, wait, and end with a reason."""
+
+from __future__ import annotations
+
+import os
+import signal
+import ssl
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+from pregate.base.errors import UnavailableError
+from pregate.cluster import preflight
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.launch import Deployment, RayAccess, launch
+from pregate.router.grpc_server import GrpcOptions
+
+#: How often the waiting launcher looks whether the deployment still is.
+LOOK_S = 0.5
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def serve(config: ServeConfig, door: GrpcOptions, ray_address: str | None) -> None:
+    """Serve until a signal comes. Raises UnavailableError, naming it, when a part is lost for good."""
+    preflight.check_door(door)
+    _say("checking the model")
+    preflight.check_config(config)
+    for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
+        signal.signal(number, _interrupt)
+    deployment = launch(config, RayAccess(ray_address), _say)
+    reason = None
+    try:
+        _, port = deployment.add_door(door)
+        stopping = _stop_on_signal()
+        print("\n".join(_describe(deployment, door, port)), flush=True)
+        reason = _wait(deployment, stopping)
+    finally:
+        _say("draining and stopping")
+        if deployment.num_launchers > 1:
+            _say("another launcher uses the deployment; it and its Ray go on until that one ends")
+        clean = deployment.close()
+        if logs := deployment.kept_logs():
+            _say(f"the logs are kept in {logs}")
+    if deployment.ray_lost:
+        sys.stderr.write(f"pregate: {reason}\n")
+        sys.stderr.flush()
+        os._exit(1)  # Ray's own clean-up at exit would wait for what is gone
+    if reason is not None:
+        raise UnavailableError(reason)
+    if not clean:
+        raise UnavailableError("stopping took too long; the supervisor goes on with it")
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop_on_signal() -> threading.Event:
+    """An event that the first signal sets; a second one interrupts (the supervisor then finishes alone)."""
+    stopping = threading.Event()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    for number in _SIGNALS:
+        signal.signal(number, handle)
+    return stopping
+
+
+def _wait(deployment: Deployment, stopping: threading.Event) -> str | None:
+    """Wait for a signal (None) or for the loss of the deployment (why); says what it survives."""
+    said = -1
+    while not stopping.wait(LOOK_S):
+        lost = deployment.look()
+        for number, note in deployment.notes:
+            if number > said:
+                _say(note)
+                said = number
+        if lost is not None:
+            return lost
+    return deployment.lost
+
+
+def _describe(deployment: Deployment, door: GrpcOptions, port: int) -> list[str]:
+    config, info = deployment.config, deployment.info
+    where = f"{config.hosts} expert hosts" if config.hosts else "experts in the engine's process"
+    experts = "/".join(str(n) for n in sorted(set(info["info"]["num_experts"])))
+    return [
+        f"serving  {info['model_name']}  from {config.model}",
+        f"  {info['info']['num_layers']} layers of {experts} experts, {info['info']['routing']} routing,"
+        f" {where}, placement {config.placement}, {config.dtype} on {config.device}",
+        f"gRPC     {door.access.host}:{port}",
+        f"Ray      {deployment.ray_address}",
+        f"join it  {_how_to_join(deployment.ray_address)}",
+        f"try      {_how_to_try(door, port)}",
+        "stop     Ctrl-C",
+    ]
+
+
+def _how_to_join(address: str) -> str:
+    """Ray does not find out by itself that an address wants the user's token."""
+    token = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+    return f"export {token}RAY_ADDRESS={address}"
+
+
+def _how_to_try(door: GrpcOptions, port: int) -> str:
+    """A command that works on this machine: a name that the certificate holds, and the files the client needs."""
+    access, host = door.access, door.access.host
+    options = ""
+    if access.tls_cert is not None:
+        names = _certified_names(access.tls_cert)
+        host = host if host in names else next(iter(names), "NAME")
+        options += f" --ca {access.tls_cert}"
+    if access.token_file is not None:
+        options += f" --token-file {access.token_file}"
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f'pregate generate --target {host}:{port}{options} --prompt "Once upon a time"'
+
+
+def _certified_names(certificate: Path) -> list[str]:
+    """Names and addresses a PEM certificate is for; those with a wildcard are no address."""
+    try:
+        decoded = ssl._ssl._test_decode_cert(str(certificate))  # pyright: ignore # the one parser at hand
+    except (AttributeError, ssl.SSLError, OSError):
+        return []
+    return [name for _, name in decoded.get("subjectAltName", ()) if "*" not in name]

@@ -1,0 +1,127 @@
+"""The real parts of a deployment on a real Ray: what is lost, what comes back, what there is no room for."""
+
+import asyncio
+import os
+import shutil
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import ray
+
+from pregate.base.errors import UnavailableError, UserError
+from pregate.client.client import Client
+from pregate.cluster import children as module
+from pregate.cluster import pulse, run_folder, strict
+from pregate.cluster.children import RayChildren
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.ray_start import init_local
+from pregate.router.grpc_server import GrpcOptions
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
+    init_local(Path(folder) / "ray", 4, namespace="pregate")
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def config(model, **options):
+    return ServeConfig.from_dict({"model": str(model), "hosts": 1, "drain_s": 1.0, **options})
+
+
+async def check_until(children, wanted):
+    """Look as the supervisor does, until `wanted` of what was found so far; returns lost parts and all notes."""
+    notes = []
+    for _ in range(100):
+        health = await children.check()
+        notes += health.notes
+        if wanted(health.lost, notes):
+            return health.lost, notes
+        await asyncio.sleep(0.1)
+    raise AssertionError(notes)
+
+
+async def lose_one_after_another(children, path_checkpoint):
+    info = await children.start()
+    door = await children.add_door("me", strict.to_dict(GrpcOptions(port=0)))
+    target = f"127.0.0.1:{door['port']}"
+    assert await check_until(children, lambda lost, notes: True) == ({}, [])
+
+    os.kill(door["pid"], signal.SIGKILL)
+    _, notes = await check_until(children, lambda lost, notes: notes)
+    assert notes[0].startswith(f"door on port {door['port']}: its process died")
+    completion = None
+    for _ in range(100):  # a new process takes a second or two
+        try:
+            with Client(target, timeout_s=30) as client:
+                completion = await asyncio.to_thread(client.complete, "to be", max_tokens=2)
+            break
+        except UnavailableError:
+            await children.check()
+            await asyncio.sleep(0.2)
+    assert completion is not None and len(completion.token_ids) == 2
+
+    (host,) = info["hosts"]
+    os.kill(host["pid"], signal.SIGSTOP)
+    await check_until(children, lambda lost, notes: any("host 0: no answer" in note for note in notes))
+    os.kill(host["pid"], signal.SIGCONT)
+    lost, _ = await check_until(children, lambda lost, notes: "host 0: answers again" in notes)
+    assert lost == {}
+
+    os.kill(host["pid"], signal.SIGKILL)
+    lost, _ = await check_until(children, lambda lost, notes: lost)
+    assert lost == {"host 0": "its process died (ActorDiedError)"}
+    os.kill(info["pid"], signal.SIGKILL)
+    lost, _ = await check_until(children, lambda lost, notes: len(lost) == 2)
+    assert sorted(lost) == ["host 0", "the engine"]
+
+
+def test_a_door_comes_back_a_pause_is_told_and_a_death_is_for_good(local_ray, path_checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "SILENT_AFTER_S", 1.0)
+    monkeypatch.setattr(pulse, "LOOK_S", 0.3)
+
+    async def main():
+        children = RayChildren(config(path_checkpoint))
+        try:
+            await lose_one_after_another(children, path_checkpoint)
+        finally:
+            await asyncio.gather(children.stop(1.0), children.stop(1.0))
+        assert ray.util.list_named_actors() == []
+
+    asyncio.run(main())
+
+
+def test_no_room_on_a_ray_of_our_own_is_refused_at_once(local_ray, path_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv(run_folder.RUN_DIR_VARIABLE, str(tmp_path))
+
+    async def main():
+        children = RayChildren(config(path_checkpoint, gpus_per_host=1))
+        with pytest.raises(UserError, match=r"--gpus-per-host 1: not to be had: 1 hosts of 1 GPUs each"):
+            await asyncio.wait_for(children.start(), 10)
+        await children.stop(0)
+
+    asyncio.run(main())
+
+
+def test_no_room_in_a_cluster_is_waited_for_with_a_word_and_an_end(local_ray, path_checkpoint, monkeypatch):
+    monkeypatch.delenv(run_folder.RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setattr(module, "ROOM_EVERY_S", 0.2)
+
+    async def main():
+        children = RayChildren(config(path_checkpoint, gpus_per_host=1, start_timeout_s=2.0))
+        start = asyncio.ensure_future(children.start())
+        while "waiting" not in children.stage:
+            await asyncio.sleep(0.05)
+        assert "waiting for the cluster to grow: 1 hosts of 1 GPUs each" in children.stage
+        assert "the cluster has 4 CPUs" in children.stage
+        with pytest.raises(UnavailableError, match=r"no room for 1 hosts of 1 GPUs each .* within 2 s"):
+            await start
+        await children.stop(0)
+
+    asyncio.run(main())

@@ -1,0 +1,38 @@
+import pytest
+
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.room import bundles_of, describe, lacking, refusal
+
+NODE = {"CPU": 8.0, "GPU": 1.0, "node:10.0.0.1": 1.0}
+OTHER = {"CPU": 8.0, "node:10.0.0.2": 1.0}
+
+
+def config(**options):
+    return ServeConfig.from_dict({"model": "/m", "hosts": 2, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "nodes", "lacks"),
+    [
+        ({}, [NODE], None),
+        ({"gpus_per_host": 0.5}, [NODE], None),
+        ({"gpus_per_host": 1}, [NODE], "GPU"),
+        ({"gpus_per_host": 1}, [OTHER], "GPU"),
+        ({"hosts": 1, "gpus_per_host": 2}, [NODE, NODE], "GPU"),  # two in all, but no node has them both
+        ({"router_gpus": 1}, [NODE, OTHER], None),
+        ({"hosts": 100}, [NODE], "CPU"),
+        ({}, [OTHER], "node:10.0.0.1"),
+        ({}, [], "CPU"),
+    ],
+)
+def test_what_a_cluster_can_never_give(options, nodes, lacks):
+    assert lacking(bundles_of(config(**options), "10.0.0.1"), nodes) == lacks
+
+
+def test_the_refusal_names_the_option_and_what_there_is():
+    asked = config(gpus_per_host=1)
+    has = describe(asked, NODE, {"CPU": 7.8})
+    engine, hosts = "an engine of 0 GPUs on this node", "2 hosts of 1 GPUs each"
+    assert has == f"{hosts} and {engine}; the cluster has 8 CPUs (7.8 free), 1 GPUs (0 free)"
+    assert str(refusal(asked, "GPU", has)) == f"--gpus-per-host 1: not to be had: {has}"
+    assert str(refusal(config(hosts=99), "CPU", has)).startswith("--hosts 99: too many for this cluster")

@@ -1,0 +1,111 @@
+"""What `pregate serve` says and ends with; the whole of it runs in test_life_cycle.py."""
+
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from pregate.base.errors import UnavailableError, UserError
+from pregate.cluster import launch, serving
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.launch import Deployment
+from pregate.router.access import AccessOptions
+from pregate.router.grpc_server import GrpcOptions
+
+NOBODY = "127.0.0.1:1"
+
+
+def test_launcher_and_supervisor_load_no_torch(tiny_path_checkpoint, tmp_path):
+    """What `pregate serve` does before it launches, the check of a damaged model included, and all it launches with."""
+    code = f"""
+import sys
+from pregate.base.errors import UserError
+from pregate.cluster import children, preflight, serving, supervisor
+from pregate.cluster.config import ServeConfig
+config = ServeConfig.from_dict({{"model": {str(tiny_path_checkpoint)!r}, "hosts": 99}})
+try:
+    preflight.check_config(config)
+except UserError as error:
+    print(error)
+heavy = {{"torch", "transformers"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--hosts 99: allowed: 0 to 6")
+
+
+@pytest.fixture
+def deployment():
+    """One whose Ray is gone: nothing listens on port 1."""
+    return Deployment(ServeConfig.from_dict({"model": "/m", "hosts": 1}), None, "me", NOBODY, None)
+
+
+def test_the_loss_of_ray_is_seen_without_asking_ray(deployment, monkeypatch):
+    monkeypatch.setattr(launch, "GCS_PATIENCE_S", 0.1)
+    monkeypatch.setattr(serving, "LOOK_S", 0.02)
+    reason = serving._wait(deployment, threading.Event())
+    assert reason == f"Ray is lost: its control service at {NOBODY} takes no connection"
+    assert deployment.ray_lost
+    assert deployment.close()  # at once: no call to Ray would return
+
+
+def test_what_happens_is_said_once_and_a_loss_ends_the_wait(deployment, monkeypatch, capsys):
+    monkeypatch.setattr(launch.local_ray, "gcs_answers", lambda address: True)
+    monkeypatch.setattr(serving, "LOOK_S", 0.01)
+    deployment.notes = [(0, "door on port 1: it died; a new one is started"), (1, "host 0: no answer for 11 s")]
+    timer = threading.Timer(0.2, lambda: setattr(deployment, "lost", "host 1 is lost: its process died"))
+    timer.start()
+    assert serving._wait(deployment, threading.Event()) == "host 1 is lost: its process died"
+    assert capsys.readouterr().err == "".join(f"  {note}\n" for _, note in deployment.notes)
+
+
+def test_a_signal_after_a_loss_is_no_success(deployment):
+    deployment.lost = "the engine is lost"
+    stopping = threading.Event()
+    stopping.set()
+    assert serving._wait(deployment, stopping) == "the engine is lost"
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "sentence"),
+    [
+        (NOBODY, UnavailableError, "--ray-address 127.0.0.1:1: nothing takes connections there"),
+        ("ray://head:10001", UserError, "--ray-address ray://head:10001: allowed: HOST:PORT, or auto"),
+        ("nowhere", UserError, "--ray-address nowhere: allowed: HOST:PORT, or auto"),
+    ],
+)
+def test_a_ray_address_that_is_none_is_refused_at_once(address, error, sentence):
+    with pytest.raises(error, match=sentence):
+        launch._check_address(address)
+
+
+def test_what_listens_but_is_no_ray_is_refused(monkeypatch):
+    monkeypatch.setattr(launch, "ADDRESS_TIMEOUT_S", 0.3)
+    mute = socket.create_server(("127.0.0.1", 0))
+    with mute, pytest.raises(UnavailableError, match="what listens there is not Ray"):
+        launch._check_address(f"127.0.0.1:{mute.getsockname()[1]}")
+
+
+@pytest.fixture
+def certificate(tmp_path):
+    path = tmp_path / "cert.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x"]
+    command += ["-keyout", tmp_path / "key.pem", "-out", path]
+    command += ["-addext", "subjectAltName=DNS:*.example.com,DNS:models.example.com,IP:127.0.0.1"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    return path
+
+
+def test_the_command_to_try_is_one_that_works(certificate, tmp_path):
+    def command(host, **access):
+        return serving._how_to_try(GrpcOptions(access=AccessOptions(host, **access)), 50051)
+
+    assert command("127.0.0.1") == 'pregate generate --target 127.0.0.1:50051 --prompt "Once upon a time"'
+    assert command("::1").startswith("pregate generate --target [::1]:50051 ")
+    secured = {"tls_cert": certificate, "tls_key": tmp_path / "key.pem", "token_file": tmp_path / "tokens"}
+    files = f"--ca {certificate} --token-file {tmp_path / 'tokens'}"
+    assert command("0.0.0.0", **secured).startswith(f"pregate generate --target models.example.com:50051 {files} ")
+    assert command("127.0.0.1", **secured).startswith(f"pregate generate --target 127.0.0.1:50051 {files} ")
