@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 
 import click
 import ray
+import ray._private.worker
 from ray import serve
 
 from pregate.base import log
@@ -84,7 +87,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         refusal.exit_code = 2
         raise refusal from error
     if on_command_line and not ray.is_initialized():
-        atexit.register(_remove_session)
+        _leave_nothing_behind()
     deployment = serve.deployment(
         _replica_class(),
         name="pregate",
@@ -97,17 +100,27 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     return deployment.bind(config.to_dict())
 
 
-def _remove_session() -> None:
-    """Remove the session folder of a Ray that `serve run` started in this process; Ray itself leaves it behind."""
+def _leave_nothing_behind() -> None:
+    """Should `serve run` start Ray in this process: at exit remove its session folder, and what its dashboard leaves.
+
+    (Of the dashboard's subprocesses an empty folder stays in the temporary folder, which here is one of our own.)
+    """
+    os.environ.setdefault("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp"))  # the session is where others look for it
+    folder = tempfile.mkdtemp(prefix="pregate-serve-")
+    os.environ["TMPDIR"] = folder
+    atexit.register(_clean_up, folder)
+
+
+def _clean_up(folder: str) -> None:
     node = ray._private.worker._global_node
-    if node is None or not node.is_head():  # another's Ray, or none
-        return
-    session = Path(node.get_session_dir_path())
-    stop_ray()
-    shutil.rmtree(session, ignore_errors=True)
-    latest = session.with_name("session_latest")
-    if latest.is_symlink() and not latest.exists():
-        latest.unlink()
+    if node is not None and node.is_head():  # else it is another's Ray, or none
+        session = Path(node.get_session_dir_path())
+        stop_ray()
+        shutil.rmtree(session, ignore_errors=True)
+        latest = session.with_name("session_latest")
+        if latest.is_symlink() and not latest.exists():
+            latest.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Replica:
