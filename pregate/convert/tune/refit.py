@@ -122,7 +122,7 @@ def refit(
     parent (where it is no partition, `parent` tells). Not for a tuned model. Returns per
     routed layer the share of the missing output's square that is still missing, on the text fitted on.
     """
-    layers = decoder_layers(model.parent)
+    layers = list(decoder_layers(model.parent))
     mlps = {m.layer: m for m in model.routed_mlps if 0 < m.cut.num_active < m.cut.num_routed}
     whole = {} if parent is None else {m.layer: m.module for m in find_gated_mlps(parent)}
     left: list[float] = []
