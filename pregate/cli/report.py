@@ -26,6 +26,12 @@ def report(
         Path | None,
         typer.Option(help="The dense parent; without, the one the manifest names if it is there.", show_default=False),
     ] = None,
+    tuned_parent: Annotated[
+        Path | None,
+        typer.Option(
+            help="The dense parent, tuned as a tuned --model was: what its verdict compares with.", show_default=False
+        ),
+    ] = None,
     max_tokens: Annotated[str, typer.Option(help="Measure on at most so many tokens, or all.")] = "10000",
     seed: SeedOption = 0,
     text_field: TextFieldOption = None,
@@ -33,15 +39,14 @@ def report(
 ) -> None:
     """Measure a routed checkpoint and write one self-contained HTML page: quality, load, flows, agreement, repeats."""
     from pregate.convert.progress import RichProgress
-    from pregate.convert.report.run import ReportOptions
+    from pregate.convert.report.options import ReportOptions
     from pregate.convert.report.run import report as run
     from pregate.convert.report.words import headline
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    options = ReportOptions(
-        model, out, tuple(text), tuple(compare or ()), parent, _tokens(max_tokens), seed, text_field
-    )
+    most, others = _tokens(max_tokens), tuple(compare or ())
+    options = ReportOptions(model, out, tuple(text), others, parent, tuned_parent, most, seed, text_field)
     figures = run(options, RichProgress())
     if as_json:
         typer.echo(strict_json(figures.to_dict()))

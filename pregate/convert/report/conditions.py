@@ -31,10 +31,8 @@ def package_versions() -> dict[str, str]:
 
 def hardware(device: torch.device) -> str:
     """One line: processor, cores, threads torch uses, and the GPU if the model is on one."""
-    parts = [processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} torch threads"]
-    if device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    return ", ".join(parts)
+    gpu = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    return ", ".join([processor(), f"{os.cpu_count()} cores", f"{torch.get_num_threads()} torch threads", *gpu])
 
 
 def processor() -> str:

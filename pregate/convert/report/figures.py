@@ -1,4 +1,4 @@
-"""The numbers of a report, as plain frozen dataclasses: what is measured, apart from how a page shows it.
+"""The numbers of a report, as frozen dataclasses: what is measured, apart from how a page shows it.
 
 Shares are 0 to 1, entropies and information in nats, sizes in bytes. A layer is numbered as in the model; only layers
 with an active routed expert appear.
@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pregate.convert.report.tuning import Tuning
+from pregate.convert.measure.control_table import STATIC
+from pregate.convert.report.costs import Costs
+from pregate.convert.report.training import TrainingCurve
+from pregate.convert.report.tuned_parent import TunedParent
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Quality:
-    """The checkpoint (`own` names its row) beside its controls, other models, and other numbers of experts."""
+    """The checkpoint (`own` names its row) beside its controls, other models, and other numbers of experts.
+
+    `tuned_parent`: the dense model that was tuned as well, where one was given.
+    """
 
     own: str
     controls: tuple[QualityPoint, ...]
     others: tuple[QualityPoint, ...] = ()
     curves: tuple[Curve, ...] = ()
+    tuned_parent: QualityPoint | None = None
 
     def point(self, name: str) -> QualityPoint | None:
         """The control of that name."""
@@ -51,8 +58,16 @@ class Quality:
     @property
     def own_point(self) -> QualityPoint:
         """The checkpoint as it is served."""
-        point = self.point(self.own)
-        assert point is not None
+        return self[self.own]
+
+    @property
+    def gain_over_static(self) -> float:
+        """Its perplexity beside that of as many fixed neurons, less 1: below 0 where choosing experts pays."""
+        return self.own_point.perplexity / self[STATIC].perplexity - 1
+
+    def __getitem__(self, name: str) -> QualityPoint:
+        point = self.point(name)
+        assert point is not None, name
         return point
 
 
@@ -144,21 +159,16 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class TrainingCurve:
-    """One quantity along a training: `steps` and `values` of equal length."""
-
-    name: str
-    steps: tuple[float, ...]
-    values: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class Model:
-    """What is reported on; sizes as stored on disk. `fits_router`: it was tuned under the routing in use."""
+    """What is reported on; sizes as stored on disk.
+
+    `is_tuned`: its weights were trained after the cut; `fits_router`: under the routing it is served with.
+    """
 
     name: str
     path: str
     method: str
+    is_tuned: bool
     fits_router: bool
     routing: str
     selection: str
@@ -198,19 +208,22 @@ class Conditions:
 class Figures:
     """Everything a report shows.
 
-    `tuning`: what the manifest says of the training behind the curves; None where that is not enough to show.
+    `tuning`: what the manifest says of the training behind the curves (`training.tuning_of`), None where that is not
+    enough to show. `tuned_parent`: how the dense model of `quality.tuned_parent` was tuned, next to this one.
     """
 
     model: Model
     conditions: Conditions
     quality: Quality
+    costs: Costs
+    tuned_parent: TunedParent | None
     loads: tuple[LayerLoad, ...]
     flows: tuple[Flow, ...]
     agreements: tuple[Agreement, ...]
     repeats: Repeats
     overlap: Overlap
     training: tuple[TrainingCurve, ...]
-    tuning: Tuning | None
+    tuning: dict[str, dict[str, Any]] | None
     router_losses: dict[str, float]
     manifest: dict[str, Any]
 

@@ -18,18 +18,11 @@ from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.control_table import ORACLE, control_rows, own_name
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.measure.overlap import overlaps, routed_neurons
-from pregate.convert.measure.scoring import Score, score_rows
+from pregate.convert.measure.scoring import score_rows
 from pregate.convert.measure.tied import rows_are_tied
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
-from pregate.convert.report.numbers import (
-    Numbers,
-    ladders,
-    routers_agree,
-    takes_numbers,
-    thresholds_for,
-    with_numbers,
-)
+from pregate.convert.report.numbers import Numbers, ladders, routers_agree, takes_numbers, thresholds_for, with_numbers
 from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.text.batches import batches
 from pregate.model.layers import RoutedMLP, RoutingPolicy
@@ -99,10 +92,12 @@ def measure_quality(
     return Quality(own_name(model), points, curves=_curves(model, rows, table, progress))
 
 
-def compared(name: str, model: Any, rows: Sequence[list[int]], num_bytes: int, dense: QualityPoint) -> QualityPoint:
+def compared(
+    name: str, model: Any, rows: Sequence[list[int]], num_bytes: int, dense: QualityPoint, progress: Progress
+) -> QualityPoint:
     """Another model, dense or routed, on the same rows."""
     meter = AgreementMeter(compares=False) if isinstance(model, RoutedForCausalLM) else None
-    score = score_rows(model, rows, meter)
+    score = score_rows(model, rows, meter, progress, name=name)
     share = 1.0 if meter is None else round(meter.active_share, 4)
     ratio = round(score.perplexity / dense.perplexity, 4)
     return QualityPoint(name, share, round(score.perplexity, 4), ratio, round(score.bits_per_byte(num_bytes), 4))
@@ -118,23 +113,19 @@ def _curves(
     """
     policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
     policies[ORACLE] = OraclePolicy()
-    ladder = ladders(model)
-    limits = {name: thresholds_for(model, rows, ladder, of_oracle=name == ORACLE) for name in policies}
-    first, policy = next(iter(policies.items()))
-    alike = [n for n in ladder if routers_agree(model, n)]
-    ends = {n: _run(model, rows, n, limits[first][n], policy, progress) for n in alike}
-    curves = []
+    ladder, measured, curves = ladders(model), {}, []
     for name, policy in policies.items():
+        limits = thresholds_for(model, rows, ladder, of_oracle=name == ORACLE)
         points = []
-        for numbers in ladder:
-            if numbers in ends:
-                points.append(ends[numbers])
-            elif numbers == Numbers.of(model):
-                points.append((table[name]["active_share"], table[name]["perplexity"]))
-            else:
-                points.append(_run(model, rows, numbers, limits[name][numbers], policy, progress))
+        for step in ladder:
+            key = ("both" if routers_agree(model, step) else name, step)
+            if key not in measured and step == Numbers.of(model) and key[0] == name:
+                measured[key] = table[name]["active_share"], table[name]["perplexity"]
+            elif key not in measured:
+                measured[key] = _run(model, rows, step, limits[step], policy, progress)
+            points.append(measured[key])
         shares, perplexities = zip(*points, strict=True)
-        curves.append(Curve(name, tuple(n.mean for n in ladder), shares, perplexities))
+        curves.append(Curve(name, tuple(step.mean for step in ladder), shares, perplexities))
     return tuple(curves)
 
 
@@ -149,7 +140,7 @@ def _run(
     """Active share and perplexity with `numbers` of experts."""
     meter = AgreementMeter(compares=False)
     with with_numbers(model, numbers, limits):
-        score: Score = score_rows(model, rows, meter, progress, policy)
+        score = score_rows(model, rows, meter, progress, policy)
     return round(meter.active_share, 4), round(score.perplexity, 4)
 
 

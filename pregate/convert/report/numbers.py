@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -117,17 +118,12 @@ def thresholds_for(
     """
     if model.config.selection != "threshold":
         return {numbers: {} for numbers in ladder}
-    scores = _scores(model, _sample(rows), of_oracle)
+    stride = max(1, round(sum(map(len, rows)) / SAMPLE_TOKENS))
+    scores = _scores(model, rows[::stride], of_oracle)
     return {
         numbers: {layer: float(threshold_for(s_TR, numbers.by_layer[layer])) for layer, s_TR in scores.items()}
         for numbers in ladder
     }
-
-
-def _sample(rows: Sequence[list[int]]) -> list[list[int]]:
-    """Evenly spaced rows of about `SAMPLE_TOKENS` tokens."""
-    stride = max(1, round(sum(map(len, rows)) / SAMPLE_TOKENS))
-    return list(rows[::stride])
 
 
 @torch.no_grad()
@@ -165,58 +161,36 @@ def with_numbers(model: RoutedForCausalLM, numbers: Numbers, limits: Limits) -> 
 
     Gates, oracle and path router (where it can: `takes_numbers`) all follow; all is as before afterwards.
     """
-    kept = [(mlp, mlp.cut, mlp.mass_threshold) for mlp in model.routed_mlps]
-    router = model.path_router
+    changes: list[tuple[Any, str, Any]] = []
+    for mlp in model.routed_mlps:
+        number, limit = numbers.by_layer[mlp.layer], limits.get(mlp.layer)
+        changes.append((mlp, "cut", replace(mlp.cut, num_active=number)))
+        changes += [(gate, "num_active", number) for gate in (mlp.linear_gate, mlp.paper_gate) if gate is not None]
+        if limit is not None:
+            changes.append((mlp, "mass_threshold", torch.full_like(mlp.mass_threshold, limit)))
+            if mlp.linear_gate is not None:
+                changes.append((mlp.linear_gate, "threshold", torch.full_like(mlp.linear_gate.threshold, limit)))
+    if model.path_router is not None and model.config.routing == "path" and takes_numbers(model):
+        changes.append((model, "path_router", _router_with(model.path_router, numbers, limits)))
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
-        for mlp in model.routed_mlps:
-            number, limit = numbers.by_layer[mlp.layer], limits.get(mlp.layer)
-            _set(mlp, replace(mlp.cut, num_active=number), _like(mlp.mass_threshold, limit))
-        if router is not None and model.config.routing == "path" and takes_numbers(model):
-            _put_router(model, _router_with(router, numbers, limits))
-        with _gate_limits(model, limits):
-            yield
-    finally:
-        for mlp, cut, mass_threshold in kept:
-            _set(mlp, cut, mass_threshold)
-        if router is not None:
-            _put_router(model, router)
-
-
-def _set(mlp: RoutedMLP, cut: LayerCut, mass_threshold: torch.Tensor) -> None:
-    mlp.cut, mlp.mass_threshold = cut, mass_threshold
-    for gate in (mlp.linear_gate, mlp.paper_gate):
-        if gate is not None:
-            gate.num_active = cut.num_active
-
-
-@contextmanager
-def _gate_limits(model: RoutedForCausalLM, limits: Limits) -> Iterator[None]:
-    gates = [(m.linear_gate, m.linear_gate.threshold, m.layer) for m in model.routed_mlps if m.linear_gate is not None]
-    try:
-        for gate, before, layer in gates:
-            gate.threshold = _like(before, limits.get(layer))
+        _set(model, changes)
         yield
     finally:
-        for gate, before, _ in gates:
-            gate.threshold = before
+        _set(model, before)
+
+
+def _set(model: RoutedForCausalLM, changes: Sequence[tuple[Any, str, Any]]) -> None:
+    for owner, name, value in changes:
+        setattr(owner, name, value)
+    model.forget_path_computer()
 
 
 def _router_with(router: PathRouter, numbers: Numbers, limits: Limits) -> PathRouter:
     """A copy of `router` that takes other numbers of experts."""
     cuts = [replace(cut, num_active=n) for cut, n in zip(router.cuts, numbers.by_layer, strict=True)]
-    copy = PathRouter(router.config, router.embedding.num_embeddings, cuts, router.selection).to(
-        router.thresholds.device
-    )
-    copy.load_state_dict(router.state_dict())
+    copy = PathRouter(router.config, router.embedding.num_embeddings, cuts, router.selection)
+    copy.to(router.thresholds.device).load_state_dict(router.state_dict())
     for layer, limit in limits.items():
         copy.thresholds[layer] = limit
     return copy.requires_grad_(False)
-
-
-def _put_router(model: RoutedForCausalLM, router: PathRouter) -> None:
-    model.path_router = router
-    model.forget_path_computer()
-
-
-def _like(tensor: torch.Tensor, value: float | None) -> torch.Tensor:
-    return tensor if value is None else torch.full_like(tensor, value)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,66 +17,25 @@ from pregate.base.errors import PregateError, UserError
 from pregate.convert.files.dense import check_model_folder, load_dense, named
 from pregate.convert.files.parent import dense_of
 from pregate.convert.files.work_folder import write_whole
-from pregate.convert.measure.control_table import DENSE, STATIC
+from pregate.convert.measure.control_table import DENSE, nominal_share
 from pregate.convert.measure.overlap import bytes_per_row
 from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.report.conditions import date_now, hardware, package_versions
-from pregate.convert.report.figures import Conditions, Figures, Model, Quality
+from pregate.convert.report.costs import costs
+from pregate.convert.report.figures import Conditions, Figures, Model
 from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
+from pregate.convert.report.options import ReportOptions
 from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
-from pregate.convert.report.training import training_curves
-from pregate.convert.report.tuning import tuning_of
+from pregate.convert.report.training import training_curves, tuning_of
+from pregate.convert.report.tuned_parent import OPTION as TUNED_PARENT
+from pregate.convert.report.tuned_parent import tuned_parent
 from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
-
-#: Enough to tell methods apart in about a minute on a small model; a decision deserves all of the text.
-DEFAULT_MAX_TOKENS = 10_000
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """What to report on: a routed checkpoint, held-out text, and models to show beside it.
-
-    `parent` is the dense model (None: the one the manifest names if it is found, else the checkpoint with every
-    expert on, where that is the same). Documents are drawn with `seed`, which is that of random routing too, until
-    `max_tokens` are scored (None: all of them).
-    """
-
-    model: Path
-    out: Path
-    text: tuple[Path, ...]
-    compare: tuple[Path, ...] = ()
-    parent: Path | None = None
-    max_tokens: int | None = DEFAULT_MAX_TOKENS
-    seed: int = 0
-    text_field: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise UserError("--text: give held-out text, at least one .txt or .jsonl file or a folder of them")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more, or all")
-        if self.seed < 0:
-            raise UserError.of("--seed", self.seed, "allowed: 0 or more")
-        if self.out.exists():
-            raise UserError.of("--out", self.out, "exists already; allowed: a file that does not exist yet")
-        if not self.out.absolute().parent.is_dir():
-            raise UserError.of("--out", self.out, "its parent folder does not exist")
-
-    @property
-    def command(self) -> str:
-        """The command line that asks for this."""
-        words = ["pregate", "report", "--model", self.model, "--out", self.out, "--text", *self.text]
-        words += [word for path in self.compare for word in ("--compare", path)]
-        words += ["--parent", self.parent] if self.parent is not None else []
-        words += ["--max-tokens", "all" if self.max_tokens is None else self.max_tokens, "--seed", self.seed]
-        words += ["--text-field", self.text_field] if self.text_field is not None else []
-        return shlex.join(map(str, words))
 
 
 def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
@@ -112,29 +70,31 @@ class _Runs:
 def measure(options: ReportOptions, progress: Progress) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
-    stored = _routed_config(options.model)
+    stored, manifest = _routed_config(options.model), read_manifest(options.model)
+    tuned = options.tuned_parent and tuned_parent(options.tuned_parent, options.model, manifest)
     text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed, options.text_field)
     text.check_amount(options.text, progress)
-    others = [(path, _load("--compare", path, text)) for path in options.compare]
+    others = [(_name(path, options), _load("--compare", path, text)) for path in options.compare]
+    others += [("tuned dense parent", _load(TUNED_PARENT, path, text)) for path in [options.tuned_parent] if path]
     model: RoutedForCausalLM = load_any(options.model)
     parent_path = dense_of(options.model, model, options.parent)
     parent = None if parent_path is None else _load("--parent", parent_path, text)
-    manifest = read_manifest(options.model)
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
     del parent
     routes = measure_routes(model, text.rows, progress)
-    about = _describe(options.model, model, stored, manifest, quality)
-    dense = quality.point(DENSE)
-    assert dense is not None
-    points = tuple(compared(_name(p, options), other, text.rows, text.num_bytes, dense) for p, other in others)
+    points = tuple(compared(name, other, text.rows, text.num_bytes, quality[DENSE], progress) for name, other in others)
+    item_bytes = getattr(torch, _stored(stored)).itemsize
+    row_bytes = bytes_per_row(stored.text_config.hidden_size, item_bytes)
     return Figures(
-        model=about,
+        model=_describe(options.model, model, stored, manifest, row_bytes),
         conditions=_conditions(options, text, model, manifest, parent_path, time.monotonic() - started_s),
-        quality=replace(quality, others=points),
+        quality=replace(quality, others=points[: len(options.compare)], tuned_parent=points[-1] if tuned else None),
+        costs=costs(model, quality.own_point.active_share, item_bytes),
+        tuned_parent=tuned,
         loads=routes.loads(),
         flows=routed_flows(routes.visits),
         agreements=routes.agreements,
-        repeats=routes.repeats(model, _row_bytes(stored)),
+        repeats=routes.repeats(model, row_bytes),
         overlap=measure_overlap(model),
         training=training_curves(options.model),
         tuning=tuning_of(manifest),
@@ -154,13 +114,16 @@ def _routed_config(path: Path) -> RoutedConfig:
 
 
 def _load(option: str, path: Path, text: ScoredText) -> Any:
-    """A model to show beside the reported one; `option` says who named it."""
+    """A model to show beside the reported one; `option` says who named it. All but those to compare are dense."""
     with named(option):
         kind = check_model_folder(path)["model_type"]
         text.check_same_tokens(option, path)
-        if option == "--parent" and kind == RoutedConfig.model_type:
-            raise UserError.of(option, path, "is a routed checkpoint; allowed: the dense model it was made from")
-        return load_dense(path) if option == "--parent" else load_any(path)
+        if option == "--compare":
+            return load_any(path)
+        if kind == RoutedConfig.model_type:
+            what = "it was made from" if option == "--parent" else "it was made from, tuned as it was"
+            raise UserError.of(option, path, f"is a routed checkpoint; allowed: the dense model {what}")
+        return load_dense(path)
 
 
 def _name(path: Path, options: ReportOptions) -> str:
@@ -169,16 +132,13 @@ def _name(path: Path, options: ReportOptions) -> str:
     return str(path) if names.count(path.resolve().name) > 1 else path.resolve().name
 
 
-def _describe(
-    path: Path, model: RoutedForCausalLM, config: RoutedConfig, manifest: Manifest, quality: Quality
-) -> Model:
-    static = quality.point(STATIC)
+def _describe(path: Path, model: RoutedForCausalLM, config: RoutedConfig, manifest: Manifest, row_bytes: int) -> Model:
     routed = [cut for cut in config.cuts if cut.num_routed]
-    assert static is not None
     return Model(
         name=path.resolve().name,
         path=str(path.resolve()),
         method=manifest.method,
+        is_tuned=manifest.is_tuned,
         fits_router=manifest.fits_routing(config.routing),
         routing=config.routing,
         selection=config.selection,
@@ -189,10 +149,10 @@ def _describe(
         cut=_cut_words(routed, config.selection),
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_bytes=sum(f["bytes"] for name, f in manifest.files.items() if name.endswith(".safetensors")),
-        expert_bytes=max(cut.expert_width for cut in routed) * _row_bytes(config),
+        expert_bytes=max(cut.expert_width for cut in routed) * row_bytes,
         num_units=sum(cut.num_routed for cut in routed),
         dtype=_stored(config),
-        nominal_share=static.active_share,
+        nominal_share=nominal_share(model),
     )
 
 
@@ -208,10 +168,6 @@ def _cut_words(cuts: Sequence[LayerCut], selection: str) -> str:
 def _span(values: Sequence[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"
-
-
-def _row_bytes(config: RoutedConfig) -> int:
-    return bytes_per_row(config.text_config.hidden_size, getattr(torch, _stored(config)).itemsize)
 
 
 def _stored(config: RoutedConfig) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 
 from pregate.convert.report.figures import Figures
-from pregate.convert.report.run import ReportOptions, report
+from pregate.convert.report.options import ReportOptions
+from pregate.convert.report.run import report
 from pregate.model import RoutedConfig, RoutedForCausalLM
 from pregate.model.checkpoint import Manifest
 
@@ -40,6 +42,20 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+
+
+def told(html: str) -> str:
+    """All the words of a page, one space between any two."""
+    return " ".join(Page(html).text.split())
+
+
+def findings(html: str) -> dict[str, tuple[str, str]]:
+    """The page's judgements: subject -> mark and sentence."""
+    items = re.findall(r'<li class="(\w+)">(.*?)</li>', html, re.DOTALL)
+    spans = [
+        (mark, re.findall(r'<span class="(?:subject|sentence)">(.*?)</span>', item, re.DOTALL)) for mark, item in items
+    ]
+    return {told(subject): (mark, told(sentence)) for mark, (subject, sentence) in spans}
 
 
 def load(path: Path) -> RoutedForCausalLM:
@@ -79,7 +95,7 @@ def make_report(model: Path, text: Path, folder: Path, **more) -> tuple[Figures,
 def check_page(html: str) -> Page:
     page = Page(html)
     assert page.open == []  # every element is closed, in order
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "link", "iframe", "object", "use", "image"})
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "img", "link", "iframe", "object", "image"})
     for _, attributes in page.tags:
         assert not [name for name in attributes if name.startswith("on") or name in {"src", "srcset", "data"}]
         assert str(attributes.get("href", "#")).startswith("#")
@@ -88,6 +104,9 @@ def check_page(html: str) -> Page:
     assert policy[0].startswith("default-src 'none'")
     assert "url(" not in html
     ids = [a["id"] for _, a in page.tags if "id" in a]
-    links = [a["href"][1:] for t, a in page.tags if t == "a"]
-    assert ids == links
+    assert len(ids) == len(set(ids))
+    assert [a["id"] for t, a in page.tags if t == "section"] == [a["href"][1:] for t, a in page.tags if t == "a"]
+    assert {a["href"][1:] for t, a in page.tags if t == "use"} <= set(ids)
+    assert all("aria-label" in a and a.get("role") == "img" for t, a in page.tags if t == "svg")
+    assert not re.search(r"https?:", " ".join(str(v) for _, a in page.tags for v in a.values() if "<" not in str(v)))
     return page

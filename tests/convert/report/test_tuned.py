@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from html import unescape
 from pathlib import Path
 
 import pytest
@@ -15,12 +14,13 @@ from pregate.convert.measure.control_table import DENSE, ORACLE
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.report.figures import Figures
+from pregate.convert.report.options import ReportOptions
 from pregate.convert.report.page import render
-from pregate.convert.report.run import ReportOptions, report
-from pregate.convert.report.tuning import tuning_of
-from pregate.convert.report.words import findings
+from pregate.convert.report.run import report
+from pregate.convert.report.training import tuning_of
 from pregate.convert.tune.run import tune
 from pregate.model.checkpoint import read_manifest
+from tests.convert.report.pages import findings, told
 from tests.convert.tune.tuning import tiny_options
 
 
@@ -28,7 +28,7 @@ from tests.convert.tune.tuning import tiny_options
 def reported(tuned: Path, tiny_text: Path, tmp_path_factory) -> tuple[Figures, str]:
     out = tmp_path_factory.mktemp("page") / "page.html"
     figures = report(ReportOptions(tuned, out, (tiny_text,), max_tokens=150))
-    return figures, unescape(out.read_text()).replace("\N{NO-BREAK SPACE}", " ")
+    return figures, told(out.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,7 @@ def test_without_its_parent_it_is_refused(tuned: Path, tiny_text: Path, tmp_path
 
 
 def _sentence(figures: Figures, subject: str) -> str:
-    (found,) = [finding.sentence for finding in findings(figures) if finding.subject == subject]
-    return found
+    return findings(render(figures))[subject][1]
 
 
 def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[Figures, str]):
@@ -84,7 +83,7 @@ def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[
     untuned = replace(better, model=replace(better.model, fits_router=False))
     assert "to the best by hindsight" in _sentence(untuned, "Router")
     assert "A better router would gain little (90 % or more)." in _sentence(untuned, "Router")
-    assert "which nothing can know beforehand: the bound" in unescape(render(untuned))
+    assert "which nothing can know beforehand: the bound" in told(render(untuned))
 
 
 def test_paths_that_came_after_the_tuning_are_not_fitted(
@@ -124,20 +123,17 @@ def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
     figures = reported[0]
     tuning = figures.tuning
     assert tuning is not None
-    asked = replace(tuning.asked, method="lora", router=False, backbone=False, kl_share=0, hidden_match=5.0)
-    asked = replace(asked, teacher="T", balance="loss", balance_loss=0.01, validation=["V", "<b>W"])
-    outcome = replace(tuning.outcome, refit={"missing_left": []})
-    html = render(replace(figures, tuning=replace(tuning, asked=asked, outcome=outcome)))
+    asked = tuning["asked"] | {"method": "lora", "router": False, "backbone": False, "kl_share": 0, "hidden_match": 5.0}
+    asked |= {"teacher": "T", "balance": "loss", "balance_loss": 0.01, "validation": ["V", "<b>W"]}
+    outcome = tuning["outcome"] | {"refit": True}
+    html = told(render(replace(figures, tuning=tuning | {"asked": asked, "outcome": outcome})))
+    assert "FFNs (low-rank changes of rank 8, rate up to 0.003); the router's scores as they were. Loss: 1 " in html
+    assert "Loss: 1 times cross entropy + 5 times error of the layers' outputs" in html
+    assert "+ 0.01 times Switch's balancing loss. Teacher: T. Held-back" in html
     assert (
-        "FFNs (low-rank changes of rank 8, rate up to 0.003); the router&#x27;s scores as they were. Loss: 1 " in html
+        "documents of V, <b>W, measured in float32 every 6 steps and at the end (step 0 twice: before and after" in html
     )
-    assert "Loss: 1 times cross entropy + 5 times error of the layers&#x27; outputs" in html
-    assert "+ 0.01 times Switch&#x27;s balancing loss. Teacher: T. Held-back" in html
-    assert (
-        "documents of V, &lt;b&gt;W, measured in float32 every 6 steps and at the end (step 0 twice: before and after"
-        in html
-    )
-    untaught = render(replace(figures, tuning=replace(tuning, asked=replace(tuning.asked, kl_share=0))))
+    untaught = told(render(replace(figures, tuning=tuning | {"asked": tuning["asked"] | {"kl_share": 0}})))
     assert "Loss: 1 times cross entropy + 0.1 times error of the router" in untaught
     assert "Teacher: " not in untaught
     assert "The manifest does not say, or not in full, what this was trained on" in render(
@@ -151,7 +147,8 @@ def test_options_and_what_came_of_them_are_kept_apart(tuned: Path):
     options = manifest.options | {"tune": manifest.options["tune"] | {"steps": 99, "tokens": 9, "seed": 7}}
     tuning = tuning_of(replace(manifest, options=options))
     assert tuning is not None
-    assert (tuning.outcome.steps, tuning.outcome.tokens, tuning.asked.seed) == (6, found["tokens"], 7)
+    assert [tuning["outcome"][name] for name in ("steps", "tokens")] == [6, found["tokens"]]
+    assert tuning["asked"]["seed"] == 7
     for part in ("options", "calibration", "figures"):
         assert tuning_of(replace(manifest, **{part: {}})) is None
         said = getattr(manifest, part)
