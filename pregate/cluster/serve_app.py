@@ -142,9 +142,10 @@ class Replica:
         mount(openai_app.build_app(self._service))
 
     def check_health(self) -> None:
-        """Serve restarts a replica whose deployment is gone; a new one launches it again."""
-        if self._deployment.lost is not None:
-            raise UnavailableError(self._deployment.lost)
+        """Serve restarts a replica whose deployment or engine is gone; a new one joins or launches it again."""
+        reason = self._deployment.lost or self._service.unavailable
+        if reason is not None:
+            raise UnavailableError(reason)
 
     async def __del__(self) -> None:
         if hasattr(self, "_service"):

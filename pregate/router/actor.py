@@ -17,7 +17,6 @@ from pregate.router.engine_options import EngineOptions
 if TYPE_CHECKING:
     import numpy as np
 
-    from pregate.router.engine import Engine
     from pregate.router.engine_server import EngineServer
     from pregate.workers.client import HostClient
 
@@ -37,7 +36,6 @@ class EngineActor:
         self._endpoint = endpoint
         self._stop_event = threading.Event()
         self._clients: Sequence[HostClient] = ()
-        self._engine: Engine | None = None
         self._server: EngineServer | None = None
         self._thread: threading.Thread | None = None
 
@@ -52,21 +50,25 @@ class EngineActor:
 
         quiet_transformers()
         self._clients = make_clients()
-        self._engine = build_engine(self._options, self._clients, hosts_of_LR)
-        self._server = EngineServer(self._engine, self._endpoint)
-        info = self._engine.info()  # before the thread: only that one asks the engine afterwards
+        engine = build_engine(self._options, self._clients, hosts_of_LR)
+        self._server = EngineServer(engine, self._endpoint)
         self._thread = threading.Thread(target=self._server.run, args=(self._stop_event,), name="engine", daemon=True)
         self._thread.start()
-        return {"endpoint": self._endpoint, "info": info, "pid": os.getpid()}
+        return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
 
     def status(self) -> dict[str, Any]:
-        """`running` turns false when the loop has ended, by `stop` or by a bug (the log has it)."""
-        return {"pid": os.getpid(), "running": self._thread is not None and self._thread.is_alive()}
+        """`running` turns false when the loop has ended, by `stop` or by a bug (the log has it).
+
+        `unavailable` says why requests are refused meanwhile (a lost host, for one), None when they are taken;
+        `busy_with` and `busy_s` what is being computed, None when nothing is.
+        """
+        running = self._thread is not None and self._thread.is_alive()
+        return {"pid": os.getpid(), "running": running, **(self._server.status() if self._server else {})}
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until no request is left; False when `timeout_s` passes first."""
         give_up_s = time.monotonic() + timeout_s
-        while self._engine is not None and self.status()["running"] and self._engine.has_work:
+        while self._server is not None and self.status()["running"] and self._server.has_work:
             if time.monotonic() > give_up_s:
                 return False
             time.sleep(_POLL_S)

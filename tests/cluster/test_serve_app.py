@@ -6,12 +6,17 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 
-from pregate.base.errors import UserError
+from pregate.base.errors import UnavailableError, UserError
 from pregate.client.client import Client
+from pregate.router.engine_client import EngineClient, EngineClientOptions
+from pregate.router.service import RouterService
 from tests.cluster.leftovers import ROOT, own_environment, serving, wait_for
+from tests.router.doors import LoopThread, engine_thread, local_engine, socket_folder
+from tests.router.doors import wait_for as eventually
 
 PROMPT = "to be or not"
 RUN = """
@@ -70,6 +75,27 @@ def streamed_ids(text):
     events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
     assert all("choices" in event for event in events), text
     return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
+
+
+def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):
+    """The engine's end by a bug leaves the lease as it is; Serve restarts the replica only when its health says so."""
+    from pregate.cluster.serve_app import Replica
+
+    replica, loop = object.__new__(Replica), LoopThread()
+    with local_engine(tiny_path_checkpoint) as engine, socket_folder() as folder:
+        client = EngineClient(f"ipc://{folder}/e", options=EngineClientOptions(keep_alive_s=0.05, silence_s=0.5))
+        replica._deployment = SimpleNamespace(lost=None)  # pyright: ignore[reportAttributeAccessIssue]
+        replica._service = RouterService(client, tiny_path_checkpoint, "tiny")
+        with engine_thread(engine, f"ipc://{folder}/e"):
+            loop.call(replica._service.model_info())
+            replica.check_health()
+        eventually(lambda: client.unavailable, what="the end of the engine")
+        with pytest.raises(UnavailableError, match="the engine"):
+            replica.check_health()
+        loop.call(replica._service.close())
+        del replica._service
+        del replica
+    loop.close()
 
 
 @pytest.mark.ray

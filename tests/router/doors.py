@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import zmq
@@ -22,8 +22,12 @@ from pregate.router.engine import Engine
 from pregate.router.engine_client import EngineClient, EngineClientOptions
 from pregate.router.engine_server import EngineServer, EngineServerOptions
 from pregate.router.grpc_server import GrpcOptions, GrpcServer
+from pregate.router.messages import Message
+from pregate.router.packet import pack, unpack
 from pregate.router.service import RouterService, ServiceOptions
 from tests.router.serving import engine_over, expert_hosts
+
+_T = TypeVar("_T")
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> float:
@@ -77,6 +81,45 @@ class LoopThread:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(10)
         self.loop.close()
+
+
+class RawDoor:
+    """Speaks packets, and only when told to."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.socket = zmq.Context.instance().socket(zmq.DEALER)
+        self.socket.connect(endpoint)
+        self._arrived: list[Message] = []
+
+    def send(self, *messages: Message) -> None:
+        self.socket.send(pack(messages))
+
+    def receive(self, kind: type[_T], timeout_s: float = 20.0) -> _T:
+        """Return the next message of this kind, passing over others; AssertionError when none comes."""
+        message = self.look(kind, timeout_s)
+        assert message is not None, f"no {kind.__name__} within {timeout_s} s"
+        return message
+
+    def look(self, kind: type[_T], timeout_s: float) -> _T | None:
+        give_up_s = time.monotonic() + timeout_s
+        while time.monotonic() < give_up_s:
+            for message in self._arrived:
+                if isinstance(message, kind):
+                    del self._arrived[: self._arrived.index(message) + 1]
+                    return message
+            self._arrived.clear()
+            if self.socket.poll(50):
+                self._arrived.extend(unpack(self.socket.recv()))
+        return None
+
+    def close(self) -> None:
+        self.socket.close(linger=0)
+
+    def __enter__(self) -> RawDoor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass

@@ -24,8 +24,7 @@ from pregate.router.messages import (
     SubmitRequest,
     TokensEvent,
 )
-from pregate.router.packet import pack, unpack
-from tests.router.doors import LoopThread, engine_thread, local_engine, socket_folder, wait_for
+from tests.router.doors import LoopThread, RawDoor, engine_thread, local_engine, socket_folder, wait_for
 
 PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=240, ignore_eos=True)
@@ -50,35 +49,6 @@ def slow(engine, monkeypatch):
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.01), step())[1], raising=False)
     return engine
-
-
-class RawDoor:
-    """Speaks packets, and only when told to."""
-
-    def __init__(self, endpoint):
-        self.socket = zmq.Context.instance().socket(zmq.DEALER)
-        self.socket.connect(endpoint)
-
-    def send(self, *messages):
-        self.socket.send(pack(messages))
-
-    def receive(self, kind, timeout_s=20.0):
-        """Return the next message of this kind, passing over others; AssertionError when none comes."""
-        message = self.look(kind, timeout_s)
-        assert message is not None, f"no {kind.__name__} within {timeout_s} s"
-        return message
-
-    def look(self, kind, timeout_s):
-        give_up_s = time.monotonic() + timeout_s
-        while time.monotonic() < give_up_s:
-            if self.socket.poll(50):
-                for message in unpack(self.socket.recv()):
-                    if isinstance(message, kind):
-                        return message
-        return None
-
-    def close(self):
-        self.socket.close(linger=0)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Client, gRPC door, service, channel and a real engine: what is asked is answered, once, with the right status."""
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -134,6 +135,12 @@ def test_route_of_a_layerwise_checkpoint_names_the_remedy(tiny_layerwise_checkpo
         (UserError, "prompt of 256 tokens: longer than the context of 256", [5] * 256, {}),
         (UserError, "prompt of 0 tokens: must hold", [], {}),
         (UserError, "prompt token id 512: must be 0 to 511", [512], {}),
+        (UserError, "prompt of 30000 bytes: longer than 255 tokens can hold", "word, " * 5000, {}),
+        (UserError, "prompt of bytes: must be text or a list of token ids", b"abc", {}),
+        (UserError, "prompt token id in a list: must be a whole number", ["a"], {}),
+        (UserError, "prompt token id -1: must be 0 to", [-1], {}),
+        (UserError, "stop_token_ids 512: must be 0 to 511", "x", {"stop_token_ids": [3, 512]}),
+        (UserError, "stop_token_ids -1: must be 0 to", "x", {"stop_token_ids": [-1]}),
         (UserError, "request_id: must match", "x", {"request_id": "a\nb"}),
         (NotFoundError, "model other: is not served here; allowed: tiny", "x", {"model": "other"}),
     ],
@@ -150,6 +157,83 @@ def test_no_prompt_at_all_is_invalid(front):
         list(front[1].stub.Generate(pb.GenerateRequest(), timeout=10))
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert error.value.details() == "prompt: missing; give text or tokenized"
+
+
+@pytest.mark.parametrize("method", ["Generate", "Route", "GetModelInfo"])
+def test_a_message_that_cannot_be_decoded_is_invalid(front, method):
+    with grpc.insecure_channel(front[1].target) as channel:
+        error = error_of(channel.unary_stream(f"/pregate.v1.Pregate/{method}")(b"\xff\xff\xff", timeout=10))
+    assert error is not None
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "cannot be decoded" in error.details()
+
+
+def test_a_message_too_large_for_the_server_is_not_worth_another_try(front, client):
+    text = "word " * 2_000_000
+    stream = client.generate("O wind", 100, ignore_eos=True)
+    next(stream)
+    with pytest.raises(UserError, match="larger than max"):
+        client.complete(text, 1)
+    assert len(list(stream)) > 0
+
+
+class NoTokenizer:
+    def encode(self, text):
+        raise AssertionError("tokenised")
+
+    encode_batch = encode
+
+
+def test_a_text_far_too_long_is_refused_before_it_is_tokenised(front, client, monkeypatch):
+    monkeypatch.setattr(front[1].service, "_tokenizer", NoTokenizer())
+    for method in (client.complete, client.route):
+        with pytest.raises(UserError, match=r"prompt of 3000000 bytes: longer than 25[56] tokens can hold"):
+            method("word, " * 500_000)
+
+
+def test_a_text_is_tokenised_without_holding_up_the_event_loop(front):
+    loop, service = front[1].loop, front[1].service
+
+    async def ticks_meanwhile():
+        task, ticks = asyncio.ensure_future(service._encode_aside("word, " * 100_000)), 0
+        while not task.done():
+            await asyncio.sleep(0.001)
+            ticks += 1
+        return ticks, len(task.result())
+
+    ticks, num_tokens = loop.call(ticks_meanwhile())
+    assert num_tokens > 100_000
+    assert ticks > 10, "`encode` holds Python's lock to its end"
+
+
+def test_more_calls_at_once_than_grpc_holds_end_with_a_reason(front):
+    """gRPC keeps 1,000 calls that nobody has taken up yet; above it ends them with a bare CANCELLED."""
+    door, codes = front[1], []
+    request = pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[512]))
+    door.loop.loop.call_soon_threadsafe(time.sleep, 1.0)
+    calls = [door.stub.Generate(request, timeout=60) for _ in range(3500)]
+    for call in calls:
+        error = error_of(call)
+        codes.append(None if error is None else error.code().name)
+    assert set(codes) <= {"INVALID_ARGUMENT", "RESOURCE_EXHAUSTED"}, {code: codes.count(code) for code in set(codes)}
+
+
+def test_a_proxy_of_the_environment_is_no_way_to_this_machine(front, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    port = front[1].target.rpartition(":")[2]
+    for host in ("127.0.0.1", "localhost"):
+        with Client(f"{host}:{port}", timeout_s=20) as client:
+            assert client.model_info().vocab_size == 512
+
+
+def test_model_info_says_how_the_engine_is(client):
+    client.complete("O wind", 2, ignore_eos=True)
+    info = client.model_info()
+    assert (info.unavailable, info.busy_with, info.busy_s) == ("", "", 0)
+    assert info.num_steps > 0
 
 
 def test_full_queue_says_when_to_come_again(checkpoint):

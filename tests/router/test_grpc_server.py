@@ -108,7 +108,7 @@ def test_tls_carries_calls_and_refuses_plain_ones(endpoint, tiny_dense, tls, tok
             client.model_info()
         with Client(f"127.0.0.1:{port}", timeout_s=5) as plain, pytest.raises(PregateError) as error:
             plain.health()
-        assert "the engine" not in str(error.value)
+        assert "if the server speaks TLS, give ca" in str(error.value)
 
 
 def test_a_bad_certificate_is_refused(endpoint, tiny_dense, tls, tmp_path):

@@ -110,6 +110,12 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
         (400, "invalid_argument", 'stop ["x"]: is not supported', {"stop": ["x"]}),
         (400, "invalid_argument", "tempersture: Extra inputs", {"tempersture": 1}),
         (400, "invalid_argument", "prompt", {"prompt": None}),
+        (400, "invalid_argument", "prompt of 60000 bytes: longer than 255 tokens", {"prompt": "word, " * 10_000}),
+        (400, "invalid_argument", "stop_token_ids -1: must be 0 to 511", {"stop_token_ids": [-1]}),
+        (400, "invalid_argument", "stop_token_ids 512: must be 0 to 511", {"stop_token_ids": [512]}),
+        (400, "invalid_argument", f"stop_token_ids {1 << 64}: must be 0 to 511", {"stop_token_ids": [1 << 64]}),
+        (400, "invalid_argument", f"stop_token_ids {10**30}: must be 0 to 511", {"stop_token_ids": [10**30]}),
+        (400, "invalid_argument", f"prompt token id {1 << 64}: must be 0 to 511", {"prompt": [1 << 64]}),
         (404, "not_found", "model other: is not served here; allowed: tiny", {"model": "other"}),
     ],
 )
@@ -121,6 +127,14 @@ def test_bad_input_gets_status_and_sentence(http, status, code, sentence, body, 
     error = response.json()["error"]
     assert error["code"] == code
     assert error["message"].startswith(sentence)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_larger_than_the_context_can_need_is_refused(http, chunked):
+    body = json.dumps({"model": "tiny", "prompt": "word " * 40_000}).encode()
+    response = http.post("/v1/completions", content=iter([body[:100_000], body[100_000:]]) if chunked else body)
+    assert response.status_code == 413
+    assert response.json()["error"]["message"].startswith("body of 20")
 
 
 def test_a_body_that_is_no_json_is_invalid(http):
