@@ -82,8 +82,9 @@ class Activity:
 
     def describe(self) -> dict[str, Any]:
         """Return `progress`, `busy_with` (None: idle) and `busy_s`."""
-        what, since_s = self._doing or (None, time.monotonic())
-        return {"progress": self.progress, "busy_with": what, "busy_s": time.monotonic() - since_s}
+        now_s = time.monotonic()
+        what, since_s = self._doing or (None, now_s)
+        return {"progress": self.progress, "busy_with": what, "busy_s": now_s - since_s}
 
 
 class EngineLink:

@@ -147,13 +147,16 @@ def door(
     client_options: EngineClientOptions | None = None,
     service_options: ServiceOptions | None = None,
     context: zmq.Context | None = None,
+    engine_first: bool = False,
 ) -> Iterator[Door]:
-    """A gRPC front door of the engine at `endpoint`."""
+    """A gRPC front door of the engine at `endpoint`; `engine_first`: it has answered before, as in a deployment."""
     loop = LoopThread()
     engine_client = EngineClient(endpoint, options=client_options, context=context)
     service = RouterService(engine_client, tokenizer_dir, name, options=service_options)
     server = GrpcServer(service, grpc_options or GrpcOptions(port=0))
     try:
+        if engine_first:
+            loop.call(service.model_info())
         target = f"127.0.0.1:{loop.call(server.start())}"
         with Client(target, timeout_s=60) as client, grpc.insecure_channel(target) as channel:
             yield Door(loop, service, server, target, client, pb_grpc.PregateStub(channel))
@@ -178,6 +181,6 @@ def served(checkpoint: Path, num_hosts: int = 0, **options: Any) -> Iterator[tup
     """The whole way: expert hosts, engine, door."""
     with local_engine(checkpoint, num_hosts, **options) as engine, socket_folder() as folder:
         endpoint = f"ipc://{folder}/engine.sock"
-        with engine_thread(engine, endpoint), door(endpoint, checkpoint) as front:
+        with engine_thread(engine, endpoint), door(endpoint, checkpoint, engine_first=True) as front:
             wait_for(front.client.health, what="health")
             yield engine, front
