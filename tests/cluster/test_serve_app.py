@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.request
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -81,20 +82,18 @@ def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):
     """The engine's end by a bug leaves the lease as it is; Serve restarts the replica only when its health says so."""
     from pregate.cluster.serve_app import Replica
 
-    replica, loop = object.__new__(Replica), LoopThread()
+    loop = LoopThread()
     with local_engine(tiny_path_checkpoint) as engine, socket_folder() as folder:
         client = EngineClient(f"ipc://{folder}/e", options=EngineClientOptions(keep_alive_s=0.05, silence_s=0.5))
-        replica._deployment = SimpleNamespace(lost=None)  # pyright: ignore[reportAttributeAccessIssue]
-        replica._service = RouterService(client, tiny_path_checkpoint, "tiny")
+        service = RouterService(client, tiny_path_checkpoint, "tiny")
+        replica: Any = SimpleNamespace(_deployment=SimpleNamespace(lost=None), _service=service)
         with engine_thread(engine, f"ipc://{folder}/e"):
-            loop.call(replica._service.model_info())
-            replica.check_health()
+            loop.call(service.model_info())
+            Replica.check_health(replica)
         eventually(lambda: client.unavailable, what="the end of the engine")
         with pytest.raises(UnavailableError, match="the engine"):
-            replica.check_health()
-        loop.call(replica._service.close())
-        del replica._service
-        del replica
+            Replica.check_health(replica)
+        loop.call(service.close())
     loop.close()
 
 
