@@ -126,7 +126,7 @@ def test_between_two_steps_few_prompts_are_taken(engine, endpoint, gate):
     with engine_thread(engine, endpoint, options), RawDoor(endpoint) as door:
         door.send(SubmitRequest("stream", PROMPT, LONG))
         assert gate.inside.wait(20)
-        burst = [SubmitRequest(f"b{i}", (5,) * 40, SHORT) for i in range(12)]
+        burst: list[SubmitRequest | RouteRequest] = [SubmitRequest(f"b{i}", (5,) * 40, SHORT) for i in range(12)]
         burst.insert(4, RouteRequest("long", (5,) * 250))
         for request in burst:
             door.send(request)
@@ -303,7 +303,7 @@ def _any_packet(rng):
         if kind == "submit" and rng.random() < 0.3:
             fields["sampling"] = {**sampling, rng.choice(list(sampling)): rng.choice(numbers)}
         messages.append(fields)
-    packet = msgpack.packb({"version": PROTOCOL_VERSION, "messages": messages})
+    packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": messages}) or b"")
     return packet[: rng.randrange(len(packet))] if rng.random() < 0.1 else packet
 
 

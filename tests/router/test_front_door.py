@@ -165,7 +165,7 @@ def test_a_message_that_cannot_be_decoded_is_invalid(front, method):
         error = error_of(channel.unary_stream(f"/pregate.v1.Pregate/{method}")(b"\xff\xff\xff", timeout=10))
     assert error is not None
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert "cannot be decoded" in error.details()
+    assert "cannot be decoded" in str(error.details())
 
 
 def test_a_message_too_large_for_the_server_is_not_worth_another_try(front, client):
