@@ -14,6 +14,7 @@ from pregate.workers.host import ExpertHost
 from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
 from pregate.workers.protocol import GroupIndex, GroupKey
+from tests.int8 import needs_int8
 
 WIDTH, CPU = 512, torch.device("cpu")
 UNITS = [(0, n) for n in range(6)] + [(2, n) for n in range(5)]
@@ -50,7 +51,7 @@ def shared_of(x_TD: torch.Tensor) -> torch.Tensor:
     return x_TD * 1000
 
 
-@pytest.mark.parametrize("implementation", ["loop", "grouped", "packed", "int8"])
+@pytest.mark.parametrize("implementation", ["loop", "grouped", "packed", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_layer_is_bit_for_bit_what_the_exchange_adds_up(reader, implementation, num_tokens, weighted):

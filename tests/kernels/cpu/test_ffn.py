@@ -11,6 +11,7 @@ from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
 from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
 from pregate.kernels.units import GroupRows, LayerUnits
+from tests.int8 import needs_int8
 
 D, M, S = 32, 24, 5
 EXACT = [LoopFFN, GroupedFFN, PackedFFN]
@@ -136,6 +137,7 @@ def test_a_segment_of_other_units_or_tokens_is_refused():
         ffn.layer(torch.ones(3, D), segments.build(ids_TLK, S).layer(0), units)
 
 
+@needs_int8
 def test_int8_is_near_and_not_exact():
     ffn, exact = Int8FFN("silu"), LoopFFN("silu")
     gate_up, down = random_experts()
@@ -145,6 +147,7 @@ def test_int8_is_near_and_not_exact():
     assert 0.001 < error < 0.05
 
 
+@needs_int8
 def test_int8_answers_for_a_row_whatever_is_beside_it():
     ffn = Int8FFN("silu")
     weights = ffn.stack(*random_experts())
