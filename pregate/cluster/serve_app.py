@@ -69,6 +69,12 @@ class AppOptions:
         return ServeConfig.from_dict({**values, "engine": {"model": "", "name": self.served_model_name}})
 
 
+class _Refusal(click.ClickException):
+    """A UserError as Serve's command line prints it."""
+
+    exit_code = 2
+
+
 def build_app(args: Mapping[str, Any]) -> serve.Application:
     """Build the application from `serve run`'s arguments (text) or a config file's `args`.
 
@@ -83,9 +89,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     except PregateError as error:
         if not on_command_line:
             raise
-        refusal = click.ClickException(str(error))
-        refusal.exit_code = 2
-        raise refusal from error
+        raise _Refusal(str(error)) from error
     if on_command_line and not ray.is_initialized():
         _leave_nothing_behind()
     deployment = serve.deployment(
