@@ -37,7 +37,7 @@ from benchmarks.surroundings import shown, surroundings
 from pregate.convert.files.partial import partial_folder, read_state
 from pregate.convert.files.shard_index import write_index
 from pregate.convert.text.calibration import HELD_BACK_SHARE, MAX_HELD_BACK
-from pregate.model.checkpoint import file_sha256
+from pregate.model.file_hashes import file_sha256
 
 GIB = 2**30
 KILL_TIMEOUT_S = 7200.0

@@ -22,6 +22,7 @@ from benchmarks.cuts import Cut, label
 from benchmarks.decoupling import Decoupling, tune_figures
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.measure.scoring import load_any
+from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 
 CUT: Cut = (8, 3, 3)
@@ -41,7 +42,7 @@ def tuned(one: Decoupling, name: str) -> dict[str, Any]:
     out = one.tune(one.checkpoint(CUT, "path"), one.folder / "balanced" / slug, ROWS[name])
     figures = tune_figures(out)
     kept = ("tokens", "cpu_seconds", "load_imbalance_before", "load_imbalance_after")
-    return one.bench.score(load_any(out)) | {name: figures[name] for name in kept}
+    return one.bench.score(load_any(read_folder(out))) | {name: figures[name] for name in kept}
 
 
 def markdown(rows: list[dict[str, Any]], around: dict[str, Any]) -> str:

@@ -29,11 +29,11 @@ from benchmarks.surroundings import surroundings
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.cut.recipes import RECIPES
-from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy, static_mask
 from pregate.convert.measure.scoring import encode_all, load_any, score_rows
 from pregate.convert.text.documents import read_documents
+from pregate.model.folder import read_folder
 from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 
@@ -75,12 +75,18 @@ class Subject:
 def subject(name: str, shared: Path, work: Path) -> Subject:
     if name == "stories3M":
         model, stories = shared / "models" / "stories3M", shared / "text" / "stories"
-        texts = [d.text for d in read_documents([stories / "ts_heldout.jsonl"], context_tokens(model), "--held-out")]
+        context = read_folder(model).context_tokens
+        texts = [d.text for d in read_documents([stories / "ts_heldout.jsonl"], context, "--held-out")]
         calibration: tuple[Path, ...] = (stories / "ts_train.jsonl",)
     else:
         model = QUARTET
         calibration, texts = _quartet_texts(shared / "text", work / "quartet-text")
-    return Subject(name, model, calibration, *encode_all(load_tokenizer(model), texts, context_tokens(model), None))
+    return Subject(
+        name,
+        model,
+        calibration,
+        *encode_all(read_folder(model).tokenizer, texts, read_folder(model).context_tokens, None),
+    )
 
 
 def _quartet_texts(texts: Path, folder: Path) -> tuple[tuple[Path, ...], list[str]]:
@@ -146,7 +152,7 @@ class Bench:
             **fields,
         )
         convert(options)
-        model = load_any(out)
+        model = load_any(read_folder(out))
         shutil.rmtree(out)
         return model
 
@@ -200,7 +206,7 @@ def run(names: list[str], seeds: list[int], shared: Path, work: Path) -> Iterato
     for name in names:
         one = subject(name, shared, work)
         bench = Bench(one, work)
-        dense = _Lazy(lambda one=one: load_any(one.model))
+        dense = _Lazy(lambda one=one: load_any(read_folder(one.model)))
         bench.row("dense", None, 0, lambda bench=bench, dense=dense: bench.score(dense(), metered=False))
         for cut in CUTS:
             for seed in seeds:

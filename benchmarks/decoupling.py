@@ -35,6 +35,7 @@ from pregate.convert.progress import Progress, RichProgress
 from pregate.convert.text.documents import read_documents, text_files
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
+from pregate.model.folder import read_folder
 from pregate.model.layers import RoutingPolicy
 from pregate.model.quiet import quiet_transformers
 
@@ -148,7 +149,7 @@ class Decoupling:
         self.bench.row(name, cut, self.args.seed, make)
 
     def _score(self, path: Path, control: RoutingPolicy | None = None) -> dict[str, Any]:
-        model = load_any(path)
+        model = load_any(read_folder(path))
         routed = hasattr(model, "routed_mlps")
         row = self.bench.score(model, control, metered=routed)
         return row if routed else row | {"active_share": 1.0}

@@ -32,11 +32,11 @@ from pregate.convert.export.gate_scale import measure_scales
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.run import ExportOptions, export
 from pregate.convert.export.stock_class import stock_config, write_stock_config
-from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.measure.scoring import encode_all, score_rows
 from pregate.convert.progress import QuietProgress, RichProgress
 from pregate.convert.text.documents import read_documents
+from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.quiet import quiet_transformers
 
@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     held_out = stories / "ts_heldout.jsonl"
     exported = export(ExportOptions(work / "routed", work / "stock", "qwen2_moe", (held_out,)), RichProgress())
     dense = export(ExportOptions(work / "routed", work / "dense", "dense"), RichProgress())
-    tokenizer, context = load_tokenizer(model), context_tokens(model)
+    tokenizer, context = read_folder(model).tokenizer, read_folder(model).context_tokens
     texts = [document.text for document in read_documents([held_out], context, "--text")]
     rows = encode_all(tokenizer, texts, context, None)[0]
     routed = RoutedForCausalLM.from_pretrained(work / "routed", dtype=torch.float32).eval()
@@ -145,7 +145,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         "readers": readers,
         "export": exported,
         "dense": dense | {"parent": shown(dense["parent"])},
-        "sweep": sweep(RoutedShards(work / "routed"), routed, few, work),
+        "sweep": sweep(RoutedShards(read_folder(work / "routed")), routed, few, work),
     }
 
 

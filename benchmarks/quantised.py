@@ -21,13 +21,13 @@ import torch
 from benchmarks.surroundings import surroundings
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.measure.scoring import encode_all, score_rows
 from pregate.convert.text.documents import read_documents
 from pregate.kernels import reference
 from pregate.kernels.cpu.ffn import LoopFFN
 from pregate.kernels.cpu.packed import Int8FFN
 from pregate.kernels.weights import quantise_rows, split_shared
+from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.quiet import quiet_transformers
 
@@ -80,9 +80,9 @@ def output_error(model: RoutedForCausalLM, name: str) -> float:
 
 @torch.no_grad()
 def measure(path: Path, held_out: Path) -> list[dict[str, Any]]:
-    context = context_tokens(path)
+    context = read_folder(path).context_tokens
     texts = [document.text for document in read_documents([held_out], context, "--shared-folder")]
-    held, _ = encode_all(load_tokenizer(path), texts, context, None)
+    held, _ = encode_all(read_folder(path).tokenizer, texts, context, None)
     rows: list[dict[str, Any]] = []
     for name in ("reference", "packed", "int8", *WEIGHT_ONLY):
         model = RoutedForCausalLM.from_pretrained(path).eval()

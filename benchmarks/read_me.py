@@ -27,11 +27,12 @@ from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.domains.domains import Domain, read_domains
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.run import read_me
-from pregate.convert.files.dense import context_tokens, load_dense, load_tokenizer
+from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.control_table import control_rows
 from pregate.convert.measure.scoring import Score, load_any, score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
+from pregate.model.folder import read_folder
 from pregate.model.layers import PathPolicy
 from pregate.model.quiet import quiet_transformers
 
@@ -58,8 +59,8 @@ class Case:
 
 
 def prepare(name: str, model: Path, domains: tuple[Path, ...], args: argparse.Namespace, work: Path) -> Case:
-    tokenizer = load_tokenizer(model)
-    length = min(4096, context_tokens(model))
+    tokenizer = read_folder(model).tokenizer
+    length = min(4096, read_folder(model).context_tokens)
     read = read_domains(domains, tokenizer, 16, length, args.pool_tokens, args.seed)
     texts = []
     for domain in read:
@@ -108,10 +109,10 @@ def domain_experts(case: Case, share: float, args: argparse.Namespace, work: Pat
         }
         found[name] |= {key: figures[key] for key in ("repeats_last_expert", "coverage", "swap")}
         if name == "read-me":
-            model = load_any(out)
+            model = load_any(read_folder(out))
             found["expert of the text's domain"] = {"routed_perplexity": by_label(model, case.read)}
             rows = [row for domain in case.read for row in domain.held_back[:CONTROL_DOCUMENTS]]
-            found["controls"] = control_rows(model, rows, 1, load_dense(case.model), args.seed)
+            found["controls"] = control_rows(model, rows, 1, load_dense(read_folder(case.model)), args.seed)
     return found
 
 
@@ -127,7 +128,7 @@ def clusters(case: Case, share: float, args: argparse.Namespace, work: Path) -> 
     )
     decouple(to_path, RichProgress())
     seconds = round(time.monotonic() - started, 1)
-    return {"routed_perplexity": perplexities(load_any(to_path.out), case.read), "seconds": seconds}
+    return {"routed_perplexity": perplexities(load_any(read_folder(to_path.out)), case.read), "seconds": seconds}
 
 
 def run(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
     cases.append(prepare("stories3M", stories, (text / "stories", *four, text / "wiki"), args, work))
     found: dict[str, Any] = {}
     for case in cases:
-        found[case.name] = {"dense": perplexities(load_dense(case.model), case.read)}
+        found[case.name] = {"dense": perplexities(load_dense(read_folder(case.model)), case.read)}
         for share in (0.5, 0.75):
             methods = domain_experts(case, share, args, work) | {CLUSTERS: clusters(case, share, args, work)}
             found[case.name][str(share)] = methods

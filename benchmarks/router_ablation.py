@@ -37,6 +37,7 @@ from pregate.convert.paths.decouple import DecoupleOptions, read_rows, routed_wi
 from pregate.convert.paths.targets import TargetPool, collect_targets
 from pregate.convert.progress import QuietProgress
 from pregate.model import RoutedForCausalLM
+from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 from pregate.model.router_flops import router_flops
 
@@ -107,7 +108,7 @@ class Ablation:
 
     @cached_property
     def pool(self) -> TargetPool:
-        return collect_targets(self.model, read_rows(self.options), QuietProgress())
+        return collect_targets(self.model, read_rows(self.options, read_folder(self.options.model)), QuietProgress())
 
     @cached_property
     def aligned(self) -> tuple[RoutedForCausalLM, TargetPool]:

@@ -28,13 +28,14 @@ from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scoring import load_any
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
+from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 
 
 @torch.no_grad()
 def all_on_difference(source: Path, routed_path: Path, num_rows: int = 32) -> float:
     """Largest absolute logit difference to the dense model with every routed expert on, on random tokens."""
-    dense, routed = load_any(source), load_any(routed_path)
+    dense, routed = load_any(read_folder(source)), load_any(read_folder(routed_path))
     routed.routing_policy = AllPolicy()
     vocabulary = dense.config.vocab_size
     ids = torch.randint(3, vocabulary, (num_rows, 1, 256), generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,7 @@ def read_tokens(path: Path) -> list[str]:
     UserError names `--token-file` when it cannot be read or holds none.
     """
     try:
-        text = path.read_bytes().decode("utf-8", "replace")
+        text = path.read_bytes().decode("utf-8-sig", "replace")
     except OSError as error:
         raise UserError.of("--token-file", path, f"cannot be read: {error.strerror}") from error
     tokens = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]

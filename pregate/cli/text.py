@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pregate.base.errors import CheckpointError, UserError, option_name
+from pregate.base.errors import UserError, option_name
 from pregate.base.sampling import check_sampling
 from pregate.base.tokens import read_tokens
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
     from pregate.client.client import Client
+    from pregate.model.folder import ModelFolder
 
 ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint, run in this process.")]
 TargetOption = Annotated[str | None, typer.Option("--target", help="HOST:PORT of a server.")]
@@ -129,10 +132,10 @@ def _generate_served(
 def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any]:
     import torch
 
+    folder, tokenizer, encoding = _read(path, prompt)
+    ids = encoding.ids
     model = _load(path)
-    tokenizer = _tokenizer(path)
-    ids = tokenizer.encode(prompt).ids
-    context = model.config.text_config.max_position_embeddings
+    context = model.config.context_tokens
     if not 0 < len(ids) < context:
         raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
     if sampling.seed is not None:
@@ -148,7 +151,22 @@ def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any
         pad_token_id=0,  # one sequence: nothing is padded
         **picking,
     )[0].tolist()
-    return _completion(tokenizer, ids, output[len(ids) :], _eos_ids(model))
+    return _completion(tokenizer, ids, output[len(ids) :], folder.eos_ids)
+
+
+def _read(path: Path, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
+    """The folder, its tokenizer, and the prompt's tokens; all that can be refused before the model is loaded."""
+    from pregate.model.folder import read_folder
+    from pregate.model.tokenizer import check_ids, read_tokenizer
+
+    if not path.is_dir():
+        raise UserError.of("--model", path, "no such folder; allowed: a checkpoint folder")
+    folder, tokenizer = read_folder(path), read_tokenizer(path)
+    encoding = tokenizer.encode(prompt)
+    check_ids(encoding, prompt, folder.vocab_size, "--prompt", f"of {len(encoding.ids)} tokens")
+    for note in folder.notes:
+        typer.echo(f"pregate: {path}: {note}", err=True)
+    return folder, tokenizer, encoding
 
 
 def _load(path: Path) -> Any:
@@ -157,18 +175,11 @@ def _load(path: Path) -> Any:
     from pregate.model.modeling import RoutedForCausalLM
     from pregate.model.quiet import quiet_transformers
 
-    if not path.is_dir():
-        raise UserError.of("--model", path, "no such folder; allowed: a checkpoint folder")
     quiet_transformers()
     return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def _eos_ids(model: Any) -> Sequence[int]:
-    eos = model.generation_config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else eos
-
-
-def _completion(tokenizer: Any, prompt_ids: list[int], new_ids: list[int], eos_ids: Sequence[int]) -> dict[str, Any]:
+def _completion(tokenizer: Any, prompt_ids: list[int], new_ids: list[int], eos_ids: Collection[int]) -> dict[str, Any]:
     """The same fields as a served completion; an end-of-text token is counted and not shown."""
     stopped = bool(new_ids) and new_ids[-1] in eos_ids
     shown = new_ids[:-1] if stopped else new_ids
@@ -182,21 +193,12 @@ def _completion(tokenizer: Any, prompt_ids: list[int], new_ids: list[int], eos_i
 
 
 def _route_here(path: Path, prompt: str) -> dict[str, Any]:
+    _folder, _tokenizer, encoding = _read(path, prompt)
     model = _load(path)
-    encoding = _tokenizer(path).encode(prompt)
     paths = model.paths(encoding.ids)
     ids = [[[int(e) for e in layer if e >= 0] for layer in token] for token in paths.ids]
     exact = model.config.routing == "path"
     return {"token_ids": encoding.ids, "tokens": encoding.tokens, "paths": ids, "exact": exact}
-
-
-def _tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing; the model needs its tokenizer")
-    return Tokenizer.from_file(str(file))
 
 
 def _print_route(result: dict[str, Any]) -> None:

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pregate.base.errors import BY_CODE, CheckpointError, PregateError, UnavailableError, UserError
+from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.cluster import placement
 from pregate.cluster.config import ServeConfig
+from pregate.model.folder import read_folder
+from pregate.model.tokenizer import read_tokenizer
 from pregate.router.grpc_server import GrpcOptions
 
 #: Hashing a large checkpoint from a slow disk takes minutes.
@@ -24,6 +26,7 @@ def check_config(config: ServeConfig) -> None:
     """Refuse a deployment that cannot come up. UserError or CheckpointError with the house's sentence."""
     if not Path(config.model).is_dir():
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
+    read_folder(Path(config.model))
     if "torch" in sys.modules:
         check_model(config)
         return
@@ -51,8 +54,7 @@ def check_model(config: ServeConfig) -> None:
     from pregate.router.family import check_family
 
     reader = CheckpointReader(config.model, hashes=True)
-    if not (Path(config.model) / "tokenizer.json").is_file():
-        raise CheckpointError(f"{config.model}/tokenizer.json: missing; a served model needs its tokenizer")
+    read_tokenizer(Path(config.model))
     if config.hosts:
         placement.check_request([cut.num_routed for cut in reader.config.cuts], config.hosts, config.placement)
     device = torch.device(config.device)

@@ -18,13 +18,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from pregate.base.errors import CheckpointError, PregateError, UserError
-from pregate.model.config import RoutedConfig
+from pregate.model.file_hashes import file_sha256, remembered_sha256
+from pregate.model.folder import ROUTED
+from pregate.model.shard_file import ITEM_BYTES, ShardFile
+
+if TYPE_CHECKING:
+    import torch
+
+    from pregate.model.config import RoutedConfig
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -63,15 +69,6 @@ class Manifest:
         return "tune" in steps
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hash every file of the folder and write `manifest.json` beside them."""
     paths = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
@@ -88,7 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise CheckpointError(f"{path}: missing; not a pregate checkpoint (make one with `pregate convert`)")
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
         manifest = Manifest(**fields)
         for name, entry in manifest.files.items():
             if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or "/" in name:
@@ -102,7 +99,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
-    """Raise CheckpointError for a file that is missing, cut short, or (with `hashes`) changed."""
+    """Raise CheckpointError for a file that is missing, cut short, or (with `hashes`) changed.
+
+    A file is hashed once, and again when it changes (`file_hashes.remembered_sha256`).
+    """
     if "config.json" not in manifest.files or not any(f.endswith(".safetensors") for f in manifest.files):
         raise CheckpointError(f"{folder / MANIFEST}: lists no config.json or no shard")
     for name, expected in manifest.files.items():
@@ -111,12 +111,12 @@ def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if hashes and file_sha256(path) != expected["sha256"]:
+        if hashes and remembered_sha256(path) != expected["sha256"]:
             raise CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
 
 
 class CheckpointReader:
-    """Reads single units of a checkpoint through memory-mapped shards; loads nothing else.
+    """Reads single units of a checkpoint; loads nothing else, and maps nothing: a unit once read stays as it was.
 
     Raises CheckpointError naming the file and the reason when the folder is foreign or damaged.
     """
@@ -127,31 +127,31 @@ class CheckpointReader:
         verify_files(self.path, self.manifest, hashes)
         self.config = self._config()
         self.fingerprint = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
-        self._shards = {p.name: self._open(p) for p in sorted(self.path.glob("*.safetensors"))}
         self._experts = self._index()
 
     def _config(self) -> RoutedConfig:
+        from pregate.model.config import RoutedConfig
+
         path = self.path / "config.json"
         try:
-            fields = json.loads(path.read_text())
-            model_type = fields["model_type"]
+            model_type = json.loads(path.read_text(encoding="utf-8-sig"))["model_type"]
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a readable model config ({error!r})") from error
-        if model_type != RoutedConfig.model_type:
-            raise CheckpointError(f"{path}: model_type {model_type!r}; allowed: {RoutedConfig.model_type!r}")
-        return RoutedConfig.from_json_file(path)  # which knows transformers' way of writing an infinity
-
-    @staticmethod
-    def _open(path: Path) -> Any:
+        if model_type != ROUTED:
+            raise CheckpointError(f"{path}: model_type {model_type!r}; allowed: {ROUTED!r}")
         try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+            return RoutedConfig.from_json_file(path)  # which knows transformers' way of writing an infinity
+        except Exception as error:  # transformers and its families raise many kinds
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
 
-    def _index(self) -> dict[tuple[int, str], tuple[Any, str]]:
-        found: dict[tuple[int, str], tuple[Any, str]] = {}
-        for shard in self._shards.values():
-            for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
+    def _index(self) -> dict[tuple[int, str], tuple[ShardFile, str]]:
+        found: dict[tuple[int, str], tuple[ShardFile, str]] = {}
+        for path in sorted(self.path.glob("*.safetensors")):
+            try:
+                shard = ShardFile(path)
+            except (ValueError, OSError) as error:
+                raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+            for name in shard.tensors:
                 if match := _EXPERTS.search(name):
                     found[int(match[1]), match[2]] = (shard, name)
         for layer, cut in enumerate(self.config.cuts):
@@ -172,23 +172,28 @@ class CheckpointReader:
         return self.config.hidden_act
 
     def read_unit(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read unit (layer, expert): `gate_up` [2M, D] and `down` [D, M] in the checkpoint's dtype."""
+        """Read unit (layer, expert): copies `gate_up` [2M, D] and `down` [D, M] in the checkpoint's dtype.
+
+        CheckpointError when the file was changed since this reader was made.
+        """
         if not 0 <= layer < self.num_layers or not 0 <= expert < self.config.cuts[layer].num_routed:
             raise UserError(f"unit ({layer}, {expert}): not in this checkpoint")
-        gate_up, down = (self._slice(layer, part)[expert] for part in ("gate_up_proj", "down_proj"))
-        return gate_up, down
+        return self._read(layer, "gate_up_proj", expert), self._read(layer, "down_proj", expert)
 
-    def _slice(self, layer: int, part: str) -> Any:
+    def _read(self, layer: int, part: str, expert: int) -> torch.Tensor:
         shard, name = self._experts[layer, part]
-        return shard.get_slice(name)
+        try:
+            return shard.read(name, expert)
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{shard.path}: {error}") from error
 
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one unit of `layer` as stored (0 for a dense layer)."""
         cut = self.config.cuts[layer]
         if not cut.num_routed:
             return 0
-        item = {"F32": 4, "F16": 2, "BF16": 2}[self._slice(layer, "down_proj").get_dtype()]
-        return 3 * cut.expert_width * self.hidden_size * item
+        shard, name = self._experts[layer, "down_proj"]
+        return 3 * cut.expert_width * self.hidden_size * ITEM_BYTES[shard.tensors[name].dtype]
 
 
 def check_new_folder(path: Path, option: str = "--out") -> None:

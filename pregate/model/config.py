@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
 from pregate.base.errors import UserError
+from pregate.model.config_fields import clean_fields
 
 ROUTINGS = ("layerwise", "path")
 GATES = ("linear", "representative", "representative-signed")
@@ -103,7 +105,7 @@ class RoutedConfig(PretrainedConfig):
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
-            parent = dict(text_config)
+            parent = clean_fields(text_config)
             text_config = AutoConfig.for_model(parent.pop("model_type", "llama"), **parent)
         self.text_config = text_config if text_config is not None else AutoConfig.for_model("llama")
         self.layer_cuts = layer_cuts or []
@@ -128,6 +130,12 @@ class RoutedConfig(PretrainedConfig):
             raise UserError.of("selection", self.selection, f"allowed with gate {self.gate}: top_k")
         if self.routing == "path" and self.path_router is None:
             raise UserError("routing path: config has no path_router; a path checkpoint needs one")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """As transformers' own; who asks for a config may ask for its model next, so that class is registered here."""
+        importlib.import_module("pregate.model.modeling")
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def cuts(self) -> tuple[LayerCut, ...]:
@@ -176,3 +184,6 @@ class RoutedConfig(PretrainedConfig):
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         """Give transformers' caches and generation the parent's config."""
         return self.text_config
+
+
+AutoConfig.register(RoutedConfig.model_type, RoutedConfig)

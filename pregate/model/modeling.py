@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
 from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.gates import Choice
 from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy
@@ -227,10 +228,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> RoutedForCausalLM:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load a checkpoint folder; CheckpointError names the file that is missing, damaged or foreign."""
+        """Load a checkpoint folder; CheckpointError names the file that is missing, damaged or foreign.
+
+        Of its generation_config.json it obeys what ends a text and nothing else, as a server does.
+        """
         path = Path(pretrained_model_name_or_path)
         manifest = read_manifest(path)
         verify_files(path, manifest, hashes=cls.hold_experts)
+        eos_ids = sorted(read_folder(path).eos_ids)
+        kwargs.setdefault("generation_config", GenerationConfig(eos_token_id=eos_ids or None))
         loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
@@ -239,3 +245,6 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             raise CheckpointError(f"{path}: the shards lack {absent[0]} ({len(absent)} tensors in all)")
         model.manifest = manifest
         return model
+
+
+AutoModelForCausalLM.register(RoutedConfig, RoutedForCausalLM)

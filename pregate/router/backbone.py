@@ -73,9 +73,15 @@ class Backbone:
 
     @classmethod
     def load(cls, path: str | Path, exchange: Exchange, dtype: str, device: str) -> Backbone:
-        """Load the checkpoint at `path` (CheckpointError when it is none) in `dtype` onto `device`."""
+        """Load the checkpoint at `path` (CheckpointError when it is none) in `dtype` onto `device`.
+
+        What is held are copies: transformers leaves a weight of the stored type mapped to its file, and whoever writes
+        over the file would change what is served, or kill the process by cutting it.
+        """
         register_attention()
         model: Any = RoutedBackbone.from_pretrained(path, dtype=getattr(torch, dtype))
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
         model.parent.set_attn_implementation(ATTENTION_NAME)
         return cls(model.to(device).eval(), exchange, device)
 

@@ -19,6 +19,7 @@ import torch
 from pregate.base.errors import HostLostError, PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.model.checkpoint import CheckpointReader
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.path_router import PathComputer, PathState
 from pregate.model.paths import Paths
 from pregate.router.attention import StepLayout
@@ -44,7 +45,9 @@ _NO_MEMORY = "can't allocate memory"
 class Engine:
     """Runs requests on a backbone whose experts live on hosts. See the module's docstring for a step."""
 
-    def __init__(self, options: EngineOptions, backbone: Backbone, exchange: Exchange, version: str) -> None:
+    def __init__(
+        self, options: EngineOptions, folder: ModelFolder, backbone: Backbone, exchange: Exchange, version: str
+    ) -> None:
         self.options, self.backbone, self.exchange, self.version = options, backbone, exchange, version
         self.config = backbone.model.config
         self.exact = self.config.routing == "path"
@@ -56,7 +59,7 @@ class Engine:
             BatchLimits(options.max_running, options.max_queued, options.step_tokens), self.allocator
         )
         self.computer = PathComputer(backbone.model.path_router) if backbone.model.path_router is not None else None
-        self.eos_ids = _eos_ids(Path(options.model), backbone.model)
+        self.eos_ids = folder.eos_ids
         self._states: dict[str, PathState] = {}
         self._sequences: dict[str, Sequence] = {}
         self._step_number = 0
@@ -244,13 +247,6 @@ def _finished(sequence: Sequence, reason: str) -> FinishedEvent:
     return FinishedEvent(sequence.request_id, reason, sequence.num_prompt, sequence.num_generated, per_host)
 
 
-def _eos_ids(path: Path, model: Any) -> frozenset[int]:
-    """Every id that ends a text, from the generation config (it may list several) or the model's config."""
-    eos = model.generation_config.eos_token_id if model.generation_config else None
-    eos = model.config.text_config.eos_token_id if eos is None else eos
-    return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
-
-
 def _local_layers(options: EngineOptions, clients: Many[HostClient], reader: CheckpointReader) -> LocalLayers | None:
     """Return whole layers where they serve better than groups: exact paths and one host, in this process. Logged."""
     found: LocalLayers | str = f"{len(clients)} hosts"
@@ -281,6 +277,9 @@ def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR:
     Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when one does not answer.
     """
     torch.set_num_threads(options.threads)
+    folder = read_folder(Path(options.model))
+    for note in folder.notes:
+        logger.warning("%s: %s", folder.path, note)
     reader = CheckpointReader(options.model)
     exchange = Exchange(uuid.uuid4().hex, clients, hosts_of_LR, options.group_timeout_s)
     for client in clients:
@@ -294,6 +293,6 @@ def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR:
     exchange.local = _local_layers(options, clients, reader)
     backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
     _warm_up(backbone, options.step_tokens)
-    engine = Engine(options, backbone, exchange, reader.fingerprint)
+    engine = Engine(options, folder, backbone, exchange, reader.fingerprint)
     logger.info("engine of %s: %s routing, %d hosts", options.model, engine.config.routing, len(clients))
     return engine

@@ -10,17 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import (
-    CheckpointError,
     DeadlineError,
     NotFoundError,
     QueueFullError,
     UnavailableError,
     UserError,
 )
+from pregate.model.tokenizer import read_tokenizer
 from pregate.router.detokenize import Detokenizer
 from pregate.router.engine_client import EngineClient
 from pregate.router.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
@@ -65,7 +63,7 @@ class RouterService:
     ) -> None:
         self.model_name = model_name
         self._engine = engine_client
-        self._tokenizer = _load_tokenizer(Path(tokenizer_dir))
+        self._tokenizer = read_tokenizer(Path(tokenizer_dir))
         self._options = options or ServiceOptions()
         self._num_requests = 0
         self._draining = False
@@ -254,13 +252,3 @@ class RouterService:
             self._num_requests -= 1
             if not self._num_requests:
                 self._idle.set()
-
-
-def _load_tokenizer(folder: Path) -> Tokenizer:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file; a served model needs its tokenizer")
-    try:
-        return Tokenizer.from_file(str(file))
-    except Exception as error:  # the tokenizers library raises no narrower one
-        raise CheckpointError(f"{file}: {error}") from error

@@ -19,8 +19,7 @@ from pregate.base.errors import option_name
 from pregate.convert.cut.layer_pass import LayerPass
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.device import pick_device
-from pregate.convert.files.assembly import copy_tokenizer
-from pregate.convert.files.dense import context_tokens, load_tokenizer, source_fields, source_of
+from pregate.convert.files.dense import source_fields, source_of, tell_differences
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.shard_index import write_index
@@ -33,6 +32,7 @@ from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.calibration import Calibration, read_calibration
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
+from pregate.model.folder import ModelFolder, read_folder
 
 #: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
 _BESIDE_THE_POINT = ("model", "out", "calibration", "device")
@@ -48,13 +48,13 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     """
     progress = progress or QuietProgress()
     check_new_folder(options.out)
-    skeleton = Skeleton(options.model, pick_device(options.device))
+    folder = read_folder(options.model)
+    skeleton = Skeleton(folder, pick_device(options.device))
     config = routed_config(skeleton, options)
-    tokenizer = load_tokenizer(options.model)
-    length = min(options.sequence_length, context_tokens(options.model))
+    length = min(options.sequence_length, folder.context_tokens)
     text = read_calibration(
         options.calibration,
-        tokenizer,
+        folder.tokenizer,
         options.samples,
         length,
         options.seed,
@@ -62,8 +62,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
         text_field=options.text_field,
         progress=progress,
     )
-    source = source_of(options.model)
-    fingerprint = fingerprint_of(options, source, skeleton.device, text)
+    tell_differences(folder, progress)
+    source = source_of(folder)
+    fingerprint = fingerprint_of(options, folder, source, skeleton.device, text)
     with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
         layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
@@ -90,12 +91,12 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
 
 
 def fingerprint_of(
-    options: ConvertOptions, source: dict[str, Any], device: torch.device, text: Calibration
+    options: ConvertOptions, folder: ModelFolder, source: dict[str, Any], device: torch.device, text: Calibration
 ) -> dict[str, Any]:
     """Everything the resulting weights depend on, by name."""
     fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
     fields["calibration text"] = short_digest([text.windows_SN.tolist(), text.held_back])
-    return fields | source_fields(options.model, source) | run_by(device)
+    return fields | source_fields(folder, source) | run_by(device)
 
 
 @torch.no_grad()
@@ -170,8 +171,7 @@ def _write_rest(skeleton: Skeleton, config: RoutedConfig, options: ConvertOption
     folder, num_layers = partial.checkpoint, partial.state.num_layers
     outer = skeleton.stored(skeleton.outer_names, getattr(torch, options.dtype))
     partial.write_shard(shard_name(num_layers, num_layers), {f"parent.{name}": t for name, t in outer.items()})
-    copy_tokenizer(options.model, folder)
     config.architectures, config.dtype = ["RoutedForCausalLM"], options.dtype
     config.save_pretrained(folder)
-    skeleton.model.generation_config.save_pretrained(folder)
+    skeleton.folder.carry_over(folder)
     write_index(folder)

@@ -22,14 +22,7 @@ from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.rounds import Rounds, num_stages
 from pregate.convert.domains.targets import domain_targets, expert_masks
 from pregate.convert.files.assembly import assemble, write_checkpoint
-from pregate.convert.files.dense import (
-    context_tokens,
-    dense_config,
-    load_dense,
-    load_tokenizer,
-    source_fields,
-    source_of,
-)
+from pregate.convert.files.dense import load_dense, source_fields, source_of, tell_differences
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.work_folder import run_by, short_digest, writing
@@ -40,6 +33,7 @@ from pregate.convert.paths.parent_embedding import start_from
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.amount import ENOUGH_TO_TRAIN, LEAST_TOKENS, check_amount
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
@@ -58,44 +52,53 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     """
     progress = progress or QuietProgress()
     check_new_folder(options.out)
-    dense_config(options.model)
-    device, tokenizer = pick_device(options.device), load_tokenizer(options.model)
-    length = min(options.sequence_length, context_tokens(options.model))
+    folder, device = read_folder(options.model), pick_device(options.device)
+    length = min(options.sequence_length, folder.context_tokens)
     sizes = options.samples, length, options.pool_tokens
-    domains = read_domains(options.domains, tokenizer, *sizes, options.seed, options.text_field)
+    domains = read_domains(options.domains, folder.tokenizer, *sizes, options.seed, options.text_field)
     for domain in domains:
         enough = min(ENOUGH_TO_TRAIN, options.pool_tokens // len(domains))  # as little as is asked for will do
         num_tokens, least = sum(map(len, domain.rows)), min(LEAST_TOKENS, enough // 2)
         check_amount(num_tokens, enough, "--domain", [domain.path], progress, least)
-    dense = load_dense(options.model).to(device)
+    dense = load_dense(folder).to(device)
     find_gated_mlps(dense)
-    source = source_of(options.model)
-    fingerprint = fingerprint_of(options, source, device, domains)
+    tell_differences(folder, progress)
+    source = source_of(folder)
+    fingerprint = fingerprint_of(options, folder, source, device, domains)
     with open_partial(options.out, fingerprint, num_stages(options), options.restart, "stage") as partial:
         dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
-        rounds, figures = _prepare(dense, domains, options, length, progress)
+        rounds, figures = _prepare(dense, folder, domains, options, length, progress)
         _train(rounds, partial, progress)
         figures |= _measure(rounds, domains, dense_scores)
         method = "read-me+tune" if options.steps else "read-me"
         calibration = {"domains": [d.describe() for d in domains], "seed": options.seed}
         manifest = Manifest(method, options.describe(), source, calibration, figures)
         with writing(options.out, partial.checkpoint):
-            write_checkpoint(rounds.model, partial.checkpoint, options.model, manifest, options.dtype)
+            write_checkpoint(rounds.model, partial.checkpoint, folder, manifest, options.dtype)
         partial.finish()
     return read_manifest(options.out)
 
 
 def fingerprint_of(
-    options: ReadMeOptions, source: dict[str, Any], device: torch.device, domains: Sequence[Domain]
+    options: ReadMeOptions,
+    folder: ModelFolder,
+    source: dict[str, Any],
+    device: torch.device,
+    domains: Sequence[Domain],
 ) -> dict[str, Any]:
     """Everything the resulting weights depend on, by name."""
     fields = {option_name(name): v for name, v in options.describe().items() if name not in _BESIDE_THE_POINT}
     fields["text of the domains"] = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
-    return fields | source_fields(options.model, source) | run_by(device)
+    return fields | source_fields(folder, source) | run_by(device)
 
 
 def _prepare(
-    dense: Any, domains: Sequence[Domain], options: ReadMeOptions, length: int, progress: Progress
+    dense: Any,
+    folder: ModelFolder,
+    domains: Sequence[Domain],
+    options: ReadMeOptions,
+    length: int,
+    progress: Progress,
 ) -> tuple[Rounds, dict[str, Any]]:
     """The model cut and its router at its start, and the figures of the cut; `dense` is used up."""
     experts = choose_experts(dense, domains, options, progress)
@@ -108,7 +111,7 @@ def _prepare(
     config = read_me_config(dense.config, experts, options)
     cut_model(dense, config, experts, domains)
     model = assemble(config, dense, _new_router(dense, experts, options))
-    teacher = load_dense(options.model).to(dense.device) if options.steps and options.kl_share else None
+    teacher = load_dense(folder).to(dense.device) if options.steps and options.kl_share else None
     held_back = [row for domain in domains for row in domain.held_back]
     return Rounds(model, pool, held_back, options, length, teacher), figures
 

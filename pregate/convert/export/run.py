@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,19 +19,17 @@ from pregate.convert.export.dense import check_dense, write_dense
 from pregate.convert.export.gate_scale import RouterScale, measure_scales
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
-from pregate.convert.files.assembly import copy_tokenizer
-from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.measure.scoring import encode_all
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.amount import ENOUGH_TO_MEASURE, LEAST_TOKENS, check_amount
 from pregate.convert.text.documents import read_documents
 from pregate.model.checkpoint import new_folder
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.modeling import RoutedForCausalLM
 
 FORMATS = ("qwen2_moe", "dense")
 RECORD = "export.json"
-_GENERATION = "generation_config.json"
 #: Median relative difference of logits that rounding may make, by the type exported; beyond it the export is refused.
 #: Experts chosen otherwise at near ties move single positions, not the median.
 TOLERANCE = MappingProxyType({"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1})
@@ -85,26 +82,28 @@ def export(options: ExportOptions, progress: Progress | None = None) -> dict[str
     """
     progress = progress or QuietProgress()
     with new_folder(options.out) as folder:
-        source = RoutedShards(options.model)
-        copy_tokenizer(options.model, folder)
-        if (options.model / _GENERATION).is_file():
-            shutil.copyfile(options.model / _GENERATION, folder / _GENERATION)
+        model_folder = read_folder(options.model)
+        source = RoutedShards(model_folder)
+        model_folder.carry_over(folder)
         if options.format == "dense":
             check_dense(source)
             return write_dense(source, folder, options.dtype, progress)
         check_expressible(source)
-        return _export_stock(source, options, folder, progress)
+        return _export_stock(source, model_folder, options, folder, progress)
 
 
-def _export_stock(source: RoutedShards, options: ExportOptions, folder: Path, progress: Progress) -> dict[str, Any]:
+def _export_stock(
+    source: RoutedShards, model_folder: ModelFolder, options: ExportOptions, folder: Path, progress: Progress
+) -> dict[str, Any]:
     dtype = options.dtype or source.dtype
     stock = stock_config(source.config, dtype)
-    rows = _rows(options, stock.max_position_embeddings, stock.vocab_size, progress)
+    rows = _rows(options, model_folder, stock.max_position_embeddings, stock.vocab_size, progress)
     routed: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     scales = measure_scales(routed, rows, SCALE_TOKENS, getattr(torch, dtype), options.scale)
     write_stock_config(stock, folder)
     write_qwen2_moe(source, [scale.factor for scale in scales], folder, getattr(torch, dtype), progress)
     model = load_stock(folder)
+    model.generation_config = routed.generation_config  # of greedy texts; what the folder says of sampling stays there
     figures = _figures(options, dtype, stock.max_position_embeddings, scales)
     figures |= compare_logits(routed, model, rows, progress)
     _check_difference(options, dtype, figures["median_relative_difference"])
@@ -140,14 +139,15 @@ def _check_difference(options: ExportOptions, dtype: str, median: float) -> None
         raise UserError.of("--format", options.format, reason)
 
 
-def _rows(options: ExportOptions, context: int, vocab_size: int, progress: Progress) -> list[list[int]]:
+def _rows(
+    options: ExportOptions, folder: ModelFolder, context: int, vocab_size: int, progress: Progress
+) -> list[list[int]]:
     """Token ids to measure on: the documents of `--text`, or random ones."""
     if not options.text:
         shape = (RANDOM_ROWS, min(RANDOM_TOKENS, context))
         return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
-    documents = read_documents(options.text, min(context, context_tokens(options.model)), "--text", options.text_field)
-    tokenizer = load_tokenizer(options.model)
-    rows, _num_bytes = encode_all(tokenizer, [d.text for d in documents], context, options.max_tokens)
+    documents = read_documents(options.text, min(context, folder.context_tokens), "--text", options.text_field)
+    rows, _num_bytes = encode_all(folder.tokenizer, [d.text for d in documents], context, options.max_tokens)
     enough = min(ENOUGH_TO_MEASURE, options.max_tokens or ENOUGH_TO_MEASURE)
     num_tokens = sum(len(row) - 1 for row in rows)
     check_amount(num_tokens, enough, "--text", options.text, progress, min(LEAST_TOKENS, enough))

@@ -1,123 +1,123 @@
-"""Loading the dense model a conversion starts from, and refusing what cannot be converted before any work."""
+"""Loading the dense model a conversion starts from; its folder was read and checked before (`model/folder.py`)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
-from pregate.base.errors import UserError
-from pregate.convert.files.shards import INDEX, DenseShards
+from pregate.convert.files.shards import DenseShards
 from pregate.convert.files.work_folder import short_digest
-from pregate.model.checkpoint import file_sha256
-from pregate.model.config import RoutedConfig
+from pregate.convert.progress import Progress
+from pregate.model.config_fields import without_outside_pad
+from pregate.model.file_hashes import file_sha256
+from pregate.model.folder import ModelFolder
+from pregate.model.shard_file import INDEX
+from pregate.model.tokenizer import reading_difference
 
-#: For the rare config that does not say how long a sequence may be.
-DEFAULT_CONTEXT_TOKENS = 2048
 #: Weights below this are hashed for the manifest; a disk takes minutes over those of a large model.
 HASHED_BYTES = 2 << 30
 
 
-def check_model_folder(path: Path) -> dict[str, Any]:
-    """Return the fields of `config.json`; UserError when `path` is no model folder."""
-    if not path.exists():
-        raise UserError.of("--model", path, "no such path")
-    config = path / "config.json"
-    if not config.is_file():
-        raise UserError.of("--model", path, "not a model folder: it has no config.json")
+def dense_config(folder: ModelFolder) -> Any:
+    """Config of a dense model; UserError for a checkpoint that is converted already, or what no model is built of."""
+    if folder.is_routed:
+        raise folder.refuse("is a pregate checkpoint already; allowed: a dense model")
+    model_type = folder.fields["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise folder.refuse(f"transformers cannot read its config (it does not know model_type {model_type!r})")
     try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError.of("--model", path, f"its config.json is not JSON ({error})") from error
-    if not isinstance(fields, dict) or "model_type" not in fields:
-        raise UserError.of("--model", path, "its config.json is not a model's: it has no model_type")
-    return fields
+        fields = PretrainedConfig._decode_special_floats(dict(folder.fields))
+        config: Any = CONFIG_MAPPING[model_type].from_dict(fields)
+    except Exception as error:  # its families raise many kinds for values they cannot use
+        raise folder.refuse(f"transformers cannot read its config ({in_one_line(error)})") from error
+    for key in ("hidden_activation", "hidden_act"):
+        act = getattr(config, key, None)
+        if act is not None and act not in ACT2FN:
+            known = ", ".join(name for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu2") if name in ACT2FN)
+            raise folder.refuse(f"its config.json's {key} is {act!r}; allowed: an activation of transformers ({known})")
+    heads, key_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    for whole, parts, what in (
+        (None if getattr(config, "head_dim", None) else getattr(config, "hidden_size", None), heads, "hidden_size"),
+        (heads, key_heads, "num_attention_heads"),
+    ):
+        if isinstance(whole, int) and isinstance(parts, int) and whole % parts:
+            divisor = "num_attention_heads" if what == "hidden_size" else "num_key_value_heads"
+            raise folder.refuse(f"its config.json's {what} is {whole}; allowed: a multiple of {divisor}, {parts}")
+    return without_outside_pad(config)
 
 
-@contextmanager
-def named(option: str) -> Iterator[None]:
-    """Name `option` in errors about a folder that was given by it and not as --model."""
+def load_dense(folder: ModelFolder) -> Any:
+    """Load the dense model in float32; UserError when its weights are missing, damaged or not finite."""
+    config = dense_config(folder)
+    generation = GenerationConfig(eos_token_id=sorted(folder.eos_ids) or None)
+    settings = {"dtype": torch.float32, "generation_config": generation, "output_loading_info": True}
     try:
-        yield
-    except UserError as error:
-        raise type(error)(str(error).replace("--model ", f"{option} ", 1)) from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder.path, config=config, **settings)
+    except Exception as error:  # of a folder's files, whatever they hold: many kinds
+        raise folder.refuse(f"its weights cannot be loaded ({in_one_line(error)})") from error
+    model, info = loaded
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:  # transformers only warns, and goes on with random weights in their place
+        raise folder.refuse(f"its weights lack {absent[0]} ({len(absent)} tensors in all)")
+    check_finite(dict(model.named_parameters()), folder)
+    return model.eval()
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Load the tokenizer that lies with the model; UserError when there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError.of("--model", path, f"its tokenizer cannot be loaded ({first_line(error)})") from error
+def check_finite(tensors: dict[str, torch.Tensor], folder: ModelFolder) -> None:
+    """UserError naming the first tensor that holds NaN or an infinity: nothing can be measured with it."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise folder.refuse(f"its weights are damaged: {name} holds NaN or infinite values")
 
 
-def dense_config(path: Path) -> Any:
-    """Config of a dense model folder; UserError for a checkpoint that is converted already or of an unknown type."""
-    if check_model_folder(path)["model_type"] == RoutedConfig.model_type:
-        raise UserError.of("--model", path, "is a pregate checkpoint already; allowed: a dense model")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError.of("--model", path, f"transformers cannot read its config ({first_line(error)})") from error
+def tell_differences(folder: ModelFolder, progress: Progress) -> None:
+    """Say what of the parent's folder is not followed, and where others would read its tokenizer otherwise."""
+    for note in (*folder.notes, reading_difference(folder.path, folder.tokenizer)):
+        if note:
+            progress.note(f"{folder.path}: {note}")
 
 
-def load_dense(path: Path) -> Any:
-    """Load the dense model in float32; UserError when its weights are missing or damaged."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError.of("--model", path, f"its weights cannot be loaded ({first_line(error)})") from error
-
-
-def context_tokens(path: Path) -> int:
-    """The longest sequence the model at `path` (dense or routed) is made for, in tokens."""
-    text_config = AutoConfig.from_pretrained(path).get_text_config()
-    return int(getattr(text_config, "max_position_embeddings", None) or DEFAULT_CONTEXT_TOKENS)
-
-
-def source_of(path: Path) -> dict[str, Any]:
+def source_of(folder: ModelFolder) -> dict[str, Any]:
     """What the manifest keeps of the parent: absolute path, type, and the sha256 of its config, index and shards.
 
     Shards of `HASHED_BYTES` and more together are not hashed; `hashed` says which it was. `dtypes`: what its weights
     are stored as, the commonest first, `dtype_exceptions` those not of the commonest, by name (the conversion may
     store them otherwise, and `pregate export --format dense` gives them back).
     """
-    shards = DenseShards(path)
+    path, shards = folder.path, DenseShards(folder.path, folder.option)
     files, hashed = [p for p in (path / "config.json", path / INDEX) if p.is_file()], "config, index and shards"
     if sum(shard.stat().st_size for shard in shards.files) < HASHED_BYTES:
         files += shards.files
     else:
         hashed = f"config and index alone (the shards are {HASHED_BYTES} bytes or more)"
-    model_type, hashes = check_model_folder(path)["model_type"], {p.name: file_sha256(p) for p in files}
-    source = {"path": str(path.resolve()), "model_type": model_type, "sha256": hashes, "hashed": hashed}
+    source = {"path": str(path.resolve()), "model_type": folder.fields["model_type"], "hashed": hashed}
+    source["sha256"] = {p.name: file_sha256(p) for p in files}
     return source | {"dtypes": shards.dtypes, "dtype_exceptions": shards.dtype_exceptions}
 
 
-def shards_stamp(path: Path) -> str:
+def shards_stamp(folder: ModelFolder) -> str:
     """A digest of which files the weights are and when they were written: resolved path, size and mtime of each.
 
     It costs the same at any size, and tells two models of one architecture and index apart.
     """
-    files = [file.resolve() for file in DenseShards(path).files]
+    files = [file.resolve() for file in DenseShards(folder.path, folder.option).files]
     stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return short_digest(stamps)
 
 
-def source_fields(path: Path, source: dict[str, Any]) -> dict[str, Any]:
-    """What tells the dense model at `path` apart, as fields of a fingerprint; `source` is its `source_of`.
+def source_fields(folder: ModelFolder, source: dict[str, Any]) -> dict[str, Any]:
+    """What tells the dense model in `folder` apart, as fields of a fingerprint; `source` is its `source_of`.
 
     A large model's shards are not hashed, so its path and its shards' stamp stand for them.
     """
-    fields = {"--model": source["path"], "the model's shards": shards_stamp(path)}
+    fields = {"--model": source["path"], "the model's shards": shards_stamp(folder)}
     return fields | {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says first; the rest is advice about the library."""
-    return str(error).strip().split("\n", 1)[0]
+def in_one_line(error: Exception) -> str:
+    """What an error of a library says, its lines joined; only the first where more is advice."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [repr(error)]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

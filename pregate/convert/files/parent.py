@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pregate.base.errors import UserError
-from pregate.model.checkpoint import Manifest, file_sha256, read_manifest
+from pregate.model.checkpoint import Manifest, read_manifest
+from pregate.model.file_hashes import file_sha256
 from pregate.model.modeling import RoutedForCausalLM
 
 

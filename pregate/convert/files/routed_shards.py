@@ -13,11 +13,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pregate.base.dtypes import dtype_name
-from pregate.base.errors import UserError
-from pregate.convert.files.dense import check_model_folder
 from pregate.convert.files.shards import DenseShards
 from pregate.model.checkpoint import read_manifest, verify_files
 from pregate.model.config import RoutedConfig
+from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import GatedMLP, decoder_layers, find_gated_mlps
 
 _CPU = torch.device("cpu")
@@ -44,20 +43,20 @@ class RoutedShards:
     UserError for a dense model, CheckpointError for a folder that is damaged or foreign.
     """
 
-    def __init__(self, folder: Path) -> None:
-        if check_model_folder(folder)["model_type"] != RoutedConfig.model_type:
-            raise UserError.of("--model", folder, "is a dense model; allowed: a checkpoint of `pregate convert`")
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        verify_files(folder, self.manifest, hashes=True)
-        self.config: Any = RoutedConfig.from_pretrained(folder)
+    def __init__(self, source: ModelFolder) -> None:
+        if not source.is_routed:
+            raise source.refuse("is a dense model; allowed: a checkpoint of `pregate convert`")
+        self.folder: Path = source.path
+        self.manifest = read_manifest(self.folder)
+        verify_files(self.folder, self.manifest, hashes=True)
+        self.config: Any = RoutedConfig.from_pretrained(self.folder)
         with torch.device("meta"):
             #: The parent without weights: it knows the names.
             self.parent: Any = AutoModelForCausalLM.from_config(self.config.text_config)
         self.ffns: list[GatedMLP] = find_gated_mlps(self.parent)
         layers = decoder_layers(self.parent)
         self.layers_name = next(name for name, module in self.parent.named_modules() if module is layers)
-        self._shards = DenseShards(folder)
+        self._shards = DenseShards(self.folder)
 
     @property
     def num_layers(self) -> int:

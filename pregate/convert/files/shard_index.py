@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pregate.convert.files.shards import INDEX, STORED_TYPES
+from pregate.convert.files.shards import STORED_TYPES
+from pregate.model.shard_file import INDEX
 
 
 def write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
+from pregate.model.shard_file import weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 #: Types that tensors may be stored in, by safetensors' names; weights are floating, the others occur among buffers.
 STORED_TYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
@@ -54,11 +52,14 @@ class DenseShards:
     quantised type.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, option: str = "--model") -> None:
+        self.folder, self._option = folder, option
         self.tensors: dict[str, StoredTensor] = {}
         #: The files that are read, and no other that lies beside them.
-        self.files = self._files()
+        try:
+            self.files = weight_files(folder)
+        except ValueError as error:
+            raise UserError.of(option, folder, str(error)) from error
         for file in self.files:
             with self._open(file) as shard:
                 for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
@@ -89,32 +90,10 @@ class DenseShards:
         stored = {name: tensor.dtype for name, tensor in self.tensors.items() if tensor.is_weight}
         return {name: dtype_name(STORED_TYPES[dtype]) for name, dtype in stored.items()}
 
-    def _files(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            return self._indexed(index)
-        if (self.folder / SINGLE).is_file():
-            return [self.folder / SINGLE]
-        pickled = sorted(self.folder.glob("*.bin"))
-        if pickled:
-            reason = f"{pickled[0].name} is a pickle, which pregate does not read; save the model as safetensors first"
-            raise UserError.of("--model", self.folder, f"{reason} (transformers: from_pretrained, save_pretrained)")
-        raise UserError.of("--model", self.folder, f"its weights cannot be loaded (neither {SINGLE} nor {INDEX})")
-
-    def _indexed(self, index: Path) -> list[Path]:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError.of("--model", self.folder, f"{INDEX} is no index of shards ({error!r})") from error
-        for name in names:
-            if not (self.folder / name).is_file():
-                raise UserError.of("--model", self.folder, f"{INDEX} names {name}, which is missing")
-        return [self.folder / name for name in names]
-
     def _describe(self, file: Path, name: str, stored: Any) -> StoredTensor:
         if stored.get_dtype() not in STORED_TYPES:
             allowed = f"allowed: {', '.join(STORED_TYPES)}"
-            raise UserError.of("--model", self.folder, f"{name} is stored as {stored.get_dtype()}; {allowed}")
+            raise UserError.of(self._option, self.folder, f"{name} is stored as {stored.get_dtype()}; {allowed}")
         return StoredTensor(file, tuple(stored.get_shape()), stored.get_dtype())
 
     @contextmanager
@@ -125,5 +104,5 @@ class DenseShards:
         except (SafetensorError, OSError) as error:
             reason = str(error).strip().split("\n", 1)[0]
             raise UserError.of(
-                "--model", self.folder, f"its weights cannot be loaded ({file.name}: {reason})"
+                self._option, self.folder, f"its weights cannot be loaded ({file.name}: {reason})"
             ) from error

@@ -8,17 +8,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pregate.base.errors import UserError
 from pregate.base.memory import give_back_heap
-from pregate.convert.files.dense import dense_config, first_line
+from pregate.convert.files.dense import check_finite, dense_config, in_one_line
 from pregate.convert.files.rounding import as_stored
 from pregate.convert.files.shards import DenseShards
+from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 
 #: Tokens that run through a layer at a time, in whole windows: bounds what attention and FFN hold between.
@@ -26,27 +26,25 @@ SLICE_TOKENS = 2048
 
 
 class Skeleton:
-    """The model at `path`, its parameters on the meta device but for what `loaded` holds at the time.
+    """The model in `folder`, its parameters on the meta device but for what `loaded` holds at the time.
 
     Everything is refused with a UserError here, before any work: what transformers does not know, and a checkpoint
     whose tensors are not exactly those of the module (by name and shape; a tied head may be absent).
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
-        config = dense_config(path)
+    def __init__(self, folder: ModelFolder, device: torch.device) -> None:
+        self.folder, self.device = folder, device
+        config = dense_config(folder)
         with torch.device("meta"):
             try:
                 self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            except ValueError as error:
-                raise UserError.of("--model", path, f"not a causal language model ({first_line(error)})") from error
+            except Exception as error:  # its families raise many kinds for values they cannot use
+                raise folder.refuse(f"not a causal language model ({in_one_line(error)})") from error
         self.model.eval().requires_grad_(False)
         self.widths = [mlp.width for mlp in find_gated_mlps(self.model)]
         self.layers = decoder_layers(self.model)
         self.layers_name = next(name for name, module in self.model.named_modules() if module is self.layers)
-        self.shards = DenseShards(path)
-        if (path / "generation_config.json").is_file():
-            self.model.generation_config = GenerationConfig.from_pretrained(path)
+        self.shards = DenseShards(folder.path, folder.option)
         self._tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self._check_names()
         make_buffers(self.model, device)
@@ -73,8 +71,13 @@ class Skeleton:
 
     @contextmanager
     def loaded(self, names: Collection[str]) -> Iterator[None]:
-        """Hold the named tensors on the device, in float32, for the length of the block."""
-        self._assign(self.shards.read([self._stored[name] for name in names], self.device), names)
+        """Hold the named tensors on the device, in float32, for the length of the block.
+
+        UserError for one that holds NaN or infinite values.
+        """
+        tensors = self.shards.read([self._stored[name] for name in names], self.device)
+        check_finite(tensors, self.folder)
+        self._assign(tensors, names)
         try:
             yield
         finally:
@@ -117,12 +120,10 @@ class Skeleton:
             if self._stored[name] not in have:
                 family = self.model.config.model_type
                 known = next(iter(sorted(have)), "no tensor")
-                raise UserError.of(
-                    "--model", self.path, f"its weights lack {name} of family {family!r} (they have {known}, for one)"
-                )
+                raise self.folder.refuse(f"its weights lack {name} of family {family!r} (they have {known}, for one)")
             if have[self._stored[name]].shape != own[name]:
                 shapes = f"{list(have[self._stored[name]].shape)}, its config says {list(own[name])}"
-                raise UserError.of("--model", self.path, f"{name} has shape {shapes}")
+                raise self.folder.refuse(f"{name} has shape {shapes}")
         self._check_rest(set(have) - set(own), {n for n in self._tied if n in have})
 
     def _check_rest(self, unknown: set[str], tied: set[str]) -> None:
@@ -130,14 +131,14 @@ class Skeleton:
         patterns = [r"rotary_emb\.inv_freq$", *(self.model._keys_to_ignore_on_load_unexpected or ())]
         foreign = sorted(n for n in unknown if not any(re.search(p, n) for p in patterns))
         if foreign:
-            raise UserError.of("--model", self.path, f"{type(self.model).__name__} has no place for {foreign[0]}")
+            raise self.folder.refuse(f"{type(self.model).__name__} has no place for {foreign[0]}")
         for name in sorted(tied):
             source = self._stored[self._tied[name]]
             if source != name:
                 both = self.shards.read([name, source], torch.device("cpu"))
                 if not torch.equal(both[name], both[source]):
                     reason = f"its config ties {name} to {source}, but they differ; set tie_word_embeddings to false"
-                    raise UserError.of("--model", self.path, reason)
+                    raise self.folder.refuse(reason)
 
     def enter(self, ids_SN: torch.Tensor) -> torch.Tensor:
         """Hidden states [S, N, D] that enter the first layer; the tensors of `outer_names` must be loaded."""
@@ -170,7 +171,7 @@ class Skeleton:
                 self.model.base_model(inputs_embeds=rows_SND, use_cache=False)
             if not isinstance(out[0], torch.Tensor) or out[0].shape != rows_SND.shape:
                 reason = f"{type(layer).__name__} returns more than hidden states; such layers cannot be streamed"
-                raise UserError.of("--model", self.path, reason)
+                raise self.folder.refuse(reason)
             yield out[0]
 
     def logits(self, hidden_SND: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import UserError
-from pregate.convert.files.dense import check_model_folder, load_dense, named
+from pregate.convert.files.dense import load_dense
 from pregate.convert.files.parent import dense_of
 from pregate.convert.measure.agreement import AgreementMeter, layer_figures
 from pregate.convert.measure.control_table import control_rows
 from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import load_any, score_rows
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.model.config import RoutedConfig
+from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -56,11 +56,12 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     dense parent is needed and not found.
     """
     progress = progress or QuietProgress()
-    if check_model_folder(options.model)["model_type"] != RoutedConfig.model_type and options.controls:
+    folder = read_folder(options.model)
+    if options.controls and not folder.is_routed:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
-    text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed or 0, options.text_field)
+    text = ScoredText.read(folder, options.text, options.max_tokens, options.seed or 0, options.text_field)
     text.check_amount(options.text, progress)
-    model = load_any(options.model)
+    model = load_any(folder)
     parent = _load_parent(options, model) if options.controls else None
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, text.rows, meter, progress)
@@ -86,5 +87,4 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
 def _load_parent(options: EvaluateOptions, model: RoutedForCausalLM) -> Any:
     """The dense model to compare with; None for the checkpoint itself."""
     path = dense_of(options.model, model, options.parent)
-    with named("--parent"):
-        return None if path is None else load_dense(path)
+    return None if path is None else load_dense(read_folder(path, "--parent"))

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pregate.base.errors import UserError
-from pregate.convert.files.dense import context_tokens, load_tokenizer
 from pregate.convert.measure.scoring import encode_all
 from pregate.convert.progress import Progress
 from pregate.convert.text.amount import ENOUGH_TO_MEASURE, LEAST_TOKENS, check_amount
 from pregate.convert.text.documents import draw_documents, read_documents
+from pregate.model.folder import ModelFolder
 
 
 @dataclass(frozen=True)
@@ -29,15 +28,15 @@ class ScoredText:
 
     @classmethod
     def read(
-        cls, model: Path, paths: Sequence[Path], max_tokens: int | None, seed: int, text_field: str | None = None
+        cls, model: ModelFolder, paths: Sequence[Path], max_tokens: int | None, seed: int, text_field: str | None = None
     ) -> ScoredText:
         """Draw documents of `paths` with `seed`, from every folder alike, until `max_tokens` are scored (None: all).
 
         UserError for text that cannot be read; `check_amount` refuses what gives nothing to score.
         """
-        context = context_tokens(model)
+        context = model.context_tokens
         texts = [d.text for d in draw_documents(read_documents(paths, context, "--text", text_field), seed)]
-        rows, num_bytes = encode_all(load_tokenizer(model), texts, context, max_tokens)
+        rows, num_bytes = encode_all(model.tokenizer, texts, context, max_tokens)
         return cls(rows, texts, num_bytes, context, max_tokens)
 
     @property
@@ -52,11 +51,11 @@ class ScoredText:
         enough = min(ENOUGH_TO_MEASURE, self.max_tokens or ENOUGH_TO_MEASURE)
         check_amount(self.num_tokens, enough, "--text", paths, progress, min(LEAST_TOKENS, enough))
 
-    def check_same_tokens(self, option: str, path: Path) -> None:
-        """UserError where the model at `path` reads the text as other tokens; then perplexities do not compare."""
-        context = context_tokens(path)
+    def check_same_tokens(self, other: ModelFolder) -> None:
+        """UserError where another model reads the text as other tokens; then perplexities do not compare."""
+        context = other.context_tokens
         longest = max(map(len, self.rows))
         if context < longest:
-            raise UserError.of(option, path, f"its context of {context} tokens is shorter than a document ({longest})")
-        if encode_all(load_tokenizer(path), self.texts, self.context, self.max_tokens)[0] != self.rows:
-            raise UserError.of(option, path, "reads the text as other tokens, so perplexities do not compare")
+            raise other.refuse(f"its context of {context} tokens is shorter than a document ({longest})")
+        if encode_all(other.tokenizer, self.texts, self.context, self.max_tokens)[0] != self.rows:
+            raise other.refuse("reads the text as other tokens, so perplexities do not compare")

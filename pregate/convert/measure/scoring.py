@@ -13,19 +13,18 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from pregate.convert.files.dense import check_model_folder, load_dense
+from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
 from pregate.convert.measure.logits import logits_in_pieces
 from pregate.convert.progress import Advance, Progress, QuietProgress
 from pregate.convert.text.batches import batches, padded
 from pregate.convert.text.calibration import encode
-from pregate.model.config import RoutedConfig
+from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import decoder_layers
 from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
@@ -148,11 +147,11 @@ def _metered(
     return MeteredPolicy(own, meter, real_T, paths_TLK)
 
 
-def load_any(path: Path) -> Any:
+def load_any(folder: ModelFolder) -> Any:
     """Load a routed or a dense model folder in float32."""
-    if check_model_folder(path)["model_type"] == RoutedConfig.model_type:
-        return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return load_dense(path)
+    if folder.is_routed:
+        return RoutedForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval()
+    return load_dense(folder)
 
 
 def encode_all(

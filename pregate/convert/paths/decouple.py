@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError, option_name
 from pregate.convert.files.assembly import assemble, write_checkpoint
-from pregate.convert.files.dense import check_model_folder, context_tokens, load_tokenizer
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.work_folder import run_by, short_digest, writing
 from pregate.convert.measure.agreement import AgreementMeter
@@ -25,8 +22,10 @@ from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.amount import ENOUGH_TO_TRAIN, LEAST_TOKENS, check_amount
 from pregate.convert.text.calibration import encode_pool
 from pregate.convert.text.documents import draw_documents, read_documents, text_files
-from pregate.model.checkpoint import MANIFEST, Manifest, check_new_folder, file_sha256, read_manifest
+from pregate.model.checkpoint import MANIFEST, Manifest, check_new_folder, read_manifest
 from pregate.model.config import RoutedConfig
+from pregate.model.file_hashes import file_sha256
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gates import RepresentativeGate
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
@@ -44,9 +43,10 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
     """
     progress = progress or QuietProgress()
     check_new_folder(options.out)
-    config = _layerwise_config(options.model)
+    source = read_folder(options.model)
+    config = _layerwise_config(source)
     check_heads(options.shape(), config.cuts)
-    rows = read_rows(options)
+    rows = read_rows(options, source)
     enough = min(ENOUGH_TO_TRAIN, options.pool_tokens)  # as little as is asked for will do
     check_amount(sum(map(len, rows)), enough, "--text", options.text, progress, min(LEAST_TOKENS, enough // 2))
     fingerprint = fingerprint_of(options, rows)
@@ -66,7 +66,7 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
         figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
         with writing(options.out, partial.checkpoint):
-            write_checkpoint(routed, partial.checkpoint, options.model, manifest, _stored_dtype(config))
+            write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype)
         partial.finish()
     return read_manifest(options.out)
 
@@ -119,12 +119,11 @@ def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]], progres
     return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
 
 
-def read_rows(options: DecoupleOptions) -> list[list[int]]:
+def read_rows(options: DecoupleOptions, source: ModelFolder) -> list[list[int]]:
     """Token ids of the documents to learn on, drawn with the seed."""
-    tokenizer = load_tokenizer(options.model)
-    length = min(options.sequence_length, context_tokens(options.model))
+    length = min(options.sequence_length, source.context_tokens)
     documents = draw_documents(read_documents(options.text, length, "--text", options.text_field), options.seed)
-    rows = list(encode_pool(documents, tokenizer, length, options.pool_tokens))
+    rows = list(encode_pool(documents, source.tokenizer, length, options.pool_tokens))
     if len(rows) < 2:
         raise UserError.of("--text", " ".join(map(str, options.text)), "needs two documents of two tokens or more")
     return rows
@@ -182,15 +181,15 @@ def _num_multiplied(model: RoutedForCausalLM) -> int:
     return sum(parameters.values()) - (0 if embedding is head or embedding is None else embedding.numel())
 
 
-def _layerwise_config(path: Path) -> RoutedConfig:
+def _layerwise_config(folder: ModelFolder) -> RoutedConfig:
     """Config of a checkpoint that can be decoupled; UserError says why another cannot."""
-    if check_model_folder(path)["model_type"] != RoutedConfig.model_type:
-        raise UserError.of("--model", path, "is a dense model; convert it first with `pregate convert`")
-    config = RoutedConfig.from_pretrained(path)
+    if not folder.is_routed:
+        raise folder.refuse("is a dense model; convert it first with `pregate convert`")
+    config = RoutedConfig.from_pretrained(folder.path)
     if config.routing == "path" or config.has_path_router:
-        raise UserError.of("--model", path, "already decoupled; allowed: a layer-wise checkpoint of `pregate convert`")
+        raise folder.refuse("already decoupled; allowed: a layer-wise checkpoint of `pregate convert`")
     if not any(c.num_active for c in config.cuts):
-        raise UserError.of("--model", path, "has no layer with an active routed expert; there is nothing to route")
+        raise folder.refuse("has no layer with an active routed expert; there is nothing to route")
     return config
 
 
@@ -208,10 +207,6 @@ def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleO
     routing = "layerwise" if options.predict else "path"
     fields = model.config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
     return assemble(RoutedConfig.from_dict(fields), model.parent, router)
-
-
-def _stored_dtype(config: RoutedConfig) -> str:
-    return dtype_name(config.dtype or torch.float32)
 
 
 def _describe_text(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:

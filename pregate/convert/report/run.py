@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from pregate.base.dtypes import dtype_name
-from pregate.base.errors import PregateError, UserError
-from pregate.convert.files.dense import check_model_folder, load_dense, named
+from pregate.base.errors import PregateError
 from pregate.convert.files.parent import dense_of
 from pregate.convert.files.work_folder import write_whole
 from pregate.convert.measure.control_table import DENSE, nominal_share
@@ -35,6 +34,7 @@ from pregate.convert.report.tuned_parent import tuned_parent
 from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -70,13 +70,14 @@ class _Runs:
 def measure(options: ReportOptions, progress: Progress) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
-    stored, manifest = _routed_config(options.model), read_manifest(options.model)
+    folder = read_folder(options.model)
+    stored, manifest = _routed_config(folder), read_manifest(options.model)
     tuned = options.tuned_parent and tuned_parent(options.tuned_parent, options.model, manifest)
-    text = ScoredText.read(options.model, options.text, options.max_tokens, options.seed, options.text_field)
+    text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)
     text.check_amount(options.text, progress)
     others = [(_name(path, options), _load("--compare", path, text)) for path in options.compare]
     others += [("tuned dense parent", _load(TUNED_PARENT, path, text)) for path in [options.tuned_parent] if path]
-    model: RoutedForCausalLM = load_any(options.model)
+    model: RoutedForCausalLM = load_any(folder)
     parent_path = dense_of(options.model, model, options.parent)
     parent = None if parent_path is None else _load("--parent", parent_path, text)
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
@@ -103,27 +104,24 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     )
 
 
-def _routed_config(path: Path) -> RoutedConfig:
+def _routed_config(folder: ModelFolder) -> RoutedConfig:
     """The checkpoint's config; UserError for a dense model and one that routes nothing."""
-    if check_model_folder(path)["model_type"] != RoutedConfig.model_type:
-        raise UserError.of("--model", path, "is a dense model; allowed: a routed checkpoint of `pregate convert`")
-    config = RoutedConfig.from_pretrained(path)
+    if not folder.is_routed:
+        raise folder.refuse("is a dense model; allowed: a routed checkpoint of `pregate convert`")
+    config = RoutedConfig.from_pretrained(folder.path)
     if not any(cut.num_active for cut in config.cuts):
-        raise UserError.of("--model", path, "has no layer with an active routed expert; there is nothing to report on")
+        raise folder.refuse("has no layer with an active routed expert; there is nothing to report on")
     return config
 
 
 def _load(option: str, path: Path, text: ScoredText) -> Any:
     """A model to show beside the reported one; `option` says who named it. All but those to compare are dense."""
-    with named(option):
-        kind = check_model_folder(path)["model_type"]
-        text.check_same_tokens(option, path)
-        if option == "--compare":
-            return load_any(path)
-        if kind == RoutedConfig.model_type:
-            what = "it was made from" if option == "--parent" else "it was made from, tuned as it was"
-            raise UserError.of(option, path, f"is a routed checkpoint; allowed: the dense model {what}")
-        return load_dense(path)
+    folder = read_folder(path, option)
+    text.check_same_tokens(folder)
+    if option != "--compare" and folder.is_routed:
+        what = "it was made from" if option == "--parent" else "it was made from, tuned as it was"
+        raise folder.refuse(f"is a routed checkpoint; allowed: the dense model {what}")
+    return load_any(folder)
 
 
 def _name(path: Path, options: ReportOptions) -> str:

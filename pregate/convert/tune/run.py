@@ -8,21 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError, option_name
 from pregate.convert.device import pick_device
-from pregate.convert.files.assembly import copy_tokenizer, make_readable, write_checkpoint
-from pregate.convert.files.dense import (
-    check_model_folder,
-    context_tokens,
-    load_dense,
-    load_tokenizer,
-    named,
-    shards_stamp,
-    source_of,
-)
+from pregate.convert.files.assembly import make_readable, write_checkpoint
+from pregate.convert.files.dense import load_dense, shards_stamp, source_of
 from pregate.convert.files.parent import recorded_parent
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.work_folder import run_by, writing
@@ -35,7 +25,7 @@ from pregate.convert.tune.loop import Record, Tuner
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.state import TuningFolder, open_folder
 from pregate.model.checkpoint import Manifest, check_new_folder, new_folder, read_manifest, write_manifest
-from pregate.model.config import RoutedConfig
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -54,26 +44,28 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
     """
     progress = progress or QuietProgress()
     check_new_folder(options.out)
-    check_teacher(options)
+    source = read_folder(options.model)
+    teacher_source = None if options.teacher is None else read_folder(options.teacher, "--teacher")
+    check_teacher(options, source, teacher_source)
     device = pick_device(options.device)
-    length = min(options.sequence_length, context_tokens(options.model))
-    tokenizer = load_tokenizer(options.model)
+    length = min(options.sequence_length, source.context_tokens)
     share, field = options.validation_share, options.text_field
-    rows = read_rows(options.text, tokenizer, length, share, options.seed, options.validation, field)
+    rows = read_rows(options.text, source.tokenizer, length, share, options.seed, options.validation, field)
     check_amount(sum(map(len, rows.training)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
     held_out, option = (options.validation, "--validation") if options.validation else (options.text, "--text")
     check_amount(sum(map(len, rows.validation)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
-    with open_folder(options.out, fingerprint_of(options, rows, device), options.restart) as folder:
-        model = load_any(options.model).to(device)
-        teacher = load_teacher(options, model)
+    fingerprint = fingerprint_of(options, source, teacher_source, rows, device)
+    with open_folder(options.out, fingerprint, options.restart) as folder:
+        model = load_any(source).to(device)
+        teacher = load_teacher(options, teacher_source, model)
         tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress))
         if folder.load(tuner):
             progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
-            _refit(tuner, options, folder, progress)
+            _refit(tuner, is_parent_shaped(source, teacher_source), folder, progress)
         _run(tuner, options, folder, progress)
         with writing(options.out, options.out):
-            manifest = _write(tuner, options, folder)
+            manifest = _write(tuner, options, source, folder)
         folder.discard()
     _tell_forecast(manifest, progress)
     return manifest
@@ -87,21 +79,16 @@ def _tell_forecast(manifest: Manifest, progress: Progress) -> None:
         progress.note(f"the path router forecasts the gates as they were before tuning; now it shares {kept}")
 
 
-def check_teacher(options: TuneOptions) -> None:
+def check_teacher(options: TuneOptions, source: ModelFolder, teacher: ModelFolder | None) -> None:
     """UserError for a teacher that cannot be one, and for a tuned checkpoint without any."""
-    fields = check_model_folder(options.model)
-    routed = fields["model_type"] == RoutedConfig.model_type
-    if options.teacher is not None:
-        with named("--teacher"):
-            theirs = check_model_folder(options.teacher)
-        if theirs["model_type"] == RoutedConfig.model_type:
-            raise UserError.of("--teacher", options.teacher, "is a routed checkpoint; allowed: a dense model")
-        if theirs.get("vocab_size") != fields.get("vocab_size"):
-            reason = f"has a vocabulary of {theirs.get('vocab_size')}, --model one of {fields.get('vocab_size')}"
-            raise UserError.of("--teacher", options.teacher, reason)
-        if options.matching and not _is_parent_shaped(options):
-            raise UserError.of("--teacher", options.teacher, "differs in layers or width; allowed: --hidden-match 0")
-    elif routed and options.wants_teacher and read_manifest(options.model).is_tuned:
+    if teacher is not None:
+        if teacher.is_routed:
+            raise teacher.refuse("is a routed checkpoint; allowed: a dense model")
+        if teacher.vocab_size != source.vocab_size:
+            raise teacher.refuse(f"has a vocabulary of {teacher.vocab_size}, --model one of {source.vocab_size}")
+        if options.matching and not is_parent_shaped(source, teacher):
+            raise teacher.refuse("differs in layers or width; allowed: --hidden-match 0")
+    elif source.is_routed and options.wants_teacher and read_manifest(options.model).is_tuned:
         reason = "is tuned already: with every expert on it is its dense parent no more"
         raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
 
@@ -112,18 +99,18 @@ def _other_teacher(path: Path) -> str:
     return f"give --teacher{'' if parent is None else f' {parent}'}, or --kl-share 0"
 
 
-def _depth_and_width(path: Path) -> tuple[int, int]:
-    config = AutoConfig.from_pretrained(path).get_text_config()
-    return config.num_hidden_layers, config.hidden_size
+def is_parent_shaped(source: ModelFolder, teacher: ModelFolder | None) -> bool:
+    """Whether there is a teacher of the student's depth and width."""
+    keys = ("num_hidden_layers", "hidden_size")
+    return teacher is not None and all(source.text.get(key) == teacher.text.get(key) for key in keys)
 
 
-def load_teacher(options: TuneOptions, model: Any) -> Any:
+def load_teacher(options: TuneOptions, source: ModelFolder | None, model: Any) -> Any:
     """The frozen model whose distributions the student is to keep to, on its device; None where none is asked for."""
     if not options.wants_teacher:
         return None
-    if options.teacher is not None:
-        with named("--teacher"):
-            teacher = load_dense(options.teacher).to(model.device)
+    if source is not None:
+        teacher = load_dense(source).to(model.device)
     else:
         check_partition(options, model)
         teacher = dense_parent(model) if isinstance(model, RoutedForCausalLM) else deepcopy(model)
@@ -149,21 +136,21 @@ def dense_parent(model: RoutedForCausalLM) -> Any:
     return parent
 
 
-def fingerprint_of(options: TuneOptions, rows: TuningRows, device: torch.device) -> dict[str, Any]:
+def fingerprint_of(
+    options: TuneOptions, source: ModelFolder, teacher: ModelFolder | None, rows: TuningRows, device: torch.device
+) -> dict[str, Any]:
     """Everything the result depends on, by name; values are what JSON gives back."""
     fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
-    fields |= {"--model": str(options.model.resolve()), "the model's shards": shards_stamp(options.model)}
-    if options.teacher is not None:
-        with named("--teacher"):
-            stamp = shards_stamp(options.teacher)
-        fields |= {"--teacher": str(options.teacher.resolve()), "its shards": stamp}
+    fields |= {"--model": str(options.model.resolve()), "the model's shards": shards_stamp(source)}
+    if teacher is not None:
+        fields |= {"--teacher": str(teacher.path.resolve()), "its shards": shards_stamp(teacher)}
     fields["text"] = rows.digest()
     return fields | run_by(device)
 
 
-def _refit(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Progress) -> None:
+def _refit(tuner: Tuner, has_parent: bool, folder: TuningFolder, progress: Progress) -> None:
     """Fit in closed form and keep it, or say why not."""
-    if not (tuner.model.is_partition or _is_parent_shaped(options)):
+    if not (tuner.model.is_partition or has_parent):
         progress.note(
             "no fit in closed form: experts overlap or leave neurons out, and no --teacher of the same layers and width"
             " tells what is missing"
@@ -171,10 +158,6 @@ def _refit(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: P
         return
     tuner.refit(progress)
     folder.save(tuner)
-
-
-def _is_parent_shaped(options: TuneOptions) -> bool:
-    return options.teacher is not None and _depth_and_width(options.teacher) == _depth_and_width(options.model)
 
 
 def _recorder(folder: TuningFolder, progress: Progress) -> Any:
@@ -209,39 +192,34 @@ def _run(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Pro
         tuner.run(after_step=after_step)
 
 
-def _write(tuner: Tuner, options: TuneOptions, folder: TuningFolder) -> Manifest:
+def _write(tuner: Tuner, options: TuneOptions, source: ModelFolder, folder: TuningFolder) -> Manifest:
     """Write the best state to `options.out`, measured as it is stored."""
     model = tuner.model
-    dtype = _stored_dtype(options.model)
+    dtype = source.dtype
     tuner.finish()
     weights = [t for n, t in model.named_parameters() if not kept_float32(n)]
     round_to([t.data for t in weights], getattr(torch, dtype), "a tuned weight")
-    manifest = _manifest(tuner, options, getattr(torch, dtype))
+    manifest = _manifest(tuner, options, source, getattr(torch, dtype))
     with new_folder(options.out) as temporary:
         (temporary / folder.curve.name).write_bytes(folder.curve.read_bytes())
         model = model.cpu()
         if isinstance(model, RoutedForCausalLM):
-            write_checkpoint(model, temporary, options.model, manifest, dtype)
+            write_checkpoint(model, temporary, source, manifest, dtype)
         else:
             model.to(getattr(torch, dtype)).save_pretrained(temporary)
             make_readable(temporary)
-            copy_tokenizer(options.model, temporary)
+            source.carry_over(temporary)
             write_manifest(temporary, manifest)
     return read_manifest(options.out)
 
 
-def _stored_dtype(path: Path) -> str:
-    """What the weights at `path` are stored as, by its config."""
-    return dtype_name(AutoConfig.from_pretrained(path).dtype or torch.float32)
-
-
-def _manifest(tuner: Tuner, options: TuneOptions, dtype: torch.dtype) -> Manifest:
+def _manifest(tuner: Tuner, options: TuneOptions, folder: ModelFolder, dtype: torch.dtype) -> Manifest:
     """The manifest of what was tuned, with what was added under "tune"."""
-    if check_model_folder(options.model)["model_type"] == RoutedConfig.model_type:
+    if folder.is_routed:
         source = read_manifest(options.model)
         origin = source.source | {"untuned": str(options.model.resolve())}
     else:
-        source, origin = Manifest("dense"), source_of(options.model)
+        source, origin = Manifest("dense"), source_of(folder)
     return Manifest(
         method=f"{source.method}+tune",
         options=source.options | {"tune": options.describe()},

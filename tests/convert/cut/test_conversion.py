@@ -18,6 +18,7 @@ from pregate.convert.measure.controls import AllPolicy
 from pregate.convert.progress import QuietProgress
 from pregate.convert.text.calibration import read_calibration
 from pregate.model import CheckpointReader, RoutedForCausalLM
+from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import weighted_mass
 from tests.families import FAMILIES, save_random
@@ -159,7 +160,7 @@ def test_the_source_is_what_is_read(tiny_dense: Path, tmp_path: Path, monkeypatc
     (folder / "pytorch_model.bin.index.json").write_text("{}")
     shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / "consolidated.safetensors")
     monkeypatch.chdir(tmp_path)
-    source = dense.source_of(Path("dense"))
+    source = dense.source_of(read_folder(Path("dense")))
     shards = {p.name for p in folder.glob("model-*.safetensors")}
     assert len(shards) > 2
     assert source["path"] == str(folder.resolve())
@@ -167,10 +168,10 @@ def test_the_source_is_what_is_read(tiny_dense: Path, tmp_path: Path, monkeypatc
     assert source["hashed"] == "config, index and shards"
     num_bytes = sum((folder / name).stat().st_size for name in shards)
     monkeypatch.setattr(dense, "HASHED_BYTES", num_bytes + 1)
-    assert dense.source_of(folder) == source
+    assert dense.source_of(read_folder(folder)) == source
     monkeypatch.setattr(dense, "HASHED_BYTES", num_bytes)
-    assert set(dense.source_of(folder)["sha256"]) == {"config.json", dense.INDEX}
-    assert dense.source_of(folder)["hashed"].startswith("config and index alone")
+    assert set(dense.source_of(read_folder(folder))["sha256"]) == {"config.json", dense.INDEX}
+    assert dense.source_of(read_folder(folder))["hashed"].startswith("config and index alone")
 
 
 def test_progress_counts_every_layer(options: ConvertOptions):
@@ -218,7 +219,7 @@ def test_folders_that_are_no_dense_model(options: ConvertOptions, tmp_path: Path
     (foreign / "config.json").write_text("[1]")
     for model, reason in (
         (empty, "it has no config.json"),
-        (foreign, "is not a model's"),
+        (foreign, "is not a JSON object"),
         (tiny_layerwise_checkpoint, "is a pregate checkpoint already"),
     ):
         with pytest.raises(UserError, match=f"--model .*{reason}"):

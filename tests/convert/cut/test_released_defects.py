@@ -32,6 +32,7 @@ from pregate.convert.text.calibration import read_calibration
 from pregate.kernels import reference
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
+from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.gates import RepresentativeGate
 from tests.equality import reference_texts
@@ -334,4 +335,4 @@ def test_bf16_is_only_how_it_is_stored(options: ConvertOptions, monkeypatch: pyt
     convert(replace(options, dtype="bfloat16"))
     assert seen == {torch.float32}
     assert CheckpointReader(options.out).read_unit(0, 0)[0].dtype == torch.bfloat16
-    assert {p.dtype for p in load_any(options.out).parameters()} == {torch.float32}
+    assert {p.dtype for p in load_any(read_folder(options.out)).parameters()} == {torch.float32}

@@ -24,6 +24,7 @@ from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.evaluate import load_any, score_rows
 from pregate.convert.text.calibration import read_calibration
 from pregate.model.config import RoutedConfig
+from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
 from pregate.model.layers import RoutedMLP
 
@@ -75,10 +76,10 @@ def test_figures_are_those_of_the_checkpoint_as_stored(options: ConvertOptions, 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = read_calibration(options.calibration, tokenizer, options.samples, options.sequence_length, options.seed)
     meter = AgreementMeter()
-    routed = score_rows(load_any(options.out), text.held_back, meter)
+    routed = score_rows(load_any(read_folder(options.out)), text.held_back, meter)
     assert figures["routed_perplexity"] == pytest.approx(routed.perplexity, rel=1e-4)
     assert figures["agreement"] == meter.figures()
-    dense = score_rows(load_any(options.model), text.held_back)  # as it was given, not as rounded
+    dense = score_rows(load_any(read_folder(options.model)), text.held_back)  # as it was given, not as rounded
     assert figures["dense_perplexity"] == pytest.approx(dense.perplexity, rel=1e-4)
 
 

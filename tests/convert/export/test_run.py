@@ -21,10 +21,10 @@ from pregate.cli.main import main
 from pregate.convert.export.check import compare_logits, first_difference, load_stock
 from pregate.convert.export.gate_scale import centred, expected_others, measure_scales, stock_weights
 from pregate.convert.export.run import TOLERANCE, ExportOptions, export
-from pregate.convert.files.dense import load_tokenizer
 from pregate.convert.measure.scoring import routed_by
 from pregate.convert.progress import QuietProgress
 from pregate.model import RoutedForCausalLM
+from pregate.model.folder import read_folder
 from pregate.model.layers import GatePolicy
 from tests.convert.export.exporting import altered, convert_stock, stored
 from tests.equality import reference_text, refuse_degenerate
@@ -287,7 +287,7 @@ def test_plain_transformers_without_pregate(shared_folder: Path, tmp_path: Path)
     plain = json.loads(ran.stdout.splitlines()[-1])
     assert plain["class"] == "Qwen2MoeForCausalLM"
     routed = RoutedForCausalLM.from_pretrained(routed_folder).eval()
-    tokenizer = load_tokenizer(routed_folder)
+    tokenizer = read_folder(routed_folder).tokenizer
     ours = [reference_text(routed, [1, *tokenizer(p, add_special_tokens=False)["input_ids"]], 40) for p in PROMPTS]
     refuse_degenerate(ours)
     same = sum(text.tokens == theirs for text, theirs in zip(ours, plain["texts"], strict=True))

@@ -16,9 +16,11 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.shard_index import write_index
-from pregate.convert.files.shards import INDEX, STORED_TYPES, DenseShards
+from pregate.convert.files.shards import STORED_TYPES, DenseShards
 from pregate.convert.files.skeleton import Skeleton
 from pregate.model import RoutedForCausalLM
+from pregate.model.folder import read_folder
+from pregate.model.shard_file import INDEX
 
 SIZES = {
     "vocab_size": 512,
@@ -114,7 +116,7 @@ def test_a_skeleton_computes_what_the_model_does(config: PretrainedConfig, tiny_
     """Rotary frequencies, embedding scales, windows and soft caps are in no shard; layer by layer they are there."""
     path = make_dense(config, tmp_path / "dense", tiny_dense, torch.float32, "1GB")
     dense = AutoModelForCausalLM.from_pretrained(path).eval()
-    skeleton = Skeleton(path, CPU)
+    skeleton = Skeleton(read_folder(path), CPU)
     buffers = dict(skeleton.model.named_buffers())
     assert buffers
     assert all(torch.equal(buffers[name], buffer) for name, buffer in dense.named_buffers())
@@ -134,13 +136,13 @@ def test_a_head_may_be_stored_instead_of_the_embedding_it_is_tied_to(tiny_dense:
     path = make_dense(config, tmp_path / "dense", tiny_dense, torch.float32, "1GB")
     weight = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
     other = edit(path, tmp_path / "other", **{"lm_head.weight": weight.clone(), "model.embed_tokens.weight": None})
-    skeleton = Skeleton(other, CPU)
+    skeleton = Skeleton(read_folder(other), CPU)
     with skeleton.loaded(skeleton.outer_names):
         assert torch.equal(skeleton.model.model.embed_tokens.weight, weight)
         assert skeleton.model.lm_head.weight is skeleton.model.model.embed_tokens.weight
     differ = edit(path, tmp_path / "differ", **{"lm_head.weight": weight + 1})
     with pytest.raises(UserError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight, but they differ"):
-        Skeleton(differ, CPU)
+        Skeleton(read_folder(differ), CPU)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +157,12 @@ def test_a_head_may_be_stored_instead_of_the_embedding_it_is_tied_to(tiny_dense:
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(changes: dict, sentence: str, tiny_dense: Path, tmp_path: Path):
     with pytest.raises(UserError, match=f"--model .*{sentence}"):
-        Skeleton(edit(tiny_dense, tmp_path / "odd", **changes), CPU)
+        Skeleton(read_folder(edit(tiny_dense, tmp_path / "odd", **changes)), CPU)
 
 
 def test_tensors_that_transformers_leaves_aside_are_left_aside(tiny_dense: Path, tmp_path: Path):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
-    assert len(Skeleton(edit(tiny_dense, tmp_path / "old", **old), CPU).layers) == 3
+    assert len(Skeleton(read_folder(edit(tiny_dense, tmp_path / "old", **old)), CPU).layers) == 3
 
 
 def test_names_of_another_wrapping_are_refused(tiny_dense: Path, tmp_path: Path):
@@ -169,7 +171,7 @@ def test_names_of_another_wrapping_are_refused(tiny_dense: Path, tmp_path: Path)
     wrapped = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
     save_file(wrapped, tmp_path / "wrapped" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"lack model\.embed_tokens\.weight .*they have language_model\.lm_head"):
-        Skeleton(tmp_path / "wrapped", CPU)
+        Skeleton(read_folder(tmp_path / "wrapped"), CPU)
 
 
 def test_pickled_missing_and_damaged_files_are_refused(tiny_dense: Path, tmp_path: Path):

@@ -19,6 +19,7 @@ from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import Score, load_any, score_logits, score_rows
 from pregate.convert.text.batches import batches, padded
 from pregate.model import RoutedForCausalLM
+from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import decoder_layers
 from tests.convert.interruption import StopsAfter
 
@@ -124,7 +125,7 @@ def test_what_is_left_out_is_drawn_from_every_folder_alike(tmp_path: Path, tiny_
         (tmp_path / folder).mkdir()
         lines = (json.dumps({"text": f"{folder} {i} loaves"}) + "\n" for i in range(num_documents))
         (tmp_path / folder / "text.jsonl").write_text("".join(lines), encoding="utf-8")
-    text = ScoredText.read(tiny_dense, [tmp_path], 40, seed)
+    text = ScoredText.read(read_folder(tiny_dense), [tmp_path], 40, seed)
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     drawn = [tokenizer.decode(row[1:]) for row in text.rows]
     assert 6 <= len(drawn) <= 12
@@ -165,7 +166,7 @@ def test_logits_in_pieces_score_the_same(
 ):
     """A document of any length with any vocabulary holds no more logits at a time than it may."""
     path = {"dense": tiny_dense, "layerwise": tiny_layerwise_checkpoint, "path": tiny_path_checkpoint}[kind]
-    model, rows = load_any(path), [list(range(1, 200)), list(range(5, 190)), [7, 8]]
+    model, rows = load_any(read_folder(path)), [list(range(1, 200)), list(range(5, 190)), [7, 8]]
     whole, sizes = score_rows(model, rows), []
     monkeypatch.setattr(logits, "MOST_LOGITS", 64 * 512)
     hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
@@ -182,7 +183,7 @@ def test_logits_in_pieces_score_the_same(
 
 def test_a_long_document_advances_layer_by_layer(tiny_dense: Path):
     told = StopsAfter(-1)
-    score_rows(load_any(tiny_dense), [list(range(1, 200))], progress=told)
+    score_rows(load_any(read_folder(tiny_dense)), [list(range(1, 200))], progress=told)
     assert told.steps == [66, 66, 67]
 
 

@@ -11,6 +11,7 @@ from pregate.convert.measure.evaluate import load_any
 from pregate.convert.paths.alignment import align_experts, aligned_orders, renumber
 from pregate.convert.paths.targets import collect_targets
 from pregate.convert.progress import QuietProgress
+from pregate.model.folder import read_folder
 
 
 def test_shuffled_numbers_are_found_again():
@@ -35,7 +36,7 @@ def test_the_example_and_uneven_layers():
 
 def test_a_renumbered_model_computes_the_same(tiny_layerwise_checkpoint: Path):
     ids = torch.randint(3, 200, (2, 40), generator=torch.Generator().manual_seed(0))
-    before, after = load_any(tiny_layerwise_checkpoint), load_any(tiny_layerwise_checkpoint)
+    before, after = load_any(read_folder(tiny_layerwise_checkpoint)), load_any(read_folder(tiny_layerwise_checkpoint))
     order = np.roll(np.arange(before.config.cuts[0].num_routed), 2)
     for mlp in after.routed_mlps:
         renumber(mlp, order)
@@ -48,7 +49,7 @@ def test_a_renumbered_model_computes_the_same(tiny_layerwise_checkpoint: Path):
 
 
 def test_aligned_masses_are_those_of_the_renumbered_model(tiny_layerwise_checkpoint: Path):
-    model = load_any(tiny_layerwise_checkpoint)
+    model = load_any(read_folder(tiny_layerwise_checkpoint))
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 200, (30,), generator=generator).tolist() for _ in range(25)]
     before = collect_targets(model, rows, QuietProgress())

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from pregate.base.errors import UserError
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.files.dense import load_tokenizer
 from pregate.convert.measure.agreement import AgreementMeter, layer_figures
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scoring import score_rows
@@ -23,6 +22,7 @@ from pregate.convert.tune.data import read_rows
 from pregate.convert.tune.run import tune
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import Manifest
+from pregate.model.folder import read_folder
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP
 from tests.convert.interruption import StopsAfter
@@ -135,7 +135,7 @@ def test_tuning_measures_the_forecast_anew(
     assert figures["tune"]["best_step"] > 0
     assert figures["decouple"] == made[1].figures["decouple"]  # of the gates as they were
     hits, meter = figures["tune"]["path_vs_gate"], AgreementMeter()
-    rows = read_rows(options.text, load_tokenizer(made[2]), 64, 0.2, 0).validation
+    rows = read_rows(options.text, read_folder(made[2]).tokenizer, 64, 0.2, 0).validation
     score_rows(RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval(), rows, meter)
     assert hits == layer_figures(meter.forecast)
     stale = AgreementMeter()

@@ -21,6 +21,7 @@ from pregate.convert.report.measure import measure_routes
 from pregate.convert.report.page import render
 from pregate.convert.report.words import headline, number, percent
 from pregate.model.checkpoint import read_manifest, write_manifest
+from pregate.model.folder import read_folder
 from tests.convert.report.pages import CUT, ROWS, check_page, findings, load, make_report, random_checkpoint, told
 
 HOSTILE = '<script>alert(1)</script>"><img src="http://evil.example/x.png" onerror="alert(2)">'
@@ -89,7 +90,8 @@ def test_its_dense_parent_is_that_of_evaluate(tiny_dense: Path, tiny_text: Path,
     assert table["dense parent"]["perplexity"] == dense.perplexity
     assert table[own.name]["ratio_to_dense"] == own.ratio_to_dense
     itself = control_rows(load(tmp_path / "half"), ROWS, 1)["dense parent"]["perplexity"]
-    parent = control_rows(load(tmp_path / "half"), ROWS, 1, load_dense(tiny_dense))["dense parent"]["perplexity"]
+    whole = load_dense(read_folder(tiny_dense))
+    parent = control_rows(load(tmp_path / "half"), ROWS, 1, whole)["dense parent"]["perplexity"]
     assert itself != parent  # so it matters which of the two is called dense
 
 

@@ -20,6 +20,7 @@ from pregate.convert.tune.loop import Tuner
 from pregate.convert.tune.options import TuningSettings
 from pregate.convert.tune.outputs import hidden_error, path_scores, run_model
 from pregate.convert.tune.run import dense_parent
+from pregate.model.folder import read_folder
 from pregate.model.layers import weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
@@ -188,7 +189,9 @@ def test_the_dense_parent_is_the_dense_parent(tiny_dense: Path, tiny_path_checkp
 
     ids = torch.tensor([list(range(1, 60))])
     parent = dense_parent(load(tiny_path_checkpoint))
-    torch.testing.assert_close(parent(ids).logits, load_dense(tiny_dense)(ids).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        parent(ids).logits, load_dense(read_folder(tiny_dense))(ids).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_hidden_error_by_hand():

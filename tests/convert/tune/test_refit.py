@@ -20,6 +20,7 @@ from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.outputs import path_scores, run_layers
 from pregate.convert.tune.refit import REFIT_TOKENS, _fit_of, _solve, refit
 from pregate.convert.tune.run import tune
+from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
@@ -143,7 +144,7 @@ def test_where_experts_overlap_the_parent_tells_what_is_missing(
     tiny_dense: Path, domains: tuple[Path, ...], tmp_path: Path
 ):
     read_me(small(tiny_dense, tmp_path / "cut", domains, steps=0))
-    model, parent = load(tmp_path / "cut"), load_dense(tiny_dense)
+    model, parent = load(tmp_path / "cut"), load_dense(read_folder(tiny_dense))
     assert not model.is_partition
     ffn = find_gated_mlps(parent)[0].module
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pregate.base.errors import UserError
-from pregate.convert.files.dense import load_dense, load_tokenizer
+from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.tune.data import TuningRows, read_rows
@@ -23,6 +23,7 @@ from pregate.convert.tune.options import DEFAULT_MATCH, DEFAULT_TOKENS, TuneOpti
 from pregate.convert.tune.run import load_teacher, tune
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
+from pregate.model.folder import read_folder
 from tests.convert.tune.tuning import paper_checkpoint, tiny_options
 
 
@@ -118,9 +119,9 @@ def test_everything_is_tuned_but_the_gates_not_in_force(options: TuneOptions):
 def test_the_scale_by_which_a_gate_weighs_is_learned(paper: Path, tiny_text: Path, tmp_path: Path, method: str):
     """A defect of CMoE's released code: wrapped for LoRA its scale u is frozen, and no gradient reaches the gate."""
     options = tiny_options(paper, tiny_text, tmp_path / "out", method=method)
-    rows = read_rows(options.text, load_tokenizer(paper), 64, 0.2, 0)
+    rows = read_rows(options.text, read_folder(paper).tokenizer, 64, 0.2, 0)
     model = RoutedForCausalLM.from_pretrained(paper, dtype=torch.float32)
-    tuner = Tuner(model, rows, options, load_teacher(options, model))
+    tuner = Tuner(model, rows, options, load_teacher(options, None, model))
     loss, _, _ = tuner._losses(rows.training[:4], 100)
     loss.backward()
     for mlp in model.routed_mlps:
@@ -161,10 +162,10 @@ def test_reloaded_it_is_what_was_tuned(which: str, tiny_text: Path, family_folde
     """A defect of Read-ME's released code: loading a checkpoint overwrites its embeddings with the base model's."""
     if which == "tied":
         options = replace(options, model=family_folder("llama tied") / "path")
-    rows = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0)
+    rows = read_rows(options.text, read_folder(options.model).tokenizer, 64, 0.2, 0)
     model: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     before = model.get_input_embeddings().weight.clone()
-    tuner = Tuner(model, rows, options, load_teacher(options, model))
+    tuner = Tuner(model, rows, options, load_teacher(options, None, model))
     tuner.run()
     tuner.finish()
     tune(options)  # the same once more, through the folder
@@ -201,12 +202,12 @@ def test_a_dense_model_is_tuned_alike(tiny_dense: Path, tiny_text: Path, tmp_pat
 def test_balancing_makes_the_load_more_even(options: TuneOptions, balance: str, changes: dict):
     """Summed over layers, what the busiest expert has beyond its share, on the text that is tuned on."""
     options = replace(options, steps=30, eval_every=30, router_mass=0.0, **changes)
-    training = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0).training
+    training = read_rows(options.text, read_folder(options.model).tokenizer, 64, 0.2, 0).training
 
     def excess(balance: str) -> float:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         settings = replace(options, balance=balance)
-        tuner = Tuner(model, TuningRows(training, training), settings, load_teacher(settings, model))
+        tuner = Tuner(model, TuningRows(training, training), settings, load_teacher(settings, None, model))
         tuner.run()
         found = tuner.evaluate()
         assert found.active_share == pytest.approx(0.5, abs=0.01)
@@ -242,12 +243,12 @@ def test_an_evaluation_that_is_not_finite_is_not_the_best(options: TuneOptions, 
 
 def test_batches_of_a_step_are_as_one(options: TuneOptions):
     """Two batches of a step have the gradient of one that holds the rows of both."""
-    rows = read_rows(options.text, load_tokenizer(options.model), 64, 0.2, 0)
+    rows = read_rows(options.text, read_folder(options.model).tokenizer, 64, 0.2, 0)
 
     def gradients(parts: list[list[list[int]]]) -> dict[str, torch.Tensor]:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         settings = TuningSettings(steps=1, router_mass=0, hidden_match=0, accumulate=len(parts))
-        tuner = Tuner(model, rows, settings, load_dense(Path(read_manifest(options.model).source["path"])))
+        tuner = Tuner(model, rows, settings, load_dense(read_folder(Path(read_manifest(options.model).source["path"]))))
         total = sum(len(row) - 1 for part in parts for row in part)
         for part in parts:
             tuner._losses(part, total)[0].backward()

@@ -13,6 +13,7 @@ from pregate.convert.export.dense import check_dense
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
+from pregate.model.folder import read_folder
 from tests.convert.tune.tuning import tiny_options
 
 
@@ -34,8 +35,8 @@ def test_a_tuned_checkpoint_needs_a_teacher(options: TuneOptions, tiny_dense: Pa
 def test_the_neurons_of_a_tuned_checkpoint_are_not_given_back_as_the_parents(options: TuneOptions):
     tune(options)
     with pytest.raises(UserError, match=r"--format dense: .*was tuned \(cmoe\+decouple\+tune\)"):
-        check_dense(RoutedShards(options.out))
-    check_dense(RoutedShards(options.model))
+        check_dense(RoutedShards(read_folder(options.out)))
+    check_dense(RoutedShards(read_folder(options.model)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""Sha256 of files, and the memory of it: a file that was hashed once is not hashed again until it changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+#: A file changed so shortly before it was hashed may change again without its times showing it; it is hashed anew.
+_SETTLED_S = 2.0
+_MOST_FILES = 4096
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_file() -> Path:
+    """Where hashes are kept: below XDG_CACHE_HOME, else ~/.cache. Removing it costs nothing but hashing again."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "pregate" / "sha256.json"
+
+
+def remembered_sha256(path: Path) -> str:
+    """The sha256 of a file; not computed where size, times and inode are those it was last computed for.
+
+    Where the cache cannot be read or written it is computed every time.
+    """
+    found = path.stat()
+    key, stamp = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    known = _read().get(key)
+    if isinstance(known, list) and known[:-1] == stamp:
+        return known[-1]
+    digest = file_sha256(path)
+    settled = time.time() - max(found.st_mtime_ns, found.st_ctime_ns) / 1e9 > _SETTLED_S
+    if settled and path.stat().st_mtime_ns == found.st_mtime_ns:
+        _write(key, [*stamp, digest])
+    return digest
+
+
+def _read() -> dict[str, list]:
+    try:
+        known = json.loads(cache_file().read_text(encoding="utf-8"))
+        return known if isinstance(known, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(key: str, entry: list) -> None:
+    """Keep an entry; of two processes that write at once one is forgotten, which costs a hash."""
+    known = _read()
+    known.pop(key, None)
+    known = dict([*known.items()][1 - _MOST_FILES :]) | {key: entry}
+    path = cache_file()
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()

@@ -1,0 +1,175 @@
+"""A model folder, dense or routed, read once into one checked description that every command and the server share.
+
+    config.json  [generation_config.json]  *.safetensors  tokenizer files  [manifest.json: a checkpoint of ours]
+
+Keys that say how somebody's machine ran are left out (`config_fields.MACHINE_KEYS`); what cannot be honoured is refused
+here, before any work. Importing and reading this loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pregate.base.errors import UserError
+from pregate.model.config_fields import QUANTISATION_KEYS, clean_fields, ignored_settings, token_ids, wrong_value
+from pregate.model.shard_file import quantised_tensor, weight_files
+from pregate.model.tokenizer import FILE, TextTokenizer, load_tokenizer, tokenizer_files
+
+ROUTED = "pregate"
+GENERATION = "generation_config.json"
+#: For the rare config that does not say how long a sequence may be.
+DEFAULT_CONTEXT_TOKENS = 2048
+_EDITORS_MARK = codecs.BOM_UTF8
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a model folder says, checked. `option` is what gave it, for errors.
+
+    `fields` are those of config.json that say what the model is; `generation` those of generation_config.json, as they
+    are (None: there is no such file). Of these pregate obeys `eos_ids` and nothing else; `notes` say what it does not.
+    """
+
+    path: Path
+    option: str
+    fields: Mapping[str, Any]
+    generation: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def is_routed(self) -> bool:
+        return self.fields["model_type"] == ROUTED
+
+    @property
+    def text(self) -> Mapping[str, Any]:
+        """The fields of the text model within: a routed checkpoint's dense parent."""
+        return self.fields.get("text_config") or self.fields
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Every id that ends a text: generation_config.json's, where it names any, else config.json's.
+
+        Ids outside the vocabulary end nothing.
+        """
+        named = (self.generation or {}).get("eos_token_id")
+        if named is None:
+            named = self.text.get("eos_token_id", self.fields.get("eos_token_id"))
+        return frozenset(i for i in token_ids(named) if 0 <= i < self.vocab_size)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(self._or_default("vocab_size"))
+
+    @cached_property
+    def context_tokens(self) -> int:
+        """The longest sequence the model is made for, in tokens."""
+        return int(self._or_default("max_position_embeddings") or DEFAULT_CONTEXT_TOKENS)
+
+    @property
+    def dtype(self) -> str:
+        """What the config says that the weights are stored as, in torch's name; float32 where it does not."""
+        named = next((f[k] for f in (self.fields, self.text) for k in ("dtype", "torch_dtype") if f.get(k)), "float32")
+        return str(named).removeprefix("torch.")
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """Its tokenizer, for text to learn from and to measure on; UserError where there is none."""
+        return load_tokenizer(self.path, self.vocab_size, self.option)
+
+    def refuse(self, reason: str) -> UserError:
+        """An error that names the option and the folder."""
+        return UserError.of(self.option, self.path, reason)
+
+    def carry_over(self, out: Path) -> None:
+        """Write tokenizer and generation settings to `out`, as they are here; a tokenizer.json is made if need be."""
+        for file in tokenizer_files(self.path):
+            if file.suffix in (".json", ".txt", ".jinja"):
+                (out / file.name).write_bytes(file.read_bytes().removeprefix(_EDITORS_MARK))
+            else:
+                shutil.copyfile(file, out / file.name)
+        if not (out / FILE).is_file():
+            self.tokenizer.backend.save(str(out / FILE))
+        if self.generation is not None:
+            text = json.dumps(dict(self.generation), indent=2, sort_keys=True)
+            (out / GENERATION).write_text(text + "\n", encoding="utf-8")
+
+    def _or_default(self, key: str) -> Any:
+        """A field of the text model; where config.json leaves it out, what transformers takes for its type."""
+        if key in self.text:
+            return self.text[key]
+        from transformers import AutoConfig
+
+        try:
+            return getattr(AutoConfig.for_model(self.text["model_type"]).get_text_config(), key, None)
+        except (ValueError, KeyError) as error:
+            raise self.refuse(f"its config.json has no {key}") from error
+
+
+def read_folder(path: Path, option: str = "--model") -> ModelFolder:
+    """Read and check the model folder at `path`, which `option` gave.
+
+    UserError, in one sentence, for what is no model folder, for a config that no model has, and for quantised weights.
+    """
+    if not path.exists():
+        raise UserError.of(option, path, "no such path")
+    if not (path / "config.json").is_file():
+        raise UserError.of(option, path, "not a model folder: it has no config.json")
+    raw = _read_object(path, "config.json", option)
+    if not isinstance(raw.get("model_type"), str):
+        raise UserError.of(option, path, "its config.json is not a model's: it has no model_type")
+    fields = clean_fields(raw)
+    generation = _read_object(path, GENERATION, option) if (path / GENERATION).is_file() else None
+    inner = fields["text_config"] if isinstance(fields.get("text_config"), dict) else {}
+    for file, found in (("config.json", fields), ("config.json", inner), (GENERATION, generation or {})):
+        if wrong := wrong_value(found):
+            raise UserError.of(option, path, f"its {file}'s {wrong}")
+    if fields["model_type"] != ROUTED:
+        _refuse_quantised(path, option, raw)
+    return ModelFolder(path, option, fields, generation, tuple(_notes(raw, fields, generation or {})))
+
+
+def _read_object(path: Path, name: str, option: str) -> dict[str, Any]:
+    try:
+        fields = json.loads((path / name).read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise UserError.of(option, path, f"its {name} is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise UserError.of(option, path, f"its {name} is not a JSON object")
+    return fields
+
+
+def _refuse_quantised(path: Path, option: str, raw: Mapping[str, Any]) -> None:
+    """Refuse weights that are numbers packed by a quantiser; a folder without weights is refused by who reads them."""
+    try:
+        packed = quantised_tensor(weight_files(path))
+    except ValueError:
+        return
+    if packed:
+        key = next((k for k in QUANTISATION_KEYS if raw.get(k)), "")
+        method = raw[key].get("quant_method", "") if key and isinstance(raw[key], dict) else ""
+        noted = f"its config.json's {key} says {method or 'so'}, and " if key else ""
+        reason = f"{noted}its weights are quantised: {packed}, for one; allowed: weights in float32, float16, bfloat16"
+        raise UserError.of(option, path, f"{reason} (transformers: from_pretrained, dequantize, save_pretrained)")
+
+
+def _notes(raw: Mapping[str, Any], fields: Mapping[str, Any], generation: Mapping[str, Any]) -> list[str]:
+    """What the folder says and is not followed, a sentence each."""
+    notes = []
+    for key in QUANTISATION_KEYS:
+        if raw.get(key):
+            notes.append(f"config.json's {key} is left out: the weights are plain")
+    if raw.get("pad_token_id") is not None and fields.get("pad_token_id") is None:
+        notes.append(f"config.json's pad_token_id {raw['pad_token_id']} is no row of the embedding; it is left out")
+    for file, found in (("config.json", raw), (GENERATION, generation)):
+        if ignored := ignored_settings(found):
+            names = ", ".join(f"{key} {json.dumps(value)}"[:60] for key, value in ignored.items())
+            reason = "pregate takes from it which ids end a text, and how to pick tokens from each request"
+            notes.append(f"{file}'s {names}: not obeyed by generate or serve; {reason}")
+    return notes

@@ -1,0 +1,154 @@
+"""Safetensors files read without mapping them: what was read stays what it was, whatever happens to the file.
+
+8 bytes   N, little-endian
+N bytes   JSON: {name: {"dtype", "shape", "data_offsets": [from, to)}}
+the rest  the tensors' bytes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+#: Bytes of a number of each type that weights or buffers may have here, and torch's name of it.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
+_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH |= {"I64": "int64", "I32": "int32", "BOOL": "bool"}
+_MOST_HEADER_BYTES = 100 << 20
+#: Names of what quantisers write beside or in place of weights.
+_QUANTISER = re.compile(
+    r"(^|\.)(qweight|qzeros|scales|g_idx|absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+|SCB"
+    r"|weight_(packed|scale|scale_2|scale_inv|shape|zero_point|format)|(input|output|k|v)_scale)$"
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file: safetensors' name of its type, its shape, and where its bytes lie in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether numbers are packed into it, or of a type that only quantisers write."""
+        return self.dtype not in ITEM_BYTES or (self.dtype == "I32" and len(self.shape) > 1)
+
+
+class ShardFile:
+    """An open safetensors file. Only its header is held; ValueError says why it is not one that can be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        self._stamp = self._stamp_now()
+        size = self._stamp[0]
+        num_bytes = int.from_bytes(self._file.read(8), "little")
+        if not 2 <= num_bytes <= min(size - 8, _MOST_HEADER_BYTES):
+            raise ValueError(f"its header would be {num_bytes} bytes of {size}")
+        self.tensors = {n: _stored(n, f, 8 + num_bytes, size) for n, f in _header(self._file.read(num_bytes)).items()}
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of entry `index` of its first dimension, as stored.
+
+        ValueError when the file was written over or cut since it was opened: it is not what was checked.
+        """
+        import torch
+
+        stored = self.tensors[name]
+        shape = stored.shape if index is None else stored.shape[1:]
+        num_bytes = prod(shape) * ITEM_BYTES[stored.dtype]
+        data = torch.empty(num_bytes, dtype=torch.uint8)
+        buffer: Any = data.numpy()
+        self._fill(memoryview(buffer), stored.start + (index or 0) * num_bytes)
+        return data.view(getattr(torch, _TORCH[stored.dtype])).view(shape)
+
+    def _fill(self, buffer: memoryview, start: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+            if not count:
+                break
+            done += count
+        if done < len(buffer) or self._stamp_now() != self._stamp:
+            raise ValueError("was changed after it was opened")
+
+    def _stamp_now(self) -> tuple[int, int]:
+        found = os.fstat(self._file.fileno())
+        return found.st_size, found.st_mtime_ns
+
+
+def _header(data: bytes) -> dict[str, dict]:
+    try:
+        fields = json.loads(data)
+        fields.pop("__metadata__", None)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"its header is not JSON ({error})") from error
+    return fields
+
+
+def _stored(name: str, fields: Mapping, base: int, size: int) -> Stored:
+    try:
+        start, stop = fields["data_offsets"]
+        stored = Stored(fields["dtype"], tuple(fields["shape"]), base + start, base + stop)
+        if not base <= stored.start <= stored.stop <= size:
+            raise ValueError("its bytes lie outside the file; is it cut short?")
+        if stored.dtype in ITEM_BYTES and prod(stored.shape) * ITEM_BYTES[stored.dtype] != stop - start:
+            raise ValueError("its shape does not fit its bytes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tensor {name}: {error}") from error
+    return stored
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model in `folder`, and no other that lies beside them.
+
+    ValueError where there is none (pickled `.bin` files are not read), or an index names one that is missing.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [folder / SINGLE]
+        pickled = sorted(folder.glob("*.bin"))
+        if pickled:
+            reason = f"{pickled[0].name} is a pickle, which pregate does not read; save the model as safetensors first"
+            raise ValueError(f"{reason} (transformers: from_pretrained, save_pretrained)")
+        raise ValueError(f"its weights cannot be loaded (neither {SINGLE} nor {INDEX})")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
+        paths = [folder / name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{INDEX} is no index of shards ({error!r})") from error
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{INDEX} names {path.name}, which is missing")
+    return paths
+
+
+def quantised_tensor(files: Iterable[Path]) -> str:
+    """The first tensor that only a quantised model has, as "name is stored as type"; empty where all weights are plain.
+
+    ValueError names a file that cannot be read.
+    """
+    for path in files:
+        try:
+            tensors = ShardFile(path).tensors
+        except (ValueError, OSError) as error:
+            raise ValueError(f"its weights cannot be loaded ({path.name}: {error})") from error
+        for name, stored in tensors.items():
+            if stored.is_quantised or _QUANTISER.search(name):
+                return f"{name} is stored as {stored.dtype}"
+    return ""

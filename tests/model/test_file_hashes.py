@@ -1,0 +1,50 @@
+"""A file is hashed once, and again when it changes; without a place to remember it, every time."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from pregate.model import file_hashes
+from pregate.model.file_hashes import remembered_sha256
+
+
+@pytest.fixture
+def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that were really read, with a cache of the test's own, and no file too young to be remembered."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(file_hashes, "_SETTLED_S", -1e9)
+    read: list[Path] = []
+    real = file_hashes.file_sha256
+    monkeypatch.setattr(file_hashes, "file_sha256", lambda path: (read.append(path), real(path))[1])
+    return read
+
+
+def test_a_file_is_hashed_once_until_it_changes(hashed: list[Path], tmp_path: Path):
+    path = tmp_path / "shard"
+    path.write_bytes(b"one")
+    digests = [remembered_sha256(path), remembered_sha256(path)]
+    assert digests == [hashlib.sha256(b"one").hexdigest()] * 2
+    assert hashed == [path]
+    path.write_bytes(b"two")
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    assert remembered_sha256(path) == hashlib.sha256(b"two").hexdigest()
+    assert hashed == [path, path]
+
+
+def test_where_nothing_can_be_kept_it_is_hashed_every_time(hashed: list[Path], tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("in the way of a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    for _ in range(2):
+        assert remembered_sha256(tmp_path / "file") == hashlib.sha256(b"in the way of a folder").hexdigest()
+    assert len(hashed) == 2
+
+
+def test_a_file_changed_just_now_is_not_remembered(hashed: list[Path], tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(file_hashes, "_SETTLED_S", 60.0)
+    (tmp_path / "shard").write_bytes(b"one")
+    assert remembered_sha256(tmp_path / "shard") == remembered_sha256(tmp_path / "shard")
+    assert len(hashed) == 2
