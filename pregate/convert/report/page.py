@@ -33,11 +33,11 @@ USED = (
 )
 
 
-def render(figures: Figures) -> str:
-    """The whole page as HTML text."""
+def render(figures: Figures, template: str = "page.html") -> str:
+    """The whole page as HTML text, or one part of it."""
     quality, told = figures.quality, json.dumps(figures.manifest, indent=1, sort_keys=True)
     shown = {"f": figures, "quality": quality, "own": quality.own_point, "model": figures.model, "manifest_json": told}
-    return _environment().get_template("page.html").render(shown)
+    return _environment().get_template(template).render(shown)
 
 
 @cache

@@ -67,7 +67,7 @@ def test_without_its_parent_it_is_refused(tuned: Path, tiny_text: Path, tmp_path
 
 
 def _sentence(figures: Figures, subject: str) -> str:
-    return findings(render(figures))[subject][1]
+    return findings(render(figures, "findings.html"))[subject][1]
 
 
 def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[Figures, str]):
@@ -83,7 +83,7 @@ def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[
     untuned = replace(better, model=replace(better.model, fits_router=False))
     assert "to the best by hindsight" in _sentence(untuned, "Router")
     assert "A better router would gain little (90 % or more)." in _sentence(untuned, "Router")
-    assert "which nothing can know beforehand: the bound" in told(render(untuned))
+    assert "which nothing can know beforehand: the bound" in told(render(untuned, "quality.html"))
 
 
 def test_paths_that_came_after_the_tuning_are_not_fitted(
@@ -121,23 +121,26 @@ def test_curves_say_what_they_were_trained_on_and_by(reported: tuple[Figures, st
 
 def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
     figures = reported[0]
+    figures = replace(figures, training=figures.training[:1])
     tuning = figures.tuning
     assert tuning is not None
     asked = tuning["asked"] | {"method": "lora", "router": False, "backbone": False, "kl_share": 0, "hidden_match": 5.0}
     asked |= {"teacher": "T", "balance": "loss", "balance_loss": 0.01, "validation": ["V", "<b>W"]}
     outcome = tuning["outcome"] | {"refit": True}
-    html = told(render(replace(figures, tuning=tuning | {"asked": asked, "outcome": outcome})))
+    html = told(render(replace(figures, tuning=tuning | {"asked": asked, "outcome": outcome}), "training.html"))
     assert "FFNs (low-rank changes of rank 8, rate up to 0.003); the router's scores as they were. Loss: 1 " in html
     assert "Loss: 1 times cross entropy + 5 times error of the layers' outputs" in html
     assert "+ 0.01 times Switch's balancing loss. Teacher: T. Held-back" in html
     assert (
         "documents of V, <b>W, measured in float32 every 6 steps and at the end (step 0 twice: before and after" in html
     )
-    untaught = told(render(replace(figures, tuning=tuning | {"asked": tuning["asked"] | {"kl_share": 0}})))
+    untaught = told(
+        render(replace(figures, tuning=tuning | {"asked": tuning["asked"] | {"kl_share": 0}}), "training.html")
+    )
     assert "Loss: 1 times cross entropy + 0.1 times error of the router" in untaught
     assert "Teacher: " not in untaught
     assert "The manifest does not say, or not in full, what this was trained on" in render(
-        replace(figures, tuning=None)
+        replace(figures, tuning=None), "training.html"
     )
 
 

@@ -47,7 +47,7 @@ def test_a_tuned_checkpoint_claims_nothing_beside_an_untuned_parent(exact: tuple
     assert (
         "gives 0.99 times the perplexity of the untuned dense model; only one tuned alike (--tuned-parent)" in verdict
     )
-    mark, sentence = findings(render(figures))["Quality"]
+    mark, sentence = findings(render(figures, "findings.html"))["Quality"]
     assert mark == "mixed"
     assert "The two were not trained alike, so this does not tell what the cut costs" in sentence
     assert "it can stand in for the dense model" not in sentence
@@ -57,11 +57,11 @@ def test_a_tuned_checkpoint_is_held_to_the_parent_tuned_alike(exact: tuple[Figur
     """The very case: 0.99 of the untuned model, and 5 % behind the one tuned alike."""
     figures = _figures(exact[0], 99.0, True, 94.0, ALIKE)
     assert "costs some quality: perplexity is 1.05 times that of the dense model tuned alike; " in headline(figures)
-    mark, sentence = findings(render(figures))["Quality"]
+    mark, sentence = findings(render(figures, "findings.html"))["Quality"]
     assert mark == "mixed"
     assert "1.053 times that of the dense model tuned alike" in sentence
     assert "94.00 of the tuned dense model" in sentence
-    assert "1.053" in told(render(figures))
+    assert "1.053" in told(render(figures, "quality.html"))
 
 
 def test_a_parent_tuned_otherwise_shows_nothing(exact: tuple[Figures, str]):
@@ -71,7 +71,7 @@ def test_a_parent_tuned_otherwise_shows_nothing(exact: tuple[Figures, str]):
         figures
     )
     assert "quality" not in headline(figures)
-    assert findings(render(figures))["Quality"][0] == "mixed"
+    assert findings(render(figures, "findings.html"))["Quality"][0] == "mixed"
 
 
 def test_what_no_manifest_tells_is_said(exact: tuple[Figures, str]):
@@ -79,7 +79,7 @@ def test_what_no_manifest_tells_is_said(exact: tuple[Figures, str]):
     assert "costs no quality: perplexity is 0.96 times that of the dense model given as tuned alike" in headline(
         figures
     )
-    assert "no manifest tells it" in findings(render(figures))["Quality"][1]
+    assert "no manifest tells it" in findings(render(figures, "findings.html"))["Quality"][1]
 
 
 def _manifest(**changes) -> Manifest:
