@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
-from pregate.model.config import LayerCut, RoutedConfig
+from pregate.model.config import RoutedConfig
 from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.gates import Choice
@@ -53,7 +53,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         config.text_config._experts_implementation_internal = None
         self.parent: Any = AutoModelForCausalLM.from_config(config.text_config)
         for slot, cut in zip(find_gated_mlps(self.parent), config.cuts, strict=True):
-            mlp = self._routed_mlp(slot.layer, slot.hidden_size, cut)
+            mlp = RoutedMLP(slot.layer, slot.hidden_size, cut, config, self.hold_experts)
             mlp.parent_width = slot.width
             slot.replace(mlp)
         self.path_router = (
@@ -74,10 +74,6 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         those set in others (Falcon-H1's multipliers) stays uninitialised memory.
         """
         return False
-
-    def _routed_mlp(self, layer: int, hidden_size: int, cut: LayerCut) -> RoutedMLP:
-        config: Any = self.config
-        return RoutedMLP(layer, hidden_size, cut, config, self.hold_experts)
 
     @property
     def routed_mlps(self) -> list[RoutedMLP]:

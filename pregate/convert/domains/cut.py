@@ -41,7 +41,8 @@ def choose_experts(model: Any, domains: Sequence[Domain], options: ReadMeOptions
     mlps = find_gated_mlps(model)
     means_RL = [channel_means(model, domain.windows_SN, progress, domain.name) for domain in domains]
     means_LRI = [np.stack([of[layer].numpy() for of in means_RL]) for layer in range(len(mlps))]
-    contributions_LRI = [means * _norms(mlp) for means, mlp in zip(means_LRI, mlps, strict=True)]
+    norms_LI = [torch.linalg.vector_norm(mlp.down.detach(), dim=0, dtype=torch.float64).cpu().numpy() for mlp in mlps]
+    contributions_LRI = [means * norm_I for means, norm_I in zip(means_LRI, norms_LI, strict=True)]
     scores_LRI = means_LRI if options.score == "activation" else contributions_LRI
     layers = [
         domain_cut(scores_RI, options.active_width(mlp.width), options.permanent)
@@ -78,8 +79,7 @@ def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains:
     ):
         mlp.check(config.hidden_act)
         routed = cut_layer(mlp, split, cut, config)
-        scores = torch.from_numpy(contribution_I[split.neuron_index])
-        routed.neuron_score.copy_(scores)
+        routed.neuron_score.copy_(torch.from_numpy(contribution_I[split.neuron_index]))
         fit_linear(routed, inputs_LTD[mlp.layer])
         inputs_LTD[mlp.layer] = torch.empty(0)
         mlp.replace(routed)
@@ -102,8 +102,3 @@ def ffn_inputs(model: Any, mlps: Sequence[GatedMLP], windows: Sequence[torch.Ten
         for ids_N in windows:
             run_layers(model, ids_N[None])
     return [torch.cat(rows) for rows in parts]
-
-
-def _norms(mlp: GatedMLP) -> np.ndarray:
-    """The norm of each down column, float64 [I]."""
-    return torch.linalg.vector_norm(mlp.down.detach(), dim=0, dtype=torch.float64).cpu().numpy()

@@ -36,7 +36,6 @@ from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import kept_float32
-from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
 
 #: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
@@ -107,7 +106,10 @@ def _prepare(
     active = [options.active_width(width) for width in widths]
     masks = expert_masks([split.routed_RM for split in experts.splits], widths)
     pool = domain_targets(dense, interleaved(domains), masks, active, options.target, progress)
-    figures = _overlap(experts, widths, mlps[0].hidden_size, options)
+    row_bytes = bytes_per_row(mlps[0].hidden_size, getattr(torch, options.dtype).itemsize)
+    tied = options.tie_overlap or not options.steps
+    indexes = [split.neuron_index for split in experts.splits]
+    figures = overlap_figures(indexes, experts.cuts, widths, row_bytes, tied)
     config = read_me_config(dense.config, experts, options)
     cut_model(dense, config, experts, domains)
     model = assemble(config, dense, _new_router(dense, experts, options))
@@ -136,28 +138,23 @@ def _new_router(dense: Any, experts: DomainExperts, options: ReadMeOptions) -> P
     return router.to(dense.device)
 
 
-def _overlap(experts: DomainExperts, widths: list[int], hidden_size: int, options: ReadMeOptions) -> dict[str, Any]:
-    tied = options.tie_overlap or not options.steps
-    size = bytes_per_row(hidden_size, getattr(torch, options.dtype).itemsize)
-    return overlap_figures([s.neuron_index for s in experts.splits], experts.cuts, widths, size, tied)
-
-
 @torch.no_grad()
 def _measure(rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[Score]) -> dict[str, Any]:
     """Perplexity as stored beside the dense model's, and how the router spreads the domains' held-back text."""
     model, dtype = rounds.model, getattr(torch, rounds.options.dtype)
     round_to([p.data for n, p in model.named_parameters() if not kept_float32(n)], dtype, "a weight")
     scores = [score_rows(model, d.held_back) for d in domains]
-    indices = [[_indices(model, row) for row in d.held_back] for d in domains]
+    # A token's index is the same in every layer.
+    indices = [[model.paths(row).ids[:, 0, 0] for row in d.held_back] for d in domains]
     repeats = np.concatenate([row[1:] == row[:-1] for rows in indices for row in rows])
     by_domain = [
         {
             "name": domain.name,
             "dense_perplexity": round(dense.perplexity, 4),
             "routed_perplexity": round(routed.perplexity, 4),
-            "expert_share": _shares(np.concatenate(rows), len(domains)),
+            "expert_share": [round(float(n), 4) for n in np.bincount(rows, minlength=len(domains)) / len(rows)],
         }
-        for domain, dense, routed, rows in zip(domains, dense_scores, scores, indices, strict=True)
+        for domain, dense, routed, rows in zip(domains, dense_scores, scores, map(np.concatenate, indices), strict=True)
     ]
     return {
         "dense_perplexity": round(sum(dense_scores, Score(0.0, 0)).perplexity, 4),
@@ -167,14 +164,3 @@ def _measure(rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[S
         "repeats_last_expert": round(float(repeats.mean()), 4),
         "rounds": rounds.figures,
     }
-
-
-def _indices(model: RoutedForCausalLM, row: list[int]) -> np.ndarray:
-    """Each token's index [T], which is the same in every layer."""
-    return model.paths(row).ids[:, 0, 0]
-
-
-def _shares(indices_T: np.ndarray, num_experts: int) -> list[float]:
-    """Share of the tokens that visit each expert."""
-    counts = np.bincount(indices_T, minlength=num_experts)
-    return [round(float(n) / len(indices_T), 4) for n in counts]

@@ -36,24 +36,19 @@ def expert_masks(experts_RM: Sequence[np.ndarray], widths: Sequence[int]) -> lis
     return masks
 
 
-def strongest_mask(h_TI: torch.Tensor, num_active: int) -> torch.Tensor:
-    """1 at each token's `num_active` channels of greatest magnitude, M_0 of the paper (section 3.2), else 0."""
-    chosen_TW = h_TI.abs().topk(num_active, dim=-1).indices
-    return torch.zeros_like(h_TI).scatter_(1, chosen_TW, 1.0)
-
-
 def overlap_scores(h_TI: torch.Tensor, mask_IR: torch.Tensor, num_active: int) -> torch.Tensor:
-    """[T, R]: how many of a token's strongest channels each expert holds.
+    """[T, R]: how many of a token's `num_active` channels of greatest magnitude (M_0, section 3.2) each expert holds.
 
     The released code counts five nested cut-offs, on signed values; the paper's text has this one, on magnitudes.
 
     Example: h [3, -4, 1, 0], 2 active, experts [0, 1] and [1, 2]: [2, 1].
     """
-    return strongest_mask(h_TI, num_active) @ mask_IR
+    chosen_TW = h_TI.abs().topk(num_active, dim=-1).indices
+    return torch.zeros_like(h_TI).scatter_(1, chosen_TW, 1.0) @ mask_IR
 
 
 def contribution_scores(h_TI: torch.Tensor, mask_IR: torch.Tensor, norm_I: torch.Tensor) -> torch.Tensor:
-    """[T, R]: the sum of |h_i| times the norm of down column i over each expert's channels; ours."""
+    """[T, R]: the sum of |h_i| times the norm of down column i over each expert's channels."""
     return (h_TI.abs() * norm_I) @ mask_IR
 
 

@@ -19,8 +19,6 @@ from torch.nn.utils import parametrize
 from pregate.convert.measure.tied import distinct_neurons
 from pregate.model.layers import RoutedMLP
 
-_WEIGHTS = ("gate_up_proj", "down_proj")
-
 
 class _Gather(nn.Module):
     """A layer's experts from its distinct rows; `slots_RM` int64 says which one each expert's row is."""
@@ -59,6 +57,9 @@ class _GatherDown(_Gather):
         return self._distinct(down.transpose(1, 2))
 
 
+_GATHERS = {"gate_up_proj": _GatherGateUp, "down_proj": _GatherDown}
+
+
 @contextmanager
 def tied_rows(mlps: Sequence[RoutedMLP]) -> Iterator[None]:
     """Within the block, rows of one layer's routed experts that hold the same parent neuron are one parameter.
@@ -66,17 +67,17 @@ def tied_rows(mlps: Sequence[RoutedMLP]) -> Iterator[None]:
     The parameters' names and shapes differ within; make an optimizer after entering. On leaving they are as before,
     with the values learned.
     """
-    held = [(mlp.experts, _neurons(mlp)) for mlp in mlps if mlp.experts is not None]
-    for experts, neurons_RM in held:
-        for name, kind in zip(_WEIGHTS, (_GatherGateUp, _GatherDown), strict=True):
-            parametrize.register_parametrization(experts, name, kind(neurons_RM))
+    held: list[nn.Module] = []
+    for mlp in mlps:
+        if mlp.experts is None:
+            continue
+        neurons_RM = mlp.neuron_index[mlp.cut.shared_width :].long().view(mlp.cut.num_routed, mlp.cut.expert_width)
+        for name, gather in _GATHERS.items():
+            parametrize.register_parametrization(mlp.experts, name, gather(neurons_RM))
+        held.append(mlp.experts)
     try:
         yield
     finally:
-        for experts, _ in held:
-            for name in _WEIGHTS:
+        for experts in held:
+            for name in _GATHERS:
                 parametrize.remove_parametrizations(experts, name)
-
-
-def _neurons(mlp: RoutedMLP) -> torch.Tensor:
-    return mlp.neuron_index[mlp.cut.shared_width :].long().view(mlp.cut.num_routed, mlp.cut.expert_width)

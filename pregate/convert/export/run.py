@@ -16,7 +16,7 @@ from pregate.convert.cut.options import DTYPES
 from pregate.convert.export.card import write_card
 from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export.dense import check_dense, write_dense
-from pregate.convert.export.gate_scale import RouterScale, measure_scales
+from pregate.convert.export.gate_scale import GateScale, measure_scales
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
 from pregate.convert.files.routed_shards import RoutedShards
@@ -118,7 +118,7 @@ def _export_stock(
     return figures
 
 
-def _figures(options: ExportOptions, dtype: str, context: int, scales: list[RouterScale]) -> dict[str, Any]:
+def _figures(options: ExportOptions, dtype: str, context: int, scales: list[GateScale]) -> dict[str, Any]:
     factors = [scale.factor for scale in scales]
     return {
         "stored_as": dtype,
