@@ -10,9 +10,10 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install demo demo-convert test check format bench proto clean
+.PHONY: install install-dev demo demo-convert test check format bench proto clean
 
 install: $(VENV)/.installed
+install-dev: $(VENV)/.installed-dev
 
 # Without a CUDA device the CPU build of torch comes first, so that nothing pulls in several GB of CUDA packages:
 # from a configured index or folder when one has it, else from PyTorch's own index.
@@ -23,6 +24,11 @@ $(VENV)/.installed: pyproject.toml
 	  || $(BIN)/python -c "import torch" 2>/dev/null \
 	  || $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" \
 	  || $(BIN)/pip install --quiet "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# What the tests need beside: Triton alone, whose interpreter and compiler need no GPU, is 1 GB.
+$(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -35,16 +41,16 @@ demo-convert: install
 test: check
 	$(BIN)/python -m pytest
 
-check: install
+check: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: install
+format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install
+bench: install-dev
 	$(BIN)/python -m benchmarks.dispatch
 	$(BIN)/python -m benchmarks.kernels --out benchmarks/results/kernels.json
 	@if [ -d "$(SHARED)/models/stories3M" ]; then \
