@@ -60,8 +60,8 @@ def test_a_row_of_a_batch_is_what_it_is_alone():
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(1, HEADS, 3, WIDTH, generator=generator)
     key, value = (torch.randn(1, KV_HEADS, 3, WIDTH, generator=generator) for _ in range(2))
-    first = [t[:, :, :1] for t in (query, key, value)]
-    alone = paged_attention(module(), *first, None, scaling=0.3, pregate_step=layout)[0]
+    query, key, value = (t[:, :, :1] for t in (query, key, value))
+    alone = paged_attention(module(), query, key, value, None, scaling=0.3, pregate_step=layout)[0]
     torch.testing.assert_close(alone[0, 0], together[0, 0])
 
 

@@ -118,7 +118,7 @@ def test_layer_by_layer_it_is_the_fit_of_whole_passes(
     assert runs[len(first) :] == [0] * 2 * once + [1] * 2 * once + [2] * once
     expected = []
     for mlp in old.routed_mlps:
-        totals = [0.0] * 3
+        totals: list[Any] = [0.0] * 3
         for rows in batches:
             ids_BN, mask_BN = padded(rows)
             whole = _WholePass(old, mask_BN.flatten().bool(), path_scores(old, ids_BN), {}, fitted=mlp.layer)
