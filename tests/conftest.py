@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before torch is imported, and for every process a test starts, whatever the shell says: with another number of threads
 # sums differ in their last bits, and tests that compare two runs fail now and then.
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+# Where hashes of checkpoints are remembered: not among those of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "pregate-tests-cache")
 
 from collections.abc import Callable
 from pathlib import Path

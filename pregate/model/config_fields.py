@@ -92,6 +92,8 @@ def _allowed(key: str, value: Any) -> str:  # noqa: PLR0911 (a table in code)
         return "the name of an activation"
     if key in _MAPPINGS and value is not None and not isinstance(value, dict):
         return "an object or null"
+    if key == "layer_types" and value is not None and not isinstance(value, list):
+        return "a list of names or null"
     if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:
         return f"{', '.join(DTYPES)}"
     if key in ("bos_token_id", "pad_token_id") and value is not None and not _is_int(value):
