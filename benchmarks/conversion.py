@@ -134,17 +134,17 @@ class Bench:
             row |= meter.figures().get(f"{routed_by}_vs_oracle", {})
         return row
 
-    def converted(self, recipe: str, cut: Cut, seed: int, change: dict[str, Any]) -> Any:
+    def converted(self, recipe: Any, cut: Cut, seed: int, change: dict[str, Any]) -> Any:
         experts, shared, active = cut
-        fields = {"experts": experts, "shared": shared, "active": active}
+        fields: dict[str, Any] = {"experts": experts, "shared": shared, "active": active}
         if "shared" in change:
             fields |= {"shared": None, "active": shared + active}
-        method = {name: value for name, value in change.items() if name != "shared"} | {"seed": seed}
+        method: dict[str, Any] = {name: value for name, value in change.items() if name != "shared"} | {"seed": seed}
         out = self.work / f"{self.subject.name}-checkpoint"
         shutil.rmtree(out, ignore_errors=True)
-        options = ConvertOptions.of_recipe(
-            recipe,
-            method,
+        options = ConvertOptions(
+            recipe=recipe,
+            **method,
             model=self.subject.model,
             out=out,
             calibration=self.subject.calibration,

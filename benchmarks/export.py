@@ -127,7 +127,7 @@ def sweep(source: RoutedShards, routed: RoutedForCausalLM, rows: list[list[int]]
 def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     stories, model = args.shared_folder / "text" / "stories", args.shared_folder / "models" / "stories3M"
     cut = {"model": model, "out": work / "routed", "experts": 8, "shared": 3, "active": 3}
-    convert(ConvertOptions.of_recipe("stock", {}, calibration=(stories / "ts_train.jsonl",), **cut), RichProgress())
+    convert(ConvertOptions(recipe="stock", calibration=(stories / "ts_train.jsonl",), **cut), RichProgress())
     held_out = stories / "ts_heldout.jsonl"
     exported = export(ExportOptions(work / "routed", work / "stock", "qwen2_moe", (held_out,)), RichProgress())
     dense = export(ExportOptions(work / "routed", work / "dense", "dense"), RichProgress())

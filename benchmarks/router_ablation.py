@@ -29,6 +29,7 @@ import torch
 from benchmarks.conversion import Bench, rows_in, subject
 from benchmarks.cuts import Cut
 from benchmarks.surroundings import sentence, surroundings
+from pregate.base.choices import Selection
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.measure.controls import OraclePolicy
@@ -42,7 +43,7 @@ from pregate.model.quiet import quiet_transformers
 from pregate.model.router_flops import router_flops
 
 #: Cut and selection, by the name of its table.
-CUTS: dict[str, tuple[Cut, str]] = {
+CUTS: dict[str, tuple[Cut, Selection]] = {
     "S3A3E8": ((8, 3, 3), "threshold"),
     "S2A2E8": ((8, 2, 2), "threshold"),
     "S3A3E8-fixed": ((8, 3, 3), "top_k"),

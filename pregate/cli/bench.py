@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from pydantic import Field
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
+from pregate.base.options import Dtype, Word, options
+from pregate.cli.flags import command
 
 app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 #: The whole of a quick look, in seconds per batch size.
@@ -21,60 +24,59 @@ def _group() -> None:
     """Keep `kernels` a command of its own while it is the only one."""
 
 
-@app.command()
-def kernels(
-    shape: Annotated[str, typer.Option(help="llama-2-7b, 1b or quartet.")] = "1b",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    expert_ffn: Annotated[str, typer.Option(help="auto, or an implementation by name.")] = "auto",
-    percent: Annotated[int, typer.Option(help="Share of the FFN that is active: 25, 50 or 75.")] = 25,
-    tokens: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,4,16,64,256",
-    tune: Annotated[bool, typer.Option(help="Rewrite this device's block sizes first (CUDA).")] = False,
+@options()
+class BenchOptions:
+    """What to measure, on what."""
+
+    shape: Annotated[str, Field(description="llama-2-7b, 1b or quartet.")] = "1b"
+    device: Annotated[Literal["cpu", "cuda"], Field(description="Where.")] = "cpu"
+    dtype: Annotated[Dtype | Literal["auto"], Field(description="auto: float32 on a CPU, bfloat16 on a GPU.")] = "auto"
+    expert_ffn: Annotated[str, Field(description="auto, or an implementation by name.")] = "auto"
+    percent: Annotated[Literal["25", "50", "75"], Field(description="Share of the FFN that is active.")] = "25"
+    tokens: Annotated[str, Field(description="Batch sizes, with commas.")] = "1,4,16,64,256"
+    tune: Annotated[bool, Field(description="Rewrite this device's block sizes first (CUDA).")] = False
     table: Annotated[
-        Path | None, typer.Option(help="File of block sizes to rewrite; the package's own if none.")
-    ] = None,
-) -> None:
+        Path | None, Field(description="File of block sizes to rewrite."), Word("the package's own", written=False)
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.table is not None and not self.tune:
+            raise UserError.of("--table", self.table, "is only written; allowed with --tune")
+        _ = self.batch_sizes
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """The numbers in `tokens`."""
+        try:
+            sizes = [int(part) for part in self.tokens.split(",")]
+        except ValueError:
+            sizes = [0]
+        if min(sizes) < 1:
+            raise UserError.of("--tokens", self.tokens, "allowed: numbers of 1 or more with commas, like 1,16,256")
+        return sizes
+
+
+@app.command()
+@command(BenchOptions)
+def kernels(options: BenchOptions) -> None:
     """Print milliseconds of the dense FFN and of the expert FFN per batch size, one thread or one GPU."""
     import torch
 
     from pregate.kernels import expert_ffn as entry
     from pregate.kernels.tools import bench
 
-    chosen, sizes = bench.shape_named(shape), _batch_sizes(tokens)
-    _refuse(percent, device, table, tune)
-    where = torch.device(device)
-    kind = entry.choose_dtype(dtype, where)
-    ffn = entry.choose(expert_ffn, where, kind, act="silu", widths=(chosen.hidden, chosen.expert_width))
-    if tune:
-        _tune(ffn, chosen, where, kind, table)
+    chosen, where, percent = bench.shape_named(options.shape), torch.device(options.device), int(options.percent)
+    kind = entry.choose_dtype(options.dtype, where)
+    ffn = entry.choose(options.expert_ffn, where, kind, act="silu", widths=(chosen.hidden, chosen.expert_width))
+    if options.tune:
+        _tune(ffn, chosen, where, kind, options.table)
     torch.set_num_threads(1)
-    print(f"{chosen.name}, {percent} % active, {ffn.name} on {device} in {dtype_name(kind)}, ms")
+    print(f"{chosen.name}, {percent} % active, {ffn.name} on {where} in {dtype_name(kind)}, ms")
     print(f"{'tokens':>8} {'dense':>9} {'experts':>9} {'times':>6}")
     with torch.inference_mode():
-        for num_tokens in sizes:
+        for num_tokens in options.batch_sizes:
             dense_ms, ours_ms = _measure(ffn, chosen, where, kind, percent, num_tokens)
             print(f"{num_tokens:8d} {dense_ms:9.3f} {ours_ms:9.3f} {dense_ms / ours_ms:6.2f}")
-
-
-def _refuse(percent: int, device: str, table: Path | None, tune: bool) -> None:
-    from pregate.cluster.config import DEVICES
-
-    if percent not in (25, 50, 75):
-        raise UserError.of("--percent", percent, "allowed: 25, 50, 75")
-    if device not in DEVICES:
-        raise UserError.of("--device", device, f"allowed: {', '.join(DEVICES)}")
-    if table is not None and not tune:
-        raise UserError.of("--table", table, "is only written; allowed with --tune")
-
-
-def _batch_sizes(tokens: str) -> list[int]:
-    try:
-        sizes = [int(part) for part in tokens.split(",")]
-    except ValueError:
-        sizes = [0]
-    if min(sizes) < 1:
-        raise UserError.of("--tokens", tokens, "allowed: numbers of 1 or more with commas, like 1,16,256")
-    return sizes
 
 
 def _measure(ffn, shape, device, dtype, percent: int, num_tokens: int) -> tuple[float, float]:  # noqa: ANN001

@@ -14,14 +14,11 @@ import typer
 
 from pregate.base.errors import PregateError, UserError
 from pregate.cli import bench as commands_bench
-from pregate.cli import export as commands_export
-from pregate.cli import method_options
 from pregate.cli import model as commands_model
 from pregate.cli import read_me as commands_read_me
 from pregate.cli import report as commands_report
 from pregate.cli import serve as commands_serve
 from pregate.cli import text as commands_text
-from pregate.cli import tune as commands_tune
 
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = ("--calibration", "--text", "--compare", "--domain", "--validation")
@@ -34,12 +31,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(epilog=method_options.describe_recipes())(commands_model.convert)
+app.command(epilog=commands_model.describe_recipes())(commands_model.convert)
 app.command()(commands_model.decouple)
-app.command()(commands_tune.tune)
+app.command()(commands_model.tune)
 app.command()(commands_model.evaluate)
 app.command("read-me")(commands_read_me.read_me)
-app.command()(commands_export.export)
+app.command()(commands_model.export)
 app.command()(commands_report.report)
 app.command()(commands_text.generate)
 app.command()(commands_text.route)

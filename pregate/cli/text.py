@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import Field
 
-from pregate.base.errors import UserError, option_name
-from pregate.base.sampling import check_sampling
+from pregate.base.errors import UserError
+from pregate.base.options import Needs, options
+from pregate.base.sampling import MAX_SEED
 from pregate.base.tokens import read_tokens
+from pregate.cli.flags import command
+from pregate.cli.printed import Output
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -21,105 +24,85 @@ if TYPE_CHECKING:
     from pregate.client.client import Client
     from pregate.model.folder import ModelFolder
 
-ModelOption = Annotated[Path | None, typer.Option("--model", help="Checkpoint, run in this process.")]
-TargetOption = Annotated[str | None, typer.Option("--target", help="HOST:PORT of a server.")]
-PromptOption = Annotated[str, typer.Option("--prompt", help="The text to go on from.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-TokenOption = Annotated[Path | None, typer.Option("--token-file", help="File with the server's bearer token.")]
-CaOption = Annotated[Path | None, typer.Option("--ca", help="PEM file to check the server's TLS certificate with.")]
 
+@options()
+class Source:
+    """Where the model runs: a checkpoint folder in this process, or a server."""
 
-@dataclass(frozen=True)
-class Sampling:
-    """How to pick tokens in this process; a server checks its own requests."""
-
-    max_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
+    model: Annotated[Path | None, Field(description="Checkpoint, run in this process."), Needs("model")] = None
+    target: Annotated[str | None, Field(description="HOST:PORT of a server.")] = None
+    token_file: Annotated[Path | None, Field(description="File with the server's bearer token.")] = None
+    ca: Annotated[Path | None, Field(description="PEM file to check the server's TLS certificate with.")] = None
 
     def __post_init__(self) -> None:
-        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed, option_name)
+        if (self.model is None) == (self.target is None):
+            raise UserError("--model, --target: give one of them, a checkpoint folder or the HOST:PORT of a server")
 
 
-def generate(
-    prompt: PromptOption,
-    model: ModelOption = None,
-    target: TargetOption = None,
-    max_tokens: Annotated[int, typer.Option(help="New tokens at most.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    as_json: JsonOption = False,
-    token_file: TokenOption = None,
-    ca: CaOption = None,
-) -> None:
+@options()
+class Prompt:
+    """What to go on from."""
+
+    prompt: Annotated[str, Field(description="The text to go on from.")]
+
+
+@options()
+class Sampling:
+    """How to pick tokens."""
+
+    max_tokens: Annotated[int, Field(ge=1, description="New tokens at most.")] = 64
+    temperature: Annotated[float, Field(ge=0, description="0 is greedy.")] = 0.0
+    top_p: Annotated[
+        float, Field(gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
+    ] = 1.0
+    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Makes sampling repeatable.")] = None
+
+
+@command(Prompt, Source, Sampling, Output)
+def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output) -> None:
     """Continue a text. With --target it streams from a server; with --model the reference model runs here."""
-    _check_source(model, target)
-    if target is not None:
-        with ExitStack() as stack:
-            client = stack.enter_context(_client(target, token_file, ca))
-            _generate_served(client, prompt, as_json, max_tokens, temperature, top_p, seed)
+    if source.model is None:
+        with _client(source) as client:
+            _generate_served(client, prompt.prompt, sampling, output)
         return
-    assert model is not None
-    result = _generate_here(model, prompt, Sampling(max_tokens, temperature, top_p, seed))
-    typer.echo(json.dumps(result) if as_json else result["text"])
+    result = _generate_here(source.model, prompt.prompt, sampling)
+    typer.echo(json.dumps(result) if output.json else result["text"])
 
 
-def route(
-    prompt: PromptOption,
-    model: ModelOption = None,
-    target: TargetOption = None,
-    as_json: JsonOption = False,
-    token_file: TokenOption = None,
-    ca: CaOption = None,
-) -> None:
+@command(Prompt, Source, Output)
+def route(prompt: Prompt, source: Source, output: Output) -> None:
     """Print the experts each token of a text will visit in every layer, without running the model."""
-    _check_source(model, target)
-    if target is not None:
-        with _client(target, token_file, ca) as client:
-            result = asdict(client.route(prompt))
+    if source.model is None:
+        with _client(source) as client:
+            result = asdict(client.route(prompt.prompt))
     else:
-        assert model is not None
-        result = _route_here(model, prompt)
-    if as_json:
+        result = _route_here(source.model, prompt.prompt)
+    if output.json:
         typer.echo(json.dumps(result))
     else:
         _print_route(result)
 
 
-def _check_source(model: Path | None, target: str | None) -> None:
-    if (model is None) == (target is None):
-        raise UserError("--model, --target: give one of them, a checkpoint folder or the HOST:PORT of a server")
-
-
 # ---- a server ----
 
 
-def _client(target: str, token_file: Path | None, ca: Path | None) -> Client:
+def _client(source: Source) -> Client:
     from pregate.client.client import Client
 
-    host, _, port = target.rpartition(":")
+    assert source.target is not None
+    host, _, port = source.target.rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError.of("--target", target, "must be HOST:PORT")
-    token = read_tokens(token_file)[0] if token_file else None
-    return Client(target, token, ca)
+        raise UserError.of("--target", source.target, "must be HOST:PORT")
+    token = read_tokens(source.token_file)[0] if source.token_file else None
+    return Client(source.target, token, source.ca)
 
 
-def _generate_served(
-    client: Client,
-    prompt: str,
-    as_json: bool,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-) -> None:
-    with client.generate(prompt, max_tokens, temperature=temperature, top_p=top_p, seed=seed) as generation:
+def _generate_served(client: Client, prompt: str, sampling: Sampling, output: Output) -> None:
+    with client.generate(prompt, **asdict(sampling)) as generation:
         for chunk in generation:
-            if not as_json:
+            if not output.json:
                 typer.echo(chunk.text, nl=False)
-    if as_json:
+    if output.json:
         assert generation.completion is not None
         typer.echo(json.dumps(asdict(generation.completion)))
     else:
@@ -159,8 +142,6 @@ def _read(path: Path, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
     from pregate.model.folder import read_folder
     from pregate.model.tokenizer import check_ids, read_tokenizer
 
-    if not path.is_dir():
-        raise UserError.of("--model", path, "no such folder; allowed: a checkpoint folder")
     folder, tokenizer = read_folder(path), read_tokenizer(path)
     encoding = tokenizer.encode(prompt)
     check_ids(encoding, prompt, folder.vocab_size, "--prompt", f"of {len(encoding.ids)} tokens")
@@ -204,11 +185,12 @@ def _route_here(path: Path, prompt: str) -> dict[str, Any]:
 def _print_route(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     kind = "exact: these are the routing" if result["exact"] else "predicted: the gates decide"
     table = Table("token", title=f"routed experts of each layer ({kind})", box=None)
     for layer in range(len(result["paths"][0]) if result["paths"] else 0):
         table.add_column(str(layer))
     for token, layers in zip(result["tokens"], result["paths"], strict=True):
-        table.add_row(repr(token), *(" ".join(map(str, experts)) or "-" for experts in layers))
+        table.add_row(Text(repr(token)), *(" ".join(map(str, experts)) or "-" for experts in layers))
     Console().print(table)

@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pregate.base.errors import UnavailableError
 from pregate.base.log import get_logger
-from pregate.cluster import room, run_folder, strict
+from pregate.base.options import from_dict
+from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors, settle
 from pregate.cluster.local_ray import NAMESPACE
@@ -31,7 +32,7 @@ from pregate.cluster.routed_experts import read_routed_experts
 from pregate.cluster.supervisor import Health
 from pregate.router.actor import EngineActor
 from pregate.router.door import DoorActor
-from pregate.router.grpc_server import GrpcOptions
+from pregate.router.grpc_options import GrpcOptions
 from pregate.workers.actor import ActorOptions, ExpertHostActor
 from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import HostAddress
@@ -149,7 +150,7 @@ class RayChildren:
 
     def _make_engine(self) -> Any:
         config, folder = self._config, self._parts.folder
-        options = self._options("engine", 0, config.router_gpus)
+        options = self._options("engine", 0, config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         return remote.remote(config.engine_options, f"ipc://{folder}/engine")
 
@@ -162,7 +163,7 @@ class RayChildren:
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
         """Start a gRPC door for a launcher. Raises UserError when its port is taken."""
-        return await self._doors.add(owner, strict.from_dict(GrpcOptions, options))
+        return await self._doors.add(owner, from_dict(GrpcOptions, options))
 
     async def drop_doors(self, owner: str, grace_s: float) -> None:
         """Drain and stop the doors of a launcher, all at once."""

@@ -3,63 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.cluster import strict
-from pregate.cluster.placement import STRATEGIES
+from pregate.base.options import Dtype, Key, Needs, from_dict, options, to_dict, user_options
 from pregate.router.engine_options import EngineOptions
 from pregate.workers.host_options import HostOptions
 
-DEVICES = ("cpu", "cuda")
-#: What two launchers must agree on to share one deployment, and the option each field is set by.
-SHARED_OPTIONS = {
-    "model": "--model",
-    "hosts": "--hosts",
-    "placement": "--placement",
-    "device": "--device",
-    "dtype": "--dtype",
-    "expert_ffn": "--expert-ffn",
-    "gpus_per_host": "--gpus-per-host",
-    "router_gpus": "--router-gpus",
-}
+#: A launcher's own; in everything else two launchers must agree to share one deployment.
+_OWN = ("start_timeout_s", "drain_s")
+_Gpus = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True)
+@options()
 class ServeConfig:
     """One deployment. `hosts` 0 keeps the experts in the engine's process; times in seconds.
 
     `device` and `dtype` hold for engine and hosts alike and replace what `engine` and `host` say; GPU counts may be
-    fractions. `host_threads` are torch's in each host (the engine has its own option). `drain_s` is the grace that
-    running requests get at the end.
+    fractions. `host_threads` are torch's in each host. `drain_s` is the grace that running requests get at the end.
     """
 
-    model: str
-    hosts: int
-    name: str = "pregate"
-    placement: str = "linear"
-    device: str = "cpu"
-    dtype: str = "float32"
-    gpus_per_host: float = 0.0
-    router_gpus: float = 0.0
-    host_threads: int = 1
-    start_timeout_s: float = 600.0
-    drain_s: float = 10.0
-    engine: EngineOptions = field(default_factory=lambda: EngineOptions(model=""))
+    model: Annotated[str, Field(description="Checkpoint folder."), Needs("model")]
+    hosts: Annotated[int, Field(ge=0, description="Expert hosts; 0 keeps the experts in the engine's process.")] = 0
+    name: Annotated[str, Field(description="Name of the deployment; launchers of one name share it.")] = "pregate"
+    placement: Annotated[Literal["linear", "round_robin"], Field(description="How experts are placed on hosts.")] = (
+        "linear"
+    )
+    device: Annotated[Literal["cpu", "cuda"], Field(description="What engine and hosts compute on.")] = "cpu"
+    dtype: Annotated[Dtype, Field(description="What they compute in.")] = "float32"
+    gpus_per_host: Annotated[_Gpus, Field(description="GPUs each host asks Ray for; 1 with cuda.")] = 0.0
+    engine_gpus: Annotated[_Gpus, Field(description="GPUs the engine asks Ray for; 1 with cuda.")] = 0.0
+    host_threads: Annotated[int, Field(ge=1, description="Threads of each host.")] = 1
+    start_timeout_s: Annotated[float, Field(gt=0, description="Seconds the start may take.")] = 600.0
+    drain_s: Annotated[float, Field(ge=0, description="Seconds that running requests get at the end.")] = 10.0
+    engine: EngineOptions = field(default_factory=EngineOptions)
     host: HostOptions = field(default_factory=HostOptions)
 
+    @classmethod
+    def follow(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """With cuda every host, and the engine, has a GPU of its own unless another number is given.
+
+        The model's path becomes one that every process of the deployment can follow.
+        """
+        gpus = {"gpus_per_host": 1.0, "engine_gpus": 1.0} if given.get("device") == "cuda" else {}
+        path = {"model": str(Path(given["model"]).expanduser().resolve())} if "model" in given else {}
+        return gpus | given | path
+
     def __post_init__(self) -> None:
-        if self.hosts < 0:
-            raise UserError.of("--hosts", self.hosts, "must be 0 (experts in the engine's process) or more")
-        if self.placement not in STRATEGIES:
-            raise UserError.of("--placement", self.placement, f"allowed: {', '.join(STRATEGIES)}")
-        if self.device not in DEVICES:
-            raise UserError.of("--device", self.device, f"allowed: {', '.join(DEVICES)}")
-        for name in ("gpus_per_host", "router_gpus"):
-            if getattr(self, name) < 0:
-                raise UserError.of(SHARED_OPTIONS[name], getattr(self, name), "must be 0 or more")
+        if self.device == "cuda" and self.hosts > 1 and not self.gpus_per_host:
+            raise UserError.of(
+                "--gpus-per-host", 0, f"all {self.hosts} hosts would compute on one GPU; allowed: above 0, say 0.5"
+            )
         _ = self.engine_options, self.host_options(0)  # their own checks, now rather than in another process
 
     @property
@@ -81,17 +79,30 @@ class ServeConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to cross Ray."""
-        return strict.to_dict(self)
+        return to_dict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ServeConfig:
-        """Undo `to_dict`; also reads strings, as `serve run` passes them. Unknown keys are UserErrors."""
-        config = strict.from_dict(cls, values)
-        return replace(config, model=str(Path(config.model).expanduser().resolve()))
+        """Undo `to_dict`; unknown keys are UserErrors."""
+        return from_dict(cls, values)
 
     def check_joins(self, running: ServeConfig) -> None:
         """UserError naming the first option in which this config differs from the running deployment's."""
-        for name, option in SHARED_OPTIONS.items():
-            ours, theirs = getattr(self, name), getattr(running, name)
-            if ours != theirs:
-                raise UserError.of(option, ours, f"deployment {self.name!r} is running with {theirs}; allowed: that")
+        ours, theirs = (to_dict(replace(c, engine=c.engine_options)) for c in (self, running))
+        for option in user_options(ServeConfig).values():
+            a, b = ours, theirs
+            for name in option.path:
+                a, b = a[name], b[name]
+            if a != b and option.key not in _OWN:
+                raise UserError.of(option.flag, a, f"deployment {self.name!r} is running with {b}; allowed: that")
+
+
+@options()
+class RayAccess:
+    """Where Ray is. `address` None starts one on this machine, unless this process is connected already."""
+
+    address: Annotated[
+        str | None,
+        Field(description="Join this Ray (auto: the running one) instead of starting one."),
+        Key("ray_address"),
+    ] = None

@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -21,13 +20,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.log import get_logger
 from pregate.base.network import is_loopback
-from pregate.cluster import local_ray, strict
+from pregate.base.options import to_dict
+from pregate.cluster import local_ray
 from pregate.cluster.children import RayChildren
-from pregate.cluster.config import ServeConfig
+from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.supervisor import Supervisor
-from pregate.router.grpc_server import GrpcOptions
+from pregate.router.grpc_options import GrpcOptions
 
 #: The supervisor answers from an event loop that never blocks; this is for a machine that is short of time.
 CALL_TIMEOUT_S = 30.0
@@ -43,13 +43,6 @@ GCS_PATIENCE_S, CLUSTER_GCS_PATIENCE_S = 3.0, 45.0
 ADDRESS_TIMEOUT_S = 5.0
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class RayAccess:
-    """Where Ray is. `address` None starts one on this machine, unless this process is connected already."""
-
-    address: str | None = None
 
 
 class Deployment:
@@ -109,7 +102,7 @@ class Deployment:
 
     def add_door(self, options: GrpcOptions) -> tuple[str, int]:
         """Start a gRPC front door that lives as long as this lease; returns its interface and port."""
-        arguments = (self._launcher_id, strict.to_dict(options))
+        arguments = (self._launcher_id, to_dict(options))
         reply = call(self._supervisor, "add_door", *arguments, timeout_s=self.config.start_timeout_s)
         if reply.get("failure"):
             raise _error_of(reply["failure"])

@@ -16,7 +16,7 @@ from pregate.cluster import placement
 from pregate.cluster.config import ServeConfig
 from pregate.model.folder import read_folder
 from pregate.model.tokenizer import read_tokenizer
-from pregate.router.grpc_server import GrpcOptions
+from pregate.router.grpc_options import GrpcOptions
 
 #: Hashing a large checkpoint from a slow disk takes minutes.
 CHECK_TIMEOUT_S = 1800.0
@@ -70,8 +70,6 @@ def check_door(options: GrpcOptions) -> None:
     access.validate()
     access.read_tls()
     access.read_tokens()
-    if not 0 <= options.port <= 65535:
-        raise UserError.of("--grpc-port", options.port, "allowed: 0 (any free one) to 65535")
     family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the server will: an old connection that lingers is no hindrance, a listener is.

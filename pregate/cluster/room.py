@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from pregate.base.errors import UserError
-from pregate.cluster.config import SHARED_OPTIONS, ServeConfig
+from pregate.base.errors import UserError, option_name
+from pregate.cluster.config import ServeConfig
 
 #: Logical CPUs an actor of ours asks for: they only admit it. What it may use is its own options' matter.
 ACTOR_CPUS = 0.1
@@ -16,7 +16,7 @@ Resources = Mapping[str, float]
 
 def bundles_of(config: ServeConfig, node_ip: str) -> list[dict[str, float]]:
     """What the engine asks for on the node at `node_ip`, then what each host asks for anywhere."""
-    engine = {"CPU": ACTOR_CPUS, f"node:{node_ip}": NODE_SHARE, "GPU": config.router_gpus}
+    engine = {"CPU": ACTOR_CPUS, f"node:{node_ip}": NODE_SHARE, "GPU": config.engine_gpus}
     host = {"CPU": ACTOR_CPUS, "GPU": config.gpus_per_host}
     return [{name: share for name, share in part.items() if share} for part in (engine, *[host] * config.hosts)]
 
@@ -39,12 +39,12 @@ def describe(config: ServeConfig, total: Resources, free: Resources) -> str:
     """What is asked and what the cluster has, for people."""
     has = ", ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in ("CPU", "GPU"))
     hosts = f"{config.hosts} hosts of {config.gpus_per_host:g} GPUs each and " if config.hosts else ""
-    return f"{hosts}an engine of {config.router_gpus:g} GPUs on this node; the cluster has {has}"
+    return f"{hosts}an engine of {config.engine_gpus:g} GPUs on this node; the cluster has {has}"
 
 
 def refusal(config: ServeConfig, resource: str, has: str) -> UserError:
     """The error for a cluster that lacks `resource` and cannot grow; `has` is what `describe` says."""
     if resource != "GPU":
         return UserError.of("--hosts", config.hosts, f"too many for this cluster: {has}")
-    name = "gpus_per_host" if config.gpus_per_host else "router_gpus"
-    return UserError.of(SHARED_OPTIONS[name], f"{getattr(config, name):g}", f"not to be had: {has}")
+    name = "gpus_per_host" if config.gpus_per_host else "engine_gpus"
+    return UserError.of(option_name(name), f"{getattr(config, name):g}", f"not to be had: {has}")

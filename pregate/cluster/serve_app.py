@@ -14,18 +14,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 import ray
 import ray._private.worker
+from pydantic import Field
 from ray import serve
 
 from pregate.base import log
-from pregate.base.errors import PregateError, UnavailableError, UserError
-from pregate.cluster import preflight, strict
+from pregate.base.errors import PregateError, UnavailableError
+from pregate.base.options import of_keys, options
+from pregate.cluster import preflight
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
@@ -37,36 +38,20 @@ from pregate.router.service import RouterService
 logger = log.get_logger(__name__)
 
 
-@dataclass(frozen=True)
+_Limit = Annotated[int, Field(ge=1)]
+
+
+@options()
 class AppOptions:
     """What `key=value` arguments may say: the deployment as for `pregate serve`, and Serve's own limits.
 
     Serve's defaults (5 ongoing, an unbounded queue) do not suit a language model.
     """
 
-    model: str
-    hosts: int = 0
-    name: str = "pregate"
-    served_model_name: str = ""
-    placement: str = "linear"
-    device: str = "cpu"
-    dtype: str = "float32"
-    gpus_per_host: float = 0.0
-    router_gpus: float = 0.0
-    num_replicas: int = 1
-    max_ongoing_requests: int = 256
-    max_queued_requests: int = 256
-
-    def __post_init__(self) -> None:
-        for name in ("num_replicas", "max_ongoing_requests", "max_queued_requests"):
-            if getattr(self, name) < 1:
-                raise UserError.of(name, getattr(self, name), "must be 1 or more")
-
-    def config(self) -> ServeConfig:
-        """The deployment these options ask for; UserError as `pregate serve` would give it."""
-        shared = {f.name for f in fields(ServeConfig)} & {f.name for f in fields(self)}
-        values: dict[str, Any] = {name: getattr(self, name) for name in shared}
-        return ServeConfig.from_dict({**values, "engine": {"model": "", "name": self.served_model_name}})
+    deployment: ServeConfig
+    num_replicas: _Limit = 1
+    max_ongoing_requests: _Limit = 256
+    max_queued_requests: _Limit = 256
 
 
 class _Refusal(click.ClickException):
@@ -83,8 +68,8 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     """
     on_command_line = click.get_current_context(silent=True) is not None
     try:
-        options = strict.from_dict(AppOptions, args)
-        config = options.config()
+        asked = of_keys(AppOptions, args)
+        config = asked.deployment
         preflight.check_config(config)
     except PregateError as error:
         if not on_command_line:
@@ -95,9 +80,9 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     deployment = serve.deployment(
         _replica_class(),
         name="pregate",
-        num_replicas=options.num_replicas,
-        max_ongoing_requests=options.max_ongoing_requests,
-        max_queued_requests=options.max_queued_requests,
+        num_replicas=asked.num_replicas,
+        max_ongoing_requests=asked.max_ongoing_requests,
+        max_queued_requests=asked.max_queued_requests,
         graceful_shutdown_timeout_s=config.drain_s + 10,
         ray_actor_options={"num_cpus": 0.1},
     )

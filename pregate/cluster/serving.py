@@ -12,23 +12,23 @@ from types import FrameType
 
 from pregate.base.errors import UnavailableError
 from pregate.cluster import preflight
-from pregate.cluster.config import ServeConfig
-from pregate.cluster.launch import Deployment, RayAccess, launch
-from pregate.router.grpc_server import GrpcOptions
+from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.cluster.launch import Deployment, launch
+from pregate.router.grpc_options import GrpcOptions
 
 #: How often the waiting launcher looks whether the deployment still is.
 LOOK_S = 0.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def serve(config: ServeConfig, door: GrpcOptions, ray_address: str | None) -> None:
+def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
     """Serve until a signal comes. Raises UnavailableError, naming it, when a part is lost for good."""
     preflight.check_door(door)
     _say("checking the model")
     preflight.check_config(config)
     for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
         signal.signal(number, _interrupt)
-    deployment = launch(config, RayAccess(ray_address), _say)
+    deployment = launch(config, ray_access, _say)
     reason = None
     try:
         _, port = deployment.add_door(door)

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 
+from pregate.base.choices import Gate, Heads, RouterGate, RouterWeights, Selection
 from pregate.base.errors import UserError
 from pregate.model.config_fields import clean_fields
 
 ROUTINGS = ("layerwise", "path")
-GATES = ("linear", "representative", "representative-signed")
-SELECTIONS = ("top_k", "threshold")
-#: Of a path router: its heads, what chooses in training, and what a chosen expert weighs.
-ROUTER_CHOICES = {
-    "heads": ("independent", "recurrent", "single"),
-    "gate": ("scores", "dselect"),
-    "weights": ("one", "learned"),
-}
+GATES, SELECTIONS = get_args(Gate), get_args(Selection)
+ROUTER_CHOICES = {"heads": get_args(Heads), "gate": get_args(RouterGate), "weights": get_args(RouterWeights)}
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.network import is_loopback
+from pregate.base.options import options
 from pregate.base.tokens import read_tokens
 
 
-@dataclass(frozen=True)
+@options()
 class AccessOptions:
     """`host` is the interface to listen on. TLS and tokens are optional on loopback and required elsewhere.
 
     `token_file` holds one bearer token a line; blank lines and lines that start with `#` are skipped.
     """
 
-    host: str = "127.0.0.1"
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    token_file: Path | None = None
+    host: Annotated[str, Field(description="Interface to listen on.")] = "127.0.0.1"
+    tls_cert: Annotated[Path | None, Field(description="PEM certificate chain.")] = None
+    tls_key: Annotated[Path | None, Field(description="PEM key.")] = None
+    token_file: Annotated[Path | None, Field(description="Bearer tokens, one a line.")] = None
 
     def validate(self) -> None:
         """Raise UserError for half a TLS pair, or a public interface without TLS and tokens."""

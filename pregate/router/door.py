@@ -10,7 +10,8 @@ from typing import Any
 
 from pregate.base import log
 from pregate.router.engine_client import EngineClient
-from pregate.router.grpc_server import GrpcOptions, GrpcServer
+from pregate.router.grpc_options import GrpcOptions
+from pregate.router.grpc_server import GrpcServer
 from pregate.router.service import RouterService
 
 

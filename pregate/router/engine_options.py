@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated
 
-from pregate.base.errors import UserError
+from pydantic import Field
+
+from pregate.base.options import Dtype, Key, Word, options
 
 
-@dataclass(frozen=True)
+@options()
 class EngineOptions:
-    """`kv_tokens` bounds all sequences together; None gives every running sequence its full context, up to 64k."""
+    """`model` is a checkpoint folder. `kv_tokens` bounds all sequences together; None gives every running sequence its
+    full context, up to 64k."""
 
-    model: str
-    name: str = ""
-    dtype: str = "float32"
+    model: str = ""
+    name: Annotated[
+        str, Field(description="Name clients know the model by; the folder's if empty."), Key("served_model_name")
+    ] = ""
+    dtype: Dtype = "float32"
     device: str = "cpu"
-    threads: int = 1
-    max_running: int = 64
-    max_queued: int = 256
-    step_tokens: int = 512
-    block_size: int = 16
-    kv_tokens: int | None = None
-    group_timeout_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("threads", "max_running", "max_queued", "step_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise UserError.of(f"engine option {name}", getattr(self, name), "must be 1 or more")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise UserError.of("--dtype", self.dtype, "allowed: float32, float16, bfloat16")
+    threads: Annotated[int, Field(ge=1, description="Threads of the engine."), Key("engine_threads")] = 1
+    max_running: Annotated[int, Field(ge=1, description="Requests that run at the same time.")] = 64
+    max_queued: Annotated[int, Field(ge=1, description="Requests that wait for them; more are refused.")] = 256
+    step_tokens: Annotated[int, Field(ge=1, description="Tokens of a step, over all requests.")] = 512
+    block_size: Annotated[int, Field(ge=1, description="Tokens of a block of the KV cache.")] = 16
+    kv_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="Tokens the KV cache holds."),
+        Word("every context, up to 65536", written=False),
+    ] = None
+    group_timeout_s: Annotated[float, Field(gt=0, description="Seconds a host may take for one group of rows.")] = 30.0
 
     def kv_capacity(self, context: int) -> int:
         """Tokens the KV cache holds for a model of this context."""

@@ -7,7 +7,6 @@ import re
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
@@ -20,7 +19,8 @@ from pregate.base import log
 from pregate.base.completion import Completion
 from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.client.proto import pregate_pb2 as pb
-from pregate.router.access import AccessOptions, is_authorized
+from pregate.router.access import is_authorized
+from pregate.router.grpc_options import GrpcOptions
 from pregate.router.messages import SamplingParams
 from pregate.router.service import RouterService
 
@@ -45,16 +45,6 @@ _CHANNEL_OPTIONS = (
 _REQUEST_ID = re.compile(r"[\w.:@/-]{1,128}", re.ASCII)
 _M = TypeVar("_M", bound=Message)
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-
-
-@dataclass(frozen=True)
-class GrpcOptions:
-    """Port 0 picks a free one. `retry_after_s` goes into the trailing metadata when the queue is full."""
-
-    port: int = 50051
-    access: AccessOptions = field(default_factory=AccessOptions)
-    health_poll_s: float = 0.25
-    retry_after_s: int = 1
 
 
 class GrpcServer:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
 
-from pregate.base.errors import UserError
+from pydantic import Field
+
+from pregate.base.options import INTERNAL, Dtype, options
 
 
-@dataclass(frozen=True)
+@options()
 class HostOptions:
     """How a host computes. `dtype` auto is float32 on cpu, bfloat16 on cuda; `num_plans` is kept per engine."""
 
-    host_id: int = 0
+    host_id: Annotated[int, INTERNAL] = 0
     device: str = "cpu"
-    dtype: str = "auto"
-    expert_ffn: str = "auto"
-    num_plans: int = 4
-    max_rows: int = 8192
-
-    def __post_init__(self) -> None:
-        if self.num_plans < 1 or self.max_rows < 1:
-            raise UserError.of("host options", asdict(self), "num_plans and max_rows must be 1 or more")
+    dtype: Dtype | Literal["auto"] = "auto"
+    expert_ffn: Annotated[str, Field(description="How hosts run experts: auto, or one by name.")] = "auto"
+    num_plans: Annotated[int, Field(ge=1, description="Plans of steps that a host keeps for an engine.")] = 4
+    max_rows: Annotated[int, Field(ge=1, description="Rows that a host takes in one group.")] = 8192

@@ -11,13 +11,14 @@ import pytest
 import ray
 
 from pregate.base.errors import UnavailableError, UserError
+from pregate.base.options import to_dict
 from pregate.client.client import Client
 from pregate.cluster import children as module
-from pregate.cluster import pulse, run_folder, strict
+from pregate.cluster import pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.ray_start import init_local
-from pregate.router.grpc_server import GrpcOptions
+from pregate.router.grpc_options import GrpcOptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -49,7 +50,7 @@ async def check_until(children, wanted):
 
 async def lose_one_after_another(children, path_checkpoint):
     info = await children.start()
-    door = await children.add_door("me", strict.to_dict(GrpcOptions(port=0)))
+    door = await children.add_door("me", to_dict(GrpcOptions(port=0)))
     target = f"127.0.0.1:{door['port']}"
     assert await check_until(children, lambda lost, notes: True) == ({}, [])
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from pregate.base.errors import CheckpointError
+from pregate.base.errors import CheckpointError, UserError
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.preflight import check_config
 
@@ -31,5 +31,5 @@ def test_a_flipped_byte_is_refused(copy, name):
 def test_a_config_that_is_no_json_is_named(copy):
     size = (copy / "config.json").stat().st_size
     (copy / "config.json").write_text("x" * size)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         check_config(ServeConfig(model=str(copy), hosts=2))

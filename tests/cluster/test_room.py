@@ -19,7 +19,7 @@ def config(**options):
         ({"gpus_per_host": 1}, [NODE], "GPU"),
         ({"gpus_per_host": 1}, [OTHER], "GPU"),
         ({"hosts": 1, "gpus_per_host": 2}, [NODE, NODE], "GPU"),  # two in all, but no node has them both
-        ({"router_gpus": 1}, [NODE, OTHER], None),
+        ({"engine_gpus": 1}, [NODE, OTHER], None),
         ({"hosts": 100}, [NODE], "CPU"),
         ({}, [OTHER], "node:10.0.0.1"),
         ({}, [], "CPU"),

@@ -12,7 +12,7 @@ from pregate.cluster import launch, serving
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment
 from pregate.router.access import AccessOptions
-from pregate.router.grpc_server import GrpcOptions
+from pregate.router.grpc_options import GrpcOptions
 
 NOBODY = "127.0.0.1:1"
 

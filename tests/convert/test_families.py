@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from pregate.base.errors import UserError
+from pregate.base.options import Dtype
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.measure.controls import AllPolicy
@@ -58,7 +59,9 @@ def test_converted_and_decoupled(family: str, family_folder: Callable[[str], Pat
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "llama tied"])
-def test_half_precision_and_sharded_sources(family: str, dtype: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path):
+def test_half_precision_and_sharded_sources(
+    family: str, dtype: Dtype, tiny_dense: Path, tiny_text: Path, tmp_path: Path
+):
     """A sharded bf16 or fp16 folder; stored as it was, each weight keeps its value."""
     dense = save_random(FAMILIES[family], tiny_dense, tmp_path / "dense", dtype, max_shard_size="40KB")
     assert len(list(dense.glob("model-*.safetensors"))) > 1

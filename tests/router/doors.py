@@ -21,7 +21,8 @@ from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 from pregate.router.engine import Engine
 from pregate.router.engine_client import EngineClient, EngineClientOptions
 from pregate.router.engine_server import EngineServer, EngineServerOptions
-from pregate.router.grpc_server import GrpcOptions, GrpcServer
+from pregate.router.grpc_options import GrpcOptions
+from pregate.router.grpc_server import GrpcServer
 from pregate.router.messages import Message
 from pregate.router.packet import pack, unpack
 from pregate.router.service import RouterService, ServiceOptions

@@ -12,7 +12,8 @@ from pregate.base.errors import CheckpointError, PregateError, UnavailableError,
 from pregate.client.client import Client
 from pregate.router.access import AccessOptions
 from pregate.router.engine_client import EngineClient, EngineClientOptions
-from pregate.router.grpc_server import GrpcOptions, GrpcServer
+from pregate.router.grpc_options import GrpcOptions
+from pregate.router.grpc_server import GrpcServer
 from pregate.router.service import RouterService
 from tests.router.doors import door, socket_folder
 

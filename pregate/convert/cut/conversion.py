@@ -10,7 +10,7 @@ Shape letters: S windows, N tokens of a window, D hidden width, H held-back wind
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from pregate.base.errors import option_name
 from pregate.convert.cut.layer_pass import LayerPass
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.device import pick_device
-from pregate.convert.files.dense import source_fields, source_of, tell_differences
+from pregate.convert.files.dense import source_fields, source_of, stored_dtype, tell_differences
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.shard_index import write_index
@@ -49,6 +49,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     progress = progress or QuietProgress()
     check_new_folder(options.out)
     folder = read_folder(options.model)
+    if options.dtype == "auto":
+        options = replace(options, dtype=stored_dtype(folder))
     skeleton = Skeleton(folder, pick_device(options.device))
     config = routed_config(skeleton, options)
     length = min(options.sequence_length, folder.context_tokens)

@@ -2,62 +2,62 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
 
 from pregate.base.errors import UserError, option_name
-from pregate.convert.cut.recipes import CLUSTERINGS, DISTANCES, DRAWS, PROFILES, RECIPES, SHARED_BY, Recipe
-from pregate.model.config import GATES, SELECTIONS, LayerCut
+from pregate.base.options import Device, Dtype, Model, Out, Restart, TextField, Texts, Word, options, to_dict
+from pregate.convert.cut.recipes import RECIPES, Recipe
 
-DTYPES = ("float32", "float16", "bfloat16")
+if TYPE_CHECKING:
+    from pregate.model.config import LayerCut
 
 
-@dataclass(frozen=True)
+@options()
 class ConvertOptions(Recipe):
     """How to cut a dense model. `experts` is the total E, `shared` of them always on, `active` of the rest per token.
 
     `active` 0 makes a static mask: only the shared experts ever run. `shared` None: each layer gets the number of
-    shared experts that captures most contribution, and `active` counts them too. `calibration`: .txt or .jsonl files,
-    or folders of them; `samples` windows of `sequence_length` tokens (cut to the model's context) are drawn from it
-    with `seed`. `dtype` is what weights are stored as. `device`: auto (a GPU when there is one), cpu, cuda or cuda:N.
-    `restart` discards what an interrupted conversion left beside `out`. Everything else is the method; see `Recipe`.
+    shared experts that captures most contribution, and `active` counts them too. `samples` windows of
+    `sequence_length` tokens (cut to the model's context) of `calibration` are profiled. `recipe` has the values of the
+    method that are not given.
     """
 
-    model: Path
-    out: Path
-    experts: int
-    shared: int | None
-    active: int
-    calibration: tuple[Path, ...]
-    dtype: str = "float32"
-    device: str = "auto"
-    restart: bool = False
-    text_field: str | None = None
-
-    def __post_init__(self) -> None:
-        choices = {"gate": GATES, "selection": SELECTIONS, "clustering": CLUSTERINGS, "shared_by": SHARED_BY}
-        choices |= {"profile": PROFILES, "distance": DISTANCES, "draw": DRAWS, "dtype": DTYPES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
-        lowest = {"experts": 1, "active": 0, "samples": 1, "sequence_length": 2, "seed": 0}
-        for name, least in (lowest | {"marks_per_token": 1, "max_iterations": 1}).items():
-            if getattr(self, name) < least:
-                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {least} or more")
-        if not 0 <= self.token_power <= 1:
-            raise UserError.of("--token-power", self.token_power, "allowed: 0 to 1")
-        self._check_counts()
-        self._check_method()
-        if not self.calibration:
-            raise UserError("--calibration: give at least one .txt or .jsonl file, or a folder of them")
+    model: Model
+    out: Out
+    experts: Annotated[int, Field(ge=1, description="Experts per layer, shared ones included.")]
+    shared: Annotated[
+        int | None,
+        Field(ge=0, description="Experts that are always on; auto: found for each layer."),
+        Word("auto"),
+    ]
+    active: Annotated[int, Field(ge=0, description="Routed experts per token (on average); shared ones too with auto.")]
+    calibration: Annotated[Texts, Field(description="Text to profile on")]
+    recipe: Annotated[
+        Literal["capture", "plain", "stock", "cmoe-paper"],
+        Field(description="A set of defaults of how to cut; the help shows those of capture."),
+    ] = "capture"
+    dtype: Annotated[Dtype | Literal["auto"], Field(description="What weights are stored as; auto: as they were.")] = (
+        "auto"
+    )
+    device: Device = "auto"
+    restart: Restart = False
+    text_field: TextField = None
 
     @classmethod
-    def of_recipe(cls, recipe: str, method: dict[str, Any], **fields: Any) -> ConvertOptions:
-        """Options of the named recipe, with what `method` gives in place of its values; UserError for another name."""
-        if recipe not in RECIPES:
-            raise UserError.of("--recipe", recipe, f"allowed: {', '.join(RECIPES)}")
-        return cls(**(asdict(RECIPES[recipe]) | method | fields))
+    def follow(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """The recipe's values where none are given, and what fits to those that are."""
+        values = vars(RECIPES[given["recipe"]] if given.get("recipe") in RECIPES else RECIPES["capture"]) | given
+        if "selection" not in given and values["gate"] != "linear":
+            values["selection"] = "top_k"
+        if "shared_by" not in given and values["clustering"] != "capture" and values["shared_by"] == "capture":
+            values["shared_by"] = "contribution"
+        return values
+
+    def __post_init__(self) -> None:
+        self._check_counts()
+        self._check_method()
 
     def _check_counts(self) -> None:
         if self.shared is None:
@@ -73,14 +73,20 @@ class ConvertOptions(Recipe):
 
     def _check_method(self) -> None:
         if self.selection == "threshold" and self.gate != "linear":
-            raise UserError.of("--selection", self.selection, f"allowed with --gate {self.gate}: top_k")
+            raise UserError.of("--selection", self.selection, f"allowed {self._with('gate')}: top_k")
         if self.shared_by == "capture" and self.clustering != "capture":
-            allowed = "contribution, rate"
-            raise UserError.of("--shared-by", self.shared_by, f"allowed with --clustering {self.clustering}: {allowed}")
+            raise UserError.of("--shared-by", self.shared_by, f"allowed {self._with('clustering')}: contribution, rate")
         if self.max_iterations != 1 and self.clustering == "capture":
-            raise UserError.of("--max-iterations", self.max_iterations, "allowed with --clustering capture: 1")
+            raise UserError.of("--max-iterations", self.max_iterations, f"allowed {self._with('clustering')}: 1")
         if self.shared is None and self.clustering != "capture":
-            raise UserError.of("--shared", "auto", f"allowed with --clustering {self.clustering}: a number")
+            raise UserError.of("--shared", "auto", f"allowed {self._with('clustering')}: a number")
+
+    def _with(self, name: str) -> str:
+        """What of the method stands against an option: the value itself, or the recipe that has it."""
+        value, recipe = getattr(self, name), RECIPES[self.recipe]
+        if self.recipe != "capture" and getattr(recipe, name) == value:
+            return f"with --recipe {self.recipe}, whose {option_name(name)} is {value}"
+        return f"with {option_name(name)} {value}"
 
     def cuts(self, width: int) -> list[LayerCut]:
         """The cuts a layer whose FFN has `width` neurons may get: one, or one per number of shared experts.
@@ -93,12 +99,13 @@ class ConvertOptions(Recipe):
             raise UserError.of("--experts", self.experts, reason)
         if self.marks_per_token > width:
             raise UserError.of("--marks-per-token", self.marks_per_token, f"allowed: 1 to {width}, the FFN width")
+        from pregate.model.config import LayerCut
+
         size = width // self.experts
         if self.shared is not None:
             return [LayerCut(self.experts - self.shared, self.shared, self.active, size)]
         return [LayerCut(self.experts - shared, shared, self.active - shared, size) for shared in range(self.active)]
 
     def describe(self) -> dict[str, Any]:
-        fields = asdict(self) | {"model": str(self.model), "out": str(self.out)}
-        del fields["restart"]  # says nothing about the result
-        return fields | {"calibration": [str(p) for p in self.calibration]}
+        """What the manifest says: the options, without what says nothing about the result."""
+        return {k: v for k, v in to_dict(self).items() if k not in ("restart", "recipe")}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
-CLUSTERINGS = ("capture", "marks")
-SHARED_BY = ("capture", "contribution", "rate")
-PROFILES = ("cosine", "raw")
-DISTANCES = ("l1", "l2")
-DRAWS = ("documents", "stream")
+from pydantic import Field
+
+from pregate.base.choices import Gate, Selection
+from pregate.base.options import Seed, options
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(kw_only=True)
 class Recipe:
     """How neurons are grouped, how the gate is made, and what text it is all measured on. Defaults: recipe `capture`.
 
@@ -19,30 +18,39 @@ class Recipe:
     `shared_by` chooses the shared neurons: "capture", together with the clusters; "contribution", the greatest mean
     |h| times norm of the down column; "rate", the most often marked. `gate`: "linear", or CMoE's "representative" as
     the released code has it, or "representative-signed" as the paper's text has it. `selection`: "threshold" or
-    "top_k" (`pregate.model.gates`). `token_power`, 0 to 1: how much less a token of large activations counts
-    (`layers.weighted_mass`). `intercept`: whether the linear gate has a bias.
+    "top_k" (`pregate.model.gates`). `token_power`: `layers.weighted_mass`.
 
-    CMoE's own: `profile` marks neurons on "cosine" or "raw" activations, `marks_per_token` of them (K_a); `distance`
-    between a neuron's marks and a centroid, "l1" (the code) or "l2" (the text); `max_iterations` assignments.
+    CMoE's own: `profile` marks neurons on "cosine" or "raw" activations, `marks_per_token` of them; `distance` between
+    a neuron's marks and a centroid, "l1" (the code) or "l2" (the text); `max_iterations` assignments.
 
     Calibration: `samples` windows of `sequence_length` tokens, drawn with `seed`: "documents", each from a document's
     start, or "stream", anywhere in all documents joined by blank lines.
     """
 
-    clustering: str = "capture"
-    shared_by: str = "capture"
-    gate: str = "linear"
-    selection: str = "threshold"
-    token_power: float = 0.5
-    intercept: bool = True
-    profile: str = "cosine"
-    marks_per_token: int = 10
-    distance: str = "l1"
-    max_iterations: int = 1
-    draw: str = "documents"
-    samples: int = 64
-    sequence_length: int = 512
-    seed: int = 0
+    clustering: Annotated[
+        Literal["capture", "marks"], Field(description="How neurons are grouped; marks is CMoE's.")
+    ] = "capture"
+    shared_by: Annotated[
+        Literal["capture", "contribution", "rate"], Field(description="How shared neurons are chosen.")
+    ] = "capture"
+    gate: Annotated[
+        Gate, Field(description="linear; CMoE's as its code has it, representative, or its text, -signed.")
+    ] = "linear"
+    selection: Annotated[
+        Selection, Field(description="Experts per token: top_k, a fixed number; threshold, a varying one.")
+    ] = "threshold"
+    token_power: Annotated[
+        float, Field(ge=0, le=1, description="0 to 1: how much less a token of large activations counts.")
+    ] = 0.5
+    intercept: Annotated[bool, Field(description="Give the linear gate a bias.")] = True
+    profile: Annotated[Literal["cosine", "raw"], Field(description="Activations that mark a neuron (CMoE).")] = "cosine"
+    marks_per_token: Annotated[int, Field(ge=1, description="Neurons a token marks, K_a (CMoE).")] = 10
+    distance: Annotated[Literal["l1", "l2"], Field(description="Between marks and a centroid (CMoE).")] = "l1"
+    max_iterations: Annotated[int, Field(ge=1, description="Assignments of --clustering marks.")] = 1
+    draw: Annotated[Literal["documents", "stream"], Field(description="Where windows start.")] = "documents"
+    samples: Annotated[int, Field(ge=1, description="Calibration windows.")] = 64
+    sequence_length: Annotated[int, Field(ge=2, description="Tokens of a window.")] = 512
+    seed: Seed = 0
 
 
 #: `capture` assigns neurons to the experts that run when they contribute; `plain` is CMoE's cut with a linear gate;

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pregate.base.errors import UserError, option_name
-from pregate.convert.cut.options import DTYPES
-from pregate.convert.domains.channels import PERMANENTS, active_width
-from pregate.convert.domains.targets import TARGETS
-from pregate.convert.paths.options import TARGETS as LOSSES
-from pregate.model.config import PathRouterConfig
+from pydantic import Field
 
-SCORES = ("activation", "contribution")
+from pregate.base.choices import RouterTarget
+from pregate.base.errors import UserError
+from pregate.base.options import Device, Dtype, Key, Model, Needs, Out, Restart, Seed, TextField, options, to_dict
+
+if TYPE_CHECKING:
+    from pregate.model.config import PathRouterConfig
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(kw_only=True)
 class ReadMeOptions:
     """How a dense model becomes domain experts with one index for all layers (Read-ME, arXiv 2410.19123).
 
@@ -37,71 +38,70 @@ class ReadMeOptions:
     discards what an interrupted run left beside `out`.
     """
 
-    model: Path
-    out: Path
-    domains: tuple[Path, ...]
-    active_share: float = 0.5
-    permanent: str = "fused"
-    score: str = "activation"
-    samples: int = 16
-    sequence_length: int = 4096
-    rounds: int = 8
-    router_steps: int = 100
-    steps: int = 200
-    router_batch: int = 64
-    batch: int = 128
-    router_learning_rate: float = 5e-4
-    learning_rate: float = 5e-5
-    decay: float = 0.8
-    weight_decay: float = 0.01
-    target: str = "overlap"
-    loss: str = "paper"
-    kl_share: float = 0.0
-    tie_overlap: bool = True
-    pool_tokens: int = 2_000_000
-    batch_tokens: int = 8192
-    dim: int = 512
-    blocks: int = 1
-    seed: int = 0
-    dtype: str = "float32"
-    device: str = "auto"
-    restart: bool = False
-    text_field: str | None = None
+    model: Model
+    out: Out
+    domains: Annotated[
+        tuple[Path, ...],
+        Field(min_length=2, description="Text of one domain each; 2 or more"),
+        Needs("text"),
+        Key("domain"),
+    ]
+    active_share: Annotated[Share, Field(description="Share of each FFN's channels in an expert.")] = 0.5
+    permanent: Annotated[
+        Literal["fused", "separate"],
+        Field(description="What all domains use: fused (in every expert) or separate (a shared expert)."),
+    ] = "fused"
+    score: Annotated[
+        Literal["activation", "contribution"],
+        Field(description="Of a channel: activation (Read-ME), or that times the down column."),
+    ] = "activation"
+    samples: Annotated[Count, Field(description="Windows of each domain that channels are scored on.")] = 16
+    sequence_length: Annotated[int, Field(ge=2, description="Tokens of a window or document, at most.")] = 4096
+    rounds: Annotated[Count, Field(description="Rounds of router training and tuning.")] = 8
+    router_steps: Annotated[Count, Field(description="Steps of the router in a round.")] = 100
+    steps: Annotated[int, Field(ge=0, description="Steps of the experts in a round; 0: none.")] = 200
+    router_batch: Annotated[Count, Field(description="Full sequences of a router's step.")] = 64
+    batch: Annotated[Count, Field(description="Full sequences of an experts' step.")] = 128
+    router_learning_rate: Annotated[float, Field(gt=0, description="The router's, in the first round.")] = 5e-4
+    learning_rate: Annotated[float, Field(gt=0, description="Everything else's, in the first round.")] = 5e-5
+    decay: Annotated[Share, Field(description="Of learning rates, from round to round.")] = 0.8
+    weight_decay: Annotated[float, Field(ge=0, description="Of both optimizers.")] = 0.01
+    target: Annotated[
+        Literal["overlap", "contribution"],
+        Field(description="What the router learns: overlap (Read-ME) with strong channels, or contribution."),
+    ] = "overlap"
+    loss: Annotated[RouterTarget, Field(description="How it learns it; paper is Read-ME's.")] = "paper"
+    kl_share: Annotated[
+        float, Field(ge=0, le=1, description="Share of the loss that is divergence from the parent.")
+    ] = 0.0
+    tie_overlap: Annotated[bool, Field(description="A row that several experts hold stays one weight.")] = True
+    pool_tokens: Annotated[int, Field(ge=2, description="Tokens of text to train on, at most.")] = 2_000_000
+    batch_tokens: Annotated[int, Field(ge=2, description="Tokens of a step in memory at a time.")] = 8192
+    dim: Annotated[int, Field(ge=4, multiple_of=4, description="Width of the path router.")] = 512
+    blocks: Annotated[Count, Field(description="Blocks of the path router.")] = 1
+    seed: Seed = 0
+    dtype: Annotated[Dtype | Literal["auto"], Field(description="What weights are stored as; auto: as they were.")] = (
+        "auto"
+    )
+    device: Device = "auto"
+    restart: Restart = False
+    text_field: TextField = None
 
     def __post_init__(self) -> None:
-        choices = {"permanent": PERMANENTS, "score": SCORES, "target": TARGETS, "loss": LOSSES, "dtype": DTYPES}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
-        least: dict[str, float] = {"samples": 1, "sequence_length": 2, "rounds": 1, "router_steps": 1, "steps": 0}
-        least |= {"router_batch": 1, "batch": 1, "pool_tokens": 2, "batch_tokens": 2, "dim": 4, "blocks": 1, "seed": 0}
-        for name, lowest in (least | {"weight_decay": 0}).items():
-            if not lowest <= getattr(self, name) < math.inf:
-                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {lowest} or more")
-        for name in ("router_learning_rate", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError.of(option_name(name), getattr(self, name), "allowed: above 0")
-        for name in ("active_share", "decay"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError.of(option_name(name), getattr(self, name), "allowed: above 0, at most 1")
-        if not 0 <= self.kl_share <= 1:
-            raise UserError.of("--kl-share", self.kl_share, "allowed: 0 to 1")
-        self._check_domains()
-        self.router_shape()
-
-    def _check_domains(self) -> None:
-        if len(self.domains) < 2:
-            raise UserError(f"--domain: {len(self.domains)} given; allowed: 2 or more files or folders of text")
         resolved = [path.resolve() for path in self.domains]
         for path in self.domains:
             if resolved.count(path.resolve()) > 1:
                 raise UserError.of("--domain", path, "given twice; each domain is one expert")
 
     def router_shape(self) -> PathRouterConfig:
+        from pregate.model.config import PathRouterConfig
+
         return PathRouterConfig(dim=self.dim, num_blocks=self.blocks, heads="single")
 
     def active_width(self, width: int) -> int:
         """Channels that a token runs of a layer of `width`."""
+        from pregate.convert.domains.channels import active_width
+
         return active_width(width, self.active_share)
 
     def round_factor(self, index: int) -> float:
@@ -110,6 +110,6 @@ class ReadMeOptions:
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option that bears on the result."""
-        fields = asdict(self) | {"model": str(self.model), "out": str(self.out)}
+        fields = to_dict(self)
         del fields["restart"]
-        return fields | {"domains": [str(path) for path in self.domains]}
+        return fields

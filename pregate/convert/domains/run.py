@@ -9,6 +9,7 @@ Shape letters: L layers, R domains and so experts, T tokens, I channels of a den
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.rounds import Rounds, num_stages
 from pregate.convert.domains.targets import domain_targets, expert_masks
 from pregate.convert.files.assembly import assemble, write_checkpoint
-from pregate.convert.files.dense import load_dense, source_fields, source_of, tell_differences
+from pregate.convert.files.dense import load_dense, source_fields, source_of, stored_dtype, tell_differences
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.rounding import round_to
 from pregate.convert.files.work_folder import run_by, short_digest, writing
@@ -52,6 +53,8 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     progress = progress or QuietProgress()
     check_new_folder(options.out)
     folder, device = read_folder(options.model), pick_device(options.device)
+    if options.dtype == "auto":
+        options = replace(options, dtype=stored_dtype(folder))
     length = min(options.sequence_length, folder.context_tokens)
     sizes = options.samples, length, options.pool_tokens
     domains = read_domains(options.domains, folder.tokenizer, *sizes, options.seed, options.text_field)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from pregate.base.errors import UserError
-from pregate.convert.cut.options import DTYPES
 from pregate.convert.export.card import write_card
 from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export.dense import check_dense, write_dense
 from pregate.convert.export.gate_scale import GateScale, measure_scales
+from pregate.convert.export.options import ExportOptions
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
 from pregate.convert.files.routed_shards import RoutedShards
@@ -28,51 +28,12 @@ from pregate.model.checkpoint import new_folder
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.modeling import RoutedForCausalLM
 
-FORMATS = ("qwen2_moe", "dense")
 RECORD = "export.json"
 #: Median relative difference of logits that rounding may make, by the type exported; beyond it the export is refused.
 #: Experts chosen otherwise at near ties move single positions, not the median.
 TOLERANCE = MappingProxyType({"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1})
 #: Tokens the gates' factors are measured on, and the random ones that stand in where no text is given.
 SCALE_TOKENS, RANDOM_ROWS, RANDOM_TOKENS = 4096, 64, 64
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `pregate export` is asked. `text`: held-out text to measure on (none: random tokens).
-
-    `scale`: what the largest weight of every gate becomes (None: each layer's is measured). `dtype`: what is written
-    (None: as the checkpoint is stored; for `dense`, as the parent was). `max_tokens` bounds the text measured on.
-    """
-
-    model: Path
-    out: Path
-    format: str
-    text: tuple[Path, ...] = ()
-    scale: float | None = None
-    dtype: str | None = None
-    max_tokens: int | None = None
-    text_field: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise UserError.of("--format", self.format, f"allowed: {', '.join(FORMATS)}")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UserError.of("--dtype", self.dtype, f"allowed: {', '.join(DTYPES)}")
-        if self.scale is not None and not 0 < self.scale <= 1:
-            raise UserError.of("--scale", self.scale, "allowed: above 0, at most 1")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
-        if self.format == "dense":
-            for option, value in (
-                ("--text", _shown(self.text)),
-                ("--scale", self.scale),
-                ("--max-tokens", self.max_tokens),
-            ):
-                if value is not None:
-                    raise UserError.of(option, value, "goes with --format qwen2_moe only")
-        if self.max_tokens is not None and not self.text:
-            raise UserError.of("--max-tokens", self.max_tokens, "goes with --text only, which it bounds")
 
 
 def export(options: ExportOptions, progress: Progress | None = None) -> dict[str, Any]:

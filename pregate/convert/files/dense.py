@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
+from pregate.base.options import Dtype
 from pregate.convert.files.shards import DenseShards
 from pregate.convert.files.work_folder import short_digest
 from pregate.convert.progress import Progress
@@ -78,6 +79,12 @@ def tell_differences(folder: ModelFolder, progress: Progress) -> None:
     for note in (*folder.notes, reading_difference(folder.path, folder.tokenizer)):
         if note:
             progress.note(f"{folder.path}: {note}")
+
+
+def stored_dtype(folder: ModelFolder) -> Dtype:
+    """What most of the model's weights are stored as; float32 where that is a type we do not write."""
+    commonest = DenseShards(folder.path, folder.option).dtypes[:1]
+    return next((dtype for dtype in get_args(Dtype) if [dtype] == commonest), "float32")
 
 
 def source_of(folder: ModelFolder) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import UserError
@@ -11,39 +9,12 @@ from pregate.convert.files.dense import load_dense
 from pregate.convert.files.parent import dense_of
 from pregate.convert.measure.agreement import AgreementMeter, layer_figures
 from pregate.convert.measure.control_table import control_rows
+from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import load_any, score_rows
 from pregate.convert.progress import Progress, QuietProgress
 from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What `pregate evaluate` is asked: a model folder (dense or routed), files of text, and how much of it at most.
-
-    Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
-    With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
-    dense model it came from (None: the one its manifest names if it is found, else the model itself with every expert
-    on, where that is the same).
-    `seed` is that of random routing too.
-    """
-
-    model: Path
-    text: tuple[Path, ...]
-    max_tokens: int | None = None
-    controls: bool = False
-    parent: Path | None = None
-    seed: int | None = None
-    text_field: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more")
-        if self.parent is not None and not self.controls:
-            raise UserError.of("--parent", self.parent, "needs --controls")
-        if self.seed is not None and not self.controls and self.max_tokens is None:
-            raise UserError.of("--seed", self.seed, "needs --controls or --max-tokens")
 
 
 def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from pregate.base.errors import UserError
+from pregate.base.options import Model, Needs, Seed, TextField, Texts, Word, options
+from pregate.convert.measure.options import Parent
 
 #: Enough to tell methods apart in about a minute on a small model; a decision deserves all of the text.
 DEFAULT_MAX_TOKENS = 10_000
 
 
-@dataclass(frozen=True)
+@options()
 class ReportOptions:
     """What to report on: a routed checkpoint, held-out text, and models to show beside it.
 
@@ -21,23 +25,25 @@ class ReportOptions:
     with `seed`, which is that of random routing too, until `max_tokens` are scored (None: all of them).
     """
 
-    model: Path
-    out: Path
-    text: tuple[Path, ...]
-    compare: tuple[Path, ...] = ()
-    parent: Path | None = None
-    tuned_parent: Path | None = None
-    max_tokens: int | None = DEFAULT_MAX_TOKENS
-    seed: int = 0
-    text_field: str | None = None
+    model: Model
+    out: Annotated[Path, Field(description="HTML file to write; must not exist."), Needs("nothing")]
+    text: Annotated[Texts, Field(description="Held-out text")]
+    compare: Annotated[
+        tuple[Path, ...], Field(description="Checkpoints or dense models to show beside it."), Needs("model")
+    ] = ()
+    parent: Parent = None
+    tuned_parent: Annotated[
+        Path | None,
+        Field(description="The dense parent, tuned as a tuned --model was: what its verdict compares with."),
+        Needs("model"),
+    ] = None
+    max_tokens: Annotated[
+        int | None, Field(ge=1, description="Measure on at most so many tokens, or all."), Word("all")
+    ] = DEFAULT_MAX_TOKENS
+    seed: Seed = 0
+    text_field: TextField = None
 
     def __post_init__(self) -> None:
-        if not self.text:
-            raise UserError("--text: give held-out text, at least one .txt or .jsonl file or a folder of them")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UserError.of("--max-tokens", self.max_tokens, "allowed: 1 or more, or all")
-        if self.seed < 0:
-            raise UserError.of("--seed", self.seed, "allowed: 0 or more")
         if self.out.exists():
             raise UserError.of("--out", self.out, "exists already; allowed: a file that does not exist yet")
         if not self.out.absolute().parent.is_dir():

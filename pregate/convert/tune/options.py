@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pregate.base.errors import UserError, option_name
+from pydantic import Field
 
-METHODS = ("full", "lora")
-BALANCES = ("none", "bias", "loss")
-PRECISIONS = ("auto", "float32", "bfloat16")
+from pregate.base.errors import UserError
+from pregate.base.options import Device, Model, Needs, Out, Restart, Seed, TextField, Texts, Word, options, to_dict
+
 #: Tokens tuned on where no budget is given.
 DEFAULT_TOKENS = 1_500_000
-#: Weight of matching layers where there is a KL share and no weight is given (docs/measurements.md).
+#: Weight of matching layers where there is a KL share and no weight is given.
 DEFAULT_MATCH = 20.0
-#: Ten times CMoE's (docs/measurements.md).
-DEFAULT_BALANCE_RATE = 1e-2
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(kw_only=True)
 class TuningSettings:
     """How a model in memory is tuned; what `Tuner` goes by.
 
@@ -40,63 +41,52 @@ class TuningSettings:
     by a cosine after `warmup_steps`.
     """
 
-    method: str = "full"
-    rank: int = 8
-    alpha: float = 32.0
-    router: bool = True
-    backbone: bool = True
-    kl_share: float = 0.9
-    hidden_match: float | None = None
-    learning_rate: float | None = None
-    router_learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    router_mass: float = 1.0
-    straight_through: bool = True
-    refit: bool = True
-    balance: str = "none"
-    balance_rate: float = DEFAULT_BALANCE_RATE
-    balance_loss: float = 1e-2
-    steps: int | None = None
-    tokens: int | None = None
-    minutes: float | None = None
-    warmup_steps: int = 20
-    batch_tokens: int = 2048
-    accumulate: int = 1
-    eval_every: int = 200
-    patience: int = 0
-    seed: int = 0
-    precision: str = "auto"
-
-    def __post_init__(self) -> None:
-        choices = {"method": METHODS, "balance": BALANCES, "precision": PRECISIONS}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {', '.join(allowed)}")
-        least: dict[str, float] = {
-            "rank": 1,
-            "warmup_steps": 0,
-            "batch_tokens": 2,
-            "accumulate": 1,
-            "eval_every": 1,
-            "steps": 1,
-            "tokens": 1,
-            "patience": 0,
-            "seed": 0,
-            "weight_decay": 0,
-            "router_mass": 0,
-            "hidden_match": 0,
-            "balance_loss": 0,
-        }
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and not lowest <= value < math.inf:
-                raise UserError.of(option_name(name), value, f"allowed: {lowest} or more")
-        for name in ("alpha", "learning_rate", "router_learning_rate", "balance_rate", "minutes"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError.of(option_name(name), value, "allowed: above 0")
-        if not 0 <= self.kl_share <= 1:
-            raise UserError.of("--kl-share", self.kl_share, "allowed: 0 to 1")
+    method: Annotated[Literal["full", "lora"], Field(description="What is trained.")] = "full"
+    rank: Annotated[int, Field(ge=1, description="Rank of LoRA's changes.")] = 8
+    alpha: Annotated[float, Field(gt=0, description="LoRA's changes count alpha / rank.")] = 32.0
+    router: Annotated[
+        bool, Field(description="Tune the path router, or the layers' gates; a scale of experts' weights always is.")
+    ] = True
+    backbone: Annotated[bool, Field(description="Tune attention, norms, embeddings and head.")] = True
+    kl_share: Annotated[Share, Field(description="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.9
+    hidden_match: Annotated[
+        float | None,
+        Field(ge=0, description="Weight of every layer's output being the teacher's; 20 with KL."),
+        Word("20, or 0 without KL", written=False),
+    ] = None
+    learning_rate: Annotated[
+        float | None, Field(gt=0, description="Of the model."), Word("2e-4; 1e-3 with LoRA", written=False)
+    ] = None
+    router_learning_rate: Annotated[Rate, Field(description="Of the router or gates, and of the scale u.")] = 1e-3
+    weight_decay: Annotated[Weight, Field(description="AdamW's.")] = 0.01
+    router_mass: Annotated[Weight, Field(description="Weight of the router's error as a forecast of masses.")] = 1.0
+    straight_through: Annotated[
+        bool, Field(description="Let the router learn from the losses as well, as if its choice were soft.")
+    ] = True
+    refit: Annotated[bool, Field(description="First fit the down projections in closed form.")] = True
+    balance: Annotated[
+        Literal["none", "bias", "loss"], Field(description="Even use of experts, as CMoE (bias) or Switch (loss).")
+    ] = "none"
+    balance_rate: Annotated[Rate, Field(description="What --balance bias adds to a bias per step.")] = 1e-2
+    balance_loss: Annotated[Weight, Field(description="Weight of --balance loss.")] = 1e-2
+    steps: Annotated[int | None, Field(ge=1, description="Most optimizer steps.")] = None
+    tokens: Annotated[
+        int | None,
+        Field(ge=1, description="End with the step that reaches so many."),
+        Word("1500000 where no budget is given", written=False),
+    ] = None
+    minutes: Annotated[float | None, Field(gt=0, description="Most minutes of tuning.")] = None
+    warmup_steps: Annotated[int, Field(ge=0, description="Steps in which the learning rate rises.")] = 20
+    batch_tokens: Annotated[int, Field(ge=2, description="Tokens of a batch, padding included.")] = 2048
+    accumulate: Annotated[int, Field(ge=1, description="Batches of a step.")] = 1
+    eval_every: Annotated[int, Field(ge=1, description="Steps between evaluations.")] = 200
+    patience: Annotated[
+        int, Field(ge=0, description="Stop after so many evaluations without a better one; 0: never.")
+    ] = 0
+    seed: Seed = 0
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"], Field(description="Of products; auto: bfloat16 on a GPU.")
+    ] = "auto"
 
     @property
     def model_learning_rate(self) -> float:
@@ -133,7 +123,7 @@ class TuningSettings:
         return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(kw_only=True)
 class TuneOptions(TuningSettings):
     """How and on what a model folder (dense, or routed by gates or by paths) is tuned, and where the result goes.
 
@@ -144,38 +134,35 @@ class TuneOptions(TuningSettings):
     written beside `out`; `restart` discards it. `device`: auto, cpu, cuda, cuda:N.
     """
 
-    model: Path
-    out: Path
-    text: tuple[Path, ...]
-    teacher: Path | None = None
-    sequence_length: int = 512
-    validation_share: float = 0.05
-    validation: tuple[Path, ...] = ()
-    checkpoint_every: int = 100
-    device: str = "auto"
-    restart: bool = False
-    text_field: str | None = None
+    model: Model
+    out: Out
+    text: Annotated[Texts, Field(description="Text to tune on")]
+    teacher: Annotated[
+        Path | None,
+        Field(description="Dense model to keep to."),
+        Needs("model"),
+        Word("the dense parent", written=False),
+    ] = None
+    sequence_length: Annotated[int, Field(ge=2, description="Tokens of a row; longer documents become several.")] = 512
+    validation_share: Annotated[float, Field(gt=0, lt=1, description="Share of the documents kept to measure on.")] = (
+        0.05
+    )
+    validation: Annotated[tuple[Path, ...], Needs("text"), Field(description="Text to measure on instead")] = ()
+    checkpoint_every: Annotated[int, Field(ge=1, description="Steps after which an interrupted run can go on.")] = 100
+    device: Device = "auto"
+    restart: Restart = False
+    text_field: TextField = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.text:
-            raise UserError("--text: give at least one .txt or .jsonl file, or a folder of them")
-        for name, lowest in {"sequence_length": 2, "checkpoint_every": 1}.items():
-            if getattr(self, name) < lowest:
-                raise UserError.of(option_name(name), getattr(self, name), f"allowed: {lowest} or more")
-        if not 0 < self.validation_share < 1:
-            raise UserError.of("--validation-share", self.validation_share, "allowed: between 0 and 1")
         if self.teacher is not None and not self.wants_teacher:
             raise UserError.of("--teacher", self.teacher, "has no use with --kl-share 0 and --hidden-match 0")
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest says: every option, as it counted."""
-        fields = asdict(self) | {"model": str(self.model), "out": str(self.out), "text": [str(p) for p in self.text]}
-        fields["validation"] = [str(p) for p in self.validation]
-        del fields["restart"]  # says nothing about the result
-        fields |= {
+        """What the manifest says: every option that bears on the result, as it counted."""
+        fields = to_dict(self) | {
             "hidden_match": self.matching,
             "learning_rate": self.model_learning_rate,
             "tokens": self.token_budget,
         }
-        return fields | {"teacher": None if self.teacher is None else str(self.teacher)}
+        del fields["restart"]
+        return fields

@@ -40,7 +40,7 @@ def cut_by_recipe(mlp: GatedMLP, x_TD: torch.Tensor, counts: tuple[int, int, int
     experts, shared, active = counts
     fields: dict[str, Any] = {"model": Path("m"), "out": Path("o"), "calibration": (Path("c.txt"),)}
     fields |= {"experts": experts, "shared": shared, "active": active}
-    options = ConvertOptions.of_recipe("cmoe-paper", method, **fields)
+    options = ConvertOptions(recipe="cmoe-paper", **(method), **fields)
     parent = LlamaConfig(hidden_size=x_TD.shape[1], intermediate_size=mlp.width, num_attention_heads=1)
     config = RoutedConfig(text_config=parent, gate=options.gate, selection=options.selection)
     return cut_one(mlp, x_TD, config, options)

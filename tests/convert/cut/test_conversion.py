@@ -203,7 +203,7 @@ def test_progress_counts_every_layer(options: ConvertOptions):
         ({"marks_per_token": 200}, "--marks-per-token 200: allowed: 1 to 128"),
         ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
         ({"calibration": (Path("/nowhere.txt"),)}, "--calibration /nowhere.txt: no such path"),
-        ({"calibration": ()}, "--calibration: give at least one"),
+        ({"calibration": ()}, "--calibration: 0 given; allowed: 1 or more"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(options: ConvertOptions, change: dict, sentence: str):

@@ -42,7 +42,7 @@ from tests.router.serving import engine_in_process, hold
 def _options(model: Path, text: Path, out: Path, **method: Any) -> ConvertOptions:
     """CMoE's own recipe on few short windows, S2A2E8; five of them, no multiple of its batch of eight."""
     fields = {"model": model, "out": out, "experts": 8, "shared": 2, "active": 2, "calibration": (text,)}
-    return ConvertOptions.of_recipe("cmoe-paper", {"samples": 5, "sequence_length": 64} | method, **fields)
+    return ConvertOptions(recipe="cmoe-paper", **({"samples": 5, "sequence_length": 64} | method), **fields)
 
 
 @pytest.fixture

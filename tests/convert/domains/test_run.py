@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -183,7 +183,7 @@ def test_the_static_mask_counts_a_neuron_once(cut: Path, tiny_dense: Path):
         ("qwen2_moe", "--format qwen2_moe: .*the class has no path router"),
     ],
 )
-def test_it_cannot_be_exported(cut: Path, tmp_path: Path, form: str, reason: str):
+def test_it_cannot_be_exported(cut: Path, tmp_path: Path, form: Literal["dense", "qwen2_moe"], reason: str):
     with pytest.raises(UserError, match=reason):
         export(ExportOptions(cut, tmp_path / "out", form))
     assert not (tmp_path / "out").exists()
@@ -213,7 +213,7 @@ def test_stored_in_half_it_is_measured_as_stored(options: ReadMeOptions):
         ({"steps": -1}, "--steps -1: allowed: 0 or more"),
         ({"kl_share": 1.5}, "--kl-share 1.5: allowed: 0 to 1"),
         ({"decay": 0.0}, "--decay 0.0: allowed: above 0, at most 1"),
-        ({"dim": 18}, "--dim 18: must be a positive multiple of the 4 heads"),
+        ({"dim": 18}, "--dim 18: allowed: multiples of 4"),
         ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
     ],
 )

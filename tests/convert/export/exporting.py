@@ -22,7 +22,7 @@ def convert_stock(dense: Path, out: Path, text: Path, shared: int = 2, active: i
     method = {"samples": 4, "sequence_length": 48} | method
     fields: dict[str, Any] = {"model": dense, "out": out, "experts": 8, "shared": shared, "active": active}
     dtype = method.pop("dtype", "float32")
-    convert(ConvertOptions.of_recipe("stock", method, calibration=(text,), dtype=dtype, **fields))
+    convert(ConvertOptions(recipe="stock", **(method), calibration=(text,), dtype=dtype, **fields))
     return out
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
 from pregate.base.errors import PregateError, UserError
+from pregate.base.options import Dtype
 from pregate.cli.main import main
 from pregate.convert.export.check import compare_logits, first_difference, load_stock
 from pregate.convert.export.gate_scale import centred, expected_others, measure_scales, stock_weights
@@ -133,7 +134,7 @@ def test_record_and_older_readers(stock_checkpoint: Path, tiny_text: Path, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_types(dtype: str, stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
+def test_half_types(dtype: Dtype, stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
     options = ExportOptions(stock_checkpoint, tmp_path / "out", "qwen2_moe", text=(tiny_text,), dtype=dtype)
     figures = export(options)
     assert {tensor.dtype for tensor in stored(tmp_path / "out").values()} == {getattr(torch, dtype)}

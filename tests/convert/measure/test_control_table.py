@@ -65,7 +65,7 @@ def test_names_and_order(checkpoint: tuple[str, Path], table: dict):
 def test_no_fixed_oracle_where_the_number_is_fixed(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
     stock: dict[str, Any] = {"model": tiny_dense, "out": tmp_path / "out", "calibration": (tiny_text,)}
     method = {"samples": 8, "sequence_length": 64}
-    convert(ConvertOptions.of_recipe("stock", method, experts=8, shared=2, active=2, **stock))
+    convert(ConvertOptions(recipe="stock", **(method), experts=8, shared=2, active=2, **stock))
     assert list(control_rows(_load(tmp_path / "out"), ROWS, NUM_BYTES)) == [*BEFORE, "oracle"]
 
 

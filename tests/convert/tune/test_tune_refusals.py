@@ -51,7 +51,7 @@ def test_the_neurons_of_a_tuned_checkpoint_are_not_given_back_as_the_parents(opt
         ({"steps": 0}, "--steps 0: allowed: 1 or more"),
         ({"minutes": 0.0}, r"--minutes 0\.0: allowed: above 0"),
         ({"validation_share": 1.0}, r"--validation-share 1\.0: allowed: between 0 and 1"),
-        ({"text": ()}, "--text: give at least one"),
+        ({"text": ()}, "--text: 0 given; allowed: 1 or more"),
         ({"text": (Path("/nowhere"),)}, "--text /nowhere: no such path"),
         ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
         ({"teacher": Path("/nowhere")}, "--teacher /nowhere: no such path"),

@@ -1,0 +1,91 @@
+"""A command's flags, made of the classes of options it takes (`base/options.py`)."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pregate.base.options import Needs, Option, Word, choices, kinds, mark, of_keys, user_options
+from pregate.convert.text.documents import text_files
+from pregate.model.checkpoint import check_new_folder
+from pregate.model.folder import read_folder
+
+_METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
+
+
+def command(*classes: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function of one object of each class a command whose flags are the fields of all of them.
+
+    What the user gave is read and checked by the classes, and paths are looked at, before the function is called.
+    """
+
+    def decorate(run: Callable[..., None]) -> Callable[..., None]:
+        known = [user_options(cls) for cls in classes]
+
+        def called(**given: Any) -> None:
+            given = {key: value for key, value in given.items() if value not in (None, [])}
+            parts = [{key: given[key] for key in options if key in given} for options in known]
+            objects = [of_keys(cls, part) for cls, part in zip(classes, parts, strict=True)]
+            for options, built in zip(known, objects, strict=True):
+                check_paths(options.values(), built)
+            run(*objects)
+
+        called.__name__, called.__doc__ = run.__name__, run.__doc__
+        parameters = [_parameter(option) for options in known for option in options.values()]
+        parameters.sort(key=lambda parameter: parameter.default is None)  # those without a default first
+        called.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        called.list_flags = frozenset(o.flag for options in known for o in options.values() if o.is_list)  # pyright: ignore[reportFunctionMemberAccess]
+        return called
+
+    return decorate
+
+
+def check_paths(options: Iterable[Option], built: Any) -> None:
+    """Look at the paths among the options of `built`; UserError names the flag of one that cannot do."""
+    for option in options:
+        needs, value = mark(option.info, Needs), built
+        for name in option.path:
+            value = getattr(value, name)
+        if needs is None or not value:
+            continue
+        paths = [Path(path) for path in (value if option.is_list else [value])]
+        if needs.what == "text":
+            text_files(paths, option.flag)
+        for path in paths:
+            if needs.what == "model":
+                read_folder(path, option.flag)
+            elif needs.what == "nothing":
+                check_new_folder(path, option.flag)
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    """One flag, as typer reads it from a function. Values come as text, to be read with the others by their class."""
+    info = option.info
+    word, (kind, *_) = mark(info, Word), kinds(info)
+    text = info.description or ""
+    if option.is_list and (needs := mark(info, Needs)) and needs.what == "text":
+        text += ": .txt, .jsonl, folders or patterns of them."
+    shown: Any = False if info.is_required() else word.text if info.default is None and word else info.default
+    names, hint, metavar = [option.flag], str | None, _METAVARS.get(kind, "TEXT")
+    if kind is bool:
+        names, hint, metavar = [option.flag + (f"/--no-{option.flag[2:]}" if info.default else "")], bool | None, None
+    elif option.is_list:
+        hint, metavar, shown = list[str] | None, "PATH...", False
+    elif values := choices(info):
+        metavar = f"[{'|'.join(values)}]"
+    if word and word.written and metavar:
+        metavar += f"|{word.text}"
+    default = inspect.Parameter.empty if info.is_required() else None
+    if info.is_required():
+        hint = typing.get_args(hint)[0]
+    if shown not in (None, False, ""):
+        text += f" Default: {shown}."
+    flag = typer.Option(*names, help=text, metavar=metavar, show_default=False)
+    return inspect.Parameter(
+        option.key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, flag]
+    )

@@ -1,0 +1,46 @@
+"""What `pregate evaluate` is asked, checked once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from pregate.base.errors import UserError
+from pregate.base.options import Model, Needs, TextField, Texts, Word, options
+
+Parent = Annotated[
+    Path | None,
+    Field(description="The dense parent."),
+    Needs("model"),
+    Word("the one the manifest names, if it is there", written=False),
+]
+
+
+@options()
+class EvaluateOptions:
+    """What `pregate evaluate` is asked: a model folder (dense or routed), files of text, and how much of it at most.
+
+    Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
+    With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
+    dense model it came from (None: the one its manifest names if it is found, else the model itself with every expert
+    on, where that is the same).
+    `seed` is that of random routing too.
+    """
+
+    model: Model
+    text: Annotated[Texts, Field(description="Text to score")]
+    max_tokens: Annotated[int | None, Field(ge=1, description="Score at most so many tokens.")] = None
+    controls: Annotated[bool, Field(description="Score the model by other routings as well.")] = False
+    parent: Parent = None
+    seed: Annotated[
+        int | None, Field(ge=0, description="Seed of random routing and of what --max-tokens leaves out.")
+    ] = None
+    text_field: TextField = None
+
+    def __post_init__(self) -> None:
+        if self.parent is not None and not self.controls:
+            raise UserError.of("--parent", self.parent, "needs --controls")
+        if self.seed is not None and not self.controls and self.max_tokens is None:
+            raise UserError.of("--seed", self.seed, "needs --controls or --max-tokens")
