@@ -35,7 +35,7 @@ GENERATION_KEYS = frozenset(
 #: Values of these that change nothing, for numbers and switches; 1 counts for factors, 0 for sizes and false.
 _NO_CHANGE: tuple[Any, ...] = (None, False, 0, 1)
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_NO_SIZE = ("num_key_value_heads", "head_dim", "sliding_window")
+_NO_SIZE = ("num_key_value_heads", "head_dim")
 _PER_LAYER = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
 _SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
 _NUMBERS = ("rms_norm_eps", "layer_norm_eps", "rope_theta", "initializer_range")
@@ -92,6 +92,8 @@ def _allowed(key: str, value: Any) -> str:  # noqa: PLR0911 (a table in code)
         return "the name of an activation"
     if key in _MAPPINGS and value is not None and not isinstance(value, dict):
         return "an object or null"
+    if key == "sliding_window" and value is not None and not (_is_int(value) and value >= 0):
+        return "a whole number from 0 or null"
     if key == "layer_types" and value is not None and not isinstance(value, list):
         return "a list of names or null"
     if key in ("dtype", "torch_dtype") and value is not None and str(value).removeprefix("torch.") not in DTYPES:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pregate.base.errors import UserError
+from pregate.base.errors import CheckpointError, UserError
 from pregate.model.config_fields import QUANTISATION_KEYS, clean_fields, ignored_settings, token_ids, wrong_value
 from pregate.model.shard_file import quantised_tensor, weight_files
 from pregate.model.tokenizer import FILE, TextTokenizer, load_tokenizer, tokenizer_files
@@ -139,9 +139,9 @@ def _read_object(path: Path, name: str, option: str) -> dict[str, Any]:
     try:
         fields = json.loads((path / name).read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
-        raise UserError.of(option, path, f"its {name} is not JSON ({error})") from error
+        raise CheckpointError.of(option, path, f"its {name} is not JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise UserError.of(option, path, f"its {name} is not a JSON object")
+        raise CheckpointError.of(option, path, f"its {name} is not a JSON object")
     return fields
 
 
