@@ -3,7 +3,7 @@
     python benchmarks/dispatch.py
     python benchmarks/dispatch.py --grpc-target 127.0.0.1:50051 --grpc-clients 32 --out benchmarks/results/dispatch.json
 
-The hosts are real Ray actors running `ExpertHostActor` without experts. Columns: the channel (checksums, identities,
+The hosts are real Ray actors, `ExpertHostActor` without experts. Columns: the channel (checksums, identities,
 heartbeats and all), a Ray actor call with the same array in and out, and a bare socket echo of the same bytes (the
 bound a channel over these sockets is near). All are interleaved in one run. With `--grpc-target` the run alternates
 between an idle phase and one in which that many clients stream from a running `pregate serve`.
@@ -35,10 +35,11 @@ import ray
 import torch
 import zmq
 
+from benchmarks.echo import EchoActor
 from benchmarks.surroundings import command_of
 from pregate.cluster.ray_start import init_local
 from pregate.convert.report.conditions import processor
-from pregate.workers.actor import ActorOptions, ExpertHostActor
+from pregate.workers.actor import ActorOptions
 from pregate.workers.channel import ChannelClient
 from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupKey
@@ -75,8 +76,8 @@ class Stage:
         self._rows_ND = rows_ND
         self._engine = uuid.uuid4().hex
         self._step = 0
-        actor: Any = ray.remote(num_cpus=0.01)(ExpertHostActor)
-        options = [ActorOptions(host=HostOptions(host_id=n), ipc_folder=f"{folder}/h") for n in range(num_hosts)]
+        actor: Any = ray.remote(num_cpus=0.01)(EchoActor)
+        options = [ActorOptions("", HostOptions(host_id=n), ipc_folder=f"{folder}/h") for n in range(num_hosts)]
         hosts = [actor.remote(one) for one in options]
         addresses: Any = ray.get([host.start.remote() for host in hosts], timeout=300)
         context = zmq.Context()

@@ -25,13 +25,13 @@ TRANSPORTS = ("ipc", "tcp")
 class ActorOptions:
     """One host as its actor is told to be.
 
-    `checkpoint` None makes an echo without experts. `ipc_folder` (mode 700, made if missing) is needed by transport
-    ipc; tcp listens on `bind_address` (None: this node's address in Ray), and off loopback only with
+    `units` are (layer, expert) of the folder `checkpoint`. `ipc_folder` (mode 700, made if missing) is needed by
+    transport ipc; tcp listens on `bind_address` (None: this node's address in Ray), and off loopback only with
     `allowed_client_keys`. `num_threads` are torch's.
     """
 
+    checkpoint: str
     host: HostOptions = field(default_factory=HostOptions)
-    checkpoint: str | None = None
     units: tuple[tuple[int, int], ...] = ()
     transport: str = "ipc"
     ipc_folder: str | None = None
@@ -106,10 +106,6 @@ class ExpertHostActor:
         return self._host, self._server
 
     def _make_host(self) -> Host:
-        if self._options.checkpoint is None:
-            from pregate.workers.echo import EchoHost
-
-            return EchoHost(self._options.host)
         from pregate.model.checkpoint import CheckpointReader
         from pregate.workers.host import ExpertHost
 

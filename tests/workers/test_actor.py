@@ -82,11 +82,11 @@ def test_start_serve_drain_stop(reader, tmp_path, transport):
 
 def test_options_that_cannot_be():
     with pytest.raises(UserError, match="transport smoke: allowed: ipc, tcp"):
-        ActorOptions(transport="smoke")
+        ActorOptions("x", transport="smoke")
     with pytest.raises(UserError, match="needs a folder"):
-        ActorOptions(transport="ipc")
+        ActorOptions("x", transport="ipc")
     with pytest.raises(UserError, match="num_threads 0"):
-        ActorOptions(ipc_folder="/tmp/x", num_threads=0)
+        ActorOptions("x", ipc_folder="/tmp/x", num_threads=0)
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.echo import EchoHost
 from pregate.base.errors import HostLostError, PregateError, ProtocolError, UserError
 from pregate.workers.channel import ChannelClient
 from pregate.workers.client import InProcessClient
-from pregate.workers.echo import EchoHost
 from pregate.workers.host import ExpertHost
 from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupIndex, GroupKey, HostAddress, HostPlan

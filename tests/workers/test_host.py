@@ -8,7 +8,6 @@ import torch
 from pregate.base.errors import ProtocolError, UserError
 from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
-from pregate.workers.echo import EchoHost
 from pregate.workers.host import ExpertHost
 from pregate.workers.host_options import HostOptions
 from pregate.workers.plans import MAX_ENGINES, NeedPlanError
@@ -171,11 +170,6 @@ def test_rows_come_back_in_the_dtype_they_came_in(reader):
     half = host.compute(GroupKey("e", 0, 0, 0, 0), x_ND.bfloat16(), WORKED)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, exact.bfloat16())
-
-
-def test_an_echo_returns_its_rows():
-    x_ND = rows(4)
-    assert EchoHost(HostOptions()).compute(GroupKey("e", 0, 0, 0, 0), x_ND, None) is x_ND
 
 
 def resident_bytes(path: Path) -> int:

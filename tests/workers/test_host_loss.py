@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
+from benchmarks.echo import EchoActor
 from pregate.base.errors import HostLostError
-from pregate.workers.actor import ActorOptions, ExpertHostActor
+from pregate.workers.actor import ActorOptions
 from pregate.workers.channel import ChannelClient, ChannelOptions
 from pregate.workers.protocol import GroupKey
 
@@ -18,7 +19,7 @@ KEY = GroupKey("e", 1, 0, 0, 0)
 
 
 def serve_forever(folder: str, addresses) -> None:
-    actor = ExpertHostActor(ActorOptions(ipc_folder=folder, heartbeat_s=0.1))
+    actor = EchoActor(ActorOptions("", ipc_folder=folder, heartbeat_s=0.1))
     addresses.put(actor.start())
     time.sleep(300)
 

@@ -9,7 +9,6 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.model.paths import Paths
 from pregate.router.exchange import Exchange
 from pregate.workers.client import InProcessClient
-from pregate.workers.echo import EchoHost
 from pregate.workers.host import ExpertHost
 from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
@@ -113,7 +112,6 @@ def test_shared_units_come_first_in_the_stack_and_are_not_counted(reader):
     [
         (lambda reader: make_host(reader, UNITS[1:]).local_layers(CPU, torch.float32), "does not hold every unit"),
         (lambda reader: make_host(reader).local_layers(CPU, torch.float16), "on cpu in float32"),
-        (lambda reader: EchoHost(HostOptions()).local_layers(CPU, torch.float32), "no layers"),
     ],
 )
 def test_why_they_are_not_offered(reader, make, reason):

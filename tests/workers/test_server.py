@@ -9,9 +9,9 @@ import pytest
 import torch
 import zmq
 
+from benchmarks.echo import EchoHost
 from pregate.base.errors import HostLostError, ProtocolError, UserError
 from pregate.workers.channel import ChannelClient, ChannelOptions
-from pregate.workers.echo import EchoHost
 from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import (
     PROTOCOL_VERSION,

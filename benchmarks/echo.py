@@ -1,4 +1,4 @@
-"""A host without experts, to measure the channel with."""
+"""A host without experts, and its actor: what remains is the cost of the channel."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from pregate.workers.host import check_hello
+from pregate.workers.actor import ExpertHostActor
+from pregate.workers.host import Host, check_hello
 from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 
 
 class EchoHost:
-    """Returns the rows it is sent: what remains is the cost of the channel."""
+    """Returns the rows it is sent, of any width, and has no checkpoint (fingerprint "echo")."""
 
     def __init__(self, options: HostOptions) -> None:
         self.options = options
@@ -46,3 +47,10 @@ class EchoHost:
 
     def status(self) -> dict[str, Any]:
         return {"host_id": self.options.host_id, "incarnation": self.incarnation, "num_groups": self._num_groups}
+
+
+class EchoActor(ExpertHostActor):
+    """The actor of an `EchoHost`; its options' checkpoint and units are not looked at."""
+
+    def _make_host(self) -> Host:
+        return EchoHost(self._options.host)
