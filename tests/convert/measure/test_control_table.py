@@ -210,7 +210,7 @@ def test_refusals(tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_text: 
         with pytest.raises(UserError, match=f"--seed {seed}: needs --controls or --max-tokens"):
             EvaluateOptions(tiny_layerwise_checkpoint, (tiny_text,), seed=seed)
     hollow = EvaluateOptions(tiny_layerwise_checkpoint, (tiny_text,), 5, controls=True, parent=tiny_text.parent)
-    with pytest.raises(UserError, match=r"^--parent \S+: its weights cannot be loaded"):
+    with pytest.raises(UserError, match=r"^--parent \S+: not a model folder"):
         evaluate(hollow)
     command = ["evaluate", "--text", str(tiny_text), "--model"]
     assert main([*command, str(tiny_dense), "--controls"]) == 2
