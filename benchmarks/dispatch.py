@@ -102,7 +102,7 @@ class Stage:
     def channel(self, num_hosts: int) -> None:
         """Send to `num_hosts` hosts, then wait for all."""
         self._step += 1
-        key = GroupKey(self._engine, self._step, 0, 0, 0)
+        key = GroupKey(self._engine, self._step, 0, 0)
         clients = self._clients[:num_hosts]
         for client in clients:
             client.send_group(key, self._rows_ND)

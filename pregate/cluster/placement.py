@@ -35,18 +35,6 @@ class Placement:
         """Units whose home is `host`, as (layer, expert), layers first."""
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(self.hosts_of == host)]
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values only, to cross a process boundary."""
-        return {"version": self.version, "num_hosts": self.num_hosts, "hosts_of": self.hosts_of.tolist()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> Placement:
-        """Undo `to_dict`."""
-        version, num_hosts, hosts_of = values["version"], values["num_hosts"], values["hosts_of"]
-        assert isinstance(version, int)
-        assert isinstance(num_hosts, int)
-        return cls(version, num_hosts, np.asarray(hosts_of, dtype=np.int16))
-
 
 def place(
     num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", version: int = 1, one_index: bool = False

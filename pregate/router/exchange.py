@@ -101,7 +101,7 @@ class Exchange:
         x_TD = x_TD.cpu()
         keys = []
         for number, group in enumerate(layer_plan.groups):
-            key = GroupKey(self.engine, step.number, 0, layer, number, 0)
+            key = GroupKey(self.engine, step.number, layer, number)
             rows_ND = x_TD[torch.from_numpy(group.rows)] if len(group.rows) < step.num_tokens else x_TD
             self.clients[group.host].send_group(key, rows_ND, None if planned else group.index)
             keys.append((self.clients[group.host], key))

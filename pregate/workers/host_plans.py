@@ -19,7 +19,6 @@ class GroupKey(NamedTuple):
 
     engine: str
     step: int
-    micro_batch: int
     layer: int
     group: int
     attempt: int = 0

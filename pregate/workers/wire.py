@@ -125,14 +125,11 @@ def _optional(inner: Reader) -> Reader:
 
 
 def _key(kind: str, value: Any, _: Iterator[Buffer]) -> GroupKey:
-    if type(value) is list and len(value) == 6:
-        engine, step, micro_batch, layer, group, attempt = value
+    if type(value) is list and len(value) == 5:
+        engine, step, layer, group, attempt = value
         # Spelled out: this runs for every group, and a generator costs more than all of it.
-        if (
-            type(engine) is str
-            and type(step) is type(micro_batch) is type(layer) is type(group) is type(attempt) is int
-        ):
-            return GroupKey(engine, step, micro_batch, layer, group, attempt)
+        if type(engine) is str and type(step) is type(layer) is type(group) is type(attempt) is int:
+            return GroupKey(engine, step, layer, group, attempt)
     raise ProtocolError(f"{kind} message: {value!r} is not a group key")
 
 

@@ -73,11 +73,3 @@ def test_unknown_strategy_and_dense_model():
         place([4], 2, "spread")
     with pytest.raises(UserError, match="no routed experts"):
         place([0, 0], 2)
-
-
-def test_dict_round_trip():
-    placement = place([4, 0, 3], 2, "round_robin")
-    again = Placement.from_dict(placement.to_dict())
-    assert again.version == placement.version
-    assert again.hosts_of.dtype == np.int16
-    np.testing.assert_array_equal(again.hosts_of, placement.hosts_of)

@@ -20,7 +20,7 @@ from pregate.workers.protocol import GroupIndex, GroupKey
 from pregate.workers.transport import CurveKeys
 
 WIDTH = 512
-KEY = GroupKey("e", 1, 0, 2, 0)
+KEY = GroupKey("e", 1, 2, 0)
 #: Two rows; expert 0 takes both, expert 3 the second.
 INDEX = GroupIndex(np.array([0, 3], np.int32), np.array([2, 1], np.int32), np.array([0, 1, 1], np.int32))
 

@@ -15,7 +15,7 @@ from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import GroupIndex, GroupKey, HostAddress, HostPlan
 
 WIDTH = 512
-KEY = GroupKey("e", 5, 0, 0, 0)
+KEY = GroupKey("e", 5, 0, 0)
 
 
 def i32(*values: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from pregate.workers.protocol import GroupKey, Hello
 from pregate.workers.transport import CurveKeys
 from pregate.workers.wire import encode
 
-KEY = GroupKey("e", 1, 0, 0, 0)
+KEY = GroupKey("e", 1, 0, 0)
 TERMS = {"engine": "e", "fingerprint": "echo", "dtype": torch.float32, "width": 512, "max_rows": 64}
 
 

@@ -51,10 +51,10 @@ def plan_of(step: int) -> HostPlan:
 def test_one_row_per_pair_in_pair_order(reader, implementation):
     host = ExpertHost(reader, HOME, HostOptions(expert_ffn=implementation))
     x_ND = rows(3)
-    y_PD = host.compute(GroupKey("e", 0, 0, 0, 0), x_ND, WORKED)
+    y_PD = host.compute(GroupKey("e", 0, 0, 0), x_ND, WORKED)
     torch.testing.assert_close(y_PD, expected(reader, 0, x_ND, WORKED), rtol=0, atol=1e-4)
     one = GroupIndex(i32(1, 4), i32(1, 1), i32(0, 0))
-    y_PD = host.compute(GroupKey("e", 0, 0, 0, 0), x_ND[:1], one)
+    y_PD = host.compute(GroupKey("e", 0, 0, 0), x_ND[:1], one)
     torch.testing.assert_close(y_PD, expected(reader, 0, x_ND[:1], one), rtol=0, atol=1e-4)
 
 
@@ -63,14 +63,14 @@ def test_a_plan_says_the_same_as_its_indexes(reader):
     host.put_plan("e", plan_of(5))
     for layer, num_rows in ((0, 3), (2, 2)):
         x_ND = rows(num_rows)
-        planned = host.compute(GroupKey("e", 5, 0, layer, 0), x_ND, None)
-        assert torch.equal(planned, host.compute(GroupKey("e", 5, 0, layer, 0), x_ND, plan_of(5).layer(layer)))
+        planned = host.compute(GroupKey("e", 5, layer, 0), x_ND, None)
+        assert torch.equal(planned, host.compute(GroupKey("e", 5, layer, 0), x_ND, plan_of(5).layer(layer)))
     assert host.status()["num_pairs"] == 2 * (4 + 2)
 
 
 def test_plans_are_soft_state(reader):
     host = ExpertHost(reader, HOME, HostOptions(num_plans=2))
-    key = GroupKey("e", 1, 0, 0, 0)
+    key = GroupKey("e", 1, 0, 0)
     with pytest.raises(NeedPlanError):
         host.compute(key, rows(3), None)
     for step in (1, 2, 3):
@@ -91,15 +91,15 @@ def test_plans_of_silent_engines_go_first(reader):
         host.put_plan(str(engine), plan_of(1))
     host.put_plan("0", plan_of(2))
     host.put_plan("new", plan_of(1))
-    host.compute(GroupKey("0", 1, 0, 0, 0), rows(3), None)
+    host.compute(GroupKey("0", 1, 0, 0), rows(3), None)
     with pytest.raises(NeedPlanError):
-        host.compute(GroupKey("1", 1, 0, 0, 0), rows(3), None)
+        host.compute(GroupKey("1", 1, 0, 0), rows(3), None)
 
 
 def test_a_group_that_does_not_fit_is_refused(reader):
     host = ExpertHost(reader, HOME, HostOptions(max_rows=8))
     host.put_plan("e", plan_of(5))
-    key = GroupKey("e", 5, 0, 0, 0)
+    key = GroupKey("e", 5, 0, 0)
     for bad in (
         lambda: host.compute(key, rows(4), None),
         lambda: host.compute(key._replace(layer=3), rows(3), None),
@@ -118,7 +118,7 @@ def test_an_answer_beyond_the_message_limit_is_refused_before_it_is_computed(rea
     num_pairs = (1 << 29) // (WIDTH * 4) + 1
     index = GroupIndex(i32(1), i32(num_pairs), np.zeros(num_pairs, np.int32))
     with pytest.raises(ProtocolError, match="answer of"):
-        host.compute(GroupKey("e", 0, 0, 0, 0), rows(1), index)
+        host.compute(GroupKey("e", 0, 0, 0), rows(1), index)
 
 
 def test_only_the_home_units_are_read(reader):
@@ -134,11 +134,11 @@ def test_a_miss_reads_that_unit_and_keeps_it(reader):
     index = GroupIndex(i32(0, 2, 4), i32(1, 2, 1), i32(0, 0, 1, 1))
     x_ND = rows(2)
     for _ in range(2):
-        y_PD = host.compute(GroupKey("e", 0, 0, 0, 0), x_ND, index)
+        y_PD = host.compute(GroupKey("e", 0, 0, 0), x_ND, index)
         torch.testing.assert_close(y_PD, expected(reader, 0, x_ND, index), rtol=0, atol=1e-4)
         assert (host.status()["units_read"], host.status()["misses"]) == (5, 2)
     other_layer = GroupIndex(i32(3), i32(1), i32(0))
-    y_PD = ExpertHost(reader, [], HostOptions()).compute(GroupKey("e", 0, 0, 2, 0), x_ND[:1], other_layer)
+    y_PD = ExpertHost(reader, [], HostOptions()).compute(GroupKey("e", 0, 2, 0), x_ND[:1], other_layer)
     torch.testing.assert_close(y_PD, expected(reader, 2, x_ND[:1], other_layer), rtol=0, atol=1e-4)
 
 
@@ -166,8 +166,8 @@ def test_hello_is_held_to_the_checkpoint(reader):
 def test_rows_come_back_in_the_dtype_they_came_in(reader):
     host = ExpertHost(reader, HOME, HostOptions())
     x_ND = rows(3)
-    exact = host.compute(GroupKey("e", 0, 0, 0, 0), x_ND.bfloat16().float(), WORKED)
-    half = host.compute(GroupKey("e", 0, 0, 0, 0), x_ND.bfloat16(), WORKED)
+    exact = host.compute(GroupKey("e", 0, 0, 0), x_ND.bfloat16().float(), WORKED)
+    half = host.compute(GroupKey("e", 0, 0, 0), x_ND.bfloat16(), WORKED)
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, exact.bfloat16())
 
@@ -196,7 +196,7 @@ def test_the_rest_of_the_file_never_enters_the_process(unit_checkpoint, tmp_path
 
 
 def compute_layers(host: ExpertHost, step: int) -> list[torch.Tensor]:
-    return [host.compute(GroupKey("e", step, 0, layer, 0), rows(n), None) for layer, n in ((0, 3), (2, 2))]
+    return [host.compute(GroupKey("e", step, layer, 0), rows(n), None) for layer, n in ((0, 3), (2, 2))]
 
 
 @pytest.mark.parametrize("implementation", ["loop", "grouped", "packed"])
@@ -208,7 +208,7 @@ def test_a_plan_is_prepared_for_all_layers_when_it_comes(reader, implementation)
         num_rows = int(index.row_index.max()) + 1
         torch.testing.assert_close(y_PD, expected(reader, layer, rows(num_rows), index), rtol=0, atol=1e-4)
     assert host.status()["num_prepared"] == 2
-    host.compute(GroupKey("e", 5, 0, 0, 0), rows(3), WORKED)
+    host.compute(GroupKey("e", 5, 0, 0), rows(3), WORKED)
     assert host.status()["num_prepared"] == 2, "a group with its own index goes by it"
 
 
@@ -219,7 +219,7 @@ def test_slots_that_move_between_plan_and_group_are_looked_up_again(reader, impl
     host.put_plan("e", plan_of(5))
     first = compute_layers(host, 5)
     miss = GroupIndex(i32(0), i32(1), i32(0))
-    host.compute(GroupKey("e", 6, 0, 0, 0), rows(1), miss)
+    host.compute(GroupKey("e", 6, 0, 0), rows(1), miss)
     assert host.status()["misses"] == 1
     for before, after in zip(first, compute_layers(host, 5), strict=True):
         assert torch.equal(before, after)
@@ -245,4 +245,4 @@ def test_a_plan_for_a_unit_that_does_not_exist_fails_with_its_group(reader, unit
     )
     host.put_plan("e", plan)
     with pytest.raises(UserError, match="not in this checkpoint"):
-        host.compute(GroupKey("e", 7, 0, layer, 0), rows(1), None)
+        host.compute(GroupKey("e", 7, layer, 0), rows(1), None)

@@ -15,7 +15,7 @@ from pregate.workers.channel import ChannelClient, ChannelOptions
 from pregate.workers.protocol import GroupKey
 
 HOST_TIMEOUT_S = 1.0
-KEY = GroupKey("e", 1, 0, 0, 0)
+KEY = GroupKey("e", 1, 0, 0)
 
 
 def serve_forever(folder: str, addresses) -> None:

@@ -22,9 +22,9 @@ def worked_plan(**changes) -> HostPlan:
 
 
 def test_key_is_hashable_and_attempts_differ():
-    key = GroupKey("abc", 1, 0, 2, 3)
-    assert key.next_attempt() == GroupKey("abc", 1, 0, 2, 3, 1)
-    assert len({key, key.next_attempt(), GroupKey("abc", 1, 0, 2, 3, 0)}) == 2
+    key = GroupKey("abc", 1, 2, 3)
+    assert key.next_attempt() == GroupKey("abc", 1, 2, 3, 1)
+    assert len({key, key.next_attempt(), GroupKey("abc", 1, 2, 3, 0)}) == 2
 
 
 def test_plan_layers_are_the_worked_example():

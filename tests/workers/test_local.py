@@ -97,7 +97,7 @@ def test_the_host_counts_what_ran(reader):
 def test_shared_units_come_first_in_the_stack_and_are_not_counted(reader):
     host = make_host(reader, expert_ffn="loop")
     index = GroupIndex(*(np.array(values, dtype=np.int32) for values in ([1, 4], [2, 2], [0, 2, 0, 1])))
-    key = GroupKey("e", 0, 0, 0, 0)
+    key = GroupKey("e", 0, 0, 0)
     before = host.compute(key, rows(3), index)
     host._store.hold_shared(0, [(torch.ones(512, WIDTH), torch.ones(WIDTH, 256))] * 3)
     assert host._store.unit_slots(0).tolist() == list(range(9))

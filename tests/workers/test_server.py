@@ -29,7 +29,7 @@ from pregate.workers.protocol import (
 from pregate.workers.server import HostServer, ServerOptions
 from pregate.workers.wire import decode, encode
 
-KEY = GroupKey("e", 5, 0, 0, 0)
+KEY = GroupKey("e", 5, 0, 0)
 WIDTH = 512
 HELLO = Hello("e", "echo", "float32", 4, 64)
 GROUP = GroupMessage(KEY, Rows("float32", (1, 4), bytes(16)), None)
