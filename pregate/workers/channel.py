@@ -19,7 +19,6 @@ import zmq
 from pregate.base.errors import BY_CODE, HostLostError, PregateError, ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.workers import transport
-from pregate.workers.plans import SentPlans
 from pregate.workers.protocol import (
     Buffer,
     Bye,
@@ -40,6 +39,7 @@ from pregate.workers.protocol import (
     RowsMessage,
 )
 from pregate.workers.rows import dtype_name, from_rows, to_rows
+from pregate.workers.sent_plans import SentPlans
 from pregate.workers.transport import CurveKeys
 from pregate.workers.wire import decode, encode
 

@@ -13,9 +13,10 @@ from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
 from pregate.workers.channel import ChannelClient, ChannelOptions, ChannelStats
 from pregate.workers.local import LocalLayers
-from pregate.workers.plans import NeedPlanError, SentPlans
+from pregate.workers.plan_shelf import NeedPlanError
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 from pregate.workers.rows import dtype_name
+from pregate.workers.sent_plans import SentPlans
 from pregate.workers.transport import CurveKeys
 
 if TYPE_CHECKING:

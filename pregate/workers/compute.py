@@ -12,7 +12,7 @@ from pregate.base.errors import PregateError, ProtocolError
 from pregate.base.log import get_logger
 from pregate.workers import transport
 from pregate.workers.host import Host
-from pregate.workers.plans import NeedPlanError
+from pregate.workers.plan_shelf import NeedPlanError
 from pregate.workers.protocol import (
     Failure,
     GroupKey,

@@ -22,7 +22,7 @@ from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host_options import HostOptions
 from pregate.workers.local import LocalLayers
-from pregate.workers.plans import PlanShelf
+from pregate.workers.plan_shelf import PlanShelf
 from pregate.workers.prepared import PreparedPlan, prepare
 from pregate.workers.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 from pregate.workers.rows import dtype_name

@@ -10,7 +10,7 @@ from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host import ExpertHost
 from pregate.workers.host_options import HostOptions
-from pregate.workers.plans import MAX_ENGINES, NeedPlanError
+from pregate.workers.plan_shelf import MAX_ENGINES, NeedPlanError
 from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HostPlan
 
 WIDTH, UNIT_BYTES = 512, 3 * 256 * 512 * 4

@@ -1,18 +1,16 @@
-"""Plans kept on either side of a channel: a host's are soft state, whose loss costs one NEED_PLAN."""
+"""`PlanShelf`: the plans a host keeps. They are soft state, whose loss costs one NEED_PLAN."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 
-from pregate.base.errors import PregateError, ProtocolError
+from pregate.base.errors import PregateError
 from pregate.workers.prepared import PreparedPlan
-from pregate.workers.protocol import GroupKey, HostPlan
+from pregate.workers.protocol import GroupKey
 
 #: Plans of this many engines are kept; the one heard of least recently goes first.
 MAX_ENGINES = 16
-#: Plans a client keeps to answer NEED_PLAN with.
-NUM_SENT_PLANS = 4
 
 
 class NeedPlanError(PregateError):
@@ -48,21 +46,3 @@ class PlanShelf:
     def forget(self, engine: str) -> None:
         with self._lock:
             self._plans.pop(engine, None)
-
-
-class SentPlans:
-    """The last plans a client sent, to send again to a host that lost them."""
-
-    def __init__(self) -> None:
-        self._plans: OrderedDict[int, HostPlan] = OrderedDict()
-
-    def put(self, plan: HostPlan) -> None:
-        self._plans[plan.step] = plan
-        while len(self._plans) > NUM_SENT_PLANS:
-            self._plans.popitem(last=False)
-
-    def get(self, step: int) -> HostPlan:
-        """Return the plan of `step`; ProtocolError if none was sent lately."""
-        if step not in self._plans:
-            raise ProtocolError(f"the host needs the plan of step {step}, which was not sent")
-        return self._plans[step]
