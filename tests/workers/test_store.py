@@ -66,17 +66,18 @@ def test_a_layer_of_which_nothing_is_held_is_read_when_asked_for(reader):
     hold(store, reader, 2, [2])
 
 
-@pytest.mark.parametrize(("layer", "expert"), [(0, 6), (0, -1), (1, 0), (2, 5), (3, 0), (-1, 1)])
+@pytest.mark.parametrize(("layer", "expert"), [(0, 6), (0, -1), (1, 0), (2, 5), (3, 0), (-1, 3)])
 def test_what_does_not_exist_has_no_slot_and_cannot_be_read(reader, layer, expert):
-    """Layer 0 has 6 routed experts, layer 1 none, layer 2 has 5; there is no layer 3."""
-    store = make_store(reader)
+    """Layer 0 has 6 routed experts, layer 1 none, layer 2 has 5; counted from the end, too, there is none, though the
+    last of both is held."""
+    store = make_store(reader, [*UNITS, (0, 5)])
     assert store.slots(np.array([0, layer]), i32(4, expert)).tolist() == [1, -1]
     with pytest.raises(UserError, match="not in this checkpoint"):
         store.lookup(layer, i32(expert))
     with pytest.raises(UserError, match="not in this checkpoint"):
         make_store(reader, [(layer, expert)])
-    assert store.units() == sorted(set(UNITS))
-    hold(store, reader, 0, [1, 4])
+    assert store.units() == sorted({*UNITS, (0, 5)})
+    hold(store, reader, 0, [1, 4, 5])
 
 
 def test_a_shard_that_changed_is_refused_and_what_is_held_stays(unit_checkpoint, tmp_path):
