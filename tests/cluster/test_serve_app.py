@@ -42,9 +42,9 @@ serve.shutdown()
     [
         ({"hosts": "2"}, "model: missing"),
         ({"model": "TINY", "hosts": "2", "colour": "1"}, "colour 1: unknown option; allowed: model, hosts"),
-        ({"model": "TINY", "hosts": "two"}, "hosts two: must be a whole number"),
+        ({"model": "TINY", "hosts": "two"}, "hosts two: allowed: 0 or more"),
         ({"model": "TINY", "hosts": "6"}, "--hosts 6: allowed: 0 to 5"),
-        ({"model": "TINY", "max_queued_requests": "0"}, "max_queued_requests 0"),
+        ({"model": "TINY", "max_queued_requests": "0"}, "max-queued-requests 0: allowed: 1 or more"),
         ({"model": "/no/such"}, "--model /no/such: no such folder"),
     ],
 )
