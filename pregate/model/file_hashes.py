@@ -34,16 +34,20 @@ def remembered_sha256(path: Path) -> str:
 
     Where the cache cannot be read or written it is computed every time.
     """
-    found = path.stat()
-    key, stamp = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    key, stamp, begun_s = str(path.resolve()), _stamp(path), time.time()
     known = _read().get(key)
     if isinstance(known, list) and known[:-1] == stamp:
         return known[-1]
     digest = file_sha256(path)
-    settled = time.time() - max(found.st_mtime_ns, found.st_ctime_ns) / 1e9 > _SETTLED_S
-    if settled and path.stat().st_mtime_ns == found.st_mtime_ns:
+    settled = begun_s - max(stamp[1:3]) / 1e9 > _SETTLED_S
+    if settled and _stamp(path) == stamp:
         _write(key, [*stamp, digest])
     return digest
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def _read() -> dict[str, list]:

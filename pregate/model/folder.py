@@ -65,7 +65,9 @@ class ModelFolder:
 
     @cached_property
     def vocab_size(self) -> int:
-        return int(self._or_default("vocab_size"))
+        if (size := self._or_default("vocab_size")) is None:
+            raise self.refuse("its config.json has no vocab_size; allowed: a language model")
+        return int(size)
 
     @cached_property
     def context_tokens(self) -> int:
@@ -126,7 +128,9 @@ def read_folder(path: Path, option: str = "--model") -> ModelFolder:
         raise UserError.of(option, path, "its config.json is not a model's: it has no model_type")
     fields = clean_fields(raw)
     generation = _read_object(path, GENERATION, option) if (path / GENERATION).is_file() else None
-    inner = fields["text_config"] if isinstance(fields.get("text_config"), dict) else {}
+    inner = fields.get("text_config") or {}
+    if not isinstance(inner, dict):
+        raise UserError.of(option, path, "its config.json's text_config is no object")
     for file, found in (("config.json", fields), ("config.json", inner), (GENERATION, generation or {})):
         if wrong := wrong_value(found):
             raise UserError.of(option, path, f"its {file}'s {wrong}")

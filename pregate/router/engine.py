@@ -9,7 +9,9 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +73,7 @@ class Engine:
     def submit(self, request: SubmitRequest) -> None:
         """Accept a request; its whole prompt's paths are computed here, before it is scheduled.
 
-        Raises UserError (bad prompt or sampling) or QueueFullError.
+        Raises UserError (bad prompt or sampling), QueueFullError, or PregateError where memory is lacking.
         """
         vocab_size = self.config.text_config.vocab_size
         request.sampling.validate(vocab_size)
@@ -93,11 +95,16 @@ class Engine:
         self.batcher.add(sequence)
         self._sequences[request.request_id] = sequence
         if self.exact:
-            self._begin_paths(sequence)
+            try:
+                self._begin_paths(sequence)
+            except PregateError:
+                self._drop(sequence)
+                raise
 
     def _begin_paths(self, sequence: Sequence) -> None:
         assert self.computer is not None
-        (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
+        with _out_of_memory_fails():
+            (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
         sequence.paths = paths.with_room(sequence.capacity)
         self._states[sequence.request_id] = state
 
@@ -114,11 +121,15 @@ class Engine:
             self.allocator.check_idle()
 
     def route(self, token_ids: Many[int]) -> Paths:
-        """Paths of a prompt, without a forward pass; UserError when the checkpoint has no path router."""
+        """Paths of a prompt, without a forward pass.
+
+        Raises UserError when the checkpoint has no path router, PregateError where memory is lacking.
+        """
         check_prompt(token_ids, vocab_size=self.config.text_config.vocab_size, max_context=self.context + 1)
         if self.computer is None:
             raise UserError("this checkpoint has no path router; make one with `pregate decouple`")
-        paths = self.computer.extend([self.computer.new_state()], [list(token_ids)])[0][0]
+        with _out_of_memory_fails():
+            paths = self.computer.extend([self.computer.new_state()], [list(token_ids)])[0][0]
         return Paths(paths.ids, paths.weights, exact=self.exact)
 
     def info(self) -> dict[str, Any]:
@@ -165,24 +176,28 @@ class Engine:
         if not batch:
             return events
         self._step_number += 1
+        sampled = [s.sequence for s in batch if s.samples]
         try:
-            logits_BV = self._forward(batch)
+            with _out_of_memory_fails():
+                tokens = sample(self._forward(batch), sampled)
         except HostLostError:
             raise
-        except (PregateError, RuntimeError) as failure:
-            if not isinstance(failure, (PregateError, torch.OutOfMemoryError)) and _NO_MEMORY not in str(failure):
-                raise  # a defect
-            logger.error("step %d failed: %s", self._step_number, failure)
-            error = failure if isinstance(failure, PregateError) else PregateError(f"out of memory: {failure}")
-            return events + self._fail([s.sequence for s in batch], error)
-        sampled = [s.sequence for s in batch if s.samples]
+        except PregateError as error:
+            return events + self._fail_step([s.sequence for s in batch], error)
         for piece in batch:
             piece.sequence.num_computed += piece.num_tokens
-        tokens = sample(logits_BV, sampled)
         for sequence, token in zip(sampled, tokens, strict=True):
             events += self._publish(sequence, token)
-        self._extend_paths([s for s in sampled if s.request_id in self._sequences])
+        running = [s for s in sampled if s.request_id in self._sequences]
+        try:
+            self._extend_paths(running)
+        except PregateError as error:
+            events += self._fail_step(running, error)
         return events
+
+    def _fail_step(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
+        logger.error("step %d failed: %s", self._step_number, error)
+        return self._fail(sequences, error)
 
     def _expire(self, now_s: float) -> list[Event]:
         late = [s for s in self._sequences.values() if s.deadline_s is not None and s.deadline_s <= now_s]
@@ -234,12 +249,24 @@ class Engine:
             return
         assert self.computer is not None
         states = [self._states[s.request_id] for s in sequences]
-        paths, states = self.computer.extend(states, [s.token_ids[-1:] for s in sequences])
+        with _out_of_memory_fails():
+            paths, states = self.computer.extend(states, [s.token_ids[-1:] for s in sequences])
         for sequence, path, state in zip(sequences, paths, states, strict=True):
             assert sequence.paths is not None
             num_tokens = len(sequence.token_ids)
             sequence.paths[num_tokens - 1 : num_tokens] = path
             self._states[sequence.request_id] = state
+
+
+@contextmanager
+def _out_of_memory_fails() -> Iterator[None]:
+    """PregateError where the block finds no memory; any other RuntimeError is a defect."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
+            raise
+        raise PregateError(f"out of memory: {error}") from error
 
 
 def _finished(sequence: Sequence, reason: str) -> FinishedEvent:

@@ -154,7 +154,8 @@ class EngineLink:
         os.close(self._wake)
 
     def _wake_up(self) -> None:
-        with suppress(BlockingIOError):  # a full pipe wakes, too
+        # A full pipe wakes, too; one that nobody reads is that of an I/O thread that has ended.
+        with suppress(BlockingIOError, BrokenPipeError):
             os.write(self._wake, b"\0")
 
     # --- the I/O thread ---

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,16 @@ def test_where_nothing_can_be_kept_it_is_hashed_every_time(hashed: list[Path], t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     for _ in range(2):
         assert remembered_sha256(tmp_path / "file") == hashlib.sha256(b"in the way of a folder").hexdigest()
+    assert len(hashed) == 2
+
+
+def test_a_file_changed_just_before_a_long_hashing_is_not_remembered(hashed: list[Path], tmp_path: Path, monkeypatch):
+    # It may have changed again meanwhile, where its times are coarse.
+    monkeypatch.setattr(file_hashes, "_SETTLED_S", 0.2)
+    monkeypatch.setattr(file_hashes, "file_sha256", lambda path: (time.sleep(0.3), hashed.append(path), "digest")[2])
+    (tmp_path / "shard").write_bytes(b"one")
+    for _ in range(2):
+        remembered_sha256(tmp_path / "shard")
     assert len(hashed) == 2
 
 

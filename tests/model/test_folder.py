@@ -78,6 +78,15 @@ def test_a_value_no_model_has_is_refused_by_key(key: str, value: Any, shown: str
         read_folder(change(folder, **{key: value}), "--teacher")
 
 
+@pytest.mark.parametrize(
+    ("config", "shown"), [({"model_type": "vit"}, "no vocab_size"), ({"text_config": "llama"}, "is no object")]
+)
+def test_a_config_without_a_language_model_is_refused(config: dict, shown: str, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config))
+    with pytest.raises(UserError, match=shown):
+        read_folder(tmp_path).vocab_size  # noqa: B018 (it is read there)
+
+
 @pytest.mark.parametrize(("pad", "left"), [(512, None), (-1, None), (0, 0)])
 def test_a_padding_id_outside_the_vocabulary_is_set_aside(pad: int, left: int | None, folder: Path):
     found = read_folder(change(folder, pad_token_id=pad))

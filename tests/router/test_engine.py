@@ -178,6 +178,39 @@ def test_an_engine_without_memory_fails_the_step_and_no_more(engine, alone, monk
     assert run(engine) == {"a": alone["a"]}
 
 
+@pytest.mark.parametrize("where", ["sampling", "paths"])
+def test_an_engine_without_memory_after_the_forward_pass_fails_the_step_and_no_more(engine, alone, monkeypatch, where):
+    if where == "paths" and not engine.exact:
+        pytest.skip("gates need no paths")
+
+    def hungry(*_):
+        monkeypatch.undo()
+        return torch.empty(1 << 50)
+
+    submit(engine, "a")
+    if where == "sampling":
+        monkeypatch.setattr("pregate.router.engine.sample", hungry)
+    else:
+        monkeypatch.setattr(engine.computer, "extend", hungry)
+    assert "memory" in str(run(engine)["a"])
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
+def test_a_prompt_whose_paths_find_no_memory_is_refused_and_leaves_nothing(engine, alone, monkeypatch):
+    if not engine.exact:
+        pytest.skip("gates need no paths")
+    monkeypatch.setattr(engine.computer, "extend", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(PregateError, match="out of memory"):
+        submit(engine, "a")
+    with pytest.raises(PregateError, match="out of memory"):
+        engine.route([1, 2, 3])
+    monkeypatch.undo()
+    assert not engine.has_work
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
 def test_a_lost_host_is_said_and_taken_back(engine, alone, monkeypatch):
     """The step raises, requests end with it, and when the host answers again the same engine serves."""
     client = engine.exchange.clients[0]

@@ -228,12 +228,18 @@ def test_the_end_of_the_loop_by_a_bug_is_told_at_once(engine, endpoint, monkeypa
     thread.start()
     thread.join(10)
     assert len(errors) == 1
-    wait_for(lambda: "has not answered" not in (client.unavailable or ""), 5, "word of the end")
-    assert client.unavailable is not None
+    wait_for(lambda: "internal error" in (client.unavailable or ""), 5, "word of the end")  # after a beat before it
     with pytest.raises(UnavailableError):
         loop.call(client.info(timeout_s=5.0))
     loop.call(client.close())
     loop.close()
+
+
+def test_the_end_of_the_io_thread_by_a_bug_ends_the_loop_with_that_reason(engine, endpoint, monkeypatch):
+    server = EngineServer(engine, endpoint, options=QUICK)
+    monkeypatch.setattr(server._link, "_send_heartbeats", lambda: 1 // 0)
+    with pytest.raises(PregateError, match="link to the front doors broke"):
+        server.run(threading.Event())
 
 
 async def _opened(client):
