@@ -1,4 +1,4 @@
-"""The `pregate` command. Commands live in commands_*.py; here they get their names, and errors their exit codes.
+"""The `pregate` command. Commands live beside this file; here they get their names, and errors their exit codes.
 
 0 done, 1 something failed (a server is gone, a machine is not fit), 2 the user can mend it, 130 Ctrl-C.
 Errors are one line on stderr.
@@ -20,8 +20,6 @@ from pregate.cli import report as commands_report
 from pregate.cli import serve as commands_serve
 from pregate.cli import text as commands_text
 
-#: Options that take several values after one another: `--calibration a.txt b.jsonl`.
-_LIST_OPTIONS = ("--calibration", "--text", "--compare", "--domain", "--validation")
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
 
@@ -43,6 +41,8 @@ app.command()(commands_text.route)
 app.command()(commands_serve.serve)
 app.command()(commands_serve.doctor)
 app.add_typer(commands_bench.app, name="bench")
+#: Options that take several values after one another: `--calibration a.txt b.jsonl`.
+_LIST_OPTIONS = frozenset[str]().union(*(getattr(c.callback, "list_flags", ()) for c in app.registered_commands))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -268,9 +268,11 @@ def _check_address(address: str) -> None:
 def _own_signals() -> Iterator[None]:
     """Put the caller's SIGTERM handler back: Ray installs one that aborts the process, without any clean-up."""
     handler = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.files.shard_index import write_shard
-from pregate.convert.files.work_folder import interrupted_after, taken_up, write_whole, writing
+from pregate.convert.files.work_folder import interrupted_after, opened, write_whole, writing
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -145,7 +145,7 @@ def open_partial(
     what lies there has another fingerprint (unless `restart`, which discards it).
     """
     folder = partial_folder(out)
-    with taken_up(out, folder, "conversion", restart, fingerprint, lambda: _fingerprint(out)):
+    with opened(out, folder, "conversion", restart, fingerprint, lambda: _fingerprint(out)):
         partial = PartialCheckpoint(out, read_state(out) or State(fingerprint, num_layers, unit))
         try:
             yield partial

@@ -49,7 +49,7 @@ class Skeleton:
         self._check_names()
         make_buffers(self.model, device)
         for layer in self.layers:
-            layer.forward = hand_on
+            layer.forward = pass_through
 
     def layer_names(self, index: int) -> list[str]:
         """Full names of the tensors of decoder layer `index`."""
@@ -156,7 +156,7 @@ class Skeleton:
     def run(self, index: int, hidden_SND: torch.Tensor) -> Iterator[torch.Tensor]:
         """Run windows through layer `index`, which must be loaded, some at a time; gives their new hidden states.
 
-        The model itself is called, with every other layer handing its input on, so that the layer gets the masks and
+        The model itself is called, with every other layer passing its input through, so that it gets the masks and
         positions the model has for it.
         """
         layer = self.layers[index]
@@ -190,10 +190,10 @@ class Skeleton:
         try:
             yield
         finally:
-            self.layers[index].forward = hand_on
+            self.layers[index].forward = pass_through
 
 
-def hand_on(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+def pass_through(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
     """The forward of a layer that is not there."""
     return hidden_states
 

@@ -47,7 +47,7 @@ def _locked(out: Path, folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def taken_up(
+def opened(
     out: Path,
     folder: Path,
     what: str,

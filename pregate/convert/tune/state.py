@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
-from pregate.convert.files.work_folder import interrupted_after, taken_up, write_whole, writing
+from pregate.convert.files.work_folder import interrupted_after, opened, write_whole, writing
 from pregate.convert.tune.loop import Counters, Record, Tuner
 
 FORMAT_VERSION = 1
@@ -157,7 +157,7 @@ def open_folder(out: Path, fingerprint: dict[str, Any], restart: bool) -> Iterat
     when what lies there has another fingerprint (unless `restart`, which discards it).
     """
     folder = tuning_folder(out)
-    with taken_up(out, folder, "tuning run", restart, fingerprint, lambda: _fingerprint(out)):
+    with opened(out, folder, "tuning run", restart, fingerprint, lambda: _fingerprint(out)):
         try:
             yield TuningFolder(out, fingerprint)
         finally:
