@@ -91,7 +91,8 @@ def test_shards_and_type_of_the_source_do_not_matter(
     made = []
     for source in (sharded, whole):
         out = tmp_path / f"{source.name}-moe"
-        made.append(convert(ConvertOptions(source, out, 8, 2, 3, (tiny_text,), samples=4, sequence_length=48)))
+        options = ConvertOptions(source, out, 8, 2, 3, (tiny_text,), samples=4, sequence_length=48, dtype="float32")
+        made.append(convert(options))
     shards = [{n: f["sha256"] for n, f in m.files.items() if n.endswith(".safetensors")} for m in made]
     assert len(shards[0]) == 3
     assert shards[0] == shards[1]
