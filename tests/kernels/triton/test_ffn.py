@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.programs import hindrance, run_program
 
-PROGRAM = Path(__file__).with_name("triton_cases.py")
+PROGRAM = Path(__file__).parents[1] / "triton_cases.py"
 #: What the product and the stores round to, with room for the order of sums.
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 2e-2}
 SEGMENT_BUFFERS = "segments"
