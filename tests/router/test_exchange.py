@@ -183,6 +183,7 @@ def test_a_step_that_failed_leaves_nothing_behind(layerwise_checkpoint):
     receipt = exchange.dispatch(0, random(1)[:, :5], None)  # of no width a host knows
     with pytest.raises(PregateError, match="width"):
         exchange.combine(receipt, random(2))
+    exchange.begin_step(2, TOKENS, paths())
+    assert all(isinstance(c, WatchedClient) and not c._groups for c in exchange.clients)
     found = step(exchange, random(2), paths())
     assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), random(2), paths()))
-    assert all(isinstance(c, WatchedClient) and not c._groups for c in exchange.clients)
