@@ -25,7 +25,7 @@ def hindrance() -> str:
 
 
 def run_program(
-    program: Path, *arguments: object, interpret: bool, timeout_s: float, **environment: str
+    program: Path, *arguments: object, interpret: bool, timeout_s: float = 800, **environment: str
 ) -> list[dict[str, Any]]:
     """What `program` prints, a line of JSON each; AssertionError with the end of what it said if it fails."""
     ours = {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": str(int(interpret))}

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 def kernels(tmp_path_factory) -> dict[str, dict]:
     """All of them, in one process with a cache of its own, so that the compiler does run."""
     cache = str(tmp_path_factory.mktemp("triton"))
-    return {line["name"]: line for line in run_program(PROGRAM, interpret=False, timeout_s=280, TRITON_CACHE_DIR=cache)}
+    return {line["name"]: line for line in run_program(PROGRAM, interpret=False, TRITON_CACHE_DIR=cache)}
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def served(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     """What was seen with whole layers, with groups of two hosts, with weights; all equal the reference."""
     weighted = tmp_path_factory.mktemp("weighted") / "model"
     weigh_experts(tiny_path_checkpoint, weighted)
-    return run_program(PROGRAM, tiny_path_checkpoint, weighted, interpret=True, timeout_s=200)
+    return run_program(PROGRAM, tiny_path_checkpoint, weighted, interpret=True)
 
 
 def kernels(variants: list[str]) -> set[str]:

@@ -16,7 +16,7 @@ SEGMENT_BUFFERS = "segments"
 
 
 def run_cases(device: str) -> list[dict]:
-    return run_program(PROGRAM, device, interpret=device == "cpu", timeout_s=250)
+    return run_program(PROGRAM, device, interpret=device == "cpu")
 
 
 #: Batches that every dtype is held to: one token, those around the decode kernels' limit, and ragged tails of tiles.
