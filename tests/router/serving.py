@@ -88,9 +88,9 @@ class HostProcesses:
         for host, orders in enumerate(self._orders):
             orders.put(_actor_options(path, hosts_of, host, self._folder))
         try:
-            addresses = [self._ready.get(timeout=90) for _ in self._orders]
+            addresses = [self._ready.get(timeout=300) for _ in self._orders]
         except queue.Empty as error:
-            raise TimeoutError("host processes did not start within 90 s") from error
+            raise TimeoutError("host processes did not start within 300 s") from error
         return sorted(addresses, key=lambda a: a.host_id)
 
     def close(self) -> None:
