@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from pregate.base.errors import UserError, option_name
-from pregate.base.options import from_dict, to_dict
+from pregate.base.options import from_dict, of_keys, to_dict, user_options
 from pregate.cluster.config import ServeConfig
 from pregate.router.access import AccessOptions
 from pregate.router.grpc_options import GrpcOptions
@@ -58,3 +58,24 @@ def test_a_join_with_another_option_names_it(change):
 def test_paths_and_nested_options_round_trip():
     options = GrpcOptions(port=1, access=AccessOptions(tls_cert=Path("/c"), tls_key=Path("/k")))
     assert from_dict(GrpcOptions, to_dict(options)) == options
+
+
+def test_gpus_follow_the_device():
+    assert (ServeConfig("/m", 2).gpus_per_host, ServeConfig("/m", 2).engine_gpus) == (0, 0)
+    config = ServeConfig("/m", 2, device="cuda")
+    assert (config.gpus_per_host, config.engine_gpus) == (1, 1)
+    assert ServeConfig("/m", 2, device="cuda", gpus_per_host=0.5).gpus_per_host == 0.5
+    assert ServeConfig("/m", 1, device="cuda", gpus_per_host=0).gpus_per_host == 0
+    with pytest.raises(UserError, match=r"^--gpus-per-host 0: all 2 hosts would compute on one GPU; allowed: above 0"):
+        ServeConfig("/m", 2, device="cuda", gpus_per_host=0)
+
+
+def test_both_doors_can_say_all_of_a_deployment_and_must_agree():
+    keys = user_options(ServeConfig)
+    assert {"expert_ffn", "served_model_name", "engine_threads", "host_threads", "kv_tokens", "max_queued"} <= set(keys)
+    running = of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop"})
+    of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop", "served_model_name": "m"}).check_joins(running)
+    with pytest.raises(UserError, match=r"^--expert-ffn auto: deployment 'pregate' is running with loop"):
+        of_keys(ServeConfig, {"model": "/m"}).check_joins(running)
+    with pytest.raises(UserError, match=r"^--served-model-name n: deployment 'pregate' is running with m"):
+        of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop", "served_model_name": "n"}).check_joins(running)

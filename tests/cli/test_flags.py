@@ -1,0 +1,109 @@
+"""Flags made of options: what they take, and that what is wrong with them is said before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pregate.base.options import user_options
+from pregate.cli.main import main
+from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.convert.tune.options import TuneOptions
+from pregate.router.grpc_options import GrpcOptions
+
+
+@pytest.mark.parametrize(
+    ("command", "classes"),
+    [("tune", [TuneOptions]), ("serve", [ServeConfig, GrpcOptions, RayAccess])],
+)
+def test_every_option_is_a_flag(
+    command: str, classes: list[type], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert [o.flag for cls in classes for o in user_options(cls).values() if o.flag not in shown] == []
+
+
+def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: Path, tmp_path: Path):
+    """In a process of its own, so that what is loaded shows."""
+    model, out = str(path_checkpoint), str(tmp_path / "out")
+    cases = [
+        [
+            "convert",
+            "--model",
+            "/no/such",
+            "--out",
+            out,
+            *["--experts", "8", "--shared", "2", "--active", "2", "--calibration", "x"],
+        ],
+        [
+            "convert",
+            "--model",
+            str(tmp_path),
+            "--out",
+            out,
+            *["--experts", "8", "--shared", "2", "--active", "9", "--calibration", "x"],
+        ],
+        ["decouple", "--model", model, "--out", out, "--text", "/no/such"],
+        ["tune", "--model", model, "--out", out, "--text", "/no/such", "--method", "best"],
+        ["evaluate", "--model", str(tmp_path), "--text", model],
+        ["export", "--model", model, "--out", str(tmp_path), "--format", "dense"],
+        ["read-me", "--model", model, "--out", out, "--domain", "/no/such", "/neither"],
+        ["report", "--model", model, "--out", out, "--text", "/no/such"],
+        ["generate", "--model", "/no/such", "--prompt", "a"],
+        ["serve", "--model", "/no/such"],
+        ["serve", "--model", model, "--max-running", "0"],
+    ]
+    code = (
+        "import json, sys; from pregate.cli.main import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        "    assert main(arguments) == 2, arguments\n"
+        "    bad = {'torch', 'transformers', 'ray', 'grpc'} & set(sys.modules); assert not bad, (arguments, bad)\n"
+    )
+    run = [sys.executable, "-c", code, json.dumps(cases)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(cases)
+
+
+def test_every_text_that_is_given_counts(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path, capsys):
+    evaluate = ["evaluate", "--model", str(tiny_path_checkpoint), "--json", "--text"]
+    paragraphs = tiny_text.read_text(encoding="utf-8").split("\n\n")
+    for name, some in {"a": paragraphs[:8], "b": paragraphs[8:]}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(some), encoding="utf-8")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    num_documents = {}
+    for texts in ([files[0]], files, [files[0], "--text", files[1]], [str(tmp_path / "*.txt")], [str(tmp_path)]):
+        assert main([*evaluate, *texts]) == 0
+        num_documents[" ".join(texts)] = json.loads(capsys.readouterr().out)["num_documents"]
+    first, *both = num_documents.values()
+    assert len(set(both)) == 1 and both[0] > first
+    assert main([*evaluate, "missing.txt", files[1]]) == 2
+    assert "--text missing.txt: no such path" in capsys.readouterr().err
+
+
+def test_tokens_in_brackets_are_no_markup(path_checkpoint: Path, tmp_path: Path, capsys):
+    folder = tmp_path / "brackets"
+    shutil.copytree(path_checkpoint, folder)
+    file, manifest = folder / "tokenizer.json", folder / "manifest.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    new = {"x": "[/INST]", "y": "[red]"}
+    for name, renamed in new.items():
+        vocab[renamed] = vocab.pop(name)
+        token = {"id": vocab[renamed], "content": renamed, "special": True, "normalized": False}
+        tokenizer["added_tokens"].append(token | {"single_word": False, "lstrip": False, "rstrip": False})
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    fields, data = json.loads(manifest.read_text()), file.read_bytes()
+    fields["files"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(fields))
+    assert main(["route", "--model", str(folder), "--prompt", "a[red]b[/INST]"]) == 0
+    shown = capsys.readouterr().out
+    assert all(repr(token) in shown for token in new.values())
