@@ -13,12 +13,7 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cli import bench as commands_bench
-from pregate.cli import model as commands_model
-from pregate.cli import read_me as commands_read_me
-from pregate.cli import report as commands_report
-from pregate.cli import serve as commands_serve
-from pregate.cli import text as commands_text
+from pregate.cli import bench, model, read_me, report, serve, text
 
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
@@ -29,18 +24,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command(epilog=commands_model.describe_recipes())(commands_model.convert)
-app.command()(commands_model.decouple)
-app.command()(commands_model.tune)
-app.command()(commands_model.evaluate)
-app.command("read-me")(commands_read_me.read_me)
-app.command()(commands_model.export)
-app.command()(commands_report.report)
-app.command()(commands_text.generate)
-app.command()(commands_text.route)
-app.command()(commands_serve.serve)
-app.command()(commands_serve.doctor)
-app.add_typer(commands_bench.app, name="bench")
+app.command(epilog=model.describe_recipes())(model.convert)
+app.command()(model.decouple)
+app.command()(model.tune)
+app.command()(model.evaluate)
+app.command("read-me")(read_me.read_me)
+app.command()(model.export)
+app.command()(report.report)
+app.command()(text.generate)
+app.command()(text.route)
+app.command()(serve.serve)
+app.command()(serve.doctor)
+app.add_typer(bench.app, name="bench")
 #: Options that take several values after one another: `--calibration a.txt b.jsonl`.
 _LIST_OPTIONS = frozenset[str]().union(*(getattr(c.callback, "list_flags", ()) for c in app.registered_commands))
 

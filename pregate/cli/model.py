@@ -10,6 +10,7 @@ from pregate.cli.printed import (
     Output,
     print_figures,
     print_written,
+    progress_bars,
     told_if_interrupted,
 )
 from pregate.convert.cut.options import ConvertOptions
@@ -35,12 +36,9 @@ def convert(options: ConvertOptions) -> None:
     """Cut a dense model's FFNs into shared and routed experts, without training. Interrupted, it can go on."""
     from pregate.convert.cut.conversion import convert as run
     from pregate.convert.files.partial import interrupted
-    from pregate.convert.progress import RichProgress
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
     with told_if_interrupted(interrupted, options.out):
-        figures = run(options, RichProgress()).figures
+        figures = run(options, progress_bars()).figures
     print_written(options.out, figures)
 
 
@@ -49,26 +47,20 @@ def decouple(options: DecoupleOptions) -> None:
     """Train a path router for a layer-wise checkpoint: exact paths, or a forecast. Interrupted, it can go on."""
     from pregate.convert.files.partial import interrupted
     from pregate.convert.paths.decouple import decouple as run
-    from pregate.convert.progress import RichProgress
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
     with told_if_interrupted(interrupted, options.out):
-        figures = run(options, RichProgress()).figures["decouple"]  # the others were measured on another text
+        figures = run(options, progress_bars()).figures["decouple"]  # the others were measured on another text
     print_written(options.out, figures)
 
 
 @command(TuneOptions)
 def tune(options: TuneOptions) -> None:
     """Tune a checkpoint under its own routing (or a dense model, the control). Interrupted, it can go on."""
-    from pregate.convert.progress import RichProgress
     from pregate.convert.tune.run import tune as run
     from pregate.convert.tune.state import interrupted
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
     with told_if_interrupted(interrupted, options.out):
-        figures = run(options, RichProgress()).figures["tune"]
+        figures = run(options, progress_bars()).figures["tune"]
     print_written(options.out, figures)
 
 
@@ -76,22 +68,16 @@ def tune(options: TuneOptions) -> None:
 def export(options: ExportOptions) -> None:
     """Write a checkpoint as stock Qwen2-MoE and measure the difference, or give the dense parent back."""
     from pregate.convert.export.run import export as run
-    from pregate.convert.progress import RichProgress
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
-    print_written(options.out, run(options, RichProgress()))
+    print_written(options.out, run(options, progress_bars()))
 
 
 @command(EvaluateOptions, Output)
 def evaluate(options: EvaluateOptions, output: Output) -> None:
     """Perplexity and bits per byte; for a routed model also how its routers agree, and --controls."""
     from pregate.convert.measure.evaluate import evaluate as run
-    from pregate.convert.progress import RichProgress
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
-    result = run(options, RichProgress())
+    result = run(options, progress_bars())
     if output.json:
         typer.echo(strict_json(result))
         return

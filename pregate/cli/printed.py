@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import Field
 
 from pregate.base.options import options
+
+if TYPE_CHECKING:
+    from pregate.convert.progress import RichProgress
 
 
 @options()
@@ -28,6 +31,15 @@ def print_figures(figures: dict[str, Any], indent: str = "") -> None:
             print_figures(value, indent + "  ")
         else:
             typer.echo(f"{indent}{name:<28} {value}")
+
+
+def progress_bars() -> RichProgress:
+    """Bars on stderr, and a transformers that says nothing beside them. Loads it: call it when the work begins."""
+    from pregate.convert.progress import RichProgress
+    from pregate.model.quiet import quiet_transformers
+
+    quiet_transformers()
+    return RichProgress()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from pregate.cli.flags import command
-from pregate.cli.printed import told_if_interrupted
+from pregate.cli.printed import progress_bars, told_if_interrupted
 from pregate.convert.domains.options import ReadMeOptions
 
 
@@ -16,12 +16,9 @@ def read_me(options: ReadMeOptions) -> None:
     """One expert per domain, one index per token for all layers, tuned in rounds; goes on after a whole stage."""
     from pregate.convert.domains.run import read_me as run
     from pregate.convert.files.partial import interrupted
-    from pregate.convert.progress import RichProgress
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
     with told_if_interrupted(interrupted, options.out):
-        manifest = run(options, RichProgress())
+        manifest = run(options, progress_bars())
     print_figures(manifest.figures)
     typer.echo(f"written: {options.out}")
 

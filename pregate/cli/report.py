@@ -6,20 +6,17 @@ import typer
 
 from pregate.base.strict_json import strict_json
 from pregate.cli.flags import command
-from pregate.cli.printed import Output
+from pregate.cli.printed import Output, progress_bars
 from pregate.convert.report.options import ReportOptions
 
 
 @command(ReportOptions, Output)
 def report(options: ReportOptions, output: Output) -> None:
     """Measure a routed checkpoint and write one self-contained HTML page: quality, load, flows, agreement, repeats."""
-    from pregate.convert.progress import RichProgress
     from pregate.convert.report.run import report as run
     from pregate.convert.report.words import headline
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
-    figures = run(options, RichProgress())
+    figures = run(options, progress_bars())
     if output.json:
         typer.echo(strict_json(figures.to_dict()))
         return

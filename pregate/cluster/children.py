@@ -24,7 +24,7 @@ from pregate.base.log import get_logger
 from pregate.base.options import from_dict
 from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.doors import Doors, settle
+from pregate.cluster.doors import STOP_TIMEOUT_S, Doors, settle
 from pregate.cluster.local_ray import NAMESPACE
 from pregate.cluster.placement import Placement, check, place
 from pregate.cluster.pulse import SILENT_AFTER_S, Pulse, look
@@ -38,7 +38,6 @@ from pregate.workers.host_options import HostOptions
 from pregate.workers.protocol import HostAddress
 from pregate.workers.transport import CurveKeys
 
-STOP_TIMEOUT_S = 10.0
 #: How often the cluster is asked what room it has.
 ROOM_EVERY_S = 2.0
 

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: Bytes of a number of each type that weights or buffers may have here, and torch's name of it.
+#: Bytes of a number of each type that weights or buffers may have here, and torch's name of it (by name, since
+#: importing this loads no torch). Weights are floating, the others occur among buffers.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
-_TORCH = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_TORCH |= {"I64": "int64", "I32": "int32", "BOOL": "bool"}
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+TORCH_NAMES |= {"I64": "int64", "I32": "int32", "BOOL": "bool"}
 _MOST_HEADER_BYTES = 100 << 20
 #: Names of what quantisers write beside or in place of weights.
 _QUANTISER = re.compile(
@@ -74,7 +75,7 @@ class ShardFile:
         data = torch.empty(num_bytes, dtype=torch.uint8)
         buffer: Any = data.numpy()
         self._fill(memoryview(buffer), stored.start + (index or 0) * num_bytes)
-        return data.view(getattr(torch, _TORCH[stored.dtype])).view(shape)
+        return data.view(getattr(torch, TORCH_NAMES[stored.dtype])).view(shape)
 
     def _fill(self, buffer: memoryview, start: int) -> None:
         done = 0

@@ -24,23 +24,11 @@ from pregate.router.messages import (
     SubmitRequest,
     TokensEvent,
 )
-from tests.router.doors import LoopThread, RawDoor, engine_thread, local_engine, socket_folder, wait_for
+from tests.router.doors import LoopThread, RawDoor, engine_thread, socket_folder, wait_for
 
 PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=240, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=40, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_path_checkpoint):
-    with local_engine(tiny_path_checkpoint) as engine:
-        yield engine
-
-
-@pytest.fixture
-def endpoint():
-    with socket_folder() as folder:
-        yield f"ipc://{folder}/engine.sock"
 
 
 @pytest.fixture

@@ -27,24 +27,12 @@ from pregate.router.messages import (
     TokensEvent,
 )
 from pregate.router.packet import PROTOCOL_VERSION
-from tests.router.doors import LoopThread, RawDoor, engine_thread, local_engine, socket_folder, wait_for
+from tests.router.doors import LoopThread, RawDoor, engine_thread, wait_for
 
 PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
 QUICK = EngineServerOptions(LinkOptions(heartbeat_s=0.05), recovery_s=0.3)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_path_checkpoint):
-    with local_engine(tiny_path_checkpoint) as engine:
-        yield engine
-
-
-@pytest.fixture
-def endpoint():
-    with socket_folder() as folder:
-        yield f"ipc://{folder}/engine.sock"
 
 
 class Gate:

@@ -15,15 +15,9 @@ from pregate.router.engine_client import EngineClient, EngineClientOptions
 from pregate.router.grpc_options import GrpcOptions
 from pregate.router.grpc_server import GrpcServer
 from pregate.router.service import RouterService
-from tests.router.doors import door, socket_folder
+from tests.router.doors import door
 
 HASTY = EngineClientOptions(keep_alive_s=0.1, silence_s=0.5, reply_timeout_s=1.0)
-
-
-@pytest.fixture
-def endpoint():
-    with socket_folder() as folder:
-        yield f"ipc://{folder}/engine.sock"
 
 
 @pytest.fixture

@@ -15,8 +15,6 @@ from pregate.convert.cut.cmoe import NeuronSplit
 from pregate.convert.measure.overlap import permanent_channels
 from pregate.model.config import LayerCut
 
-PERMANENTS = ("fused", "separate")
-
 
 def active_width(width: int, active_share: float) -> int:
     """W, the channels that a token runs of a layer's `width`: exactly so many, 1 at least.

@@ -28,7 +28,7 @@ class ReadMeOptions:
     norm of the down column ("contribution"). `permanent`: see `domain_cut`.
 
     Training takes `rounds` rounds of two stages. The router's: `router_steps` steps of `router_batch` documents, all
-    else frozen; its `target` is said at `domain_targets`, its `loss` at `router_losses`. The experts': `steps` steps
+    else frozen; its `target` is said at `domain_targets`, its `loss` in `paths/losses.py`. The experts': `steps` steps
     of `batch` documents, the router frozen, and everything else tuned by cross-entropy, `kl_share` of it replaced by
     the divergence from the parent. (0 steps: there is none.) Learning rates fall by a cosine within a stage, and by
     `decay` from round to round. `tie_overlap` keeps a row that several experts hold one weight. At most `pool_tokens`

@@ -32,7 +32,7 @@ from pregate.convert.measure.overlap import bytes_per_row, overlap_figures
 from pregate.convert.measure.scoring import Score, score_rows
 from pregate.convert.paths.parent_embedding import start_from
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.text.amount import ENOUGH_TO_TRAIN, LEAST_TOKENS, check_amount
+from pregate.convert.text.amount import check_learned
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gated_mlp import find_gated_mlps
@@ -59,9 +59,7 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     sizes = options.samples, length, options.pool_tokens
     domains = read_domains(options.domains, folder.tokenizer, *sizes, options.seed, options.text_field)
     for domain in domains:
-        enough = min(ENOUGH_TO_TRAIN, options.pool_tokens // len(domains))  # as little as is asked for will do
-        num_tokens, least = sum(map(len, domain.rows)), min(LEAST_TOKENS, enough // 2)
-        check_amount(num_tokens, enough, "--domain", [domain.path], progress, least)
+        check_learned(domain.rows, options.pool_tokens // len(domains), "--domain", [domain.path], progress)
     dense = load_dense(folder).to(device)
     find_gated_mlps(dense)
     tell_differences(folder, progress)

@@ -19,8 +19,6 @@ from pregate.convert.paths.targets import TargetPool, by_row
 from pregate.convert.progress import Progress
 from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
 
-TARGETS = ("overlap", "contribution")
-
 
 def expert_masks(experts_RM: Sequence[np.ndarray], widths: Sequence[int]) -> list[torch.Tensor]:
     """Per layer 1 where an expert holds a channel that not all of them hold, and 0: float32 [I, R].
@@ -61,7 +59,7 @@ def domain_targets(
     target: str,
     progress: Progress,
 ) -> TargetPool:
-    """Run a dense `model` over `rows` and keep every expert's score at every token, by `target` (`TARGETS`).
+    """Run a dense `model` over `rows` and keep every expert's score at every token, by `target` (`ReadMeOptions`).
 
     `masks` as by `expert_masks`; `num_active` W of each layer.
     """

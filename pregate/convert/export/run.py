@@ -22,7 +22,7 @@ from pregate.convert.export.stock_class import check_expressible, stock_config, 
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.measure.scoring import encode_all
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.text.amount import ENOUGH_TO_MEASURE, LEAST_TOKENS, check_amount
+from pregate.convert.text.amount import check_scored
 from pregate.convert.text.documents import read_documents
 from pregate.model.checkpoint import new_folder
 from pregate.model.folder import ModelFolder, read_folder
@@ -109,9 +109,7 @@ def _rows(
         return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
     documents = read_documents(options.text, min(context, folder.context_tokens), "--text", options.text_field)
     rows, _num_bytes = encode_all(folder.tokenizer, [d.text for d in documents], context, options.max_tokens)
-    enough = min(ENOUGH_TO_MEASURE, options.max_tokens or ENOUGH_TO_MEASURE)
-    num_tokens = sum(len(row) - 1 for row in rows)
-    check_amount(num_tokens, enough, "--text", options.text, progress, min(LEAST_TOKENS, enough))
+    check_scored(rows, options.max_tokens, "--text", options.text, progress)
     return rows
 
 

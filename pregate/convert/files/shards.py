@@ -15,20 +15,10 @@ from safetensors import SafetensorError, safe_open
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
-from pregate.model.shard_file import weight_files
+from pregate.model.shard_file import TORCH_NAMES, weight_files
 
-#: Types that tensors may be stored in, by safetensors' names; weights are floating, the others occur among buffers.
-STORED_TYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F64": torch.float64,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "I64": torch.int64,
-        "I32": torch.int32,
-        "BOOL": torch.bool,
-    }
-)
+#: Types that tensors may be stored in, by safetensors' names.
+STORED_TYPES: Mapping[str, torch.dtype] = MappingProxyType({n: getattr(torch, t) for n, t in TORCH_NAMES.items()})
 
 
 @dataclass(frozen=True)

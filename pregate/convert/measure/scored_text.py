@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pregate.convert.measure.scoring import encode_all
 from pregate.convert.progress import Progress
-from pregate.convert.text.amount import ENOUGH_TO_MEASURE, LEAST_TOKENS, check_amount
+from pregate.convert.text.amount import check_scored
 from pregate.convert.text.documents import draw_documents, read_documents
 from pregate.model.folder import ModelFolder
 
@@ -48,8 +48,7 @@ class ScoredText:
         """UserError where the text is too little to say anything, a note where it is little; as much as is asked for
         with `max_tokens` will do.
         """
-        enough = min(ENOUGH_TO_MEASURE, self.max_tokens or ENOUGH_TO_MEASURE)
-        check_amount(self.num_tokens, enough, "--text", paths, progress, min(LEAST_TOKENS, enough))
+        check_scored(self.rows, self.max_tokens, "--text", paths, progress)
 
     def check_same_tokens(self, other: ModelFolder) -> None:
         """UserError where another model reads the text as other tokens; then perplexities do not compare."""

@@ -19,7 +19,7 @@ from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.paths.targets import TargetPool, collect_targets
 from pregate.convert.paths.training import Keeper, TrainingOptions, first_and_last, hit_rate, set_thresholds, train
 from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.text.amount import ENOUGH_TO_TRAIN, LEAST_TOKENS, check_amount
+from pregate.convert.text.amount import check_learned
 from pregate.convert.text.calibration import encode_pool
 from pregate.convert.text.documents import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, check_new_folder, read_manifest
@@ -47,8 +47,7 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
     config = _layerwise_config(source)
     check_heads(options.shape(), config.cuts)
     rows = read_rows(options, source)
-    enough = min(ENOUGH_TO_TRAIN, options.pool_tokens)  # as little as is asked for will do
-    check_amount(sum(map(len, rows)), enough, "--text", options.text, progress, min(LEAST_TOKENS, enough // 2))
+    check_learned(rows, options.pool_tokens, "--text", options.text, progress)
     fingerprint = fingerprint_of(options, rows)
     with open_partial(options.out, fingerprint, options.steps, options.restart, "step") as partial:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()

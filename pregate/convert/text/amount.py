@@ -14,6 +14,23 @@ ENOUGH_TO_MEASURE = 5_000
 ENOUGH_TO_TRAIN = 20_000
 
 
+def check_scored(
+    rows: Sequence[list[int]], asked: int | None, option: str, paths: Sequence[Path], progress: Progress
+) -> None:
+    """`check_amount` of rows to measure on, whose first ids are not scored; as little as is `asked` for will do."""
+    enough = min(ENOUGH_TO_MEASURE, asked or ENOUGH_TO_MEASURE)
+    num_tokens = sum(len(row) - 1 for row in rows)
+    check_amount(num_tokens, enough, option, paths, progress, min(LEAST_TOKENS, enough))
+
+
+def check_learned(
+    rows: Sequence[list[int]], asked: int, option: str, paths: Sequence[Path], progress: Progress
+) -> None:
+    """`check_amount` of rows to train on; as little as is `asked` for will do, and half of it at the least."""
+    enough = min(ENOUGH_TO_TRAIN, asked)
+    check_amount(sum(map(len, rows)), enough, option, paths, progress, min(LEAST_TOKENS, enough // 2))
+
+
 def check_amount(
     num_tokens: int, enough: int, option: str, paths: Sequence[Path], progress: Progress, least: int = LEAST_TOKENS
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 
+from benchmarks.export import PROMPTS
 from pregate.base.errors import PregateError, UserError
 from pregate.base.options import Dtype
 from pregate.cli.main import main
@@ -257,17 +258,6 @@ for prompt in prompts:
     texts.append(new[0, ids.shape[1] :].tolist())
 print(json.dumps({"class": type(model).__name__, "texts": texts}))
 """
-
-PROMPTS = [
-    "Once upon a time there was a little",
-    "The dog ran to the",
-    "Tom wanted to buy a red",
-    "It was raining, and Mum said",
-    "Lily found a shiny stone in",
-    "The old man had a big",
-    "One day a bird came to",
-    "Ben was sad because his",
-]
 
 
 def test_plain_transformers_without_pregate(shared_folder: Path, tmp_path: Path):
