@@ -39,10 +39,10 @@ from benchmarks.echo import EchoActor
 from benchmarks.surroundings import command_of
 from pregate.cluster.ray_start import init_local
 from pregate.convert.report.conditions import processor
-from pregate.workers.actor import ActorOptions
-from pregate.workers.channel import ChannelClient
-from pregate.workers.host_options import HostOptions
-from pregate.workers.protocol import GroupKey
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.host.actor import ActorOptions
+from pregate.workers.host.options import HostOptions
+from pregate.workers.link.protocol import GroupKey
 
 ANSWER_TIMEOUT_S = 30.0
 WARM_UP_CALLS = 30

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from pregate.workers.actor import ExpertHostActor
-from pregate.workers.host import Host, check_hello
-from pregate.workers.host_options import HostOptions
-from pregate.workers.local import LocalLayers
-from pregate.workers.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.client.local import LocalLayers
+from pregate.workers.host.actor import ExpertHostActor
+from pregate.workers.host.host import Host, check_hello
+from pregate.workers.host.options import HostOptions
+from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 
 
 class EchoHost:

@@ -112,8 +112,8 @@ def hold_to_reference(model: Path, texts: dict[str, list[int]]) -> bool:
 
     from pregate.model import RoutedForCausalLM
     from pregate.model.quiet import quiet_transformers
-    from pregate.router.messages import SamplingParams
-    from pregate.router.sampling import draw
+    from pregate.router.engine.sampling import draw
+    from pregate.router.link.messages import SamplingParams
     from tests.equality import Tally, reference_text
 
     torch.set_num_threads(1)

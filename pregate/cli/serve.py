@@ -11,7 +11,7 @@ from pydantic import Field
 from pregate.base.options import options
 from pregate.cli.flags import command
 from pregate.cluster.config import RayAccess, ServeConfig
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 
 @command(ServeConfig, GrpcOptions, RayAccess)

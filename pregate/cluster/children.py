@@ -30,13 +30,13 @@ from pregate.cluster.placement import Placement, check, place
 from pregate.cluster.pulse import SILENT_AFTER_S, Pulse, look
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.cluster.supervisor import Health
-from pregate.router.actor import EngineActor
-from pregate.router.door import DoorActor
-from pregate.router.grpc_options import GrpcOptions
-from pregate.workers.actor import ActorOptions, ExpertHostActor
-from pregate.workers.host_options import HostOptions
-from pregate.workers.protocol import HostAddress
-from pregate.workers.transport import CurveKeys
+from pregate.router.doors.door import DoorActor
+from pregate.router.doors.grpc_options import GrpcOptions
+from pregate.router.link.actor import EngineActor
+from pregate.workers.host.actor import ActorOptions, ExpertHostActor
+from pregate.workers.host.options import HostOptions
+from pregate.workers.link.protocol import HostAddress
+from pregate.workers.link.transport import CurveKeys
 
 #: How often the cluster is asked what room it has.
 ROOM_EVERY_S = 2.0
@@ -225,7 +225,7 @@ def _connect(addresses: Sequence[HostAddress], keys: CurveKeys) -> list[Any]:
     """One channel per host, in the order of the addresses. Runs in the engine's process."""
     import zmq
 
-    from pregate.workers.channel import ChannelClient, ChannelOptions
+    from pregate.workers.client.channel import ChannelClient, ChannelOptions
 
     context = zmq.Context()
     return [ChannelClient(address, ChannelOptions(keys=keys), context) for address in addresses]
@@ -234,7 +234,7 @@ def _connect(addresses: Sequence[HostAddress], keys: CurveKeys) -> list[Any]:
 def _in_process(model: str, units: Sequence[tuple[int, int]], options: HostOptions) -> list[Any]:
     """`--hosts 0`: one host, in the engine's process, that holds every unit."""
     from pregate.model.checkpoint import CheckpointReader
-    from pregate.workers.client import InProcessClient
-    from pregate.workers.host import ExpertHost
+    from pregate.workers.client.host_client import InProcessClient
+    from pregate.workers.host.host import ExpertHost
 
     return [InProcessClient(ExpertHost(CheckpointReader(model), units, options))]

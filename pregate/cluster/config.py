@@ -11,8 +11,8 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Key, Needs, from_dict, options, to_dict, user_options
-from pregate.router.engine_options import EngineOptions
-from pregate.workers.host_options import HostOptions
+from pregate.router.engine.options import EngineOptions
+from pregate.workers.host.options import HostOptions
 
 #: A launcher's own; in everything else two launchers must agree to share one deployment.
 _OWN = ("start_timeout_s", "drain_s")

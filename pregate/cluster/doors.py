@@ -15,7 +15,7 @@ import ray.exceptions
 from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
 from pregate.cluster.pulse import Pulse, look
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 STOP_TIMEOUT_S = 10.0
 #: A door that died this often in a row, each time within `STEADY_AFTER_S`, is lost for good.

@@ -27,7 +27,7 @@ from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.supervisor import Supervisor
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 #: The supervisor answers from an event loop that never blocks; this is for a machine that is short of time.
 CALL_TIMEOUT_S = 30.0

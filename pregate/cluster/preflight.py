@@ -16,7 +16,7 @@ from pregate.cluster import placement
 from pregate.cluster.config import ServeConfig
 from pregate.model.folder import read_folder
 from pregate.model.tokenizer import read_tokenizer
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 #: Hashing a large checkpoint from a slow disk takes minutes.
 CHECK_TIMEOUT_S = 1800.0
@@ -51,7 +51,7 @@ def check_model(config: ServeConfig) -> None:
 
     from pregate.kernels import expert_ffn
     from pregate.model.checkpoint import CheckpointReader
-    from pregate.router.family import check_family
+    from pregate.router.engine.family import check_family
 
     reader = CheckpointReader(config.model, hashes=True)
     read_tokenizer(Path(config.model))

@@ -30,10 +30,10 @@ from pregate.cluster import preflight
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
-from pregate.router import openai_app
-from pregate.router.endpoint import ipc_file
-from pregate.router.engine_client import EngineClient
-from pregate.router.service import RouterService
+from pregate.router.doors import openai_app
+from pregate.router.doors.service import RouterService
+from pregate.router.link.client import EngineClient
+from pregate.router.link.endpoint import ipc_file
 
 logger = log.get_logger(__name__)
 

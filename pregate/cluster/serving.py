@@ -14,7 +14,7 @@ from pregate.base.errors import UnavailableError
 from pregate.cluster import preflight
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.launch import Deployment, launch
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 #: How often the waiting launcher looks whether the deployment still is.
 LOOK_S = 0.5

@@ -15,7 +15,7 @@ from pregate.base.options import user_options
 from pregate.cli.main import main
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.convert.tune.options import TuneOptions
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pregate.cluster import pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.ray_start import init_local
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -5,8 +5,8 @@ import pytest
 from pregate.base.errors import UserError, option_name
 from pregate.base.options import from_dict, of_keys, to_dict, user_options
 from pregate.cluster.config import ServeConfig
-from pregate.router.access import AccessOptions
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.access import AccessOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 
 def test_a_config_survives_the_way_through_a_dict(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.client.client import Client
-from pregate.router.engine_client import EngineClient, EngineClientOptions
-from pregate.router.service import RouterService
+from pregate.router.doors.service import RouterService
+from pregate.router.link.client import EngineClient, EngineClientOptions
 from tests.cluster.leftovers import ROOT, own_environment, serving, wait_for
-from tests.router.doors import LoopThread, engine_thread, local_engine, socket_folder
-from tests.router.doors import wait_for as eventually
+from tests.router.running import LoopThread, engine_thread, local_engine, socket_folder
+from tests.router.running import wait_for as eventually
 
 PROMPT = "to be or not"
 RUN = """

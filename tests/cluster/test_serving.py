@@ -11,8 +11,8 @@ from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import launch, serving
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment
-from pregate.router.access import AccessOptions
-from pregate.router.grpc_options import GrpcOptions
+from pregate.router.doors.access import AccessOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
 NOBODY = "127.0.0.1:1"
 

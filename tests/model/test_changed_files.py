@@ -59,8 +59,8 @@ SERVED = """
 import os, sys
 import numpy as np, torch
 from pathlib import Path
-from pregate.router.backbone import Backbone
-from pregate.router.exchange import Exchange
+from pregate.router.engine.backbone import Backbone
+from pregate.router.engine.exchange import Exchange
 folder = Path(sys.argv[1])
 exchange = Exchange("engine", [], np.zeros((3, 6), dtype=np.int16), 1.0)
 model = Backbone.load(folder, exchange, "float32", "cpu").model

@@ -19,7 +19,7 @@ from transformers import (
 
 from pregate.base.errors import UserError
 from pregate.model.gated_mlp import find_gated_mlps
-from pregate.router.family import tiny_config
+from pregate.router.engine.family import tiny_config
 
 GATED = [LlamaConfig(), MistralConfig(), Qwen2Config(), Qwen3Config(), Phi3Config(), Gemma2Config()]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.router.doors import local_engine, socket_folder
+from tests.router.running import local_engine, socket_folder
 
 
 @pytest.fixture(scope="module")

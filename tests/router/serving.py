@@ -18,14 +18,14 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.model.config import RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
-from pregate.router.engine import Engine, build_engine
-from pregate.router.engine_options import EngineOptions
-from pregate.router.messages import SamplingParams, SubmitRequest, TokensEvent
-from pregate.workers.actor import ActorOptions, ExpertHostActor
-from pregate.workers.client import ChannelClient, HostClient, InProcessClient
-from pregate.workers.host import ExpertHost
-from pregate.workers.host_options import HostOptions
-from pregate.workers.protocol import HostAddress
+from pregate.router.engine.engine import Engine, build_engine
+from pregate.router.engine.options import EngineOptions
+from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
+from pregate.workers.client.host_client import ChannelClient, HostClient, InProcessClient
+from pregate.workers.host.actor import ActorOptions, ExpertHostActor
+from pregate.workers.host.host import ExpertHost
+from pregate.workers.host.options import HostOptions
+from pregate.workers.link.protocol import HostAddress
 from tests.equality import ReferenceText, Tally
 
 

@@ -15,10 +15,10 @@ from transformers import LlamaConfig
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.workers.channel import ChannelClient, ChannelOptions
-from pregate.workers.host import Host
-from pregate.workers.protocol import HostAddress
-from pregate.workers.server import HostServer, ServerOptions
+from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.host.host import Host
+from pregate.workers.host.server import HostServer, ServerOptions
+from pregate.workers.link.protocol import HostAddress
 
 #: Two routed layers around a dense one; a unit is 3 x 256 x 512 fp32 values, 1.5 MiB.
 CUTS = (LayerCut(6, 2, 2, 256), LayerCut(0, 8, 0, 256), LayerCut(5, 3, 2, 256))

@@ -1,0 +1,1 @@
+"""The one async API behind every front door, and the doors."""

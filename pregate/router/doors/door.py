@@ -1,0 +1,41 @@
+"""The shell that makes a gRPC front door a process of its own, on one event loop; it never loads torch.
+
+A plain class: the cluster package wraps it with `ray.remote`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pregate.base import log
+from pregate.router.doors.grpc_options import GrpcOptions
+from pregate.router.doors.grpc_server import GrpcServer
+from pregate.router.doors.service import RouterService
+from pregate.router.link.client import EngineClient
+
+
+class DoorActor:
+    """A gRPC front door in a process of its own, on one event loop."""
+
+    def __init__(self, engine_endpoint: str, tokenizer_dir: str, model_name: str, options: GrpcOptions) -> None:
+        log.configure("door")
+        self._options = options
+        self._service = RouterService(EngineClient(engine_endpoint), tokenizer_dir, model_name)
+        self._server = GrpcServer(self._service, options)
+
+    async def start(self) -> dict[str, Any]:
+        """Listen; returns {"host", "port", "pid"} when the engine answers, so that health is true from the start.
+
+        Raises UserError when the port is in use, UnavailableError without an answer from the engine.
+        """
+        await self._service.model_info()
+        port = await self._server.start()
+        return {"host": self._options.access.host, "port": port, "pid": os.getpid()}
+
+    async def status(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "running": True}
+
+    async def stop(self, grace_s: float) -> None:
+        """Say NOT_SERVING, refuse what is new, let what runs end within `grace_s`, close."""
+        await self._server.stop(grace_s)

@@ -1,0 +1,25 @@
+"""`GrpcOptions`: the gRPC front door's; loads nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated
+
+from pydantic import Field
+
+from pregate.base.options import Key, options
+from pregate.router.doors.access import AccessOptions
+
+
+@options()
+class GrpcOptions:
+    """Port 0 picks a free one. `retry_after_s` goes into the trailing metadata when the queue is full."""
+
+    port: Annotated[
+        int, Field(ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one."), Key("grpc_port")
+    ] = 50051
+    access: AccessOptions = field(default_factory=AccessOptions)
+    health_poll_s: Annotated[float, Field(gt=0, description="Seconds between looks at the engine's health.")] = 0.25
+    retry_after_s: Annotated[
+        int, Field(ge=0, description="Seconds that a client refused by a full queue is told to wait.")
+    ] = 1

@@ -1,0 +1,254 @@
+"""The one async API behind every front door: validate, tokenise, admit, stream text, route."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pregate.base.completion import Chunk, Completion
+from pregate.base.errors import (
+    DeadlineError,
+    NotFoundError,
+    QueueFullError,
+    UnavailableError,
+    UserError,
+)
+from pregate.model.tokenizer import read_tokenizer
+from pregate.router.doors.detokenize import Detokenizer
+from pregate.router.link.client import EngineClient
+from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
+
+#: A text above this is tokenised beside the event loop, so that other streams do not wait for it.
+_LONG_TEXT_BYTES = 4096
+#: Tokens of ordinary text have about 4 bytes: more than this on average, and its beginning is looked at first.
+_BYTES_PER_TOKEN = 16
+#: What a message holds beside its prompt.
+_OTHER_FIELDS_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """`max_requests` bounds what one front door has in flight; the engine bounds its own queue besides."""
+
+    max_requests: int = 1024
+
+
+@dataclass(frozen=True)
+class PackedRoute:
+    """Paths of a prompt: `ids` int16 little-endian of `shape` (tokens, layers, k), -1 padding at the end of a row."""
+
+    token_ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    ids: bytes
+    shape: tuple[int, int, int]
+    exact: bool
+    version: str
+
+
+class RouterService:
+    """Speaks token ids to the engine and text to the doors. Raises CheckpointError without a readable tokenizer."""
+
+    def __init__(
+        self,
+        engine_client: EngineClient,
+        tokenizer_dir: str | Path,
+        model_name: str,
+        *,
+        options: ServiceOptions | None = None,
+    ) -> None:
+        self.model_name = model_name
+        self._engine = engine_client
+        self._tokenizer = read_tokenizer(Path(tokenizer_dir))
+        self._options = options or ServiceOptions()
+        self._num_requests = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._token_bytes = max(len(token.encode()) for token in self._tokenizer.get_vocab())
+        self._limits: tuple[int, int] | None = None  # vocab_size, max_context
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why requests are refused now, or None."""
+        return "the server is draining" if self._draining else self._engine.unavailable
+
+    @property
+    def max_message_bytes(self) -> int | None:
+        """The largest message a prompt that fits the context can need, as text or ids; None until the engine answered.
+
+        JSON may write a character of n bytes in 3 n bytes, and an id in 10.
+        """
+        if self._limits is None:
+            return None
+        return self._limits[1] * max(3 * self._token_bytes, 10) + _OTHER_FIELDS_BYTES
+
+    def open(self) -> None:
+        """Connect to the engine. Must be called inside a running event loop; `generate` and others do it too."""
+        self._engine.open()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        deadline_s: float | None = None,
+        model: str = "",
+        request_id: str = "",
+    ) -> AsyncGenerator[Chunk | Completion, None]:
+        """Yield chunks as they are made, then one Completion.
+
+        `max_tokens` is cut to what the context leaves. Leaving early (use `contextlib.aclosing`) cancels.
+        Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
+        """
+        self._check_model(model)
+        with self._admitted():
+            vocab_size, max_context = await self._get_limits()
+            sampling.validate(vocab_size)
+            prompt_ids = await self._encode(prompt, max_context - 1)
+            check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
+            max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
+            sampling = replace(sampling, max_tokens=max_tokens)
+            # Its own id: two callers may have chosen the same.
+            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s)
+            async with aclosing(self._stream(request, request_id or request.request_id)) as stream:
+                async for item in stream:
+                    yield item
+
+    async def complete(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams,
+        *,
+        deadline_s: float | None = None,
+        model: str = "",
+    ) -> Completion:
+        """Return the end of `generate`, when only that is wanted."""
+        async with aclosing(self.generate(prompt, sampling, deadline_s=deadline_s, model=model)) as stream:
+            async for item in stream:
+                if isinstance(item, Completion):
+                    return item
+        raise UnavailableError("the engine ended the stream early")
+
+    async def route(
+        self, prompt: str | Sequence[int], *, deadline_s: float | None = None, model: str = ""
+    ) -> PackedRoute:
+        """Return the expert path of every prompt token. Raises UserError when the checkpoint has no path router."""
+        self._check_model(model)
+        self._check_draining()
+        vocab_size, max_context = await self._get_limits()
+        token_ids = await self._encode(prompt, max_context)
+        check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
+        reply = await self._engine.route(token_ids, deadline_s)
+        tokens = tuple(self._tokenizer.id_to_token(i) or "" for i in token_ids)
+        return PackedRoute(token_ids, tokens, reply.ids, reply.shape, reply.exact, reply.version)
+
+    async def model_info(self, *, model: str = "") -> dict[str, Any]:
+        """Return the engine's info (see EngineClient.info) under the name this service serves it by."""
+        self._check_model(model)
+        info = await self._engine.info()
+        self._limits = int(info["vocab_size"]), int(info["max_context"])
+        return {**info, "model": self.model_name}
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests; wait for the running ones. Returns whether all ended in time."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Disconnect from the engine; what still runs fails with UnavailableError."""
+        self._draining = True
+        await self._engine.close()
+
+    async def _stream(self, request: SubmitRequest, request_id: str) -> AsyncGenerator[Chunk | Completion, None]:
+        detokenizer = Detokenizer(self._tokenizer, request.token_ids)
+        num_prompt = len(request.token_ids)
+        token_ids: list[int] = []
+        texts: list[str] = []
+        async with aclosing(self._engine.generate(request)) as events:
+            async for event in events:
+                new_ids = event.token_ids if isinstance(event, TokensEvent) else ()
+                text = detokenizer.push(new_ids) if new_ids else detokenizer.flush()
+                token_ids.extend(new_ids)
+                texts.append(text)
+                if new_ids or text:
+                    yield Chunk(new_ids, text, num_prompt, len(token_ids))
+                if isinstance(event, TokensEvent):
+                    continue
+                if event.reason == "deadline":
+                    raise DeadlineError("the deadline passed before the answer was complete")
+                yield Completion(
+                    "".join(texts),
+                    tuple(token_ids),
+                    event.reason,
+                    event.prompt_tokens,
+                    event.completion_tokens,
+                    event.rows_per_host,
+                    request_id,
+                )
+
+    async def _get_limits(self) -> tuple[int, int]:
+        if self._limits is None:
+            await self.model_info()
+        assert self._limits is not None
+        return self._limits
+
+    async def _encode(self, prompt: str | Sequence[int], max_tokens: int) -> tuple[int, ...]:
+        """Return the prompt's ids. A text that is far too long for `max_tokens` is refused by its bytes, or by its
+        beginning, before it is tokenised."""
+        if isinstance(prompt, (bytes, bytearray, memoryview)):
+            raise UserError.of("prompt", f"of {type(prompt).__name__}", "must be text or a list of token ids")
+        if not isinstance(prompt, str):
+            return tuple(prompt)
+        try:
+            num_bytes = len(prompt.encode())
+        except UnicodeEncodeError:
+            sentence = "must be text that UTF-8 can carry"
+            raise UserError.of("prompt", "with half of a surrogate pair", sentence) from None
+        if num_bytes <= _LONG_TEXT_BYTES:
+            return tuple(self._tokenizer.encode(prompt).ids)
+        most = max_tokens * self._token_bytes
+        if num_bytes > most:
+            sentence = f"longer than {max_tokens} tokens can hold; allowed: {most} bytes"
+            raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
+        beginning = prompt[: max_tokens * _BYTES_PER_TOKEN]
+        if len(beginning) < len(prompt) and len(await self._encode_aside(beginning)) > max_tokens * 9 // 8:
+            sentence = f"its first {len(beginning)} characters alone exceed the {max_tokens} tokens allowed"
+            raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
+        return await self._encode_aside(prompt)
+
+    async def _encode_aside(self, text: str) -> tuple[int, ...]:
+        """Tokenise in a thread. `encode` would keep Python's lock there, and with it every other stream;
+        `encode_batch` gives it up."""
+        (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text])
+        return tuple(encoding.ids)
+
+    def _check_model(self, model: str) -> None:
+        if model and model != self.model_name:
+            raise NotFoundError.of("model", model, f"is not served here; allowed: {self.model_name}")
+
+    def _check_draining(self) -> None:
+        if self._draining:
+            raise UnavailableError("the server is draining")
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        self._check_draining()
+        if self._num_requests >= self._options.max_requests:
+            raise QueueFullError(f"the server holds {self._num_requests} requests, as many as it may; try again later")
+        self._num_requests += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_requests -= 1
+            if not self._num_requests:
+                self._idle.set()

@@ -1,0 +1,1 @@
+"""The engine: scheduler, plans, exchange, KV cache, the model of a step, sampling."""

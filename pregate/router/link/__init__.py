@@ -1,0 +1,1 @@
+"""What front doors and engines say to each other, and the threads that carry it."""

@@ -1,0 +1,263 @@
+"""What a front door holds of an engine: requests out, events back, over asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, UnavailableError
+from pregate.base.log import get_logger
+from pregate.router.link.endpoint import ipc_file
+from pregate.router.link.messages import (
+    CancelRequest,
+    DoorBound,
+    EngineBound,
+    FailedEvent,
+    FinishedEvent,
+    Heartbeat,
+    InfoReply,
+    InfoRequest,
+    KeepAlive,
+    RouteReply,
+    RouteRequest,
+    SubmitRequest,
+    TokensEvent,
+)
+from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
+
+logger = get_logger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class EngineClientOptions:
+    """Times in seconds. Silence for `silence_s` means that the engine's process is lost: its I/O thread answers while a
+    step runs. A route waits for the computation, so it may take longer than other replies."""
+
+    keep_alive_s: float = 0.5
+    silence_s: float = 4.0
+    reply_timeout_s: float = 10.0
+    route_timeout_s: float = 120.0
+
+
+class EngineClient:
+    """One engine, seen from one event loop. The first call inside a running loop opens the channel.
+
+    Raises UserError for an endpoint that is neither `ipc://PATH` nor `inproc://NAME` (which needs the server's
+    `context`). Every wait ends: by what is waited for, or because `_keep` found the engine silent, or its task broken.
+    """
+
+    def __init__(
+        self, endpoint: str, *, options: EngineClientOptions | None = None, context: zmq.Context | None = None
+    ) -> None:
+        ipc_file(endpoint)
+        self._endpoint = endpoint
+        self._options = options or EngineClientOptions()
+        self._context = zmq.asyncio.Context.shadow(context or zmq.Context.instance())
+        self._socket: zmq.asyncio.Socket | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._waiting: dict[str, asyncio.Queue[DoorBound]] = {}
+        self._running_ids: set[str] = set()
+        self._incarnation = uuid.uuid4().hex
+        self._answered = False
+        self._lost: str | None = None  # found here: silence
+        self._heartbeat: Heartbeat | None = None
+        self._silent_ticks = 0
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why the engine takes no work now, or None."""
+        if not self._answered:
+            return "the engine has not answered yet"
+        return self._lost or (self._heartbeat.unavailable if self._heartbeat else None)
+
+    def open(self) -> None:
+        """Connect, so that `unavailable` becomes true to life. Must be called inside a running event loop."""
+        if self._socket is not None:
+            return
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
+        self._socket.connect(self._endpoint)
+        self._tasks = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._keep())]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
+
+    async def close(self) -> None:
+        """Fail what is still waiting and disconnect."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail_waiting(UnavailableError("the front door is closing"))
+        if self._socket is not None:
+            self._socket.close(linger=200)
+
+    async def generate(self, request: SubmitRequest) -> AsyncGenerator[TokensEvent | FinishedEvent, None]:
+        """Yield the request's events, the FinishedEvent last; tokens that piled up meanwhile come as one event.
+
+        Leaving early (use `contextlib.aclosing`) cancels the request. Raises the error of base/errors.py whose code a
+        FailedEvent carries; UnavailableError when the engine is lost, DeadlineError when the request's deadline passes
+        before its end, which an engine in a long step does not see.
+        """
+        self._check_available()
+        request_id = request.request_id
+        queue: asyncio.Queue[DoorBound] = asyncio.Queue()
+        self._waiting[request_id] = queue
+        self._running_ids.add(request_id)
+        ended, timer = False, None
+        if request.deadline_s is not None:
+            late = FailedEvent(request_id, DeadlineError.code, "the deadline passed before the answer was complete")
+            timer = asyncio.get_running_loop().call_later(request.deadline_s, queue.put_nowait, late)
+        try:
+            await self._send(request)
+            while not ended:
+                for event in _merged(await _drain(queue)):
+                    ended = not isinstance(event, TokensEvent)
+                    yield _checked(event, (TokensEvent, FinishedEvent))
+                    if ended:  # a keep-alive of ours may have crossed the end, and the engine answered it
+                        break
+        finally:
+            del self._waiting[request_id]
+            self._running_ids.discard(request_id)
+            if timer is not None:
+                timer.cancel()
+            if not ended:
+                await self.cancel(request_id)
+
+    async def cancel(self, request_id: str) -> None:
+        """Tell the engine that nobody waits for this request any more."""
+        try:
+            await self._send(CancelRequest(request_id))
+        except UnavailableError as error:
+            # An engine that cannot be told drops the request when it misses it in our keep-alives.
+            logger.info("cancel of %s: %s", request_id, error)
+
+    async def route(self, token_ids: Sequence[int], deadline_s: float | None = None) -> RouteReply:
+        """Return the paths of a prompt. Raises UserError when the checkpoint has no path router."""
+        self._check_available()
+        timeout_s = self._options.route_timeout_s if deadline_s is None else deadline_s
+        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids))
+        self._running_ids.add(request.request_id)
+        try:
+            return _checked(await self._ask(request, timeout_s), RouteReply)
+        finally:
+            self._running_ids.discard(request.request_id)  # the next keep-alive tells the engine, should it still run
+
+    async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """Return `Engine.info()` and what its link knows, also while the engine refuses requests.
+
+        Raises UnavailableError after `timeout_s` (default: `reply_timeout_s`).
+        """
+        self.open()
+        if self._lost is not None:
+            raise UnavailableError(self._lost)
+        reply = await self._ask(InfoRequest(uuid.uuid4().hex), timeout_s or self._options.reply_timeout_s)
+        return _checked(reply, InfoReply).info
+
+    async def _ask(self, request: RouteRequest | InfoRequest, timeout_s: float) -> DoorBound:
+        queue: asyncio.Queue[DoorBound] = asyncio.Queue()
+        self._waiting[request.request_id] = queue
+        try:
+            await self._send(request)
+            return await asyncio.wait_for(queue.get(), timeout_s)
+        except asyncio.TimeoutError as error:
+            raise UnavailableError(f"the engine gave no answer within {timeout_s:g} s") from error
+        finally:
+            del self._waiting[request.request_id]
+
+    def _check_available(self) -> None:
+        self.open()
+        if self._answered and self.unavailable:
+            raise UnavailableError(self.unavailable)
+
+    async def _send(self, message: EngineBound) -> None:
+        if self._socket is None or self._socket.closed:
+            raise UnavailableError("the front door is closing")
+        try:
+            # Never suspends: the socket takes the packet now or is full.
+            await self._socket.send(pack([message]), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise UnavailableError("the engine reads no messages") from error
+
+    async def _receive(self) -> None:
+        assert self._socket is not None
+        while True:
+            packet = await self._socket.recv()
+            self._silent_ticks = 0
+            try:
+                messages = unpack(packet)
+            except ProtocolError as error:
+                logger.error("packet of the engine dropped: %s", error)
+                self._fail_waiting(error)
+                continue
+            self._answered, self._lost = True, None
+            for message in messages:
+                self._take(message)
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, Heartbeat):
+            self._heartbeat = message
+        elif isinstance(message, FailedEvent) and not message.request_id:
+            self._fail_waiting(ProtocolError(message.message))  # the engine could not read a packet of ours
+        elif message.request_id in self._waiting:
+            self._waiting[message.request_id].put_nowait(message)
+
+    async def _keep(self) -> None:
+        """Send keep-alives and count those the engine left unanswered.
+
+        Counting ticks, not reading a clock, keeps a frozen front door from blaming the engine when it wakes.
+        """
+        while True:
+            keep_alive = KeepAlive(self._incarnation, tuple(self._running_ids))
+            with contextlib.suppress(UnavailableError):
+                await self._send(keep_alive)
+            await asyncio.sleep(self._options.keep_alive_s)
+            self._silent_ticks += 1
+            silent_s = self._silent_ticks * self._options.keep_alive_s
+            if silent_s > self._options.silence_s:
+                self._answered, self._lost = True, f"the engine has been silent for {silent_s:.0f} s"
+                self._fail_waiting(UnavailableError(self._lost))
+
+    def _fail_waiting(self, error: PregateError) -> None:
+        for request_id, queue in self._waiting.items():
+            queue.put_nowait(FailedEvent(request_id, error.code, str(error)))
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.error("the channel to the engine broke", exc_info=task.exception())
+        self._answered, self._lost = True, "the channel to the engine broke"
+        self._fail_waiting(PregateError(self._lost))
+
+
+async def _drain(queue: asyncio.Queue[DoorBound]) -> list[DoorBound]:
+    messages = [await queue.get()]
+    while not queue.empty():
+        messages.append(queue.get_nowait())
+    return messages
+
+
+def _merged(messages: Sequence[DoorBound]) -> list[DoorBound]:
+    merged: list[DoorBound] = []
+    for message in messages:
+        last = merged[-1] if merged else None
+        if isinstance(message, TokensEvent) and isinstance(last, TokensEvent):
+            merged[-1] = TokensEvent(message.request_id, last.token_ids + message.token_ids)
+        else:
+            merged.append(message)
+    return merged
+
+
+def _checked(message: DoorBound, expected: type[_T] | tuple[type[_T], ...]) -> _T:
+    """Return `message`; raise what a FailedEvent stands for, ProtocolError for any other kind."""
+    if isinstance(message, FailedEvent):
+        raise BY_CODE.get(message.code, PregateError)(message.message)
+    if not isinstance(message, expected):
+        raise ProtocolError(f"the engine answered with {type(message).__name__}")
+    return message

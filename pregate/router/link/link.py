@@ -1,0 +1,331 @@
+"""The engine's side of the channel to front doors: an I/O thread that answers them while a step runs.
+
+It sleeps in poll. Two queues join it to the compute thread: the inbox of requests, and a queue of events with a pipe
+whose other end wakes the poll. Both are bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError
+from pregate.base.log import get_logger
+from pregate.router.link.endpoint import ipc_file
+from pregate.router.link.inbox import Inbox, Pending
+from pregate.router.link.messages import (
+    CancelRequest,
+    DoorBound,
+    Event,
+    FailedEvent,
+    Heartbeat,
+    InfoReply,
+    InfoRequest,
+    KeepAlive,
+    Message,
+    RouteReply,
+    RouteRequest,
+    SubmitRequest,
+    TokensEvent,
+)
+from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
+from pregate.router.link.peers import Peers
+
+logger = get_logger(__name__)
+#: Packets taken in before events go out again.
+_PACKETS_PER_TURN = 256
+#: How long the compute thread waits for room in the queue of events, and for the I/O thread to end.
+_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """Times in seconds; bounds of what waits for the compute thread, of steps whose events wait for the I/O thread,
+    and of the packets that a slow door may pile up."""
+
+    heartbeat_s: float = 0.5
+    peer_silence_s: float = 10.0
+    max_pending_requests: int = 1024
+    max_pending_bytes: int = 64 << 20
+    max_unsent_steps: int = 1024
+    max_unsent_packets: int = 100_000
+
+
+class Activity:
+    """What the compute thread is busy with, since when, and how much it has done. It writes, the I/O thread reads."""
+
+    def __init__(self) -> None:
+        self.progress = 0
+        self._doing: tuple[str, float] | None = None
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Be busy with `what` inside the block."""
+        self._doing = (what, time.monotonic())
+        try:
+            yield
+        finally:
+            self._doing = None
+            self.progress += 1
+
+    def describe(self) -> dict[str, Any]:
+        """Return `progress`, `busy_with` (None: idle) and `busy_s`."""
+        now_s = time.monotonic()
+        what, since_s = self._doing or (None, now_s)
+        return {"progress": self.progress, "busy_with": what, "busy_s": now_s - since_s}
+
+
+class EngineLink:
+    """Owns the socket at `endpoint`, bound by the constructor; `start` begins to answer.
+
+    `info` is called from the I/O thread. Raises UserError for an endpoint that cannot be bound.
+    """
+
+    def __init__(
+        self, endpoint: str, info: Callable[[], Mapping[str, Any]], options: LinkOptions, context: zmq.Context | None
+    ) -> None:
+        self.inbox = Inbox(options.max_pending_requests, options.max_pending_bytes)
+        self.activity = Activity()
+        self.refusing: str | None = None
+        self.broken = False
+        self._info, self._options = info, options
+        self._incarnation = uuid.uuid4().hex
+        self._peers = Peers()
+        self._outbox: queue.Queue[Sequence[Event | RouteReply]] = queue.Queue(options.max_unsent_steps)
+        self._to_fail: PregateError | None = None
+        self._ending: PregateError | None = None
+        self._next_heartbeat_s = 0.0
+        self._ipc_file = ipc_file(endpoint)
+        self._socket = _bind(context or zmq.Context.instance(), endpoint, self._ipc_file, options)
+        self._awake, self._wake = os.pipe()
+        os.set_blocking(self._awake, False)
+        os.set_blocking(self._wake, False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._awake, zmq.POLLIN)
+        self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
+
+    # --- what the compute thread calls ---
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def publish(self, events: Sequence[Event | RouteReply]) -> None:
+        """Send each event to the door that waits for its request. Raises PregateError when the I/O thread is stuck."""
+        if self.broken:
+            raise PregateError("the link to the front doors broke; the log says why")
+        if not events:
+            return
+        try:
+            self._outbox.put(events, timeout=_PATIENCE_S)
+        except queue.Full as error:
+            raise PregateError(f"the link to the front doors took no events for {_PATIENCE_S:.0f} s") from error
+        self._wake_up()
+
+    def fail_requests(self, error: PregateError) -> None:
+        """End every request that anybody waits for; what is in the inbox leaves it."""
+        self._to_fail = error
+        self._wake_up()
+
+    def refuse(self, reason: str | None) -> None:
+        """Refuse requests from now on and tell all doors why; None takes them again."""
+        self.refusing = reason
+        self._next_heartbeat_s = 0.0
+        self._wake_up()
+
+    def stop(self, error: PregateError) -> None:
+        """End every request with `error`, close the socket, remove its file."""
+        self._ending = error
+        self._wake_up()
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE_S)
+        os.close(self._wake)
+
+    def _wake_up(self) -> None:
+        # A full pipe wakes, too; one that nobody reads is that of an I/O thread that has ended.
+        with suppress(BlockingIOError, BrokenPipeError):
+            os.write(self._wake, b"\0")
+
+    # --- the I/O thread ---
+
+    def _run(self) -> None:
+        try:
+            while self._ending is None:
+                self._turn()
+            self._send_events()
+            self.refusing = str(self._ending)
+            self._fail_all(self._ending)
+            self._send_heartbeats()
+        except Exception:
+            logger.exception("the link to the front doors broke")
+            self.broken = True
+        finally:
+            self._socket.close(linger=500)
+            os.close(self._awake)
+            if self._ipc_file is not None:
+                self._ipc_file.unlink(missing_ok=True)
+
+    def _turn(self) -> None:
+        sleep_s = max(0.0, self._next_heartbeat_s - time.monotonic())
+        if (self._awake, zmq.POLLIN) in self._poller.poll(math.ceil(sleep_s * 1000)):
+            os.read(self._awake, 4096)
+        self._receive()
+        self._send_events()
+        if self._to_fail is not None:
+            error, self._to_fail = self._to_fail, None
+            self._fail_all(error)
+        now_s = time.monotonic()
+        if now_s >= self._next_heartbeat_s:
+            self._next_heartbeat_s = now_s + self._options.heartbeat_s
+            for peer_id in self._peers.silent(now_s - self._options.peer_silence_s):
+                self._drop_peer(peer_id, "silent")
+            self._send_heartbeats()
+
+    # --- receiving ---
+
+    def _receive(self) -> None:
+        for _ in range(_PACKETS_PER_TURN):
+            try:
+                peer_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._peers.heard(peer_id, time.monotonic())
+            try:
+                messages = [message for frame in frames for message in unpack(frame)]
+            except ProtocolError as error:
+                logger.warning("packet of a front door dropped: %s", error)
+                self._send(peer_id, [FailedEvent("", error.code, str(error))])
+                continue
+            for message in messages:
+                self._handle(peer_id, message, sum(map(len, frames)))
+
+    def _handle(self, peer_id: bytes, message: Message, num_bytes: int) -> None:
+        if peer_id not in self._peers:
+            return  # an answer to this packet could not be sent: the door has gone
+        request_id = getattr(message, "request_id", "")
+        try:
+            if isinstance(message, (SubmitRequest, RouteRequest)):
+                self._accept(peer_id, message, num_bytes)
+            elif isinstance(message, CancelRequest):
+                if self._peers.owner(request_id) == peer_id:
+                    self._give_up(request_id)
+            elif isinstance(message, InfoRequest):
+                self._send(peer_id, [InfoReply(request_id, self.describe())])
+            elif isinstance(message, KeepAlive):
+                self._reconcile(peer_id, message.request_ids)
+        except PregateError as error:
+            self._send(peer_id, [FailedEvent(request_id, error.code, str(error))])
+        except Exception:
+            # Whatever a message holds, it costs itself alone: the other doors' requests go on.
+            logger.exception("a message of a front door was dropped by a bug")
+            self._send(peer_id, [FailedEvent(request_id, PregateError.code, "internal error in the engine")])
+
+    def _accept(self, peer_id: bytes, request: SubmitRequest | RouteRequest, num_bytes: int) -> None:
+        if self.refusing is not None and isinstance(request, SubmitRequest):
+            raise UnavailableError(self.refusing)
+        if self._peers.owner(request.request_id) is not None:
+            raise UserError.of("request_id", request.request_id, "is running already; use a new one")
+        self.inbox.put(Pending(request, num_bytes, time.monotonic()))
+        self._peers.add(peer_id, request.request_id)
+
+    def _give_up(self, request_id: str) -> None:
+        self._peers.remove(request_id)
+        self.inbox.cancel(request_id)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the engine's info, what waits for it, what it is busy with, and why it takes no work (or None)."""
+        info = dict(self._info())
+        info["num_queued"] = info.get("num_queued", 0) + len(self.inbox)
+        return {**info, **self.activity.describe(), "unavailable": self.refusing}
+
+    def _reconcile(self, peer_id: bytes, request_ids: Sequence[str]) -> None:
+        unknown, unwanted = self._peers.compare(peer_id, request_ids)
+        for request_id in unwanted:
+            self._give_up(request_id)
+        if unknown:
+            reason = "the engine does not know this request; it was restarted or had lost the front door"
+            self._send(peer_id, [FailedEvent(i, UnavailableError.code, reason) for i in unknown])
+
+    # --- sending ---
+
+    def _send_events(self) -> None:
+        """Send what the compute thread has published, one packet per step and door; drop what nobody waits for."""
+        with suppress(queue.Empty):
+            while True:
+                self._deliver(self._outbox.get_nowait())
+
+    def _deliver(self, events: Sequence[Event | RouteReply]) -> None:
+        packets: dict[bytes, list[DoorBound]] = defaultdict(list)
+        for event in events:
+            peer_id = self._peers.owner(event.request_id)
+            if peer_id is None:
+                continue
+            packets[peer_id].append(event)
+            if not isinstance(event, TokensEvent):
+                self._peers.remove(event.request_id)
+        for peer_id, messages in packets.items():
+            self._send(peer_id, messages)
+
+    def _send(self, peer_id: bytes, messages: Sequence[DoorBound]) -> None:
+        try:
+            packet = pack(messages)
+        except ProtocolError as error:
+            logger.error("answer to a front door dropped: %s", error)
+            packet = pack([FailedEvent(i, error.code, str(error)) for i in _short_ids(messages)])
+        try:
+            self._socket.send_multipart([peer_id, packet], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                raise
+            self._drop_peer(peer_id, "its connection is gone or it does not read")
+
+    def _send_heartbeats(self) -> None:
+        beat = Heartbeat(self._incarnation, **self.activity.describe(), unavailable=self.refusing)
+        for peer_id in self._peers:
+            self._send(peer_id, [beat])
+
+    def _fail_all(self, error: PregateError) -> None:
+        request_ids = self._peers.requests
+        for request_id in request_ids:
+            self.inbox.cancel(request_id)
+        self._deliver([FailedEvent(request_id, error.code, str(error)) for request_id in request_ids])
+
+    def _drop_peer(self, peer_id: bytes, reason: str) -> None:
+        request_ids = self._peers.drop(peer_id)
+        logger.info("front door %s: %s; %d requests cancelled", peer_id.hex(), reason, len(request_ids))
+        for request_id in request_ids:
+            self.inbox.cancel(request_id)
+
+
+def _short_ids(messages: Sequence[DoorBound]) -> list[str]:
+    return [i for m in messages if 0 < len(i := getattr(m, "request_id", "")) <= 128]
+
+
+def _bind(context: zmq.Context, endpoint: str, file: Path | None, options: LinkOptions) -> zmq.Socket:
+    if file is not None:
+        # Whoever can open the socket file can submit requests: only this user may.
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a door that is gone fails instead of vanishing
+    socket.setsockopt(zmq.SNDHWM, options.max_unsent_packets)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise UserError.of("engine endpoint", endpoint, f"cannot be bound: {error}") from error
+    if file is not None:
+        file.chmod(0o600)
+    return socket

@@ -1,0 +1,142 @@
+"""How messages between front doors and engines travel: versioned, size-limited msgpack, never pickle.
+
+One packet is `{"version": 2, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
+peer travels in one packet. Unknown kinds, unknown or missing fields and wrong types are ProtocolErrors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import msgpack
+
+from pregate.base.errors import ProtocolError
+from pregate.router.link.messages import (
+    CancelRequest,
+    FailedEvent,
+    FinishedEvent,
+    Heartbeat,
+    InfoReply,
+    InfoRequest,
+    KeepAlive,
+    Message,
+    RouteReply,
+    RouteRequest,
+    SamplingParams,
+    SubmitRequest,
+    TokensEvent,
+)
+
+PROTOCOL_VERSION = 2
+#: A packet above this is refused on both sides; a million token ids need about 5 MB.
+MAX_PACKET_BYTES = 16 << 20
+
+_KINDS: Mapping[str, type] = MappingProxyType(
+    {
+        "submit": SubmitRequest,
+        "cancel": CancelRequest,
+        "route": RouteRequest,
+        "info": InfoRequest,
+        "keep_alive": KeepAlive,
+        "heartbeat": Heartbeat,
+        "tokens": TokensEvent,
+        "finished": FinishedEvent,
+        "failed": FailedEvent,
+        "route_reply": RouteReply,
+        "info_reply": InfoReply,
+    }
+)
+_NAMES: Mapping[type, str] = MappingProxyType({cls: kind for kind, cls in _KINDS.items()})
+
+
+def pack(messages: Sequence[Message]) -> bytes:
+    """Return one packet. Raises ProtocolError when it would exceed MAX_PACKET_BYTES."""
+    body = [{"kind": _NAMES[type(m)], **vars(m)} for m in messages]
+    packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": body}, default=vars) or b"")
+    _check_size(packet)
+    return packet
+
+
+def unpack(packet: bytes) -> list[Message]:
+    """Return the messages of a packet. Raises ProtocolError naming what is wrong with it."""
+    _check_size(packet)
+    try:
+        outer = msgpack.unpackb(packet)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"packet of {len(packet)} bytes is not msgpack: {error}") from error
+    if not isinstance(outer, dict) or outer.get("version") != PROTOCOL_VERSION:
+        version = outer.get("version") if isinstance(outer, dict) else None
+        raise ProtocolError(f"packet of protocol version {version}; this side speaks {PROTOCOL_VERSION}")
+    body = outer.get("messages")
+    if not isinstance(body, list):
+        raise ProtocolError("packet holds no list of messages")
+    return [_read_message(fields) for fields in body]
+
+
+def _check_size(packet: bytes) -> None:
+    if len(packet) > MAX_PACKET_BYTES:
+        raise ProtocolError(f"packet of {len(packet)} bytes; at most {MAX_PACKET_BYTES} are allowed")
+
+
+def _read_message(fields: object) -> Message:
+    kind = fields.pop("kind", None) if isinstance(fields, dict) else None
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise ProtocolError(f"message of unknown kind {kind!r}")
+    return _read_fields(_KINDS[kind], fields, kind)
+
+
+def _read_fields(cls: type, fields: object, where: str) -> Any:
+    specs = dataclasses.fields(cls)
+    if not isinstance(fields, dict) or fields.keys() != {spec.name for spec in specs}:
+        raise ProtocolError(f"{where}: fields must be {', '.join(spec.name for spec in specs)}")
+    values = {}
+    for spec in specs:
+        # Annotations are postponed, so `spec.type` is the text written in the class above.
+        value, expected = fields[spec.name], str(spec.type)
+        try:
+            values[spec.name] = _READERS[expected](value)
+        except TypeError as error:
+            raise ProtocolError(f"{where}.{spec.name}: {type(value).__name__} where {expected} is expected") from error
+    return cls(**values)
+
+
+def _only(*kinds: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) not in kinds:
+            raise TypeError
+        return value
+
+    return read
+
+
+def _many(kind: type, length: int | None = None) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not list or any(type(item) is not kind for item in value):
+            raise TypeError
+        if length is not None and len(value) != length:
+            raise TypeError
+        return tuple(value)
+
+    return read
+
+
+_READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
+    {
+        "str": _only(str),
+        "str | None": _only(str, type(None)),
+        "int": _only(int),
+        "int | None": _only(int, type(None)),
+        "float": _only(float, int),
+        "float | None": _only(float, int, type(None)),
+        "bool": _only(bool),
+        "bytes": _only(bytes),
+        "dict[str, Any]": _only(dict),
+        "tuple[int, ...]": _many(int),
+        "tuple[int, int, int]": _many(int, 3),
+        "tuple[str, ...]": _many(str),
+        "SamplingParams": lambda value: _read_fields(SamplingParams, value, "sampling"),
+    }
+)

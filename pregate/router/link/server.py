@@ -1,0 +1,162 @@
+"""Serves one engine: the compute thread, which takes requests, steps and publishes, beside the link's I/O thread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from threading import Event as StopEvent
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import zmq
+
+from pregate.base.errors import HostLostError, PregateError, UnavailableError
+from pregate.base.log import get_logger
+from pregate.router.link.inbox import Pending
+from pregate.router.link.link import EngineLink, LinkOptions
+from pregate.router.link.messages import Event, FailedEvent, FinishedEvent, RouteReply, RouteRequest, SubmitRequest
+
+if TYPE_CHECKING:
+    from pregate.model.paths import Paths
+
+logger = get_logger(__name__)
+
+
+class Engine(Protocol):
+    """What the server needs of an engine. Only the compute thread calls it, but for `info`, which only reads.
+
+    `step` and `idle` raise HostLostError when an expert host is gone. Any other failure of a step is an event of each
+    request that was in it.
+    """
+
+    @property
+    def has_work(self) -> bool: ...
+    def submit(self, request: SubmitRequest) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def route(self, token_ids: Sequence[int]) -> Paths: ...
+    def info(self) -> dict[str, Any]: ...
+    def step(self) -> Sequence[Event]: ...
+    def idle(self) -> None: ...
+    def fail_all(self, error: PregateError) -> object: ...
+
+
+@dataclass(frozen=True)
+class EngineServerOptions:
+    """`prompt_tokens_per_turn` bounds the prompts taken between two steps (one is taken in any case): their paths are
+    computed on the compute thread. A lost host counts as back after `recovery_s` without a complaint.
+    """
+
+    link: LinkOptions = field(default_factory=LinkOptions)
+    idle_poll_s: float = 0.1
+    prompt_tokens_per_turn: int = 512
+    recovery_s: float = 1.0
+
+
+class EngineServer:
+    """Serves one engine on `endpoint` (`ipc://PATH`, or `inproc://NAME` with a shared `context`).
+
+    The endpoint is bound by the constructor, so doors may connect before `run` starts. Raises UserError for an
+    endpoint that cannot be bound.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        endpoint: str,
+        *,
+        options: EngineServerOptions | None = None,
+        context: zmq.Context | None = None,
+    ) -> None:
+        self._engine = engine
+        self._options = options or EngineServerOptions()
+        self._link = EngineLink(endpoint, engine.info, self._options.link, context)
+        self._lost_s: float | None = None  # when a host was last found lost
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request runs or waits."""
+        return self._engine.has_work or len(self._link.inbox) > 0
+
+    def status(self) -> dict[str, Any]:
+        """Return what the compute thread is busy with, since when, and why requests are refused (or None)."""
+        return {**self._link.activity.describe(), "unavailable": self._link.refusing}
+
+    def run(self, stop_event: StopEvent) -> None:
+        """Serve until `stop_event` is set; then every request still running fails with UNAVAILABLE."""
+        error = PregateError("internal error in the engine")  # a bug ends the loop, and callers hear it at once
+        self._link.start()
+        try:
+            while not stop_event.is_set():
+                self._turn()
+            error = UnavailableError("the engine is stopping")
+        finally:
+            self._link.stop(error)
+            self._engine.fail_all(error)
+
+    def _turn(self) -> None:
+        inbox, activity = self._link.inbox, self._link.activity
+        if self._lost_s is not None or not self._engine.has_work:
+            inbox.wait(self._options.idle_poll_s)
+        cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)
+        for request_id in cancels:
+            self._engine.cancel(request_id)
+        if taken:
+            with activity.doing(f"the paths of {len(taken)} prompts"):
+                self._link.publish([event for pending in taken for event in self._begin(pending)])
+        self._link.publish(self._advance())
+
+    def _advance(self) -> Sequence[Event]:
+        try:
+            if self._lost_s is None and self._engine.has_work:
+                with self._link.activity.doing("a step"):
+                    return self._engine.step()
+            self._engine.idle()
+            self._recover()
+        except HostLostError as error:
+            self._lose(error)
+        except PregateError as error:
+            logger.error("requests fail: %s", error)
+            self._engine.fail_all(error)
+            self._link.fail_requests(error)
+        return ()
+
+    def _begin(self, pending: Pending) -> list[Event | RouteReply]:
+        """Hand a request to the engine; returns what ends it already."""
+        request = pending.request
+        try:
+            if isinstance(request, RouteRequest):
+                return [self._route(request)]
+            if self._link.refusing is not None:
+                raise UnavailableError(self._link.refusing)
+            if request.deadline_s is not None:
+                left_s = request.deadline_s - (time.monotonic() - pending.arrived_s)
+                if left_s <= 0:
+                    return [FinishedEvent(request.request_id, "deadline", len(request.token_ids), 0, ())]
+                request = replace(request, deadline_s=left_s)
+            self._engine.submit(request)
+        except PregateError as error:
+            return [FailedEvent(request.request_id, error.code, str(error))]
+        return []
+
+    def _route(self, request: RouteRequest) -> RouteReply:
+        paths = self._engine.route(request.token_ids)
+        num_tokens, num_layers, num_active = paths.ids.shape
+        ids = np.ascontiguousarray(paths.ids, dtype="<i2").tobytes()
+        version = str(self._engine.info()["version"])
+        return RouteReply(request.request_id, ids, (num_tokens, num_layers, num_active), bool(paths.exact), version)
+
+    def _lose(self, error: HostLostError) -> None:
+        """Refuse from now on: without the host nothing can be computed. `_recover` takes requests again."""
+        self._lost_s = time.monotonic()
+        if self._link.refusing is None:
+            logger.error("%s; requests are refused until it answers again", error)
+            self._engine.fail_all(error)
+            self._link.refuse(str(error))
+            self._link.fail_requests(error)
+
+    def _recover(self) -> None:
+        if self._lost_s is not None and time.monotonic() - self._lost_s > self._options.recovery_s:
+            logger.info("every expert host answers again; requests are taken")
+            self._lost_s = None
+            self._link.refuse(None)

@@ -1,0 +1,1 @@
+"""What an engine holds of a host: in its own process or over the channel."""

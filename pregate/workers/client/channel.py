@@ -1,0 +1,359 @@
+"""`ChannelClient`: an engine's end of a host behind ZeroMQ sockets, one for control and one for data.
+
+It starts no Python thread: the engine's one thread sends, waits and polls. Shape letters: N rows of a group,
+P (row, expert) pairs, D hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import zmq
+
+from pregate.base.errors import BY_CODE, HostLostError, PregateError, ProtocolError, UserError
+from pregate.base.log import get_logger
+from pregate.workers.client.sent_plans import SentPlans
+from pregate.workers.link import transport
+from pregate.workers.link.protocol import (
+    Buffer,
+    Bye,
+    Failure,
+    GroupIndex,
+    GroupKey,
+    GroupMessage,
+    Heartbeat,
+    Hello,
+    HelloAck,
+    HostAddress,
+    HostPlan,
+    Message,
+    NeedHello,
+    NeedPlan,
+    PlanMessage,
+    Refused,
+    RowsMessage,
+)
+from pregate.workers.link.rows import dtype_name, from_rows, to_rows
+from pregate.workers.link.transport import CurveKeys
+from pregate.workers.link.wire import decode, encode
+
+if TYPE_CHECKING:
+    from pregate.workers.client.local import LocalLayers
+
+#: Longest sleep while waiting for an answer, before the heartbeats' age is looked at again.
+_WAIT_SLICE_S = 0.2
+#: Heartbeats are taken in at least this often, also while answers come without a pause.
+_CONTROL_EVERY_S = 0.5
+
+_log = get_logger(__name__)
+
+
+@dataclass
+class ChannelStats:
+    """Counters of one client. Bytes are whole messages as sent; an in-process client moves none."""
+
+    plans: int = 0
+    groups: int = 0
+    plan_bytes: int = 0
+    group_bytes: int = 0
+    reply_bytes: int = 0
+    indexed_groups: int = 0
+    resent_groups: int = 0
+    discarded_answers: int = 0
+
+
+@dataclass(frozen=True)
+class ChannelOptions:
+    """`host_timeout_s` without a sign of life and a host counts as lost. `keys` are needed where the server has a
+    public key."""
+
+    host_timeout_s: float = 3.0
+    hello_timeout_s: float = 10.0
+    keys: CurveKeys | None = None
+
+    def __post_init__(self) -> None:
+        if self.host_timeout_s <= 0 or self.hello_timeout_s <= 0:
+            raise UserError.of("channel options", asdict(self), "host_timeout_s and hello_timeout_s must be above 0")
+
+
+@dataclass
+class _InFlight:
+    """A group on its way: the identity it was last sent under, what to send again, and its answer. `unheard`: the host
+    did not know us and looked at none of it."""
+
+    key: GroupKey
+    rows_ND: torch.Tensor
+    index: GroupIndex | None
+    answer: RowsMessage | Failure | None = None
+    unheard: bool = False
+
+
+class ChannelClient:
+    """A host behind its sockets. `context` may be shared by all clients of an engine.
+
+    A host that was silent for too long, or does not know us any more (its connection was cut), is greeted again until
+    it answers; then it serves again, and what it did not hear is sent again. Another incarnation in its place is taken
+    where it holds as many units, under the same terms.
+    """
+
+    def __init__(
+        self, address: HostAddress, options: ChannelOptions | None = None, context: zmq.Context | None = None
+    ) -> None:
+        self._options = options or ChannelOptions()
+        if address.server_public_key is not None and self._options.keys is None:
+            raise UserError.of("endpoint", address.endpoint, "is encrypted; needs a client key pair")
+        self.host_id = address.host_id
+        self.stats = ChannelStats()
+        self.last_heartbeat: Heartbeat | None = None
+        self._address = address
+        self._own_context = context is None
+        self._context = context or zmq.Context()
+        self._incarnation = address.incarnation
+        self._engine = ""
+        self._dtype: torch.dtype | None = None
+        self._hello: Hello | None = None
+        self._greeting: HelloAck | Refused | None = None
+        self._terms: HelloAck | None = None
+        self._plans = SentPlans()
+        self._in_flight: dict[GroupKey, _InFlight] = {}
+        self._greeted_s = 0.0
+        self._silent_s = 0.0
+        self._looked_s = self._looked_at_control_s = time.monotonic()
+        # Named by us, so that the host knows us again after a broken connection.
+        self._id = uuid.uuid4().bytes
+        self._control = self._connect(address.endpoint, transport.control_id(self._id))
+        self._data: zmq.Socket | None = None
+
+    def _connect(self, endpoint: str, routing_id: bytes) -> zmq.Socket:
+        socket = transport.open_socket(self._context, zmq.DEALER)
+        socket.setsockopt(zmq.ROUTING_ID, routing_id)
+        # A receive with a timeout costs less than a poll and a receive.
+        slice_s = min(_WAIT_SLICE_S, self._options.host_timeout_s / 4)
+        socket.setsockopt(zmq.RCVTIMEO, max(1, int(slice_s * 1000)))
+        if self._address.server_public_key is not None and self._options.keys is not None:
+            socket.curve_serverkey = self._address.server_public_key.encode()
+            socket.curve_publickey = self._options.keys.public.encode()
+            socket.curve_secretkey = self._options.keys.secret.encode()
+        socket.connect(endpoint)
+        return socket
+
+    def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
+        self._engine, self._hello = engine, Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
+        self._dtype = dtype
+        self._greeting = self._terms = None
+        self._greet()
+        deadline_s = time.monotonic() + self._options.hello_timeout_s
+        while self._greeting is None:
+            if time.monotonic() > deadline_s:
+                where = f"{self._options.hello_timeout_s:g} s at {self._address.endpoint}"
+                raise HostLostError(self.host_id, f"no answer to hello within {where}")
+            self._take(self._control, 0)
+        if isinstance(self._greeting, Refused):
+            raise UserError(f"expert host {self.host_id} refused: {self._greeting.reason}")
+        return self._greeting
+
+    def _greet(self) -> None:
+        assert self._hello is not None
+        self._greeted_s = time.monotonic()
+        self._send(self._control, encode(self._hello))
+
+    def _greet_again(self) -> None:
+        """Say hello once more, unless that was a moment ago."""
+        if self._hello is not None and time.monotonic() - self._greeted_s > self._options.host_timeout_s / 6:
+            self._greet()
+
+    def warm_up(self) -> None:
+        pass
+
+    def send_plan(self, plan: HostPlan) -> None:
+        self._plans.put(plan)
+        self.stats.plan_bytes += self._send(self._data, encode(PlanMessage(self._engine, plan)))
+        self.stats.plans += 1
+
+    def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
+        hello = self._hello
+        if hello is None or rows_ND.dtype != self._dtype or rows_ND.shape[0] > hello.max_rows:
+            got, agreed = f"{rows_ND.shape[0]} rows of {rows_ND.dtype}", hello and f"{hello.max_rows} of {self._dtype}"
+            raise ProtocolError(f"group of {got}; agreed: at most {agreed}")
+        flight = _InFlight(key, rows_ND, index)
+        self._in_flight[key] = flight
+        self._send_flight(flight)
+        self.stats.groups += 1
+
+    def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
+        flight = self._in_flight[key]
+        deadline_s = time.monotonic() + timeout_s
+        try:
+            while flight.answer is None:
+                if time.monotonic() > deadline_s:
+                    raise HostLostError(self.host_id, self._describe_timeout(key, timeout_s))
+                self._wait()
+        finally:
+            del self._in_flight[key]
+        if isinstance(flight.answer, Failure):
+            raise _error_of(flight.answer, self.host_id)
+        return from_rows(flight.answer.rows)
+
+    def abandon_groups(self) -> None:
+        self._in_flight.clear()
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        return "its hosts are other processes"
+
+    def poll(self) -> None:
+        heard = self._drain(self._control)
+        if self._data is not None:
+            heard |= self._drain(self._data)
+        if not heard:
+            self._check_alive()
+
+    def close(self) -> None:
+        if self._terms is not None:
+            with contextlib.suppress(HostLostError):
+                self._send(self._control, encode(Bye(self._engine)))
+        for socket in (self._control, self._data):
+            if socket is not None:
+                socket.close()
+        if self._own_context:
+            self._context.term()
+
+    def _send_flight(self, flight: _InFlight) -> None:
+        message = GroupMessage(flight.key, to_rows(flight.rows_ND), flight.index)
+        self.stats.group_bytes += self._send(self._data, encode(message))
+        self.stats.indexed_groups += flight.index is not None
+
+    def _send(self, socket: zmq.Socket | None, frames: Sequence[Buffer]) -> int:
+        """Hand a message to a socket; returns its bytes."""
+        if socket is None:
+            raise ProtocolError(f"expert host {self.host_id} has not been greeted: say hello first")
+        try:
+            # Copied: pyzmq's zero-copy sends need a Python thread to release each buffer.
+            socket.send_multipart(frames, zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise HostLostError(self.host_id, f"{transport.SEND_QUEUE} messages to it are unsent") from error
+        return sum(map(len, frames))
+
+    # --- what arrives
+
+    def _wait(self) -> None:
+        """Take one message from the data socket, waiting a slice of time for it; look after the host meanwhile."""
+        assert self._data is not None
+        heard = self._take(self._data, 0)
+        if heard and self._looked_s - self._looked_at_control_s < _CONTROL_EVERY_S:
+            return
+        if not self._drain(self._control) and not heard:
+            self._check_alive()
+
+    def _drain(self, socket: zmq.Socket) -> bool:
+        """Take what is there, without waiting; True if anything was."""
+        heard = False
+        while self._take(socket, zmq.NOBLOCK):
+            heard = True
+        if socket is self._control:
+            self._looked_at_control_s = time.monotonic()
+        return heard
+
+    def _take(self, socket: zmq.Socket, flags: int) -> bool:
+        """Handle one message, waiting for it at most a slice of time (`flags` 0) or not at all (NOBLOCK)."""
+        try:
+            frames = socket.recv_multipart(flags, copy=False)
+        except zmq.Again:
+            return False
+        self._looked_s, self._silent_s = time.monotonic(), 0.0
+        self._handle(decode([f.buffer for f in frames]), sum(map(len, frames)))
+        return True
+
+    def _check_alive(self) -> None:
+        """Count the silence. Time in which nobody looked (a long forward pass, a stopped machine) counts little."""
+        now_s = time.monotonic()
+        self._silent_s += min(now_s - self._looked_s, self._options.host_timeout_s / 3)
+        self._looked_s = now_s
+        if self._terms is None or self._silent_s < self._options.host_timeout_s / 2:
+            return
+        self._greet_again()  # a host that forgot us sends no heartbeats, but answers to this
+        if self._silent_s > self._options.host_timeout_s:
+            raise HostLostError(self.host_id, f"silent for {self._silent_s:.1f} s; {self._last_words()}")
+
+    def _handle(self, message: Message, num_bytes: int) -> None:
+        if isinstance(message, (Hello, Bye, PlanMessage, GroupMessage)):
+            raise ProtocolError(f"a host sent a {type(message).__name__}")
+        if isinstance(message, (HelloAck, Refused)):
+            self._greeted(message)
+        elif message.incarnation != self._incarnation:
+            # Another process answers where our host was: its rows are not ours, and it knows nothing of us.
+            self.stats.discarded_answers += not isinstance(message, Heartbeat)
+            self._greet_again()
+            if isinstance(message, NeedHello):
+                self._mark_unheard(message.key)
+        elif isinstance(message, Heartbeat):
+            self.last_heartbeat = message
+        elif isinstance(message, NeedHello):
+            self._mark_unheard(message.key)
+            self._greet_again()
+        else:
+            self._answered(message, num_bytes)
+
+    def _greeted(self, answer: HelloAck | Refused) -> None:
+        """Take a host's terms, the first time or again. Raises HostLostError where it is not the one it was."""
+        terms, self._greeting = self._terms, answer
+        replaced = answer.incarnation != self._incarnation
+        if isinstance(answer, Refused):
+            if terms is not None:
+                raise HostLostError(self.host_id, f"it refused to go on: {answer.reason}")
+            return
+        if replaced and (terms is None or answer.num_units < terms.num_units):
+            wanted = "" if terms is None else f" which holds {answer.num_units} units, not {terms.num_units}"
+            where = f"{self._address.endpoint} answers with another incarnation{wanted}"
+            raise HostLostError(self.host_id, f"it was replaced: {where}")
+        if self._data is None or terms is None or answer.data_endpoint != terms.data_endpoint:
+            if self._data is not None:
+                self._data.close()
+            self._data = self._connect(answer.data_endpoint, transport.data_id(self._id))
+        self._incarnation, self._terms = answer.incarnation, answer
+        for flight in self._in_flight.values():
+            if flight.answer is None and (replaced or flight.unheard):
+                self._send_again(flight)
+
+    def _mark_unheard(self, key: GroupKey | None) -> None:
+        for flight in self._in_flight.values():
+            flight.unheard |= flight.key == key
+
+    def _send_again(self, flight: _InFlight) -> None:
+        flight.key, flight.unheard = flight.key.next_attempt(), False
+        self._send_flight(flight)
+        self.stats.resent_groups += 1
+
+    def _answered(self, message: RowsMessage | NeedPlan | Failure, num_bytes: int) -> None:
+        if isinstance(message, Failure) and message.key is None:
+            raise _error_of(message, self.host_id)
+        flight = next((f for f in self._in_flight.values() if f.key == message.key and f.answer is None), None)
+        if flight is None:
+            self.stats.discarded_answers += 1
+            _log.info("host %d: discarded a stale answer for %s", self.host_id, message.key)
+        elif isinstance(message, NeedPlan):
+            self.send_plan(self._plans.get(flight.key.step))
+            self._send_again(flight)
+        else:
+            flight.answer = message
+            self.stats.reply_bytes += num_bytes
+
+    def _describe_timeout(self, key: GroupKey, timeout_s: float) -> str:
+        return f"no answer for step {key.step} layer {key.layer} within {timeout_s:g} s; {self._last_words()}"
+
+    def _last_words(self) -> str:
+        beat = self.last_heartbeat
+        if beat is None:
+            return "no heartbeat came"
+        doing = f"busy with {beat.busy_with} for {beat.busy_since_s:.1f} s" if beat.busy_with else "idle"
+        return f"last heartbeat: {doing}, {beat.progress} messages done"
+
+
+def _error_of(failure: Failure, host_id: int) -> PregateError:
+    """Rebuild what the host failed with."""
+    return BY_CODE.get(failure.code, PregateError)(f"expert host {host_id}: {failure.text}")

@@ -1,0 +1,139 @@
+"""What an engine holds of a host: in its own process or over a channel, behind one interface.
+
+Shape letters: N rows of a group, P (row, expert) pairs, D hidden width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from pregate.base.errors import PregateError
+from pregate.base.log import get_logger
+from pregate.workers.client.channel import ChannelClient, ChannelOptions, ChannelStats
+from pregate.workers.client.local import LocalLayers
+from pregate.workers.client.sent_plans import SentPlans
+from pregate.workers.host.plan_shelf import NeedPlanError
+from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.link.rows import dtype_name
+from pregate.workers.link.transport import CurveKeys
+
+if TYPE_CHECKING:
+    from pregate.workers.host.host import Host
+
+__all__ = [
+    "ChannelClient",
+    "ChannelOptions",
+    "ChannelStats",
+    "CurveKeys",
+    "HostClient",
+    "InProcessClient",
+    "LocalLayers",
+]
+
+_log = get_logger(__name__)
+
+
+class HostClient(Protocol):
+    """One engine's end of one host."""
+
+    host_id: int
+    stats: ChannelStats
+
+    def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
+        """Agree on terms. Raises UserError with the host's reason when it refuses, HostLostError without an answer."""
+        ...
+
+    def warm_up(self) -> None:
+        """Let a host in this process compile its kernels; one in a process of its own did when it started."""
+        ...
+
+    def send_plan(self, plan: HostPlan) -> None:
+        """Send the plan of one step; it precedes the groups of that step that carry no index."""
+        ...
+
+    def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
+        """Send one group's rows; `index` None leaves the rest to the step's plan."""
+        ...
+
+    def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
+        """Wait for one group's answer [P, D]. Every sent group is received once.
+
+        Raises HostLostError when the host falls silent or `timeout_s` passes, and what the host failed with.
+        """
+        ...
+
+    def abandon_groups(self) -> None:
+        """Forget the groups that were sent and not received: their step has failed. Their answers are discarded."""
+        ...
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        """Return the host's whole layers, where it is in this process and they serve better; else why not."""
+        ...
+
+    def poll(self) -> None:
+        """Take in what has arrived, without waiting; HostLostError while the host has been silent for too long."""
+        ...
+
+    def close(self) -> None:
+        """Leave. Answers still on their way are lost."""
+        ...
+
+
+class InProcessClient:
+    """A host in the engine's own process: a channel that is a function call."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._engine = ""
+        self._plans = SentPlans()
+        self._groups: dict[GroupKey, tuple[torch.Tensor, GroupIndex | None]] = {}
+        self.host_id = host.options.host_id
+        self.stats = ChannelStats()
+
+    def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
+        self._engine = engine
+        hello = Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
+        return self._host.accept(hello, heartbeat_s=0.0, data_endpoint="")
+
+    def warm_up(self) -> None:
+        self._host.warm_up()
+
+    def send_plan(self, plan: HostPlan) -> None:
+        self._plans.put(plan)
+        self._host.put_plan(self._engine, plan)
+        self.stats.plans += 1
+
+    def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
+        self._groups[key] = (rows_ND, index)
+        self.stats.groups += 1
+        self.stats.indexed_groups += index is not None
+
+    def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
+        rows_ND, index = self._groups.pop(key)
+        try:
+            try:
+                return self._host.compute(key, rows_ND, index)
+            except NeedPlanError:
+                self._host.put_plan(self._engine, self._plans.get(key.step))
+                self.stats.resent_groups += 1
+                return self._host.compute(key.next_attempt(), rows_ND, index)
+        except PregateError:
+            raise
+        except Exception as error:
+            # As over a channel: what goes wrong in one group (no memory, a defect) is that group's failure.
+            _log.exception("host %d failed at %s", self.host_id, key)
+            raise PregateError(f"expert host {self.host_id}: {type(error).__name__}: {error}") from error
+
+    def abandon_groups(self) -> None:
+        self._groups.clear()
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        return self._host.local_layers(device, dtype)
+
+    def poll(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self._host.forget(self._engine)

@@ -1,0 +1,1 @@
+"""An expert host: its units, its threads, its actor."""

@@ -1,0 +1,100 @@
+"""The I/O thread of a host: handshakes, heartbeats, goodbyes. It answers while the compute thread is busy."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import zmq
+
+from pregate.base.errors import ProtocolError, UserError
+from pregate.base.log import get_logger
+from pregate.workers.host.compute import ComputeThread
+from pregate.workers.host.host import Host
+from pregate.workers.link import transport
+from pregate.workers.link.protocol import Bye, Failure, Hello, HelloAck, Message, Refused
+from pregate.workers.link.wire import decode, encode
+
+#: Longest sleep on the socket before the thread looks whether it should end.
+_WAIT_S = 0.1
+
+_log = get_logger(__name__)
+
+
+class ControlThread:
+    """Owns the control socket and `clients` (client id -> engine), the clients past their handshake."""
+
+    def __init__(
+        self, host: Host, socket: zmq.Socket, compute: ComputeThread, clients: dict[bytes, str], *, heartbeat_s: float
+    ) -> None:
+        self._host = host
+        self._socket = socket
+        self._compute = compute
+        self._clients = clients
+        self._heartbeat_s = heartbeat_s
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pregate-io", daemon=True)
+        #: Set: no new engine is taken.
+        self.draining = threading.Event()
+        #: Where the data socket listens, for those past their handshake.
+        self.data_endpoint = ""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        self._stopping.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        next_beat_s = time.monotonic()
+        while not self._stopping.is_set():
+            now_s = time.monotonic()
+            if now_s >= next_beat_s:
+                next_beat_s = now_s + self._heartbeat_s
+                self._beat()
+            if self._socket.poll(int(min(next_beat_s - now_s, _WAIT_S) * 1000) + 1):
+                self._receive()
+        self._socket.close()
+
+    def _beat(self) -> None:
+        frames = encode(self._compute.heartbeat())
+        for client in list(self._clients):
+            if not transport.send(self._socket, transport.control_id(client), frames):
+                self._leave(client)
+
+    def _receive(self) -> None:
+        peer, *frames = self._socket.recv_multipart(copy=False)
+        try:
+            message = decode([frame.buffer for frame in frames])
+            answer = self._answer(transport.client_of(peer.bytes), message)
+        except (ProtocolError, UserError) as error:
+            _log.warning("host %d refused a message: %s", self._host.options.host_id, error)
+            answer = Failure(None, self._host.incarnation, error.code, str(error))
+        if answer is not None:
+            transport.send(self._socket, peer.bytes, encode(answer))
+
+    def _answer(self, client: bytes, message: Message) -> Message | None:
+        if isinstance(message, Hello):
+            return self._greet(client, message)
+        if isinstance(message, Bye):
+            self._leave(client)
+            return None
+        raise ProtocolError(f"the control socket takes no {type(message).__name__}")
+
+    def _greet(self, client: bytes, hello: Hello) -> HelloAck | Refused:
+        host = self._host
+        try:
+            if self.draining.is_set():
+                raise UserError(f"host {host.options.host_id} is draining")
+            ack = host.accept(hello, heartbeat_s=self._heartbeat_s, data_endpoint=self.data_endpoint)
+        except UserError as error:
+            return Refused(host.incarnation, str(error))
+        self._clients[client] = hello.engine
+        return ack
+
+    def _leave(self, client: bytes) -> None:
+        """Forget a client; its engine's plans go when none of the engine's clients is left."""
+        engine = self._clients.pop(client, None)
+        if engine is not None and engine not in self._clients.values():
+            self._host.forget(engine)

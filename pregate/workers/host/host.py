@@ -1,0 +1,219 @@
+"""`ExpertHost`: plan and rows in, rows out. No Ray, no sockets, no thread of its own.
+
+Shape letters: N rows of a group, P (row, expert) pairs, D hidden width.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, Protocol
+
+import torch
+
+from pregate.base.errors import ProtocolError, UserError
+from pregate.base.log import get_logger
+from pregate.kernels import expert_ffn
+from pregate.kernels.tools.warm_up import warm_up_pairs
+from pregate.kernels.units import GroupRows
+from pregate.model.checkpoint import CheckpointReader
+from pregate.workers.client.local import LocalLayers
+from pregate.workers.host.options import HostOptions
+from pregate.workers.host.plan_shelf import PlanShelf
+from pregate.workers.host.prepared import PreparedPlan, prepare
+from pregate.workers.host.store import UnitStore
+from pregate.workers.link.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.link.rows import dtype_name
+
+_log = get_logger(__name__)
+
+
+class Host(Protocol):
+    """What a server or an in-process client needs of a host."""
+
+    options: HostOptions
+    incarnation: str
+    fingerprint: str
+
+    def warm_up(self) -> None:
+        """Compile the kernels that groups will be run with, before the first comes; logged with its seconds."""
+        ...
+
+    def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
+        """Take an engine's terms; UserError with the reason when they do not fit."""
+        ...
+
+    def put_plan(self, engine: str, plan: HostPlan) -> None:
+        """Keep the plan of one step of an engine; ProtocolError when it contradicts itself."""
+        ...
+
+    def forget(self, engine: str) -> None:
+        """Drop an engine's plans. May be called from another thread than the one that computes."""
+        ...
+
+    def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
+        """Return [P, D], one row per pair in pair order. Raises NeedPlanError, ProtocolError, UserError."""
+        ...
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        """Return this host's whole layers for an engine in its process that computes on `device` in `dtype`, or why its
+        groups serve better."""
+        ...
+
+    def status(self) -> dict[str, Any]:
+        """Return plain counters and facts, for people and metrics."""
+        ...
+
+
+class ExpertHost:
+    """Holds `units` of the checkpoint behind `reader` and runs them. Reads nothing else until it is asked for it.
+
+    Raises UserError for a unit the checkpoint lacks and for options this machine cannot honour.
+    """
+
+    def __init__(self, reader: CheckpointReader, units: Iterable[tuple[int, int]], options: HostOptions) -> None:
+        self.options = options
+        self.incarnation = uuid.uuid4().hex
+        self.fingerprint = reader.fingerprint
+        self._reader = reader
+        self._device = torch.device(options.device)
+        self._dtype = expert_ffn.choose_dtype(options.dtype, self._device)
+        widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
+        self._ffn = expert_ffn.choose(
+            options.expert_ffn, self._device, self._dtype, act=reader.hidden_act, widths=widths
+        )
+        self._store = UnitStore(reader, units, self._ffn.layout)
+        self._plans = PlanShelf(options.num_plans)
+        self._num_groups = 0
+        self._num_rows = 0
+        self._num_pairs = 0
+        self._num_prepared = 0
+
+    def warm_up(self) -> None:
+        if not self._ffn.compiles:
+            return
+        started_s = time.perf_counter()
+        x_1D = torch.zeros(1, self._reader.hidden_size, dtype=self._dtype, device=self._device)
+        layer_of_width = {self._reader.config.cuts[layer].expert_width: layer for layer, _ in self._store.units()}
+        for layer in layer_of_width.values():
+            warm_up_pairs(self._ffn, self._store.weights(layer), x_1D, self.options.max_rows)
+        taken_s = time.perf_counter() - started_s
+        _log.info("host %d: kernels of %s compiled in %.1f s", self.options.host_id, self._ffn.name, taken_s)
+
+    def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
+        check_hello(hello, self.options, fingerprint=self.fingerprint, width=self._reader.hidden_size)
+        return HelloAck(
+            self.options.host_id,
+            self.incarnation,
+            os.getpid(),
+            hello.max_rows,
+            self._store.stats.num_units,
+            heartbeat_s,
+            data_endpoint,
+        )
+
+    def put_plan(self, engine: str, plan: HostPlan) -> None:
+        try:
+            plan.check()
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        self._plans.put(engine, prepare(plan, self._ffn, self._store))
+
+    def forget(self, engine: str) -> None:
+        self._plans.forget(engine)
+
+    def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
+        prepared = self._plans.get(key) if index is None else None
+        index = self._index_of(key, rows_ND.shape[0], index, prepared)
+        self._check_size(rows_ND, index)
+        y_PD = rows_ND.new_empty(0, rows_ND.shape[1])
+        if index.num_pairs:
+            rows, weights = self._rows_of(key.layer, index, prepared)
+            x_ND = rows_ND.to(self._device, self._dtype)
+            with torch.no_grad():
+                y_PD = self._ffn.pairs(x_ND, rows, weights)
+        self._count(rows_ND.shape[0], index.num_pairs)
+        return y_PD.to(rows_ND.device, rows_ND.dtype)
+
+    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+        if (device, dtype) != (self._device, self._dtype):
+            return f"the host computes on {self._device} in {dtype_name(self._dtype)}"
+        cuts = self._reader.config.cuts
+        if self._store.stats.num_units < sum(cut.num_routed for cut in cuts):
+            return "the host does not hold every unit"
+        if self._ffn.why_no_layers:
+            return f"{self._ffn.name}: {self._ffn.why_no_layers}"
+        return LocalLayers(self._ffn, self._store, cuts, self._count)
+
+    def _index_of(
+        self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None
+    ) -> GroupIndex:
+        """Return the group's own index, or the plan's; ProtocolError where it does not fit the rows."""
+        try:
+            if prepared is None:
+                assert index is not None
+                index.check(num_rows)
+                return index
+            plan = prepared.plan
+            if not 0 <= key.layer < plan.num_layers or plan.num_rows[key.layer] != num_rows:
+                raise ValueError(f"layer {key.layer}: {num_rows} rows came, the plan says otherwise")
+            return plan.layer(key.layer)
+        except ValueError as error:
+            raise ProtocolError(f"step {key.step}: {error}") from error
+
+    def _rows_of(self, layer: int, index: GroupIndex, prepared: PreparedPlan | None) -> tuple[GroupRows, Any]:
+        """Return what was prepared for the group and the layer's weights; else look its units up now, reading what is
+        missing."""
+        if prepared is not None and (rows := prepared.rows_of(layer, self._store)) is not None:
+            self._num_prepared += 1
+            return rows, self._store.weights(layer)
+        slots, weights = self._store.lookup(layer, index.expert_ids)
+        return GroupRows(slots, index.counts, index.row_index), weights
+
+    def _count(self, num_rows: int, num_pairs: int) -> None:
+        self._num_groups += 1
+        self._num_rows += num_rows
+        self._num_pairs += num_pairs
+
+    def _check_size(self, rows_ND: torch.Tensor, index: GroupIndex) -> None:
+        """Hold the group to what the handshake allowed and the answer to what a message may be."""
+        width = self._reader.hidden_size
+        if rows_ND.shape[1] != width or rows_ND.shape[0] > self.options.max_rows:
+            allowed = f"at most {self.options.max_rows} rows of width {width}"
+            raise ProtocolError(f"group of {list(rows_ND.shape)}; allowed: {allowed}")
+        answer_bytes = index.num_pairs * width * rows_ND.itemsize
+        if answer_bytes > MAX_MESSAGE_BYTES // 2:
+            raise ProtocolError(f"group asks for an answer of {answer_bytes} bytes; allowed: {MAX_MESSAGE_BYTES // 2}")
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "host_id": self.options.host_id,
+            "incarnation": self.incarnation,
+            "pid": os.getpid(),
+            "expert_ffn": self._ffn.name,
+            "dtype": dtype_name(self._dtype),
+            "num_groups": self._num_groups,
+            "num_rows": self._num_rows,
+            "num_pairs": self._num_pairs,
+            "num_prepared": self._num_prepared,
+            **asdict(self._store.stats),
+        }
+
+
+def check_hello(hello: Hello, options: HostOptions, *, fingerprint: str, width: int) -> None:
+    """Raise UserError naming the first term of the handshake that does not fit this host."""
+    if hello.fingerprint != fingerprint:
+        raise UserError.of(
+            "checkpoint",
+            hello.fingerprint[:12],
+            f"host {options.host_id} serves {fingerprint[:12]}; use one checkpoint",
+        )
+    if hello.width != width:
+        raise UserError.of("width", hello.width, f"host {options.host_id} has hidden width {width}")
+    if hello.dtype not in expert_ffn.COMPUTE_DTYPES[1:]:
+        raise UserError.of("dtype", hello.dtype, f"allowed: {', '.join(expert_ffn.COMPUTE_DTYPES[1:])}")
+    if not 1 <= hello.max_rows <= options.max_rows:
+        raise UserError.of("max_rows", hello.max_rows, f"allowed: 1 to {options.max_rows}")

@@ -1,0 +1,1 @@
+"""What engine and host say to each other: messages, their bytes, sockets."""

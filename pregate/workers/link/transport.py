@@ -1,0 +1,121 @@
+"""Sockets of the channel: where they listen, who may connect, what keys they need."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from pregate.base.errors import UserError
+from pregate.base.log import get_logger
+from pregate.workers.link.protocol import MAX_MESSAGE_BYTES, Buffer
+
+#: Unix socket paths are cut at 108 bytes by the kernel, the closing zero included; the data socket adds `.d`.
+MAX_IPC_PATH_BYTES = 105
+#: Messages a socket holds for a peer that does not read; what comes after is dropped.
+SEND_QUEUE = 1000
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CurveKeys:
+    """A CURVE key pair (Z85, 40 characters each)."""
+
+    public: str
+    secret: str
+
+    @staticmethod
+    def new() -> CurveKeys:
+        public, secret = zmq.curve_keypair()
+        return CurveKeys(public.decode(), secret.decode())
+
+
+class AllowedKeys:
+    """Says to the authenticator which client keys may connect."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._keys = frozenset(keys)
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key.decode() in self._keys
+
+
+def open_socket(context: zmq.Context, kind: int) -> zmq.Socket:
+    """Return a socket with the bounds both sides share."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 100)
+    socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
+    socket.setsockopt(zmq.RCVHWM, SEND_QUEUE)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    return socket
+
+
+def control_id(client: bytes) -> bytes:
+    """Routing id of a client's control socket. (An id must not start with a zero byte, which a uuid may.)"""
+    return b"c" + client
+
+
+def data_id(client: bytes) -> bytes:
+    """Routing id of a client's data socket."""
+    return b"d" + client
+
+
+def client_of(routing_id: bytes) -> bytes:
+    """Return the client behind either of its sockets."""
+    return routing_id[1:]
+
+
+def send(socket: zmq.Socket, peer: bytes, frames: Sequence[Buffer]) -> bool:
+    """Send to one peer of a ROUTER socket without waiting; False if the peer is gone.
+
+    A peer that does not read loses what does not fit its queue: its own timeouts tell it so.
+    """
+    try:
+        # Copied: pyzmq's zero-copy sends need a Python thread to release each buffer.
+        socket.send_multipart([peer, *frames], zmq.NOBLOCK)
+    except zmq.Again:
+        _log.warning("an engine does not read; a message to it is dropped")
+    except zmq.ZMQError as error:
+        if error.errno != zmq.EHOSTUNREACH:
+            raise
+        return False
+    return True
+
+
+def data_endpoint(endpoint: str) -> str:
+    """Where the data socket of a host at `endpoint` is to listen."""
+    return f"{endpoint}.d" if endpoint.startswith("ipc://") else f"{endpoint.rpartition(':')[0]}:*"
+
+
+def check_endpoint(endpoint: str, allowed_client_keys: Sequence[str]) -> None:
+    """Raise UserError for an endpoint a host must not listen on."""
+    scheme, _, where = endpoint.partition("://")
+    if scheme == "ipc":
+        if len(os.fsencode(where)) > MAX_IPC_PATH_BYTES:
+            raise UserError.of("endpoint", endpoint, f"its path must be at most {MAX_IPC_PATH_BYTES} bytes")
+        return
+    if scheme != "tcp":
+        raise UserError.of("endpoint", endpoint, "allowed: ipc://PATH or tcp://ADDRESS:PORT")
+    if not allowed_client_keys and not _is_loopback(where.rpartition(":")[0]):
+        raise UserError.of("endpoint", endpoint, "needs allowed client keys; without them only loopback is allowed")
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def private_folder(path: Path) -> None:
+    """Make the folder of an ipc socket, for its owner only; UserError if it exists and others may enter it."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise UserError.of("ipc folder", path, f"mode {stat.S_IMODE(found.st_mode):o}; it must be yours, with mode 700")

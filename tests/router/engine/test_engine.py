@@ -1,0 +1,256 @@
+"""Overload and isolation in one engine: what one request does, or a host fails at, ends no other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pregate.base.errors import HostLostError, PregateError, QueueFullError, UserError
+from pregate.router.engine.engine import Engine
+from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest, TokensEvent
+from tests.router.serving import engine_of, hosts_here
+
+PROMPTS = {name: (1, *range(20 + n, 40 + n * 9, 3)) for n, name in enumerate("abcd")}
+
+
+def submit(engine: Engine, name: str, max_tokens: int = 8, **more) -> None:
+    sampling = SamplingParams(max_tokens, ignore_eos=True, **more.pop("sampling", {}))
+    engine.submit(SubmitRequest(name, PROMPTS[name[0]], sampling, **more))
+
+
+def run(engine: Engine, before_step=lambda: None) -> dict[str, list[int] | str]:
+    """Step until nothing is left; per request its tokens, or why it failed."""
+    texts: dict = {}
+    for _ in range(1000):
+        if not engine.has_work:
+            engine.allocator.check_idle()
+            return texts
+        before_step()
+        for event in engine.step():
+            if isinstance(event, TokensEvent):
+                texts.setdefault(event.request_id, []).extend(event.token_ids)
+            elif isinstance(event, FailedEvent):
+                texts[event.request_id] = event.message
+            elif event.reason in ("deadline", "cancelled"):
+                texts[event.request_id] = event.reason
+    raise AssertionError("the engine did not come to an end")
+
+
+@pytest.fixture(scope="module", params=["layerwise", "path"])
+def path(request, layerwise_checkpoint, path_checkpoint):
+    return layerwise_checkpoint if request.param == "layerwise" else path_checkpoint
+
+
+@pytest.fixture(scope="module")
+def engine(path):
+    """Two hosts in this process; two sequences may run, two wait, and 96 tokens are room for."""
+    limits = {"max_running": 2, "max_queued": 2, "kv_tokens": 96, "step_tokens": 16}
+    with engine_of(path, hosts_here(path, 2), **limits) as engine:
+        yield engine
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(engine):
+    """A test that fails leaves nothing to the next."""
+    yield
+    engine.fail_all(PregateError("the test is over"))
+
+
+@pytest.fixture(scope="module")
+def alone(engine) -> dict[str, list[int]]:
+    """The texts of all prompts, each by itself."""
+    texts = {}
+    for name in PROMPTS:
+        submit(engine, name)
+        texts |= run(engine)
+    assert len({tuple(t) for t in texts.values()}) == len(texts)
+    return texts
+
+
+def test_a_full_queue_refuses_and_those_before_are_served(engine, alone):
+    submit(engine, "a")
+    submit(engine, "b")
+    with pytest.raises(QueueFullError, match="holds 2 requests, its bound"):
+        submit(engine, "c")
+    engine.step()  # two start to run, and make room
+    submit(engine, "c")
+    submit(engine, "d")
+    assert run(engine)["d"] == alone["d"]
+
+
+def test_requests_wait_for_room_in_the_cache(engine, alone):
+    """Two of 50 tokens do not fit in 96 at once; one beyond the whole cache is refused."""
+    for name in "ab":
+        submit(engine, name, 50 - len(PROMPTS[name]))
+    engine.step()
+    assert (len(engine.batcher.running), len(engine.batcher.waiting)) == (1, 1)
+    texts = run(engine)
+    assert texts["b"][:8] == alone["b"]
+    assert texts["a"][:7] == alone["a"][1:]  # the first came with the step above
+    with pytest.raises(UserError, match="exceeds the KV cache of 96 tokens"):
+        submit(engine, "c", 300)
+
+
+def test_neighbours_that_leave_change_nothing(engine, alone):
+    """One is cancelled while it runs, one while it waits, one is past its deadline."""
+    submit(engine, "a")
+    submit(engine, "b", 50)
+    engine.step()
+    submit(engine, "c", deadline_s=0.0)
+    submit(engine, "d")
+    engine.cancel("d")
+    engine.cancel("nobody")
+    engine.step()
+    engine.cancel("b")
+    texts = run(engine)
+    assert texts["a"][-4:] == alone["a"][-4:]
+    submit(engine, "b")
+    assert run(engine) == {"b": alone["b"]}
+
+
+def test_a_bad_request_beside_good_ones(engine, alone):
+    submit(engine, "a")
+    for bad, complaint in (
+        (SubmitRequest("x", (), SamplingParams(3)), "of 0 tokens"),
+        (SubmitRequest("x", (1, 999), SamplingParams(3)), "token id 999"),
+        (SubmitRequest("x", (1,), SamplingParams(3, top_p=0.0)), "must be above 0"),
+        (SubmitRequest("a", (1,), SamplingParams(3)), "is running already"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            engine.submit(bad)
+    assert run(engine) == {"a": alone["a"]}
+
+
+@pytest.mark.parametrize("poison", [torch.inf, torch.nan])
+def test_what_others_left_in_the_cache_poisons_nobody(engine, alone, poison):
+    """Slot 0 and all that is free hold no numbers, as after an overflow in half precision."""
+    size = engine.allocator.block_size
+
+    @torch.inference_mode()
+    def spoil() -> None:
+        owned = {b for s in engine.batcher.running for b in s.blocks}
+        free = [b for b in range(engine.allocator.num_blocks) if b not in owned]
+        slots = torch.tensor([b * size + i for b in free for i in range(size)])
+        for layer, (keys, values) in engine.kv._layers.items():
+            engine.kv.write(layer, slots, *(torch.full_like(t[slots], poison) for t in (keys, values)))
+
+    submit(engine, "b", 3)  # takes block 0, and leaves it
+    submit(engine, "c")
+    engine.step()
+    submit(engine, "a")
+    submit(engine, "d")
+    texts = run(engine, spoil)
+    assert (texts["a"], texts["d"]) == (alone["a"], alone["d"])
+
+
+def test_a_host_without_memory_fails_the_step_and_no_more(engine, alone, monkeypatch):
+    host = engine.exchange.clients[1]._host
+    compute = host.compute
+
+    def hungry(*group):
+        monkeypatch.undo()  # the next group finds memory again
+        return torch.empty(1 << 50)
+
+    submit(engine, "a")
+    submit(engine, "b")
+    engine.step()
+    monkeypatch.setattr(host, "compute", hungry)
+    submit(engine, "c")
+    texts = run(engine)
+    assert "memory" in str(texts["a"]) or "memory" in str(texts["b"])
+    assert texts["c"] == alone["c"]
+    assert host.compute == compute
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
+def test_an_engine_without_memory_fails_the_step_and_no_more(engine, alone, monkeypatch):
+    def hungry(*step):
+        monkeypatch.undo()
+        return torch.empty(1 << 50)
+
+    submit(engine, "a")
+    monkeypatch.setattr(engine.backbone, "forward", hungry)
+    submit(engine, "b")
+    failed = run(engine)
+    assert "memory" in str(failed["a"])
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
+@pytest.mark.parametrize("where", ["sampling", "paths"])
+def test_an_engine_without_memory_after_the_forward_pass_fails_the_step_and_no_more(engine, alone, monkeypatch, where):
+    if where == "paths" and not engine.exact:
+        pytest.skip("gates need no paths")
+
+    def hungry(*_):
+        monkeypatch.undo()
+        return torch.empty(1 << 50)
+
+    submit(engine, "a")
+    if where == "sampling":
+        monkeypatch.setattr("pregate.router.engine.engine.sample", hungry)
+    else:
+        monkeypatch.setattr(engine.computer, "extend", hungry)
+    assert "memory" in str(run(engine)["a"])
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
+def test_a_prompt_whose_paths_find_no_memory_is_refused_and_leaves_nothing(engine, alone, monkeypatch):
+    if not engine.exact:
+        pytest.skip("gates need no paths")
+    monkeypatch.setattr(engine.computer, "extend", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(PregateError, match="out of memory"):
+        submit(engine, "a")
+    with pytest.raises(PregateError, match="out of memory"):
+        engine.route([1, 2, 3])
+    monkeypatch.undo()
+    assert not engine.has_work
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
+def test_a_lost_host_is_said_and_taken_back(engine, alone, monkeypatch):
+    """The step raises, requests end with it, and when the host answers again the same engine serves."""
+    client = engine.exchange.clients[0]
+
+    def lost(*_):
+        raise HostLostError(0, "silent for 3.1 s")
+
+    submit(engine, "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "receive", lost)
+        patch.setattr(client, "poll", lost)
+        with pytest.raises(HostLostError) as caught:
+            engine.step()
+        assert [e.code for e in engine.fail_all(caught.value)] == ["UNAVAILABLE"]
+        with pytest.raises(HostLostError):
+            engine.idle()
+    engine.idle()
+    submit(engine, "a")
+    assert run(engine) == {"a": alone["a"]}
+
+
+def test_seeded_texts_are_the_same_whatever_the_batch(engine):
+    sampling = [{"temperature": 1.0, "top_p": p, "seed": n} for n, p in enumerate((1.0, 0.8))]
+    together = {}
+    for name, how in zip("ab", sampling, strict=True):
+        submit(engine, name, sampling=how)
+    together = run(engine)
+    for name, how in zip("ab", sampling, strict=True):
+        submit(engine, name, sampling=how)
+        assert run(engine) == {name: together[name]}
+
+
+def test_gates_make_no_plan_for_hosts(layerwise_checkpoint, monkeypatch):
+    """A group of a gated layer carries its own index: nothing is told up front."""
+    from pregate.router.engine import planning
+
+    made = []
+    original = planning.HostPlan
+    monkeypatch.setattr(planning, "HostPlan", lambda **fields: (made.append(1), original(**fields))[1])
+    with engine_of(layerwise_checkpoint, hosts_here(layerwise_checkpoint, 2)) as engine:
+        submit(engine, "a", 3)
+        run(engine)
+    assert not made

@@ -1,0 +1,189 @@
+"""Rows out to hosts and back, with hosts in this process: who gets which rows, and in which order answers are added."""
+
+import numpy as np
+import pytest
+import torch
+
+from pregate.base.errors import PregateError
+from pregate.cluster.placement import place
+from pregate.kernels import reference
+from pregate.model.checkpoint import CheckpointReader
+from pregate.model.paths import Paths
+from pregate.router.engine.exchange import Exchange
+from pregate.workers.client.host_client import InProcessClient
+from pregate.workers.host.host import ExpertHost
+from pregate.workers.host.options import HostOptions
+from pregate.workers.link.protocol import GroupKey
+from tests.router.serving import units_of
+
+#: Sizes of tests/random_checkpoints.py's models, and the tokens of a step.
+LAYERS, ROUTED, HIDDEN, TOKENS = 3, 5, 64, 4
+#: Experts of each token in layer 0; the third visits one only, the last none.
+IDS_TK = np.array([[0, 3, 4], [1, 2, 3], [4, -1, -1], [-1, -1, -1]], dtype=np.int16)
+PLACEMENTS = {1: "linear", 2: "linear", 3: "round_robin"}
+
+
+class WatchedClient(InProcessClient):
+    """A host in this process that notes the rows it is sent."""
+
+    def __init__(self, host: ExpertHost) -> None:
+        super().__init__(host)
+        self.sent: dict[GroupKey, torch.Tensor] = {}
+
+    def send_group(self, key, rows_ND, index=None):
+        self.sent[key] = rows_ND
+        super().send_group(key, rows_ND, index)
+
+
+def exchange_of(path, num_hosts: int) -> Exchange:
+    """An exchange with that many hosts, each with its own units."""
+    reader = CheckpointReader(path)
+    hosts_of = place([ROUTED] * LAYERS, num_hosts, PLACEMENTS[num_hosts]).hosts_of
+    options = [HostOptions(host_id=n, expert_ffn="loop") for n in range(num_hosts)]
+    clients = [WatchedClient(ExpertHost(reader, units_of(hosts_of, o.host_id), o)) for o in options]
+    exchange = Exchange("engine", clients, hosts_of)
+    for client in clients:
+        terms = {"dtype": torch.float32, "width": HIDDEN, "max_rows": 64}
+        client.hello(engine="engine", fingerprint=reader.fingerprint, **terms)
+    return exchange
+
+
+def random(seed: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def paths(ids_TK: np.ndarray = IDS_TK, weights: np.ndarray | None = None) -> Paths:
+    """Paths with the same experts in every layer."""
+    return Paths(np.repeat(ids_TK[:, None], LAYERS, axis=1), weights)
+
+
+def step(exchange: Exchange, out_TD: torch.Tensor, given: Paths, layer: int = 0) -> torch.Tensor:
+    exchange.begin_step(1, TOKENS, given)
+    return exchange.combine(exchange.dispatch(layer, random(1), None), out_TD)
+
+
+def one_by_one(path, layer: int, out_TD: torch.Tensor, descending: bool = False) -> torch.Tensor:
+    """`out_TD` and then a token's experts, one after the other, by the same kernel; [T, D]."""
+    exchange, columns = exchange_of(path, 1), np.arange(IDS_TK.shape[1])
+    for column in columns[::-1] if descending else columns:
+        one = np.full_like(IDS_TK, -1)
+        one[:, 0] = IDS_TK[:, column]
+        out_TD = step(exchange, out_TD, paths(one), layer)
+    return out_TD
+
+
+@pytest.mark.parametrize("num_hosts", PLACEMENTS)
+def test_the_shared_output_is_first_and_experts_ascend_wherever_they_live(layerwise_checkpoint, num_hosts):
+    """To the last bit: sums of floating-point numbers depend on their order, and must not on the placement."""
+    shared_TD = random(2, scale=100.0)
+    found = step(exchange_of(layerwise_checkpoint, num_hosts), shared_TD, paths(), layer=2)
+    alone = step(exchange_of(layerwise_checkpoint, 1), shared_TD, paths(), layer=2)
+    assert torch.equal(found, alone)
+    torch.testing.assert_close(found, one_by_one(layerwise_checkpoint, 2, shared_TD), rtol=0, atol=1e-4)
+    assert torch.equal(found[3], shared_TD[3]), "a token without experts keeps its shared output"
+
+
+def test_the_order_of_addition_is_that_of_the_ids(layerwise_checkpoint):
+    """With answers set by hand: 1 does not show beside the large ones, only once they have cancelled out."""
+    exchange = exchange_of(layerwise_checkpoint, 3)
+    big = 2.0**30
+    of_expert = {0: big, 1: 1.0, 2: big, 3: 1.0, 4: 1.0}
+    for client in exchange.clients:
+        client.receive = _constant_answers(client, of_expert)
+    shared_TD = torch.full((TOKENS, HIDDEN), -big)
+    found = step(exchange, shared_TD, paths())
+    # ((-big + big) + 1) + 1; ((-big + 1) + big) + 1; -big + 1; -big
+    assert found[:, 0].tolist() == [2.0, 1.0, -big, -big]
+
+
+def _constant_answers(client, of_expert):
+    """A host that was asked answers for each pair with its expert's number."""
+
+    def receive(key, timeout_s):
+        index = client._plans.get(key.step).layer(key.layer)
+        values = [of_expert[e] for e in np.repeat(index.expert_ids, index.counts).tolist()]
+        return torch.tensor(values)[:, None].expand(-1, HIDDEN)
+
+    return receive
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_what_is_added_is_what_the_experts_say_weighed(layerwise_checkpoint, planned):
+    """By a plan of paths with weights, or by what a gate chose for every token."""
+    exchange, reader = exchange_of(layerwise_checkpoint, 2), CheckpointReader(layerwise_checkpoint)
+    ids_TK = np.where(IDS_TK < 0, [0, 1, 2], IDS_TK)
+    ids_TK.sort(axis=1)
+    weights_TK = torch.tensor([[0.5, 2.0, 1.0]]).expand(TOKENS, -1) * torch.tensor([[1.0], [-1.0], [3.0], [0.0]])
+    weights_TLK = weights_TK.numpy()[:, None].repeat(LAYERS, axis=1)
+    exchange.begin_step(1, TOKENS, paths(ids_TK, weights_TLK) if planned else None)
+    chosen = (None, None) if planned else (torch.from_numpy(ids_TK.astype(np.int64)), weights_TK)
+    found = exchange.combine(exchange.dispatch(1, random(1), *chosen), random(2))
+    units = [reader.read_unit(1, expert) for expert in range(ROUTED)]
+    wanted = random(2)
+    for token, column in np.ndindex(ids_TK.shape):
+        unit = units[ids_TK[token, column]]
+        act = reference.activation(reader.hidden_act)
+        wanted[token] += weights_TK[token, column] * reference.expert_ffn(random(1)[token : token + 1], *unit, act)[0]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+
+
+def test_a_receipt_names_who_was_sent_what(layerwise_checkpoint):
+    exchange = exchange_of(layerwise_checkpoint, 3)  # in layer 0: experts 0 and 3, 1 and 4, 2
+    exchange.begin_step(5, TOKENS, paths())
+    receipt = exchange.dispatch(0, random(1), None)
+    assert receipt.layer == 0
+    assert [(c.host_id, key) for c, key in receipt.keys] == [(n, GroupKey("engine", 5, 0, n)) for n in range(3)]
+    for client, rows in zip(exchange.clients, ([0, 1], [0, 1, 2], [1]), strict=True):
+        assert isinstance(client, WatchedClient)
+        assert [torch.equal(sent, random(1)[rows]) for sent in client.sent.values()] == [True]
+    # Answers end to end: (0: 0), (3: 0, 1), (1: 1), (4: 0, 2), (2: 1), and one row of zeros.
+    assert receipt.slots_TK.tolist() == [[0, 1, 4], [3, 6, 2], [5, 7, 7], [7, 7, 7]]
+
+
+def test_layers_may_be_away_at_once(layerwise_checkpoint):
+    exchange = exchange_of(layerwise_checkpoint, 2)
+    exchange.begin_step(1, TOKENS, paths())
+    first, second = (exchange.dispatch(layer, random(1), None) for layer in (0, 1))
+    late, early = exchange.combine(second, random(2)), exchange.combine(first, random(2))
+    for layer, found in enumerate((early, late)):
+        assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), random(2), paths(), layer))
+    assert not torch.equal(early, late)
+
+
+def test_a_host_without_rows_is_sent_nothing(layerwise_checkpoint):
+    exchange = exchange_of(layerwise_checkpoint, 2)
+    exchange.hosts_of_LR = place([ROUTED] * LAYERS, 2, "linear", one_index=True).hosts_of  # experts 3 and 4 on the last
+    exchange.begin_step(1, TOKENS, paths(np.array([[0, 2]] * TOKENS, dtype=np.int16)))
+    for layer in range(LAYERS):
+        exchange.combine(exchange.dispatch(layer, random(1), None), random(2))
+    used, unused = (client.stats for client in exchange.clients)
+    assert (used.plans, used.groups, unused.plans, unused.groups) == (1, LAYERS, 0, 0)
+    assert exchange.end_step().tolist() == [[2 * LAYERS, 0]] * TOKENS
+    exchange.begin_step(2, TOKENS, paths(np.full((TOKENS, 2), -1, dtype=np.int16)))
+    receipt = exchange.dispatch(0, random(1), None)
+    assert receipt.keys == ()
+    assert torch.equal(exchange.combine(receipt, random(2)), random(2))
+    assert exchange.end_step().tolist() == [[0, 0]] * TOKENS
+
+
+def test_pairs_are_counted_by_host(layerwise_checkpoint):
+    exchange = exchange_of(layerwise_checkpoint, 2)
+    exchange.hosts_of_LR = place([ROUTED] * LAYERS, 2, "linear", one_index=True).hosts_of  # experts 3 and 4 on the last
+    exchange.begin_step(1, TOKENS, paths())
+    assert exchange.end_step().tolist() == [[LAYERS, 2 * LAYERS], [2 * LAYERS, LAYERS], [0, LAYERS], [0, 0]]
+    exchange.begin_step(2, TOKENS, None)
+    for layer in range(2):  # a gate decides layer by layer
+        exchange.combine(exchange.dispatch(layer, random(1), torch.tensor([[0, 1 + 2 * layer]] * TOKENS)), random(2))
+    assert exchange.end_step().tolist() == [[3, 1]] * TOKENS
+
+
+def test_a_step_that_failed_leaves_nothing_behind(layerwise_checkpoint):
+    exchange = exchange_of(layerwise_checkpoint, 2)
+    exchange.begin_step(1, TOKENS, paths())
+    receipt = exchange.dispatch(0, random(1)[:, :5], None)  # of no width a host knows
+    with pytest.raises(PregateError, match="width"):
+        exchange.combine(receipt, random(2))
+    exchange.begin_step(2, TOKENS, paths())
+    assert all(isinstance(c, WatchedClient) and not c._groups for c in exchange.clients)
+    found = step(exchange, random(2), paths())
+    assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), random(2), paths()))

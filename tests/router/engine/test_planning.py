@@ -1,0 +1,70 @@
+"""The plan of a step: hand-made cases and invariants over random paths."""
+
+import numpy as np
+import pytest
+
+from pregate.router.engine.planning import check_plan, make_plan
+
+
+def random_paths(rng, num_tokens, num_layers, num_routed, k_max):
+    ids = np.full((num_tokens, num_layers, k_max), -1, dtype=np.int16)
+    for row in ids.reshape(-1, k_max):
+        k = rng.integers(0, k_max + 1)
+        row[:k] = np.sort(rng.choice(num_routed, size=k, replace=False))
+    return ids
+
+
+def test_hand_made_plan():
+    ids = np.array([[[0, 1]], [[1, 2]]], dtype=np.int16)
+    plan = make_plan(7, ids, np.array([[0, 0, 1]]), 2)
+    first, second = plan.layers[0].groups
+    assert (first.host, first.rows.tolist(), first.index.expert_ids.tolist()) == (0, [0, 1], [0, 1])
+    assert (first.index.counts.tolist(), first.index.row_index.tolist()) == ([1, 2], [0, 0, 1])
+    assert (second.rows.tolist(), second.index.expert_ids.tolist(), second.index.row_index.tolist()) == ([1], [2], [0])
+    assert plan.layers[0].slots.tolist() == [[0, 1], [2, 3]]
+    assert plan.pair_counts_TH.tolist() == [[2, 0], [1, 1]]
+    assert plan.hosts[0].step == 7
+    assert plan.hosts[1].num_rows.tolist() == [1]
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 3, 5])
+def test_invariants_over_random_paths(num_hosts):
+    rng = np.random.default_rng(num_hosts)
+    for _ in range(20):
+        num_tokens, num_layers, num_routed = rng.integers(1, 12), rng.integers(1, 5), rng.integers(1, 8)
+        ids = random_paths(rng, num_tokens, num_layers, num_routed, int(rng.integers(1, num_routed + 1)))
+        hosts_of = rng.integers(0, num_hosts, size=(num_layers, num_routed))
+        plan = make_plan(0, ids, hosts_of, num_hosts)
+        check_plan(plan, ids, hosts_of)
+        assert plan.pair_counts_TH.sum() == (ids >= 0).sum()
+
+
+def test_a_host_with_nothing_to_do_gets_no_plan():
+    plan = make_plan(0, np.array([[[0]]], dtype=np.int16), np.array([[1, 0]]), 3)
+    assert set(plan.hosts) == {1}
+
+
+def test_no_routed_experts_at_all():
+    plan = make_plan(0, np.full((3, 2, 1), -1, dtype=np.int16), np.zeros((2, 4), dtype=int), 2)
+    assert plan.hosts == {}
+    assert all(not layer.groups for layer in plan.layers)
+
+
+def test_a_unit_without_home_is_refused():
+    with pytest.raises(ValueError, match=r"unit \(0, 1\) has no host"):
+        make_plan(0, np.array([[[1]]], dtype=np.int16), np.array([[0, -1]]), 1)
+
+
+@pytest.mark.parametrize("damage", ["rows", "slots", "host"])
+def test_the_checker_notices_damage(damage):
+    ids = np.array([[[0, 1]], [[1, 2]]], dtype=np.int16)
+    hosts_of = np.array([[0, 0, 1]])
+    plan = make_plan(0, ids, hosts_of, 2)
+    if damage == "rows":
+        plan.layers[0].groups[0].rows[:] = [1, 0]
+    elif damage == "slots":
+        plan.layers[0].slots[0] = [1, 0]
+    else:
+        hosts_of = np.array([[1, 0, 1]])
+    with pytest.raises(AssertionError):
+        check_plan(plan, ids, hosts_of)

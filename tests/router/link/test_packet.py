@@ -1,0 +1,106 @@
+"""Packets between front doors and engines: what goes in comes out, and nothing else comes in."""
+
+import msgpack
+import pytest
+
+from pregate.base.errors import ProtocolError
+from pregate.router.link.messages import (
+    CancelRequest,
+    FailedEvent,
+    FinishedEvent,
+    Heartbeat,
+    InfoReply,
+    InfoRequest,
+    KeepAlive,
+    RouteReply,
+    RouteRequest,
+    SamplingParams,
+    SubmitRequest,
+    TokensEvent,
+)
+from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
+
+SAMPLING = SamplingParams(max_tokens=9, temperature=0.7, top_p=0.9, seed=(1 << 63) - 1, stop_token_ids=(2, 5))
+MESSAGES = [
+    SubmitRequest("a", (1, 2, 70000), SAMPLING, 1.5),
+    SubmitRequest("b", (), SamplingParams(max_tokens=1)),
+    CancelRequest("a"),
+    RouteRequest("r", (4,)),
+    InfoRequest("i"),
+    KeepAlive("door", ("a", "b")),
+    Heartbeat("engine", 7, "a step", 12.5, "host 1 is lost"),
+    TokensEvent("a", (3, 4)),
+    FinishedEvent("a", "stop", 3, 2, (10, 0)),
+    FailedEvent("b", "UNAVAILABLE", "wört"),
+    RouteReply("r", b"\x01\x00\xff\xff", (1, 1, 2), True, "v"),
+    InfoReply("i", {"model": "m", "eos_token_ids": [2], "nested": {"x": 1.5, "y": None}}),
+]
+
+
+def packet(*messages, version=2):
+    return msgpack.packb({"version": version, "messages": list(messages)})
+
+
+def test_every_kind_survives_the_way():
+    assert unpack(pack(MESSAGES)) == MESSAGES
+
+
+def test_a_step_for_one_peer_is_one_small_packet():
+    events = [TokensEvent(f"{i:032x}", (4095,)) for i in range(64)]
+    assert len(pack(events)) < 64 * 100
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "not msgpack"),
+        (b"\xc1", "not msgpack"),
+        (pack(MESSAGES)[:-1], "not msgpack"),
+        (pack(MESSAGES) + b"\x00", "not msgpack"),
+        (b"\x91" * 100_000, "not msgpack"),
+        (msgpack.packb([1]), "version None; this side speaks 2"),
+        (packet(version=1), "version 1; this side speaks 2"),
+        (msgpack.packb({"version": 2, "messages": "x"}), "no list"),
+        (packet("tokens"), "unknown kind None"),
+        (packet({"kind": "exec", "request_id": "a"}), "unknown kind 'exec'"),
+        (packet({"kind": ["tokens"]}), "unknown kind"),
+        (packet({"kind": "cancel"}), "cancel: fields must be request_id"),
+        (packet({"kind": "cancel", "request_id": "a", "more": 1}), "cancel: fields must be request_id"),
+        (packet({"kind": "cancel", "request_id": 1}), "cancel.request_id: int where str is expected"),
+        (packet({"kind": "tokens", "request_id": "a", "token_ids": [1, True]}), "tokens.token_ids: list where"),
+        (packet({"kind": "tokens", "request_id": "a", "token_ids": 3}), "tokens.token_ids: int where"),
+        (
+            packet({"kind": "submit", "request_id": "a", "token_ids": [], "sampling": {}, "deadline_s": None}),
+            "sampling: fields must be max_tokens",
+        ),
+        (
+            packet(
+                {"kind": "route_reply", "request_id": "a", "ids": b"ab", "shape": [1, 1], "exact": True, "version": ""}
+            ),
+            "route_reply.shape",
+        ),
+        (
+            packet(
+                {
+                    "kind": "route_reply",
+                    "request_id": "a",
+                    "ids": b"ab",
+                    "shape": [1, 1, 2],
+                    "exact": True,
+                    "version": "",
+                }
+            ),
+            "2 bytes does not hold int16 of shape",
+        ),
+    ],
+)
+def test_anything_else_is_refused_by_name(data, says):
+    with pytest.raises(ProtocolError, match=says):
+        unpack(data)
+
+
+def test_size_is_bounded_on_both_sides():
+    with pytest.raises(ProtocolError, match=f"at most {MAX_PACKET_BYTES}"):
+        pack([FailedEvent("a", "INTERNAL", "x" * MAX_PACKET_BYTES)])
+    with pytest.raises(ProtocolError, match=f"at most {MAX_PACKET_BYTES}"):
+        unpack(b"x" * (MAX_PACKET_BYTES + 1))

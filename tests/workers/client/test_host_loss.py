@@ -1,0 +1,129 @@
+"""Hosts in processes of their own that are killed, or stopped and woken again."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from benchmarks.echo import EchoActor
+from pregate.base.errors import HostLostError
+from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.host.actor import ActorOptions
+from pregate.workers.link.protocol import GroupKey
+
+HOST_TIMEOUT_S = 1.0
+KEY = GroupKey("e", 1, 0, 0)
+
+
+def serve_forever(folder: str, addresses) -> None:
+    actor = EchoActor(ActorOptions("", ipc_folder=folder, heartbeat_s=0.1))
+    addresses.put(actor.start())
+    time.sleep(300)
+
+
+class HostProcess:
+    """Starts the process when there is none; starting costs seconds, so tests share it while it lives."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._process = None
+        self._address = None
+
+    def ensure(self):
+        """Return the process and the address it serves at."""
+        if self._process is None or not self._process.is_alive():
+            spawn = multiprocessing.get_context("spawn")
+            addresses = spawn.Queue()
+            self._process = spawn.Process(target=serve_forever, args=(self._folder, addresses), daemon=True)
+            self._process.start()
+            self._address = addresses.get(timeout=240)
+        return self._process, self._address
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(10)
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    started = HostProcess(str(tmp_path_factory.mktemp("loss") / "run"))
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def process(processes):
+    """A host's process, and a client past its handshake."""
+    process, address = processes.ensure()
+    assert address.pid == process.pid != os.getpid()
+    client = ChannelClient(address, ChannelOptions(host_timeout_s=HOST_TIMEOUT_S))
+    client.hello(engine="e", fingerprint="echo", dtype=torch.float32, width=8, max_rows=64)
+    client.send_group(KEY, torch.ones(2, 8))
+    assert torch.equal(client.receive(KEY, 30.0), torch.ones(2, 8))
+    yield process, client
+    client.close()
+
+
+def lost_after_s(wait) -> float:
+    started_s = time.monotonic()
+    with pytest.raises(HostLostError, match="expert host 0 is lost: silent for"):
+        wait()
+    return time.monotonic() - started_s
+
+
+def poll_until_it_raises(client) -> None:
+    deadline_s = time.monotonic() + 30
+    while time.monotonic() < deadline_s:
+        client.poll()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_stopped_host_is_noticed_and_its_answer_discarded_when_it_wakes(process):
+    host, client = process
+    os.kill(host.pid, signal.SIGSTOP)
+    os.waitpid(host.pid, os.WUNTRACED)  # until then one of its threads may still answer
+    key = KEY._replace(step=2)
+    client.send_group(key, torch.zeros(1, 8))
+    assert lost_after_s(lambda: client.receive(key, 60.0)) < HOST_TIMEOUT_S + 1.0
+    os.kill(host.pid, signal.SIGCONT)
+    again = key.next_attempt()
+    client.send_group(again, torch.full((1, 8), 7.0))
+    assert torch.equal(client.receive(again, 30.0), torch.full((1, 8), 7.0))
+    assert client.stats.discarded_answers == 1
+
+
+@pytest.mark.slow
+def test_a_host_that_pauses_while_idle_is_taken_back_when_it_wakes(process):
+    host, client = process
+    os.kill(host.pid, signal.SIGSTOP)
+    os.waitpid(host.pid, os.WUNTRACED)
+    lost_after_s(lambda: poll_until_it_raises(client))
+    time.sleep(2 * HOST_TIMEOUT_S)
+    with pytest.raises(HostLostError):
+        client.poll()
+    os.kill(host.pid, signal.SIGCONT)
+    give_up_s = time.monotonic() + 20
+    while True:
+        try:
+            client.poll()
+            break
+        except HostLostError:
+            assert time.monotonic() < give_up_s
+            time.sleep(0.05)
+    client.send_group(KEY._replace(step=3), torch.full((1, 8), 7.0))
+    assert torch.equal(client.receive(KEY._replace(step=3), 30.0), torch.full((1, 8), 7.0))
+
+
+@pytest.mark.slow
+def test_a_killed_host_is_noticed_within_the_timeout(process):
+    host, client = process
+    os.kill(host.pid, signal.SIGKILL)
+    key = KEY._replace(step=2)
+    client.send_group(key, torch.ones(1, 8))
+    assert lost_after_s(lambda: client.receive(key, 60.0)) < HOST_TIMEOUT_S + 1.0
+    assert lost_after_s(lambda: poll_until_it_raises(client)) < HOST_TIMEOUT_S + 1.0

@@ -1,0 +1,339 @@
+import os
+import stat
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import zmq
+
+from benchmarks.echo import EchoHost
+from pregate.base.errors import HostLostError, ProtocolError, UserError
+from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.host.options import HostOptions
+from pregate.workers.host.server import HostServer, ServerOptions
+from pregate.workers.link.protocol import (
+    PROTOCOL_VERSION,
+    Failure,
+    GroupKey,
+    GroupMessage,
+    Heartbeat,
+    Hello,
+    HelloAck,
+    HostAddress,
+    NeedHello,
+    Rows,
+    RowsMessage,
+)
+from pregate.workers.link.wire import decode, encode
+
+KEY = GroupKey("e", 5, 0, 0)
+WIDTH = 512
+HELLO = Hello("e", "echo", "float32", 4, 64)
+GROUP = GroupMessage(KEY, Rows("float32", (1, 4), bytes(16)), None)
+
+
+class RawPeer:
+    """A socket that says anything; by default as the control socket of a client."""
+
+    def __init__(self, endpoint: str, kind: int = zmq.DEALER, routing_id: bytes = b"craw") -> None:
+        self.context = zmq.Context()
+        self.socket = self.context.socket(kind)
+        self.socket.setsockopt(zmq.LINGER, 0)
+        self.socket.setsockopt(zmq.RCVTIMEO, 5000)
+        if kind == zmq.DEALER:
+            self.socket.setsockopt(zmq.ROUTING_ID, routing_id)
+            self.socket.connect(endpoint)
+        else:
+            self.socket.bind(endpoint)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+        self.context.term()
+
+    def ask(self, frames):
+        """Send, and return the first answer that is not a heartbeat."""
+        self.socket.send_multipart(frames)
+        while isinstance(answer := decode(self.socket.recv_multipart()), Heartbeat):
+            pass
+        return answer
+
+
+def wait_until(condition, timeout_s: float = 5.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "timed out"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("side", ["control", "data"])
+def test_damaged_and_foreign_messages_are_answered_and_survived(serve, side):
+    served = serve(EchoHost(HostOptions()))
+    data = side == "data"
+    endpoint = served.server.data_endpoint if data else served.server.endpoint
+    with RawPeer(endpoint, routing_id=b"draw" if data else b"craw") as peer:
+        damaged = [bytes(f) for f in encode(GROUP)]
+        damaged[1] = b"\1" + damaged[1][1:]
+        for frames, complaint in (
+            ([b"GET / HTTP/1.1"], "no header"),
+            ([b""], "no header"),
+            ([b"x" * 100], "not of pregate"),
+            (damaged, "checksum"),
+            ([damaged[0][:4] + bytes([PROTOCOL_VERSION + 1, 0, 0, 0]) + damaged[0][8:]], f"speaks {PROTOCOL_VERSION}"),
+        ):
+            answer = peer.ask(frames)
+            assert isinstance(answer, Failure)
+            assert complaint in answer.text
+    client = served.client()
+    client.send_group(KEY, torch.ones(1, WIDTH))
+    assert torch.equal(client.receive(KEY, 5.0), torch.ones(1, WIDTH))
+
+
+def test_strangers_and_misplaced_messages_are_refused(serve):
+    served = serve(EchoHost(HostOptions()))
+    with (
+        RawPeer(served.server.endpoint) as control,
+        RawPeer(served.server.data_endpoint, routing_id=b"draw") as data,
+    ):
+        answer = data.ask(encode(GROUP))
+        assert isinstance(answer, NeedHello)
+        assert answer.key == KEY
+        ack = control.ask(encode(HELLO))
+        assert isinstance(ack, HelloAck)
+        assert ack.data_endpoint == served.server.data_endpoint
+        assert isinstance(data.ask(encode(GROUP)), RowsMessage)
+        for peer, message in ((control, GROUP), (control, Heartbeat("x", 1, "", 0.0)), (data, HELLO)):
+            answer = peer.ask(encode(message))
+            assert isinstance(answer, Failure)
+            assert f"socket takes no {type(message).__name__}" in answer.text
+
+
+def test_engines_that_leave_or_vanish_are_forgotten(serve):
+    class Remembering(EchoHost):
+        forgotten: tuple[str, ...] = ()
+
+        def forget(self, engine):
+            self.forgotten += (engine,)
+
+    host = Remembering(HostOptions())
+    served = serve(host, heartbeat_s=0.05)
+    first, second = served.client(), served.client()
+    assert served.server.num_clients == 2
+    first.close()
+    wait_until(lambda: served.server.num_clients == 1)
+    assert host.forgotten == (), "the engine still has a connection"
+    second._control.close(0)  # no Bye
+    wait_until(lambda: served.server.num_clients == 0)
+    wait_until(lambda: host.forgotten == ("e",))
+    served._clients.clear()
+
+
+def test_drain_refuses_new_engines_and_waits_for_the_rest(serve):
+    class Slow(EchoHost):
+        def compute(self, key, rows_ND, index):
+            time.sleep(0.4)
+            return rows_ND
+
+    served = serve(Slow(HostOptions()))
+    client = served.client()
+    wait_until(lambda: served.server._compute.quiet)
+    client.send_group(KEY, torch.ones(1, 4))
+    wait_until(lambda: not served.server._compute.quiet)
+    assert not served.server.drain(timeout_s=0.05)
+    assert served.server.drain(timeout_s=5.0)
+    assert torch.equal(client.receive(KEY, 5.0), torch.ones(1, 4))
+    with pytest.raises(UserError, match="draining"):
+        served.client()
+
+
+def test_the_socket_folder_is_private_and_the_file_goes(tmp_path):
+    path = tmp_path / "run" / "h.sock"
+    server = HostServer(EchoHost(HostOptions()), ServerOptions(f"ipc://{path}"))
+    server.start()
+    assert {p.name for p in path.parent.iterdir()} == {"h.sock", "h.sock.d"}
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    server.stop()
+    assert list(path.parent.iterdir()) == []
+
+
+def test_endpoints_that_must_not_be(tmp_path):
+    tmp_path.chmod(0o755)
+    server = HostServer(EchoHost(HostOptions()), ServerOptions(f"ipc://{tmp_path}/h.sock"))
+    with pytest.raises(UserError, match="mode 755; it must be yours, with mode 700"):
+        server.start()
+    assert not (tmp_path / "h.sock").exists()
+    for endpoint, complaint in (
+        (f"ipc://{tmp_path}/{'x' * 105}", "at most 105 bytes"),
+        ("tcp://0.0.0.0:*", "needs allowed client keys"),
+        ("tcp://*:5555", "needs allowed client keys"),
+        ("udp://127.0.0.1:1", "allowed: ipc://PATH or tcp://ADDRESS:PORT"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            ServerOptions(endpoint)
+
+
+def test_a_port_in_use_is_a_clear_error():
+    with RawPeer("tcp://127.0.0.1:*", zmq.ROUTER) as holder:
+        taken = holder.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        server = HostServer(EchoHost(HostOptions()), ServerOptions(taken))
+        with pytest.raises(UserError, match="cannot listen there"):
+            server.start()
+
+
+class ScriptedHost:
+    """The host's end of the channel, driven by the test step by step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.control = RawPeer(f"ipc://{folder}/scripted.sock", zmq.ROUTER)
+        self.data = RawPeer(f"ipc://{folder}/scripted.sock.d", zmq.ROUTER)
+        self.folder = folder
+        self.peer = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.control.__exit__()
+        self.data.__exit__()
+
+    def client(self) -> ChannelClient:
+        """A client past its handshake, which has sent KEY."""
+        address = HostAddress(0, f"ipc://{self.folder}/scripted.sock", "h1", os.getpid(), "127.0.0.1")
+        client = ChannelClient(address, ChannelOptions(hello_timeout_s=5.0))
+        with ThreadPoolExecutor(1) as pool:
+            greeting = pool.submit(self._greet)
+            client.hello(engine="e", fingerprint="echo", dtype=torch.float32, width=4, max_rows=64)
+            greeting.result(10)
+        return client
+
+    def _greet(self) -> None:
+        peer, *frames = self.control.socket.recv_multipart()
+        assert decode(frames) == HELLO
+        ack = HelloAck(0, "h1", 1, 64, 0, 0.5, f"ipc://{self.folder}/scripted.sock.d")
+        self.control.socket.send_multipart([peer, *encode(ack)])
+
+    def take_group(self) -> GroupMessage:
+        """Receive what the client sent; from now on `say` reaches it."""
+        self.peer, *frames = self.data.socket.recv_multipart()
+        message = decode(frames)
+        assert isinstance(message, GroupMessage)
+        return message
+
+    def say(self, message) -> None:
+        self.data.socket.send_multipart([self.peer, *encode(message)])
+
+
+def rows_message(value: float, key: GroupKey = KEY, incarnation: str = "h1") -> RowsMessage:
+    return RowsMessage(key, incarnation, Rows("float32", (1, 4), torch.full((1, 4), value).numpy().tobytes()))
+
+
+def test_answers_of_other_attempts_engines_and_incarnations_are_discarded(tmp_path):
+    with ScriptedHost(tmp_path) as host:
+        client = host.client()
+        current = KEY._replace(attempt=3)
+        client.send_group(current, torch.zeros(1, 4))
+        assert host.take_group().key == current
+        host.say(rows_message(1.0, KEY._replace(attempt=2)))
+        host.say(rows_message(2.0, current._replace(engine="older")))
+        host.say(rows_message(3.0, current._replace(step=4)))
+        host.say(rows_message(4.0, current, incarnation="h0"))
+        host.say(rows_message(5.0, current))
+        host.say(rows_message(6.0, current))
+        assert client.receive(current, 5.0).tolist() == [[5.0] * 4]
+        assert client.stats.discarded_answers == 4
+        wait_until(lambda: client.poll() is None and client.stats.discarded_answers == 5)
+        client.close()
+
+
+def test_a_damaged_answer_is_a_protocol_error(tmp_path):
+    with ScriptedHost(tmp_path) as host:
+        client = host.client()
+        client.send_group(KEY, torch.zeros(1, 4))
+        host.take_group()
+        frames = [bytes(f) for f in encode(rows_message(1.0))]
+        host.data.socket.send_multipart([host.peer, frames[0], b"\1" + frames[1][1:]])
+        with pytest.raises(ProtocolError, match="checksum"):
+            client.receive(KEY, 5.0)
+        client.close()
+
+
+class HoldingHost(EchoHost):
+    """Says that it holds so many units."""
+
+    num_units = 0
+
+    def accept(self, hello, **terms):
+        return replace(super().accept(hello, **terms), num_units=self.num_units)
+
+
+@pytest.fixture
+def replaced(tmp_path):
+    """A client whose host, of 3 units, is another incarnation than the one greeted, of as many as are asked for."""
+    endpoint, running = f"ipc://{tmp_path}/r/h.sock", []
+
+    def serve_host(num_units):
+        host = HoldingHost(HostOptions())
+        host.num_units = num_units
+        server = HostServer(host, ServerOptions(endpoint))
+        server.start()
+        running.append(server.stop)
+        return host, server
+
+    def replace_by(num_units):
+        host, server = serve_host(3)
+        client = ChannelClient(HostAddress(0, endpoint, host.incarnation, os.getpid(), "127.0.0.1"))
+        running.append(client.close)
+        client.hello(engine="e", fingerprint="echo", dtype=torch.float32, width=4, max_rows=64)
+        server.stop()
+        serve_host(num_units)
+        return client
+
+    yield replace_by
+    for stop in reversed(running):
+        stop()
+
+
+def test_another_incarnation_with_the_same_units_is_taken(replaced):
+    client = replaced(3)
+    client.send_group(KEY, torch.ones(1, 4))
+    assert torch.equal(client.receive(KEY, 10.0), torch.ones(1, 4))
+    assert client.stats.resent_groups == 1
+
+
+def test_another_incarnation_with_fewer_units_is_not(replaced):
+    client = replaced(2)
+    client.send_group(KEY, torch.zeros(1, 4))
+    with pytest.raises(HostLostError, match="another incarnation which holds 2 units, not 3"):
+        client.receive(KEY, 10.0)
+
+
+def cut(served, client) -> None:
+    """Break the connection of the client's control socket until the host has forgotten it."""
+    client._control.disconnect(served.server.endpoint)
+    # What has arrived must be read before ZeroMQ lets go of the connection.
+    wait_until(lambda: not client._drain(client._control) and served.server.num_clients == 0)
+
+
+def test_a_client_that_was_cut_off_greets_again_and_its_group_is_sent_again(serve):
+    served = serve(EchoHost(HostOptions()), heartbeat_s=0.05)
+    client = served.client()
+    cut(served, client)
+    client.send_group(KEY, torch.ones(2, WIDTH))
+    client._control.connect(served.server.endpoint)
+    assert torch.equal(client.receive(KEY, 10.0), torch.ones(2, WIDTH))
+    assert served.server.num_clients == 1
+    assert client.stats.resent_groups >= 1
+
+
+def test_a_client_that_was_cut_off_while_idle_greets_again(serve):
+    """Heartbeats do not come to who was forgotten: it is the client that speaks first, before it complains."""
+    served = serve(EchoHost(HostOptions()), heartbeat_s=0.05)
+    client = served.client(host_timeout_s=1.0)
+    cut(served, client)
+    client._control.connect(served.server.endpoint)
+    wait_until(lambda: client.poll() is None and served.server.num_clients == 1)
