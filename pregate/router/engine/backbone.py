@@ -6,6 +6,7 @@ Shape letters: T tokens of a step, D hidden width, L layers, K experts per token
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,8 +19,12 @@ from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.tools.warm_up import warm_up_dense
 from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.router.engine.attention import ATTENTION_NAME, StepLayout, register_attention
+from pregate.router.engine.attention import ATTENTION_NAME, register_attention
+from pregate.router.engine.decoder_parts import lean_decoder
 from pregate.router.engine.exchange import Exchange
+from pregate.router.engine.family import check_family
+from pregate.router.engine.probe import probe
+from pregate.router.engine.step_layout import StepLayout
 from pregate.workers.client.host_client import LocalLayers
 
 
@@ -61,15 +66,22 @@ class RoutedBackbone(RoutedForCausalLM):
 
 
 class Backbone:
-    """Runs one step over a batch laid out by `StepLayout`."""
+    """Runs one step over a batch laid out by `StepLayout`: as a lean decoder where the family's check allows it, else
+    in transformers' own modules. `kv_shapes` are (heads, width) of every layer's keys and of its values."""
 
-    def __init__(self, model: RoutedBackbone, exchange: Exchange, device: str) -> None:
-        self.model, self.exchange, self.device = model, exchange, device
+    def __init__(self, model: RoutedBackbone, exchange: Exchange, device: str, lean: bool) -> None:
+        self.config, self.path_router, self.dtype = model.config, model.path_router, model.dtype
+        self.exchange, self.device = exchange, device
+        seen = probe(model.parent)
+        self.kv_shapes = seen.kv_shapes
         exact = model.config.routing == "path"
         slots = find_routed_slots(model.parent)
         _place_shared(slots, model, torch.device(device), exchange.local if exact else None)
-        for slot in slots:
-            slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
+        mlps = [ExchangeMLP(slot.mlp, exchange, exact) for slot in slots]
+        self._apart = {m.width: m for mlp in mlps for m in mlp.modules() if isinstance(m, SharedFFN) and m.ffn.compiles}
+        for slot, mlp in zip(slots, mlps, strict=True):
+            slot.replace(mlp)
+        self._run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
 
     @classmethod
     def load(cls, path: str | Path, exchange: Exchange, dtype: str, device: str) -> Backbone:
@@ -83,31 +95,37 @@ class Backbone:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.clone()
         model.parent.set_attn_implementation(ATTENTION_NAME)
-        return cls(model.to(device).eval(), exchange, device)
+        return cls(model.to(device).eval(), exchange, device, check_family(model.config.text_config))
 
     @torch.inference_mode()
     def warm_up(self, step_tokens: int) -> int:
         """Compile the expert kernels of steps of up to `step_tokens` tokens; return the number of calls it took."""
-        width = self.model.config.text_config.hidden_size
-        x_1D = torch.zeros(1, width, dtype=self.model.dtype, device=self.device)
-        apart = {m.width: m for m in self.model.modules() if isinstance(m, SharedFFN) and m.ffn.compiles}
-        calls = sum(warm_up_dense(m.ffn, m.weights, x_1D, step_tokens) for m in apart.values())
+        x_1D = torch.zeros(1, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
+        calls = sum(warm_up_dense(m.ffn, m.weights, x_1D, step_tokens) for m in self._apart.values())
         local = self.exchange.local
-        router = self.model.path_router
-        weighted = router is not None and router.config.weights == "learned"
+        weighted = self.path_router is not None and self.path_router.config.weights == "learned"
         return calls if local is None else calls + local.warm_up(x_1D, step_tokens, weighted=weighted)
 
     @torch.inference_mode()
-    def forward(self, token_ids: np.ndarray, positions: np.ndarray, layout: StepLayout, wanted: list[int]):  # noqa: ANN201
+    def forward(
+        self, token_ids: np.ndarray, positions: np.ndarray, layout: StepLayout, wanted: list[int]
+    ) -> torch.Tensor:
         """Run tokens [T] at `positions` [T]; return logits [B, V] of the rows `wanted`."""
-        output = self.model.parent(
-            input_ids=torch.from_numpy(token_ids)[None].to(self.device),
-            position_ids=torch.from_numpy(positions)[None].to(self.device),
-            use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=self.device),
-            pregate_step=layout,
-        )
-        return output.logits[0]
+        ids_T, positions_T = (torch.from_numpy(part).to(self.device) for part in (token_ids, positions))
+        return self._run(ids_T, positions_T, layout, torch.tensor(wanted, dtype=torch.int64, device=self.device))
+
+
+def _run_parent(
+    parent: Any, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: StepLayout, wanted_B: torch.Tensor
+) -> torch.Tensor:
+    output = parent(
+        input_ids=ids_T[None],
+        position_ids=positions_T[None],
+        use_cache=False,
+        logits_to_keep=wanted_B,
+        pregate_step=layout,
+    )
+    return output.logits[0]
 
 
 def _place_shared(

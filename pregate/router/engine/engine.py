@@ -24,15 +24,15 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.path_router import PathComputer, PathState
 from pregate.model.paths import Paths
-from pregate.router.engine.attention import StepLayout
 from pregate.router.engine.backbone import Backbone
-from pregate.router.engine.blocks import BlockAllocator, slots_of
+from pregate.router.engine.blocks import BlockAllocator
 from pregate.router.engine.exchange import Exchange
 from pregate.router.engine.kv_cache import PagedKV
 from pregate.router.engine.options import EngineOptions
 from pregate.router.engine.sampling import sample
 from pregate.router.engine.scheduler import Batcher, BatchLimits, Slice
 from pregate.router.engine.sequence import Sequence
+from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 from pregate.router.link.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
 
 if TYPE_CHECKING:
@@ -51,16 +51,16 @@ class Engine:
         self, options: EngineOptions, folder: ModelFolder, backbone: Backbone, exchange: Exchange, version: str
     ) -> None:
         self.options, self.backbone, self.exchange, self.version = options, backbone, exchange, version
-        self.config = backbone.model.config
+        self.config = backbone.config
         self.exact = self.config.routing == "path"
         self.context = self.config.context_tokens
         blocks = -(-options.kv_capacity(self.context) // options.block_size)
         self.allocator = BlockAllocator(blocks, options.block_size)
-        self.kv = PagedKV(blocks * options.block_size)
+        self.kv = PagedKV(blocks, options.block_size, backbone.kv_shapes, backbone.dtype, backbone.device)
         self.batcher = Batcher(
             BatchLimits(options.max_running, options.max_queued, options.step_tokens), self.allocator
         )
-        self.computer = PathComputer(backbone.model.path_router) if backbone.model.path_router is not None else None
+        self.computer = PathComputer(backbone.path_router) if backbone.path_router is not None else None
         self.eos_ids = folder.eos_ids
         self._states: dict[str, PathState] = {}
         self._sequences: dict[str, Sequence] = {}
@@ -209,11 +209,8 @@ class Engine:
         ids = [s.sequence.token_ids[s.sequence.num_computed : s.stop] for s in batch]
         positions = [np.arange(s.sequence.num_computed, s.stop) for s in batch]
         token_ids = np.fromiter((t for part in ids for t in part), dtype=np.int64)
-        size = self.allocator.block_size
-        slots = [slots_of(s.sequence.blocks, 0, s.stop, size) for s in batch]
-        decodes = [c for s, c in zip(batch, slots, strict=True) if s.num_tokens == 1]
-        chunks = [(s.num_tokens, c) for s, c in zip(batch, slots, strict=True) if s.num_tokens > 1]
-        layout = StepLayout.build(self.kv, decodes, chunks, self.backbone.device)
+        slices = [SequenceSlice(s.sequence.blocks, s.sequence.num_computed, s.stop) for s in batch]
+        layout = StepLayout.build(self.kv, slices, self.backbone.device)
         ends = np.cumsum([s.num_tokens for s in batch])
         wanted = [int(end) - 1 for s, end in zip(batch, ends, strict=True) if s.samples]
         self.exchange.begin_step(self._step_number, len(token_ids), self._paths_of(batch))

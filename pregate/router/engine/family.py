@@ -6,24 +6,31 @@ So a family whose attention we do not know is refused by name before anything st
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pregate.base.errors import UserError
+from pregate.base.log import get_logger
 from pregate.model.config import rope_sets
-from pregate.router.engine.attention import ATTENTION_NAME, StepLayout, register_attention
+from pregate.router.engine.attention import ATTENTION_NAME, register_attention
+from pregate.router.engine.decoder_parts import NotLeanError, lean_decoder
 from pregate.router.engine.kv_cache import PagedKV
+from pregate.router.engine.probe import probe
+from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 
+logger = get_logger(__name__)
 _WINDOW = 8
 _CONTEXT = 64
 _TOLERANCE = 1e-4
-#: The check's two texts: their lengths, and where in the cache each begins.
-_LENGTHS, _FIRST_SLOTS, _NUM_SLOTS = (24, 18), (0, 24), 42
+#: The check's two texts: their lengths, and the blocks each has in the cache, some beside each other.
+_LENGTHS, _BLOCK, _NUM_BLOCKS = (24, 18), 4, 12
+_TABLES = ((0, 1, 2, 3, 4, 5), (6, 7, 8, 10, 9))
 #: Its steps, in row order: (text, start, stop). A text alone, two together, decode tokens beside a chunk and alone.
 _STEPS: tuple[tuple[tuple[int, int, int], ...], ...] = (
     ((0, 0, 6),),
@@ -64,6 +71,9 @@ _FAILURES = (
     IndexError,
     StrictDataclassError,
 )
+
+
+Run = Callable[[torch.Tensor, torch.Tensor, StepLayout, torch.Tensor], torch.Tensor]
 
 
 def tiny_config(config: PretrainedConfig, window: int = _WINDOW) -> PretrainedConfig:
@@ -110,14 +120,16 @@ def _shrink_rope(tiny: Any, context: int) -> None:
                 tiny.original_max_position_embeddings = _CONTEXT
 
 
-def check_family(config: PretrainedConfig) -> None:
-    """Raise UserError naming the family unless our paged attention matches its own eager attention.
+def check_family(config: PretrainedConfig) -> bool:
+    """Raise UserError naming the family unless a tiny model of it under our paged attention matches its own; return
+    whether it does as a lean decoder, too.
 
     `config` is the parent's config; nothing of its weights is read.
     """
     family = config.model_type
     try:
-        difference = _difference(config)
+        texts = [(torch.arange(length) * (7 + length) + 1) % 61 for length in _LENGTHS]
+        difference, expected = _difference(config, texts)
     except UserError as error:
         raise UserError(f"model family {family!r} cannot be served: {error}") from error
     except _FAILURES as error:
@@ -129,24 +141,49 @@ def check_family(config: PretrainedConfig) -> None:
             f"model family {family!r} cannot be served: under pregate's attention a tiny model of it differs from its"
             f" own by {difference:.1e} (allowed: {_TOLERANCE:.0e})"
         )
+    reason = _why_not_lean(config, texts, expected)
+    logger.info("family %s: %s", family, reason or "runs as a lean decoder")
+    return not reason
 
 
 @torch.inference_mode()
-def _difference(config: PretrainedConfig) -> float:
-    """Largest logit difference of two texts, run together in chunks and decode steps, beside each at once."""
+def _difference(config: PretrainedConfig, texts: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
+    """Largest logit difference of two texts, run together in chunks and decode steps, beside each at once, whose logits
+    [N, V] are returned as well."""
     register_attention()
     model = _tiny_model(config)
-    texts = [(torch.arange(length) * (7 + length) + 1) % 61 for length in _LENGTHS]
     whole = [model(input_ids=ids[None], use_cache=False).logits[0] for ids in texts]
     if not _reads_the_past(model, texts[0], whole[0]):
         raise UserError("its logits do not depend on earlier tokens in the check")
+    shapes = probe(model).kv_shapes
     model.set_attn_implementation(ATTENTION_NAME)
-    kv = PagedKV(_NUM_SLOTS)
-    difference = 0.0
-    for step in _STEPS:
-        expected = torch.cat([whole[text][start:stop] for text, start, stop in step])
-        difference = max(difference, (_run(model, kv, texts, step) - expected).abs().max().item())
-    return difference
+
+    def run(ids_T: torch.Tensor, positions_T: torch.Tensor, step: StepLayout, wanted_B: torch.Tensor) -> torch.Tensor:
+        output = model(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            use_cache=False,
+            logits_to_keep=wanted_B,
+            pregate_step=step,
+        )
+        return output.logits[0]
+
+    return _compare(run, PagedKV(_NUM_BLOCKS, _BLOCK, shapes), texts, whole), whole
+
+
+@torch.inference_mode()
+def _why_not_lean(config: PretrainedConfig, texts: list[torch.Tensor], whole: list[torch.Tensor]) -> str:
+    """Why the family runs as transformers has it and not as a lean decoder; empty if it runs lean."""
+    model = _tiny_model(config)
+    seen = probe(model)
+    try:
+        decoder = lean_decoder(model, seen)
+        difference = _compare(decoder.forward, PagedKV(_NUM_BLOCKS, _BLOCK, seen.kv_shapes), texts, whole)
+    except (NotLeanError, *_FAILURES) as error:
+        return f"runs in transformers' modules: it has {error}"
+    if difference <= _TOLERANCE:
+        return ""
+    return f"runs in transformers' modules: as a lean decoder it would differ by {difference:.1e}"
 
 
 def _tiny_model(config: PretrainedConfig) -> Any:
@@ -155,24 +192,26 @@ def _tiny_model(config: PretrainedConfig) -> Any:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(tiny_config(config), dtype=torch.float32, attn_implementation="eager")
     for parameter in model.parameters():
+        generator = torch.Generator().manual_seed(parameter.numel())
         if parameter.dim() >= 2:
-            parameter.normal_(0, 0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+            parameter.normal_(0, 0.3, generator=generator)
+        else:  # a norm's weight or a bias, which at its first value would hide where it is left out
+            parameter.add_(torch.rand(parameter.shape, generator=generator) * 0.1)
     return model.eval()
 
 
-def _run(model: Any, kv: PagedKV, texts: list[torch.Tensor], step: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
-    """Run one step as the backbone does; returns the logits [T, V] of its rows, which are asked for last row first."""
-    slots = [(stop - start, np.arange(stop, dtype=np.int64) + _FIRST_SLOTS[text]) for text, start, stop in step]
-    layout = StepLayout.build(kv, [s for n, s in slots if n == 1], [(n, s) for n, s in slots if n > 1])
-    positions = torch.cat([torch.arange(start, stop) for _, start, stop in step])
-    output = model(
-        input_ids=torch.cat([texts[text][start:stop] for text, start, stop in step])[None],
-        position_ids=positions[None],
-        use_cache=False,
-        logits_to_keep=torch.arange(len(positions)).flip(0),
-        pregate_step=layout,
-    )
-    return output.logits[0].flip(0)
+def _compare(run: Run, kv: PagedKV, texts: list[torch.Tensor], whole: list[torch.Tensor]) -> float:
+    """Run the check's steps as the backbone does; rows are asked for last row first."""
+    difference = 0.0
+    for step in _STEPS:
+        layout = StepLayout.build(kv, [SequenceSlice(_TABLES[text], start, stop) for text, start, stop in step])
+        ids_T = torch.cat([texts[text][start:stop] for text, start, stop in step])
+        positions_T = torch.cat([torch.arange(start, stop) for _, start, stop in step])
+        logits = run(ids_T, positions_T, layout, torch.arange(len(ids_T)).flip(0)).flip(0)
+        expected = torch.cat([whole[text][start:stop] for text, start, stop in step])
+        found = (logits - expected).abs().max().item()
+        difference = max(difference, math.inf if math.isnan(found) else found)
+    return difference
 
 
 def _reads_the_past(model: Any, ids: torch.Tensor, whole: torch.Tensor) -> bool:

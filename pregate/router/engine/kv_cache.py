@@ -1,31 +1,61 @@
-"""The paged tensors of the KV cache; blocks.py says who owns which slots."""
+"""The paged tensors of the KV cache; blocks.py says who owns which blocks.
+
+Shape letters: T new tokens, N blocks, S tokens of a block, B sequences, C context tokens, G key/value heads, E head
+width.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 
 class PagedKV:
-    """Keys and values of all sequences: per layer [num_slots + 1, num_kv_heads, head_dim], made on first write.
+    """Keys and values of all sequences, made at once: per layer [N * S, G, E] of each.
 
-    The slot after the last, `spare_slot`, is nobody's and stays 0: what is read as padding must not be what another
-    request wrote, since masked does not mean harmless (weight 0 times infinity is not a number).
+    `shapes` has (G, E) of every layer's keys and of its values. Nothing in the cache is ever infinite or not a number:
+    what is masked is still multiplied, by 0, and one request's overflow must not reach another's text.
     """
 
-    def __init__(self, num_slots: int) -> None:
-        self.spare_slot = num_slots
-        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        shapes: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_slots = num_blocks * block_size
+        self.keys, self.values = (
+            [torch.zeros(self.num_slots, *shape[which], dtype=dtype, device=device) for shape in shapes]
+            for which in (0, 1)
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in (*self.keys, *self.values))
 
     def write(self, layer: int, slot_T: torch.Tensor, k_TGE: torch.Tensor, v_TGE: torch.Tensor) -> None:
-        """Store the new tokens' keys and values [T, kv heads, head dim] in their slots."""
-        if layer not in self._layers:
-            keys = k_TGE.new_zeros(self.spare_slot + 1, *k_TGE.shape[1:])
-            self._layers[layer] = (keys, v_TGE.new_zeros(self.spare_slot + 1, *v_TGE.shape[1:]))
-        keys, values = self._layers[layer]
-        keys[slot_T] = k_TGE
-        values[slot_T] = v_TGE
+        """Store keys and values [T, G, E] of new tokens in their slots; what is not finite as 0."""
+        self.keys[layer].index_copy_(0, slot_T, k_TGE.nan_to_num(0.0, 0.0, 0.0))
+        self.values[layer].index_copy_(0, slot_T, v_TGE.nan_to_num(0.0, 0.0, 0.0))
 
-    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather keys and values at `slots` (any shape); returns [*slots.shape, kv heads, head dim] of each."""
-        keys, values = self._layers[layer]
-        return keys[slots], values[slots]
+    def lanes(self, layer: int, first: int, stride: int, num: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """View [num, length, G, E] of keys and values: `num` runs of `length` slots that begin `stride` apart."""
+        return tuple(  # pyright: ignore[reportReturnType]
+            part.as_strided(
+                (num, length, *part.shape[1:]),
+                (stride * part.stride(0), *part.stride()),
+                first * part.stride(0),
+            )
+            for part in (self.keys[layer], self.values[layer])
+        )
+
+    def gather(self, layer: int, block_N: torch.Tensor, num: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies [num, C, G, E] of keys and values: `block_N` names the blocks of `num` sequences, as many of each."""
+        return tuple(  # pyright: ignore[reportReturnType]
+            part.view(self.num_blocks, -1).index_select(0, block_N).view(num, -1, *part.shape[1:])
+            for part in (self.keys[layer], self.values[layer])
+        )

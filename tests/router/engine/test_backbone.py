@@ -9,17 +9,17 @@ import torch
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.paths import Paths
-from pregate.router.engine.attention import StepLayout
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.exchange import Exchange
 from pregate.router.engine.kv_cache import PagedKV
+from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 from tests.router.serving import hosts_here, placement_of
 
-NUM_HOSTS, NUM_SLOTS = 2, 64
+NUM_HOSTS, NUM_BLOCKS, BLOCK = 2, 16, 4
 TOLERANCE = 1e-4
-#: Two texts of byte tokens, and the cache slots of each, here and there.
+#: Two texts of byte tokens, and the cache blocks of each: side by side, and here and there.
 TEXTS = [[(7 * n + 3) % 251 for n in range(20)], [(11 * n + 5) % 253 for n in range(17)]]
-SLOTS = [np.arange(1, 41, 2), np.arange(40, 6, -2)]
+BLOCKS = [[1, 2, 3, 4, 5], [15, 7, 9, 8, 6]]
 
 
 class Run:
@@ -35,14 +35,13 @@ class Run:
             terms = {"dtype": torch.float32, "width": reader.hidden_size, "max_rows": 64}
             client.hello(engine="engine", fingerprint=reader.fingerprint, **terms)
         self.backbone = Backbone.load(path, self.exchange, "float32", "cpu")
-        self.kv = PagedKV(NUM_SLOTS)
+        self.kv = PagedKV(NUM_BLOCKS, BLOCK, self.backbone.kv_shapes)
         self.num_steps = 0
 
     def step(self, pieces: list[tuple[int, int, int]], wanted: list[int] | None = None) -> None:
         """Run (text, start, stop) of each piece, single tokens first; hold the logits of the rows `wanted`, or all."""
         self.num_steps += 1
-        context = [(stop - start, SLOTS[text][:stop]) for text, start, stop in pieces]
-        layout = StepLayout.build(self.kv, [s for n, s in context if n == 1], [(n, s) for n, s in context if n > 1])
+        layout = StepLayout.build(self.kv, [SequenceSlice(BLOCKS[text], start, stop) for text, start, stop in pieces])
         token_ids = np.concatenate([TEXTS[text][start:stop] for text, start, stop in pieces])
         positions = np.concatenate([np.arange(start, stop) for _, start, stop in pieces])
         rows = wanted if wanted is not None else list(range(len(token_ids)))

@@ -131,8 +131,8 @@ def test_what_others_left_in_the_cache_poisons_nobody(engine, alone, poison):
         owned = {b for s in engine.batcher.running for b in s.blocks}
         free = [b for b in range(engine.allocator.num_blocks) if b not in owned]
         slots = torch.tensor([b * size + i for b in free for i in range(size)])
-        for layer, (keys, values) in engine.kv._layers.items():
-            engine.kv.write(layer, slots, *(torch.full_like(t[slots], poison) for t in (keys, values)))
+        for layer, parts in enumerate(zip(engine.kv.keys, engine.kv.values, strict=True)):
+            engine.kv.write(layer, slots, *(torch.full_like(part[slots], poison) for part in parts))
 
     submit(engine, "b", 3)  # takes block 0, and leaves it
     submit(engine, "c")

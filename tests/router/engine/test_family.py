@@ -1,6 +1,7 @@
 """Model families: known attention matches its own; unknown attention is refused by name."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,10 +23,11 @@ from transformers import (
 )
 
 from pregate.base.errors import UserError
-from pregate.router.engine import attention
-from pregate.router.engine.attention import StepLayout, paged_attention
+from pregate.router.engine import decoder
+from pregate.router.engine.attention import AttentionRules, paged_attention
 from pregate.router.engine.family import check_family, tiny_config
 from pregate.router.engine.kv_cache import PagedKV
+from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 
 #: As Phi-3 mini 128k: 48 factors for the 96 channels of a head.
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.1] * 48, "long_factor": [4.0] * 48}
@@ -48,9 +50,18 @@ KNOWN = {
 }
 
 
+#: Families with a part that a lean decoder does not know: they run in transformers' modules.
+NOT_LEAN = {"granite", "olmo2", "cohere2", "smollm3"}
+
+
 @pytest.mark.parametrize("name", KNOWN)
 def test_known_families_pass(name):
-    check_family(KNOWN[name])
+    assert check_family(KNOWN[name]) == (name not in NOT_LEAN)
+
+
+def test_a_family_whose_lean_decoder_would_differ_runs_as_it_is(monkeypatch):
+    monkeypatch.setattr(decoder, "rotate", lambda x, rotation: x)
+    assert not check_family(LlamaConfig())
 
 
 @pytest.mark.parametrize("config", [DiffLlamaConfig(), GptOssConfig()], ids=lambda c: c.model_type)
@@ -64,13 +75,8 @@ def test_unknown_attention_is_refused_by_name(config):
     [("mistral", "sliding_window", None), ("gemma2", "softcap", None), ("granite", "scaling", 1)],
 )
 def test_the_check_sees_a_rule_that_is_not_honoured(family, field, wrong, monkeypatch):
-    rules = attention._Rules
-
-    def forgetful(scaling, sliding_window, softcap):
-        given = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
-        return rules(**{**given, field: wrong})
-
-    monkeypatch.setattr(attention, "_Rules", forgetful)
+    of = AttentionRules.of
+    monkeypatch.setattr(AttentionRules, "of", lambda *args, **kwargs: replace(of(*args, **kwargs), **{field: wrong}))
     with pytest.raises(UserError, match=family):
         check_family(KNOWN[family])
 
@@ -109,7 +115,7 @@ def test_tiny_config_keeps_how_far_positions_are_stretched():
 
 
 def test_arguments_that_are_set_and_unknown_are_refused():
-    layout = StepLayout.build(PagedKV(4), [], [(2, torch.arange(2).numpy())])
+    layout = StepLayout.build(PagedKV(1, 4, [((1, 4), (1, 4))]), [SequenceSlice([0], 0, 2)])
     x = torch.zeros(1, 1, 2, 4)
     module = torch.nn.Module()
     with pytest.raises(UserError, match="sinks"):
