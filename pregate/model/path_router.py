@@ -197,9 +197,9 @@ class PathComputer:
         self.cuts, self.config = router.cuts, router.config
         self.device = router.embedding.weight.device
         copy = PathRouter(router.config, router.embedding.num_embeddings, router.cuts, router.selection)
-        self._router = copy.to(self.device, torch.float64)
-        self._router.load_state_dict({k: v.double() for k, v in router.state_dict().items()})
-        self._router.requires_grad_(False)
+        self.router = copy.to(self.device, torch.float64)
+        self.router.load_state_dict({k: v.double() for k, v in router.state_dict().items()})
+        self.router.requires_grad_(False)
 
     def new_state(self) -> PathState:
         """State of a sequence nothing of which has been seen."""
@@ -225,7 +225,7 @@ class PathComputer:
     def _no_paths(self) -> Paths:
         """Those of no tokens: with weights where other paths have them."""
         num_scores = sum(c.num_routed for c in self.cuts)
-        return self._paths(torch.empty(0, num_scores, dtype=torch.float64, device=self.device))
+        return self.paths_of(torch.empty(0, num_scores, dtype=torch.float64, device=self.device))
 
     @torch.no_grad()
     def _extend_chunk(
@@ -240,8 +240,8 @@ class PathComputer:
         past_BPMC = states[0].kept.new_zeros(len(states), num_past, *states[0].kept.shape[1:])
         past_BPMC[self._on_device(_runs(past_B, num_past - past_B))] = torch.cat([s.kept for s in states])
         past = list(zip(past_BPMC[:, :, 0::2].unbind(2), past_BPMC[:, :, 1::2].unbind(2), strict=True))
-        x_BNC, kept = self._router.encode(torch.from_numpy(ids_BN).to(self.device), past, self._on_device([past_B])[0])
-        paths = self._paths(self._router.scores_of(self._router.heads(x_BNC[self._on_device(places)])))
+        x_BNC, kept = self.router.encode(torch.from_numpy(ids_BN).to(self.device), past, self._on_device([past_B])[0])
+        paths = self.paths_of(self.router.scores_of(self.router.heads(x_BNC[self._on_device(places)])))
         ends = np.cumsum(new_B)
         return [paths[end - n : end] for end, n in zip(ends, new_B, strict=True)], self._keep(kept, past_B, new_B)
 
@@ -255,8 +255,8 @@ class PathComputer:
     def _on_device(self, arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.from_numpy(np.stack(arrays)).to(self.device))
 
-    def _paths(self, scores_NS: torch.Tensor) -> Paths:
-        chosen = choose_experts(self._router, scores_NS)
+    def paths_of(self, scores_NS: torch.Tensor) -> Paths:
+        chosen = choose_experts(self.router, scores_NS)
         weights = None if chosen.weights is None else chosen.weights.to(torch.float32).cpu().numpy()
         return Paths(chosen.ids.to(torch.int16).cpu().numpy(), weights)
 

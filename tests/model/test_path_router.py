@@ -153,7 +153,7 @@ def test_paths_fit_their_layers(every: PathComputer):
     assert (paths.ids[:, 1] == -1).all()
     for layer, cut in enumerate(every.cuts):
         sizes = set((paths.ids[:, layer] >= 0).sum(axis=-1).tolist())
-        assert sizes == {cut.num_active} or (every._router.selection == "threshold" and max(sizes) <= cut.num_routed)
+        assert sizes == {cut.num_active} or (every.router.selection == "threshold" and max(sizes) <= cut.num_routed)
     if every.config.heads == "single":
         assert np.array_equal(paths.ids[:, 0], paths.ids[:, 2])
 
