@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -11,10 +12,29 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+#: An option in a message, or a command, which stays as it is.
+_FLAG = re.compile(r"`[^`]*`|(?<![\w/-])--[a-z][a-z0-9-]*")
+
+
 class PregateError(Exception):
-    """Root of every error pregate raises on purpose. `code` is the gRPC status name a front door answers with."""
+    """Root of every error pregate raises on purpose. `code` is the gRPC status name a front door answers with.
+
+    Messages are written with options as the command line has them, --max-tokens; `str` gives them as the fields and
+    keys of Python, HTTP and Serve, max_tokens.
+    """
 
     code = "INTERNAL"
+
+    @property
+    def for_command_line(self) -> str:
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return _FLAG.sub(lambda found: _field_name(found[0]), self.for_command_line)
+
+
+def _field_name(found: str) -> str:
+    return found if found.startswith("`") else found[2:].replace("-", "_")
 
 
 class UserError(PregateError, ValueError):

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from pregate.base.errors import UserError
 
 MAX_SEED = (1 << 63) - 1
 
 
-def check_sampling(
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
-    named: Callable[[str], str] = str,
-) -> None:
-    """Raise UserError naming the field (as `named` spells it), the value and what is allowed."""
+def check_sampling(max_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
+    """Raise UserError naming the field, the value and what is allowed."""
     if max_tokens < 1:
-        raise UserError.of(named("max_tokens"), max_tokens, "must be at least 1")
+        raise UserError.of("max_tokens", max_tokens, "must be at least 1")
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError.of(named("temperature"), temperature, "must be 0 (greedy) or a finite number above 0")
+        raise UserError.of("temperature", temperature, "must be 0 (greedy) or a finite number above 0")
     if not 0 < top_p <= 1:
-        raise UserError.of(named("top_p"), top_p, "must be above 0 and at most 1")
+        raise UserError.of("top_p", top_p, "must be above 0 and at most 1")
     if seed is not None and not 0 <= seed <= MAX_SEED:
-        raise UserError.of(named("seed"), seed, f"must be 0 to {MAX_SEED}")
+        raise UserError.of("seed", seed, f"must be 0 to {MAX_SEED}")
 
 
 def check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

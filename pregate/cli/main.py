@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(app(_spread(given) or ["--help"], standalone_mode=False) or 0)
     except UserError as error:
-        return _fail(error, 2)
+        return _fail(error.for_command_line, 2)
     except PregateError as error:
-        return _fail(error, 1)
+        return _fail(error.for_command_line, 1)
     except _UsageError as error:
         return _fail(_describe(error, given), 2)
     except typer.Exit as stop:
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _fail(error: object, code: int) -> int:
-    sys.stderr.write(f"pregate: {' '.join(str(error).split())}\n")
+def _fail(sentence: str, code: int) -> int:
+    sys.stderr.write(f"pregate: {' '.join(sentence.split())}\n")
     return code
 
 

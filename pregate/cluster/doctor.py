@@ -75,7 +75,7 @@ def examine_model(model: Path, hosts: int) -> list[Finding]:
         config = ServeConfig.from_dict({"model": str(model), "hosts": hosts})
         preflight.check_config(config)
     except UserError as error:
-        return [Finding("model", "fail", str(error))]  # the sentence says what to do
+        return [Finding("model", "fail", error.for_command_line)]  # the sentence says what to do
     roles = measure(CheckpointReader(config.model), config)
     available, needed = available_bytes(), roles.total_bytes
     fits = needed <= available

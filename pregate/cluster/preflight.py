@@ -67,7 +67,6 @@ def check_model(config: ServeConfig) -> None:
 def check_door(options: GrpcOptions) -> None:
     """Refuse a door whose access rules, files or port cannot work on this machine. UserError names the option."""
     access = options.access
-    access.validate()
     access.read_tls()
     access.read_tokens()
     family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
@@ -89,7 +88,7 @@ def main() -> None:
         check_model(ServeConfig.from_dict(json.load(sys.stdin)))
         failure = None
     except PregateError as error:
-        failure = {"code": error.code, "message": str(error)}
+        failure = {"code": error.code, "message": error.for_command_line}
     print(json.dumps(failure))
 
 

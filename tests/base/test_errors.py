@@ -11,7 +11,7 @@ ALL = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c,
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda c: c.__name__)
 def test_every_error_survives_pickling(kind):
-    error = kind(3, "silent for 4 s") if kind is errors.HostLostError else kind("--hosts 9: allowed: 0 to 5")
+    error = kind(3, "silent for 4 s") if kind is errors.HostLostError else kind("hosts 9: allowed: 0 to 5")
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is kind
     assert str(again) == str(error)
@@ -29,4 +29,4 @@ def test_codes_lead_back_to_their_class():
 
 
 def test_the_house_sentence():
-    assert str(errors.UserError.of("--hosts", 9, "allowed: 0 to 5")) == "--hosts 9: allowed: 0 to 5"
+    assert str(errors.UserError.of("--hosts", 9, "allowed: 0 to 5")) == "hosts 9: allowed: 0 to 5"

@@ -18,5 +18,5 @@ def test_an_editors_mark_is_no_part_of_a_token(mark: str, tmp_path: Path):
 def test_a_file_of_an_editors_mark_alone_holds_none(tmp_path: Path):
     file = tmp_path / "tokens.txt"
     file.write_text("\ufeff", encoding="utf-8")
-    with pytest.raises(UserError, match="--token-file"):
+    with pytest.raises(UserError, match="token_file"):
         read_tokens(file)

@@ -59,6 +59,7 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: 
         ["report", "--model", model, "--out", out, "--text", "/no/such"],
         ["generate", "--model", "/no/such", "--prompt", "a"],
         ["serve", "--model", "/no/such"],
+        ["serve", "--model", model, "--host", "0.0.0.0"],
         ["serve", "--model", model, "--max-running", "0"],
     ]
     code = (

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pregate.base.errors import UserError, option_name
+from pregate.base.errors import UserError
 from pregate.base.options import from_dict, of_keys, to_dict, user_options
 from pregate.cluster.config import ServeConfig
 from pregate.router.doors.access import AccessOptions
@@ -33,11 +33,11 @@ def test_text_values_are_read_by_type():
         ({"model": "/m", "hosts": 2.5}, "hosts 2.5: allowed: 0 or more"),
         ({"model": "/m", "hosts": True}, "hosts True: allowed: 0 or more"),
         ({"hosts": 2}, "model: missing"),
-        ({"model": "/m", "hosts": -1}, "--hosts -1"),
-        ({"model": "/m", "hosts": 1, "placement": "spread"}, "--placement spread: allowed: linear, round_robin"),
-        ({"model": "/m", "hosts": 1, "device": "tpu"}, "--device tpu: allowed: cpu, cuda"),
-        ({"model": "/m", "hosts": 1, "dtype": "int3"}, "--dtype int3"),
-        ({"model": "/m", "hosts": 1, "gpus_per_host": -1}, "--gpus-per-host -1"),
+        ({"model": "/m", "hosts": -1}, "hosts -1"),
+        ({"model": "/m", "hosts": 1, "placement": "spread"}, "placement spread: allowed: linear, round_robin"),
+        ({"model": "/m", "hosts": 1, "device": "tpu"}, "device tpu: allowed: cpu, cuda"),
+        ({"model": "/m", "hosts": 1, "dtype": "int3"}, "dtype int3"),
+        ({"model": "/m", "hosts": 1, "gpus_per_host": -1}, "gpus_per_host -1"),
         ({"model": "/m", "hosts": 1, "engine": 3}, "engine 3: allowed: a mapping"),
     ],
 )
@@ -50,7 +50,7 @@ def test_bad_values_are_named(values, sentence):
 def test_a_join_with_another_option_names_it(change):
     running = ServeConfig.from_dict({"model": "/m", "hosts": 2})
     (name,) = change
-    with pytest.raises(UserError, match=f"{option_name(name)} .* is running with {getattr(running, name)}"):
+    with pytest.raises(UserError, match=f"{name} .* is running with {getattr(running, name)}"):
         ServeConfig.from_dict({"model": "/m", "hosts": 2, **change}).check_joins(running)
     ServeConfig.from_dict({"model": "/m", "hosts": 2, "drain_s": 1}).check_joins(running)
 
@@ -66,7 +66,7 @@ def test_gpus_follow_the_device():
     assert (config.gpus_per_host, config.engine_gpus) == (1, 1)
     assert ServeConfig("/m", 2, device="cuda", gpus_per_host=0.5).gpus_per_host == 0.5
     assert ServeConfig("/m", 1, device="cuda", gpus_per_host=0).gpus_per_host == 0
-    with pytest.raises(UserError, match=r"^--gpus-per-host 0: all 2 hosts would compute on one GPU; allowed: above 0"):
+    with pytest.raises(UserError, match="gpus_per_host 0: all 2 hosts would compute on one GPU; allowed: above 0"):
         ServeConfig("/m", 2, device="cuda", gpus_per_host=0)
 
 
@@ -75,7 +75,7 @@ def test_both_doors_can_say_all_of_a_deployment_and_must_agree():
     assert {"expert_ffn", "served_model_name", "engine_threads", "host_threads", "kv_tokens", "max_queued"} <= set(keys)
     running = of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop"})
     of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop", "served_model_name": "m"}).check_joins(running)
-    with pytest.raises(UserError, match=r"^--expert-ffn auto: deployment 'pregate' is running with loop"):
+    with pytest.raises(UserError, match="expert_ffn auto: deployment 'pregate' is running with loop"):
         of_keys(ServeConfig, {"model": "/m"}).check_joins(running)
-    with pytest.raises(UserError, match=r"^--served-model-name n: deployment 'pregate' is running with m"):
+    with pytest.raises(UserError, match="served_model_name n: deployment 'pregate' is running with m"):
         of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop", "served_model_name": "n"}).check_joins(running)

@@ -34,5 +34,5 @@ def test_the_refusal_names_the_option_and_what_there_is():
     has = describe(asked, NODE, {"CPU": 7.8})
     engine, hosts = "an engine of 0 GPUs on this node", "2 hosts of 1 GPUs each"
     assert has == f"{hosts} and {engine}; the cluster has 8 CPUs (7.8 free), 1 GPUs (0 free)"
-    assert str(refusal(asked, "GPU", has)) == f"--gpus-per-host 1: not to be had: {has}"
-    assert str(refusal(config(hosts=99), "CPU", has)).startswith("--hosts 99: too many for this cluster")
+    assert str(refusal(asked, "GPU", has)) == f"gpus_per_host 1: not to be had: {has}"
+    assert str(refusal(config(hosts=99), "CPU", has)).startswith("hosts 99: too many for this cluster")

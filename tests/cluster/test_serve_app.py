@@ -43,9 +43,9 @@ serve.shutdown()
         ({"hosts": "2"}, "model: missing"),
         ({"model": "TINY", "hosts": "2", "colour": "1"}, "colour 1: unknown option; allowed: model, hosts"),
         ({"model": "TINY", "hosts": "two"}, "hosts two: allowed: 0 or more"),
-        ({"model": "TINY", "hosts": "6"}, "--hosts 6: allowed: 0 to 5"),
-        ({"model": "TINY", "max_queued_requests": "0"}, "max-queued-requests 0: allowed: 1 or more"),
-        ({"model": "/no/such"}, "--model /no/such: no such folder"),
+        ({"model": "TINY", "hosts": "6"}, "hosts 6: allowed: 0 to 5"),
+        ({"model": "TINY", "max_queued_requests": "0"}, "max_queued_requests 0: allowed: 1 or more"),
+        ({"model": "/no/such"}, "model /no/such: no such folder"),
     ],
 )
 def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
@@ -59,7 +59,7 @@ def test_on_serves_command_line_a_bad_argument_is_one_sentence(layerwise_checkpo
     run = [sys.executable, "-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
     done = subprocess.run([*run, "model=/no/such"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "Error: --model /no/such: no such folder; allowed: a checkpoint folder"
+    assert done.stderr.splitlines()[-1] == "Error: model /no/such: no such folder; allowed: a checkpoint folder"
     assert "Traceback" not in done.stderr
 
 

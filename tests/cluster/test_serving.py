@@ -34,7 +34,7 @@ assert not heavy, heavy
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("--hosts 99: allowed: 0 to 6")
+    assert done.stdout.startswith("hosts 99: allowed: 0 to 6")
 
 
 @pytest.fixture
@@ -72,9 +72,9 @@ def test_a_signal_after_a_loss_is_no_success(deployment):
 @pytest.mark.parametrize(
     ("address", "error", "sentence"),
     [
-        (NOBODY, UnavailableError, "--ray-address 127.0.0.1:1: nothing takes connections there"),
-        ("ray://head:10001", UserError, "--ray-address ray://head:10001: allowed: HOST:PORT, or auto"),
-        ("nowhere", UserError, "--ray-address nowhere: allowed: HOST:PORT, or auto"),
+        (NOBODY, UnavailableError, "ray_address 127.0.0.1:1: nothing takes connections there"),
+        ("ray://head:10001", UserError, "ray_address ray://head:10001: allowed: HOST:PORT, or auto"),
+        ("nowhere", UserError, "ray_address nowhere: allowed: HOST:PORT, or auto"),
     ],
 )
 def test_a_ray_address_that_is_none_is_refused_at_once(address, error, sentence):

@@ -146,5 +146,5 @@ def test_new_folder_leaves_nothing_half_written(tmp_path):
     with new_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    with pytest.raises(UserError, match=r"--out .*exists already"), new_folder(tmp_path / "out"):
+    with pytest.raises(UserError, match=r"out .*exists already"), new_folder(tmp_path / "out"):
         pass

@@ -73,7 +73,7 @@ def test_what_a_machine_left_is_no_part_of_the_model(left: dict, folder: Path):
     ],
 )
 def test_a_value_no_model_has_is_refused_by_key(key: str, value: Any, shown: str, folder: Path):
-    sentence = f"^--teacher {folder}: its config.json's {key} is {shown}; allowed: [^\n]+$"
+    sentence = f"^teacher {folder}: its config.json's {key} is {shown}; allowed: [^\n]+$"
     with pytest.raises(UserError, match=sentence):
         read_folder(change(folder, **{key: value}), "--teacher")
 
@@ -185,10 +185,10 @@ def test_a_token_without_a_row_is_named_where_it_stands(added: Path):
     read = read_folder(added).tokenizer
     assert read("The harbour")["input_ids"]  # a token to spare is no harm
     where = r"'\[PAD\]' \(id 512\) at character 4 of a text, near 'The \[PAD\].*vocabulary of 512 ends at id 511$"
-    with pytest.raises(UserError, match=f"^--model {added}: the tokenizer makes token {where}"):
+    with pytest.raises(UserError, match=f"^model {added}: the tokenizer makes token {where}"):
         read("The [PAD] harbour")
     encoding = read.backend.encode("[PAD]")
-    with pytest.raises(UserError, match=r"^--prompt of 2 tokens: .*'\[PAD\]' \(id 512\) at character 0"):
+    with pytest.raises(UserError, match=r"^prompt of 2 tokens: .*'\[PAD\]' \(id 512\) at character 0"):
         check_ids(encoding, "[PAD]", 512, "--prompt", f"of {len(encoding.ids)} tokens")
 
 
@@ -230,7 +230,7 @@ def test_older_files_give_a_tokenizer_json(folder: Path, tmp_path: Path):
 def test_a_folder_without_any_tokenizer_is_refused(folder: Path):
     for path in [*folder.glob("tokenizer*"), *folder.glob("special_tokens_map.json")]:
         path.unlink()
-    with pytest.raises(UserError, match=f"^--model {folder}: its tokenizer [^\n]+$"):
+    with pytest.raises(UserError, match=f"^model {folder}: its tokenizer [^\n]+$"):
         _ = read_folder(folder).tokenizer
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file"):
         read_tokenizer(folder)

@@ -95,11 +95,11 @@ def test_a_config_of_before_still_names_a_router():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"window": 0}, "--window 0: allowed: 1 or more"),
-        ({"num_blocks": 0}, "--blocks 0: allowed: 1 or more"),
-        ({"heads": "double"}, "--heads double: allowed: independent, recurrent, single"),
-        ({"gate": "soft"}, "--gate soft: allowed: scores, dselect"),
-        ({"weights": "two"}, "--weights two: allowed: one, learned"),
+        ({"window": 0}, "window 0: allowed: 1 or more"),
+        ({"num_blocks": 0}, "blocks 0: allowed: 1 or more"),
+        ({"heads": "double"}, "heads double: allowed: independent, recurrent, single"),
+        ({"gate": "soft"}, "gate soft: allowed: scores, dselect"),
+        ({"weights": "two"}, "weights two: allowed: one, learned"),
     ],
 )
 def test_options_that_are_refused(change: dict[str, Any], sentence: str):
@@ -108,5 +108,5 @@ def test_options_that_are_refused(change: dict[str, Any], sentence: str):
 
 
 def test_one_index_for_unlike_layers_is_refused():
-    with pytest.raises(UserError, match=r"--heads single: .* found 2 of 7, 3 of 5 active"):
+    with pytest.raises(UserError, match=r"heads single: .* found 2 of 7, 3 of 5 active"):
         PathRouter(PathRouterConfig(heads="single"), 10, UNLIKE)

@@ -27,8 +27,7 @@ class AccessOptions:
     tls_key: Annotated[Path | None, Field(description="PEM key.")] = None
     token_file: Annotated[Path | None, Field(description="Bearer tokens, one a line.")] = None
 
-    def validate(self) -> None:
-        """Raise UserError for half a TLS pair, or a public interface without TLS and tokens."""
+    def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
             raise UserError.of(given, self.tls_cert or self.tls_key, f"needs {missing} beside it")

@@ -51,7 +51,6 @@ class GrpcServer:
     """Serves a RouterService. Raises UserError for options that cannot work: interface, files, port in use."""
 
     def __init__(self, service: RouterService, options: GrpcOptions) -> None:
-        options.access.validate()
         self._service = service
         self._options = options
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - untyped package

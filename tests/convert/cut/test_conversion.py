@@ -190,20 +190,20 @@ def test_progress_counts_every_layer(options: ConvertOptions):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"experts": 12}, "--experts 12: does not divide the FFN width 128"),
-        ({"shared": 5, "active": 4}, "--active 4: with --shared 5 it exceeds --experts 8; allowed: 0 to 3"),
-        ({"shared": 8, "active": 0}, r"--shared 8: allowed: 0 to 7"),
-        ({"gate": "magic"}, "--gate magic: allowed: linear, representative"),
-        ({"gate": "representative"}, "--selection threshold: allowed with --gate representative: top_k"),
-        ({"shared_by": "luck"}, "--shared-by luck: allowed: capture, contribution, rate"),
-        ({"clustering": "marks"}, "--shared-by capture: allowed with --clustering marks: contribution, rate"),
-        ({"dtype": "int8"}, "--dtype int8: allowed: float32, float16, bfloat16"),
-        ({"samples": 0}, "--samples 0: allowed: 1 or more"),
-        ({"sequence_length": 1}, "--sequence-length 1: allowed: 2 or more"),
-        ({"marks_per_token": 200}, "--marks-per-token 200: allowed: 1 to 128"),
-        ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
-        ({"calibration": (Path("/nowhere.txt"),)}, "--calibration /nowhere.txt: no such path"),
-        ({"calibration": ()}, "--calibration: 0 given; allowed: 1 or more"),
+        ({"experts": 12}, "experts 12: does not divide the FFN width 128"),
+        ({"shared": 5, "active": 4}, "active 4: with shared 5 it exceeds experts 8; allowed: 0 to 3"),
+        ({"shared": 8, "active": 0}, r"shared 8: allowed: 0 to 7"),
+        ({"gate": "magic"}, "gate magic: allowed: linear, representative"),
+        ({"gate": "representative"}, "selection threshold: allowed with gate representative: top_k"),
+        ({"shared_by": "luck"}, "shared_by luck: allowed: capture, contribution, rate"),
+        ({"clustering": "marks"}, "shared_by capture: allowed with clustering marks: contribution, rate"),
+        ({"dtype": "int8"}, "dtype int8: allowed: float32, float16, bfloat16"),
+        ({"samples": 0}, "samples 0: allowed: 1 or more"),
+        ({"sequence_length": 1}, "sequence_length 1: allowed: 2 or more"),
+        ({"marks_per_token": 200}, "marks_per_token 200: allowed: 1 to 128"),
+        ({"model": Path("/nowhere")}, "model /nowhere: no such path"),
+        ({"calibration": (Path("/nowhere.txt"),)}, "calibration /nowhere.txt: no such path"),
+        ({"calibration": ()}, "calibration: 0 given; allowed: 1 or more"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(options: ConvertOptions, change: dict, sentence: str):
@@ -222,7 +222,7 @@ def test_folders_that_are_no_dense_model(options: ConvertOptions, tmp_path: Path
         (foreign, "is not a JSON object"),
         (tiny_layerwise_checkpoint, "is a pregate checkpoint already"),
     ):
-        with pytest.raises(UserError, match=f"--model .*{reason}"):
+        with pytest.raises(UserError, match=f"model .*{reason}"):
             convert(replace(options, model=model))
 
 
@@ -232,14 +232,14 @@ def test_damaged_weights_are_refused(options: ConvertOptions, tmp_path: Path):
     for path in options.model.iterdir():
         content = path.read_bytes()
         (broken / path.name).write_bytes(content[:1000] if path.suffix == ".safetensors" else content)
-    with pytest.raises(UserError, match=r"--model .*its weights cannot be loaded"):
+    with pytest.raises(UserError, match=r"model .*its weights cannot be loaded"):
         convert(replace(options, model=broken))
     assert not options.out.exists()
 
 
 def test_an_output_that_exists_is_left_alone(options: ConvertOptions):
     options.out.mkdir()
-    with pytest.raises(UserError, match=r"--out .*exists already"):
+    with pytest.raises(UserError, match=r"out .*exists already"):
         convert(options)
     assert list(options.out.iterdir()) == []
 
@@ -252,7 +252,7 @@ def test_an_ffn_that_is_not_gated_is_refused_by_name(options: ConvertOptions, tm
 
 
 def test_width_172_is_refused_with_its_divisors(options: ConvertOptions, shared_folder: Path):
-    with pytest.raises(UserError, match=r"--experts 8: does not divide the FFN width 172 .* 1, 2, 4, 43, 86"):
+    with pytest.raises(UserError, match=r"experts 8: does not divide the FFN width 172 .* 1, 2, 4, 43, 86"):
         convert(replace(options, model=shared_folder / "models" / "stories260K", shared=3, active=3))
 
 

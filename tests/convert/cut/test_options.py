@@ -41,7 +41,7 @@ def test_defaults_fit_what_is_given():
 def test_what_cannot_be_together_is_named_as_it_was_given(change: dict[str, Any], sentence: str):
     with pytest.raises(UserError) as error:
         asked(**change)
-    assert str(error.value) == f"--selection threshold: allowed {sentence}"
+    assert error.value.for_command_line == f"--selection threshold: allowed {sentence}"
 
 
 def test_weights_are_stored_as_the_parents_are(tiny_dense: Path, tiny_text: Path, tmp_path: Path):

@@ -144,7 +144,7 @@ def test_attention_is_not_called_by_hand(converted: Path, tiny_dense: Path, tiny
 @pytest.mark.parametrize("experts", [12, 7, 256])
 def test_a_width_that_is_not_divisible_drops_nothing(options: ConvertOptions, experts: int):
     divisors = "allowed: 1, 2, 4, 8, 16, 32, 64, 128"
-    with pytest.raises(UserError, match=f"--experts {experts}: does not divide the FFN width 128 .*{divisors}"):
+    with pytest.raises(UserError, match=f"experts {experts}: does not divide the FFN width 128 .*{divisors}"):
         convert(replace(options, experts=experts))
     assert list(options.out.parent.iterdir()) == []
 
@@ -157,9 +157,9 @@ def test_every_neuron_is_kept_where_it_is_divisible(converted: Path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"active": 7}, "--active 7: with --shared 2 it exceeds --experts 8; allowed: 0 to 6"),
-        ({"shared": 8, "active": 0}, "--shared 8: allowed: 0 to 7"),
-        ({"marks_per_token": 129}, "--marks-per-token 129: allowed: 1 to 128, the FFN width"),
+        ({"active": 7}, "active 7: with shared 2 it exceeds experts 8; allowed: 0 to 6"),
+        ({"shared": 8, "active": 0}, "shared 8: allowed: 0 to 7"),
+        ({"marks_per_token": 129}, "marks_per_token 129: allowed: 1 to 128, the FFN width"),
     ],
 )
 def test_top_k_out_of_range_has_a_message(options: ConvertOptions, change: dict, sentence: str):

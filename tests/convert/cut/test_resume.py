@@ -120,7 +120,7 @@ def test_a_killed_conversion_goes_on(
 def test_other_options_are_refused_and_restart_discards(options: ConvertOptions, tmp_path: Path):
     interrupt(options, 1)
     other = replace(options, seed=1)
-    with pytest.raises(UserError, match=r"--out .*\.out\.partial holds .*--seed 0 there, 1 here.*--restart") as error:
+    with pytest.raises(UserError, match=r"out .*\.out\.partial holds .*seed 0 there, 1 here.*restart") as error:
         convert(other)
     assert str(partial_folder(options.out)) in str(error.value)
     assert read_state(options.out) is not None
@@ -160,7 +160,7 @@ def test_another_model_of_the_same_architecture_is_refused(
         save_file({name: tensor + 1 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
     assert (first / dense.INDEX).read_bytes() == (other / dense.INDEX).read_bytes()
     interrupt(replace(options, model=first), 1)
-    with pytest.raises(UserError, match=r"--out .*--model \S+first there, \S+other here.*the model's shards"):
+    with pytest.raises(UserError, match=r"out .*model \S+first there, \S+other here.*the model's shards"):
         convert(replace(options, model=other))
     written = (first / shards[0].name).stat()
     os.utime(first / shards[0].name, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
@@ -174,7 +174,7 @@ def test_another_model_of_the_same_architecture_is_refused(
 def test_one_conversion_at_a_time(options: ConvertOptions):
     with open_partial(options.out, {}, 3, restart=False) as partial:
         for restart in (False, True):
-            with pytest.raises(UserError, match=r"--out .*another conversion is writing it"):
+            with pytest.raises(UserError, match=r"out .*another conversion is writing it"):
                 convert(replace(options, restart=restart))
         assert partial.checkpoint.is_dir()
     assert list(options.out.parent.iterdir()) == []
@@ -184,7 +184,7 @@ def test_one_conversion_at_a_time(options: ConvertOptions):
 def test_a_state_that_cannot_be_read_names_the_way_out(options: ConvertOptions):
     interrupt(options, 1)
     (partial_folder(options.out) / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json cannot be read .*--restart discards"):
+    with pytest.raises(UserError, match=r"state\.json cannot be read .*restart discards"):
         convert(options)
     convert(replace(options, restart=True))
 
@@ -192,7 +192,7 @@ def test_a_state_that_cannot_be_read_names_the_way_out(options: ConvertOptions):
 def test_hidden_states_that_are_gone_name_the_way_out(options: ConvertOptions):
     interrupt(options, 1)
     (partial_folder(options.out) / "hidden-00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"hidden-00001\.safetensors is missing; --restart discards"):
+    with pytest.raises(UserError, match=r"hidden-00001\.safetensors is missing; restart discards"):
         convert(options)
 
 
@@ -200,7 +200,7 @@ def test_a_shard_that_cannot_be_written_keeps_what_is_done(options: ConvertOptio
     interrupt(options, 1)
     obstacle = partial_folder(options.out) / "checkpoint" / "model-00002-of-00004.safetensors.tmp"
     obstacle.mkdir()
-    with pytest.raises(PregateError, match=r"--out .*model-00002-of-00004\.safetensors cannot be written"):
+    with pytest.raises(PregateError, match=r"out .*model-00002-of-00004\.safetensors cannot be written"):
         convert(options)
     obstacle.rmdir()
     progress = StopsAfter(-1)

@@ -86,9 +86,7 @@ def test_figures_are_those_of_the_checkpoint_as_stored(options: ConvertOptions, 
 def test_text_too_short_to_hold_any_back_is_refused(options: ConvertOptions, tmp_path: Path):
     text = tmp_path / "short.txt"
     text.write_text("The harbour lay quiet before the storm. Three boats had come in at noon.")
-    with pytest.raises(
-        UserError, match=r"^--calibration .*short\.txt: its text gives no window of 64 tokens; 4 are the"
-    ):
+    with pytest.raises(UserError, match=r"^calibration .*short\.txt: its text gives no window of 64 tokens; 4 are the"):
         convert(replace(options, calibration=(text,)))
 
 
@@ -148,10 +146,10 @@ def test_memory_is_two_layers_and_one_layers_activations_whatever_the_depth(
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("tpu", "--device tpu: allowed: auto, cpu, cuda or cuda:N"),
-        ("cuda:", "--device cuda:: allowed"),
-        ("cpu:1", "--device cpu:1: allowed"),
-        ("cuda:99", r"--device cuda:99: this machine has \d+ CUDA devices"),
+        ("tpu", "device tpu: allowed: auto, cpu, cuda or cuda:N"),
+        ("cuda:", "device cuda:: allowed"),
+        ("cpu:1", "device cpu:1: allowed"),
+        ("cuda:99", r"device cuda:99: this machine has \d+ CUDA devices"),
     ],
 )
 def test_devices_that_are_not_there(options: ConvertOptions, name: str, sentence: str):

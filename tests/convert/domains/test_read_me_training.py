@@ -143,7 +143,7 @@ def test_interrupted_it_goes_on_and_gives_the_same_checkpoint(tuned: Path, optio
     progress = _StopsAfterStages(1)
     with pytest.raises(KeyboardInterrupt):
         read_me(options, progress)
-    with pytest.raises(UserError, match="--steps 2 there, 3 here"):
+    with pytest.raises(UserError, match="steps 2 there, 3 here"):
         read_me(replace(options, steps=3))
     progress = _StopsAfterStages(2)
     with pytest.raises(KeyboardInterrupt):

@@ -143,7 +143,7 @@ def test_evaluate_and_its_controls(cut: Path, tiny_dense: Path, domains: tuple[P
     shutil.copytree(cut, lost)
     manifest = read_manifest(lost)
     write_manifest(lost, replace(manifest, source=manifest.source | {"path": "/nowhere"}))
-    with pytest.raises(UserError, match=r"--model .*layer 0's experts overlap .* give the dense model with --parent"):
+    with pytest.raises(UserError, match=r"model .*layer 0's experts overlap .* give the dense model with parent"):
         evaluate(EvaluateOptions(lost, (domains[1],), controls=True))
     result = evaluate(EvaluateOptions(cut, (domains[1],), controls=True, parent=tiny_dense))
     assert evaluate(EvaluateOptions(cut, (domains[1],), controls=True)) == result
@@ -157,9 +157,7 @@ def test_evaluate_and_its_controls(cut: Path, tiny_dense: Path, domains: tuple[P
 
 def test_tuning_it_further_needs_a_teacher(cut: Path, domains: tuple[Path, ...], tmp_path: Path):
     """Without one `tune` takes all experts together for the parent."""
-    with pytest.raises(
-        UserError, match=r"its experts overlap or leave neurons out.*give --teacher \S+, or --kl-share 0"
-    ):
+    with pytest.raises(UserError, match=r"its experts overlap or leave neurons out.*give teacher \S+, or kl_share 0"):
         tune(TuneOptions(model=cut, out=tmp_path / "out", text=domains[:1], steps=1))
 
 
@@ -179,8 +177,8 @@ def test_the_static_mask_counts_a_neuron_once(cut: Path, tiny_dense: Path):
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
-        ("dense", "--format dense: layer 0 .*: its neuron_index is no permutation: experts overlap"),
-        ("qwen2_moe", "--format qwen2_moe: .*the class has no path router"),
+        ("dense", "format dense: layer 0 .*: its neuron_index is no permutation: experts overlap"),
+        ("qwen2_moe", "format qwen2_moe: .*the class has no path router"),
     ],
 )
 def test_it_cannot_be_exported(cut: Path, tmp_path: Path, form: Literal["dense", "qwen2_moe"], reason: str):
@@ -203,18 +201,18 @@ def test_stored_in_half_it_is_measured_as_stored(options: ReadMeOptions):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"domains": (Path("/one"),)}, "--domain: 1 given; allowed: 2 or more"),
-        ({"domains": (Path("/one"), Path("/one"))}, "--domain /one: given twice"),
-        ({"domains": (Path("/no"), Path("/where"))}, "--domain /no: no such path"),
-        ({"active_share": 0.0}, "--active-share 0.0: allowed: above 0, at most 1"),
-        ({"permanent": "both"}, "--permanent both: allowed: fused, separate"),
-        ({"target": "mass"}, "--target mass: allowed: overlap, contribution"),
-        ({"rounds": 0}, "--rounds 0: allowed: 1 or more"),
-        ({"steps": -1}, "--steps -1: allowed: 0 or more"),
-        ({"kl_share": 1.5}, "--kl-share 1.5: allowed: 0 to 1"),
-        ({"decay": 0.0}, "--decay 0.0: allowed: above 0, at most 1"),
-        ({"dim": 18}, "--dim 18: allowed: multiples of 4"),
-        ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
+        ({"domains": (Path("/one"),)}, "domain: 1 given; allowed: 2 or more"),
+        ({"domains": (Path("/one"), Path("/one"))}, "domain /one: given twice"),
+        ({"domains": (Path("/no"), Path("/where"))}, "domain /no: no such path"),
+        ({"active_share": 0.0}, "active_share 0.0: allowed: above 0, at most 1"),
+        ({"permanent": "both"}, "permanent both: allowed: fused, separate"),
+        ({"target": "mass"}, "target mass: allowed: overlap, contribution"),
+        ({"rounds": 0}, "rounds 0: allowed: 1 or more"),
+        ({"steps": -1}, "steps -1: allowed: 0 or more"),
+        ({"kl_share": 1.5}, "kl_share 1.5: allowed: 0 to 1"),
+        ({"decay": 0.0}, "decay 0.0: allowed: above 0, at most 1"),
+        ({"dim": 18}, "dim 18: allowed: multiples of 4"),
+        ({"model": Path("/nowhere")}, "model /nowhere: no such path"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(options: ReadMeOptions, change: dict, sentence: str):

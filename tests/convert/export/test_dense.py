@@ -100,7 +100,7 @@ def test_dense_refuses_overlap_and_tuned(stock_checkpoint: Path, tmp_path: Path)
     twice = altered(
         stock_checkpoint, tmp_path / "twice", {}, {"1.mlp.neuron_index": lambda t: t.where(t != 5, torch.tensor(4))}
     )
-    with pytest.raises(UserError, match=r"--format dense: layer 1 .*neuron_index is no permutation"):
+    with pytest.raises(UserError, match=r"format dense: layer 1 .*neuron_index is no permutation"):
         export(ExportOptions(twice, tmp_path / "out", "dense"))
     tuned = altered(stock_checkpoint, tmp_path / "tuned", {}, {}, method="cmoe+tune")
     with pytest.raises(UserError, match=r"was tuned \(cmoe\+tune\)"):

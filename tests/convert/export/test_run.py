@@ -149,16 +149,16 @@ def test_scale_is_what_was_asked(stock_checkpoint: Path, tmp_path: Path):
     gates = [tensor for name, tensor in stored(tmp_path / "out").items() if name.endswith("mlp.gate.weight")]
     assert len(gates) == 3
     assert all(abs(gate.abs().max() - 1e-3) < 1e-8 for gate in gates)
-    with pytest.raises(UserError, match=r"--scale 1.0: logits differ .* without --scale it is measured"):
+    with pytest.raises(UserError, match=r"scale 1.0: logits differ .* without scale it is measured"):
         export(ExportOptions(stock_checkpoint, tmp_path / "wild", "qwen2_moe", scale=1.0))
 
 
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
-    "threshold": ({"selection": "threshold"}, "selection by threshold .* --recipe stock"),
-    "intercept": ({"intercept": True}, "intercept in its gate .* --recipe stock"),
-    "representative": ({"gate": "representative"}, "no representative gate; .* --recipe stock"),
-    "static": ({"shared": 3, "active": 0}, "no routed expert runs; convert with --active 1"),
-    "no shared": ({"shared": 0}, "leave the shared expert out; convert with --shared 1"),
+    "threshold": ({"selection": "threshold"}, "selection by threshold .* recipe stock"),
+    "intercept": ({"intercept": True}, "intercept in its gate .* recipe stock"),
+    "representative": ({"gate": "representative"}, "no representative gate; .* recipe stock"),
+    "static": ({"shared": 3, "active": 0}, "no routed expert runs; convert with active 1"),
+    "no shared": ({"shared": 0}, "leave the shared expert out; convert with shared 1"),
 }
 
 
@@ -166,7 +166,7 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 def test_refused_by_name(case: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path):
     method, message = REFUSED[case]
     routed = convert_stock(tiny_dense, tmp_path / "routed", tiny_text, **method)
-    with pytest.raises(UserError, match=f"--format qwen2_moe: .*{message}"):
+    with pytest.raises(UserError, match=f"format qwen2_moe: .*{message}"):
         export(ExportOptions(routed, tmp_path / "out", "qwen2_moe"))
     assert [p.name for p in tmp_path.iterdir()] == ["routed"], "nothing is left behind"
 
@@ -185,7 +185,7 @@ def test_refused_by_name(case: str, tiny_dense: Path, tiny_text: Path, tmp_path:
 def test_refused_families(family: str, lacks: str, tiny_dense: Path, tiny_text: Path, tmp_path: Path):
     dense = save_random(FAMILIES[family], tiny_dense, tmp_path / "dense")
     routed = convert_stock(dense, tmp_path / "routed", tiny_text, samples=2, sequence_length=12)
-    with pytest.raises(UserError, match=f"--format qwen2_moe: .*{lacks}"):
+    with pytest.raises(UserError, match=f"format qwen2_moe: .*{lacks}"):
         export(ExportOptions(routed, tmp_path / "out", "qwen2_moe"))
 
 
@@ -196,7 +196,7 @@ def test_refused_path_and_cuts(stock_checkpoint: Path, tiny_path_checkpoint: Pat
         export(ExportOptions(tiny_dense, tmp_path / "out", "qwen2_moe"))
     cuts = json.loads((stock_checkpoint / "config.json").read_text())["layer_cuts"]
     other = [cuts[0] | {"num_active": 2}, *cuts[1:]]
-    with pytest.raises(UserError, match=r"cut of its own for each layer .*give --shared a number"):
+    with pytest.raises(UserError, match=r"cut of its own for each layer .*give shared a number"):
         export(
             ExportOptions(
                 altered(stock_checkpoint, tmp_path / "cuts", {"layer_cuts": other}, {}), tmp_path / "out", "qwen2_moe"

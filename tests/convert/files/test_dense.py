@@ -37,7 +37,7 @@ def folder(tiny_dense: Path, tmp_path: Path) -> Path:
 def test_a_config_of_no_model_is_refused(changes: dict[str, Any], sentence: str, folder: Path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
-    with pytest.raises(UserError, match=rf"^--model {folder}: .*({sentence})[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^model {folder}: .*({sentence})[^\n]*$"):
         Skeleton(read_folder(folder), torch.device("cpu"))
 
 
@@ -58,7 +58,7 @@ def test_weights_that_are_no_numbers_are_named(value: float, folder: Path):
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 5] = value
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    sentence = f"^--model {folder}: its weights are damaged: {name} holds NaN or infinite values$"
+    sentence = f"^model {folder}: its weights are damaged: {name} holds NaN or infinite values$"
     with pytest.raises(UserError, match=sentence):
         load_dense(read_folder(folder))
     skeleton = Skeleton(read_folder(folder), torch.device("cpu"))

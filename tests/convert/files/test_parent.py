@@ -82,7 +82,7 @@ def test_a_checkpoint_is_its_own_parent_until_it_is_tuned(moved: Path):
     write_manifest(moved, replace(manifest, method=f"{manifest.method}+tune"))
     assert dense_of(moved, model, None) == moved.parent / "dense"
     shutil.rmtree(moved.parent / "dense")
-    with pytest.raises(UserError, match=r"^--model .*was tuned.*/nowhere/dense.*; give the dense model with --parent$"):
+    with pytest.raises(UserError, match=r"^model .*was tuned.*/nowhere/dense.*; give the dense model with parent$"):
         dense_of(moved, model, None)
 
 

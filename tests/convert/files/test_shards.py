@@ -157,7 +157,7 @@ def test_a_head_may_be_stored_instead_of_the_embedding_it_is_tied_to(tiny_dense:
     ],
 )
 def test_tensors_that_do_not_fit_are_refused_by_name(changes: dict, sentence: str, tiny_dense: Path, tmp_path: Path):
-    with pytest.raises(UserError, match=f"--model .*{sentence}"):
+    with pytest.raises(UserError, match=f"model .*{sentence}"):
         Skeleton(read_folder(edit(tiny_dense, tmp_path / "odd", **changes)), CPU)
 
 
@@ -217,5 +217,5 @@ def test_rounding_by_hand_and_values_a_type_cannot_hold():
     tensor = torch.tensor([1.0 + 2**-9, 3.0])
     round_to([tensor], torch.bfloat16, "it")
     assert tensor.tolist() == [1.0, 3.0]
-    with pytest.raises(UserError, match="--dtype float16: layer 3 has values it cannot hold; allowed: bfloat16"):
+    with pytest.raises(UserError, match="dtype float16: layer 3 has values it cannot hold; allowed: bfloat16"):
         round_to([torch.tensor([70000.0])], torch.float16, "layer 3")

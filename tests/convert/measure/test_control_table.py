@@ -202,15 +202,15 @@ def test_the_command_line_prints_the_table(checkpoint: tuple[str, Path], tiny_te
 
 
 def test_refusals(tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_text: Path, capsys):
-    with pytest.raises(UserError, match=r"--controls on: .* is a dense model; allowed: a routed checkpoint"):
+    with pytest.raises(UserError, match=r"controls on: .* is a dense model; allowed: a routed checkpoint"):
         evaluate(EvaluateOptions(tiny_dense, (tiny_text,), controls=True))
-    with pytest.raises(UserError, match=r"--parent .*: needs --controls"):
+    with pytest.raises(UserError, match=r"parent .*: needs controls"):
         EvaluateOptions(tiny_layerwise_checkpoint, (tiny_text,), parent=tiny_dense)
     for seed in (0, 7):
-        with pytest.raises(UserError, match=f"--seed {seed}: needs --controls or --max-tokens"):
+        with pytest.raises(UserError, match=f"seed {seed}: needs controls or max_tokens"):
             EvaluateOptions(tiny_layerwise_checkpoint, (tiny_text,), seed=seed)
     hollow = EvaluateOptions(tiny_layerwise_checkpoint, (tiny_text,), 5, controls=True, parent=tiny_text.parent)
-    with pytest.raises(UserError, match=r"^--parent \S+: not a model folder"):
+    with pytest.raises(UserError, match=r"^parent \S+: not a model folder"):
         evaluate(hollow)
     command = ["evaluate", "--text", str(tiny_text), "--model"]
     assert main([*command, str(tiny_dense), "--controls"]) == 2

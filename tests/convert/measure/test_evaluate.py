@@ -152,7 +152,7 @@ def test_every_file_given_is_scored_and_a_missing_one_refused(capsys, tiny_dense
 
 def test_too_little_text_is_refused_and_little_is_said(tiny_dense: Path, tiny_text: Path, tmp_path: Path):
     (tmp_path / "word.txt").write_text("harbour lay quiet")
-    with pytest.raises(UserError, match=r"^--text .*word.txt: holds \d+ tokens of text; 100 are the least, 5,000 are"):
+    with pytest.raises(UserError, match=r"^text .*word.txt: holds \d+ tokens of text; 100 are the least, 5,000 are"):
         evaluate(EvaluateOptions(tiny_dense, (tmp_path / "word.txt",)))
     told = StopsAfter(-1)
     evaluate(EvaluateOptions(tiny_dense, (tiny_text,)), told)
@@ -188,9 +188,9 @@ def test_a_long_document_advances_layer_by_layer(tiny_dense: Path):
 
 
 def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_checkpoint: Path):
-    with pytest.raises(UserError, match="--max-tokens 0: allowed: 1 or more"):
+    with pytest.raises(UserError, match="max_tokens 0: allowed: 1 or more"):
         EvaluateOptions(tiny_dense, (text,), 0)
-    with pytest.raises(UserError, match=r"--text .*no such path"):
+    with pytest.raises(UserError, match=r"text .*no such path"):
         evaluate(EvaluateOptions(tiny_dense, (tmp_path / "none.txt",)))
     with pytest.raises(UserError, match="not a model folder"):
         evaluate(EvaluateOptions(tmp_path, (text,)))

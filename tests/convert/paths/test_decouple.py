@@ -130,17 +130,17 @@ def test_a_costly_router_is_warned_of(options: DecoupleOptions, tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"steps": 0}, "--steps 0: allowed: 1 or more"),
-        ({"dim": 30}, "--dim 30: allowed: multiples of 4"),
-        ({"blocks": 0}, "--blocks 0: allowed: 1 or more"),
-        ({"window": 0}, "--window 0: allowed: 1 or more"),
-        ({"heads": "double"}, "--heads double: allowed: independent, recurrent, single"),
-        ({"target": "loss"}, "--target loss: allowed: mass, paper, captured"),
-        ({"embedding": "tied"}, "--embedding tied: allowed: own, parent"),
-        ({"gate": "dselect", "target": "mass"}, "--target mass: allowed with --gate dselect: captured"),
-        ({"text": ()}, "--text: 0 given; allowed: 1 or more"),
-        ({"text": (Path("/nowhere"),)}, "--text /nowhere: no such path"),
-        ({"model": Path("/nowhere")}, "--model /nowhere: no such path"),
+        ({"steps": 0}, "steps 0: allowed: 1 or more"),
+        ({"dim": 30}, "dim 30: allowed: multiples of 4"),
+        ({"blocks": 0}, "blocks 0: allowed: 1 or more"),
+        ({"window": 0}, "window 0: allowed: 1 or more"),
+        ({"heads": "double"}, "heads double: allowed: independent, recurrent, single"),
+        ({"target": "loss"}, "target loss: allowed: mass, paper, captured"),
+        ({"embedding": "tied"}, "embedding tied: allowed: own, parent"),
+        ({"gate": "dselect", "target": "mass"}, "target mass: allowed with gate dselect: captured"),
+        ({"text": ()}, "text: 0 given; allowed: 1 or more"),
+        ({"text": (Path("/nowhere"),)}, "text /nowhere: no such path"),
+        ({"model": Path("/nowhere")}, "model /nowhere: no such path"),
     ],
 )
 def test_bad_options_are_refused_and_nothing_is_written(options: DecoupleOptions, change: dict, sentence: str):
@@ -159,7 +159,7 @@ def test_models_that_cannot_be_decoupled(
         (tiny_path_checkpoint, "already decoupled"),
         (static, "there is nothing to route"),
     ):
-        with pytest.raises(UserError, match=f"--model .*{reason}"):
+        with pytest.raises(UserError, match=f"model .*{reason}"):
             decouple(replace(options, model=model))
     assert not options.out.exists()
 

@@ -104,7 +104,7 @@ def test_interrupted_before_targets_are_there_it_leaves_nothing(options: Decoupl
 
 def test_other_options_are_refused_and_restart_discards(options: DecoupleOptions):
     stop(options, TRAINING, 3)
-    with pytest.raises(UserError, match=r"--out .*\.out\.partial holds .*--seed 0 there, 1 here.*--restart"):
+    with pytest.raises(UserError, match=r"out .*\.out\.partial holds .*seed 0 there, 1 here.*restart"):
         decouple(replace(options, seed=1))
     manifest = decouple(replace(options, seed=1, restart=True))
     assert manifest.options["decouple"]["seed"] == 1

@@ -121,7 +121,7 @@ def test_the_papers_gate_can_be_forecast(tiny_dense: Path, tiny_text: Path, tmp_
     options = DecoupleOptions(tmp_path / "paper", tmp_path / "out", (tiny_text,), steps=60, dim=32, predict=True)
     figures = decouple(options).figures["decouple"]
     assert figures["path_vs_gate"]["mean_overlap"] > 0.4  # chance: a third
-    with pytest.raises(UserError, match="--weights learned: allowed with --predict: one"):
+    with pytest.raises(UserError, match="weights learned: allowed with predict: one"):
         replace(options, weights="learned")
 
 

@@ -42,7 +42,7 @@ def test_calibration_windows_are_reproducible_and_disjoint_from_the_held_back(ti
 def test_text_without_tokens_is_refused(tiny_dense: Path, tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match=r"^--calibration"):
+    with pytest.raises(UserError, match=r"^calibration"):
         read_calibration([path], AutoTokenizer.from_pretrained(tiny_dense), 8, 32, 0)
 
 

@@ -54,14 +54,14 @@ def test_the_field_of_the_text_can_be_named(tmp_path: Path):
     path.write_text(json.dumps({"text": "no", "story": "yes", "turns": turns, "id": 7}))
     assert [d.text for d in read_documents([path], 512, "--text", "story")] == ["yes"]
     assert [d.text for d in read_documents([path], 512, "--text", "turns")] == ["User: Hi"]
-    with pytest.raises(UserError, match=r"^--text \S+rows\.jsonl:1: field 'id' is no string .*'story'"):
+    with pytest.raises(UserError, match=r"^text \S+rows\.jsonl:1: field 'id' is no string .*'story'"):
         read_documents([path], 512, "--text", "id")
 
 
 def test_a_record_whose_only_strings_are_ids_is_refused(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n{"id": "u7", "url": "x"}\n')
-    with pytest.raises(UserError, match=r"rows\.jsonl:2: a record needs \"text\".*it has 'id', 'url'; --text-field"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: a record needs \"text\".*it has 'id', 'url'; text_field"):
         read_documents([path], 512, "--text")
 
 
@@ -110,7 +110,7 @@ def test_folders_are_walked_and_files_come_once(tmp_path: Path):
 def test_bad_text_is_refused_by_option_and_file(tmp_path: Path, name: str, content: str | bytes, reason: str):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=r"^--calibration .*" + name) as caught:
+    with pytest.raises(UserError, match=r"^calibration .*" + name) as caught:
         read_documents([path], 512, "--calibration")
     assert reason in str(caught.value)
 
@@ -122,12 +122,12 @@ def test_patterns_are_matched(tmp_path: Path):
     assert text_files([tmp_path / "*.jsonl"], "--text") == [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     assert text_files([tmp_path / "**" / "e.jsonl"], "--text") == [tmp_path / "d" / "e.jsonl"]
     assert text_files([tmp_path / "odd[1].txt"], "--text") == [tmp_path / "odd[1].txt"]
-    with pytest.raises(UserError, match=r"^--text .*\*\.csv: no file matches"):
+    with pytest.raises(UserError, match=r"^text .*\*\.csv: no file matches"):
         text_files([tmp_path / "c.txt", tmp_path / "*.csv"], "--text")
 
 
 def test_missing_path_and_empty_folder(tmp_path: Path):
-    with pytest.raises(UserError, match=r"^--text .*nowhere: no such path"):
+    with pytest.raises(UserError, match=r"^text .*nowhere: no such path"):
         read_documents([tmp_path / "nowhere"], 512, "--text")
     with pytest.raises(UserError, match=r"holds no .txt or .jsonl file"):
         read_documents([tmp_path], 512, "--text")

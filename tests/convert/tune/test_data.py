@@ -52,7 +52,7 @@ def test_a_long_document_is_used_whole(tiny_dense: Path, tmp_path: Path):
 
 def test_text_of_one_document_is_refused(tiny_dense: Path, tmp_path: Path):
     path = write_documents(tmp_path / "a.jsonl", 1)
-    with pytest.raises(UserError, match=r"--text .*a\.jsonl: needs two documents"):
+    with pytest.raises(UserError, match=r"text .*a\.jsonl: needs two documents"):
         read_rows([path], AutoTokenizer.from_pretrained(tiny_dense), 512, 0.5, seed=0)
 
 
@@ -79,5 +79,5 @@ def test_validation_text_of_its_own_leaves_all_documents_to_tune_on(tiny_dense: 
     rows = read_rows([path], tokenizer, 64, 0.5, seed=0, validation=[other])
     assert (len(rows.training), len(rows.validation)) == (9, 1)
     assert tokenizer.decode(rows.validation[0], skip_special_tokens=True) == "a bell beneath the grey waves"
-    with pytest.raises(UserError, match=r"--validation .*empty"):
+    with pytest.raises(UserError, match=r"validation .*empty"):
         read_rows([path], tokenizer, 64, 0.5, seed=0, validation=[empty])

@@ -151,7 +151,7 @@ def test_biases_make_the_load_even(kind: str, tiny_layerwise_checkpoint: Path, t
 @pytest.mark.parametrize("shape", [{"heads": "single"}, {"gate": "dselect"}])
 def test_a_router_without_biases_cannot_be_balanced_by_them(shape: dict[str, str], tiny_path_checkpoint: Path):
     model = with_router(load(tiny_path_checkpoint), **shape)
-    with pytest.raises(UserError, match=r"--balance bias: a path router with .* has no bias per expert"):
+    with pytest.raises(UserError, match=r"balance bias: a path router with .* has no bias per expert"):
         Tuner(model, TuningRows(ROWS, ROWS), TuningSettings(steps=1, kl_share=0, balance="bias"))
 
 

@@ -217,7 +217,7 @@ def test_balancing_makes_the_load_more_even(options: TuneOptions, balance: str, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(options: TuneOptions):
-    with pytest.raises(UserError, match=r"--learning-rate 1e\+30: the loss is nan at step \d+; a lower rate"):
+    with pytest.raises(UserError, match=r"learning_rate 1e\+30: the loss is nan at step \d+; a lower rate"):
         tune(replace(options, learning_rate=1e30))
 
 
@@ -330,5 +330,5 @@ def test_controls_of_a_tuned_checkpoint_go_by_its_recorded_parent(options: TuneO
     manifest = json.loads((options.out / "manifest.json").read_text())
     manifest["source"]["path"] = "/nowhere"
     (options.out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match=r"was tuned, so with every expert on .*; give the dense model with --parent"):
+    with pytest.raises(UserError, match=r"was tuned, so with every expert on .*; give the dense model with parent"):
         evaluate(EvaluateOptions(options.out, (text,), max_tokens=200, controls=True))

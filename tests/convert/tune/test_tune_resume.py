@@ -146,7 +146,7 @@ def test_ctrl_c_says_how_to_go_on(
 def test_other_options_are_refused_and_restart_discards(options: TuneOptions, tmp_path: Path):
     interrupt(options, 7)
     other = replace(options, seed=1, kl_share=0.25)
-    reason = r"--out .*\.out\.tuning holds .* that differs .*--kl-share 0\.\d+ there, 0\.25 here.*--seed 0"
+    reason = r"out .*\.out\.tuning holds .* that differs .*kl_share 0\.\d+ there, 0\.25 here.*seed 0"
     with pytest.raises(UserError, match=reason):
         tune(other)
     assert read_step(options.out) == 4
@@ -158,7 +158,7 @@ def test_other_options_are_refused_and_restart_discards(options: TuneOptions, tm
 def test_one_run_at_a_time(options: TuneOptions):
     with open_folder(options.out, {}, restart=False):
         for restart in (False, True):
-            with pytest.raises(UserError, match=r"--out .*another tuning run is writing it"):
+            with pytest.raises(UserError, match=r"out .*another tuning run is writing it"):
                 tune(replace(options, restart=restart))
     assert list(options.out.parent.iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_names_the_way_out(options: TuneOptions, damage: str
         (folder / "state.json").write_text("{")
     else:
         next(folder.glob("tensors-*")).unlink()
-    with pytest.raises(UserError, match=r"--restart discards"):
+    with pytest.raises(UserError, match=r"restart discards"):
         tune(options)
     assert tune(replace(options, restart=True)).figures["tune"]["steps"] == 12
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_last(options: TuneOptions
     folder = tuning_folder(options.out)
     obstacle = folder / "tensors-00000008.safetensors.tmp"
     obstacle.mkdir()
-    with pytest.raises(PregateError, match=r"--out .*cannot be written .*what is done is kept"):
+    with pytest.raises(PregateError, match=r"out .*cannot be written .*what is done is kept"):
         tune(options)
     assert read_step(options.out) == 4
     assert load_file(folder / "tensors-00000004.safetensors")

@@ -17,37 +17,33 @@ def pem(tmp_path):
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"])
 def test_loopback_needs_nothing(host):
     assert is_loopback(host)
-    AccessOptions(host=host).validate()
+    AccessOptions(host=host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", ""])
 def test_other_interfaces_need_tls_and_tokens(host, pem):
     assert not is_loopback(host)
-    for options in (
-        AccessOptions(host=host),
-        AccessOptions(host=host, tls_cert=pem, tls_key=pem),
-        AccessOptions(host=host, token_file=pem),
-    ):
-        with pytest.raises(UserError, match=r"--host .*: needs --tls-cert, --tls-key and --token-file"):
-            options.validate()
-    AccessOptions(host=host, tls_cert=pem, tls_key=pem, token_file=pem).validate()
+    for options in ({}, {"tls_cert": pem, "tls_key": pem}, {"token_file": pem}):
+        with pytest.raises(UserError, match=r"host .*: needs tls_cert, tls_key and token_file"):
+            AccessOptions(host=host, **options)
+    AccessOptions(host=host, tls_cert=pem, tls_key=pem, token_file=pem)
 
 
 def test_half_a_tls_pair_is_refused(pem):
-    with pytest.raises(UserError, match=r"--tls-cert .*: needs --tls-key beside it"):
-        AccessOptions(tls_cert=pem).validate()
-    with pytest.raises(UserError, match=r"--tls-key .*: needs --tls-cert beside it"):
-        AccessOptions(tls_key=pem).validate()
+    with pytest.raises(UserError, match=r"tls_cert .*: needs tls_key beside it"):
+        AccessOptions(tls_cert=pem)
+    with pytest.raises(UserError, match=r"tls_key .*: needs tls_cert beside it"):
+        AccessOptions(tls_key=pem)
 
 
 def test_bad_files_are_named(tmp_path, pem):
     missing, text = tmp_path / "none.pem", tmp_path / "text"
     text.write_text("hello")
-    with pytest.raises(UserError, match=r"--tls-cert .*none.pem: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"tls_cert .*none.pem: cannot be read: No such file"):
         AccessOptions(tls_cert=missing, tls_key=pem).read_tls()
-    with pytest.raises(UserError, match=r"--tls-key .*text: is not a PEM file"):
+    with pytest.raises(UserError, match=r"tls_key .*text: is not a PEM file"):
         AccessOptions(tls_cert=pem, tls_key=text).read_tls()
-    with pytest.raises(UserError, match=r"--token-file .*none.pem: cannot be read"):
+    with pytest.raises(UserError, match=r"token_file .*none.pem: cannot be read"):
         AccessOptions(token_file=missing).read_tokens()
 
 

@@ -54,13 +54,13 @@ def test_a_port_in_use_is_named(endpoint, tiny_dense):
         port = int(front.target.rpartition(":")[2])
         service = RouterService(EngineClient(endpoint), tiny_dense, "tiny")
         second = GrpcServer(service, GrpcOptions(port=port))
-        with pytest.raises(UserError, match=f"--grpc-port {port} on 127.0.0.1: cannot be listened on"):
+        with pytest.raises(UserError, match=f"grpc_port {port} on 127.0.0.1: cannot be listened on"):
             front.loop.call(second.start())
 
 
 def test_a_public_interface_needs_tls_and_tokens(endpoint, tiny_dense):
     service = RouterService(EngineClient(endpoint), tiny_dense, "tiny")
-    with pytest.raises(UserError, match=r"--host 0\.0\.0\.0: needs --tls-cert"):
+    with pytest.raises(UserError, match=r"host 0\.0\.0\.0: needs tls_cert"):
         GrpcServer(service, GrpcOptions(access=AccessOptions(host="0.0.0.0")))
 
 
