@@ -117,6 +117,8 @@ class RayChildren:
             await self._in_time(asyncio.wait([ready], timeout=ROOM_EVERY_S), f"no room for {has}")
             if not ready.done():
                 self.stage = f"waiting for the cluster to {'grow' if lacks else 'have room'}: {has}"
+        if (error := ready.exception()) is not None:
+            raise UnavailableError(f"the room reserved for {config.name!r} was taken away: {error}") from error
         return group
 
     def _options(self, role: str, bundle: int, num_gpus: float) -> dict[str, Any]:

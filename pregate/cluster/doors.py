@@ -12,7 +12,6 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
 from pregate.cluster.pulse import Pulse, look
 from pregate.router.doors.grpc_options import GrpcOptions
@@ -89,8 +88,10 @@ class Doors:
             door.restarts += 1
             try:
                 await self._start(door)
-            except (PregateError, ray.exceptions.RayError, asyncio.TimeoutError) as error:
-                reason = str(getattr(error, "cause", None) or error or "it did not start in time").splitlines()[0]
+            except Exception as error:  # noqa: BLE001 - whatever it is, the door is not lost without a word
+                cause = getattr(error, "cause", None) or error
+                late = isinstance(error, asyncio.TimeoutError)
+                reason = "it did not start in time" if late else f"{type(cause).__name__}: {cause}".splitlines()[0]
                 logger.warning("door on port %d did not start again: %s", door.port, reason)
                 continue
             door.restarting = None

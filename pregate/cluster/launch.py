@@ -67,12 +67,15 @@ class Deployment:
         self._renewal = threading.Thread(target=self._renew, name="pregate-lease", daemon=True)
 
     def wait_ready(self, on_stage: Callable[[str], None]) -> None:
-        """Wait for the start to end, telling its stages. Raises what it failed with, or UnavailableError in time."""
+        """Wait for the start to end, telling its stages. Raises what it failed with, or UnavailableError in time.
+
+        RayLostError as soon as Ray is lost.
+        """
         self._renewal.start()
         started_s = time.monotonic()
         stage, told_s = "", started_s
         while time.monotonic() < started_s + self.config.start_timeout_s:
-            status, now_s = self._call("status"), time.monotonic()
+            status, now_s = self._status(), time.monotonic()
             if status["stage"] != stage:
                 stage, told_s = status["stage"], now_s
                 on_stage(stage)
@@ -86,6 +89,23 @@ class Deployment:
                 return
             time.sleep(POLL_S)
         raise UnavailableError(f"not ready within {self.config.start_timeout_s:.0f} s; it was at: {stage}")
+
+    def _status(self) -> dict[str, Any]:
+        """Of the supervisor. The wait for it ends with Ray's loss, of which Ray itself says nothing for a minute."""
+        give_up_s, reference = time.monotonic() + CALL_TIMEOUT_S, self._supervisor.status.remote()
+        while True:
+            try:
+                return _get(reference, POLL_S)
+            except SilentError as error:
+                if self.look() is not None and self.ray_lost:
+                    raise RayLostError(self.lost) from None
+                if time.monotonic() > give_up_s:
+                    raise
+                if not isinstance(
+                    error.__cause__, ray.exceptions.GetTimeoutError
+                ):  # answered, but not by the supervisor
+                    time.sleep(POLL_S)
+                    reference = self._supervisor.status.remote()
 
     def look(self) -> str | None:
         """Why the deployment is no more, or None. Returns at once, whatever has become of Ray."""
@@ -211,10 +231,18 @@ class SilentError(UnavailableError):
     """The supervisor did not answer; it may be alive, and may have done what it was asked."""
 
 
+class RayLostError(UnavailableError):
+    """Ray is gone: no call to it returns any more, nor its own clean-up at the end of the process."""
+
+
 def call(supervisor: Any, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
     """Call the supervisor. UnavailableError when it is gone, SilentError when that is not known."""
+    return _get(getattr(supervisor, method).remote(*arguments), timeout_s)
+
+
+def _get(reference: Any, timeout_s: float) -> Any:
     try:
-        return ray.get(getattr(supervisor, method).remote(*arguments), timeout=timeout_s)
+        return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.ActorDiedError as error:
         raise UnavailableError("the supervisor of the deployment is gone") from error
     except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:

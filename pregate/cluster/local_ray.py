@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -133,18 +134,18 @@ def ensure_token() -> None:
     Ray would make it too, but readable for others. UserError where it cannot be written.
     """
     path = token_path()
-    if path is None:
+    if path is None or path.exists():
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name) as file:  # mode 0600
+            file.write(secrets.token_hex(32))
+            file.flush()
+            with contextlib.suppress(FileExistsError):  # another process was first; its token stands
+                os.link(file.name, path)  # whole at once: who finds the file finds the token in it
     except OSError as error:
         way_out = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
         raise UserError.of("HOME", Path.home(), f"{path} cannot be written ({error.strerror}); {way_out}") from error
-    with os.fdopen(handle, "w") as file:
-        file.write(secrets.token_hex(32))
 
 
 def gcs_answers(address: str) -> bool:
@@ -187,13 +188,15 @@ def keep(num_cpus: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_sigterm)
     run_dir, lock = run_folder.make()
-    broken = False
+    address = ""
     try:
-        broken = not _keep_ray(num_cpus, run_dir)
+        address = _start_ray(num_cpus, run_dir)
+        _keep_ray(address)
     except _StopError:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        broken = bool(address) and not gcs_answers(address)
         if not broken:
             stop_ray()
         end_processes(_session(), grace_s=0)
@@ -207,8 +210,8 @@ def keep(num_cpus: int) -> None:
             os._exit(1)  # at its end Ray would wait for the service that is gone
 
 
-def _keep_ray(num_cpus: int, run_dir: Path) -> bool:
-    """True when nobody needs Ray any more, False when it is broken."""
+def _start_ray(num_cpus: int, run_dir: Path) -> str:
+    """Start Ray and tell the launcher; returns the address of its control service (GCS)."""
     os.environ[run_folder.RUN_DIR_VARIABLE] = str(run_dir)
     context = init_local(
         run_dir / "ray",
@@ -221,14 +224,22 @@ def _keep_ray(num_cpus: int, run_dir: Path) -> bool:
     address = context.address_info["gcs_address"]
     sys.stdout.write(json.dumps({"address": address, "run_dir": str(run_dir)}) + "\n")
     sys.stdout.flush()
-    seen = False
-    while gcs_answers(address):
-        alive = _supervisor_alive()
-        if not alive and (seen or _launcher_gone()):
-            return True
-        seen = seen or alive
+    return address
+
+
+def _keep_ray(address: str) -> None:
+    """Return when nobody needs Ray any more, or its GCS is gone, which may be while it is asked: Ray waits then."""
+    seen, asking = False, ThreadPoolExecutor(1)
+    while True:
+        alive = asking.submit(_supervisor_alive)
+        while not alive.done():
+            if not gcs_answers(address):
+                return
+            wait([alive], POLL_S)
+        if not alive.result() and (seen or _launcher_gone()):
+            return
+        seen = seen or alive.result()
         time.sleep(POLL_S)
-    return False
 
 
 def _session() -> list[psutil.Process]:

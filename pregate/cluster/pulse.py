@@ -37,7 +37,12 @@ class Pulse:
     def take(self) -> None:
         """Read the answer, where there is one."""
         if self._question is not None and self._question.done():
-            self.lost, self._question = self._question.result(), None
+            question, self._question = self._question, None
+            if not question.cancelled():  # else it is asked again
+                error = question.exception()
+                self.lost = (
+                    question.result() if error is None else f"it gave no status ({type(error).__name__}: {error})"
+                )
 
     async def _answer(self) -> str:
         try:

@@ -13,7 +13,7 @@ from types import FrameType
 from pregate.base.errors import UnavailableError
 from pregate.cluster import preflight
 from pregate.cluster.config import RayAccess, ServeConfig
-from pregate.cluster.launch import Deployment, launch
+from pregate.cluster.launch import Deployment, RayLostError, launch
 from pregate.router.doors.grpc_options import GrpcOptions
 
 #: How often the waiting launcher looks whether the deployment still is.
@@ -23,6 +23,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
     """Serve until a signal comes. Raises UnavailableError, naming it, when a part is lost for good."""
+    try:
+        _serve(config, door, ray_access)
+    except RayLostError as error:
+        sys.stderr.write(f"pregate: {error}\n")
+        sys.stderr.flush()
+        os._exit(1)  # Ray's own clean-up at exit would wait for what is gone
+
+
+def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
     preflight.check_door(door)
     _say("checking the model")
     preflight.check_config(config)
@@ -42,12 +51,8 @@ def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None
         clean = deployment.close()
         if logs := deployment.kept_logs():
             _say(f"the logs are kept in {logs}")
-    if deployment.ray_lost:
-        sys.stderr.write(f"pregate: {reason}\n")
-        sys.stderr.flush()
-        os._exit(1)  # Ray's own clean-up at exit would wait for what is gone
     if reason is not None:
-        raise UnavailableError(reason)
+        raise (RayLostError if deployment.ray_lost else UnavailableError)(reason)
     if not clean:
         raise UnavailableError("stopping took too long; the supervisor goes on with it")
 

@@ -75,7 +75,7 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         cause = getattr(error, "cause", None) or error  # RayTaskError keeps the original there
         if isinstance(cause, PregateError):
-            return cls(cause.code, str(cause))
+            return cls(cause.code, cause.for_command_line)
         return cls(PregateError.code, f"{type(cause).__name__}: {cause}".splitlines()[0])
 
 
@@ -189,15 +189,14 @@ class Supervisor:
         await children.stop(grace_s=0)
 
     async def _watch(self) -> None:
-        """Every second: drop lapsed leases, see who died. Ends with the deployment, and ends it should it fail."""
-        try:
-            while self._state != "stopping":
+        """Every second: drop lapsed leases, see who died. Ends with the deployment, and fails it should a look fail."""
+        while self._state != "stopping":
+            try:
                 await self._look()
-                await asyncio.sleep(CHECK_EVERY_S)
-        finally:
-            if self._state != "stopping":
-                self._state = "stopping"
-                self._spawn(self._stop())
+            except Exception as error:  # a bug of ours, which launchers and the logs are to tell
+                logger.error("the deployment could not be looked after", exc_info=error)
+                self._fail(Failure.of(error))
+            await asyncio.sleep(CHECK_EVERY_S)
 
     async def _look(self) -> None:
         lapsed = self._leases.lapse(time.monotonic())
@@ -211,14 +210,18 @@ class Supervisor:
             logger.warning("%s", note)
             self._notes = [*self._notes, (self._notes[-1][0] + 1 if self._notes else 0, note)][-MAX_NOTES:]
         if health.lost and self._state == "ready":
-            self._lose(self._children, health.lost)
+            sentence = "; ".join(f"{part} is lost: {reason}" for part, reason in health.lost.items())
+            logger.error("%s", sentence)
+            self._fail(Failure(UnavailableError.code, sentence))
 
-    def _lose(self, children: Children, lost: Mapping[str, str]) -> None:
+    def _fail(self, failure: Failure) -> None:
         """Fail for good; what is left drains and stops, so that running requests hear of it."""
-        sentence = "; ".join(f"{part} is lost: {reason}" for part, reason in lost.items())
-        logger.error("%s", sentence)
-        self._failure, self._state = Failure(UnavailableError.code, sentence), "failed"
-        self._spawn(children.stop(self._config.drain_s if self._config is not None else 0))
+        if self._state not in ("starting", "ready") or self._children is None or self._config is None:
+            return
+        if self._start_task is not None:
+            self._start_task.cancel()
+        self._failure, self._state = failure, "failed"
+        self._spawn(self._children.stop(self._config.drain_s))
 
     def _let_go(self, launchers: list[str]) -> None:
         """Drain the doors of launchers that are gone; after the last launcher, everything."""

@@ -119,8 +119,8 @@ class Running:
 
 
 @contextmanager
-def serving(*arguments):
-    """Run `pregate serve` on a free port until it serves; kills whatever is left at the end."""
+def serving(*arguments, until="stop  "):
+    """Run `pregate serve` on a free port until it says `until`, that it serves; kills whatever is left at the end."""
     with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         log = folder / "serve.log"
@@ -131,7 +131,7 @@ def serving(*arguments):
             )
         running = Running(process, folder, log)
         try:
-            wait_for(log, "stop  ", process)
+            wait_for(log, until, process)
             yield running
         finally:
             for left in processes_of(folder):

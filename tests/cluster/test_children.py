@@ -17,6 +17,7 @@ from pregate.cluster import children as module
 from pregate.cluster import pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
+from pregate.cluster.doors import Doors
 from pregate.cluster.ray_start import init_local
 from pregate.router.doors.grpc_options import GrpcOptions
 
@@ -40,10 +41,11 @@ async def check_until(children, wanted):
     """Look as the supervisor does, until `wanted` of what was found so far; returns lost parts and all notes."""
     notes = []
     for _ in range(100):
-        health = await children.check()
-        notes += health.notes
-        if wanted(health.lost, notes):
-            return health.lost, notes
+        found = await children.check()
+        lost, some = found if isinstance(found, tuple) else (found.lost, found.notes)
+        notes += some
+        if wanted(lost, notes):
+            return lost, notes
         await asyncio.sleep(0.1)
     raise AssertionError(notes)
 
@@ -98,12 +100,54 @@ def test_a_door_comes_back_a_pause_is_told_and_a_death_is_for_good(local_ray, pa
     asyncio.run(main())
 
 
+def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray):
+    """No status to ask for; a door that cannot be made again."""
+
+    @ray.remote(num_cpus=0)
+    class Part:
+        def start(self):
+            return {"host": "127.0.0.1", "port": 1}
+
+        def stop(self, grace_s):
+            pass
+
+    async def main():
+        made = [Part.remote()]
+        doors = Doors(lambda number, options: made.pop(), 10.0)
+        await doors.add("me", GrpcOptions(port=0))
+        lost, notes = await check_until(doors, lambda lost, notes: lost)
+        assert "door on port 1: it gave no status (AttributeError" in notes[0]
+        assert lost == {"door on port 1": "IndexError: pop from empty list"}
+        await doors.stop(0)
+
+    asyncio.run(main())
+
+
+def test_room_that_is_taken_away_while_waited_for_ends_the_start(local_ray, path_checkpoint, monkeypatch):
+    monkeypatch.delenv(run_folder.RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.setattr(module, "ROOM_EVERY_S", 0.2)
+
+    async def main():
+        children = RayChildren(config(path_checkpoint, gpus_per_host=1))
+        start = asyncio.ensure_future(children.start())
+        while "waiting" not in children.stage:
+            await asyncio.sleep(0.05)
+        group = children._parts.group
+        assert group is not None
+        ray.util.remove_placement_group(group)
+        with pytest.raises(UnavailableError, match="the room reserved for 'pregate' was taken away"):
+            await asyncio.wait_for(start, 20)
+        await children.stop(0)
+
+    asyncio.run(main())
+
+
 def test_no_room_on_a_ray_of_our_own_is_refused_at_once(local_ray, path_checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv(run_folder.RUN_DIR_VARIABLE, str(tmp_path))
 
     async def main():
         children = RayChildren(config(path_checkpoint, gpus_per_host=1))
-        with pytest.raises(UserError, match=r"--gpus-per-host 1: not to be had: 1 hosts of 1 GPUs each"):
+        with pytest.raises(UserError, match=r"gpus_per_host 1: not to be had: 1 hosts of 1 GPUs each"):
             await asyncio.wait_for(children.start(), 10)
         await children.stop(0)
 

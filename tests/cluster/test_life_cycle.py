@@ -123,6 +123,16 @@ def test_a_lost_host_ends_the_server_with_a_reason(layerwise_checkpoint):
         assert running.wait_nothing_left(10) == []
 
 
+def test_the_loss_of_ray_ends_a_start_at_once(path_checkpoint):
+    with serving("--model", path_checkpoint, until="loading the engine") as running:
+        next(p for p in processes_of(running.folder) if p.name() == "gcs_server").kill()
+        assert running.process.wait(20) == 1
+        last = running.log.read_text().splitlines()[-1]
+        assert last.startswith("pregate: Ray is lost: its control service at "), last
+        shutil.rmtree(running.kept_logs.parent)
+        assert running.wait_nothing_left(10) == []
+
+
 def test_the_launchers_own_death_leaves_nothing(path_checkpoint):
     with serving("--model", path_checkpoint) as running:
         ports = listening_ports(processes_of(running.folder))

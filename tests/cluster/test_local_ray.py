@@ -1,5 +1,8 @@
+import contextlib
 import os
 import socket
+import threading
+import time
 
 import psutil
 import pytest
@@ -59,15 +62,44 @@ def test_a_port_that_nobody_listens_on_does_not_answer():
         assert local_ray.gcs_answers(address)
 
 
+def test_who_finds_the_token_finds_all_of_it(tmp_path, monkeypatch, no_token):
+    path = tmp_path / "auth_token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(path))
+    found, done = set(), threading.Event()
+
+    def read():
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                found.add(len(path.read_text()))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for _ in range(300):
+        local_ray.ensure_token()
+        path.unlink()
+    done.set()
+    reader.join()
+    assert found == {64}
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_without_its_control_service_ray_is_ended_at_once():
-    """Ray's processes would wait for it for a minute, and its two agents, whose parent died, for longer."""
+@pytest.mark.parametrize("asked", [False, True])
+def test_without_its_control_service_ray_is_ended_at_once(asked):
+    """Ray's processes would wait for it for a minute, and its two agents, whose parent died, for longer.
+
+    `asked`: it dies while the keeper waits for an answer of it, which would not come for a minute either.
+    """
     kept = local_ray.start(1)
     session = session_of(kept.process)
     names = [process.name() for process in session]
     assert [name for name in names if name.startswith("ray::")], names
-    next(process for process in session if process.name() == "gcs_server").kill()
+    gcs = next(process for process in session if process.name() == "gcs_server")
+    if asked:
+        gcs.suspend()
+        time.sleep(3 * local_ray.POLL_S)
+    gcs.kill()
     kept.process.wait(15)
     assert session_of(kept.process) == []
     assert not kept.run_dir.exists()

@@ -18,6 +18,7 @@ class Children:
     def __init__(self) -> None:
         self.stage = "loading"
         self.health = Health()
+        self.fault: Exception | None = None
         self.refuse_start: Exception | None = None
         self.stopped_with: list[float] = []
         self.dropped: list[str] = []
@@ -37,6 +38,8 @@ class Children:
         self.dropped.append(owner)
 
     async def check(self):
+        if self.fault is not None:
+            raise self.fault
         return self.health
 
     async def stop(self, grace_s):
@@ -112,6 +115,24 @@ def test_a_part_lost_for_good_fails_the_deployment_and_is_named(run, tmp_path):
     assert stopped_with == [3.0, 3.0]  # the second waits for the first, which `RayChildren.stop` sees to
     assert killed == []  # not before what is left has stopped
     assert [path.name for path in tmp_path.iterdir()] == ["supervisor-one"]  # the logs are to be kept
+
+
+def test_a_look_that_fails_is_told_and_the_logs_stay(run, tmp_path):
+    async def scenario(one, children):
+        await start(one)
+        children.fault = KeyError("host-1")
+        status = await status_when(one, lambda status: status["state"] != "ready")
+        await asyncio.sleep(0.05)
+        assert (await one.renew("serve"))["leased"]
+        assert children.killed == []  # launchers are to hear of it
+        await one.release("serve")
+        while not children.killed:
+            await asyncio.sleep(0.005)
+        return status["state"], status["failure"]
+
+    (state, failure), _ = run(scenario)
+    assert (state, failure) == ("failed", {"code": "INTERNAL", "message": "KeyError: 'host-1'"})
+    assert [path.name for path in tmp_path.iterdir()] == ["supervisor-one"]
 
 
 def test_what_the_deployment_survives_is_told_once(run):
