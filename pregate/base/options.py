@@ -82,12 +82,18 @@ def options(*, kw_only: bool = False) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(init)
         def checked(self: Any, *arguments: Any, **named: Any) -> None:
-            given = dict(zip(names, arguments, strict=False)) | named
+            if len(arguments) > len(names):
+                most = f"{len(names)}, {', '.join(names)}" if names else "none"
+                raise UserError(f"{cls.__name__}: {len(arguments)} values without a name; allowed: {most}")
+            given = dict(zip(names, arguments, strict=False))
+            if twice := sorted(given.keys() & named.keys()):
+                raise UserError(f"{option_name(twice[0])}: given twice")
+            given |= named
             for name, info in fields_of(made).items():
                 if isinstance(given.get(name), bool) and bool not in kinds(info):  # to pydantic True is 1
                     raise _not_allowed(name, info, given[name])
             try:
-                init(self, *arguments[len(names) :], **(made.follow(given) if hasattr(made, "follow") else given))
+                init(self, **(made.follow(given) if hasattr(made, "follow") else given))
             except pydantic.ValidationError as error:
                 raise _sentence(made, error) from None
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from pregate.base.errors import CheckpointError, PregateError, UserError
-from pregate.model.file_hashes import file_sha256, remembered_sha256
+from pregate.model.file_hashes import file_sha256, has_sha256
 from pregate.model.folder import ROUTED
 from pregate.model.shard_file import ITEM_BYTES, ShardFile
 
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
 def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
     """Raise CheckpointError for a file that is missing, cut short, or (with `hashes`) changed.
 
-    A file is hashed once, and again when it changes (`file_hashes.remembered_sha256`).
+    A file is hashed once, and again when it changes (`file_hashes.has_sha256`).
     """
     if "config.json" not in manifest.files or not any(f.endswith(".safetensors") for f in manifest.files):
         raise CheckpointError(f"{folder / MANIFEST}: lists no config.json or no shard")
@@ -111,7 +111,7 @@ def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if hashes and remembered_sha256(path) != expected["sha256"]:
+        if hashes and not has_sha256(path, expected["sha256"]):
             raise CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
 
 

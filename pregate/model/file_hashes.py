@@ -29,20 +29,19 @@ def cache_file() -> Path:
     return Path(base) / "pregate" / "sha256.json"
 
 
-def remembered_sha256(path: Path) -> str:
-    """The sha256 of a file; not computed where size, times and inode are those it was last computed for.
+def has_sha256(path: Path, digest: str) -> bool:
+    """Whether this is a file's sha256; not computed where it was for the same size, times and inode.
 
-    Where the cache cannot be read or written it is computed every time.
+    Where the cache cannot be read or written, or says something else, it is computed.
     """
     key, stamp, begun_s = str(path.resolve()), _stamp(path), time.time()
-    known = _read().get(key)
-    if isinstance(known, list) and known[:-1] == stamp:
-        return known[-1]
-    digest = file_sha256(path)
+    if _read().get(key) == [*stamp, digest]:
+        return True
+    found = file_sha256(path)
     settled = begun_s - max(stamp[1:3]) / 1e9 > _SETTLED_S
     if settled and _stamp(path) == stamp:
-        _write(key, [*stamp, digest])
-    return digest
+        _write(key, [*stamp, found])
+    return found == digest
 
 
 def _stamp(path: Path) -> list[int]:

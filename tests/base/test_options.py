@@ -94,6 +94,23 @@ def test_a_missing_option_is_named():
         of_keys(Outer, {})
 
 
+@pytest.mark.parametrize(
+    ("values", "named", "sentence"),
+    [
+        (("m", 0.5, 2), {}, r"^Two: 3 values without a name; allowed: 2, model, share$"),
+        (("m",), {"model": "n"}, r"^model: given twice$"),
+    ],
+)
+def test_values_without_a_name_are_as_many_as_there_are_fields(values, named, sentence):
+    @options()
+    class Two:
+        model: str
+        share: float = 0.5
+
+    with pytest.raises(UserError, match=sentence):
+        Two(*values, **named)
+
+
 def test_python_and_the_command_line_call_an_option_by_their_own_names():
     error = UserError.of("--max-tokens", "a--b", "with --top-p 2 see `pregate generate --help`")
     assert error.for_command_line == "--max-tokens a--b: with --top-p 2 see `pregate generate --help`"
