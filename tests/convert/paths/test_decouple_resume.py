@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pregate.convert.files.partial import partial_folder, read_state
 from pregate.convert.paths import training
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import QuietProgress
+from tests.convert.interruption import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[3]
 TRAINING = "training the path router"
@@ -109,36 +108,6 @@ def test_other_options_are_refused_and_restart_discards(options: DecoupleOptions
     manifest = decouple(replace(options, seed=1, restart=True))
     assert manifest.options["decouple"]["seed"] == 1
     assert "restart" not in manifest.options["decouple"]
-
-
-@contextmanager
-def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """As on a disk that is full: what goes beyond fails (with EFBIG for ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_on_a_full_disk_the_training_is_kept(options: DecoupleOptions, capsys, tmp_path: Path):
-    """The checkpoint is the largest file: its writing fails, and the same command goes on to it."""
-    arguments = ["decouple", "--model", options.model, "--out", options.out, "--text", *options.text]
-    command = [str(a) for a in [*arguments, "--steps", 7, "--dim", 16]]
-    straight = decouple(replace(options, out=tmp_path / "straight"))
-    sizes = {name: entry["bytes"] for name, entry in straight.files.items() if name.endswith(".safetensors")}
-    largest = max(sizes.values())
-    with files_of_at_most(largest - 1):
-        assert main(command) == 1
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    assert re.search(rf"^pregate: --out {options.out}: .* cannot be written .* the same command goes on$", told, re.M)
-    state = read_state(options.out)
-    assert state is not None
-    assert state.layers_done == 7
-    assert main(command) == 0
-    assert shards(options.out) == shards(tmp_path / "straight")
 
 
 def test_a_file_that_cannot_be_kept_is_one_sentence(options: DecoupleOptions):
