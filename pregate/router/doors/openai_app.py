@@ -59,7 +59,7 @@ class StreamOptions(BaseModel):
 class CompletionRequest(BaseModel):
     """OpenAI's body with OpenAI's defaults; what pregate cannot do is refused unless it is at its neutral value."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # true is no 1, nor is "1"
     model: str = ""
     prompt: str | list[int] | list[str]
     max_tokens: int | None = 16

@@ -79,6 +79,8 @@ class EngineActor:
         self._stop_event.set()
         if self._thread is not None:
             self._thread.join(_STOP_TIMEOUT_S)
+            if self._thread.is_alive():  # it may be using the clients' sockets; the process is about to be ended
+                return
         for client in self._clients:
             client.close()
         self._clients = ()

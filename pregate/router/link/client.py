@@ -232,6 +232,8 @@ class EngineClient:
         if task.cancelled() or task.exception() is None:
             return
         logger.error("the channel to the engine broke", exc_info=task.exception())
+        for other in self._tasks:  # else the next packet would take the loss back, or nobody would see silence
+            other.cancel()
         self._answered, self._lost = True, "the channel to the engine broke"
         self._fail_waiting(PregateError(self._lost))
 

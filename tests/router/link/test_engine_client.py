@@ -1,4 +1,4 @@
-"""What an engine's late words about a request that has ended do to its stream: nothing."""
+"""What an engine's late words do: nothing to a request that has ended, nor to a channel that broke."""
 
 import asyncio
 from contextlib import aclosing
@@ -6,10 +6,11 @@ from contextlib import aclosing
 import zmq
 import zmq.asyncio
 
-from pregate.router.link.client import EngineClient
+from pregate.router.link.client import EngineClient, EngineClientOptions
 from pregate.router.link.messages import (
     FailedEvent,
     FinishedEvent,
+    Heartbeat,
     SamplingParams,
     SubmitRequest,
     TokensEvent,
@@ -46,3 +47,28 @@ async def stream_with_late_failure():
 def test_a_failure_after_the_end_is_ignored():
     events = asyncio.run(stream_with_late_failure())
     assert [type(event) for event in events] == [TokensEvent, FinishedEvent]
+
+
+async def unavailable_after_a_bug():
+    context = zmq.Context()
+    engine = zmq.asyncio.Context.shadow(context).socket(zmq.ROUTER)
+    engine.bind("inproc://broken")
+    client = EngineClient("inproc://broken", options=EngineClientOptions(keep_alive_s=0.01), context=context)
+    client.open()
+    peer, _ = await asyncio.wait_for(engine.recv_multipart(), 5)
+    await engine.send_multipart([peer, pack([Heartbeat("e", 0, None, 0.0)])])
+    while client.unavailable:
+        await asyncio.sleep(0.01)
+    client._running_ids.add(object())  # pyright: ignore[reportArgumentType] - the next keep-alive cannot be written
+    while not client.unavailable:
+        await asyncio.sleep(0.01)
+    await engine.send_multipart([peer, pack([Heartbeat("e", 0, None, 0.0)])])
+    await asyncio.sleep(0.1)
+    found = client.unavailable
+    await client.close()
+    engine.close(linger=0)
+    return found
+
+
+def test_a_channel_that_broke_stays_broken():
+    assert asyncio.run(asyncio.wait_for(unavailable_after_a_bug(), 10)) == "the channel to the engine broke"
