@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pregate.workers.client.local import LocalLayers
+from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.actor import ExpertHostActor
 from pregate.workers.host.host import Host, check_hello
 from pregate.workers.host.options import HostOptions
@@ -42,8 +42,8 @@ class EchoHost:
         self._num_groups += 1
         return rows_ND
 
-    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
-        return "an echo has no layers"
+    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
+        return "an echo holds nothing"
 
     def status(self) -> dict[str, Any]:
         return {"host_id": self.options.host_id, "incarnation": self.incarnation, "num_groups": self._num_groups}

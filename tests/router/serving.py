@@ -166,10 +166,10 @@ class Recorder:
         engine._forward = self._watch_forward
         engine.exchange.dispatch = self._watch_dispatch
 
-    def _watch_dispatch(self, layer, x_TD, ids_TK, weights_TK=None):
-        if ids_TK is not None:
-            self._layers[layer] = ids_TK.numpy()
-        return self._dispatch(layer, x_TD, ids_TK, weights_TK)
+    def _watch_dispatch(self, layer, x_TD, choice=None):
+        if choice is not None:
+            self._layers[layer] = choice.ids.numpy()
+        return self._dispatch(layer, x_TD, choice)
 
     def _watch_forward(self, batch):
         self._layers = {}

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pregate.kernels import expert_ffn
-from pregate.kernels.contract import ExpertFFN
-from pregate.kernels.tools.warm_up import warm_up_dense
-from pregate.model.layers import RoutedMLP, RoutedSlot, SharedExpert, find_routed_slots
+from pregate.model.layers import RoutedMLP, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.attention import ATTENTION_NAME, register_attention
 from pregate.router.engine.decoder_parts import lean_decoder
@@ -25,11 +22,10 @@ from pregate.router.engine.exchange import Exchange
 from pregate.router.engine.family import check_family
 from pregate.router.engine.probe import probe
 from pregate.router.engine.step_layout import StepLayout
-from pregate.workers.client.host_client import LocalLayers
 
 
 class ExchangeMLP(nn.Module):
-    """One layer's FFN in the backbone: routed rows go away, the shared expert runs meanwhile, answers are added."""
+    """One layer's FFN in the backbone: the exchange runs it, on what the paths or the layer's gate choose."""
 
     def __init__(self, mlp: RoutedMLP, exchange: Exchange, exact: bool) -> None:
         super().__init__()
@@ -37,25 +33,8 @@ class ExchangeMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
-        if not self.mlp.cut.num_active:
-            return self.mlp.shared_output(x_TD).view_as(x)
-        if self.exact and self.exchange.local is not None:
-            return self.exchange.local.run(self.mlp.layer, x_TD).view_as(x)
-        ids_TK, weights_TK = (None, None) if self.exact else self.mlp.gate.choose(x_TD)
-        receipt = self.exchange.dispatch(self.mlp.layer, x_TD, ids_TK, weights_TK)
-        return self.exchange.combine(receipt, self.mlp.shared_output(x_TD)).view_as(x)
-
-
-class SharedFFN(nn.Module):
-    """A shared expert through the kernels' entry point; the weights are held as its implementation wants them."""
-
-    def __init__(self, shared: SharedExpert, ffn: ExpertFFN) -> None:
-        super().__init__()
-        self.ffn, self.width = ffn, shared.down_proj.shape[1]
-        self.weights = ffn.stack(shared.gate_up_proj[None], shared.down_proj[None])
-
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.ffn.dense(x_TD, self.weights)
+        choice = None if self.exact or not self.mlp.cut.num_active else self.mlp.gate.choose(x_TD)
+        return self.exchange.combine(self.exchange.dispatch(self.mlp.layer, x_TD, choice)).view_as(x)
 
 
 class RoutedBackbone(RoutedForCausalLM):
@@ -75,12 +54,11 @@ class Backbone:
         seen = probe(model.parent)
         self.kv_shapes = seen.kv_shapes
         exact = model.config.routing == "path"
-        slots = find_routed_slots(model.parent)
-        _place_shared(slots, model, torch.device(device), exchange.local if exact else None)
-        mlps = [ExchangeMLP(slot.mlp, exchange, exact) for slot in slots]
-        self._apart = {m.width: m for mlp in mlps for m in mlp.modules() if isinstance(m, SharedFFN) and m.ffn.compiles}
-        for slot, mlp in zip(slots, mlps, strict=True):
-            slot.replace(mlp)
+        for slot in find_routed_slots(model.parent):
+            if (shared := slot.mlp.shared) is not None:
+                exchange.hold_shared(slot.mlp.layer, shared.gate_up_proj.detach(), shared.down_proj.detach())
+                slot.mlp.shared = None
+            slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
         self._run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
 
     @classmethod
@@ -96,15 +74,6 @@ class Backbone:
             tensor.data = tensor.data.clone()
         model.parent.set_attn_implementation(ATTENTION_NAME)
         return cls(model.to(device).eval(), exchange, device, check_family(model.config.text_config))
-
-    @torch.inference_mode()
-    def warm_up(self, step_tokens: int) -> int:
-        """Compile the expert kernels of steps of up to `step_tokens` tokens; return the number of calls it took."""
-        x_1D = torch.zeros(1, self.config.text_config.hidden_size, dtype=self.dtype, device=self.device)
-        calls = sum(warm_up_dense(m.ffn, m.weights, x_1D, step_tokens) for m in self._apart.values())
-        local = self.exchange.local
-        weighted = self.path_router is not None and self.path_router.config.weights == "learned"
-        return calls if local is None else calls + local.warm_up(x_1D, step_tokens, weighted=weighted)
 
     @torch.inference_mode()
     def forward(
@@ -126,26 +95,3 @@ def _run_parent(
         pregate_step=layout,
     )
     return output.logits[0]
-
-
-def _place_shared(
-    slots: list[RoutedSlot], model: RoutedBackbone, device: torch.device, local: LocalLayers | None
-) -> None:
-    """Give the shared expert of each layer to `local` where it runs the layer and takes it in; run every other one
-    through the one implementation chosen for this machine."""
-    mlps = [slot.mlp for slot in slots if slot.mlp.shared is not None]
-    if local is not None and local.takes_shared:
-        for mlp in [mlp for mlp in mlps if mlp.cut.num_active]:
-            shared = cast(SharedExpert, mlp.shared)
-            local.take_shared(mlp.layer, shared.gate_up_proj.detach(), shared.down_proj.detach())
-            mlp.shared = None
-        mlps = [mlp for mlp in mlps if mlp.shared is not None]
-    if not mlps:
-        return
-    widths = {width for mlp in mlps for width in (mlp.hidden_size, mlp.cut.shared_width)}
-    ffn = expert_ffn.choose("auto", device, model.dtype, act=model.config.hidden_act, widths=widths)
-    for mlp in mlps:
-        # One at a time, so that packed weights and those they were made from are both held for one layer only.
-        mlp.add_module("shared", SharedFFN(cast(SharedExpert, mlp.shared), ffn))
-        if local is not None and mlp.cut.num_active:
-            local.join_shared(mlp.layer, cast(SharedFFN, mlp.shared))

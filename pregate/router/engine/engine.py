@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import secrets
 import time
-import uuid
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from pregate.model.path_router import PathComputer, PathState
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.blocks import BlockAllocator
+from pregate.router.engine.connect import connect
 from pregate.router.engine.exchange import Exchange
 from pregate.router.engine.kv_cache import PagedKV
 from pregate.router.engine.options import EngineOptions
@@ -36,7 +36,7 @@ from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 from pregate.router.link.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
 
 if TYPE_CHECKING:
-    from pregate.workers.client.host_client import HostClient, LocalLayers
+    from pregate.workers.client.host_client import HostClient
 
 logger = get_logger(__name__)
 Event = TokensEvent | FinishedEvent | FailedEvent
@@ -271,30 +271,6 @@ def _finished(sequence: Sequence, reason: str) -> FinishedEvent:
     return FinishedEvent(sequence.request_id, reason, sequence.num_prompt, sequence.num_generated, per_host)
 
 
-def _local_layers(options: EngineOptions, clients: Many[HostClient], reader: CheckpointReader) -> LocalLayers | None:
-    """Return whole layers where they serve better than groups: exact paths and one host, in this process. Logged."""
-    found: LocalLayers | str = f"{len(clients)} hosts"
-    if reader.config.routing != "path":
-        found = "gates decide layer by layer"
-    elif len(clients) == 1:
-        found = clients[0].local_layers(torch.device(options.device), getattr(torch, options.dtype))
-    if isinstance(found, str):
-        logger.info("experts run in groups, host by host: %s", found)
-        return None
-    logger.info("experts run in whole layers: exact paths, and the one host is in this process")
-    return found
-
-
-def _warm_up(backbone: Backbone, step_tokens: int) -> None:
-    """Compile before the first request what would else be compiled during it."""
-    started_s = time.perf_counter()
-    if backbone.exchange.local is None:
-        for client in backbone.exchange.clients:
-            client.warm_up()
-    if backbone.warm_up(step_tokens):
-        logger.info("kernels of the engine compiled in %.1f s", time.perf_counter() - started_s)
-
-
 def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR: np.ndarray) -> Engine:
     """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host.
 
@@ -305,18 +281,9 @@ def build_engine(options: EngineOptions, clients: Many[HostClient], hosts_of_LR:
     for note in folder.notes:
         logger.warning("%s: %s", folder.path, note)
     reader = CheckpointReader(options.model)
-    exchange = Exchange(uuid.uuid4().hex, clients, hosts_of_LR, options.group_timeout_s)
-    for client in clients:
-        client.hello(
-            engine=exchange.engine,
-            fingerprint=reader.fingerprint,
-            dtype=getattr(torch, options.dtype),
-            width=reader.hidden_size,
-            max_rows=options.step_tokens,
-        )
-    exchange.local = _local_layers(options, clients, reader)
+    exchange = connect(options, clients, hosts_of_LR, reader)
     backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
-    _warm_up(backbone, options.step_tokens)
+    exchange.warm_up(options.step_tokens)
     engine = Engine(options, folder, backbone, exchange, reader.fingerprint)
     logger.info("engine of %s: %s routing, %d hosts", options.model, engine.config.routing, len(clients))
     return engine

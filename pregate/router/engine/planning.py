@@ -25,18 +25,6 @@ class LayerGroup:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One layer: its groups in ascending host order, and where each token finds its experts' rows.
-
-    `slots` int32 [T, K]: row of the groups' answers laid end to end, in ascending expert id; -1 where a token has
-    fewer than K experts.
-    """
-
-    groups: tuple[LayerGroup, ...]
-    slots: np.ndarray
-
-
-@dataclass(frozen=True)
 class _Pairs:
     """All (token, layer, expert) pairs of a step sorted by host, layer, expert, token."""
 
@@ -70,7 +58,7 @@ def make_plan(step: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray, num_hosts
 
     Example: T = 2, L = 1, ids [[[0, 1]], [[1, 2]]], hosts_of [[0, 0, 1]] gives host 0 rows [0, 1] with experts
     [0, 1], counts [1, 2], row_index [0, 0, 1]; host 1 rows [1] with expert [2], counts [1], row_index [0];
-    slots [[0, 1], [2, 3]].
+    slots [[[0, 1], [2, 3]]].
     """
     num_tokens, num_layers, k_max = ids_TLK.shape
     num_routed = hosts_of_LR.shape[1]
@@ -91,20 +79,16 @@ def make_plan(step: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray, num_hosts
         counts=unit_count.astype(np.int32),
         row_index=(row_of_pair.reshape(-1) - row_start[group]).astype(np.int32),
     )
-    slots_TLK = np.full((num_tokens, num_layers, k_max), -1, dtype=np.int32)
-    slots_TLK[pairs.token, pairs.layer, pairs.column] = _slots(group, pair_start, num_hosts, num_layers)
-    counts_TH = np.bincount(pairs.token * num_hosts + pairs.host, minlength=num_tokens * num_hosts)
-    layers = tuple(
-        LayerPlan(arrays.layer_groups(layer, num_hosts, num_layers), slots_TLK[:, layer]) for layer in range(num_layers)
-    )
-    return StepPlan(step, layers, counts_TH.reshape(num_tokens, num_hosts), arrays)
-
-
-def _slots(group: np.ndarray, pair_start: np.ndarray, num_hosts: int, num_layers: int) -> np.ndarray:
-    """Position of each pair in its layer's answers, the hosts' answers laid end to end."""
     pairs_HL = np.diff(pair_start).reshape(num_hosts, num_layers)
     base_HL = np.cumsum(pairs_HL, axis=0) - pairs_HL
-    return np.arange(len(group)) - pair_start[group] + base_HL.reshape(-1)[group]
+    slots_LTK = np.empty((num_layers, num_tokens, k_max), dtype=np.int64)
+    slots_LTK[:] = pairs_HL.sum(axis=0)[:, None, None]
+    slots_LTK[pairs.layer, pairs.token, pairs.column] = (
+        np.arange(len(group)) - pair_start[group] + base_HL.reshape(-1)[group]
+    )
+    counts_TH = np.bincount(pairs.token * num_hosts + pairs.host, minlength=num_tokens * num_hosts)
+    layers = tuple(arrays.layer_groups(layer, num_hosts, num_layers) for layer in range(num_layers))
+    return StepPlan(step, layers, slots_LTK, counts_TH.reshape(num_tokens, num_hosts), arrays)
 
 
 @dataclass(frozen=True)
@@ -151,10 +135,15 @@ class _Arrays:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step: every layer's groups, and pairs per token and host [T, H]."""
+    """One step: every layer's groups in ascending host order, and pairs per token and host [T, H].
+
+    `slots_LTK` int64: where each token finds its experts' rows, in ascending id, in the layer's answers laid end to
+    end; the row after the last one where it has fewer than K experts.
+    """
 
     step: int
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[tuple[LayerGroup, ...], ...]
+    slots_LTK: np.ndarray
     pair_counts_TH: np.ndarray
     arrays: _Arrays
 
@@ -169,9 +158,9 @@ class StepPlan:
 
 def check_plan(plan: StepPlan, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> None:
     """Raise AssertionError unless every pair is served exactly once, by its unit's home host, in slot order."""
-    for layer, layer_plan in enumerate(plan.layers):
+    for layer, groups in enumerate(plan.layers):
         served: list[tuple[int, int]] = []
-        for group in layer_plan.groups:
+        for group in groups:
             assert (np.diff(group.rows) > 0).all(), "a token's row travels once to a host"
             assert (np.diff(group.index.expert_ids) > 0).all(), "units ascend"
             experts = np.repeat(group.index.expert_ids, group.index.counts)
@@ -183,6 +172,6 @@ def check_plan(plan: StepPlan, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> 
         assert len(served) == len(wanted) and set(served) == wanted, "every pair once"
         for token, row in enumerate(ids_TLK[:, layer]):
             for column, expert in enumerate(row):
-                slot = layer_plan.slots[token, column]
-                assert (slot == -1) == (expert < 0), "padding has no slot"
+                slot = plan.slots_LTK[layer, token, column]
+                assert (slot == len(served)) == (expert < 0), "padding finds the row after the last"
                 assert expert < 0 or served[slot] == (token, expert), "slots point at the pair's own row"

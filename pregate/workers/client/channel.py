@@ -44,7 +44,7 @@ from pregate.workers.link.transport import CurveKeys
 from pregate.workers.link.wire import decode, encode
 
 if TYPE_CHECKING:
-    from pregate.workers.client.local import LocalLayers
+    from pregate.workers.client.local import LocalUnits
 
 #: Longest sleep while waiting for an answer, before the heartbeats' age is looked at again.
 _WAIT_SLICE_S = 0.2
@@ -200,11 +200,11 @@ class ChannelClient:
             raise _error_of(flight.answer, self.host_id)
         return from_rows(flight.answer.rows)
 
-    def abandon_groups(self) -> None:
-        self._in_flight.clear()
+    def abandon(self, key: GroupKey | None = None) -> None:
+        self._in_flight = {k: flight for k, flight in self._in_flight.items() if key not in (None, k)}
 
-    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
-        return "its hosts are other processes"
+    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
+        return "the host is another process"
 
     def poll(self) -> None:
         heard = self._drain(self._control)

@@ -12,7 +12,7 @@ import torch
 from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
 from pregate.workers.client.channel import ChannelClient, ChannelOptions, ChannelStats
-from pregate.workers.client.local import LocalLayers
+from pregate.workers.client.local import LocalUnits
 from pregate.workers.client.sent_plans import SentPlans
 from pregate.workers.host.plan_shelf import NeedPlanError
 from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
@@ -29,7 +29,7 @@ __all__ = [
     "CurveKeys",
     "HostClient",
     "InProcessClient",
-    "LocalLayers",
+    "LocalUnits",
 ]
 
 _log = get_logger(__name__)
@@ -64,12 +64,12 @@ class HostClient(Protocol):
         """
         ...
 
-    def abandon_groups(self) -> None:
-        """Forget the groups that were sent and not received: their step has failed. Their answers are discarded."""
+    def abandon(self, key: GroupKey | None = None) -> None:
+        """Forget a group that was sent and not received, or all of them: its answer is discarded."""
         ...
 
-    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
-        """Return the host's whole layers, where it is in this process and they serve better; else why not."""
+    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
+        """Return what the host holds, where it is in this process and can run whole layers there; else why not."""
         ...
 
     def poll(self) -> None:
@@ -126,11 +126,11 @@ class InProcessClient:
             _log.exception("host %d failed at %s", self.host_id, key)
             raise PregateError(f"expert host {self.host_id}: {type(error).__name__}: {error}") from error
 
-    def abandon_groups(self) -> None:
-        self._groups.clear()
+    def abandon(self, key: GroupKey | None = None) -> None:
+        self._groups = {k: group for k, group in self._groups.items() if key not in (None, k)}
 
-    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
-        return self._host.local_layers(device, dtype)
+    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
+        return self._host.local_units(device, dtype)
 
     def poll(self) -> None:
         pass

@@ -20,7 +20,7 @@ from pregate.kernels import expert_ffn
 from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
-from pregate.workers.client.local import LocalLayers
+from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
 from pregate.workers.host.prepared import PreparedPlan, prepare
@@ -58,9 +58,9 @@ class Host(Protocol):
         """Return [P, D], one row per pair in pair order. Raises NeedPlanError, ProtocolError, UserError."""
         ...
 
-    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
-        """Return this host's whole layers for an engine in its process that computes on `device` in `dtype`, or why its
-        groups serve better."""
+    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
+        """Return what this host holds to an engine in its process that computes on `device` in `dtype` and runs whole
+        layers, or why that must ask for groups."""
         ...
 
     def status(self) -> dict[str, Any]:
@@ -135,18 +135,15 @@ class ExpertHost:
             x_ND = rows_ND.to(self._device, self._dtype)
             with torch.no_grad():
                 y_PD = self._ffn.pairs(x_ND, rows, weights)
-        self._count(rows_ND.shape[0], index.num_pairs)
+        self._count(1, rows_ND.shape[0], index.num_pairs)
         return y_PD.to(rows_ND.device, rows_ND.dtype)
 
-    def local_layers(self, device: torch.device, dtype: torch.dtype) -> LocalLayers | str:
+    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
         if (device, dtype) != (self._device, self._dtype):
             return f"the host computes on {self._device} in {dtype_name(self._dtype)}"
-        cuts = self._reader.config.cuts
-        if self._store.stats.num_units < sum(cut.num_routed for cut in cuts):
-            return "the host does not hold every unit"
         if self._ffn.why_no_layers:
             return f"{self._ffn.name}: {self._ffn.why_no_layers}"
-        return LocalLayers(self._ffn, self._store, cuts, self._count)
+        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count)
 
     def _index_of(
         self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None
@@ -173,9 +170,10 @@ class ExpertHost:
         slots, weights = self._store.lookup(layer, index.expert_ids)
         return GroupRows(slots, index.counts, index.row_index), weights
 
-    def _count(self, num_rows: int, num_pairs: int) -> None:
-        self._num_groups += 1
-        self._num_rows += num_rows
+    def _count(self, num_groups: int, num_rows: int, num_pairs: int) -> None:
+        """Note that many groups, or layers, of `num_rows` rows each with `num_pairs` pairs in all."""
+        self._num_groups += num_groups
+        self._num_rows += num_groups * num_rows
         self._num_pairs += num_pairs
 
     def _check_size(self, rows_ND: torch.Tensor, index: GroupIndex) -> None:

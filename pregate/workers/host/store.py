@@ -54,6 +54,11 @@ class UnitStore:
         for layer, experts in by_layer.items():
             self._load(layer, experts)
 
+    @property
+    def complete(self) -> bool:
+        """True while every routed unit of the checkpoint is held."""
+        return self.stats.num_units == sum(cut.num_routed for cut in self._reader.config.cuts)
+
     def slots(self, layers: np.ndarray | int, expert_ids: np.ndarray) -> np.ndarray:
         """Return int32 [U]: the slot of each unit, -1 for one that is not held or does not exist. Reads nothing."""
         layers = np.asarray(layers)

@@ -10,8 +10,9 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
-from pregate.router.engine.exchange import Exchange
+from pregate.router.engine.channel_exchange import ChannelExchange
 from pregate.router.engine.kv_cache import PagedKV
+from pregate.router.engine.shared_experts import SharedExperts
 from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 from tests.router.serving import hosts_here, placement_of
 
@@ -30,7 +31,8 @@ class Run:
         with torch.inference_mode():
             self.wanted = [self.model(torch.tensor([text]), use_cache=False).logits[0] for text in TEXTS]
         clients, reader = hosts_here(path, NUM_HOSTS), CheckpointReader(path)
-        self.exchange = Exchange("engine", clients, placement_of(path, NUM_HOSTS))
+        shared = SharedExperts(reader.config, torch.device("cpu"), torch.float32)
+        self.exchange = ChannelExchange("engine", clients, placement_of(path, NUM_HOSTS), shared)
         for client in clients:
             terms = {"dtype": torch.float32, "width": reader.hidden_size, "max_rows": 64}
             client.hello(engine="engine", fingerprint=reader.fingerprint, **terms)

@@ -8,8 +8,10 @@ from pregate.base.errors import PregateError
 from pregate.cluster.placement import place
 from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
+from pregate.model.gates import Choice
 from pregate.model.paths import Paths
-from pregate.router.engine.exchange import Exchange
+from pregate.router.engine.channel_exchange import ChannelExchange
+from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
@@ -35,13 +37,24 @@ class WatchedClient(InProcessClient):
         super().send_group(key, rows_ND, index)
 
 
-def exchange_of(path, num_hosts: int) -> Exchange:
+class GivenShared(SharedExperts):
+    """Shared experts whose output is given."""
+
+    out_TD: torch.Tensor
+
+    def run(self, layer, x_TD):
+        return self.out_TD
+
+
+def exchange_of(path, num_hosts: int, shared_TD: torch.Tensor | None = None) -> ChannelExchange:
     """An exchange with that many hosts, each with its own units."""
     reader = CheckpointReader(path)
     hosts_of = place([ROUTED] * LAYERS, num_hosts, PLACEMENTS[num_hosts]).hosts_of
     options = [HostOptions(host_id=n, expert_ffn="loop") for n in range(num_hosts)]
     clients = [WatchedClient(ExpertHost(reader, units_of(hosts_of, o.host_id), o)) for o in options]
-    exchange = Exchange("engine", clients, hosts_of)
+    shared = GivenShared(reader.config, torch.device("cpu"), torch.float32)
+    shared.out_TD = random(2) if shared_TD is None else shared_TD
+    exchange = ChannelExchange("engine", clients, hosts_of, shared)
     for client in clients:
         terms = {"dtype": torch.float32, "width": HIDDEN, "max_rows": 64}
         client.hello(engine="engine", fingerprint=reader.fingerprint, **terms)
@@ -57,18 +70,18 @@ def paths(ids_TK: np.ndarray = IDS_TK, weights: np.ndarray | None = None) -> Pat
     return Paths(np.repeat(ids_TK[:, None], LAYERS, axis=1), weights)
 
 
-def step(exchange: Exchange, out_TD: torch.Tensor, given: Paths, layer: int = 0) -> torch.Tensor:
+def step(exchange: ChannelExchange, given: Paths, layer: int = 0) -> torch.Tensor:
     exchange.begin_step(1, TOKENS, given)
-    return exchange.combine(exchange.dispatch(layer, random(1), None), out_TD)
+    return exchange.combine(exchange.dispatch(layer, random(1)))
 
 
 def one_by_one(path, layer: int, out_TD: torch.Tensor, descending: bool = False) -> torch.Tensor:
     """`out_TD` and then a token's experts, one after the other, by the same kernel; [T, D]."""
-    exchange, columns = exchange_of(path, 1), np.arange(IDS_TK.shape[1])
+    columns = np.arange(IDS_TK.shape[1])
     for column in columns[::-1] if descending else columns:
         one = np.full_like(IDS_TK, -1)
         one[:, 0] = IDS_TK[:, column]
-        out_TD = step(exchange, out_TD, paths(one), layer)
+        out_TD = step(exchange_of(path, 1, out_TD), paths(one), layer)
     return out_TD
 
 
@@ -76,8 +89,8 @@ def one_by_one(path, layer: int, out_TD: torch.Tensor, descending: bool = False)
 def test_the_shared_output_is_first_and_experts_ascend_wherever_they_live(layerwise_checkpoint, num_hosts):
     """To the last bit: sums of floating-point numbers depend on their order, and must not on the placement."""
     shared_TD = random(2, scale=100.0)
-    found = step(exchange_of(layerwise_checkpoint, num_hosts), shared_TD, paths(), layer=2)
-    alone = step(exchange_of(layerwise_checkpoint, 1), shared_TD, paths(), layer=2)
+    found = step(exchange_of(layerwise_checkpoint, num_hosts, shared_TD), paths(), layer=2)
+    alone = step(exchange_of(layerwise_checkpoint, 1, shared_TD), paths(), layer=2)
     assert torch.equal(found, alone)
     torch.testing.assert_close(found, one_by_one(layerwise_checkpoint, 2, shared_TD), rtol=0, atol=1e-4)
     assert torch.equal(found[3], shared_TD[3]), "a token without experts keeps its shared output"
@@ -85,13 +98,12 @@ def test_the_shared_output_is_first_and_experts_ascend_wherever_they_live(layerw
 
 def test_the_order_of_addition_is_that_of_the_ids(layerwise_checkpoint):
     """With answers set by hand: 1 does not show beside the large ones, only once they have cancelled out."""
-    exchange = exchange_of(layerwise_checkpoint, 3)
     big = 2.0**30
+    exchange = exchange_of(layerwise_checkpoint, 3, torch.full((TOKENS, HIDDEN), -big))
     of_expert = {0: big, 1: 1.0, 2: big, 3: 1.0, 4: 1.0}
     for client in exchange.clients:
         client.receive = _constant_answers(client, of_expert)
-    shared_TD = torch.full((TOKENS, HIDDEN), -big)
-    found = step(exchange, shared_TD, paths())
+    found = step(exchange, paths())
     # ((-big + big) + 1) + 1; ((-big + 1) + big) + 1; -big + 1; -big
     assert found[:, 0].tolist() == [2.0, 1.0, -big, -big]
 
@@ -116,8 +128,8 @@ def test_what_is_added_is_what_the_experts_say_weighed(layerwise_checkpoint, pla
     weights_TK = torch.tensor([[0.5, 2.0, 1.0]]).expand(TOKENS, -1) * torch.tensor([[1.0], [-1.0], [3.0], [0.0]])
     weights_TLK = weights_TK.numpy()[:, None].repeat(LAYERS, axis=1)
     exchange.begin_step(1, TOKENS, paths(ids_TK, weights_TLK) if planned else None)
-    chosen = (None, None) if planned else (torch.from_numpy(ids_TK.astype(np.int64)), weights_TK)
-    found = exchange.combine(exchange.dispatch(1, random(1), *chosen), random(2))
+    choice = None if planned else Choice(torch.from_numpy(ids_TK.astype(np.int64)), weights_TK)
+    found = exchange.combine(exchange.dispatch(1, random(1), choice))
     units = [reader.read_unit(1, expert) for expert in range(ROUTED)]
     wanted = random(2)
     for token, column in np.ndindex(ids_TK.shape):
@@ -130,23 +142,24 @@ def test_what_is_added_is_what_the_experts_say_weighed(layerwise_checkpoint, pla
 def test_a_receipt_names_who_was_sent_what(layerwise_checkpoint):
     exchange = exchange_of(layerwise_checkpoint, 3)  # in layer 0: experts 0 and 3, 1 and 4, 2
     exchange.begin_step(5, TOKENS, paths())
-    receipt = exchange.dispatch(0, random(1), None)
-    assert receipt.layer == 0
-    assert [(c.host_id, key) for c, key in receipt.keys] == [(n, GroupKey("engine", 5, 0, n)) for n in range(3)]
+    receipt = exchange.dispatch(0, random(1))
+    assert receipt.layer == 0 and torch.equal(receipt.out_TD, random(2))
+    assert [(g.client.host_id, g.key) for g in receipt.groups] == [(n, GroupKey("engine", 5, 0, n)) for n in range(3)]
     for client, rows in zip(exchange.clients, ([0, 1], [0, 1, 2], [1]), strict=True):
         assert isinstance(client, WatchedClient)
         assert [torch.equal(sent, random(1)[rows]) for sent in client.sent.values()] == [True]
     # Answers end to end: (0: 0), (3: 0, 1), (1: 1), (4: 0, 2), (2: 1), and one row of zeros.
+    assert receipt.slots_TK is not None
     assert receipt.slots_TK.tolist() == [[0, 1, 4], [3, 6, 2], [5, 7, 7], [7, 7, 7]]
 
 
 def test_layers_may_be_away_at_once(layerwise_checkpoint):
     exchange = exchange_of(layerwise_checkpoint, 2)
     exchange.begin_step(1, TOKENS, paths())
-    first, second = (exchange.dispatch(layer, random(1), None) for layer in (0, 1))
-    late, early = exchange.combine(second, random(2)), exchange.combine(first, random(2))
+    first, second = (exchange.dispatch(layer, random(1)) for layer in (0, 1))
+    late, early = exchange.combine(second), exchange.combine(first)
     for layer, found in enumerate((early, late)):
-        assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), random(2), paths(), layer))
+        assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), paths(), layer))
     assert not torch.equal(early, late)
 
 
@@ -155,14 +168,14 @@ def test_a_host_without_rows_is_sent_nothing(layerwise_checkpoint):
     exchange.hosts_of_LR = place([ROUTED] * LAYERS, 2, "linear", one_index=True).hosts_of  # experts 3 and 4 on the last
     exchange.begin_step(1, TOKENS, paths(np.array([[0, 2]] * TOKENS, dtype=np.int16)))
     for layer in range(LAYERS):
-        exchange.combine(exchange.dispatch(layer, random(1), None), random(2))
+        exchange.combine(exchange.dispatch(layer, random(1)))
     used, unused = (client.stats for client in exchange.clients)
     assert (used.plans, used.groups, unused.plans, unused.groups) == (1, LAYERS, 0, 0)
     assert exchange.end_step().tolist() == [[2 * LAYERS, 0]] * TOKENS
     exchange.begin_step(2, TOKENS, paths(np.full((TOKENS, 2), -1, dtype=np.int16)))
-    receipt = exchange.dispatch(0, random(1), None)
-    assert receipt.keys == ()
-    assert torch.equal(exchange.combine(receipt, random(2)), random(2))
+    receipt = exchange.dispatch(0, random(1))
+    assert receipt.groups == ()
+    assert torch.equal(exchange.combine(receipt), random(2))
     assert exchange.end_step().tolist() == [[0, 0]] * TOKENS
 
 
@@ -173,17 +186,38 @@ def test_pairs_are_counted_by_host(layerwise_checkpoint):
     assert exchange.end_step().tolist() == [[LAYERS, 2 * LAYERS], [2 * LAYERS, LAYERS], [0, LAYERS], [0, 0]]
     exchange.begin_step(2, TOKENS, None)
     for layer in range(2):  # a gate decides layer by layer
-        exchange.combine(exchange.dispatch(layer, random(1), torch.tensor([[0, 1 + 2 * layer]] * TOKENS)), random(2))
+        choice = Choice(torch.tensor([[0, 1 + 2 * layer]] * TOKENS))
+        exchange.combine(exchange.dispatch(layer, random(1), choice))
     assert exchange.end_step().tolist() == [[3, 1]] * TOKENS
 
 
 def test_a_step_that_failed_leaves_nothing_behind(layerwise_checkpoint):
     exchange = exchange_of(layerwise_checkpoint, 2)
     exchange.begin_step(1, TOKENS, paths())
-    receipt = exchange.dispatch(0, random(1)[:, :5], None)  # of no width a host knows
+    receipt = exchange.dispatch(0, random(1)[:, :5])  # of no width a host knows
     with pytest.raises(PregateError, match="width"):
-        exchange.combine(receipt, random(2))
+        exchange.combine(receipt)
     exchange.begin_step(2, TOKENS, paths())
     assert all(isinstance(c, WatchedClient) and not c._groups for c in exchange.clients)
-    found = step(exchange, random(2), paths())
-    assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), random(2), paths()))
+    found = step(exchange, paths())
+    assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), paths()))
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_group_can_be_sent_again_to_another_host(layerwise_checkpoint, planned):
+    """Before the first has answered: the other host, home to none of the units, reads them and answers."""
+    exchange = exchange_of(layerwise_checkpoint, 2)
+    given = None if planned else Choice(torch.from_numpy(IDS_TK[:2].repeat(2, axis=0).astype(np.int64)))
+    ids = paths() if planned else None
+    exchange.begin_step(1, TOKENS, ids)
+    wanted = exchange.combine(exchange.dispatch(1, random(1), given))
+    exchange.begin_step(2, TOKENS, ids)
+    receipt = exchange.dispatch(1, random(1), given)
+    first, second = exchange.clients
+    assert isinstance(first, WatchedClient) and isinstance(second, WatchedClient)
+    again = exchange.send_again(receipt, 0, second)
+    assert not first._groups, "the first host's answer is waited for no more"
+    assert [g.key.attempt for g in again.groups] == [1, 0]
+    asked = first._host.status()["num_groups"]
+    assert torch.equal(exchange.combine(again), wanted)
+    assert first._host.status()["num_groups"] == asked and second._host.status()["misses"] > 0

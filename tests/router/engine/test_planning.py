@@ -17,11 +17,11 @@ def random_paths(rng, num_tokens, num_layers, num_routed, k_max):
 def test_hand_made_plan():
     ids = np.array([[[0, 1]], [[1, 2]]], dtype=np.int16)
     plan = make_plan(7, ids, np.array([[0, 0, 1]]), 2)
-    first, second = plan.layers[0].groups
+    first, second = plan.layers[0]
     assert (first.host, first.rows.tolist(), first.index.expert_ids.tolist()) == (0, [0, 1], [0, 1])
     assert (first.index.counts.tolist(), first.index.row_index.tolist()) == ([1, 2], [0, 0, 1])
     assert (second.rows.tolist(), second.index.expert_ids.tolist(), second.index.row_index.tolist()) == ([1], [2], [0])
-    assert plan.layers[0].slots.tolist() == [[0, 1], [2, 3]]
+    assert plan.slots_LTK.tolist() == [[[0, 1], [2, 3]]]
     assert plan.pair_counts_TH.tolist() == [[2, 0], [1, 1]]
     assert plan.hosts[0].step == 7
     assert plan.hosts[1].num_rows.tolist() == [1]
@@ -47,7 +47,7 @@ def test_a_host_with_nothing_to_do_gets_no_plan():
 def test_no_routed_experts_at_all():
     plan = make_plan(0, np.full((3, 2, 1), -1, dtype=np.int16), np.zeros((2, 4), dtype=int), 2)
     assert plan.hosts == {}
-    assert all(not layer.groups for layer in plan.layers)
+    assert plan.layers == ((), ())
 
 
 def test_a_unit_without_home_is_refused():
@@ -61,9 +61,9 @@ def test_the_checker_notices_damage(damage):
     hosts_of = np.array([[0, 0, 1]])
     plan = make_plan(0, ids, hosts_of, 2)
     if damage == "rows":
-        plan.layers[0].groups[0].rows[:] = [1, 0]
+        plan.layers[0][0].rows[:] = [1, 0]
     elif damage == "slots":
-        plan.layers[0].slots[0] = [1, 0]
+        plan.slots_LTK[0, 0] = [1, 0]
     else:
         hosts_of = np.array([[1, 0, 1]])
     with pytest.raises(AssertionError):

@@ -8,7 +8,8 @@ import torch
 
 from pregate.kernels.cpu import ffn as cpu
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.router.engine import planning
+from pregate.router.engine import channel_exchange
+from pregate.router.engine.local_exchange import LocalExchange
 from pregate.workers.link.protocol import HostPlan
 from tests.equality import Tally, reference_text, reference_texts
 from tests.router.serving import compare, engine_in_process, engine_over, expert_hosts, hold, serve
@@ -56,15 +57,13 @@ def test_messages_of_a_step(served):
 
 
 def break_row_order(monkeypatch):
-    original = planning._slots
+    original = channel_exchange.make_plan
 
-    def reversed_within_layers(group, *rest):
-        slots = original(group, *rest)
-        for one in np.unique(group):
-            slots[group == one] = slots[group == one][::-1]
-        return slots
+    def swapped(*args):
+        plan = original(*args)
+        return replace(plan, slots_LTK=plan.slots_LTK[:, ::-1].copy())
 
-    monkeypatch.setattr(planning, "_slots", reversed_within_layers)
+    monkeypatch.setattr(channel_exchange, "make_plan", swapped)
 
 
 def break_a_weight(monkeypatch):
@@ -113,7 +112,7 @@ def test_the_comparison_fails_when_the_served_path_is_broken(damage, num_hosts, 
     damage(monkeypatch)
     tally = Tally()
     with engine_in_process(tiny_path_checkpoint, num_hosts) as engine:
-        assert (engine.exchange.local is not None) == (num_hosts == 1)
+        assert isinstance(engine.exchange, LocalExchange) == (num_hosts == 1)
         compare(tally, damage.__name__, references, serve(engine, prompts, 8, together=True))
     with pytest.raises(AssertionError, match=r"differ|token|reference"):
         tally.check()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pregate.model.modeling import RoutedForCausalLM
+from pregate.router.engine.local_exchange import LocalExchange
 from tests.equality import reference_texts
 from tests.router.serving import engine_in_process, hold, weigh_experts
 
@@ -29,5 +30,5 @@ def test_learned_weights_are_served_as_the_reference_computes_them(weighted: Pat
     assert weights is not None and weights.max() - weights[weights > 0].min() > 0.5
     references = reference_texts(model, PROMPTS, NUM_TOKENS)
     with engine_in_process(weighted, num_hosts) as engine:
-        assert (engine.exchange.local is not None) == (num_hosts == 1)
+        assert isinstance(engine.exchange, LocalExchange) == (num_hosts == 1)
         hold(engine, "weighted", references)

@@ -24,6 +24,7 @@ from pregate.kernels.triton import segments as triton_segments
 from pregate.kernels.triton import tiled as triton_tiled
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.engine import Engine
+from pregate.router.engine.local_exchange import LocalExchange
 from tests.equality import ReferenceText, reference_text
 from tests.router.serving import engine_of, hold, hosts_here
 
@@ -67,6 +68,8 @@ def watch_waits(engine: Engine, waits: list[str]) -> None:
         for name, method in kept.items():
             setattr(torch.Tensor, name, noting(name, method))
         try:
+            torch.ones(1).item()
+            assert waits.pop().startswith("item"), "the watch sees a wait"
             return forward(*args)
         finally:
             for name, method in kept.items():
@@ -93,14 +96,14 @@ def serve_with(path: Path, num_hosts: int, references: list[ReferenceText], seen
         watch_waits(engine, waits)
         tally = hold(engine, "triton", references, together=(True,))
         status = [client._host.status() for client in clients]
-        facts = {"whole": engine.exchange.local is not None, "compared": tally.compared, "hosts": status}
+        facts = {"whole": isinstance(engine.exchange, LocalExchange), "compared": tally.compared, "hosts": status}
         return {**facts, "at_start": at_start, "serving": sorted(seen), "waits": waits}
 
 
 def refusals(path: Path) -> dict[str, Any]:
     """What the entry point and a host say to what they must not do."""
     host: Any = hosts_here(path, 1, expert_ffn="triton-int8")[0]._host
-    found: dict[str, Any] = {"triton-int8": host.local_layers(torch.device("cpu"), torch.float32)}
+    found: dict[str, Any] = {"triton-int8": host.local_units(torch.device("cpu"), torch.float32)}
     for ids in (-2, 4):
         try:
             host._ffn.segments(torch.full((1, 1, 1), ids), 4, 1)

@@ -156,7 +156,7 @@ def test_a_host_without_memory_fails_that_group_and_serves_the_next(serve):
 def test_groups_of_a_failed_step_are_abandoned(serve):
     client = serve(EchoHost(HostOptions())).client()
     client.send_group(KEY, rows(1))
-    client.abandon_groups()
+    client.abandon()
     client.send_group(KEY._replace(step=6), rows(1))
     assert torch.equal(client.receive(KEY._replace(step=6), 5.0), rows(1))
     assert client.stats.discarded_answers == 1

@@ -1,4 +1,4 @@
-"""Whole layers in the engine's process: the sums of the exchange, a host's counters, and when they are not offered."""
+"""Whole layers in the engine's process: the sums of the channel, a host's counters, and when they are not offered."""
 
 import numpy as np
 import pytest
@@ -6,10 +6,14 @@ import torch
 
 from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
+from pregate.model.gates import Choice
 from pregate.model.paths import Paths
+from pregate.router.engine.channel_exchange import ChannelExchange
 from pregate.router.engine.exchange import Exchange
+from pregate.router.engine.local_exchange import LocalExchange
+from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import InProcessClient
-from pregate.workers.client.local import LocalLayers
+from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import GroupIndex, GroupKey
@@ -25,10 +29,39 @@ def make_host(reader: CheckpointReader, units=UNITS, **options) -> ExpertHost:
     return ExpertHost(reader, units, HostOptions(**options))
 
 
-def local_of(host: ExpertHost) -> LocalLayers:
-    local = InProcessClient(host).local_layers(CPU, torch.float32)
-    assert isinstance(local, LocalLayers)
-    return local
+class ThousandFold(SharedExperts):
+    """What stands for shared experts: large beside the routed, so that the order of the sum is seen in its bits."""
+
+    def of(self, layer):
+        return lambda x_TD: x_TD * 1000
+
+    def run(self, layer, x_TD):
+        return x_TD * 1000
+
+
+def exchange_of(host: ExpertHost, reader: CheckpointReader, local: bool = True) -> Exchange:
+    """An engine's exchange with the one host in its process."""
+    client = InProcessClient(host)
+    client.hello(engine="e", fingerprint=reader.fingerprint, dtype=torch.float32, width=WIDTH, max_rows=64)
+    shared = ThousandFold(reader.config, CPU, torch.float32)
+    if not local:
+        return ChannelExchange("e", [client], HOSTS_OF, shared)
+    units = client.local_units(CPU, torch.float32)
+    assert isinstance(units, LocalUnits)
+    return LocalExchange("e", client, units, shared)
+
+
+def step(exchange: Exchange, x_TD: torch.Tensor, given: Paths, gated: bool = False) -> dict[int, torch.Tensor]:
+    """The outputs of all three layers, told by paths or, layer by layer, as gates tell."""
+    exchange.begin_step(1, len(x_TD), None if gated else given)
+    found = {}
+    for layer in range(3):
+        weights = None if given.weights is None else torch.from_numpy(given.weights[:, layer])
+        choice = (
+            Choice(torch.from_numpy(given.ids[:, layer].astype(np.int64)), weights) if gated and layer != 1 else None
+        )
+        found[layer] = exchange.combine(exchange.dispatch(layer, x_TD, choice))
+    return found
 
 
 def paths(num_tokens: int) -> np.ndarray:
@@ -45,53 +78,54 @@ def rows(num_rows: int) -> torch.Tensor:
     return torch.randn(num_rows, WIDTH, generator=torch.Generator().manual_seed(num_rows))
 
 
-def shared_of(x_TD: torch.Tensor) -> torch.Tensor:
-    """What stands for a shared expert: large beside the experts, so that the order of the sum is seen in its bits."""
-    return x_TD * 1000
-
-
 @pytest.mark.parametrize("implementation", ["loop", "grouped", "packed", pytest.param("int8", marks=needs_int8)])
 @pytest.mark.parametrize("num_tokens", [1, 2, 33])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_layer_is_bit_for_bit_what_the_exchange_adds_up(reader, implementation, num_tokens, weighted):
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_layer_is_bit_for_bit_what_the_channel_adds_up(reader, implementation, num_tokens, weighted, gated):
     ids_TLK, x_TD = paths(num_tokens), rows(num_tokens)
     weights_TLK = np.random.default_rng(5).uniform(0.2, 3, size=ids_TLK.shape).astype(np.float32) if weighted else None
-    client = InProcessClient(make_host(reader, expert_ffn=implementation))
-    client.hello(engine="e", fingerprint=reader.fingerprint, dtype=torch.float32, width=WIDTH, max_rows=64)
-    exchange = Exchange("e", [client], HOSTS_OF)
-    exchange.begin_step(1, num_tokens, Paths(ids_TLK, weights_TLK))
-    wanted = {n: exchange.combine(exchange.dispatch(n, x_TD, None), shared_of(x_TD)) for n in (0, 2)}
-    counts_TH = exchange.end_step()
-    local = exchange.local = local_of(make_host(reader, expert_ffn=implementation))
-    for layer in (0, 2):
-        local.join_shared(layer, shared_of)
-    exchange.begin_step(2, num_tokens, Paths(ids_TLK, weights_TLK))
-    for layer in (0, 2):
-        assert torch.equal(local.run(layer, x_TD), wanted[layer])
-    assert np.array_equal(exchange.end_step(), counts_TH)
+    given = Paths(ids_TLK, weights_TLK)
+    channel = exchange_of(make_host(reader, expert_ffn=implementation), reader, local=False)
+    wanted = step(channel, x_TD, given)
+    assert torch.equal(wanted[1], x_TD * 1000), "a layer without routed experts is its shared one"
+    local = exchange_of(make_host(reader, expert_ffn=implementation), reader)
+    for layer, found in step(local, x_TD, given, gated).items():
+        assert torch.equal(found, wanted[layer])
+    assert np.array_equal(local.end_step(), channel.end_step())
 
 
 def test_a_layer_equals_float64_expert_by_expert(reader):
     ids_TLK, x_TD = paths(9), rows(9)
-    local = local_of(make_host(reader))
-    local.begin(ids_TLK)
+    found = step(exchange_of(make_host(reader), reader), x_TD, Paths(ids_TLK))[2]
     act = reference.activation(reader.hidden_act)
-    wanted = torch.zeros(9, WIDTH, dtype=torch.float64)
+    wanted = x_TD.double() * 1000
     for token, ids in enumerate(ids_TLK[:, 2].tolist()):
         for expert in [n for n in ids if n >= 0]:
             gate_up, down = (part.double() for part in reader.read_unit(2, expert))
             wanted[token] += reference.expert_ffn(x_TD[token, None].double(), gate_up, down, act)[0]
-    torch.testing.assert_close(local.run(2, x_TD).double(), wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-3)
 
 
-def test_the_host_counts_what_ran(reader):
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_unit_that_is_missing_is_waited_for(reader, gated):
+    """The exchange stays local; what it reads it keeps."""
+    host, given = make_host(reader, UNITS[3:8]), Paths(paths(9))
+    found = step(exchange_of(host, reader), rows(9), given, gated)
+    wanted = step(exchange_of(make_host(reader), reader), rows(9), given, gated)
+    assert all(torch.equal(found[layer], wanted[layer]) for layer in found)
+    assert 0 < host.status()["misses"] <= len(UNITS) - 5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_host_counts_what_ran(reader, gated):
     host = make_host(reader)
-    local = local_of(host)
-    local.begin(paths(9))
-    local.run(0, rows(9))
+    exchange = exchange_of(host, reader)
+    step(exchange, rows(9), Paths(paths(9)), gated)
+    exchange.end_step()
     status = host.status()
-    pairs = int((paths(9)[:, 0] >= 0).sum())
-    assert (status["num_groups"], status["num_rows"], status["num_pairs"]) == (1, 9, pairs)
+    pairs = int((paths(9) >= 0).sum())
+    assert (status["num_groups"], status["num_rows"], status["num_pairs"]) == (2, 18, pairs)
 
 
 def test_shared_units_come_first_in_the_stack_and_are_not_counted(reader):
@@ -110,8 +144,7 @@ def test_shared_units_come_first_in_the_stack_and_are_not_counted(reader):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda reader: make_host(reader, UNITS[1:]).local_layers(CPU, torch.float32), "does not hold every unit"),
-        (lambda reader: make_host(reader).local_layers(CPU, torch.float16), "on cpu in float32"),
+        (lambda reader: make_host(reader).local_units(CPU, torch.float16), "on cpu in float32"),
     ],
 )
 def test_why_they_are_not_offered(reader, make, reason):

@@ -1,0 +1,157 @@
+"""`ChannelExchange`: rows out to the expert hosts and back.
+
+Data on its way: x [T, D] on the engine's device -> per host its rows [n, D] -> one returned row per (token,
+expert) pair -> added to the shared expert's output in ascending expert id, so the sum does not depend on placement.
+
+Shape letters: T tokens, D hidden width, K experts per token, L layers, R routed experts, H hosts, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pregate.base.errors import HostLostError
+from pregate.model.gates import Choice
+from pregate.model.paths import Paths
+from pregate.router.engine.exchange import Receipt, SentGroup
+from pregate.router.engine.planning import StepPlan, make_plan
+from pregate.router.engine.shared_experts import SharedExperts
+from pregate.workers.client.host_client import HostClient
+from pregate.workers.link.protocol import GroupKey
+
+
+@dataclass
+class _Step:
+    """The step in progress. `plan` is None while gates decide layer by layer; its slots [L, T, K] and its paths'
+    weights [L, T, K], or None, are on the engine's device."""
+
+    number: int
+    num_tokens: int
+    pair_counts_TH: np.ndarray
+    plan: StepPlan | None = None
+    slots_LTK: torch.Tensor | None = None
+    weights_LTK: torch.Tensor | None = None
+
+
+class ChannelExchange:
+    """Sends a step's token groups to their hosts and puts the answers together; see `Exchange`.
+
+    The shared expert runs here while the rows are away.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        clients: Sequence[HostClient],
+        hosts_of_LR: np.ndarray,
+        shared: SharedExperts,
+        group_timeout_s: float = 30.0,
+    ) -> None:
+        self.engine, self.clients, self.hosts_of_LR, self.shared = engine, list(clients), hosts_of_LR, shared
+        self.group_timeout_s = group_timeout_s
+        self._step = _Step(-1, 0, np.zeros((0, len(clients)), dtype=np.int64))
+
+    def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        self.shared.hold(layer, gate_up, down)
+
+    def warm_up(self, step_tokens: int) -> None:
+        for client in self.clients:
+            client.warm_up()
+        self.shared.warm_up(step_tokens)
+
+    def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
+        """As the protocol says; with paths every host is sent its share of the plan, once."""
+        for client in self.clients:
+            client.abandon()  # of a step that failed
+        if paths is None:
+            self._step = _Step(number, num_tokens, np.zeros((num_tokens, len(self.clients)), dtype=np.int64))
+            return
+        plan = make_plan(number, paths.ids, self.hosts_of_LR, len(self.clients))
+        weights = None if paths.weights is None else self._to_device(torch.from_numpy(paths.weights.swapaxes(0, 1)))
+        for host, host_plan in plan.hosts.items():
+            self.clients[host].send_plan(host_plan)
+        slots_LTK = self._to_device(torch.from_numpy(plan.slots_LTK))
+        self._step = _Step(number, num_tokens, plan.pair_counts_TH, plan, slots_LTK, weights)
+
+    def dispatch(self, layer: int, x_TD: torch.Tensor, choice: Choice | None = None) -> Receipt:
+        step = self._step
+        if choice is not None:
+            ids_T1K = choice.ids.cpu().numpy().astype(np.int16)[:, None]
+            plan = make_plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1], len(self.clients))
+            step.pair_counts_TH += plan.pair_counts_TH
+            groups, weights = plan.layers[0], choice.weights
+            slots = self._to_device(torch.from_numpy(plan.slots_LTK[0]))
+        elif step.plan is not None:
+            assert step.slots_LTK is not None
+            groups, slots = step.plan.layers[layer], step.slots_LTK[layer]
+            weights = None if step.weights_LTK is None else step.weights_LTK[layer]
+        else:
+            assert not self.shared.config.cuts[layer].num_active, "dispatch without a choice needs a step with paths"
+            groups, slots, weights = (), None, None
+        if not groups:
+            return Receipt(layer, self.shared.run(layer, x_TD))
+        out_TD, rows_TD = None, x_TD
+        if x_TD.is_cuda:
+            # The shared expert is launched behind the copy; only the copy is waited for.
+            rows_TD = torch.empty_like(x_TD, device="cpu", pin_memory=True).copy_(x_TD, non_blocking=True)
+            left = torch.cuda.Event()
+            left.record()
+            out_TD = self.shared.run(layer, x_TD)
+            left.synchronize()
+        sent = []
+        for number, group in enumerate(groups):
+            rows_ND = rows_TD[torch.from_numpy(group.rows)] if len(group.rows) < step.num_tokens else rows_TD
+            key = GroupKey(self.engine, step.number, layer, number)
+            sent.append(SentGroup(self.clients[group.host], key, rows_ND, group.index))
+            sent[-1].client.send_group(key, rows_ND, None if choice is None else group.index)
+        if out_TD is None:
+            out_TD = self.shared.run(layer, x_TD)
+        return Receipt(layer, out_TD, tuple(sent), slots, weights)
+
+    def send_again(self, receipt: Receipt, number: int, client: HostClient) -> Receipt:
+        """Send group `number` of a receipt that was not combined to `client`, with its index: it needs no plan.
+
+        Return the receipt that waits for that answer; what the first host says is discarded.
+        """
+        group = receipt.groups[number]
+        group.client.abandon(group.key)
+        again = group._replace(client=client, key=group.key.next_attempt())
+        client.send_group(again.key, again.rows_ND, again.index)
+        groups = (*receipt.groups[:number], again, *receipt.groups[number + 1 :])
+        return receipt._replace(groups=groups)
+
+    def combine(self, receipt: Receipt) -> torch.Tensor:
+        out_TD = receipt.out_TD
+        if not receipt.groups:
+            return out_TD
+        assert receipt.slots_TK is not None
+        answers = [group.client.receive(group.key, self.group_timeout_s) for group in receipt.groups]
+        spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
+        rows_PD = self._to_device(torch.cat([*answers, spare_1D]))
+        weights_TK = None if receipt.weights_TK is None else receipt.weights_TK.to(rows_PD)
+        for column, slots_T in enumerate(receipt.slots_TK.unbind(dim=1)):
+            y_TD = rows_PD[slots_T]
+            out_TD = out_TD + (y_TD if weights_TK is None else y_TD * weights_TK[:, column, None])
+        return out_TD
+
+    def end_step(self) -> np.ndarray:
+        return self._step.pair_counts_TH
+
+    def poll(self) -> None:
+        lost = None
+        for client in self.clients:
+            try:
+                client.poll()
+            except HostLostError as error:
+                lost = lost or error
+        if lost is not None:
+            raise lost
+
+    def _to_device(self, array: torch.Tensor) -> torch.Tensor:
+        """`array` on the engine's device, in a copy that nobody waits for."""
+        device = self.shared.device
+        return array.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else array
