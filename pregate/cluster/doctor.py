@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pregate.base.errors import UserError
+from pregate.base.memory import available_bytes
 from pregate.cluster.local_ray import OBJECT_STORE_BYTES, token_path
 
 DEFAULT_GRPC_PORT = 50051
@@ -89,19 +90,6 @@ def examine_model(model: Path, hosts: int) -> list[Finding]:
         Finding("processes", "ok", f"{roles.num_processes} x {_gigabytes(PROCESS_BYTES)}"),
         Finding("all of it here", "ok" if fits else "fail", f"{_gigabytes(needed)} of {_gigabytes(available)}", mend),
     ]
-
-
-def available_bytes() -> int:
-    """Memory that can still be had: the machine's, or what the container's limit leaves."""
-    import psutil
-
-    free = psutil.virtual_memory().available
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):
-        return free
-    return free if limit == "max" else min(free, max(0, int(limit) - used))
 
 
 def _python() -> Finding:

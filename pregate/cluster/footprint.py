@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pregate.base.dtypes import dtype_name
+from pregate.base.memory import available_bytes
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.placement import Placement, place
 from pregate.model.checkpoint import CheckpointReader
@@ -72,4 +73,5 @@ def _kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:
     text = reader.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * _ITEM_BYTES[config.dtype]
-    return config.engine_options.kv_capacity(reader.config.context_tokens) * per_token
+    options = config.engine_options
+    return options.kv_blocks(reader.config.context_tokens, per_token, available_bytes) * options.block_size * per_token

@@ -19,9 +19,9 @@ def test_a_config_survives_the_way_through_a_dict(tmp_path):
 
 def test_text_values_are_read_by_type():
     config = ServeConfig.from_dict(
-        {"model": "/m", "hosts": "2", "gpus_per_host": "0.5", "engine": {"model": "", "kv_tokens": "none"}}
+        {"model": "/m", "hosts": "2", "gpus_per_host": "0.5", "engine": {"model": "", "kv_cache_memory": "none"}}
     )
-    assert (config.hosts, config.gpus_per_host, config.engine.kv_tokens) == (2, 0.5, None)
+    assert (config.hosts, config.gpus_per_host, config.engine.kv_cache_memory) == (2, 0.5, None)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,14 @@ def test_gpus_follow_the_device():
 
 def test_both_doors_can_say_all_of_a_deployment_and_must_agree():
     keys = user_options(ServeConfig)
-    assert {"expert_ffn", "served_model_name", "engine_threads", "host_threads", "kv_tokens", "max_queued"} <= set(keys)
+    assert {
+        "expert_ffn",
+        "served_model_name",
+        "engine_threads",
+        "host_threads",
+        "kv_cache_memory",
+        "max_queued",
+    } <= set(keys)
     running = of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop"})
     of_keys(ServeConfig, {"model": "/m", "expert_ffn": "loop", "served_model_name": "m"}).check_joins(running)
     with pytest.raises(UserError, match="expert_ffn auto: deployment 'pregate' is running with loop"):

@@ -18,7 +18,8 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.model.config import RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
-from pregate.router.engine.engine import Engine, build_engine
+from pregate.router.engine.build import build_engine
+from pregate.router.engine.engine import Engine
 from pregate.router.engine.options import EngineOptions
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from pregate.workers.client.host_client import ChannelClient, HostClient, InProcessClient
@@ -161,9 +162,9 @@ class Recorder:
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.served = engine, Served()
-        self._forward, self._dispatch = engine._forward, engine.exchange.dispatch
+        self._run, self._dispatch = engine.runner.run, engine.exchange.dispatch
         self._layers: dict[int, np.ndarray] = {}
-        engine._forward = self._watch_forward
+        engine.runner.run = self._watch_run
         engine.exchange.dispatch = self._watch_dispatch
 
     def _watch_dispatch(self, layer, x_TD, choice=None):
@@ -171,25 +172,24 @@ class Recorder:
             self._layers[layer] = choice.ids.numpy()
         return self._dispatch(layer, x_TD, choice)
 
-    def _watch_forward(self, batch):
+    def _watch_run(self, number, step, paths):
         self._layers = {}
-        logits_BV = self._forward(batch)
-        for row, piece in zip(logits_BV, [p for p in batch if p.samples], strict=True):
-            self.served.logits.setdefault(piece.sequence.request_id, []).append(row.clone())
-        self._note_paths(batch)
-        return logits_BV
+        result = self._run(number, step, paths)
+        for row, sequence in zip(result.logits_BV, result.sampled, strict=True):
+            self.served.logits.setdefault(sequence.request_id, []).append(row.clone())
+        self._note_paths(step)
+        return result
 
     def _note_paths(self, batch):
         row = 0
         for piece in batch:
             known = self.served.paths.setdefault(piece.sequence.request_id, {})
-            start = piece.sequence.num_computed
-            for offset in range(piece.num_tokens):
-                if self.engine.exact:
-                    known[start + offset] = piece.sequence.paths.ids[start + offset]
-                else:
-                    known[start + offset] = self._row(row)
-                row += 1
+            if self.engine.exact:
+                known.update(enumerate(piece.sequence.paths.slice(0, piece.stop).ids))
+            else:
+                start = piece.sequence.num_computed
+                known.update({start + n: self._row(row + n) for n in range(piece.num_tokens)})
+            row += piece.num_tokens
 
     def _row(self, row: int) -> np.ndarray:
         """What every layer was dispatched with for one row [L, K]; a layer of fewer experts is filled up with -1."""
@@ -224,8 +224,10 @@ def compare(tally: Tally, name: str, references: list[ReferenceText], served: Se
     for index, reference in enumerate(references):
         key, label = str(index), f"{name} prompt {index}"
         same = leading_equal(reference.tokens, served.tokens[key])
-        inputs = sorted(served.paths[key])[: len(reference.prompt) + same]  # later inputs are another text
-        paths = np.stack([served.paths[key][p] for p in inputs]).astype(np.int64)
+        found = served.paths[key]
+        num_inputs = min(max(found) + 1, len(reference.prompt) + same)  # later inputs are another text
+        # What an equal prompt had computed has no paths of its own where gates decide.
+        paths = np.stack([found.get(p, reference.paths[p]) for p in range(num_inputs)]).astype(np.int64)
         agreed = tally.compare_paths(label, reference, paths)
         # Input token t gives the logits of generated position t - (prompt - 1).
         part = shortened(reference, max(0, agreed - len(reference.prompt) + 1)) if agreed < len(paths) else reference

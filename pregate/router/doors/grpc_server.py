@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,7 +19,7 @@ from pregate.base import log
 from pregate.base.completion import Completion
 from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.client.proto import pregate_pb2 as pb
-from pregate.router.doors.access import is_authorized
+from pregate.router.doors.access import cache_salt, is_authorized
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.service import RouterService
 from pregate.router.link.messages import SamplingParams
@@ -147,6 +147,7 @@ class _Calls:
                 deadline_s=_deadline_s(context),
                 model=request.model,
                 request_id=request_id,
+                salt=cache_salt(_authorization(context.invocation_metadata())),
             )
             async with aclosing(stream):
                 async for item in stream:
@@ -205,8 +206,7 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(handler_call_details)
-        header = dict(handler_call_details.invocation_metadata).get("authorization")
-        if is_authorized(str(header or ""), self._tokens):
+        if is_authorized(_authorization(handler_call_details.invocation_metadata), self._tokens):
             return await continuation(handler_call_details)
         return self._refuse
 
@@ -214,6 +214,10 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
     async def _abort(request: object, context: _Context) -> None:
         sentence = "send the metadata `authorization: Bearer TOKEN` with a token this server knows"
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence)
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
+    return str(dict(metadata or ()).get("authorization") or "")
 
 
 def _parse(kind: type[_M], message: bytes) -> _M:

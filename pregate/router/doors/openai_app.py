@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pregate.base import log
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import PregateError, UserError
-from pregate.router.doors.access import is_authorized
+from pregate.router.doors.access import cache_salt, is_authorized
 from pregate.router.doors.service import RouterService
 from pregate.router.link.messages import SamplingParams
 
@@ -152,13 +152,14 @@ def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), t
         prompt, sampling = body.single_prompt(), body.sampling()
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         head["model"] = service.model_name
+        salt = cache_salt(request.headers.get("authorization"))
         if not body.stream:
-            whole = service.complete(prompt, sampling, deadline_s=timeout_s, model=body.model)
+            whole = service.complete(prompt, sampling, deadline_s=timeout_s, model=body.model, salt=salt)
             completion = await _unless_disconnected(whole, request)
             if completion is None:
                 return Response(status_code=499)  # nginx's number for a client that is gone; nobody reads it
             return JSONResponse({**head, "choices": [_choice(completion)], "usage": _usage(completion)})
-        stream = service.generate(prompt, sampling, deadline_s=timeout_s, model=body.model)
+        stream = service.generate(prompt, sampling, deadline_s=timeout_s, model=body.model, salt=salt)
         first = await anext(stream)  # what fails before the first item still gets a status of its own
         usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(_events(first, stream, head, usage=usage), media_type="text/event-stream")

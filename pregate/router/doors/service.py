@@ -99,10 +99,12 @@ class RouterService:
         deadline_s: float | None = None,
         model: str = "",
         request_id: str = "",
+        salt: str = "",
     ) -> AsyncGenerator[Chunk | Completion, None]:
         """Yield chunks as they are made, then one Completion.
 
-        `max_tokens` is cut to what the context leaves. Leaving early (use `contextlib.aclosing`) cancels.
+        `max_tokens` is cut to what the context leaves. Equal prompts share work under the same `salt` alone. Leaving
+        early (use `contextlib.aclosing`) cancels.
         Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
         """
         self._check_model(model)
@@ -114,7 +116,7 @@ class RouterService:
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
             sampling = replace(sampling, max_tokens=max_tokens)
             # Its own id: two callers may have chosen the same.
-            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s)
+            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s, salt)
             async with aclosing(self._stream(request, request_id or request.request_id)) as stream:
                 async for item in stream:
                     yield item
@@ -126,9 +128,11 @@ class RouterService:
         *,
         deadline_s: float | None = None,
         model: str = "",
+        salt: str = "",
     ) -> Completion:
         """Return the end of `generate`, when only that is wanted."""
-        async with aclosing(self.generate(prompt, sampling, deadline_s=deadline_s, model=model)) as stream:
+        stream = self.generate(prompt, sampling, deadline_s=deadline_s, model=model, salt=salt)
+        async with aclosing(stream):
             async for item in stream:
                 if isinstance(item, Completion):
                     return item

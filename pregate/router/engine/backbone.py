@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pregate.base.memory import available_bytes
 from pregate.model.layers import RoutedMLP, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.attention import ATTENTION_NAME, register_attention
@@ -74,6 +75,16 @@ class Backbone:
             tensor.data = tensor.data.clone()
         model.parent.set_attn_implementation(ATTENTION_NAME)
         return cls(model.to(device).eval(), exchange, device, check_family(model.config.text_config))
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of the KV cache that one token takes."""
+        return sum(heads * width for layer in self.kv_shapes for heads, width in layer) * self.dtype.itemsize
+
+    def free_bytes(self) -> int:
+        """Memory that is free where the cache will be."""
+        on_device = torch.device(self.device).type == "cuda"
+        return torch.cuda.mem_get_info(self.device)[0] if on_device else available_bytes()
 
     @torch.inference_mode()
     def forward(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 from pydantic import Field
 
+from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Key, Word, options
 
 
 @options()
 class EngineOptions:
-    """`model` is a checkpoint folder. `kv_tokens` bounds all sequences together; None gives every running sequence its
-    full context, up to 64k."""
+    """`model` is a checkpoint folder. `kv_cache_memory` bounds all sequences together: bytes above 1, else a fraction
+    of the memory that is free when the cache is made; None gives every running sequence its full context, up to 64k."""
 
     model: str = ""
     name: Annotated[
@@ -25,13 +27,26 @@ class EngineOptions:
     max_queued: Annotated[int, Field(ge=1, description="Requests that wait for them; more are refused.")] = 256
     step_tokens: Annotated[int, Field(ge=1, description="Tokens of a step, over all requests.")] = 512
     block_size: Annotated[int, Field(ge=1, description="Tokens of a block of the KV cache.")] = 16
-    kv_tokens: Annotated[
-        int | None,
-        Field(ge=1, description="Tokens the KV cache holds."),
-        Word("every context, up to 65536", written=False),
+    kv_cache_memory: Annotated[
+        float | None,
+        Field(gt=0, description="The KV cache: bytes, or up to 1 a fraction of free memory."),
+        Word("every context, up to 65536 tokens", written=False),
     ] = None
+    prefix_sharing: Annotated[bool, Field(description="Compute equal beginnings of prompts once.")] = True
+    max_queued_bytes: Annotated[int, Field(ge=1, description="Bytes of prompts and paths that wait.")] = 1 << 30
+    check_steps: Annotated[bool, Field(description="Check every step's invariants (slow; for debugging).")] = False
     group_timeout_s: Annotated[float, Field(gt=0, description="Seconds a host may take for one group of rows.")] = 30.0
 
-    def kv_capacity(self, context: int) -> int:
-        """Tokens the KV cache holds for a model of this context."""
-        return self.kv_tokens or max(context, min(self.max_running * context, 65536))
+    def kv_blocks(self, context: int, token_bytes: int, free_bytes: Callable[[], int]) -> int:
+        """Blocks of the KV cache, for a model of this context whose every token takes `token_bytes`.
+
+        UserError where the memory asked for is not even one block.
+        """
+        if self.kv_cache_memory is None:
+            return -(-max(context, min(self.max_running * context, 65536)) // self.block_size)
+        memory = self.kv_cache_memory
+        num_bytes = int(memory * free_bytes() if memory <= 1 else memory)
+        if num_bytes < self.block_size * token_bytes:
+            sentence = f"is less than one block; allowed: {self.block_size * token_bytes} bytes or more"
+            raise UserError.of("--kv-cache-memory", f"{self.kv_cache_memory:g}", sentence)
+        return num_bytes // (self.block_size * token_bytes)

@@ -10,14 +10,16 @@ import numpy as np
 from pregate.router.link.messages import SamplingParams
 
 if TYPE_CHECKING:
-    from pregate.model.paths import Paths
+    from pregate.model.packed_paths import PackedPaths
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """`token_ids` is the prompt and what was generated; the first `num_computed` of them are in the KV cache.
+    """`token_ids` is the prompt and what was generated; the first `num_computed` of them are in the KV cache, in the
+    blocks of `table`, of which the first `num_published` others may share.
 
-    `paths` has `capacity` rows and holds the path of every known token when paths are exact, else it is None.
+    `paths` has the path of every known token when paths are exact, else it is None; `path_slot` is where the path
+    router's state of it lies. `arrival` numbers requests in the order they came.
     """
 
     request_id: str
@@ -28,13 +30,17 @@ class Sequence:
     seed: int
     deadline_s: float | None
     pairs_per_host: np.ndarray
+    salt: str = ""
     num_computed: int = 0
-    blocks: list[int] = field(default_factory=list)
-    paths: Paths | None = None
+    table: list[int] = field(default_factory=list)
+    num_published: int = 0
+    paths: PackedPaths | None = None
+    path_slot: int | None = None
+    arrival: int = -1
 
     @property
     def capacity(self) -> int:
-        """Tokens this sequence may reach; its KV blocks are reserved for all of them at admission."""
+        """Tokens this sequence may reach."""
         return self.num_prompt + self.max_tokens
 
     @property
@@ -45,3 +51,8 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens that are not computed yet: the rest of the prompt, or the one last sampled."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What it holds while it waits: its tokens and their paths."""
+        return 8 * len(self.token_ids) + (0 if self.paths is None else self.paths.nbytes)

@@ -45,7 +45,7 @@ class EngineActor:
         `hosts_of_LR` int16: each unit's home. `make_clients` connects to the hosts, or builds one in this process.
         """
         from pregate.model.quiet import quiet_transformers
-        from pregate.router.engine.engine import build_engine
+        from pregate.router.engine.build import build_engine
         from pregate.router.link.server import EngineServer
 
         quiet_transformers()

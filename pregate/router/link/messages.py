@@ -40,12 +40,14 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_context: int)
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """Generate from a prompt. `deadline_s` counts from the moment the engine takes the request."""
+    """Generate from a prompt. `deadline_s` counts from the moment the engine takes the request; what is
+    computed of equal prompts is shared under the same `cache_salt`, which names who asks."""
 
     request_id: str
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline_s: float | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,12 +28,12 @@ def noted(monkeypatch, name: str) -> list[int]:
 @pytest.mark.parametrize("num_hosts", [1, 2])
 def test_every_expert_of_every_step_goes_through_the_entry_point(tiny_layerwise_checkpoint, num_hosts, monkeypatch):
     rows = {name: noted(monkeypatch, name) for name in ("dense", "pairs", "layer")}
-    monkeypatch.setattr(SharedExpert, "forward", forbidden)
-    monkeypatch.setattr(reference, "add_routed", forbidden)
     cuts = CheckpointReader(tiny_layerwise_checkpoint).config.cuts
     num_layers = sum(cut.num_shared > 0 for cut in cuts)
     assert num_layers == len(cuts) and all(cut.num_active for cut in cuts)
     with engine_in_process(tiny_layerwise_checkpoint, num_hosts) as engine:
+        monkeypatch.setattr(SharedExpert, "forward", forbidden)
+        monkeypatch.setattr(reference, "add_routed", forbidden)
         for found in rows.values():
             found.clear()
         served = serve(engine, [[1, 5, 6, 7]], 4, together=True)

@@ -10,6 +10,8 @@ from pregate.router.engine.engine import Engine
 from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest, TokensEvent
 from tests.router.serving import engine_of, hosts_here
 
+#: Of a checkpoint of tests/random_checkpoints.py: 3 layers, keys and values of 2 heads of 16 floats.
+TOKEN_BYTES = 3 * 2 * 2 * 16 * 4
 PROMPTS = {name: (1, *range(20 + n, 40 + n * 9, 3)) for n, name in enumerate("abcd")}
 
 
@@ -23,7 +25,7 @@ def run(engine: Engine, before_step=lambda: None) -> dict[str, list[int] | str]:
     texts: dict = {}
     for _ in range(1000):
         if not engine.has_work:
-            engine.allocator.check_idle()
+            engine.scheduler.allocator.check([])
             return texts
         before_step()
         for event in engine.step():
@@ -44,7 +46,7 @@ def path(request, layerwise_checkpoint, path_checkpoint):
 @pytest.fixture(scope="module")
 def engine(path):
     """Two hosts in this process; two sequences may run, two wait, and 96 tokens are room for."""
-    limits = {"max_running": 2, "max_queued": 2, "kv_tokens": 96, "step_tokens": 16}
+    limits = {"max_running": 2, "max_queued": 2, "kv_cache_memory": 96 * TOKEN_BYTES, "step_tokens": 16}
     with engine_of(path, hosts_here(path, 2), **limits) as engine:
         yield engine
 
@@ -78,17 +80,31 @@ def test_a_full_queue_refuses_and_those_before_are_served(engine, alone):
     assert run(engine)["d"] == alone["d"]
 
 
-def test_requests_wait_for_room_in_the_cache(engine, alone):
-    """Two of 50 tokens do not fit in 96 at once; one beyond the whole cache is refused."""
+def test_requests_that_outgrow_the_cache_make_room_for_each_other(engine, alone):
+    """Two of 60 tokens begin side by side in 96; the younger gives way, is computed again, and nobody notices."""
+    preempted = engine.scheduler.num_preempted
     for name in "ab":
-        submit(engine, name, 50 - len(PROMPTS[name]))
-    engine.step()
-    assert (len(engine.batcher.running), len(engine.batcher.waiting)) == (1, 1)
+        submit(engine, name, 60 - len(PROMPTS[name]))
     texts = run(engine)
-    assert texts["b"][:8] == alone["b"]
-    assert texts["a"][:7] == alone["a"][1:]  # the first came with the step above
+    assert engine.scheduler.num_preempted > preempted
+    assert all(texts[name][:8] == alone[name] and len(texts[name]) == 60 - len(PROMPTS[name]) for name in "ab")
+    for name in "ab":
+        submit(engine, name, 60 - len(PROMPTS[name]))
+        assert run(engine)[name] == texts[name], "the text it gives alone"
     with pytest.raises(UserError, match="exceeds the KV cache of 96 tokens"):
         submit(engine, "c", 300)
+
+
+def test_what_is_computed_of_a_prompt_is_shared_with_equal_ones_of_the_same_salt(engine, alone):
+    matched = engine.scheduler.num_matched_tokens
+    ids = tuple(PROMPTS["d"] * 2)
+    texts = {}
+    for name, salt, found in (("x", "one", 0), ("y", "one", (len(ids) - 1) // 16 * 16), ("z", "other", 0)):
+        engine.submit(SubmitRequest(name, ids, SamplingParams(8, ignore_eos=True), cache_salt=salt))
+        texts |= run(engine)
+        assert engine.scheduler.num_matched_tokens - matched == found
+        matched += found
+    assert texts["x"] == texts["y"] == texts["z"]
 
 
 def test_neighbours_that_leave_change_nothing(engine, alone):
@@ -124,15 +140,15 @@ def test_a_bad_request_beside_good_ones(engine, alone):
 @pytest.mark.parametrize("poison", [torch.inf, torch.nan])
 def test_what_others_left_in_the_cache_poisons_nobody(engine, alone, poison):
     """Slot 0 and all that is free hold no numbers, as after an overflow in half precision."""
-    size = engine.allocator.block_size
+    size = engine.options.block_size
 
     @torch.inference_mode()
     def spoil() -> None:
-        owned = {b for s in engine.batcher.running for b in s.blocks}
-        free = [b for b in range(engine.allocator.num_blocks) if b not in owned]
+        owned = {b for s in engine.scheduler.running for b in s.table}
+        free = [b for b in range(engine.scheduler.allocator.num_blocks) if b not in owned]
         slots = torch.tensor([b * size + i for b in free for i in range(size)])
-        for layer, parts in enumerate(zip(engine.kv.keys, engine.kv.values, strict=True)):
-            engine.kv.write(layer, slots, *(torch.full_like(part[slots], poison) for part in parts))
+        for layer, parts in enumerate(zip(engine.runner.kv.keys, engine.runner.kv.values, strict=True)):
+            engine.runner.kv.write(layer, slots, *(torch.full_like(part[slots], poison) for part in parts))
 
     submit(engine, "b", 3)  # takes block 0, and leaves it
     submit(engine, "c")
@@ -170,7 +186,7 @@ def test_an_engine_without_memory_fails_the_step_and_no_more(engine, alone, monk
         return torch.empty(1 << 50)
 
     submit(engine, "a")
-    monkeypatch.setattr(engine.backbone, "forward", hungry)
+    monkeypatch.setattr(engine.runner.backbone, "forward", hungry)
     submit(engine, "b")
     failed = run(engine)
     assert "memory" in str(failed["a"])
@@ -189,9 +205,9 @@ def test_an_engine_without_memory_after_the_forward_pass_fails_the_step_and_no_m
 
     submit(engine, "a")
     if where == "sampling":
-        monkeypatch.setattr("pregate.router.engine.engine.sample", hungry)
+        monkeypatch.setattr("pregate.router.engine.runner.sample", hungry)
     else:
-        monkeypatch.setattr(engine.computer, "extend", hungry)
+        monkeypatch.setattr(engine.paths._slots, "extend", hungry)
     assert "memory" in str(run(engine)["a"])
     submit(engine, "a")
     assert run(engine) == {"a": alone["a"]}

@@ -61,7 +61,7 @@ def watch_kernels(seen: set[str]) -> None:
 
 def watch_waits(engine: Engine, waits: list[str]) -> None:
     """Note who asks for values while the backbone runs; the interpreter's own asking does not count."""
-    forward = engine.backbone.forward
+    forward = engine.runner.backbone.forward
 
     def watched_forward(*args: Any) -> torch.Tensor:
         kept = {name: getattr(torch.Tensor, name) for name in WAITING}
@@ -84,7 +84,7 @@ def watch_waits(engine: Engine, waits: list[str]) -> None:
 
         return call
 
-    setattr(engine.backbone, "forward", watched_forward)  # noqa: B010 (it takes any arguments)
+    setattr(engine.runner.backbone, "forward", watched_forward)  # noqa: B010 (it takes any arguments)
 
 
 def serve_with(path: Path, num_hosts: int, references: list[ReferenceText], seen: set[str]) -> dict[str, Any]:

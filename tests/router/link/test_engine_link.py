@@ -154,14 +154,14 @@ def test_a_request_whose_deadline_passes_in_a_long_step_ends_then(engine, endpoi
 
 
 def test_a_failed_step_ends_its_own_requests_and_the_engine_goes_on(engine, endpoint, monkeypatch):
-    forward = engine._forward
+    forward = engine.runner.run
 
-    def fails(batch):
-        if any(piece.sequence.request_id == "bad" for piece in batch):
+    def fails(number, step, paths):
+        if any(piece.sequence.request_id == "bad" for piece in step):
             raise PregateError("expert host 0: out of memory")
-        return forward(batch)
+        return forward(number, step, paths)
 
-    monkeypatch.setattr(engine, "_forward", fails)
+    monkeypatch.setattr(engine.runner, "run", fails)
     with engine_thread(engine, endpoint, QUICK), RawDoor(endpoint) as door:
         door.send(SubmitRequest("bad", PROMPT, SHORT))
         assert door.receive(FailedEvent) == FailedEvent("bad", "INTERNAL", "expert host 0: out of memory")
@@ -172,7 +172,7 @@ def test_a_failed_step_ends_its_own_requests_and_the_engine_goes_on(engine, endp
 
 
 def test_a_lost_host_refuses_until_it_answers_again(engine, endpoint, monkeypatch):
-    away, forward, poll = threading.Event(), engine._forward, engine.exchange.poll
+    away, forward, poll = threading.Event(), engine.runner.run, engine.exchange.poll
 
     def or_lost(call):
         def checked(*arguments):
@@ -182,7 +182,7 @@ def test_a_lost_host_refuses_until_it_answers_again(engine, endpoint, monkeypatc
 
         return checked
 
-    monkeypatch.setattr(engine, "_forward", or_lost(forward))
+    monkeypatch.setattr(engine.runner, "run", or_lost(forward))
     monkeypatch.setattr(engine.exchange, "poll", or_lost(poll))
     with engine_thread(engine, endpoint, QUICK), RawDoor(endpoint) as door:
         door.send(SubmitRequest("a", PROMPT, LONG))

@@ -70,7 +70,16 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (packet({"kind": "tokens", "request_id": "a", "token_ids": [1, True]}), "tokens.token_ids: list where"),
         (packet({"kind": "tokens", "request_id": "a", "token_ids": 3}), "tokens.token_ids: int where"),
         (
-            packet({"kind": "submit", "request_id": "a", "token_ids": [], "sampling": {}, "deadline_s": None}),
+            packet(
+                {
+                    "kind": "submit",
+                    "request_id": "a",
+                    "token_ids": [],
+                    "sampling": {},
+                    "deadline_s": None,
+                    "cache_salt": "",
+                }
+            ),
             "sampling: fields must be max_tokens",
         ),
         (

@@ -1,0 +1,137 @@
+"""One contender of `benchmarks.engine`, in a process of its own, which may be of another virtual environment.
+
+    python benchmarks/contenders.py KIND MODEL [TARGET]
+
+Every line on standard input is a JSON list of prompts and a number of new tokens; the answer is a line with the seconds
+from the first request to the last token, greedy, end-of-text ignored, and the process's resident bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+Run = Callable[[list[str], int], None]
+
+
+def pregate_engine(model: str) -> Run:
+    """The engine alone, its host in the same process: no sockets, no detokenising."""
+    import torch
+
+    from pregate.cluster.placement import place
+    from pregate.model.checkpoint import CheckpointReader
+    from pregate.model.tokenizer import read_tokenizer
+    from pregate.router.engine.build import build_engine
+    from pregate.router.engine.options import EngineOptions
+    from pregate.router.link.messages import SamplingParams, SubmitRequest
+    from pregate.workers.client.host_client import InProcessClient
+    from pregate.workers.host.host import ExpertHost
+    from pregate.workers.host.options import HostOptions
+
+    torch.set_num_threads(1)
+    reader, tokenizer = CheckpointReader(model), read_tokenizer(Path(model))
+    placement = place([cut.num_routed for cut in reader.config.cuts], 1)
+    host = ExpertHost(reader, placement.units_of(0), HostOptions())
+    engine = build_engine(EngineOptions(model=model), [InProcessClient(host)], placement.hosts_of)
+
+    def run(prompts: list[str], num_new: int) -> None:
+        for number, prompt in enumerate(prompts):
+            sampling = SamplingParams(max_tokens=num_new, temperature=0.0, ignore_eos=True)
+            engine.submit(SubmitRequest(str(number), tuple(tokenizer.encode(prompt).ids), sampling, None))
+        while engine.has_work:
+            engine.step()
+
+    return run
+
+
+def pregate_serve(target: str) -> Run:
+    """A running `pregate serve`, asked over gRPC, one thread a request."""
+    from pregate.client.client import Client
+
+    client = Client(target)
+
+    def run(prompts: list[str], num_new: int) -> None:
+        def ask(prompt: str) -> None:
+            client.complete(prompt, num_new, temperature=0.0, ignore_eos=True)
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(ask, prompts))
+
+    return run
+
+
+def vllm(model: str) -> Run:
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+
+    engine = LLM(model=model, dtype="float32", max_model_len=1024, max_num_seqs=64, enable_prefix_caching=False)
+
+    def run(prompts: list[str], num_new: int) -> None:
+        engine.generate(prompts, SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True), use_tqdm=False)
+
+    return run
+
+
+def transformers(model: str) -> Run:
+    """`generate` on one batch, padded to its longest prompt."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def run(prompts: list[str], num_new: int) -> None:
+        batch = tokenizer(prompts, return_tensors="pt", padding=True)
+        loaded.generate(**batch, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False)
+
+    return run
+
+
+def llama_cpp(model: str) -> Run:
+    import xllamacpp  # pyright: ignore[reportMissingImports]
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_parallel, params.n_ctx, params.n_gpu_layers = model, 64, 64 * 512, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    server = xllamacpp.Server(params)
+
+    def run(prompts: list[str], num_new: int) -> None:
+        def ask(prompt: str) -> None:
+            body = {"prompt": prompt, "max_tokens": num_new, "temperature": 0, "ignore_eos": True}
+            server.handle_completions(body | {"cache_prompt": False})
+
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            list(pool.map(ask, prompts))
+
+    return run
+
+
+KINDS = {f.__name__: f for f in (pregate_engine, pregate_serve, vllm, transformers, llama_cpp)}
+
+
+def resident_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+def main() -> None:
+    out = sys.stdout
+    sys.stdout = sys.stderr  # what libraries print is no answer
+    run = KINDS[sys.argv[1]](sys.argv[2])
+    print("ready", file=out, flush=True)
+    for line in sys.stdin:
+        prompts, num_new = json.loads(line)
+        start_s = time.perf_counter()
+        run(prompts, num_new)
+        answer = {"seconds": time.perf_counter() - start_s, "resident_bytes": resident_bytes()}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Tokens per second of the engine beside its peers, in one run: contenders in turn, equal threads, dtype and tokens.
+
+    python -m benchmarks.engine --parent SMOLLM2 --vllm-python VENV/bin/python --llama-python VENV/bin/python \\
+        --gguf FILE.gguf --out benchmarks/results/engine.json
+
+Every contender is a process of its own (`contenders.py`) that stays for the whole run; each round asks all of them one
+after another, so that what the machine does meanwhile falls on all alike. The best of the rounds counts, prefill
+included, end-of-text ignored. The cuts are random ones (`random_cut.py`): what is measured does not depend on weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine_report import write_report
+from benchmarks.random_cut import random_cut
+from benchmarks.surroundings import ROOT, surroundings
+
+#: (share of the FFN that runs in percent, shared, active) of 8 experts.
+CUTS = ((100, 3, 5), (75, 3, 3), (50, 2, 2), (25, 1, 1))
+PATIENCE_S = 600
+
+
+class Contender:
+    """A contender's process. `run` gives its tokens per second for the first `count` prompts."""
+
+    def __init__(self, name: str, python: str, kind: str, target: str) -> None:
+        self.name, self.resident_bytes = name, 0
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": str(ROOT),
+        }
+        self._process = subprocess.Popen(
+            [python, str(ROOT / "benchmarks" / "contenders.py"), kind, target],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        start_s = time.perf_counter()
+        if self._line() != "ready":
+            raise RuntimeError(f"{name} did not start")
+        self.start_s = time.perf_counter() - start_s
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def run(self, prompts: list[str], num_new: int) -> float:
+        assert self._process.stdin is not None
+        print(json.dumps([prompts, num_new]), file=self._process.stdin, flush=True)
+        answer = json.loads(self._line())
+        self.resident_bytes = answer["resident_bytes"]
+        return len(prompts) * num_new / answer["seconds"]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
+
+
+class Deployment:
+    """A `pregate serve` of its own Ray; `target` is its gRPC port."""
+
+    def __init__(self, model: Path, num_hosts: int) -> None:
+        command = [sys.executable, "-m", "pregate.cli.main", "serve", "--model", str(model), "--hosts", str(num_hosts)]
+        start_s = time.perf_counter()
+        self._process = subprocess.Popen(
+            [*command, "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+        )
+        self.target = self._await_target()
+        self.start_s = time.perf_counter() - start_s
+
+    def _await_target(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("gRPC"):
+                return line.split()[1]
+        raise RuntimeError("pregate serve ended before it was ready")
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(PATIENCE_S)
+
+
+def measured_bounds() -> dict[str, float]:
+    """What this machine gives one thread: bytes per second read, and fp32 operations per second of a product."""
+    torch.set_num_threads(1)
+    data, square = torch.ones(1 << 27), torch.randn(2048, 2048)
+    read = min(_seconds(data.sum) for _ in range(5))
+    product = min(_seconds(lambda: square @ square) for _ in range(5))
+    return {"bytes_per_s": data.nbytes / read, "flops_per_s": 2 * 2048**3 / product}
+
+
+def _seconds(call: Any) -> float:
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s
+
+
+def lean_step(shared: Path) -> dict[str, float]:
+    """Tokens per second of a bare decode step (`lean_step.py` of the peers), by share of the FFN and batch."""
+    script = shared / "peers" / "lean_step.py"
+    if not script.exists():
+        return {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True)
+    rows = [line.split() for line in out.stdout.splitlines() if line.startswith("packed")]
+    return {f"{round(float(r[2]) * 100)} {r[3].removeprefix('T=').removesuffix(':')}": float(r[-2]) for r in rows}
+
+
+def contenders(args: argparse.Namespace, work: Path, stack: ExitStack) -> list[Contender]:
+    """Start every contender there is a program for."""
+    here, parent = sys.executable, str(args.parent)
+    found = []
+    if args.vllm_python:
+        found.append(Contender("vLLM, dense", args.vllm_python, "vllm", parent))
+    found.append(Contender("transformers, dense", here, "transformers", parent))
+    if args.gguf:
+        found.append(Contender("llama.cpp, 4 bits", args.llama_python or here, "llama_cpp", str(args.gguf)))
+    models = {
+        share: random_cut(args.parent, work / f"cut{share}", experts=8, shared=shared, active=active)
+        for share, shared, active in CUTS
+        if share in args.shares
+    }
+    found += [Contender(f"engine, {share} %", here, "pregate_engine", str(path)) for share, path in models.items()]
+    for num_hosts in args.hosts:
+        deployment = Deployment(models[75], num_hosts)
+        stack.callback(deployment.close)
+        found.append(Contender(f"serve --hosts {num_hosts}, 75 %", here, "pregate_serve", deployment.target))
+        found[-1].start_s = deployment.start_s
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parent", type=Path, required=True, help="dense model folder")
+    parser.add_argument("--shared-folder", type=Path, default=ROOT.parent / "shared")
+    parser.add_argument("--vllm-python")
+    parser.add_argument("--llama-python")
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--shares", type=int, nargs="+", default=[share for share, *_ in CUTS])
+    parser.add_argument("--hosts", type=int, nargs="*", default=[])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--work", type=Path, help="where cuts are kept; a temporary folder if not given")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    text = args.shared_folder / "text" / "math" / "gsm8k-test.jsonl"
+    questions = [json.loads(line)["question"] for line in text.read_text().splitlines()[: max(args.counts)]]
+    prompts = [f"Question: {question}\nAnswer:" for question in questions]
+    with ExitStack() as stack:
+        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        results: dict[str, Any] = {"bounds": measured_bounds(), "lean_step": lean_step(args.shared_folder)}
+        running = contenders(args, work, stack)
+        for contender in running:
+            stack.callback(contender.close)
+            contender.run(prompts[:2], 8)
+        speeds: dict[str, dict[str, list[float]]] = {c.name: {} for c in running}
+        for _ in range(args.rounds):
+            for count in args.counts:
+                for contender in running:
+                    speed = contender.run(prompts[:count], args.new_tokens)
+                    speeds[contender.name].setdefault(str(count), []).append(speed)
+                    print(f"{contender.name}: {count} requests, {speed:.1f} tokens/s", flush=True)
+        results["tokens_per_s"] = speeds
+        results["resident_bytes"] = {c.name: c.resident_bytes for c in running}
+        results["start_s"] = {c.name: c.start_s for c in running}
+    results |= surroundings("engine", ("transformers",))
+    out = args.out or ROOT / "benchmarks" / "results" / "engine.json"
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    write_report(results, out)
+
+
+if __name__ == "__main__":
+    main()

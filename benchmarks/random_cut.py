@@ -1,0 +1,49 @@
+"""A dense model cut for measurements of speed: neurons in their own order, an untrained path router.
+
+What a step costs depends on shapes and on how many experts run, not on which neurons they hold; an untrained router
+spreads tokens evenly over experts, so a batch reads at least as many of them as with a trained one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pregate.model.checkpoint import Manifest
+from pregate.model.config import RoutedConfig
+from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.modeling import RoutedForCausalLM
+
+
+@torch.no_grad()
+def random_cut(parent_folder: Path, out: Path, *, experts: int, shared: int, active: int) -> Path:
+    """Write `out`, unless it is there: S`shared`A`active`E`experts` of the dense model, whose paths are exact."""
+    if out.exists():
+        return out
+    torch.manual_seed(0)
+    parent: Any = AutoModelForCausalLM.from_pretrained(parent_folder, dtype=torch.float32)
+    mlps = find_gated_mlps(parent)
+    width = mlps[0].width // experts
+    cut = {"num_routed": experts - shared, "num_shared": shared, "num_active": active, "expert_width": width}
+    config = RoutedConfig(
+        parent.config, [cut] * len(mlps), routing="path", selection="top_k", path_router={}, gate="linear"
+    )
+    model = RoutedForCausalLM(config)
+    kept = {n: p for n, p in parent.state_dict().items() if ".mlp." not in n}
+    missing = model.parent.load_state_dict(kept, strict=False)
+    assert not missing.unexpected_keys
+    for mlp, routed in zip(mlps, model.routed_mlps, strict=True):
+        gates, ups, downs = mlp.gate.split(width), mlp.up.split(width), mlp.down.split(width, dim=1)
+        assert routed.shared is not None and routed.experts is not None
+        routed.shared.gate_up_proj.copy_(torch.cat([*gates[:shared], *ups[:shared]]))
+        routed.shared.down_proj.copy_(torch.cat(downs[:shared], dim=1))
+        routed.experts.gate_up_proj.copy_(torch.stack([torch.cat(p) for p in zip(gates, ups, strict=True)][shared:]))
+        routed.experts.down_proj.copy_(torch.stack(downs[shared:]))
+        routed.neuron_index.copy_(torch.arange(len(routed.neuron_index)))
+    model.manifest = Manifest(method="random cut, for measurements of speed")
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(parent_folder).save_pretrained(out)
+    return out

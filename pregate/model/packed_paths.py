@@ -1,0 +1,104 @@
+"""`PackedPaths`: the paths of one growing sequence, without padding. NumPy only.
+
+Shape letters: T tokens, L layers, K experts of a token at most, N expert ids of all tokens and layers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pregate.model.paths import Paths
+
+#: Room is made for this share more than is needed, so that appending one token costs little on average.
+_GROWTH = 1.5
+
+
+class _Buffer:
+    """Values end to end in an array with room to grow."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self._array, self.size = values, len(values)
+
+    @property
+    def values(self) -> np.ndarray:
+        return self._array[: self.size]
+
+    @property
+    def nbytes(self) -> int:
+        return self._array.nbytes
+
+    def append(self, values: np.ndarray) -> None:
+        size = self.size + len(values)
+        if size > len(self._array):
+            array = np.empty((int(size * _GROWTH) + 1, *self._array.shape[1:]), dtype=self._array.dtype)
+            array[: self.size] = self.values
+            self._array = array
+        self._array[self.size : size] = values
+        self.size = size
+
+
+class PackedPaths:
+    """Expert ids of the real entries alone, token by token and layer by layer, a byte each where no id is above 255;
+    how many each token has in each layer (a byte each), which is left out where all tokens have the same; weights
+    where there are any.
+
+    Example: ids [[[0, 3], [2, -1]]] are packed to [0, 3, 2] and the counts [[2, 1]].
+    """
+
+    def __init__(self, paths: Paths, max_id: int) -> None:
+        self._k, self._exact = paths.ids.shape[2], paths.exact
+        self._num_layers = paths.ids.shape[1]
+        real, counts = paths.ids >= 0, (paths.ids >= 0).sum(axis=2, dtype=np.uint8)
+        self._ids = _Buffer(paths.ids[real].astype(np.uint8 if max_id < 256 else np.int16))
+        self._weights = None if paths.weights is None else _Buffer(paths.weights[real])
+        self._same = counts[0].copy() if len(counts) and (counts == counts[0]).all() else None
+        self._counts = None if self._same is not None else _Buffer(counts)
+        self.num_tokens = len(counts)
+
+    @classmethod
+    def of(cls, paths: Paths, max_id: int | None = None) -> PackedPaths:
+        """Pack `paths`; `max_id` is the largest id that a later token may have (None: any)."""
+        return cls(paths, np.iinfo(np.int16).max if max_id is None else max_id)
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self._ids, self._weights, self._counts)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def append(self, paths: Paths) -> None:
+        """Add the paths of the next tokens, of as many columns as the first."""
+        assert paths.ids.shape[1:] == (self._num_layers, self._k), "paths of another router"
+        assert (paths.weights is None) == (self._weights is None), "all tokens have weights or none has"
+        real = paths.ids >= 0
+        counts = real.sum(axis=2, dtype=np.uint8)
+        if self._same is not None and not (counts == self._same).all():
+            self._counts, self._same = _Buffer(np.tile(self._same, (self.num_tokens, 1))), None
+        if self._counts is not None:
+            self._counts.append(counts)
+        self._ids.append(paths.ids[real].astype(self._ids.values.dtype))
+        if self._weights is not None and paths.weights is not None:
+            self._weights.append(paths.weights[real])
+        self.num_tokens += len(counts)
+
+    def slice(self, start: int, stop: int) -> Paths:
+        """The paths of tokens `start` to `stop`, padded to the router's columns."""
+        num = stop - start
+        if self._same is not None:
+            counts_TL = np.broadcast_to(self._same, (num, self._num_layers))
+            first = start * int(self._same.sum())
+        else:
+            assert self._counts is not None
+            counts_TL = self._counts.values[start:stop]
+            # Counted from the nearer end: a decode step reads the last token.
+            counts = self._counts.values
+            near = start < self.num_tokens // 2
+            first = int(counts[:start].sum()) if near else self._ids.size - int(counts[start:].sum())
+        last = first + int(counts_TL.sum())
+        real = np.arange(self._k) < counts_TL[..., None]
+        ids = np.full(real.shape, -1, dtype=np.int16)
+        ids[real] = self._ids.values[first:last]
+        if self._weights is None:
+            return Paths(ids, None, self._exact)
+        weights = np.zeros(real.shape, dtype=np.float32)
+        weights[real] = self._weights.values[first:last]
+        return Paths(ids, weights, self._exact)

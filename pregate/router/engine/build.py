@@ -1,0 +1,44 @@
+"""An engine from a checkpoint and its hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from pregate.base.log import get_logger
+from pregate.model.checkpoint import CheckpointReader
+from pregate.model.folder import read_folder
+from pregate.router.engine.backbone import Backbone
+from pregate.router.engine.connect import connect
+from pregate.router.engine.engine import Engine
+from pregate.router.engine.options import EngineOptions
+
+if TYPE_CHECKING:
+    from pregate.workers.client.host_client import HostClient
+
+logger = get_logger(__name__)
+
+
+def build_engine(options: EngineOptions, clients: Sequence[HostClient], hosts_of_LR: np.ndarray) -> Engine:
+    """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host.
+
+    Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when one does not answer.
+    """
+    torch.set_num_threads(options.threads)
+    folder = read_folder(Path(options.model))
+    for note in folder.notes:
+        logger.warning("%s: %s", folder.path, note)
+    reader = CheckpointReader(options.model)
+    exchange = connect(options, clients, hosts_of_LR, reader)
+    backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
+    exchange.warm_up(options.step_tokens)
+    engine = Engine(options, folder, backbone, reader.fingerprint)
+    logger.info(
+        "engine of %s: %s routing, %d hosts, KV cache of %d tokens (%.2f GB)",
+        options.model, engine.config.routing, len(clients), engine.runner.kv.num_slots, engine.runner.kv.nbytes / 1e9,
+    )  # fmt: skip
+    return engine

@@ -1,0 +1,56 @@
+"""`RunningPaths`: the paths of the requests in the engine. A prompt's are computed once; then every sampled token
+extends them, all sequences and all layers in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+from pregate.model.packed_paths import PackedPaths
+from pregate.model.path_router import PathComputer
+from pregate.model.path_slots import PathSlots
+from pregate.model.paths import Paths
+from pregate.router.engine.sequence import Sequence
+
+
+class RunningPaths:
+    """Owns the path router's state of every sequence that has not ended, preempted ones too."""
+
+    def __init__(self, computer: PathComputer) -> None:
+        self.computer, self._slots = computer, PathSlots(computer)
+        self._max_id = max(cut.num_routed for cut in computer.cuts)
+
+    @property
+    def num_sequences(self) -> int:
+        return self._slots.num_used
+
+    def begin(self, sequence: Sequence) -> None:
+        """Give `sequence` the paths of its prompt."""
+        (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
+        sequence.paths = PackedPaths.of(paths, self._max_id)
+        sequence.path_slot = self._slots.put(state, len(sequence.token_ids))
+
+    def extend(self, sequences: Many[Sequence]) -> None:
+        """Fix the paths of the tokens just sampled, so that the next step is planned before its backbone starts."""
+        if not sequences:
+            return
+        slots = [s.path_slot for s in sequences if s.path_slot is not None]
+        paths = self._slots.extend(slots, [s.token_ids[-1] for s in sequences])
+        for row, sequence in enumerate(sequences):
+            assert sequence.paths is not None
+            sequence.paths.append(paths[row : row + 1])
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended."""
+        if sequence.path_slot is not None:
+            self._slots.release(sequence.path_slot)
+            sequence.path_slot = None
+
+    @staticmethod
+    def of_step(pieces: Many[tuple[Sequence, int]]) -> Paths:
+        """The paths of the next tokens of sequences: (sequence, how many)."""
+        parts = []
+        for sequence, num_tokens in pieces:
+            assert sequence.paths is not None
+            parts.append(sequence.paths.slice(sequence.num_computed, sequence.num_computed + num_tokens))
+        return Paths.concatenate(parts)
