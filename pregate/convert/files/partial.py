@@ -14,10 +14,11 @@ and its optimizer's, and what it learns from in a file of its own.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
 from pregate.convert.files.shard_index import write_shard
-from pregate.convert.files.work_folder import interrupted_after, opened, write_whole, writing
+from pregate.convert.files.work_folder import interrupted_after, opened, sync_folder, write_whole, writing
 
 FORMAT_VERSION = 1
 _STATE = "state.json"
@@ -125,6 +126,7 @@ class PartialCheckpoint:
     def finish(self) -> None:
         """Make the checkpoint folder `out`, and drop the rest."""
         self.checkpoint.rename(self._out)
+        sync_folder(self.folder.parent)
         shutil.rmtree(self.folder)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -145,6 +147,7 @@ def open_partial(
     what lies there has another fingerprint (unless `restart`, which discards it).
     """
     folder = partial_folder(out)
+    _sweep(folder.parent)
     with opened(out, folder, "conversion", restart, fingerprint, lambda: _fingerprint(out)):
         partial = PartialCheckpoint(out, read_state(out) or State(fingerprint, num_layers, unit))
         try:
@@ -152,3 +155,13 @@ def open_partial(
         finally:
             if folder.exists() and not (folder / _STATE).exists():
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what is left of work that was killed after its checkpoint had become what was asked for."""
+    for folder in parent.glob(".*.partial"):
+        out = folder.with_name(folder.name[1:].removesuffix(".partial"))
+        if out.exists() and not (folder / "checkpoint").exists():
+            with suppress(OSError), (folder / "lock").open("rb") as lock:  # an error: it is at work
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)

@@ -90,7 +90,8 @@ def _empty(folder: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write a file under another name, then sync and rename it: a file of this name is always whole.
+    """Let `write` write a file under another name, then sync and rename it: a file of this name is always whole, and
+    after a loss of power still there.
 
     OSError or SafetensorError when it cannot be written.
     """
@@ -99,6 +100,16 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on the disk which names the folder holds: what was renamed is then of its new name for good."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 #: What `write_whole` raises where the disk is full or the folder gone.
