@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
+    from rich.progress import TaskID
 
 Advance = Callable[[int], None]
 
@@ -46,14 +47,20 @@ class QuietProgress:
 class RichProgress:
     """A bar per stage on stderr, with the time left; where stderr is no terminal, a line a minute and one at the end.
 
-    `clock` gives seconds. (A test has its own.)
+    A stage within another is a second bar beneath, or lines where it lasts over a minute. `clock` gives seconds. (A
+    test has its own.)
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
+        self._bars: Bars | None = None
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
+        if self._bars is not None:
+            with self._within(self._bars, name, total) as lines:
+                yield lines.advance
+            return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
@@ -69,13 +76,20 @@ class RichProgress:
         console = Console(stderr=True)
         shown = {"console": console, "disable": not console.is_terminal}
         with Bars(*columns, **shown, speed_estimate_period=SPEED_PERIOD_S, get_time=self._clock) as bars:
-            task = bars.add_task(name, total=total)
-            if console.is_terminal:
-                yield lambda steps: bars.advance(task, steps)
-                return
-            lines = _Lines(bars, self._clock, self.note)
-            yield lines.advance
-            lines.at_end()
+            self._bars = bars
+            try:
+                with self._within(bars, name, total) as lines:
+                    yield lines.advance
+                    lines.at_end()
+            finally:
+                self._bars = None
+
+    @contextmanager
+    def _within(self, bars: Bars, name: str, total: int) -> Iterator[_Lines]:
+        lines = _Lines(bars, bars.add_task(name, total=total), self._clock, self.note)
+        yield lines
+        if len(bars.tasks) > 1:
+            bars.remove_task(lines.task_id)
 
     def note(self, sentence: str) -> None:
         sys.stderr.write(f"{sentence}\n")
@@ -83,15 +97,15 @@ class RichProgress:
 
 
 class _Lines:
-    """Tells how far the one stage of rich's `bars` is, at most once in `LINE_EVERY_S`."""
+    """Advances one of rich's `bars`; where they are not shown, tells how far it is at most once in `LINE_EVERY_S`."""
 
-    def __init__(self, bars: Bars, clock: Callable[[], float], tell: Callable[[str], None]) -> None:
-        self._bars, self._task, self._clock, self._tell = bars, bars.tasks[0], clock, tell
+    def __init__(self, bars: Bars, task_id: TaskID, clock: Callable[[], float], tell: Callable[[str], None]) -> None:
+        self.task_id, self._bars, self._task, self._clock, self._tell = task_id, bars, bars.tasks[-1], clock, tell
         self._told_s = clock()
 
     def advance(self, steps: int) -> None:
-        self._bars.advance(self._task.id, steps)
-        if self._task.finished or self._clock() - self._told_s < LINE_EVERY_S:
+        self._bars.advance(self.task_id, steps)
+        if not self._bars.disable or self._task.finished or self._clock() - self._told_s < LINE_EVERY_S:
             return
         self._told_s = self._clock()
         left = self._task.time_remaining
@@ -99,7 +113,8 @@ class _Lines:
         self._tell(f"{self._so_far()} ({int(self._task.percentage)} %){when}")
 
     def at_end(self) -> None:
-        self._tell(f"{self._so_far()}, {_hours(self._task.elapsed or 0)}")
+        if self._bars.disable:
+            self._tell(f"{self._so_far()}, {_hours(self._task.elapsed or 0)}")
 
     def _so_far(self) -> str:
         return f"{self._task.description}: {self._task.completed:,.0f} of {self._task.total:,.0f}"

@@ -12,18 +12,24 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.progress import QuietProgress
 
+#: Stages that measure between steps.
+BETWEEN = ("validating", "setting thresholds")
+
 
 class StopsAfter(QuietProgress):
-    """Raises Ctrl-C once `number` layers or steps are done (never: -1); keeps its notes."""
+    """Raises Ctrl-C once `number` layers or steps are done (never: -1); keeps notes, and how far stages came."""
 
     def __init__(self, number: int) -> None:
         self._left = number
         self.steps: list[int] = []
         self.notes: list[str] = []
+        self.stages: list[tuple[str, int, int]] = []
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator:
-        yield self._advance
+        done: list[int] = []
+        yield done.append if name.startswith(BETWEEN) else lambda steps: (done.append(steps), self._advance(steps))
+        self.stages.append((name, sum(done), total))
 
     def _advance(self, steps: int) -> None:
         self.steps.append(steps)

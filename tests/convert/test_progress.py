@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 
@@ -71,3 +72,35 @@ def test_a_terminal_has_a_bar_with_the_time_left(clock: Clock, monkeypatch: pyte
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert re.search(r"2/6 0:01:02 left 0:02:04", plain)
     assert "of 6" not in plain
+
+
+def test_a_long_stage_within_another_has_its_lines_and_a_quick_one_none(clock: Clock, capsys: pytest.CaptureFixture):
+    progress = RichProgress(clock)
+    with progress.stage("tuning (steps)", 2) as advance:
+        advance(1)
+        for step_s in (1, 40):
+            with progress.stage("validating (rows)", 3) as validated:
+                for _ in range(3):
+                    clock.now_s += step_s
+                    validated(1)
+        advance(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "validating (rows): 2 of 3 (66 %), 0:00:40 left",
+        "tuning (steps): 2 of 2, 0:02:03",
+    ]
+
+
+def test_a_terminal_has_a_bar_within_another(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    progress = RichProgress(clock)
+    with progress.stage("tuning (steps)", 6) as advance:
+        with progress.stage("validating (rows)", 3) as validated:
+            validated(2)
+            time.sleep(0.3)  # rich draws ten times a second
+        advance(1)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(r"validating \(rows\) .* 2/3", plain)
+    assert re.search(r"tuning \(steps\) .* 1/6", plain.splitlines()[-1])

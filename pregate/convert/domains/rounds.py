@@ -82,7 +82,7 @@ class Rounds:
             losses.extend([figures["loss"]] if "loss" in figures else [])
 
         with tied_rows(tied), progress.stage(f"tuning, round {round_index + 1}", options.steps) as advance:
-            tuner = Tuner(self.model, rows, self._settings(round_index), self.teacher, record)
+            tuner = Tuner(self.model, rows, self._settings(round_index), self.teacher, record, progress)
             tuner.run(after_step=lambda: advance(1))
         self.model.requires_grad_(False)
         return first_and_last(losses)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pregate.base.errors import UserError
+from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced, spaced_batches
 from pregate.convert.tune.forward import Gathered, TuningPass, threshold_of
@@ -85,24 +86,26 @@ def follow_thresholds(model: RoutedForCausalLM, limits: dict[int, torch.Tensor])
 
 
 @torch.no_grad()
-def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
+def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> None:
     """Set every threshold so that the mean number of experts on (a part of) `rows` is the layer's `num_active`."""
     if model.config.selection != "threshold":
         return
     if model.config.routing != "path" or model.path_router is None:
-        calibrate(model, rows)
+        calibrate(model, rows, progress)
         return
-    parts = []
-    for part in spaced_batches(rows, ROUTER_TOKENS):
-        ids_BN, mask_BN = (t.to(model.device) for t in padded(part))
-        scores_TS = path_scores(model, ids_BN)
-        assert scores_TS is not None
-        parts.append(scores_TS[mask_BN.flatten().bool()])
+    parts, groups = [], spaced_batches(rows, ROUTER_TOKENS)
+    with progress.stage("setting thresholds (rows)", sum(map(len, groups))) as advance:
+        for group in groups:
+            ids_BN, mask_BN = (t.to(model.device) for t in padded(group))
+            scores_TS = path_scores(model, ids_BN)
+            assert scores_TS is not None
+            parts.append(scores_TS[mask_BN.flatten().bool()])
+            advance(len(group))
     put_thresholds(model.path_router, torch.cat(parts), [cut.num_active for cut in model.config.cuts])
 
 
 @torch.no_grad()
-def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
+def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> None:
     """Set the thresholds of layers' gates, and of their oracles, layer after layer in one forward pass.
 
     So each layer's is set on what the layers before it give with theirs.
@@ -110,4 +113,11 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]]) -> None:
     ids_BN, mask_BN = (t.to(model.device) for t in padded(spaced(rows, FORWARD_TOKENS)))
     gathered = Gathered(calibrate=True)
     tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
-    run_layers(model, ids_BN, tuning_pass)
+    mlps = model.routed_mlps
+    with progress.stage("setting thresholds (layers)", len(mlps)) as advance:
+        hooks = [mlp.register_forward_hook(lambda *_: advance(1)) for mlp in mlps]
+        try:
+            run_layers(model, ids_BN, tuning_pass)
+        finally:
+            for hook in hooks:
+                hook.remove()

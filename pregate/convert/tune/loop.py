@@ -19,7 +19,7 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.convert.measure.scoring import Score
-from pregate.convert.progress import Progress
+from pregate.convert.progress import Progress, QuietProgress
 from pregate.convert.text.batches import batches, padded
 from pregate.convert.tune.balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tune.data import BatchOrder, TuningRows
@@ -79,6 +79,7 @@ class Tuner:
         settings: TuningSettings,
         teacher: Any = None,
         record: Callable[[Record], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.model, self.rows, self.settings, self.teacher = model.eval(), rows, settings, teacher
         self.routed = isinstance(model, RoutedForCausalLM)
@@ -93,6 +94,7 @@ class Tuner:
         self.offsets: dict[int, torch.Tensor] = {}
         self._order = BatchOrder(rows.training, settings.batch_tokens, settings.seed)
         self._record = record or (lambda _record: None)
+        self._progress = progress or QuietProgress()
         #: With the path router at rest, its scale aside, paths stay, and so do the thresholds they were chosen by.
         at_rest = self.routed and model.config.routing == "path" and not settings.router
         self._moves = self.routed and (not at_rest or settings.balance == "bias")
@@ -216,7 +218,7 @@ class Tuner:
         counters = self.counters
         with self._timed():
             if self._moves and (counters.step or counters.refit):
-                set_thresholds(self.model, self.rows.training)
+                set_thresholds(self.model, self.rows.training, self._progress)
             found = self.evaluate()
             if not counters.first:
                 counters.first = asdict(found)
@@ -227,11 +229,13 @@ class Tuner:
         self._record(self._counted() | found.record())
         return found
 
-    def refit(self, progress: Progress) -> None:
+    def refit(self) -> None:
         """Fit the down projections in closed form before the first step; evaluated before and after."""
         self.measure()
         with self._timed():
-            left = refit(self.model, self.rows.training, progress, None if self.model.is_partition else self.teacher)
+            left = refit(
+                self.model, self.rows.training, self._progress, None if self.model.is_partition else self.teacher
+            )
         self.counters.refit = {"missing_left": [round(x, 4) for x in left]}
         self.counters.refit["validation_perplexity"] = round(self.measure().perplexity, 4)
 
@@ -242,16 +246,18 @@ class Tuner:
         loads: dict[int, torch.Tensor] = {}
         active, total, num_tokens = 0.0, 0, 0
         rows = self.rows.validation
-        for batch in batches(rows, self.settings.batch_tokens):
-            ids_BN, mask_BN = (t.to(self.device) for t in padded([rows[i] for i in batch]))
-            tuning_pass = self._pass(ids_BN, mask_BN, Gathered())
-            logits_PV = run_model(self.model, ids_BN, tuning_pass).logits
-            sums += mixed_loss(logits_PV, next_tokens(ids_BN, mask_BN), None, 0.0, 1)[1]
-            num_tokens += int(mask_BN[:, 1:].sum())
-            if tuning_pass is not None:
-                active, total = active + tuning_pass.active_neurons, total + tuning_pass.all_neurons
-                for layer, loads_R in tuning_pass.loads.items():
-                    loads[layer] = loads.get(layer, torch.zeros_like(loads_R)) + loads_R
+        with self._progress.stage("validating (rows)", len(rows)) as advance:
+            for batch in batches(rows, self.settings.batch_tokens):
+                ids_BN, mask_BN = (t.to(self.device) for t in padded([rows[i] for i in batch]))
+                tuning_pass = self._pass(ids_BN, mask_BN, Gathered())
+                logits_PV = run_model(self.model, ids_BN, tuning_pass).logits
+                sums += mixed_loss(logits_PV, next_tokens(ids_BN, mask_BN), None, 0.0, 1)[1]
+                num_tokens += int(mask_BN[:, 1:].sum())
+                if tuning_pass is not None:
+                    active, total = active + tuning_pass.active_neurons, total + tuning_pass.all_neurons
+                    for layer, loads_R in tuning_pass.loads.items():
+                        loads[layer] = loads.get(layer, torch.zeros_like(loads_R)) + loads_R
+                advance(len(batch))
         imbalance = tuple(round(float(x.max() / x.mean().clamp_min(1e-12)), 4) for x in loads.values())
         return Evaluation(Score(sums[0].item(), num_tokens).perplexity, active / total if total else None, imbalance)
 
@@ -267,7 +273,7 @@ class Tuner:
             self.restore(self.best)
         moved = (self.counters.best_step if keep_best else self.counters.step) or self.counters.refit
         if self.routed and moved and self.model.config.selection == "threshold":
-            calibrate(self.model, self.rows.training)  # for the oracles too, whose masses have changed
+            calibrate(self.model, self.rows.training, self._progress)  # for the oracles too, whose masses have changed
         merge_low_rank(self.model)
         if self.routed:
             self.model.forget_path_computer()

@@ -58,7 +58,7 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
     with open_folder(options.out, fingerprint, options.restart) as folder:
         model = load_any(source).to(device)
         teacher = load_teacher(options, teacher_source, model)
-        tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress))
+        tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress), progress)
         if folder.load(tuner):
             progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
@@ -156,7 +156,7 @@ def _refit(tuner: Tuner, has_parent: bool, folder: TuningFolder, progress: Progr
             " tells what is missing"
         )
         return
-    tuner.refit(progress)
+    tuner.refit()
     folder.save(tuner)
 
 

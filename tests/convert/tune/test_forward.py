@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
 from pregate.convert.measure.scoring import score_rows
+from pregate.convert.progress import QuietProgress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.balance import move_biases, set_thresholds
 from pregate.convert.tune.data import TuningRows, read_rows
@@ -176,7 +177,7 @@ def test_thresholds_give_the_active_share(kind: str, tiny_layerwise_checkpoint: 
     for threshold in thresholds:
         threshold.add_(1)
     rows = [list(range(1 + n, 120 + n)) for n in range(0, 300, 30)]
-    set_thresholds(model, rows)
+    set_thresholds(model, rows, QuietProgress())
     ids, mask = padded(rows)
     tuning_pass = pass_of(model, ids, mask, Gathered())
     run_model(model, ids, tuning_pass)

@@ -66,6 +66,9 @@ def test_it_goes_on_where_it_was_and_gives_the_same(options: TuneOptions, change
     progress = StopsAfter(-1)
     resumed = tune(options, progress)
     assert "going on after step 4, where the last run was interrupted" in progress.notes
+    shown = {name.split(" (")[0]: (done, total) for name, done, total in progress.stages}
+    assert {"tuning", "validating", "setting thresholds"} <= shown.keys()
+    assert all(done == total for done, total in shown.values())
     assert_same_curve(options.out, tmp_path / "straight")
     assert resumed.figures["tune"]["steps"] == 12
     for path in (tmp_path / "straight").glob("*.safetensors"):
