@@ -72,7 +72,8 @@ def serving(model: Path, port: int) -> Iterator[pregate.Client]:
         yield client
     finally:
         server.send_signal(signal.SIGINT)
-        server.wait(timeout=60)
+        if server.wait(timeout=60):
+            raise SystemExit(f"pregate serve ended with exit code {server.returncode}")
 
 
 def wait_until_ready(client: pregate.Client, server: subprocess.Popen, timeout_s: float = 180) -> None:

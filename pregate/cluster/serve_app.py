@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
@@ -109,6 +110,10 @@ def _clean_up(folder: str) -> None:
         latest = session.with_name("session_latest")
         if latest.is_symlink() and not latest.exists():
             latest.unlink()
+        if not any(session.parent.glob("session_*")):  # no other Ray is, or was, here
+            (session.parent / "prom_metrics_service_discovery.json").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                session.parent.rmdir()
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -119,24 +119,32 @@ class Running:
 
 
 @contextmanager
-def serving(*arguments, until="stop  "):
-    """Run `pregate serve` on a free port until it says `until`, that it serves; kills whatever is left at the end."""
+def started(*command, until):
+    """Run a Python command until it says `until`; kills whatever is left at the end."""
     with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         log = folder / "serve.log"
-        command = [sys.executable, "-m", "pregate.cli.main", "serve", "--grpc-port", "0", *map(str, arguments)]
         with log.open("w") as file:
             process = subprocess.Popen(
-                command, stdout=file, stderr=file, env=own_environment(folder), start_new_session=True
+                [sys.executable, *map(str, command)],
+                stdout=file,
+                stderr=file,
+                env=own_environment(folder),
+                cwd=ROOT,
+                start_new_session=True,
             )
-        running = Running(process, folder, log)
         try:
             wait_for(log, until, process)
-            yield running
+            yield Running(process, folder, log)
         finally:
             for left in processes_of(folder):
                 left.send_signal(signal.SIGKILL)
             process.wait(10)
+
+
+def serving(*arguments, until="stop  "):
+    """Run `pregate serve` on a free port until it says `until`, that it serves."""
+    return started("-m", "pregate.cli.main", "serve", "--grpc-port", 0, *arguments, until=until)
 
 
 def wait_for(log, text, process, timeout_s=START_TIMEOUT_S):

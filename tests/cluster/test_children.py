@@ -94,7 +94,9 @@ def test_a_door_comes_back_a_pause_is_told_and_a_death_is_for_good(local_ray, pa
         try:
             await lose_one_after_another(children, path_checkpoint)
         finally:
+            folder = children._parts.folder
             await asyncio.gather(children.stop(1.0), children.stop(1.0))
+        assert folder is not None and not folder.exists()
         assert ray.util.list_named_actors() == []
 
     asyncio.run(main())

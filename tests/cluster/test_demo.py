@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.leftovers import ROOT, own_environment, processes_of
+from tests.cluster.leftovers import ROOT, files_in, own_environment, processes_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -20,3 +20,4 @@ def test_the_demo_serves_what_ships_and_holds_it_to_the_reference():
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Equal to the in-process reference model: 16 tokens" in done.stdout
         assert not processes_of(folder)
+        assert files_in(folder) == []

@@ -1,7 +1,9 @@
 """`pregate serve` from start to end, in real processes: what it answers, and what it leaves behind."""
 
+import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,16 +17,33 @@ import pytest
 from pregate.base.errors import UnavailableError
 from pregate.client.client import Client
 from tests.cluster.leftovers import (
+    ROOT,
     listening_ports,
     own_environment,
     processes_of,
     serving,
     shared_memory,
     still_listening,
+    wait_for,
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PROMPT = "to be or not"
+RUN = """
+import sys, signal, threading
+import ray
+from ray import serve
+from pregate.cluster.serve_app import build_app
+address, port, model = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+serve.start(http_options={"port": int(port)})
+serve.run(build_app({"model": model, "hosts": "2"}))
+stop = threading.Event()
+signal.signal(signal.SIGINT, lambda *_: stop.set())  # last: Ray puts handlers of its own in place
+print("app ready", flush=True)
+stop.wait()
+serve.shutdown()
+"""
 #: What a process of ours may hold that computes nothing. Ray's own part of it is 90 MB.
 MAX_LIGHT_BYTES = 150 * 10**6
 
@@ -77,7 +96,26 @@ def answers_anybody(url):
         return False
 
 
-def test_interrupt_drains_and_leaves_nothing_behind(path_checkpoint):
+def ask(port, **fields):
+    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return reply.read().decode()
+
+
+def streamed_ids(text):
+    events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
+    assert all("choices" in event for event in events), text
+    return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
+
+
+def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_checkpoint):
+    """The Serve application on the Ray of a running `pregate serve`: one deployment, two doors, the same text."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     before = shared_memory()
     with serving("--model", path_checkpoint, "--hosts", 2) as running:
         with Client(running.target, timeout_s=60) as client:
@@ -93,9 +131,24 @@ def test_interrupt_drains_and_leaves_nothing_behind(path_checkpoint):
         assert ports
         assert [url for url in open_urls(processes) if answers_anybody(url)] == []
         check_light([running.process.pid, *(p.pid for n in LIGHT for p in running.children(n))])
+
+        log = running.folder / "app.log"
+        environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
+        command = [sys.executable, "-c", RUN, running.ray_address, str(port), str(path_checkpoint)]
+        with log.open("w") as file:
+            app = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+        wait_for(log, "app ready", app)
+        assert len(running.children("ExpertHostActor")) == 2
+        expected = list(completion.token_ids)
+        assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
+        assert streamed_ids(ask(port, stream=True)) == expected
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(60) == 0
-        assert running.wait_nothing_left(10) == []
+        assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
+        app.send_signal(signal.SIGINT)
+        assert app.wait(60) == 0
+        log.unlink()
+        assert running.wait_nothing_left(60) == []
         assert still_listening(ports) == set()
         assert shared_memory() <= before
 

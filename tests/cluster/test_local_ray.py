@@ -85,20 +85,18 @@ def test_who_finds_the_token_finds_all_of_it(tmp_path, monkeypatch, no_token):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [False, True])
-def test_without_its_control_service_ray_is_ended_at_once(asked):
+def test_without_its_control_service_ray_is_ended_at_once():
     """Ray's processes would wait for it for a minute, and its two agents, whose parent died, for longer.
 
-    `asked`: it dies while the keeper waits for an answer of it, which would not come for a minute either.
+    It dies while the keeper waits for its answer, which would not come for a minute either.
     """
     kept = local_ray.start(1)
     session = session_of(kept.process)
     names = [process.name() for process in session]
     assert [name for name in names if name.startswith("ray::")], names
     gcs = next(process for process in session if process.name() == "gcs_server")
-    if asked:
-        gcs.suspend()
-        time.sleep(3 * local_ray.POLL_S)
+    gcs.suspend()
+    time.sleep(3 * local_ray.POLL_S)
     gcs.kill()
     kept.process.wait(15)
     assert session_of(kept.process) == []

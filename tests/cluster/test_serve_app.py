@@ -1,40 +1,29 @@
-"""The Serve application on the Ray of a running `pregate serve`: one deployment, two doors, the same text."""
+"""The Serve application: what it takes, its health, and what `serve run` leaves (with `serve`: test_life_cycle.py)."""
 
-import json
 import signal
-import socket
 import subprocess
 import sys
-import urllib.request
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from pregate.base.errors import UnavailableError, UserError
-from pregate.client.client import Client
 from pregate.router.doors.service import RouterService
 from pregate.router.link.client import EngineClient, EngineClientOptions
-from tests.cluster.leftovers import ROOT, own_environment, serving, wait_for
+from tests.cluster.leftovers import (
+    ROOT,
+    listening_ports,
+    processes_of,
+    shared_memory,
+    started,
+    still_listening,
+)
 from tests.router.running import LoopThread, engine_thread, local_engine, socket_folder
 from tests.router.running import wait_for as eventually
 
 PROMPT = "to be or not"
-RUN = """
-import sys, signal, threading
-import ray
-from ray import serve
-from pregate.cluster.serve_app import build_app
-address, port, model = sys.argv[1:]
-ray.init(address=address, log_to_driver=False)
-serve.start(http_options={"port": int(port)})
-serve.run(build_app({"model": model, "hosts": "2"}))
-stop = threading.Event()
-signal.signal(signal.SIGINT, lambda *_: stop.set())  # last: Ray puts handlers of its own in place
-print("app ready", flush=True)
-stop.wait()
-serve.shutdown()
-"""
+SERVE_RUN = ["-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
 
 
 @pytest.mark.parametrize(
@@ -56,26 +45,30 @@ def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
 
 
 def test_on_serves_command_line_a_bad_argument_is_one_sentence(layerwise_checkpoint):
-    run = [sys.executable, "-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
-    done = subprocess.run([*run, "model=/no/such"], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, *SERVE_RUN, "model=/no/such"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == "Error: model /no/such: no such folder; allowed: a checkpoint folder"
     assert "Traceback" not in done.stderr
 
 
-def ask(port, **fields):
-    body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, **fields}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        return reply.read().decode()
-
-
-def streamed_ids(text):
-    events = [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
-    assert all("choices" in event for event in events), text
-    return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
+@pytest.mark.ray
+@pytest.mark.slow
+def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
+    before = shared_memory()
+    with started(*SERVE_RUN, f"model={path_checkpoint}", until="is ready at") as app:
+        ports = listening_ports(processes_of(app.folder))
+        app.process.send_signal(signal.SIGINT)
+        app.process.wait(90)
+        assert app.wait_nothing_left(20) == []
+        assert still_listening(ports) == set()
+        assert shared_memory() <= before
 
 
 def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):
@@ -95,30 +88,3 @@ def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):
             Replica.check_health(replica)
         loop.call(service.close())
     loop.close()
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_http_shares_the_hosts_of_a_running_server_and_outlives_it(path_checkpoint):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with serving("--model", path_checkpoint, "--hosts", 2) as running:
-        log = running.folder / "app.log"
-        environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
-        command = [sys.executable, "-c", RUN, running.ray_address, str(port), str(path_checkpoint)]
-        with log.open("w") as file:
-            app = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
-        wait_for(log, "app ready", app)
-        with Client(running.target, timeout_s=60) as client:
-            expected = list(client.complete(PROMPT, max_tokens=8).token_ids)
-        assert len(running.children("ExpertHostActor")) == 2
-        assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
-        assert streamed_ids(ask(port, stream=True)) == expected
-        running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(60) == 0
-        assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
-        app.send_signal(signal.SIGINT)
-        assert app.wait(60) == 0
-        log.unlink()
-        assert running.wait_nothing_left(60) == []

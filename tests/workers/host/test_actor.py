@@ -1,17 +1,11 @@
 import logging
 import os
-import shutil
-import tempfile
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 
 from pregate.base.errors import UnavailableError, UserError
-from pregate.cluster.ray_start import init_local
 from pregate.kernels import reference
 from pregate.workers.client.channel import ChannelClient, ChannelOptions
 from pregate.workers.host.actor import ActorOptions, ExpertHostActor
@@ -87,27 +81,3 @@ def test_options_that_cannot_be():
         ActorOptions("x", transport="ipc")
     with pytest.raises(UserError, match="num_threads 0"):
         ActorOptions("x", ipc_folder="/tmp/x", num_threads=0)
-
-
-@pytest.fixture
-def local_ray():
-    folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
-    init_local(Path(folder) / "ray", 2)
-    yield
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_in_a_ray_actor(local_ray, reader, tmp_path):
-    options = options_for(reader, ipc_folder=str(tmp_path / "run"))
-    actor: Any = ray.remote(num_cpus=0.1)(ExpertHostActor).remote(options)
-    address: Any = ray.get(actor.start.remote(), timeout=240)
-    assert address.pid != os.getpid()
-    answer, wanted = ask(address, reader)
-    torch.testing.assert_close(answer, wanted, rtol=0, atol=1e-4)
-    status: Any = ray.get(actor.status.remote(), timeout=30)
-    assert status["num_pairs"] == 3
-    ray.get(actor.stop.remote(), timeout=30)
-    assert list(Path(tmp_path / "run").iterdir()) == []
