@@ -49,6 +49,18 @@ shook their heads, the young men carried stones, and by October the first ship f
 """
 
 
+#: Tests that start deployments or look for what one left: one after another, whatever runs beside them.
+ONE_BY_ONE = ("cluster", "cli", "workers/host/test_actor")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `pytest -n 2 --dist loadgroup`: a file's tests share its fixtures, so they stay together."""
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        group = "deployments" if file.startswith(ONE_BY_ONE) else file
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """The folder `shared` beside the repository (models and texts that are not ours to commit), or a skip."""
