@@ -5,10 +5,21 @@ Shape letters: T tokens, L layers, K experts of a token at most, N expert ids of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from pregate.base.errors import ProtocolError
 from pregate.model.paths import Paths
 
+if TYPE_CHECKING:
+    from pregate.model.config import LayerCut
+
+#: Layers and columns that paths from elsewhere may have: their products stay far from overflow.
+_MOST_LAYERS, _MOST_COLUMNS, _MOST_TOKENS = 4096, 255, 1 << 24
+#: Tokens that are checked at a time.
+_CHECKED_TOKENS = 4096
 #: Room is made for this share more than is needed, so that appending one token costs little on average.
 _GROWTH = 1.5
 
@@ -28,6 +39,8 @@ class _Buffer:
         return self._array.nbytes
 
     def append(self, values: np.ndarray) -> None:
+        if not len(values):  # what came from elsewhere cannot be written to
+            return
         size = self.size + len(values)
         if size > len(self._array):
             array = np.empty((int(size * _GROWTH) + 1, *self._array.shape[1:]), dtype=self._array.dtype)
@@ -102,3 +115,55 @@ class PackedPaths:
         weights = np.zeros(real.shape, dtype=np.float32)
         weights[real] = self._weights.values[first:last]
         return Paths(ids, weights, self._exact)
+
+    # ---- on the wire ----
+
+    def to_frames(self) -> list[bytes]:
+        """[a header, counts, ids, weights] for `from_frames`, little-endian and without the room to grow."""
+        counts = self._same if self._counts is None else self._counts.values
+        assert counts is not None
+        ids, weights = self._ids.values, None if self._weights is None else self._weights.values
+        shape = (self.num_tokens, self._num_layers, self._k)
+        header = np.array([*shape, self._exact, self._counts is None, ids.itemsize, weights is not None], dtype="<i8")
+        parts = (header, counts, ids.astype(ids.dtype.newbyteorder("<"), copy=False))
+        data = b"" if weights is None else weights.astype("<f4", copy=False).tobytes()
+        return [*(part.tobytes() for part in parts), data]
+
+    @classmethod
+    def from_frames(cls, frames: Sequence[bytes]) -> PackedPaths:
+        """Undo `to_frames`. ProtocolError where sizes and counts do not fit each other; `check` looks at the ids."""
+        if len(frames) != 4 or len(frames[0]) != 7 * 8:
+            raise ProtocolError(f"paths: {len(frames)} frames, or a header of another size")
+        num_tokens, num_layers, k, exact, same, item, weighted = np.frombuffer(frames[0], dtype="<i8").tolist()
+        if not (0 <= num_tokens <= _MOST_TOKENS and 0 <= num_layers <= _MOST_LAYERS and 0 <= k <= _MOST_COLUMNS):
+            raise ProtocolError(f"paths of shape ({num_tokens}, {num_layers}, {k}): out of bounds")
+        if {exact, same, weighted} - {0, 1} or item not in (1, 2):
+            raise ProtocolError("paths: a header of unknown flags")
+        if len(frames[1]) != num_layers * (1 if same else num_tokens) or len(frames[2]) % item:
+            raise ProtocolError(f"paths: {len(frames[1])} counts for {num_tokens} tokens in {num_layers} layers")
+        counts = np.frombuffer(frames[1], dtype=np.uint8)
+        ids = np.frombuffer(frames[2], dtype=np.uint8 if item == 1 else "<i2")
+        size = int(counts.sum()) * (num_tokens if same else 1)
+        if counts.max(initial=0) > k or len(ids) != size or len(frames[3]) != 4 * size * weighted:
+            raise ProtocolError(f"paths: counts of {size} ids for {len(ids)} ids, {len(frames[3])} bytes of weights")
+        packed = cls.__new__(cls)
+        packed._k, packed._exact, packed._num_layers, packed.num_tokens = k, bool(exact), num_layers, num_tokens
+        packed._same = counts if same else None
+        packed._counts = None if same else _Buffer(counts.reshape(num_tokens, num_layers))
+        packed._ids = _Buffer(ids.astype(np.uint8 if item == 1 else np.int16, copy=False))
+        weights = np.frombuffer(frames[3], dtype="<f4").astype(np.float32, copy=False)
+        packed._weights = _Buffer(weights) if weighted else None
+        return packed
+
+    def check(self, cuts: Sequence[LayerCut], num_tokens: int) -> None:
+        """Raise ProtocolError unless these are paths of so many tokens through layers cut like that."""
+        if self.num_tokens != num_tokens or self._num_layers != len(cuts):
+            held = f"{self.num_tokens} tokens in {self._num_layers} layers"
+            raise ProtocolError(f"paths of {held}; the prompt has {num_tokens} tokens, the model {len(cuts)} layers")
+        for start in range(0, num_tokens, _CHECKED_TOKENS):  # padded, so not all at once
+            try:
+                self.slice(start, min(start + _CHECKED_TOKENS, num_tokens)).check(cuts)
+            except ValueError as error:
+                raise ProtocolError(str(error)) from error
+        if self._weights is not None and not np.isfinite(self._weights.values).all():
+            raise ProtocolError("paths: a weight is not finite")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pregate.model.config import LayerCut
+if TYPE_CHECKING:
+    from pregate.model.config import LayerCut
 
 
 @dataclass(frozen=True)

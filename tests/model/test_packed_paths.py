@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pregate.base.errors import ProtocolError
+from pregate.model.config import LayerCut
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
 
 LAYERS, COLUMNS = 3, 4
+CUTS = [LayerCut(9, 0, 4, 8)] * LAYERS
 
 
 def random_paths(num_tokens: int, seed: int, weighted: bool, ragged: bool, num_experts: int = 9) -> Paths:
@@ -37,8 +40,11 @@ def test_what_is_appended_is_found_again(parts, weighted, data):
     """Pieces of any length, some with as many experts for every token and some not."""
     pieces = [random_paths(n, seed, weighted, ragged) for seed, (n, ragged) in enumerate(parts)]
     packed = PackedPaths.of(pieces[0], max_id=8)
-    for piece in pieces[1:]:
+    sent = data.draw(st.integers(0, len(pieces)))  # after so many it travels
+    for number, piece in enumerate(pieces[1:]):
+        packed = PackedPaths.from_frames(packed.to_frames()) if number == sent else packed
         packed.append(piece)
+    packed.check(CUTS, packed.num_tokens)
     whole = Paths.concatenate(pieces)
     assert packed.num_tokens == whole.num_tokens
     start = data.draw(st.integers(0, whole.num_tokens))
@@ -56,3 +62,48 @@ def test_it_holds_no_padding(ragged, share):
     """Two of four columns in use on average: a byte each, and one per token and layer where their number varies."""
     paths = random_paths(1000, 0, weighted=False, ragged=ragged)
     assert PackedPaths.of(paths, max_id=8).nbytes <= 1.02 * share * paths.ids.nbytes
+
+
+FRAMES = PackedPaths.of(random_paths(5, 0, weighted=True, ragged=True), max_id=8).to_frames()
+
+
+@pytest.mark.parametrize(
+    ("frame", "change", "says"),
+    [
+        (0, lambda data: data[:-1], "header of another size"),
+        (0, lambda data: b"\xff" * len(data), "out of bounds"),
+        (0, lambda data: data[:24] + b"\x02" + data[25:], "unknown flags"),
+        (0, lambda data: b"\x06" + data[1:], "counts for 6 tokens"),
+        (1, lambda data: bytes(len(data)), "counts of 0 ids"),
+        (1, lambda data: b"\xff" + data[1:], "counts of"),
+        (2, lambda data: data[:-1], "counts of"),
+        (3, lambda data: data[:-4], "bytes of weights"),
+    ],
+)
+def test_frames_that_do_not_fit_each_other_are_refused(frame, change, says):
+    frames = list(FRAMES)
+    frames[frame] = change(frames[frame])
+    with pytest.raises(ProtocolError, match=says):
+        PackedPaths.from_frames(frames)
+
+
+@pytest.mark.parametrize(
+    ("ids", "num_tokens", "says"),
+    [
+        ([9, -1, -1, -1], 1, "outside its layer's"),
+        ([1, 1, -1, -1], 1, "must ascend"),
+        ([2, 1, -1, -1], 1, "must ascend"),
+        ([1, 2, -1, -1], 2, "the prompt has 2 tokens"),
+    ],
+)
+def test_ids_from_elsewhere_are_held_to_the_model(ids, num_tokens, says):
+    packed = PackedPaths.of(Paths(np.tile(np.array(ids, np.int16), (1, LAYERS, 1))), max_id=8)
+    with pytest.raises(ProtocolError, match=says):
+        PackedPaths.from_frames(packed.to_frames()).check(CUTS, num_tokens)
+
+
+def test_weights_from_elsewhere_are_finite():
+    weights = np.full((1, LAYERS, COLUMNS), np.nan, np.float32)
+    ids = np.broadcast_to(np.arange(COLUMNS, dtype=np.int16), weights.shape)
+    with pytest.raises(ProtocolError, match="not finite"):
+        PackedPaths.of(Paths(ids, weights), max_id=8).check(CUTS, 1)

@@ -149,7 +149,10 @@ class RouterService:
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
         reply = await self._engine.route(token_ids, deadline_s)
         tokens = tuple(self._tokenizer.id_to_token(i) or "" for i in token_ids)
-        return PackedRoute(token_ids, tokens, reply.ids, reply.shape, reply.exact, reply.version)
+        paths = reply.paths.slice(0, reply.paths.num_tokens)
+        ids = paths.ids.astype("<i2", copy=False).tobytes()
+        num_tokens, num_layers, num_columns = paths.ids.shape
+        return PackedRoute(token_ids, tokens, ids, (num_tokens, num_layers, num_columns), paths.exact, reply.version)
 
     async def model_info(self, *, model: str = "") -> dict[str, Any]:
         """Return the engine's info (see EngineClient.info) under the name this service serves it by."""

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from pregate.base.errors import ProtocolError, UserError
 from pregate.base.sampling import check_ids, check_sampling
+from pregate.model.packed_paths import PackedPaths
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,37 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_context: int)
 
 
 @dataclass(frozen=True)
+class PackedState:
+    """A path router's `PathState`: float64 little-endian of `shape`, [P, 2 * num_blocks, C]."""
+
+    data: bytes
+    shape: tuple[int, int, int]
+
+    def __post_init__(self) -> None:
+        if min(self.shape) < 0 or len(self.data) != 8 * math.prod(self.shape):
+            raise ProtocolError(f"path state of {len(self.data)} bytes does not hold float64 of shape {self.shape}")
+
+
+@dataclass(frozen=True)
 class SubmitRequest:
     """Generate from a prompt. `deadline_s` counts from the moment the engine takes the request; what is
-    computed of equal prompts is shared under the same `cache_salt`, which names who asks."""
+    computed of equal prompts is shared under the same `cache_salt`, which names who asks.
+
+    `paths` are the prompt's and `path_state` is the path router's after it, where the path service has computed them:
+    both or none.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
     sampling: SamplingParams
     deadline_s: float | None = None
     cache_salt: str = ""
+    paths: PackedPaths | None = None
+    path_state: PackedState | None = None
+
+    def __post_init__(self) -> None:
+        if (self.paths is None) != (self.path_state is None):
+            raise ProtocolError("a request brings its paths with the state after them, or neither")
 
 
 @dataclass(frozen=True)
@@ -59,10 +82,15 @@ class CancelRequest:
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """Ask for the paths of a prompt, without a forward pass."""
+    """Ask for the paths of a prompt, without a forward pass; `with_state`: and for the path router's state after it.
+
+    `deadline_s` counts from the moment the request is taken.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
+    deadline_s: float | None = None
+    with_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,20 +160,12 @@ class FailedEvent:
 
 @dataclass(frozen=True)
 class RouteReply:
-    """Paths of a prompt: `ids` is int16 little-endian of `shape` (tokens, layers, k), -1 padding at the end of a row.
-
-    `version` names the path router that made them.
-    """
+    """A prompt's paths, and the state after it where it was asked for. `version` names the path router's checkpoint."""
 
     request_id: str
-    ids: bytes
-    shape: tuple[int, int, int]
-    exact: bool
+    paths: PackedPaths
+    state: PackedState | None
     version: str
-
-    def __post_init__(self) -> None:
-        if min(self.shape) < 0 or len(self.ids) != 2 * math.prod(self.shape):
-            raise ProtocolError(f"route reply of {len(self.ids)} bytes does not hold int16 of shape {self.shape}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How messages between front doors and engines travel: versioned, size-limited msgpack, never pickle.
 
-One packet is `{"version": 2, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
+One packet is `{"version": 3, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
 peer travels in one packet. Unknown kinds, unknown or missing fields and wrong types are ProtocolErrors.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 
 from pregate.base.errors import ProtocolError
+from pregate.model.packed_paths import PackedPaths
 from pregate.router.link.messages import (
     CancelRequest,
     FailedEvent,
@@ -23,6 +24,7 @@ from pregate.router.link.messages import (
     InfoRequest,
     KeepAlive,
     Message,
+    PackedState,
     RouteReply,
     RouteRequest,
     SamplingParams,
@@ -30,9 +32,10 @@ from pregate.router.link.messages import (
     TokensEvent,
 )
 
-PROTOCOL_VERSION = 2
-#: A packet above this is refused on both sides; a million token ids need about 5 MB.
-MAX_PACKET_BYTES = 16 << 20
+PROTOCOL_VERSION = 3
+#: A packet above this is refused on both sides; a million token ids need about 5 MB, and paths of 32k tokens through 32
+#: layers of 8 experts 8 MB, or 42 MB with weights.
+MAX_PACKET_BYTES = 64 << 20
 
 _KINDS: Mapping[str, type] = MappingProxyType(
     {
@@ -55,9 +58,13 @@ _NAMES: Mapping[type, str] = MappingProxyType({cls: kind for kind, cls in _KINDS
 def pack(messages: Sequence[Message]) -> bytes:
     """Return one packet. Raises ProtocolError when it would exceed MAX_PACKET_BYTES."""
     body = [{"kind": _NAMES[type(m)], **vars(m)} for m in messages]
-    packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": body}, default=vars) or b"")
+    packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": body}, default=_plain) or b"")
     _check_size(packet)
     return packet
+
+
+def _plain(value: Any) -> Any:
+    return value.to_frames() if isinstance(value, PackedPaths) else vars(value)
 
 
 def unpack(packet: bytes) -> list[Message]:
@@ -123,6 +130,10 @@ def _many(kind: type, length: int | None = None) -> Callable[[Any], Any]:
     return read
 
 
+def _read_paths(value: Any) -> PackedPaths:
+    return PackedPaths.from_frames(_many(bytes)(value))
+
+
 _READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
     {
         "str": _only(str),
@@ -137,6 +148,9 @@ _READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "tuple[int, ...]": _many(int),
         "tuple[int, int, int]": _many(int, 3),
         "tuple[str, ...]": _many(str),
+        "PackedPaths": _read_paths,
+        "PackedPaths | None": lambda value: None if value is None else _read_paths(value),
+        "PackedState | None": lambda value: None if value is None else _read_fields(PackedState, value, "path state"),
         "SamplingParams": lambda value: _read_fields(SamplingParams, value, "sampling"),
     }
 )

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from threading import Event as StopEvent
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import zmq
 
 from pregate.base.errors import HostLostError, PregateError, UnavailableError
 from pregate.base.log import get_logger
+from pregate.model.packed_paths import PackedPaths
 from pregate.router.link.inbox import Pending
 from pregate.router.link.link import EngineLink, LinkOptions
 from pregate.router.link.messages import Event, FailedEvent, FinishedEvent, RouteReply, RouteRequest, SubmitRequest
@@ -140,11 +140,8 @@ class EngineServer:
         return []
 
     def _route(self, request: RouteRequest) -> RouteReply:
-        paths = self._engine.route(request.token_ids)
-        num_tokens, num_layers, num_active = paths.ids.shape
-        ids = np.ascontiguousarray(paths.ids, dtype="<i2").tobytes()
-        version = str(self._engine.info()["version"])
-        return RouteReply(request.request_id, ids, (num_tokens, num_layers, num_active), bool(paths.exact), version)
+        paths = PackedPaths.of(self._engine.route(request.token_ids))
+        return RouteReply(request.request_id, paths, None, str(self._engine.info()["version"]))
 
     def _lose(self, error: HostLostError) -> None:
         """Refuse from now on: without the host nothing can be computed. `_recover` takes requests again."""

@@ -274,9 +274,10 @@ def _any_packet(rng):
         "stop_token_ids": [],
         "ignore_eos": True,
     }
+    none = {"paths": None, "path_state": None}
     kinds = {
-        "submit": {"token_ids": [5, 6], "sampling": sampling, "deadline_s": None},
-        "route": {"token_ids": [5, 6]},
+        "submit": {"token_ids": [5, 6], "sampling": sampling, "deadline_s": None, "cache_salt": "", **none},
+        "route": {"token_ids": [5, 6], "deadline_s": None, "with_state": False},
         "info": {},
         "cancel": {},
         "keep_alive": {"sender": "d", "request_ids": ["a", "x"]},

@@ -1,9 +1,12 @@
 """Packets between front doors and engines: what goes in comes out, and nothing else comes in."""
 
 import msgpack
+import numpy as np
 import pytest
 
 from pregate.base.errors import ProtocolError
+from pregate.model.packed_paths import PackedPaths
+from pregate.model.paths import Paths
 from pregate.router.link.messages import (
     CancelRequest,
     FailedEvent,
@@ -12,6 +15,7 @@ from pregate.router.link.messages import (
     InfoReply,
     InfoRequest,
     KeepAlive,
+    PackedState,
     RouteReply,
     RouteRequest,
     SamplingParams,
@@ -26,23 +30,40 @@ MESSAGES = [
     SubmitRequest("b", (), SamplingParams(max_tokens=1)),
     CancelRequest("a"),
     RouteRequest("r", (4,)),
+    RouteRequest("r", (4,), 2.5, True),
     InfoRequest("i"),
     KeepAlive("door", ("a", "b")),
     Heartbeat("engine", 7, "a step", 12.5, "host 1 is lost"),
     TokensEvent("a", (3, 4)),
     FinishedEvent("a", "stop", 3, 2, (10, 0)),
     FailedEvent("b", "UNAVAILABLE", "wört"),
-    RouteReply("r", b"\x01\x00\xff\xff", (1, 1, 2), True, "v"),
     InfoReply("i", {"model": "m", "eos_token_ids": [2], "nested": {"x": 1.5, "y": None}}),
 ]
 
 
-def packet(*messages, version=2):
+FRAMES = PackedPaths.of(Paths(np.zeros((1, 1, 1), np.int16))).to_frames()
+REPLY = {"request_id": "a", "paths": FRAMES, "state": None, "version": ""}
+SUBMIT = {"request_id": "a", "token_ids": [], "sampling": vars(SAMPLING), "deadline_s": None, "cache_salt": ""}
+SUBMIT |= {"paths": None, "path_state": None}
+
+
+def packet(*messages, version=3):
     return msgpack.packb({"version": version, "messages": list(messages)})
 
 
 def test_every_kind_survives_the_way():
     assert unpack(pack(MESSAGES)) == MESSAGES
+
+
+def test_paths_and_state_survive_the_way():
+    paths = PackedPaths.of(Paths(np.array([[[0, 3], [2, -1]]], np.int16)), 9)
+    state = PackedState(bytes(16), (1, 2, 1))
+    request = SubmitRequest("a", (1,), SAMPLING, paths=paths, path_state=state)
+    reply = RouteReply("r", paths, None, "v")
+    for message in unpack(pack([request, reply])):
+        assert isinstance(message, (SubmitRequest, RouteReply)) and message.paths is not None
+        assert message.paths.slice(0, 1).ids.tolist() == [[[0, 3], [2, -1]]]
+        assert isinstance(message, RouteReply) or message.path_state == state
 
 
 def test_a_step_for_one_peer_is_one_small_packet():
@@ -58,9 +79,9 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (pack(MESSAGES)[:-1], "not msgpack"),
         (pack(MESSAGES) + b"\x00", "not msgpack"),
         (b"\x91" * 100_000, "not msgpack"),
-        (msgpack.packb([1]), "version None; this side speaks 2"),
-        (packet(version=1), "version 1; this side speaks 2"),
-        (msgpack.packb({"version": 2, "messages": "x"}), "no list"),
+        (msgpack.packb([1]), "version None; this side speaks 3"),
+        (packet(version=1), "version 1; this side speaks 3"),
+        (msgpack.packb({"version": 3, "messages": "x"}), "no list"),
         (packet("tokens"), "unknown kind None"),
         (packet({"kind": "exec", "request_id": "a"}), "unknown kind 'exec'"),
         (packet({"kind": ["tokens"]}), "unknown kind"),
@@ -69,38 +90,12 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (packet({"kind": "cancel", "request_id": 1}), "cancel.request_id: int where str is expected"),
         (packet({"kind": "tokens", "request_id": "a", "token_ids": [1, True]}), "tokens.token_ids: list where"),
         (packet({"kind": "tokens", "request_id": "a", "token_ids": 3}), "tokens.token_ids: int where"),
-        (
-            packet(
-                {
-                    "kind": "submit",
-                    "request_id": "a",
-                    "token_ids": [],
-                    "sampling": {},
-                    "deadline_s": None,
-                    "cache_salt": "",
-                }
-            ),
-            "sampling: fields must be max_tokens",
-        ),
-        (
-            packet(
-                {"kind": "route_reply", "request_id": "a", "ids": b"ab", "shape": [1, 1], "exact": True, "version": ""}
-            ),
-            "route_reply.shape",
-        ),
-        (
-            packet(
-                {
-                    "kind": "route_reply",
-                    "request_id": "a",
-                    "ids": b"ab",
-                    "shape": [1, 1, 2],
-                    "exact": True,
-                    "version": "",
-                }
-            ),
-            "2 bytes does not hold int16 of shape",
-        ),
+        (packet({"kind": "submit", **SUBMIT, "sampling": {}}), "sampling: fields must be max_tokens"),
+        (packet({"kind": "route_reply", **REPLY, "paths": ["x"]}), "route_reply.paths: list where"),
+        (packet({"kind": "route_reply", **REPLY, "paths": [b""] * 4}), "header of another size"),
+        (packet({"kind": "route_reply", **REPLY, "state": {"data": b"", "shape": [1, 1, 1]}}), "0 bytes does not hold"),
+        (packet({"kind": "route_reply", **REPLY, "state": {"data": b"", "shape": [-1, 0, 1]}}), "does not hold"),
+        (packet({"kind": "submit", **SUBMIT, "path_state": {"data": b"", "shape": [0, 1, 1]}}), "or neither"),
     ],
 )
 def test_anything_else_is_refused_by_name(data, says):
