@@ -239,4 +239,4 @@ def _in_process(model: str, units: Sequence[tuple[int, int]], options: HostOptio
     from pregate.workers.client.host_client import InProcessClient
     from pregate.workers.host.host import ExpertHost
 
-    return [InProcessClient(ExpertHost(CheckpointReader(model), units, options))]
+    return [InProcessClient(ExpertHost(CheckpointReader(model), units, options, beside_engine=True))]

@@ -41,19 +41,20 @@ class Visits:
         return not (np.diff(self.slots) < 0).any()
 
     @cached_property
-    def _ends(self) -> dict[int, torch.Tensor]:
-        return {}
+    def span(self) -> tuple[int, int]:
+        """The first of ascending slots and the one after the last."""
+        return self.slot_list[0], self.slot_list[-1] + 1
 
-    def ends(self, num_slots: int) -> torch.Tensor:
-        """Return int32 [S]: where each slot's rows end, for ascending slots.
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """Where the rows of each slot of `span` end, int32, for ascending slots.
 
-        Example: slots [0, 2], counts [3, 4] of 4 slots: [3, 3, 7, 7].
+        Example: slots [4, 6], counts [3, 4]: [3, 3, 7].
         """
-        if num_slots not in self._ends:
-            count_S = np.zeros(num_slots, dtype=np.int32)
-            count_S[self.slots] = self.counts
-            self._ends[num_slots] = torch.from_numpy(np.cumsum(count_S, dtype=np.int32))
-        return self._ends[num_slots]
+        first, stop = self.span
+        counts = np.zeros(stop - first, dtype=np.int32)
+        counts[self.slots - first] = self.counts
+        return torch.from_numpy(np.cumsum(counts, dtype=np.int32))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -86,7 +86,7 @@ def test_no_tokens_give_no_rows():
 
 def test_group_ends_worked_example():
     visits = Visits(np.array([0, 2]), np.array([3, 4]))
-    assert visits.ends(4).tolist() == [3, 3, 7, 7] and visits.ascend and not visits.single_rows
+    assert visits.ends.tolist() == [3, 3, 7] and visits.ascend and not visits.single_rows
 
 
 def test_what_a_host_reads_of_a_segment():

@@ -24,6 +24,8 @@ from pregate.kernels.weights import PlainLayout, TransposedLayout
 GroupedMM = Callable[..., torch.Tensor]
 #: `grouped_mm` wants every row to start on a 16-byte boundary.
 ROW_ALIGNMENT_BYTES = 16
+#: `grouped_mm` walks all slots between the first visited and the last; beyond this many for each, the loop is faster.
+MAX_GAPS = 8
 CPU = torch.device("cpu")
 
 
@@ -129,9 +131,12 @@ class GroupedFFN(LoopFFN):
             return super()._run(x_PD, visits, weights)
         if not visits.ascend:
             return self._in_slot_order(x_PD, visits, weights)
-        ends_S = visits.ends(weights.num_slots)
-        h_PM = self._gated(self._grouped_mm(x_PD, weights.gate_up_SMD.transpose(1, 2), offs=ends_S))
-        return self._grouped_mm(h_PM, weights.down_SDM.transpose(1, 2), offs=ends_S)
+        first, stop = visits.span
+        if stop - first > MAX_GAPS * len(visits.slots):
+            return super()._run(x_PD, visits, weights)
+        gate_up_SMD, down_SDM = weights.gate_up_SMD[first:stop], weights.down_SDM[first:stop]
+        h_PM = self._gated(self._grouped_mm(x_PD, gate_up_SMD.transpose(1, 2), offs=visits.ends))
+        return self._grouped_mm(h_PM, down_SDM.transpose(1, 2), offs=visits.ends)
 
     def _in_slot_order(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
         """Sort rows by slot, as `grouped_mm` walks the stack, and put the answers back."""

@@ -74,7 +74,14 @@ class ExpertHost:
     Raises UserError for a unit the checkpoint lacks and for options this machine cannot honour.
     """
 
-    def __init__(self, reader: CheckpointReader, units: Iterable[tuple[int, int]], options: HostOptions) -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        units: Iterable[tuple[int, int]],
+        options: HostOptions,
+        *,
+        beside_engine: bool = False,
+    ) -> None:
         self.options = options
         self.incarnation = uuid.uuid4().hex
         self.fingerprint = reader.fingerprint
@@ -85,7 +92,11 @@ class ExpertHost:
         self._ffn = expert_ffn.choose(
             options.expert_ffn, self._device, self._dtype, act=reader.hidden_act, widths=widths
         )
-        self._store = UnitStore(reader, units, self._ffn.layout)
+        # Of an engine in this process that runs whole layers, shared experts come too.
+        reserve = beside_engine and self._ffn.shared_in_segments
+        self._store = UnitStore(
+            reader, units, self._ffn.layout, spare_slots=options.spare_slots, reserve_shared=reserve
+        )
         self._plans = PlanShelf(options.num_plans)
         self._num_groups = 0
         self._num_rows = 0

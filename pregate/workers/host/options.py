@@ -18,4 +18,7 @@ class HostOptions:
     dtype: Dtype | Literal["auto"] = "auto"
     expert_ffn: Annotated[str, Field(description="How hosts run experts: auto, or one by name.")] = "auto"
     num_plans: Annotated[int, Field(ge=1, description="Plans of steps that a host keeps for an engine.")] = 4
+    spare_slots: Annotated[
+        int, Field(ge=0, description="Slots a host keeps for units of other hosts; at least what one layer may need.")
+    ] = 0
     max_rows: Annotated[int, Field(ge=1, description="Rows that a host takes in one group.")] = 8192

@@ -199,3 +199,21 @@ def test_half_precision_needs_native_instructions(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert cpu.why_not_dtype(torch.bfloat16) == ""
     assert "float16" in cpu.why_not_dtype(torch.float16)
+
+
+@pytest.mark.parametrize("slots", [[3, 5, 6], [0, 30, 61], [61, 2, 30]])
+def test_units_of_a_pool_lie_anywhere_in_it(slots):
+    """Side by side they go through one grouped product, far apart through the loop; the answers are the same."""
+    generator = torch.Generator().manual_seed(0)
+    ffn = GroupedFFN("silu")
+    pairs = [(torch.randn(32, 16, generator=generator), torch.randn(16, 16, generator=generator)) for _ in slots]
+    pool = ffn.layout.allocate(64, 16, 16)
+    for slot, pair in zip(slots, pairs, strict=True):
+        ffn.layout.put(pool, slot, *pair)
+    x_ND = torch.randn(4, 16, generator=generator)
+    rows = GroupRows(np.array(slots), np.array([2, 3, 1]), np.array([0, 1, 0, 2, 3, 3]))
+    wanted = [
+        reference.expert_ffn(x_ND[n], *pair, torch.nn.functional.silu)
+        for n, pair in zip(([0, 1], [0, 2, 3], [3]), pairs, strict=True)
+    ]
+    torch.testing.assert_close(ffn.pairs(x_ND, rows, pool), torch.cat(wanted), rtol=0, atol=1e-3)

@@ -16,7 +16,6 @@ from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
-from pregate.workers.link.protocol import GroupIndex, GroupKey
 from tests.int8 import needs_int8
 
 WIDTH, CPU = 512, torch.device("cpu")
@@ -126,19 +125,6 @@ def test_the_host_counts_what_ran(reader, gated):
     status = host.status()
     pairs = int((paths(9) >= 0).sum())
     assert (status["num_groups"], status["num_rows"], status["num_pairs"]) == (2, 18, pairs)
-
-
-def test_shared_units_come_first_in_the_stack_and_are_not_counted(reader):
-    host = make_host(reader, expert_ffn="loop")
-    index = GroupIndex(*(np.array(values, dtype=np.int32) for values in ([1, 4], [2, 2], [0, 2, 0, 1])))
-    key = GroupKey("e", 0, 0, 0)
-    before = host.compute(key, rows(3), index)
-    host._store.hold_shared(0, [(torch.ones(512, WIDTH), torch.ones(WIDTH, 256))] * 3)
-    assert host._store.unit_slots(0).tolist() == list(range(9))
-    assert host._store.slots(0, np.arange(7)).tolist() == [3, 4, 5, 6, 7, 8, -1]
-    assert host._store.units() == UNITS
-    assert host.status()["num_units"] == len(UNITS)
-    assert torch.equal(host.compute(key, rows(3), index), before)
 
 
 @pytest.mark.parametrize(
