@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from pregate.kernels.segments import Segment, Segments
 from pregate.kernels.units import GroupRows, LayerUnits
 from pregate.kernels.weights import Layout
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class LayerSegments(Protocol):
+    """What an implementation makes of all layers' choices; a layer's part is for its own `layer` alone."""
+
+    def layer(self, layer: int) -> Any:
+        """Return one layer's part."""
+        ...
 
 
 class ExpertFFN(ABC):
@@ -46,7 +53,7 @@ class ExpertFFN(ABC):
     @abstractmethod
     def segments(
         self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
-    ) -> Segments:
+    ) -> LayerSegments:
         """Return what `layer` reads, for all these layers at once, on the device; ids of any integer type, -1 for none.
 
         Nothing waits for the device where `ids_TLK` is on the host or already there. ValueError for ids on the host
@@ -69,5 +76,5 @@ class ExpertFFN(ABC):
         """Return [T, D]: every row through the expert in slot 0 (a shared expert in a stack of its own)."""
 
     @abstractmethod
-    def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
+    def layer(self, x_TD: torch.Tensor, segment: Any, units: LayerUnits) -> torch.Tensor:
         """Return [T, D], the sum over each token's units. PregateError for a unit without a slot."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -15,7 +16,6 @@ from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.cpu import ffn as cpu_ffn
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
 from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
-from pregate.kernels.segments import Segment
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: What `triton_ffn.ACTIVATIONS` has; kept here because importing that needs Triton.
@@ -70,12 +70,12 @@ def layer_segments(
     sizes: Mapping[int, tuple[int, int]],
     ids_TLK: torch.Tensor,
     weights_TLK: torch.Tensor | None = None,
-) -> dict[int, Segment]:
+) -> dict[int, Any]:
     """Return the segments of a step's layers in `sizes`, which says how many routed and shared units each has.
 
     `ids_TLK` and `weights_TLK` are of all layers, as for `ExpertFFN.segments`. Layers of equal sizes share one call.
     """
-    found: dict[int, Segment] = {}
+    found: dict[int, Any] = {}
     for num_routed, num_shared in dict.fromkeys(sizes.values()):
         layers = [layer for layer, other in sizes.items() if other == (num_routed, num_shared)]
         here = slice(None) if layers == list(range(ids_TLK.shape[1])) else layers  # a slice copies nothing

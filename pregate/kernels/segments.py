@@ -16,47 +16,6 @@ import numpy as np
 import torch
 
 
-@dataclass(frozen=True, eq=False)
-class Visits:
-    """Which slots sorted rows visit: `counts[u]` rows, all positive, go to `slots[u]`. What is derived is kept."""
-
-    slots: np.ndarray
-    counts: np.ndarray
-
-    @cached_property
-    def slot_list(self) -> list[int]:
-        return self.slots.tolist()
-
-    @cached_property
-    def count_list(self) -> list[int]:
-        return self.counts.tolist()
-
-    @cached_property
-    def single_rows(self) -> bool:
-        """True where every slot has one row."""
-        return int(self.counts.sum()) == len(self.counts)
-
-    @cached_property
-    def ascend(self) -> bool:
-        return not (np.diff(self.slots) < 0).any()
-
-    @cached_property
-    def span(self) -> tuple[int, int]:
-        """The first of ascending slots and the one after the last."""
-        return self.slot_list[0], self.slot_list[-1] + 1
-
-    @cached_property
-    def ends(self) -> torch.Tensor:
-        """Where the rows of each slot of `span` end, int32, for ascending slots.
-
-        Example: slots [4, 6], counts [3, 4]: [3, 3, 7].
-        """
-        first, stop = self.span
-        counts = np.zeros(stop - first, dtype=np.int32)
-        counts[self.slots - first] = self.counts
-        return torch.from_numpy(np.cumsum(counts, dtype=np.int32))
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Rows:
     """What `Segment` and `Segments` share."""
@@ -92,18 +51,6 @@ class Segment(_Rows):
     @property
     def num_units(self) -> int:
         return self.offsets.shape[0] - 1
-
-    @cached_property
-    def visits(self) -> Visits:
-        """The units that have rows, for a segment on the host; unit u in slot u."""
-        counts_E = np.diff(self.offsets.numpy())
-        used = np.flatnonzero(counts_E)
-        return Visits(used, counts_E[used])
-
-    @cached_property
-    def tokens(self) -> torch.Tensor:
-        """`row_token` of the rows there are, for a segment on the host; int64, with which torch adds rows faster."""
-        return self.row_token[: int(self.offsets[-1])].long()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pregate.base.errors import PregateError
-from pregate.kernels.segments import Segment, Visits
+from pregate.kernels.segments import Segment
 
 SharedFFN = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,13 +35,17 @@ class GroupRows:
 
     def derive(self) -> None:
         """Make now what is made when first asked for."""
-        _ = self.in_order, self.index, self.visits.slot_list, self.visits.count_list, self.visits.single_rows
+        _ = self.in_order, self.index, self.slot_list, self.count_list
 
     @cached_property
-    def visits(self) -> Visits:
-        """The slots that the pairs visit; PregateError if one of the units is nowhere."""
+    def slot_list(self) -> list[int]:
+        """`slots`; PregateError if one of the units is nowhere."""
         check_present(self.slots, self.counts)
-        return Visits(self.slots, self.counts)
+        return self.slots.tolist()
+
+    @cached_property
+    def count_list(self) -> list[int]:
+        return self.counts.tolist()
 
     @cached_property
     def in_order(self) -> bool:
@@ -80,25 +84,22 @@ class LayerUnits:
         return bool((self.unit_slot < 0).any())
 
     @cached_property
-    def in_place(self) -> bool:
-        """True where unit u lies in slot u."""
-        return bool((self.unit_slot == np.arange(len(self.unit_slot))).all())
+    def slot_list(self) -> list[int]:
+        return self.unit_slot.tolist()
 
     def check(self, segment: Segment, num_tokens: int) -> None:
         """ValueError if `segment` is of other units or tokens (a kernel would read past the map), PregateError if it
         uses a unit without a slot. A map without gaps costs nothing; one with gaps costs a wait for the device if the
         segment was built there."""
-        if (segment.num_units, segment.num_tokens) != (len(self.unit_slot), num_tokens):
-            found = f"{segment.num_units} units and {segment.num_tokens} tokens"
-            raise ValueError(f"segment of {found}; the layer has {len(self.unit_slot)} and {num_tokens}")
+        self.check_sizes(segment.num_units, segment.num_tokens, num_tokens)
         if self.has_gaps:
             check_present(self.unit_slot, np.diff(segment.offsets.cpu().numpy()))
 
-    def visits(self, segment: Segment) -> Visits:
-        """Return the slots that a segment on the host visits."""
-        if self.in_place:
-            return segment.visits
-        return Visits(self.unit_slot[segment.visits.slots], segment.visits.counts)
+    def check_sizes(self, num_units: int, segment_tokens: int, num_tokens: int) -> None:
+        """ValueError if a segment of `num_units` units and `segment_tokens` tokens is not of this layer and batch."""
+        if (num_units, segment_tokens) != (len(self.unit_slot), num_tokens):
+            found = f"{num_units} units and {segment_tokens} tokens"
+            raise ValueError(f"segment of {found}; the layer has {len(self.unit_slot)} and {num_tokens}")
 
 
 def check_present(slots: np.ndarray, counts: np.ndarray) -> None:

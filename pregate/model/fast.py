@@ -7,10 +7,11 @@ Shape letters: T tokens, L layers, K experts per token, D hidden width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pregate.kernels import expert_ffn
-from pregate.kernels.segments import Segment
 from pregate.model.layers import PathPolicy, RoutedMLP, RoutingPolicy
 
 
@@ -39,7 +40,7 @@ class FastExperts:
             if mlp.shared is not None and mlp.layer not in self._units
         }
         self._sizes = {mlp.layer: (mlp.cut.num_routed, mlp.cut.num_shared) for mlp in mlps if mlp.layer in self._units}
-        self._planned: dict[int, Segment] = {}
+        self._planned: dict[int, Any] = {}
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pregate.kernels import segments
-from pregate.kernels.segments import Visits, build, max_tiles, tile_list
+from pregate.kernels.segments import build, max_tiles, tile_list
 
 WORKED = torch.tensor([[[0, 1]], [[1, -1]], [[-1, 0]]])
 
@@ -82,17 +82,6 @@ def test_an_id_that_is_no_expert_is_refused(bad):
 def test_no_tokens_give_no_rows():
     built = build(torch.zeros(0, 2, 3, dtype=torch.int64), 4, num_shared=1)
     assert built.num_tiles.tolist() == [0, 0] and built.offsets.tolist() == [[0] * 6] * 2
-
-
-def test_group_ends_worked_example():
-    visits = Visits(np.array([0, 2]), np.array([3, 4]))
-    assert visits.ends.tolist() == [3, 3, 7] and visits.ascend and not visits.single_rows
-
-
-def test_what_a_host_reads_of_a_segment():
-    one = build(WORKED, 2, num_shared=1).layer(0)
-    assert (one.visits.slot_list, one.visits.count_list) == ([0, 1, 2], [3, 2, 2])
-    assert one.tokens.tolist() == [0, 1, 2, 0, 2, 0, 1]
 
 
 def test_segments_already_there_are_not_copied():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ import torch
 
 from pregate.base.dtypes import dtype_name
 from pregate.kernels.contract import ExpertFFN, Pair
+from pregate.kernels.cpu.segments import CpuSegment, CpuSegments
 from pregate.kernels.reference import Activation, activation
-from pregate.kernels.segments import Segment, Segments, Visits, build
-from pregate.kernels.units import GroupRows, LayerUnits
+from pregate.kernels.units import GroupRows, LayerUnits, check_present
 from pregate.kernels.weights import PlainLayout, TransposedLayout
 
 GroupedMM = Callable[..., torch.Tensor]
@@ -59,8 +60,8 @@ class LoopFFN(ExpertFFN):
 
     def segments(
         self, ids_TLK: torch.Tensor, num_routed: int, num_shared: int, weights_TLK: torch.Tensor | None = None
-    ) -> Segments:
-        return build(ids_TLK, num_routed, block_m=max(ids_TLK.shape[0], 1), weights_TLK=weights_TLK)
+    ) -> CpuSegments:
+        return CpuSegments(ids_TLK, num_routed, weights_TLK)
 
     def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
         for rows in groups:
@@ -70,33 +71,33 @@ class LoopFFN(ExpertFFN):
     def pairs(self, x_ND: torch.Tensor, rows: GroupRows, weights: Any) -> torch.Tensor:
         whole = len(rows.row_index) == x_ND.shape[0] and rows.in_order
         x_PD = x_ND if whole else x_ND.index_select(0, rows.index)
-        return self._run(x_PD, rows.visits, weights)
+        return self._run(x_PD, rows.slot_list, rows.count_list, weights)
 
     def dense(self, x_TD: torch.Tensor, weights: Any) -> torch.Tensor:
         return self._expert(x_TD, weights, 0)
 
-    def layer(self, x_TD: torch.Tensor, segment: Segment, units: LayerUnits) -> torch.Tensor:
+    def layer(self, x_TD: torch.Tensor, segment: CpuSegment, units: LayerUnits) -> torch.Tensor:
         """Return [T, D]: the shared expert first, then each token's routed ones in ascending unit order."""
-        units.check(segment, x_TD.shape[0])
+        units.check_sizes(segment.num_units, segment.num_tokens, x_TD.shape[0])
         out_TD = torch.zeros_like(x_TD) if units.shared is None else units.shared(x_TD)
-        visits = units.visits(segment)
-        if not visits.count_list:
+        if not segment.units:
             return out_TD
-        if x_TD.shape[0] == 1 and segment.row_weight is None:
-            for slot in visits.slot_list:
+        of_unit = units.slot_list
+        slots = [of_unit[unit] for unit in segment.units]
+        if min(slots) < 0:
+            check_present(units.unit_slot, np.bincount(segment.units, minlength=segment.num_units))
+        if segment.tokens is None:
+            for slot in slots:
                 out_TD += self._expert(x_TD, units.weights, slot)
             return out_TD
-        y_PD = self._run(x_TD.index_select(0, segment.tokens), visits, units.weights)
-        if segment.row_weight is not None:
-            y_PD = y_PD * segment.row_weight[: len(y_PD), None].to(y_PD.dtype)
+        y_PD = self._run(x_TD.index_select(0, segment.tokens), slots, segment.counts, units.weights)
+        if segment.weights is not None:
+            y_PD = y_PD * segment.weights.to(y_PD.dtype)
         return out_TD.index_add_(0, segment.tokens, y_PD)
 
-    def _run(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
-        """Return [P, D]: sorted rows `x_PD` through the experts that `visits` names."""
-        pieces = [
-            self._expert(x_ND, weights, slot)
-            for x_ND, slot in zip(x_PD.split(visits.count_list), visits.slot_list, strict=True)
-        ]
+    def _run(self, x_PD: torch.Tensor, slots: list[int], counts: list[int], weights: Any) -> torch.Tensor:
+        """Return [P, D]: sorted rows `x_PD`, `counts[i]` of them through the expert in `slots[i]`."""
+        pieces = [self._expert(x_ND, weights, slot) for x_ND, slot in zip(x_PD.split(counts), slots, strict=True)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _expert(self, x_ND: torch.Tensor, weights: Any, slot: int) -> torch.Tensor:
@@ -126,25 +127,30 @@ class GroupedFFN(LoopFFN):
         probe, weight, ends = torch.ones(2, 8, dtype=dtype), torch.ones(1, 8, 8, dtype=dtype), torch.tensor([2])
         return fault_of(f"grouped_mm for {dtype}", lambda: grouped_mm()(probe, weight, offs=ends.int()))
 
-    def _run(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
-        if visits.single_rows or len(visits.count_list) == 1:
-            return super()._run(x_PD, visits, weights)
-        if not visits.ascend:
-            return self._in_slot_order(x_PD, visits, weights)
-        first, stop = visits.span
-        if stop - first > MAX_GAPS * len(visits.slots):
-            return super()._run(x_PD, visits, weights)
+    def _run(self, x_PD: torch.Tensor, slots: list[int], counts: list[int], weights: Any) -> torch.Tensor:
+        if len(slots) == 1 or len(x_PD) == len(slots):
+            return super()._run(x_PD, slots, counts, weights)
+        first, stop = min(slots), max(slots) + 1
+        if stop - first > MAX_GAPS * len(slots):
+            return super()._run(x_PD, slots, counts, weights)
+        if any(slot > after for slot, after in pairwise(slots)):
+            return self._in_slot_order(x_PD, slots, counts, weights)
+        counts_S = [0] * (stop - first)
+        for slot, count in zip(slots, counts, strict=True):
+            counts_S[slot - first] = count
+        ends_S = torch.tensor(list(accumulate(counts_S)), dtype=torch.int32)
         gate_up_SMD, down_SDM = weights.gate_up_SMD[first:stop], weights.down_SDM[first:stop]
-        h_PM = self._gated(self._grouped_mm(x_PD, gate_up_SMD.transpose(1, 2), offs=visits.ends))
-        return self._grouped_mm(h_PM, down_SDM.transpose(1, 2), offs=visits.ends)
+        h_PM = self._gated(self._grouped_mm(x_PD, gate_up_SMD.transpose(1, 2), offs=ends_S))
+        return self._grouped_mm(h_PM, down_SDM.transpose(1, 2), offs=ends_S)
 
-    def _in_slot_order(self, x_PD: torch.Tensor, visits: Visits, weights: Any) -> torch.Tensor:
+    def _in_slot_order(self, x_PD: torch.Tensor, slots: list[int], counts: list[int], weights: Any) -> torch.Tensor:
         """Sort rows by slot, as `grouped_mm` walks the stack, and put the answers back."""
-        order_P = torch.from_numpy(np.argsort(np.repeat(visits.slots, visits.counts), kind="stable"))
-        by_slot = np.argsort(visits.slots)
-        sorted_visits = Visits(visits.slots[by_slot], visits.counts[by_slot])
-        sorted_PD = self._run(x_PD.index_select(0, order_P), sorted_visits, weights)
-        return torch.empty_like(sorted_PD).index_copy_(0, order_P, sorted_PD)
+        by_slot = sorted(range(len(slots)), key=slots.__getitem__)
+        pieces = x_PD.split(counts)
+        sorted_counts = [counts[n] for n in by_slot]
+        y_PD = self._run(torch.cat([pieces[n] for n in by_slot]), [slots[n] for n in by_slot], sorted_counts, weights)
+        found = dict(zip(by_slot, y_PD.split(sorted_counts), strict=True))
+        return torch.cat([found[n] for n in range(len(slots))])
 
 
 def grouped_mm() -> GroupedMM:

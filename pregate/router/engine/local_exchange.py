@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 
 from pregate.base.log import get_logger
 from pregate.kernels.expert_ffn import layer_segments
-from pregate.kernels.segments import Segment
 from pregate.kernels.tools.warm_up import warm_up_layer
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
@@ -40,7 +40,7 @@ class LocalExchange:
         self.engine, self.clients, self.shared = engine, [client], shared
         self._local, self._ffn, self._cuts = local, local.ffn, shared.config.cuts
         self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(self._cuts) if cut.num_active}
-        self._segments: dict[int, Segment] = {}
+        self._segments: dict[int, Any] = {}
         self._paths: Paths | None = None
         self._num_tokens = 0
         #: What gates chose in the layers run so far.
@@ -84,8 +84,13 @@ class LocalExchange:
         else:
             segment = self._segments[layer]
         if not self._local.complete:
-            used = segment.ids_TK.unique()
-            self._local.read(layer, used[used >= 0].cpu().numpy())
+            if choice is not None:
+                ids = choice.ids.cpu().numpy()
+            else:
+                assert self._paths is not None
+                ids = self._paths.ids[:, layer]
+            used = np.unique(ids)
+            self._local.read(layer, used[used >= 0])
         return Receipt(layer, self._ffn.layer(x_TD, segment, self._local.units(layer, self.shared.of(layer))))
 
     def combine(self, receipt: Receipt) -> torch.Tensor:

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from pregate.base.errors import PregateError
-from pregate.kernels import reference, segments
+from pregate.kernels import reference
 from pregate.kernels.cpu import ffn as cpu
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
 from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
+from pregate.kernels.cpu.segments import CpuSegments
 from pregate.kernels.units import GroupRows, LayerUnits
 from tests.int8 import needs_int8
 
@@ -98,12 +99,10 @@ def test_a_layer_equals_float64_token_by_token(ffn_class, num_tokens, num_k, wei
         torch.nn.functional.silu,
     )
     ffn = ffn_class("silu")
-    segment = segments.build(ids_TK[:, None], S, weights_TLK=None if weights_TK is None else weights_TK[:, None]).layer(
-        0
-    )
+    segment = CpuSegments(ids_TK[:, None], S, None if weights_TK is None else weights_TK[:, None]).layer(0)
     got = ffn.layer(x_TD, segment, ffn.units(shared, 2, gate_up, down))
     torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
-    alone = segments.build(torch.full_like(ids_TK, -1)[:, None], S).layer(0)
+    alone = CpuSegments(torch.full_like(ids_TK, -1)[:, None], S).layer(0)
     only = ffn.layer(x_TD, alone, ffn.units(shared, 2, gate_up, down))
     assert torch.equal(only, ffn.dense(x_TD, ffn.stack(*wide))), "the shared expert only"
     nothing = ffn.layer(x_TD, alone, ffn.units(None, 0, gate_up, down))
@@ -116,7 +115,7 @@ def test_a_unit_without_a_slot_is_an_error(ffn_class):
     gate_up, down = random_experts()
     with pytest.raises(PregateError, match=r"units \[1\]"):
         ffn.pairs(torch.ones(2, D), group([0, -1], [1, 2], 2), ffn.stack(gate_up, down))
-    segment = segments.build(torch.tensor([[[0, 2]], [[2, -1]]]), S).layer(0)
+    segment = CpuSegments(torch.tensor([[[0, 2]], [[2, -1]]]), S).layer(0)
     units = ffn.units(None, 0, gate_up, down)
     absent = LayerUnits(units.weights, np.array([0, 1, -1, 3, 4], np.int32))
     with pytest.raises(PregateError, match=r"units \[2\]"):
@@ -132,9 +131,9 @@ def test_a_segment_of_other_units_or_tokens_is_refused():
     units = ffn.units(None, 0, *random_experts())
     ids_TLK = torch.tensor([[[0, 2]], [[2, -1]]])
     with pytest.raises(ValueError, match="segment of 6 units and 2 tokens; the layer has 5 and 2"):
-        ffn.layer(torch.ones(2, D), segments.build(ids_TLK, S, num_shared=1).layer(0), units)
+        ffn.layer(torch.ones(2, D), CpuSegments(ids_TLK, S + 1).layer(0), units)
     with pytest.raises(ValueError, match="2 tokens; the layer has 5 and 3"):
-        ffn.layer(torch.ones(3, D), segments.build(ids_TLK, S).layer(0), units)
+        ffn.layer(torch.ones(3, D), CpuSegments(ids_TLK, S).layer(0), units)
 
 
 @needs_int8

@@ -89,15 +89,13 @@ def break_an_offset(monkeypatch):
 
 
 def break_a_segment(monkeypatch):
-    original = cpu.build
+    original = cpu.CpuSegments.layer
 
-    def shifted(*args, **options):
-        built = original(*args, **options)
-        tokens = built.row_token.clone()
-        tokens[1] = tokens[1].roll(1)
-        return replace(built, row_token=tokens)
+    def shifted(self, layer):
+        one = original(self, layer)
+        return one if one.tokens is None else replace(one, tokens=one.tokens.roll(1))
 
-    monkeypatch.setattr(cpu, "build", shifted)
+    monkeypatch.setattr(cpu.CpuSegments, "layer", shifted)
 
 
 @pytest.mark.parametrize(
