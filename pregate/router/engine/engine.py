@@ -85,7 +85,7 @@ class Engine:
         self.scheduler.check_room(sequence)
         if self.paths is not None:
             with out_of_memory_fails():
-                self.paths.begin(sequence)
+                self.paths.begin(sequence, request)
         try:
             self.scheduler.add(sequence)
         except PregateError:

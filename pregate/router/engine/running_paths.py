@@ -1,16 +1,21 @@
-"""`RunningPaths`: the paths of the requests in the engine. A prompt's are computed once; then every sampled token
-extends them, all sequences and all layers in one call.
+"""`RunningPaths`: the paths of the requests in the engine. A prompt's come with it or are computed once; then
+every sampled token extends them, all sequences and all layers in one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
 
+import numpy as np
+import torch
+
+from pregate.base.errors import ProtocolError
 from pregate.model.packed_paths import PackedPaths
-from pregate.model.path_router import PathComputer
+from pregate.model.path_router import PathComputer, PathState
 from pregate.model.path_slots import PathSlots
 from pregate.model.paths import Paths
 from pregate.router.engine.sequence import Sequence
+from pregate.router.link.messages import PackedState, SubmitRequest
 
 
 class RunningPaths:
@@ -24,11 +29,27 @@ class RunningPaths:
     def num_sequences(self) -> int:
         return self._slots.num_used
 
-    def begin(self, sequence: Sequence) -> None:
-        """Give `sequence` the paths of its prompt."""
-        (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
-        sequence.paths = PackedPaths.of(paths, self._max_id)
+    def begin(self, sequence: Sequence, request: SubmitRequest) -> None:
+        """Give `sequence` the paths of its prompt: those that came with the request, else computed now.
+
+        ProtocolError for paths or a state of another prompt or model.
+        """
+        if request.paths is not None and request.path_state is not None:
+            request.paths.check(self.computer.cuts, len(sequence.token_ids))
+            sequence.paths, state = request.paths, self._state_of(request.path_state)
+        else:
+            (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
+            sequence.paths = PackedPaths.of(paths, self._max_id)
         sequence.path_slot = self._slots.put(state, len(sequence.token_ids))
+
+    def _state_of(self, packed: PackedState) -> PathState:
+        num_tokens, *shape = packed.shape
+        empty = self.computer.new_state().kept
+        if list(empty.shape[1:]) != shape or num_tokens >= self.computer.config.window:
+            allowed = f"at most {self.computer.config.window - 1} tokens of {list(empty.shape[1:])}"
+            raise ProtocolError(f"path state of shape {packed.shape}; allowed: {allowed}")
+        kept = np.frombuffer(packed.data, dtype="<f8").reshape(packed.shape)
+        return PathState(torch.tensor(kept, dtype=torch.float64, device=empty.device))
 
     def extend(self, sequences: Many[Sequence]) -> None:
         """Fix the paths of the tokens just sampled, so that the next step is planned before its backbone starts."""

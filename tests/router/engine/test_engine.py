@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pregate.base.errors import HostLostError, PregateError, QueueFullError, UserError
+from pregate.base.errors import HostLostError, PregateError, ProtocolError, QueueFullError, UserError
+from pregate.model.packed_paths import PackedPaths
 from pregate.router.engine.engine import Engine
-from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest, TokensEvent
+from pregate.router.link.messages import FailedEvent, PackedState, SamplingParams, SubmitRequest, TokensEvent
 from tests.router.serving import engine_of, hosts_here
 
 #: Of a checkpoint of tests/random_checkpoints.py: 3 layers, keys and values of 2 heads of 16 floats.
@@ -270,3 +271,22 @@ def test_gates_make_no_plan_for_hosts(layerwise_checkpoint, monkeypatch):
         submit(engine, "a", 3)
         run(engine)
     assert not made
+
+
+def test_paths_that_come_with_a_request_are_those_it_runs_by(engine, alone):
+    """As a path service sends them; of another length or model they are refused, and nothing is left."""
+    if not engine.exact:
+        pytest.skip("gates need no paths")
+    ids = PROMPTS["b"]
+    (paths,), (state,) = engine.computer.extend([engine.computer.new_state()], [list(ids)])
+    packed, sampling = PackedPaths.of(paths), SamplingParams(8, ignore_eos=True)
+    kept = state.kept.numpy()
+    given = PackedState(kept.astype("<f8").tobytes(), kept.shape)
+    with pytest.raises(ProtocolError, match="the prompt has"):
+        engine.submit(SubmitRequest("b", ids[1:], sampling, paths=packed, path_state=given))
+    other = PackedState(kept[:, :, :1].astype("<f8").tobytes(), (*kept.shape[:2], 1))
+    with pytest.raises(ProtocolError, match="path state"):
+        engine.submit(SubmitRequest("b", ids, sampling, paths=packed, path_state=other))
+    assert engine.paths.num_sequences == 0 and not engine.has_work
+    engine.submit(SubmitRequest("b", ids, sampling, paths=packed, path_state=given))
+    assert run(engine) == {"b": alone["b"]}
