@@ -35,7 +35,7 @@ from transformers import LlamaConfig
 
 from benchmarks.surroundings import shown, surroundings
 from pregate.convert.files.partial import partial_folder, read_state
-from pregate.convert.files.shard_index import write_index
+from pregate.convert.files.shards import write_index
 from pregate.convert.text.calibration import HELD_BACK_SHARE, MAX_HELD_BACK
 from pregate.model.file_hashes import file_sha256
 

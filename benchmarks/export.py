@@ -34,7 +34,7 @@ from pregate.convert.export.run import ExportOptions, export
 from pregate.convert.export.stock_class import stock_config, write_stock_config
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.measure.scoring import encode_all, score_rows
-from pregate.convert.progress import QuietProgress, RichProgress
+from pregate.convert.progress import QUIET, RichProgress
 from pregate.convert.text.documents import read_documents
 from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
@@ -117,8 +117,8 @@ def sweep(source: RoutedShards, routed: RoutedForCausalLM, rows: list[list[int]]
         with tempfile.TemporaryDirectory(dir=work) as name:
             write_stock_config(stock_config(source.config, dtype), Path(name))
             factors = [s.factor for s in scales]
-            write_qwen2_moe(source, factors, Path(name), getattr(torch, dtype), QuietProgress())
-            figures = compare_logits(routed, load_stock(Path(name)), rows, QuietProgress())
+            write_qwen2_moe(source, factors, Path(name), getattr(torch, dtype), QUIET)
+            figures = compare_logits(routed, load_stock(Path(name)), rows, QUIET)
         others = max(s.expected_other_experts for s in scales)
         table.append({"dtype": dtype, "scale": scale, "factors": factors, "other_experts": others} | figures)
     return table

@@ -36,7 +36,7 @@ from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.decouple import DecoupleOptions, read_rows, routed_with, train_router
 from pregate.convert.paths.targets import TargetPool, collect_targets
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.model import RoutedForCausalLM
 from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
@@ -109,7 +109,7 @@ class Ablation:
 
     @cached_property
     def pool(self) -> TargetPool:
-        return collect_targets(self.model, read_rows(self.options, read_folder(self.options.model)), QuietProgress())
+        return collect_targets(self.model, read_rows(self.options, read_folder(self.options.model)), QUIET)
 
     @cached_property
     def aligned(self) -> tuple[RoutedForCausalLM, TargetPool]:
@@ -133,7 +133,7 @@ class Ablation:
         options = replace(self.options, seed=seed, **change)
         model, pool = self.aligned if options.heads == "single" else (self.model, self.pool)
         started = time.monotonic()
-        router, _ = train_router(model, pool, options, QuietProgress())
+        router, _ = train_router(model, pool, options, QUIET)
         seconds = time.monotonic() - started
         flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
         scored = self.bench.score(routed_with(model, router, options))

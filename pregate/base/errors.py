@@ -12,6 +12,12 @@ def option_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def in_one_line(error: Exception) -> str:
+    """What an error of a library says, its lines joined; only the first where more is advice."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [repr(error)]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
 #: An option in a message, or a command, which stays as it is.
 _FLAG = re.compile(r"`[^`]*`|(?<![\w/-])--[a-z][a-z0-9-]*")
 

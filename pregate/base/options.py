@@ -1,7 +1,7 @@
 """Options, defined once: a class of them gives Python's constructor, the command line's flags and a deployment's keys.
 
-An option is a field, `Annotated` with its bounds and its line of help, and with `Key`, `Word`, `INTERNAL` or `Needs`
-where it has more to say. Only what reads options imports this file: it loads pydantic.
+An option is a field, `Annotated` with its bounds and its line of help (a string), and with `Key`, `Word`, `INTERNAL`
+or `Needs` where it has more to say. Only what reads options imports this file: it loads pydantic.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def _parameter(option: Option) -> inspect.Parameter:
     """One flag, as typer reads it from a function. Values come as text, to be read with the others by their class."""
     info = option.info
     word, (kind, *_) = mark(info, Word), kinds(info)
-    text = info.description or ""
+    text = info.description or mark(info, str) or ""
     if option.is_list and (needs := mark(info, Needs)) and needs.what == "text":
         text += ": .txt, .jsonl, folders or patterns of them."
     shown: Any = False if info.is_required() else word.text if info.default is None and word else info.default

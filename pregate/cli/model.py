@@ -56,8 +56,8 @@ def decouple(options: DecoupleOptions) -> None:
 @command(TuneOptions)
 def tune(options: TuneOptions) -> None:
     """Tune a checkpoint under its own routing (or a dense model, the control). Interrupted, it can go on."""
+    from pregate.convert.files.partial import interrupted
     from pregate.convert.tune.run import tune as run
-    from pregate.convert.tune.state import interrupted
 
     with told_if_interrupted(interrupted, options.out):
         figures = run(options, progress_bars()).figures["tune"]

@@ -111,7 +111,10 @@ class Generation(Iterator[Chunk]):
             if response.WhichOneof("response") == "chunk":
                 chunk = response.chunk
                 return Chunk(tuple(chunk.token_ids), chunk.text, chunk.prompt_tokens, chunk.completion_tokens)
-            self.completion = _completion(response.complete)
+            reply = response.complete
+            counted = (reply.finish_reason, reply.prompt_tokens, reply.completion_tokens)
+            ids, rows = tuple(reply.output_ids), tuple(reply.rows_per_host)
+            self.completion = Completion(reply.text, ids, *counted, rows, reply.request_id)
 
     def cancel(self) -> None:
         """Stop the request on the server; the iteration ends. A finished one is left as it is."""
@@ -198,8 +201,13 @@ class Client:
         """Return the expert path of every prompt token, without a forward pass."""
         request = _build(pb.RouteRequest, model=model, **_input(prompt))
         reply = self._unary(self._stub.Route, request)
-        token_ids, tokens = tuple(reply.token_ids), tuple(reply.tokens)
-        return Route(token_ids, tokens, _unpack_paths(reply), reply.exact, reply.version)
+        ids = array.array("h", reply.expert_ids)
+        if sys.byteorder == "big":
+            ids.byteswap()
+        width, depth = reply.num_active or 1, reply.num_layers or 1
+        rows = [tuple(e for e in ids[i : i + width] if e >= 0) for i in range(0, len(ids), width)]
+        paths = tuple(tuple(rows[t : t + depth]) for t in range(0, len(rows), depth))
+        return Route(tuple(reply.token_ids), tuple(reply.tokens), paths, reply.exact, reply.version)
 
     def model_info(self, *, model: str = "") -> ModelInfo:
         """Return what the server serves."""
@@ -284,25 +292,3 @@ def _translate(error: grpc.RpcError, target: str, *, plain: bool) -> PregateErro
     if code in BY_CODE and code != "INTERNAL":
         return BY_CODE[code](details)
     return PregateError(f"{target} answered {code}: {details}")
-
-
-def _completion(reply: pb.GenerateComplete) -> Completion:
-    return Completion(
-        reply.text,
-        tuple(reply.output_ids),
-        reply.finish_reason,
-        reply.prompt_tokens,
-        reply.completion_tokens,
-        tuple(reply.rows_per_host),
-        reply.request_id,
-    )
-
-
-def _unpack_paths(reply: pb.RouteResponse) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    ids = array.array("h", reply.expert_ids)
-    if sys.byteorder == "big":
-        ids.byteswap()
-    width = reply.num_active
-    rows = [tuple(e for e in ids[i : i + width] if e >= 0) for i in range(0, len(ids), width or 1)]
-    depth = reply.num_layers
-    return tuple(tuple(rows[t : t + depth]) for t in range(0, len(rows), depth or 1))

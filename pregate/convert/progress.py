@@ -1,13 +1,13 @@
-"""What a long run tells the caller: stages with a total and steps done. Quiet unless given a bar."""
+"""What a long run tells the caller: stages with a total and steps done."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -21,30 +21,23 @@ SPEED_PERIOD_S = 1800.0
 LINE_EVERY_S = 60.0
 
 
-class Progress(Protocol):
-    """Where long runs report to."""
-
-    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        """Open a stage of `total` steps; the function it gives is called with the steps done since the last call."""
-        ...
-
-    def note(self, sentence: str) -> None:
-        """Tell something once, e.g. that an interrupted run goes on."""
-        ...
-
-
-class QuietProgress:
-    """Reports nothing; the default of every library call."""
+class Progress:
+    """Where long runs report to; this one tells nothing."""
 
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Advance]:
+        """Open a stage of `total` steps; the function it gives is called with the steps done since the last call."""
         yield lambda _steps: None
 
     def note(self, sentence: str) -> None:
-        pass
+        """Tell something once, e.g. that an interrupted run goes on."""
 
 
-class RichProgress:
+#: The default of every library call.
+QUIET = Progress()
+
+
+class RichProgress(Progress):
     """A bar per stage on stderr, with the time left; where stderr is no terminal, a line a minute and one at the end.
 
     A stage within another is a second bar beneath, or lines where it lasts over a minute. `clock` gives seconds. (A

@@ -60,7 +60,12 @@ def choose(
             raise UserError.of(
                 "--expert-ffn", name, f"not possible here: {hindrance}; allowed: {', '.join(['auto', *allowed])}"
             )
-    ffn = _make(name, device, dtype, act)
+    if name in _TRITON:
+        from pregate.kernels.triton.ffn import TritonFFN
+
+        ffn: ExpertFFN = TritonFFN(act, device, dtype, weight_dtype=_TRITON[name])
+    else:
+        ffn = _CPU[name](act, dtype)
     _log.info("expert FFN on %s in %s: %s (%s)", device, dtype_name(dtype), ffn.name, reason)
     return ffn
 
@@ -108,14 +113,6 @@ def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int,
         return "packed", "AVX-512: packed weights are fastest at every batch size"
     ungrouped = GroupedFFN.why_not(dtype, widths)
     return ("loop", f"{unpacked}; {ungrouped}") if ungrouped else ("grouped", unpacked)
-
-
-def _make(name: str, device: torch.device, dtype: torch.dtype, act: str) -> ExpertFFN:
-    if name not in _TRITON:
-        return _CPU[name](act, dtype)
-    from pregate.kernels.triton.ffn import TritonFFN
-
-    return TritonFFN(act, device, dtype, weight_dtype=_TRITON[name])
 
 
 def _why_not_triton(name: str, device: torch.device, dtype: torch.dtype, act: str) -> str:

@@ -8,10 +8,16 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 #: A file changed so shortly before it was hashed may change again without its times showing it; it is hashed anew.
 _SETTLED_S = 2.0
 _MOST_FILES = 4096
+
+
+def short_digest(value: Any) -> str:
+    """Sixteen hex digits that tell values JSON can hold apart."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def file_sha256(path: Path) -> str:

@@ -88,6 +88,11 @@ class RoutedMLP(nn.Module):
         return gate
 
     @property
+    def routed_neurons(self) -> torch.Tensor:
+        """The parent neurons of each routed expert [R, M], a view."""
+        return self.neuron_index[self.cut.shared_width :].view(self.cut.num_routed, self.cut.expert_width)
+
+    @property
     def is_partition(self) -> bool:
         """Whether every neuron of the parent has exactly one row, so that all experts together are the parent's FFN."""
         return len(self.neuron_index) == self.parent_width == len(self.neuron_index.unique())
@@ -161,10 +166,13 @@ class RoutingPolicy(Protocol):
 
 
 class GatePolicy:
-    """The layer's own gate decides (layerwise routing)."""
+    """The layer's own gate decides (layerwise routing); or "linear_gate" or "paper_gate", whichever is in use."""
+
+    def __init__(self, gate: str = "gate") -> None:
+        self._gate = gate
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        return mlp.gate.choose(x_TD)
+        return getattr(mlp, self._gate).choose(x_TD)
 
 
 class PathPolicy:

@@ -80,6 +80,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         return [m for m in self.parent.modules() if isinstance(m, RoutedMLP)]
 
     @property
+    def deciding_router(self) -> PathRouter | None:
+        """The path router, where it decides and does not only forecast."""
+        return self.path_router if self.config.routing == "path" else None
+
+    @property
     def is_partition(self) -> bool:
         """Whether no layer's experts overlap or leave neurons out, so that all together are the parent's FFNs."""
         return all(mlp.is_partition for mlp in self.routed_mlps)

@@ -13,7 +13,7 @@ from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
-from pregate.base.errors import CheckpointError, UserError
+from pregate.base.errors import CheckpointError, UserError, in_one_line
 
 FILE = "tokenizer.json"
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
@@ -159,7 +159,7 @@ def _auto_tokenizer(folder: Path, option: str, model: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # of a folder's files, whatever they hold: many kinds
-        reason = f"its tokenizer cannot be loaded ({str(error).strip().splitlines()[0] if str(error) else error!r})"
+        reason = f"its tokenizer cannot be loaded ({in_one_line(error)})"
         raise UserError.of(option, model, reason) from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         reason = f"its tokenizer is no {FILE}, and transformers' {type(tokenizer).__name__} cannot write one"

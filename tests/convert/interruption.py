@@ -10,13 +10,13 @@ import pytest
 
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import Progress
 
 #: Stages that measure between steps.
 BETWEEN = ("validating", "setting thresholds")
 
 
-class StopsAfter(QuietProgress):
+class StopsAfter(Progress):
     """Raises Ctrl-C once `number` layers or steps are done (never: -1); keeps notes, and how far stages came."""
 
     def __init__(self, number: int) -> None:

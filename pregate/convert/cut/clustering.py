@@ -12,11 +12,7 @@ from pregate.convert.cut.assignment import balanced_assignment
 
 
 def cluster_marks(
-    marks_TK: torch.Tensor,
-    candidates_N: torch.Tensor,
-    seeds_R: torch.Tensor,
-    max_iterations: int,
-    distance: str = "l1",
+    marks_TK: torch.Tensor, candidates_N: torch.Tensor, seeds_R: torch.Tensor, max_iterations: int, distance: str = "l1"
 ) -> np.ndarray:
     """Cluster candidate neurons into R groups of equal size by which tokens marked them; returns labels int64 [N].
 

@@ -15,30 +15,26 @@ from typing import Any
 
 import torch
 
-from pregate.base.errors import option_name
 from pregate.convert.cut.layer_pass import LayerPass
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.device import pick_device
-from pregate.convert.files.dense import source_fields, source_of, stored_dtype, tell_differences
+from pregate.convert.files.assembly import round_to
+from pregate.convert.files.dense import source_fields, source_of, tell_differences
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
-from pregate.convert.files.rounding import round_to
-from pregate.convert.files.shard_index import write_index
+from pregate.convert.files.shards import write_index
 from pregate.convert.files.skeleton import Skeleton
-from pregate.convert.files.work_folder import run_by, short_digest, writing
+from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.logits import positions_at_once
 from pregate.convert.measure.scoring import Score, score_pieces
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.calibration import Calibration, read_calibration
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
-from pregate.model.folder import ModelFolder, read_folder
-
-#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
-_BESIDE_THE_POINT = ("model", "out", "calibration", "device")
+from pregate.model.folder import read_folder
 
 
-def convert(options: ConvertOptions, progress: Progress | None = None) -> Manifest:
+def convert(options: ConvertOptions, progress: Progress = QUIET) -> Manifest:
     """Convert `options.model` and write the checkpoint to `options.out`; returns its manifest.
 
     What a user can get wrong is refused with a UserError, before any work where it shows before (a weight that
@@ -46,12 +42,11 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
     asked for again (`convert/files/partial.py`), and gives the same checkpoint, bit for bit, on the same machine with
     as many threads.
     """
-    progress = progress or QuietProgress()
     check_new_folder(options.out)
     folder = read_folder(options.model)
-    if options.dtype == "auto":
-        options = replace(options, dtype=stored_dtype(folder))
     skeleton = Skeleton(folder, pick_device(options.device))
+    if options.dtype == "auto":
+        options = replace(options, dtype=skeleton.shards.dtype)
     config = routed_config(skeleton, options)
     length = min(options.sequence_length, folder.context_tokens)
     text = read_calibration(
@@ -65,9 +60,10 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> Manife
         progress=progress,
     )
     tell_differences(folder, progress)
-    source = source_of(folder)
-    fingerprint = fingerprint_of(options, folder, source, skeleton.device, text)
-    with open_partial(options.out, fingerprint, len(skeleton.layers), options.restart) as partial:
+    source = source_of(folder, skeleton.shards)
+    read = source_fields(source, skeleton.shards) | {"calibration text": text.digest()}
+    known = fingerprint(options.describe(), read, skeleton.device)
+    with open_partial(options.out, known, len(skeleton.layers), options.restart) as partial:
         layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
         figures = _measure(skeleton, options, text, layer_pass)
@@ -92,15 +88,6 @@ def routed_config(skeleton: Skeleton, options: ConvertOptions) -> RoutedConfig:
     return RoutedConfig(text_config=deepcopy(skeleton.model.config), layer_cuts=cuts, **method)
 
 
-def fingerprint_of(
-    options: ConvertOptions, folder: ModelFolder, source: dict[str, Any], device: torch.device, text: Calibration
-) -> dict[str, Any]:
-    """Everything the resulting weights depend on, by name."""
-    fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
-    fields["calibration text"] = short_digest([text.windows_SN.tolist(), text.held_back])
-    return fields | source_fields(folder, source) | run_by(device)
-
-
 @torch.no_grad()
 def _start(
     skeleton: Skeleton, config: RoutedConfig, options: ConvertOptions, text: Calibration, partial: PartialCheckpoint
@@ -117,7 +104,7 @@ def _start(
             if text.held_back:
                 hidden_SND["dense"] = skeleton.enter(held_back_HN)
             round_to(skeleton.tensors(skeleton.outer_names).values(), getattr(torch, options.dtype), "the embedding")
-            hidden_SND["calibration"] = skeleton.enter(text.windows_SN)
+            hidden_SND["calibration"] = skeleton.enter(text.windows)
             if text.held_back:
                 hidden_SND["routed"] = skeleton.enter(held_back_HN)
     return LayerPass(skeleton, config, options, hidden_SND, meter)

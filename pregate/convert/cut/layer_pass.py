@@ -8,36 +8,33 @@ Shape letters: S windows, N tokens of a window, D hidden width, T = S * N.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
-from torch import nn
 
 from pregate.convert.cut.layer_cut import cut_one
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.files.rounding import as_stored, round_to
-from pregate.convert.files.skeleton import Skeleton
+from pregate.convert.files.assembly import as_stored, round_to
+from pregate.convert.files.skeleton import Skeleton, with_forward
 from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
 from pregate.model.config import RoutedConfig
 from pregate.model.gated_mlp import GatedMLP, find_gated_mlp
-from pregate.model.gates import Choice
-from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy, kept_float32
+from pregate.model.layers import GatePolicy, kept_float32
 
 
+@dataclass
 class LayerPass:
     """Takes the layers of a skeleton in order; `hidden_SND` by group, and the meter's tallies, change with each."""
 
-    def __init__(
-        self,
-        skeleton: Skeleton,
-        config: RoutedConfig,
-        options: ConvertOptions,
-        hidden_SND: dict[str, torch.Tensor],
-        meter: AgreementMeter,
-    ) -> None:
-        self.skeleton, self.config, self._options = skeleton, config, options
-        self._dtype: torch.dtype = getattr(torch, options.dtype)
-        self.hidden_SND, self.meter = hidden_SND, meter
+    skeleton: Skeleton
+    config: RoutedConfig
+    options: ConvertOptions
+    hidden_SND: dict[str, torch.Tensor]
+    meter: AgreementMeter
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.options.dtype)
 
     @torch.no_grad()
     def run(self, index: int) -> dict[str, torch.Tensor]:
@@ -55,11 +52,11 @@ class LayerPass:
 
     def _cut(self, mlp: GatedMLP) -> dict[str, torch.Tensor]:
         mlp.check(self.config.hidden_act)
-        routed = cut_one(mlp, self._ffn_inputs(mlp), self.config, self._options).to(self.skeleton.device)
+        routed = cut_one(mlp, self._ffn_inputs(mlp), self.config, self.options).to(self.skeleton.device)
         self.config.layer_cuts[mlp.layer] = asdict(routed.cut)
         mlp.replace(routed)
         self._move("calibration", mlp.layer)
-        gate, routed.policy = routed.policy, _Watched(self.meter)
+        gate, routed.policy = routed.policy, MeteredPolicy(GatePolicy(), self.meter, None, None)
         self._move("routed", mlp.layer)
         routed.policy = gate
         prefix = f"parent.{self.skeleton.layers_name}.{mlp.layer}."
@@ -67,14 +64,21 @@ class LayerPass:
         return {name: t if kept_float32(name) else as_stored(t, self._dtype) for name, t in tensors.items()}
 
     def _ffn_inputs(self, mlp: GatedMLP) -> torch.Tensor:
-        """What the FFN gets [T, D] on the calibration windows; it is not computed itself."""
-        hidden_SND = self.hidden_SND["calibration"]
-        collector = _Collector(hidden_SND.shape[0] * hidden_SND.shape[1], mlp.hidden_size, self.skeleton.device)
-        mlp.replace(collector)
-        for _ in self.skeleton.run(mlp.layer, hidden_SND):
-            pass
-        mlp.replace(mlp.module)
-        return collector.x_TD
+        """What the FFN gets [T, D] on the calibration windows, in their order; it is not computed itself."""
+        hidden_SND, done = self.hidden_SND["calibration"], 0
+        x_TD = torch.empty(hidden_SND.shape[0] * hidden_SND.shape[1], mlp.hidden_size, device=self.skeleton.device)
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            nonlocal done
+            rows_TD = x.reshape(-1, x.shape[-1])
+            x_TD[done : done + len(rows_TD)] = rows_TD
+            done += len(rows_TD)
+            return torch.zeros_like(x)
+
+        with with_forward(mlp.module, keep):
+            for _ in self.skeleton.run(mlp.layer, hidden_SND):
+                pass
+        return x_TD
 
     def _move(self, group: str, index: int) -> None:
         """Take a group's windows through the layer as it is now; their hidden states are overwritten."""
@@ -84,29 +88,3 @@ class LayerPass:
             for rows_SND in self.skeleton.run(index, hidden_SND):
                 hidden_SND[first : first + len(rows_SND)] = rows_SND
                 first += len(rows_SND)
-
-
-class _Collector(nn.Module):
-    """Hangs in an FFN's place and keeps its inputs, in the order of the windows; gives zeros."""
-
-    def __init__(self, num_tokens: int, hidden_size: int, device: torch.device) -> None:
-        super().__init__()
-        self.x_TD = torch.empty(num_tokens, hidden_size, device=device)
-        self._num_rows = 0
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows_TD = x.reshape(-1, x.shape[-1])
-        self.x_TD[self._num_rows : self._num_rows + len(rows_TD)] = rows_TD
-        self._num_rows += len(rows_TD)
-        return torch.zeros_like(x)
-
-
-class _Watched(RoutingPolicy):
-    """The gate decides, and the meter hears of it and of what the oracle would have chosen."""
-
-    def __init__(self, meter: AgreementMeter) -> None:
-        self._meter = meter
-
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        real_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
-        return MeteredPolicy(GatePolicy(), self._meter, real_T, None).choose(mlp, x_TD)

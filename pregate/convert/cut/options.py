@@ -19,28 +19,21 @@ class ConvertOptions(Recipe):
     """How to cut a dense model. `experts` is the total E, `shared` of them always on, `active` of the rest per token.
 
     `active` 0 makes a static mask: only the shared experts ever run. `shared` None: each layer gets the number of
-    shared experts that captures most contribution, and `active` counts them too. `samples` windows of
-    `sequence_length` tokens (cut to the model's context) of `calibration` are profiled. `recipe` has the values of the
-    method that are not given.
+    shared experts that captures most contribution, and `active` counts them too. `recipe` has the values of the method
+    that are not given.
     """
 
     model: Model
     out: Out
-    experts: Annotated[int, Field(ge=1, description="Experts per layer, shared ones included.")]
-    shared: Annotated[
-        int | None,
-        Field(ge=0, description="Experts that are always on; auto: found for each layer."),
-        Word("auto"),
-    ]
-    active: Annotated[int, Field(ge=0, description="Routed experts per token (on average); shared ones too with auto.")]
-    calibration: Annotated[Texts, Field(description="Text to profile on")]
+    experts: Annotated[int, Field(ge=1), "Experts per layer, shared ones included."]
+    shared: Annotated[int | None, Field(ge=0), "Experts that are always on; auto: found for each layer.", Word("auto")]
+    active: Annotated[int, Field(ge=0), "Routed experts per token (on average); shared ones too with auto."]
+    calibration: Annotated[Texts, "Text to profile on"]
     recipe: Annotated[
         Literal["capture", "plain", "stock", "cmoe-paper"],
-        Field(description="A set of defaults of how to cut; the help shows those of capture."),
+        "A set of defaults of how to cut; the help shows those of capture.",
     ] = "capture"
-    dtype: Annotated[Dtype | Literal["auto"], Field(description="What weights are stored as; auto: as they were.")] = (
-        "auto"
-    )
+    dtype: Annotated[Dtype | Literal["auto"], "What weights are stored as; auto: as they were."] = "auto"
     device: Device = "auto"
     restart: Restart = False
     text_field: TextField = None
@@ -56,22 +49,14 @@ class ConvertOptions(Recipe):
         return values
 
     def __post_init__(self) -> None:
-        self._check_counts()
-        self._check_method()
-
-    def _check_counts(self) -> None:
         if self.shared is None:
             if not 1 <= self.active <= self.experts:
                 raise UserError.of("--active", self.active, f"allowed with --shared auto: 1 to {self.experts}")
-            return
-        if not 0 <= self.shared < self.experts:
+        elif not 0 <= self.shared < self.experts:
             raise UserError.of("--shared", self.shared, f"allowed: 0 to {self.experts - 1} (below --experts)")
-        if self.shared + self.active > self.experts:
-            allowed = f"allowed: 0 to {self.experts - self.shared}"
+        elif self.shared + self.active > self.experts:
             together = f"with --shared {self.shared} it exceeds --experts {self.experts}"
-            raise UserError.of("--active", self.active, f"{together}; {allowed}")
-
-    def _check_method(self) -> None:
+            raise UserError.of("--active", self.active, f"{together}; allowed: 0 to {self.experts - self.shared}")
         if self.selection == "threshold" and self.gate != "linear":
             raise UserError.of("--selection", self.selection, f"allowed {self._with('gate')}: top_k")
         if self.shared_by == "capture" and self.clustering != "capture":

@@ -27,29 +27,19 @@ class Recipe:
     start, or "stream", anywhere in all documents joined by blank lines.
     """
 
-    clustering: Annotated[
-        Literal["capture", "marks"], Field(description="How neurons are grouped; marks is CMoE's.")
-    ] = "capture"
-    shared_by: Annotated[
-        Literal["capture", "contribution", "rate"], Field(description="How shared neurons are chosen.")
-    ] = "capture"
-    gate: Annotated[
-        Gate, Field(description="linear; CMoE's as its code has it, representative, or its text, -signed.")
-    ] = "linear"
-    selection: Annotated[
-        Selection, Field(description="Experts per token: top_k, a fixed number; threshold, a varying one.")
-    ] = "threshold"
-    token_power: Annotated[
-        float, Field(ge=0, le=1, description="0 to 1: how much less a token of large activations counts.")
-    ] = 0.5
-    intercept: Annotated[bool, Field(description="Give the linear gate a bias.")] = True
-    profile: Annotated[Literal["cosine", "raw"], Field(description="Activations that mark a neuron (CMoE).")] = "cosine"
-    marks_per_token: Annotated[int, Field(ge=1, description="Neurons a token marks, K_a (CMoE).")] = 10
-    distance: Annotated[Literal["l1", "l2"], Field(description="Between marks and a centroid (CMoE).")] = "l1"
-    max_iterations: Annotated[int, Field(ge=1, description="Assignments of --clustering marks.")] = 1
-    draw: Annotated[Literal["documents", "stream"], Field(description="Where windows start.")] = "documents"
-    samples: Annotated[int, Field(ge=1, description="Calibration windows.")] = 64
-    sequence_length: Annotated[int, Field(ge=2, description="Tokens of a window.")] = 512
+    clustering: Annotated[Literal["capture", "marks"], "How neurons are grouped; marks is CMoE's."] = "capture"
+    shared_by: Annotated[Literal["capture", "contribution", "rate"], "How shared neurons are chosen."] = "capture"
+    gate: Annotated[Gate, "linear; CMoE's as its code has it, representative, or its text, -signed."] = "linear"
+    selection: Annotated[Selection, "Experts per token: top_k, a fixed number; threshold, a varying one."] = "threshold"
+    token_power: Annotated[float, Field(ge=0, le=1), "0 to 1: how much less a token of large activations counts."] = 0.5
+    intercept: Annotated[bool, "Give the linear gate a bias."] = True
+    profile: Annotated[Literal["cosine", "raw"], "Activations that mark a neuron (CMoE)."] = "cosine"
+    marks_per_token: Annotated[int, Field(ge=1), "Neurons a token marks, K_a (CMoE)."] = 10
+    distance: Annotated[Literal["l1", "l2"], "Between marks and a centroid (CMoE)."] = "l1"
+    max_iterations: Annotated[int, Field(ge=1), "Assignments of --clustering marks."] = 1
+    draw: Annotated[Literal["documents", "stream"], "Where windows start."] = "documents"
+    samples: Annotated[int, Field(ge=1), "Calibration windows."] = 64
+    sequence_length: Annotated[int, Field(ge=2), "Tokens of a window."] = 512
     seed: Seed = 0
 
 

@@ -47,15 +47,10 @@ def domain_cut(scores_RI: np.ndarray, num_active: int, permanent: str) -> tuple[
     """
     chosen_RW = strongest(scores_RI, num_active)
     common = permanent_channels(chosen_RW) if permanent == "separate" else np.empty(0, dtype=np.int64)
-    num_shared = _num_shared(num_active, len(common))
+    parts = (n for n in range(num_active, 0, -1) if num_active % n == 0)
+    num_shared = next(n - 1 for n in parts if num_active // n * (n - 1) <= len(common))
     width = num_active // (num_shared + 1)
     by_score = common[np.argsort(-scores_RI[:, common].mean(axis=0), kind="stable")]
     shared = np.sort(by_score[: num_shared * width])
     routed_RM = np.stack([np.setdiff1d(chosen_W, shared) for chosen_W in chosen_RW])
     return LayerCut(len(scores_RI), num_shared, 1, width), NeuronSplit(shared, routed_RM)
-
-
-def _num_shared(num_active: int, num_common: int) -> int:
-    """The largest S for which S + 1 divides `num_active`, and S of those parts are no more than `num_common`."""
-    parts = (n for n in range(num_active, 0, -1) if num_active % n == 0)
-    return next(n - 1 for n in parts if num_active // n * (n - 1) <= num_common)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from pregate.convert.cut.capture import SAMPLE_TOKENS
 from pregate.convert.cut.cmoe import NeuronSplit
 from pregate.convert.cut.gate_fit import fit_linear
 from pregate.convert.cut.layer_cut import cut_layer
-from pregate.convert.domains.channels import domain_cut
+from pregate.convert.domains.channels import active_width, domain_cut
 from pregate.convert.domains.domains import Domain, channel_means, run_layers, watched
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.progress import Progress
@@ -45,7 +46,7 @@ def choose_experts(model: Any, domains: Sequence[Domain], options: ReadMeOptions
     contributions_LRI = [means * norm_I for means, norm_I in zip(means_LRI, norms_LI, strict=True)]
     scores_LRI = means_LRI if options.score == "activation" else contributions_LRI
     layers = [
-        domain_cut(scores_RI, options.active_width(mlp.width), options.permanent)
+        domain_cut(scores_RI, active_width(mlp.width, options.active_share), options.permanent)
         for scores_RI, mlp in zip(scores_LRI, mlps, strict=True)
     ]
     cuts, splits = zip(*layers, strict=True)
@@ -73,7 +74,7 @@ def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains:
     zero.
     """
     mlps = find_gated_mlps(model)
-    inputs_LTD = ffn_inputs(model, mlps, sample_windows(domains))
+    inputs_LTD = ffn_inputs(model, mlps, domains)
     for mlp, cut, split, contribution_I in zip(
         mlps, experts.cuts, experts.splits, experts.contribution_LI, strict=True
     ):
@@ -85,20 +86,16 @@ def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains:
         mlp.replace(routed)
 
 
-def sample_windows(domains: Sequence[Domain], num_tokens: int = SAMPLE_TOKENS) -> list[torch.Tensor]:
-    """Windows [N] of the domains in turn, until there are `num_tokens`."""
-    chosen: list[torch.Tensor] = []
-    for index in range(max(len(d.windows_SN) for d in domains)):
-        for domain in domains:
-            if index < len(domain.windows_SN) and sum(map(len, chosen)) < num_tokens:
-                chosen.append(domain.windows_SN[index])
-    return chosen
-
-
-def ffn_inputs(model: Any, mlps: Sequence[GatedMLP], windows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What each layer's FFN gets [T, D] while a dense `model` runs over `windows`."""
+def ffn_inputs(model: Any, mlps: Sequence[GatedMLP], domains: Sequence[Domain]) -> list[torch.Tensor]:
+    """What each layer's FFN gets [T, D] while a dense `model` runs over the domains' windows, one of each in turn until
+    there are `SAMPLE_TOKENS`.
+    """
     parts: list[list[torch.Tensor]] = [[] for _ in mlps]
+    num_tokens = 0
     with watched([mlp.module for mlp in mlps], lambda layer, x_TD: parts[layer].append(x_TD)):
-        for ids_N in windows:
-            run_layers(model, ids_N[None])
+        for windows in zip_longest(*(domain.windows_SN for domain in domains)):
+            for ids_N in windows:
+                if ids_N is not None and num_tokens < SAMPLE_TOKENS:
+                    run_layers(model, ids_N[None])
+                    num_tokens += len(ids_N)
     return [torch.cat(rows) for rows in parts]

@@ -64,32 +64,20 @@ def read_domains(
     domain holds too little.
     """
     short = [path.resolve().stem for path in paths]
-    names = [stem if short.count(stem) == 1 else str(path) for stem, path in zip(short, paths, strict=True)]
-    share = max(2, pool_tokens // len(paths))
-    pairs = zip(names, paths, strict=True)
-    return [_read(name, path, tokenizer, samples, length, share, seed, text_field) for name, path in pairs]
-
-
-def _read(
-    name: str,
-    path: Path,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    pool_tokens: int,
-    seed: int,
-    text_field: str | None,
-) -> Domain:
-    documents = draw_documents(read_documents([path], length, "--domain", text_field), seed)
-    files = tuple(dict.fromkeys(d.source for d in documents))
-    kept = [d for i, d in enumerate(documents) if i % HELD_BACK_EVERY]
-    held_back = [encode(tokenizer, d.text, length) for d in documents[::HELD_BACK_EVERY][:MAX_HELD_BACK]]
-    windows = pack_windows((encode(tokenizer, d.text, length) for d in kept), length, samples)
-    rows = list(encode_pool(kept, tokenizer, length, pool_tokens))
-    held_back = [row for row in held_back if len(row) > 1]
-    if not windows or not rows or not held_back:
-        raise UserError.of("--domain", path, "needs two documents of two tokens or more")
-    return Domain(name, path, files, torch.tensor(windows, dtype=torch.int64), rows, held_back)
+    share, domains = max(2, pool_tokens // len(paths)), []
+    for path, stem in zip(paths, short, strict=True):
+        documents = draw_documents(read_documents([path], length, "--domain", text_field), seed)
+        files = tuple(dict.fromkeys(d.source for d in documents))
+        kept = [d.text for i, d in enumerate(documents) if i % HELD_BACK_EVERY]
+        measured = [encode(tokenizer, d.text, length) for d in documents[::HELD_BACK_EVERY][:MAX_HELD_BACK]]
+        windows = pack_windows((encode(tokenizer, text, length) for text in kept), length, samples)
+        rows = list(encode_pool(kept, tokenizer, length, share))
+        held_back = [row for row in measured if len(row) > 1]
+        if not windows or not rows or not held_back:
+            raise UserError.of("--domain", path, "needs two documents of two tokens or more")
+        name = stem if short.count(stem) == 1 else str(path)
+        domains.append(Domain(name, path, files, torch.tensor(windows, dtype=torch.int64), rows, held_back))
+    return domains
 
 
 def interleaved(domains: Sequence[Domain]) -> list[list[int]]:

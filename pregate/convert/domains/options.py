@@ -22,67 +22,52 @@ Count = Annotated[int, Field(ge=1)]
 class ReadMeOptions:
     """How a dense model becomes domain experts with one index for all layers (Read-ME, arXiv 2410.19123).
 
-    Numbers have the paper's values. `domains`: one file or folder of text each, and one expert each, in their order.
-    An expert holds `active_share` of every layer's channels: those of greatest `score` over `samples` windows of
-    `sequence_length` tokens (cut to the model's context), the mean |h| ("activation", Read-ME's), or that times the
-    norm of the down column ("contribution"). `permanent`: see `domain_cut`.
+    Numbers have the paper's values. An expert holds `active_share` of every layer's channels: those of greatest `score`
+    over `samples` windows, the mean |h| ("activation", Read-ME's), or that times the norm of the down column
+    ("contribution"). `permanent`: see `domain_cut`.
 
-    Training takes `rounds` rounds of two stages. The router's: `router_steps` steps of `router_batch` documents, all
-    else frozen; its `target` is said at `domain_targets`, its `loss` in `paths/losses.py`. The experts': `steps` steps
-    of `batch` documents, the router frozen, and everything else tuned by cross-entropy, `kl_share` of it replaced by
-    the divergence from the parent. (0 steps: there is none.) Learning rates fall by a cosine within a stage, and by
-    `decay` from round to round. `tie_overlap` keeps a row that several experts hold one weight. At most `pool_tokens`
-    tokens are trained on. `batch_tokens` bounds what is in memory of a stage's step.
-
-    The path router has `dim` and `blocks`. `dtype` is what is stored; `device`: auto, cpu, cuda or cuda:N. `restart`
-    discards what an interrupted run left beside `out`.
+    Training takes `rounds` rounds of two stages. The router's, all else frozen; its `target` is said at
+    `domain_targets`, its `loss` in `paths/losses.py`. The experts', the router frozen, and everything else tuned by
+    cross-entropy, `kl_share` of it replaced by the divergence from the parent. Learning rates fall by a cosine within a
+    stage, and by `decay` from round to round.
     """
 
     model: Model
     out: Out
     domains: Annotated[
-        tuple[Path, ...],
-        Field(min_length=2, description="Text of one domain each; 2 or more"),
-        Needs("text"),
-        Key("domain"),
+        tuple[Path, ...], Field(min_length=2), "Text of one domain each; 2 or more", Needs("text"), Key("domain")
     ]
-    active_share: Annotated[Share, Field(description="Share of each FFN's channels in an expert.")] = 0.5
+    active_share: Annotated[Share, "Share of each FFN's channels in an expert."] = 0.5
     permanent: Annotated[
-        Literal["fused", "separate"],
-        Field(description="What all domains use: fused (in every expert) or separate (a shared expert)."),
+        Literal["fused", "separate"], "What all domains use: fused (in every expert) or separate (a shared expert)."
     ] = "fused"
     score: Annotated[
-        Literal["activation", "contribution"],
-        Field(description="Of a channel: activation (Read-ME), or that times the down column."),
+        Literal["activation", "contribution"], "Of a channel: activation (Read-ME), or that times the down column."
     ] = "activation"
-    samples: Annotated[Count, Field(description="Windows of each domain that channels are scored on.")] = 16
-    sequence_length: Annotated[int, Field(ge=2, description="Tokens of a window or document, at most.")] = 4096
-    rounds: Annotated[Count, Field(description="Rounds of router training and tuning.")] = 8
-    router_steps: Annotated[Count, Field(description="Steps of the router in a round.")] = 100
-    steps: Annotated[int, Field(ge=0, description="Steps of the experts in a round; 0: none.")] = 200
-    router_batch: Annotated[Count, Field(description="Full sequences of a router's step.")] = 64
-    batch: Annotated[Count, Field(description="Full sequences of an experts' step.")] = 128
-    router_learning_rate: Annotated[float, Field(gt=0, description="The router's, in the first round.")] = 5e-4
-    learning_rate: Annotated[float, Field(gt=0, description="Everything else's, in the first round.")] = 5e-5
-    decay: Annotated[Share, Field(description="Of learning rates, from round to round.")] = 0.8
-    weight_decay: Annotated[float, Field(ge=0, description="Of both optimizers.")] = 0.01
+    samples: Annotated[Count, "Windows of each domain that channels are scored on."] = 16
+    sequence_length: Annotated[int, Field(ge=2), "Tokens of a window or document, at most."] = 4096
+    rounds: Annotated[Count, "Rounds of router training and tuning."] = 8
+    router_steps: Annotated[Count, "Steps of the router in a round."] = 100
+    steps: Annotated[int, Field(ge=0), "Steps of the experts in a round; 0: none."] = 200
+    router_batch: Annotated[Count, "Full sequences of a router's step."] = 64
+    batch: Annotated[Count, "Full sequences of an experts' step."] = 128
+    router_learning_rate: Annotated[float, Field(gt=0), "The router's, in the first round."] = 5e-4
+    learning_rate: Annotated[float, Field(gt=0), "Everything else's, in the first round."] = 5e-5
+    decay: Annotated[Share, "Of learning rates, from round to round."] = 0.8
+    weight_decay: Annotated[float, Field(ge=0), "Of both optimizers."] = 0.01
     target: Annotated[
         Literal["overlap", "contribution"],
-        Field(description="What the router learns: overlap (Read-ME) with strong channels, or contribution."),
+        "What the router learns: overlap (Read-ME) with strong channels, or contribution.",
     ] = "overlap"
-    loss: Annotated[RouterTarget, Field(description="How it learns it; paper is Read-ME's.")] = "paper"
-    kl_share: Annotated[
-        float, Field(ge=0, le=1, description="Share of the loss that is divergence from the parent.")
-    ] = 0.0
-    tie_overlap: Annotated[bool, Field(description="A row that several experts hold stays one weight.")] = True
-    pool_tokens: Annotated[int, Field(ge=2, description="Tokens of text to train on, at most.")] = 2_000_000
-    batch_tokens: Annotated[int, Field(ge=2, description="Tokens of a step in memory at a time.")] = 8192
-    dim: Annotated[int, Field(ge=4, multiple_of=4, description="Width of the path router.")] = 512
-    blocks: Annotated[Count, Field(description="Blocks of the path router.")] = 1
+    loss: Annotated[RouterTarget, "How it learns it; paper is Read-ME's."] = "paper"
+    kl_share: Annotated[float, Field(ge=0, le=1), "Share of the loss that is divergence from the parent."] = 0.0
+    tie_overlap: Annotated[bool, "A row that several experts hold stays one weight."] = True
+    pool_tokens: Annotated[int, Field(ge=2), "Tokens of text to train on, at most."] = 2_000_000
+    batch_tokens: Annotated[int, Field(ge=2), "Tokens of a step in memory at a time."] = 8192
+    dim: Annotated[int, Field(ge=4, multiple_of=4), "Width of the path router."] = 512
+    blocks: Annotated[Count, "Blocks of the path router."] = 1
     seed: Seed = 0
-    dtype: Annotated[Dtype | Literal["auto"], Field(description="What weights are stored as; auto: as they were.")] = (
-        "auto"
-    )
+    dtype: Annotated[Dtype | Literal["auto"], "What weights are stored as; auto: as they were."] = "auto"
     device: Device = "auto"
     restart: Restart = False
     text_field: TextField = None
@@ -98,18 +83,6 @@ class ReadMeOptions:
 
         return PathRouterConfig(dim=self.dim, num_blocks=self.blocks, heads="single")
 
-    def active_width(self, width: int) -> int:
-        """Channels that a token runs of a layer of `width`."""
-        from pregate.convert.domains.channels import active_width
-
-        return active_width(width, self.active_share)
-
-    def round_factor(self, index: int) -> float:
-        """What the learning rates of round `index` (from 0) are multiplied by."""
-        return self.decay**index
-
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option that bears on the result."""
-        fields = to_dict(self)
-        del fields["restart"]
-        return fields
+        return {name: value for name, value in to_dict(self).items() if name != "restart"}

@@ -62,7 +62,7 @@ class Rounds:
             target=options.loss,
             batch_tokens=options.router_batch * self.length,
             piece_tokens=options.batch_tokens,
-            learning_rate=options.router_learning_rate * options.round_factor(round_index),
+            learning_rate=options.router_learning_rate * options.decay**round_index,
             weight_decay=options.weight_decay,
             warmup_share=0.0,
         )
@@ -95,7 +95,7 @@ class Rounds:
             router=False,
             kl_share=options.kl_share,
             hidden_match=0.0,  # not among Read-ME's losses
-            learning_rate=options.learning_rate * options.round_factor(round_index),
+            learning_rate=options.learning_rate * options.decay**round_index,
             weight_decay=options.weight_decay,
             router_mass=0.0,
             steps=options.steps,

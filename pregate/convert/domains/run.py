@@ -15,46 +15,44 @@ from typing import Any
 import numpy as np
 import torch
 
-from pregate.base.errors import option_name
 from pregate.convert.device import pick_device
-from pregate.convert.domains.cut import DomainExperts, choose_experts, cut_model, read_me_config
+from pregate.convert.domains.channels import active_width
+from pregate.convert.domains.cut import choose_experts, cut_model, read_me_config
 from pregate.convert.domains.domains import Domain, interleaved, read_domains
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.rounds import Rounds, num_stages
 from pregate.convert.domains.targets import domain_targets, expert_masks
-from pregate.convert.files.assembly import assemble, write_checkpoint
-from pregate.convert.files.dense import load_dense, source_fields, source_of, stored_dtype, tell_differences
+from pregate.convert.files.assembly import assemble, round_to, write_checkpoint
+from pregate.convert.files.dense import load_dense, source_fields, source_of, tell_differences
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
-from pregate.convert.files.rounding import round_to
-from pregate.convert.files.work_folder import run_by, short_digest, writing
+from pregate.convert.files.shards import DenseShards
+from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.control_table import nominal_share
 from pregate.convert.measure.overlap import bytes_per_row, overlap_figures
 from pregate.convert.measure.scoring import Score, score_rows
 from pregate.convert.paths.parent_embedding import start_from
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_learned
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
+from pregate.model.file_hashes import short_digest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import kept_float32
 from pregate.model.path_router import PathRouter
 
-#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
-_BESIDE_THE_POINT = ("model", "out", "domains", "device")
 
-
-def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifest:
+def read_me(options: ReadMeOptions, progress: Progress = QUIET) -> Manifest:
     """Cut `options.model` by domain, train in rounds, and write the checkpoint to `options.out`; returns its manifest.
 
     What a user can get wrong is refused with a UserError before any work. A run that was interrupted goes on after
     the last stage it had done when the same is asked again, and gives the same checkpoint, bit for bit, on the same
     machine with as many threads.
     """
-    progress = progress or QuietProgress()
     check_new_folder(options.out)
     folder, device = read_folder(options.model), pick_device(options.device)
+    shards = DenseShards.of(folder)
     if options.dtype == "auto":
-        options = replace(options, dtype=stored_dtype(folder))
+        options = replace(options, dtype=shards.dtype)
     length = min(options.sequence_length, folder.context_tokens)
     sizes = options.samples, length, options.pool_tokens
     domains = read_domains(options.domains, folder.tokenizer, *sizes, options.seed, options.text_field)
@@ -63,9 +61,12 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     dense = load_dense(folder).to(device)
     find_gated_mlps(dense)
     tell_differences(folder, progress)
-    source = source_of(folder)
-    fingerprint = fingerprint_of(options, folder, source, device, domains)
-    with open_partial(options.out, fingerprint, num_stages(options), options.restart, "stage") as partial:
+    source = source_of(folder, shards)
+    text = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
+    read = source_fields(source, shards) | {"text of the domains": text}
+    with open_partial(
+        options.out, fingerprint(options.describe(), read, device), num_stages(options), options.restart, "stage"
+    ) as partial:
         dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
         rounds, figures = _prepare(dense, folder, domains, options, length, progress)
         _train(rounds, partial, progress)
@@ -79,32 +80,14 @@ def read_me(options: ReadMeOptions, progress: Progress | None = None) -> Manifes
     return read_manifest(options.out)
 
 
-def fingerprint_of(
-    options: ReadMeOptions,
-    folder: ModelFolder,
-    source: dict[str, Any],
-    device: torch.device,
-    domains: Sequence[Domain],
-) -> dict[str, Any]:
-    """Everything the resulting weights depend on, by name."""
-    fields = {option_name(name): v for name, v in options.describe().items() if name not in _BESIDE_THE_POINT}
-    fields["text of the domains"] = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
-    return fields | source_fields(folder, source) | run_by(device)
-
-
 def _prepare(
-    dense: Any,
-    folder: ModelFolder,
-    domains: Sequence[Domain],
-    options: ReadMeOptions,
-    length: int,
-    progress: Progress,
+    dense: Any, folder: ModelFolder, domains: Sequence[Domain], options: ReadMeOptions, length: int, progress: Progress
 ) -> tuple[Rounds, dict[str, Any]]:
     """The model cut and its router at its start, and the figures of the cut; `dense` is used up."""
     experts = choose_experts(dense, domains, options, progress)
     mlps = find_gated_mlps(dense)
     widths = [mlp.width for mlp in mlps]
-    active = [options.active_width(width) for width in widths]
+    active = [active_width(width, options.active_share) for width in widths]
     masks = expert_masks([split.routed_RM for split in experts.splits], widths)
     pool = domain_targets(dense, interleaved(domains), masks, active, options.target, progress)
     row_bytes = bytes_per_row(mlps[0].hidden_size, getattr(torch, options.dtype).itemsize)
@@ -113,7 +96,11 @@ def _prepare(
     figures = overlap_figures(indexes, experts.cuts, widths, row_bytes, tied)
     config = read_me_config(dense.config, experts, options)
     cut_model(dense, config, experts, domains)
-    model = assemble(config, dense, _new_router(dense, experts, options))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        router = PathRouter(options.router_shape(), dense.config.vocab_size, experts.cuts, "top_k")
+    start_from(router, dense.get_input_embeddings().weight.detach().cpu())
+    model = assemble(config, dense, router.to(dense.device))
     teacher = load_dense(folder).to(dense.device) if options.steps and options.kl_share else None
     held_back = [row for domain in domains for row in domain.held_back]
     return Rounds(model, pool, held_back, options, length, teacher), figures
@@ -128,15 +115,6 @@ def _train(rounds: Rounds, partial: PartialCheckpoint, progress: Progress) -> No
     for index in range(done, total):
         rounds.run_stage(index, progress)
         partial.layer_done(rounds.tensors, {"rounds": rounds.figures})
-
-
-def _new_router(dense: Any, experts: DomainExperts, options: ReadMeOptions) -> PathRouter:
-    """An untrained router whose embedding starts from a copy of the parent's principal components."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        router = PathRouter(options.router_shape(), dense.config.vocab_size, experts.cuts, "top_k")
-    start_from(router, dense.get_input_embeddings().weight.detach().cpu())
-    return router.to(dense.device)
 
 
 @torch.no_grad()

@@ -1,14 +1,14 @@
 """What Read-ME's router is distilled from: how well each domain expert would serve a token of the dense model.
 
 Data on its way: documents -> the dense model -> per layer h [T, I], the input of its down projection -> what of it an
-expert holds [T, R] -> all layers side by side [T, S], the form in which `router_training` takes its targets.
+expert holds [T, R] -> all layers side by side [T, S], the form in which `paths/training.py` takes its targets.
 
 Shape letters: T tokens, I channels, R routed experts of a layer, S those of all layers, W channels a token runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from pregate.convert.domains.domains import down_projections, run_layers, watched
 from pregate.convert.paths.targets import TargetPool, by_row
 from pregate.convert.progress import Progress
-from pregate.model.gated_mlp import GatedMLP, find_gated_mlps
+from pregate.model.gated_mlp import find_gated_mlps
 
 
 def expert_masks(experts_RM: Sequence[np.ndarray], widths: Sequence[int]) -> list[torch.Tensor]:
@@ -64,11 +64,16 @@ def domain_targets(
     `masks` as by `expert_masks`; `num_active` W of each layer.
     """
     mlps = find_gated_mlps(model)
-    scorers = [_scorer(*of, target) for of in zip(mlps, masks, num_active, strict=True)]
+    masks = [mask_IR.to(mlp.down) for mask_IR, mlp in zip(masks, mlps, strict=True)]
+    norms = [mlp.down.norm(dim=0) for mlp in mlps]
     parts: dict[int, torch.Tensor] = {}
 
     def see(layer: int, h_TI: torch.Tensor) -> None:
-        parts[layer] = scorers[layer](h_TI).cpu()
+        if target == "overlap":
+            scores_TR = overlap_scores(h_TI, masks[layer], num_active[layer])
+        else:
+            scores_TR = contribution_scores(h_TI, masks[layer], norms[layer])
+        parts[layer] = scores_TR.cpu()
 
     def run(ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
         run_layers(model, ids_BN, mask_BN)
@@ -78,11 +83,3 @@ def domain_targets(
         scores = by_row(rows, progress, run)
     num_layers = len(mlps)
     return TargetPool(list(rows), scores, (torch.tensor(torch.inf),) * num_layers, (1.0,) * num_layers)
-
-
-def _scorer(mlp: GatedMLP, mask_IR: torch.Tensor, num_active: int, target: str) -> Callable[..., torch.Tensor]:
-    mask_IR = mask_IR.to(mlp.down)
-    if target == "overlap":
-        return lambda h_TI: overlap_scores(h_TI, mask_IR, num_active)
-    norm_I = mlp.down.norm(dim=0)
-    return lambda h_TI: contribution_scores(h_TI, mask_IR, norm_I)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pregate.convert.measure.tied import distinct_neurons
+from pregate.convert.measure.overlap import distinct_neurons
 from pregate.model.layers import RoutedMLP
 
 
@@ -71,7 +71,7 @@ def tied_rows(mlps: Sequence[RoutedMLP]) -> Iterator[None]:
     for mlp in mlps:
         if mlp.experts is None:
             continue
-        neurons_RM = mlp.neuron_index[mlp.cut.shared_width :].long().view(mlp.cut.num_routed, mlp.cut.expert_width)
+        neurons_RM = mlp.routed_neurons.long()
         for name, gather in _GATHERS.items():
             parametrize.register_parametrization(mlp.experts, name, gather(neurons_RM))
         held.append(mlp.experts)

@@ -31,7 +31,11 @@ def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any]) -> N
     """Write the README.md of `folder`."""
     cut = source.config.cuts[0]
     measured = {k: v for k, v in figures.items() if k not in ("measured_on", "gate_factors") and v is not None}
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {_number(value)} |" for name, value in measured.items())
+    for name, value in measured.items():
+        if isinstance(value, list):  # where greedy texts part
+            parted = (f"prompt {p['prompt']} at token {p['token']}, margin {p['margin']}" for p in value)
+            measured[name] = "; ".join(parted) or "none"
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in measured.items())
     text = _CARD.format(
         title=source.folder.name,
         family=source.config.text_config.model_type,
@@ -44,9 +48,3 @@ def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any]) -> N
         rows=rows,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, list):
-        return "; ".join(f"prompt {p['prompt']} at token {p['token']}, margin {p['margin']}" for p in value) or "none"
-    return str(value)

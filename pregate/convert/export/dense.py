@@ -13,10 +13,10 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.convert.cut.conversion import shard_name
+from pregate.convert.files.assembly import as_stored
 from pregate.convert.files.parent import recorded_parent
 from pregate.convert.files.routed_shards import CutFFN, RoutedShards
-from pregate.convert.files.shard_index import write_index, write_shard
-from pregate.convert.files.shards import DenseShards
+from pregate.convert.files.shards import DenseShards, write_index, write_shard
 from pregate.convert.progress import Progress
 from pregate.model.gated_mlp import GatedMLP
 
@@ -56,17 +56,9 @@ def write_dense(source: RoutedShards, folder: Path, dtype: str | None, progress:
 def ffn_tensors(mlp: GatedMLP, prefix: str, ffn: CutFFN) -> dict[str, torch.Tensor]:
     """The parent's FFN tensors, under its own names: `mlp` is the parent's module, which may be fused."""
     gate_ID, up_ID, down_DI = undo_cut(ffn)
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in mlp.module.named_parameters():
-        if parameter is mlp.down:
-            found[prefix + name] = down_DI
-        elif parameter is mlp.gate:
-            found[prefix + name] = gate_ID
-        elif parameter is mlp.up:
-            found[prefix + name] = up_ID
-        else:
-            found[prefix + name] = torch.cat([gate_ID, up_ID])
-    return found
+    own = {id(mlp.down): down_DI, id(mlp.gate): gate_ID, id(mlp.up): up_ID}
+    named = mlp.module.named_parameters()
+    return {prefix + name: own.get(id(p), torch.cat([gate_ID, up_ID])) for name, p in named}
 
 
 def undo_cut(ffn: CutFFN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -81,24 +73,6 @@ def undo_cut(ffn: CutFFN) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     order = ffn.neuron_index.argsort()
     down = torch.cat([down for _gate_up, down in parts], dim=1)
     return torch.cat(gates)[order], torch.cat(ups)[order], down[:, order]
-
-
-def parent_types(source: RoutedShards, name: str) -> list[str]:
-    """Types to try on a tensor, best first: what the parent stores it as, then what it stores others as."""
-    origin = source.manifest.source
-    dtypes = origin.get("dtypes") or [source.dtype]
-    return [origin.get("dtype_exceptions", {}).get(name, dtypes[0]), *dtypes]
-
-
-def exact_type(tensor: torch.Tensor, dtypes: list[str], stored: str) -> torch.Tensor:
-    """A float32 `tensor` as the first of `dtypes` that holds its every value; where none does, as `stored`."""
-    if not tensor.is_floating_point():
-        return tensor
-    for dtype in dtypes:
-        cast = tensor.to(getattr(torch, dtype))
-        if torch.equal(cast.float(), tensor):
-            return cast
-    return tensor.to(getattr(torch, stored))
 
 
 def compare_with_parent(source: RoutedShards, folder: Path) -> dict[str, Any]:
@@ -124,8 +98,15 @@ def compare_with_parent(source: RoutedShards, folder: Path) -> dict[str, Any]:
 
 
 def _save(tensors: dict[str, torch.Tensor], path: Path, source: RoutedShards, dtype: str | None) -> None:
+    """Write each tensor as the first type that holds its every value: what the parent stores it as, then what it
+    stores others as; where none does, as the checkpoint has it. `dtype`: as that.
+    """
+    origin = source.manifest.source
+    known, exceptions = origin.get("dtypes") or [source.dtype], origin.get("dtype_exceptions", {})
     cast = {}
     for name, tensor in tensors.items():
-        dtypes = [dtype] if dtype else parent_types(source, name)
-        cast[name] = exact_type(tensor, dtypes, dtype or source.dtype).contiguous()
+        best = [dtype] if dtype else [exceptions.get(name, known[0]), *known]
+        tried = (as_stored(tensor, getattr(torch, one)) for one in best)
+        exact = (one for one in tried if torch.equal(one.to(tensor.dtype), tensor))
+        cast[name] = next(exact, as_stored(tensor, getattr(torch, dtype or source.dtype))).contiguous()
     write_shard(cast, path)

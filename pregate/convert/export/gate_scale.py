@@ -14,6 +14,7 @@ Shape letters: T tokens, D hidden width, R routed experts, K experts of a token,
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -69,52 +70,47 @@ def stock_weights(x_TD: torch.Tensor, gate_RD: torch.Tensor, num_active: int) ->
     return torch.zeros_like(shares_TR).scatter(-1, ids_TK, weights_TK)
 
 
-@dataclass
-class _Trial:
-    """A layer's candidates, and over `num_tokens` the sums of both errors [2, C]."""
-
-    factors: list[float]
-    gates: list[torch.Tensor]
-    sums: torch.Tensor
-    num_tokens: int = 0
-
-
 class ScaleMeter(RoutingPolicy):
-    """The gate decides, and every candidate factor is tried beside it, in `dtype`."""
+    """The gate decides, and every candidate factor is tried beside it, in `dtype`.
+
+    `factors` [C] and shrunken gates by layer, and the sums of both errors [2, C] over the `num_tokens` of each.
+    """
 
     def __init__(self, dtype: torch.dtype, scale: float | None = None) -> None:
         self._dtype, self._scale = dtype, scale
-        self._trials: dict[int, _Trial] = {}
+        self._factors: dict[int, list[float]] = {}
+        self._gates: dict[int, list[torch.Tensor]] = {}
+        self._sums: dict[int, torch.Tensor] = {}
+        self._num_tokens: Counter[int] = Counter()
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         gate, layer, k = mlp.gate, mlp.layer, mlp.cut.num_active
         assert isinstance(gate, LinearGate)
-        if layer not in self._trials:
+        if layer not in self._sums:
             gate_RD = centred(gate.weight)
-            factors = candidate_factors(gate_RD, self._scale)
-            gates = [(gate_RD * factor).to(self._dtype) for factor in factors]
-            self._trials[layer] = _Trial(factors, gates, torch.zeros(2, len(factors), dtype=torch.float64))
-        choice, trial = gate.choose(x_TD), self._trials[layer]
+            factors = self._factors[layer] = candidate_factors(gate_RD, self._scale)
+            self._gates[layer] = [(gate_RD * factor).to(self._dtype) for factor in factors]
+            self._sums[layer] = torch.zeros(2, len(factors), dtype=torch.float64)
+        choice = gate.choose(x_TD)
         wanted_TR = torch.zeros(len(x_TD), mlp.cut.num_routed, device=x_TD.device).scatter(-1, choice.ids, 1.0)
-        for column, candidate in enumerate(trial.gates):
+        for column, candidate in enumerate(self._gates[layer]):
             got_TR = k * stock_weights(x_TD, candidate, k)
             same_T = ((got_TR > 0) == (wanted_TR > 0)).all(dim=-1)
-            trial.sums[0, column] += ((got_TR - wanted_TR).abs().sum(dim=-1) * same_T).sum().item() / k
-            trial.sums[1, column] += (~same_T).sum().item()
-        trial.num_tokens += len(x_TD)
+            self._sums[layer][0, column] += ((got_TR - wanted_TR).abs().sum(dim=-1) * same_T).sum().item() / k
+            self._sums[layer][1, column] += (~same_T).sum().item()
+        self._num_tokens[layer] += len(x_TD)
         return choice
 
     def scales(self) -> list[GateScale]:
         """The best factor of every layer, in order."""
         found = []
-        for _, trial in sorted(self._trials.items()):
-            error_C, others_C = trial.sums / trial.num_tokens
-            factor_C = torch.tensor(trial.factors, dtype=torch.float64)
+        for layer in sorted(self._sums):
+            error_C, others_C = self._sums[layer] / self._num_tokens[layer]
+            factor_C = torch.tensor(self._factors[layer], dtype=torch.float64)
             # Half types lose so many ties at any factor that counting tells.
             expected_C = expected_others(factor_C, others_C) if self._dtype == torch.float32 else others_C
             best = int((error_C + expected_C).argmin())
-            columns = (factor_C, error_C, others_C, expected_C)
-            found.append(GateScale(*(column[best].item() for column in columns)))
+            found.append(GateScale(*(column[best].item() for column in (factor_C, error_C, others_C, expected_C))))
         return found
 
 

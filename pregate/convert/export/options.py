@@ -21,21 +21,13 @@ class ExportOptions:
 
     model: Model
     out: Out
-    format: Annotated[
-        Literal["qwen2_moe", "dense"], Field(description="A stock mixture class, or the dense parent again.")
-    ]
-    text: Annotated[
-        tuple[Path, ...], Field(description="Held-out text to measure on; without, random tokens"), Needs("text")
-    ] = ()
+    format: Annotated[Literal["qwen2_moe", "dense"], "A stock mixture class, or the dense parent again."]
+    text: Annotated[tuple[Path, ...], "Held-out text to measure on; without, random tokens", Needs("text")] = ()
     scale: Annotated[
-        float | None,
-        Field(gt=0, le=1, description="Largest weight of every gate."),
-        Word("found by measurement", written=False),
+        float | None, Field(gt=0, le=1), "Largest weight of every gate.", Word("found by measurement", written=False)
     ] = None
-    dtype: Annotated[
-        Dtype | None, Field(description="What weights are stored as."), Word("as they are", written=False)
-    ] = None
-    max_tokens: Annotated[int | None, Field(ge=1, description="Measure on at most so many tokens.")] = None
+    dtype: Annotated[Dtype | None, "What weights are stored as.", Word("as they are", written=False)] = None
+    max_tokens: Annotated[int | None, Field(ge=1), "Measure on at most so many tokens."] = None
     text_field: TextField = None
 
     def __post_init__(self) -> None:

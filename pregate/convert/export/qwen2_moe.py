@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.convert.cut.conversion import shard_name
 from pregate.convert.export.gate_scale import centred
 from pregate.convert.export.stock_class import head_width
+from pregate.convert.files.assembly import check_holds
 from pregate.convert.files.routed_shards import CutFFN, RoutedShards
-from pregate.convert.files.shard_index import write_index, write_shard
+from pregate.convert.files.shards import write_index, write_shard
 from pregate.convert.progress import Progress
 
 _NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
@@ -107,7 +107,5 @@ def outer_tensors(own: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _save(tensors: dict[str, torch.Tensor], path: Path, dtype: torch.dtype) -> None:
     cast = {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}
     for name, tensor in cast.items():
-        if not torch.isfinite(tensor).all():
-            value = dtype_name(dtype)
-            raise UserError.of("--dtype", value, f"{name} has values it cannot hold; allowed: bfloat16, float32")
+        check_holds(tensor, dtype, name)
     write_shard(cast, path)

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 
 from pregate.base.errors import UserError
+from pregate.base.options import to_dict
 from pregate.convert.export.card import write_card
 from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export.dense import check_dense, write_dense
-from pregate.convert.export.gate_scale import GateScale, measure_scales
+from pregate.convert.export.gate_scale import measure_scales
 from pregate.convert.export.options import ExportOptions
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
 from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.measure.scoring import encode_all
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_scored
 from pregate.convert.text.documents import read_documents
 from pregate.model.checkpoint import new_folder
@@ -36,12 +37,11 @@ TOLERANCE = MappingProxyType({"float32": 5e-3, "float16": 2e-2, "bfloat16": 1e-1
 SCALE_TOKENS, RANDOM_ROWS, RANDOM_TOKENS = 4096, 64, 64
 
 
-def export(options: ExportOptions, progress: Progress | None = None) -> dict[str, Any]:
+def export(options: ExportOptions, progress: Progress = QUIET) -> dict[str, Any]:
     """Write the folder `options.out` and return what was measured; with an error nothing is left behind.
 
     UserError names what the format cannot express, and says what to do.
     """
-    progress = progress or QuietProgress()
     with new_folder(options.out) as folder:
         model_folder = read_folder(options.model)
         source = RoutedShards(model_folder)
@@ -56,38 +56,35 @@ def export(options: ExportOptions, progress: Progress | None = None) -> dict[str
 def _export_stock(
     source: RoutedShards, model_folder: ModelFolder, options: ExportOptions, folder: Path, progress: Progress
 ) -> dict[str, Any]:
-    dtype = options.dtype or source.dtype
-    stock = stock_config(source.config, dtype)
-    rows = _rows(options, model_folder, stock.max_position_embeddings, stock.vocab_size, progress)
+    named = options.dtype or source.dtype
+    dtype, stock = getattr(torch, named), stock_config(source.config, named)
+    context = stock.max_position_embeddings
+    rows = _rows(options, model_folder, context, stock.vocab_size, progress)
     routed: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    scales = measure_scales(routed, rows, SCALE_TOKENS, getattr(torch, dtype), options.scale)
+    scales = measure_scales(routed, rows, SCALE_TOKENS, dtype, options.scale)
+    factors = [scale.factor for scale in scales]
     write_stock_config(stock, folder)
-    write_qwen2_moe(source, [scale.factor for scale in scales], folder, getattr(torch, dtype), progress)
+    write_qwen2_moe(source, factors, folder, dtype, progress)
     model = load_stock(folder)
     model.generation_config = routed.generation_config  # of greedy texts; what the folder says of sampling stays there
-    figures = _figures(options, dtype, stock.max_position_embeddings, scales)
+    text = " ".join(map(str, options.text)) or None
+    figures: dict[str, Any] = {
+        "stored_as": named,
+        "context_tokens": context,
+        "gate_factors": f"{min(factors):.3g} to {max(factors):.3g}",
+        "other_experts": rounded(max(scale.expected_other_experts for scale in scales)),
+        "measured_on": text or "random tokens (give --text for perplexity)",
+    }
     figures |= compare_logits(routed, model, rows, progress)
-    _check_difference(options, dtype, figures["median_relative_difference"])
-    figures |= compare_texts(routed, model, rows, stock.max_position_embeddings)
-    if not options.text:
-        for name in ("routed_perplexity", "exported_perplexity", "perplexity_ratio"):
-            figures[name] = None  # of random tokens it says nothing
-    record = {"options": _described(options), "source": source.manifest.source, "figures": figures}
+    _check_difference(options, named, figures["median_relative_difference"])
+    figures |= compare_texts(routed, model, rows, context)
+    if not options.text:  # of random tokens it says nothing
+        figures |= dict.fromkeys(("routed_perplexity", "exported_perplexity", "perplexity_ratio"))
+    record = {"options": to_dict(options) | {"text": text}, "source": source.manifest.source, "figures": figures}
     record |= {"layers": [asdict(s) for s in scales], "versions": {n: version(n) for n in ("pregate", "transformers")}}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     write_card(folder, source, figures)
     return figures
-
-
-def _figures(options: ExportOptions, dtype: str, context: int, scales: list[GateScale]) -> dict[str, Any]:
-    factors = [scale.factor for scale in scales]
-    return {
-        "stored_as": dtype,
-        "context_tokens": context,
-        "gate_factors": f"{min(factors):.3g} to {max(factors):.3g}",
-        "other_experts": rounded(max(scale.expected_other_experts for scale in scales)),
-        "measured_on": _shown(options.text) or "random tokens (give --text for perplexity)",
-    }
 
 
 def _check_difference(options: ExportOptions, dtype: str, median: float) -> None:
@@ -111,13 +108,3 @@ def _rows(
     rows, _num_bytes = encode_all(folder.tokenizer, [d.text for d in documents], context, options.max_tokens)
     check_scored(rows, options.max_tokens, "--text", options.text, progress)
     return rows
-
-
-def _described(options: ExportOptions) -> dict[str, Any]:
-    fields = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
-    return fields | {"text": _shown(options.text)}
-
-
-def _shown(text: tuple[Path, ...]) -> str | None:
-    """The files as one string; None for none."""
-    return " ".join(map(str, text)) or None

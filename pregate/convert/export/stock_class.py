@@ -10,9 +10,7 @@ head. So nothing else is written.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from transformers import Qwen2MoeConfig
@@ -24,22 +22,17 @@ from pregate.model.config import RoutedConfig, rope_sets
 #: Families whose attention and norms the class computes.
 FAMILIES = ("llama", "mistral", "phi3", "qwen2")
 #: What the class lacks of other families.
-_LACKS: Mapping[str, str] = MappingProxyType(
-    {
-        "gemma": "scaled embeddings and norms that add 1",
-        "gemma2": "scaled embeddings, norms after each block and capped logits",
-        "gemma3_text": "scaled embeddings, norms after each block and norms of queries and keys",
-        "granite": "multipliers of embeddings, attention and residuals",
-        "olmo2": "norms after each block and norms of queries and keys",
-        "olmo3": "norms after each block and norms of queries and keys",
-        "exaone4": "norms after each block and norms of queries and keys",
-        "qwen3": "norms of queries and keys",
-        "cohere": "attention and FFN side by side",
-        "cohere2": "attention and FFN side by side",
-        "glm": "rotation of half a head",
-        "smollm3": "layers without rotation",
-    }
-)
+_LACKS = {
+    "gemma": "scaled embeddings and norms that add 1",
+    "gemma2": "scaled embeddings, norms after each block and capped logits",
+    "gemma3_text": "scaled embeddings, norms after each block and norms of queries and keys",
+    "granite": "multipliers of embeddings, attention and residuals",
+    **dict.fromkeys(("olmo2", "olmo3", "exaone4"), "norms after each block and norms of queries and keys"),
+    "qwen3": "norms of queries and keys",
+    **dict.fromkeys(("cohere", "cohere2"), "attention and FFN side by side"),
+    "glm": "rotation of half a head",
+    "smollm3": "layers without rotation",
+}
 _ROPES = ("default", "linear", "llama3", "yarn")
 
 

@@ -1,19 +1,46 @@
-"""Putting a routed model together from a dense one's parts, and writing it as a checkpoint folder."""
+"""Weights as a checkpoint stores them, which figures are measured on; a routed model put together, and its folder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from pregate.base.dtypes import dtype_name
+from pregate.base.errors import UserError
 from pregate.model.checkpoint import Manifest, write_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
+
+#: Elements rounded at a time: bounds the copies made on the way.
+ROUND_ELEMENTS = 1 << 22
+
+
+def round_to(tensors: Iterable[torch.Tensor], dtype: torch.dtype, what: str) -> None:
+    """Round float32 tensors in place to what `dtype` can hold; UserError where a value becomes infinite."""
+    if dtype == torch.float32:
+        return
+    parts = (part for t in tensors if t.is_floating_point() for part in t.view(-1).split(ROUND_ELEMENTS))
+    for part in parts:
+        check_holds(part.copy_(part.to(dtype)), dtype, what)
+
+
+def check_holds(rounded: torch.Tensor, dtype: torch.dtype, what: str) -> None:
+    """UserError where a value of `what`, rounded to `dtype`, became infinite."""
+    if not torch.isfinite(rounded).all():
+        reason = f"{what} has values it cannot hold; allowed: bfloat16, float32"
+        raise UserError.of("--dtype", dtype_name(dtype), reason)
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as the checkpoint holds it: weights in `dtype`, integers as they are."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None = None) -> RoutedForCausalLM:
@@ -25,24 +52,17 @@ def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None =
     return model.eval()
 
 
-def write_checkpoint(
-    model: RoutedForCausalLM, folder: Path, source: ModelFolder, manifest: Manifest, dtype: str
-) -> None:
-    """Write `model` with its backbone and experts as `dtype` to `folder`, with tokenizer and generation of `source`.
+def write_checkpoint(model: Any, folder: Path, source: ModelFolder, manifest: Manifest, dtype: str) -> None:
+    """Write a routed (or dense) `model` to `folder`, its weights as `dtype`, with tokenizer and generation of `source`.
 
     Gates and path router stay float32 (`layers.FLOAT32_PARTS`).
     """
-    for name, tensor in [*model.parent.named_parameters(), *model.parent.named_buffers()]:
-        if tensor.is_floating_point() and not kept_float32(name):
-            tensor.data = tensor.data.to(getattr(torch, dtype))
-    PreTrainedModel.save_pretrained(model, folder)  # not the model's own, which would hash what is written over next
-    source.carry_over(folder)
-    make_readable(folder)
-    write_manifest(folder, manifest)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not kept_float32(name):
+            tensor.data = as_stored(tensor.data, getattr(torch, dtype))
+    PreTrainedModel.save_pretrained(model, folder)  # a routed model's own would hash what is written over next
     model.manifest = manifest
-
-
-def make_readable(folder: Path) -> None:
-    """Give weights the mode of a checkpoint's other files: safetensors leaves them to the owner alone."""
     for path in folder.glob("*.safetensors"):
-        path.chmod(0o644)
+        path.chmod(0o644)  # safetensors leaves it to the owner alone
+    source.carry_over(folder)
+    write_manifest(folder, manifest)

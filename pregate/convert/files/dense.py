@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 from transformers.activations import ACT2FN
 
-from pregate.base.options import Dtype
+from pregate.base.errors import in_one_line
 from pregate.convert.files.shards import DenseShards
-from pregate.convert.files.work_folder import short_digest
 from pregate.convert.progress import Progress
 from pregate.model.config_fields import without_outside_pad
 from pregate.model.file_hashes import file_sha256
@@ -37,16 +36,14 @@ def dense_config(folder: ModelFolder) -> Any:
     for key in ("hidden_activation", "hidden_act"):
         act = getattr(config, key, None)
         if act is not None and act not in ACT2FN:
-            known = ", ".join(name for name in ("silu", "gelu", "gelu_pytorch_tanh", "relu2") if name in ACT2FN)
-            raise folder.refuse(f"its config.json's {key} is {act!r}; allowed: an activation of transformers ({known})")
-    heads, key_heads = (getattr(config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
-    for whole, parts, what in (
-        (None if getattr(config, "head_dim", None) else getattr(config, "hidden_size", None), heads, "hidden_size"),
-        (heads, key_heads, "num_attention_heads"),
-    ):
+            known = "an activation of transformers (silu, gelu, gelu_pytorch_tanh, relu2)"
+            raise folder.refuse(f"its config.json's {key} is {act!r}; allowed: {known}")
+    multiples = [("num_attention_heads", "num_key_value_heads")]
+    multiples += [] if getattr(config, "head_dim", None) else [("hidden_size", "num_attention_heads")]
+    for key, divisor in multiples:
+        whole, parts = getattr(config, key, None), getattr(config, divisor, None)
         if isinstance(whole, int) and isinstance(parts, int) and whole % parts:
-            divisor = "num_attention_heads" if what == "hidden_size" else "num_key_value_heads"
-            raise folder.refuse(f"its config.json's {what} is {whole}; allowed: a multiple of {divisor}, {parts}")
+            raise folder.refuse(f"its config.json's {key} is {whole}; allowed: a multiple of {divisor}, {parts}")
     return without_outside_pad(config)
 
 
@@ -81,50 +78,33 @@ def tell_differences(folder: ModelFolder, progress: Progress) -> None:
             progress.note(f"{folder.path}: {note}")
 
 
-def stored_dtype(folder: ModelFolder) -> Dtype:
-    """What most of the model's weights are stored as; float32 where that is a type we do not write."""
-    commonest = DenseShards(folder.path, folder.option).dtypes[:1]
-    return next((dtype for dtype in get_args(Dtype) if [dtype] == commonest), "float32")
-
-
-def source_of(folder: ModelFolder) -> dict[str, Any]:
+def source_of(folder: ModelFolder, shards: DenseShards) -> dict[str, Any]:
     """What the manifest keeps of the parent: absolute path, type, and the sha256 of its config, index and shards.
 
     Shards of `HASHED_BYTES` and more together are not hashed; `hashed` says which it was. `dtypes`: what its weights
     are stored as, the commonest first, `dtype_exceptions` those not of the commonest, by name (the conversion may
     store them otherwise, and `pregate export --format dense` gives them back).
     """
-    path, shards = folder.path, DenseShards(folder.path, folder.option)
+    path, dtypes = folder.path, shards.dtypes
     files, hashed = [p for p in (path / "config.json", path / INDEX) if p.is_file()], "config, index and shards"
     if sum(shard.stat().st_size for shard in shards.files) < HASHED_BYTES:
         files += shards.files
     else:
         hashed = f"config and index alone (the shards are {HASHED_BYTES} bytes or more)"
-    source = {"path": str(path.resolve()), "model_type": folder.fields["model_type"], "hashed": hashed}
-    source["sha256"] = {p.name: file_sha256(p) for p in files}
-    return source | {"dtypes": shards.dtypes, "dtype_exceptions": shards.dtype_exceptions}
+    return {
+        "path": str(path.resolve()),
+        "model_type": folder.fields["model_type"],
+        "hashed": hashed,
+        "sha256": {p.name: file_sha256(p) for p in files},
+        "dtypes": dtypes,
+        "dtype_exceptions": {name: dtype for name, dtype in shards.weight_types.items() if [dtype] != dtypes[:1]},
+    }
 
 
-def shards_stamp(folder: ModelFolder) -> str:
-    """A digest of which files the weights are and when they were written: resolved path, size and mtime of each.
-
-    It costs the same at any size, and tells two models of one architecture and index apart.
-    """
-    files = [file.resolve() for file in DenseShards(folder.path, folder.option).files]
-    stamps = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return short_digest(stamps)
-
-
-def source_fields(folder: ModelFolder, source: dict[str, Any]) -> dict[str, Any]:
-    """What tells the dense model in `folder` apart, as fields of a fingerprint; `source` is its `source_of`.
+def source_fields(source: dict[str, Any], shards: DenseShards) -> dict[str, Any]:
+    """What tells a dense model apart, as fields of a fingerprint; `source` is its `source_of`.
 
     A large model's shards are not hashed, so its path and its shards' stamp stand for them.
     """
-    fields = {"--model": source["path"], "the model's shards": shards_stamp(folder)}
+    fields = {"--model": source["path"], "the model's shards": shards.stamp}
     return fields | {f"source {name}": digest[:16] for name, digest in source["sha256"].items()}
-
-
-def in_one_line(error: Exception) -> str:
-    """What an error of a library says, its lines joined; only the first where more is advice."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [repr(error)]
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pregate.base.errors import UserError
-from pregate.model.checkpoint import Manifest, read_manifest
+from pregate.model.checkpoint import read_manifest
 from pregate.model.file_hashes import file_sha256
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -19,14 +19,11 @@ def recorded_parent(path: Path) -> Path | None:
     """
     source = read_manifest(path).source
     was, hashes = Path(str(source.get("path", ""))), source.get("sha256", {})
-    places = (was, path.resolve().parent / was.name)
-    return next((place for place in places if hashes and _holds(place, hashes)), None)
-
-
-def _holds(folder: Path, hashes: dict[str, str]) -> bool:
-    """Whether `folder` has files of those sha256; all are looked for before any is read."""
-    files = {folder / name: digest for name, digest in hashes.items()}
-    return all(file.is_file() for file in files) and all(file_sha256(f) == digest for f, digest in files.items())
+    for place in (was, path.resolve().parent / was.name):
+        files = {place / name: digest for name, digest in hashes.items()}
+        if files and all(f.is_file() for f in files) and all(file_sha256(f) == digest for f, digest in files.items()):
+            return place
+    return None
 
 
 def dense_of(path: Path, model: RoutedForCausalLM, given: Path | None) -> Path | None:
@@ -35,26 +32,13 @@ def dense_of(path: Path, model: RoutedForCausalLM, given: Path | None) -> Path |
     That is `given`, else the recorded parent, else itself where that is the same, all but the rounding of a smaller
     type; so a checkpoint is its own last of all. UserError naming --parent where there is none of these.
     """
-    found = given or recorded_parent(path)
-    if found is None:
-        _check_own_parent(path, model)
-    return found
-
-
-def _check_own_parent(path: Path, model: RoutedForCausalLM) -> None:
-    manifest = read_manifest(path)
-    if difference := _difference(manifest, model):
-        was = manifest.source.get("path") or "its manifest does not say where"
-        where = f"that is neither where it was ({was}) nor beside the checkpoint, unchanged"
-        raise UserError.of("--model", path, f"{difference}, and {where}; give the dense model with --parent")
-
-
-def _difference(manifest: Manifest, model: RoutedForCausalLM) -> str:
-    """Why all experts together are not the parent; empty where they are."""
-    if manifest.is_tuned:
-        return "was tuned, so with every expert on it is its dense parent no more"
-    for mlp in model.routed_mlps:
-        if not mlp.is_partition:
-            overlap = f"layer {mlp.layer}'s experts overlap or leave neurons out"
-            return f"{overlap}, so with every expert on it is not its dense parent"
-    return ""
+    found, manifest = given or recorded_parent(path), read_manifest(path)
+    cut = next((f"layer {mlp.layer}'s" for mlp in model.routed_mlps if not mlp.is_partition), "")
+    if found or not (manifest.is_tuned or cut):
+        return found
+    why = "was tuned, so with every expert on it is its dense parent no more"
+    if not manifest.is_tuned:
+        why = f"{cut} experts overlap or leave neurons out, so with every expert on it is not its dense parent"
+    was = manifest.source.get("path") or "its manifest does not say where"
+    where = f"that is neither where it was ({was}) nor beside the checkpoint, unchanged"
+    raise UserError.of("--model", path, f"{why}, and {where}; give the dense model with --parent")

@@ -19,8 +19,6 @@ from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import GatedMLP, decoder_layers, find_gated_mlps
 
-_CPU = torch.device("cpu")
-
 
 @dataclass(frozen=True)
 class CutFFN:
@@ -57,6 +55,7 @@ class RoutedShards:
         layers = decoder_layers(self.parent)
         self.layers_name = next(name for name, module in self.parent.named_modules() if module is layers)
         self._shards = DenseShards(self.folder)
+        self._names = [n.removeprefix("parent.") for n in self._shards.tensors if n.startswith("parent.")]
 
     @property
     def num_layers(self) -> int:
@@ -73,19 +72,18 @@ class RoutedShards:
 
     def outer(self) -> dict[str, torch.Tensor]:
         """The parent's tensors outside the layers; a tied head is not among them."""
-        return self._read([n for n in self._parent_names() if not n.startswith(f"{self.layers_name}.")])
+        return self._read([n for n in self._names if not n.startswith(f"{self.layers_name}.")])
 
     def layer(self, index: int) -> dict[str, torch.Tensor]:
         """The parent's tensors of one layer, its FFN left out."""
         start = f"{self.layers_name}.{index}."
-        names = [n for n in self._parent_names() if n.startswith(start) and not n.startswith(self.ffn_prefix(index))]
-        return self._read(names)
+        return self._read([n for n in self._names if n.startswith(start) and not n.startswith(self.ffn_prefix(index))])
 
     def ffn(self, index: int) -> CutFFN:
         """One layer's cut FFN."""
         prefix = self.ffn_prefix(index)
-        names = [n for n in self._parent_names() if n.startswith(prefix)]
-        own = {name.removeprefix(prefix): tensor for name, tensor in self._read(names).items()}
+        found = self._read([n for n in self._names if n.startswith(prefix)])
+        own = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
         def pair(part: str) -> tuple[torch.Tensor, torch.Tensor] | None:
             return (own[f"{part}.gate_up_proj"], own[f"{part}.down_proj"]) if f"{part}.down_proj" in own else None
@@ -93,9 +91,6 @@ class RoutedShards:
         gate, bias = own.get("linear_gate.weight"), own.get("linear_gate.bias")
         return CutFFN(own["neuron_index"].long(), pair("shared"), pair("experts"), gate, bias)
 
-    def _parent_names(self) -> list[str]:
-        return [n.removeprefix("parent.") for n in self._shards.tensors if n.startswith("parent.")]
-
     def _read(self, names: list[str]) -> dict[str, torch.Tensor]:
-        found = self._shards.read([f"parent.{name}" for name in names], _CPU)
+        found = self._shards.read([f"parent.{name}" for name in names], torch.device("cpu"))
         return {name.removeprefix("parent."): tensor for name, tensor in found.items()}

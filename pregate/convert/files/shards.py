@@ -1,98 +1,111 @@
-"""Reading a dense model's safetensors tensor by tensor, by name; nothing is held but what was asked for."""
+"""A model's safetensors: read tensor by tensor, by name, so that only what was asked for is held; and written."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
+from math import prod
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
-from pregate.model.shard_file import TORCH_NAMES, weight_files
-
-#: Types that tensors may be stored in, by safetensors' names.
-STORED_TYPES: Mapping[str, torch.dtype] = MappingProxyType({n: getattr(torch, t) for n, t in TORCH_NAMES.items()})
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies, and its shape; `dtype` as safetensors names it (F32, BF16, ...)."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def is_weight(self) -> bool:
-        return STORED_TYPES[self.dtype].is_floating_point
+from pregate.base.options import Dtype
+from pregate.model.file_hashes import short_digest
+from pregate.model.folder import ModelFolder
+from pregate.model.shard_file import INDEX, TORCH_NAMES, ShardFile, Stored, weight_files
 
 
 class DenseShards:
-    """The tensors of a dense model folder: one `model.safetensors`, or several files under an index.
+    """The tensors of a model folder: one `model.safetensors`, or several files under an index.
 
-    Only headers are read until `read` is called, and no file stays open or mapped afterwards. UserError says what is
-    wrong with a folder: no safetensors (pickled `.bin` files are not read), a file missing or damaged, or a
-    quantised type.
+    Only headers are read until `read` is called. UserError says what is wrong with a folder: no safetensors (pickled
+    `.bin` files are not read), a file missing or damaged, or a quantised type.
     """
 
     def __init__(self, folder: Path, option: str = "--model") -> None:
         self.folder, self._option = folder, option
-        self.tensors: dict[str, StoredTensor] = {}
-        #: The files that are read, and no other that lies beside them.
+        self.tensors: dict[str, Stored] = {}
+        self._shards: dict[str, ShardFile] = {}
         try:
+            #: The files that are read, and no other that lies beside them.
             self.files = weight_files(folder)
         except ValueError as error:
             raise UserError.of(option, folder, str(error)) from error
         for file in self.files:
-            with self._open(file) as shard:
-                for name in shard.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                    self.tensors[name] = self._describe(file, name, shard.get_slice(name))
+            try:
+                shard = ShardFile(file)
+            except (ValueError, OSError) as error:
+                raise self._unreadable(file, error) from error
+            self.tensors |= shard.tensors
+            self._shards |= dict.fromkeys(shard.tensors, shard)
+        for name, stored in self.tensors.items():
+            if stored.dtype not in TORCH_NAMES:
+                allowed = f"allowed: {', '.join(TORCH_NAMES)}"
+                raise UserError.of(option, folder, f"{name} is stored as {stored.dtype}; {allowed}")
+
+    @classmethod
+    def of(cls, folder: ModelFolder) -> DenseShards:
+        return cls(folder.path, folder.option)
 
     def read(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
         """Copies of the named tensors on `device`; weights in float32, whatever they are stored as."""
         found: dict[str, torch.Tensor] = {}
         for name in names:
-            stored = self.tensors[name]
-            dtype = torch.float32 if stored.is_weight else None
-            with self._open(stored.file) as shard:  # opened anew each time: closing unmaps the pages that were touched
-                found[name] = shard.get_tensor(name).to(device, dtype, copy=True)
+            shard = self._shards[name]
+            try:
+                tensor = shard.read(name)
+            except (ValueError, OSError) as error:
+                raise self._unreadable(shard.path, error) from error
+            found[name] = tensor.to(device, torch.float32 if tensor.is_floating_point() else None)
         return found
 
     @property
-    def dtypes(self) -> list[str]:
-        """What weights are stored as, in torch's names, the commonest first."""
-        return [dtype for dtype, _count in Counter(self._weight_types().values()).most_common()]
+    def weight_types(self) -> dict[str, str]:
+        """What each weight is stored as, in torch's names."""
+        named = {name: TORCH_NAMES[stored.dtype] for name, stored in self.tensors.items()}
+        return {name: dtype for name, dtype in named.items() if "float" in dtype}
 
     @property
-    def dtype_exceptions(self) -> dict[str, str]:
-        """Weights stored otherwise than the commonest type, by name: norms in float32 among bfloat16, say."""
-        commonest = self.dtypes[:1]
-        return {name: dtype for name, dtype in self._weight_types().items() if [dtype] != commonest}
+    def dtypes(self) -> list[str]:
+        """What weights are stored as, the commonest first."""
+        return [dtype for dtype, _count in Counter(self.weight_types.values()).most_common()]
 
-    def _weight_types(self) -> dict[str, str]:
-        stored = {name: tensor.dtype for name, tensor in self.tensors.items() if tensor.is_weight}
-        return {name: dtype_name(STORED_TYPES[dtype]) for name, dtype in stored.items()}
+    @property
+    def dtype(self) -> Dtype:
+        """What most weights are stored as; float32 where that is a type we do not write."""
+        return next((dtype for dtype in get_args(Dtype) if [dtype] == self.dtypes[:1]), "float32")
 
-    def _describe(self, file: Path, name: str, stored: Any) -> StoredTensor:
-        if stored.get_dtype() not in STORED_TYPES:
-            allowed = f"allowed: {', '.join(STORED_TYPES)}"
-            raise UserError.of(self._option, self.folder, f"{name} is stored as {stored.get_dtype()}; {allowed}")
-        return StoredTensor(file, tuple(stored.get_shape()), stored.get_dtype())
+    @property
+    def stamp(self) -> str:
+        """A digest of which files these are and when they were written: resolved path, size and mtime of each.
 
-    @contextmanager
-    def _open(self, file: Path) -> Iterator[Any]:
-        try:
-            with safe_open(file, framework="pt") as shard:
-                yield shard
-        except (SafetensorError, OSError) as error:
-            reason = str(error).strip().split("\n", 1)[0]
-            raise UserError.of(
-                self._option, self.folder, f"its weights cannot be loaded ({file.name}: {reason})"
-            ) from error
+        It costs the same at any size, and tells two models of one architecture and index apart.
+        """
+        found = [(file.resolve(), file.stat()) for file in self.files]
+        return short_digest([(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in found])
+
+    def _unreadable(self, file: Path, error: Exception) -> UserError:
+        return UserError.of(self._option, self.folder, f"its weights cannot be loaded ({file.name}: {error})")
+
+
+def write_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file that whoever may read the folder may read (safetensors itself makes it private)."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)
+
+
+def write_index(folder: Path) -> None:
+    """Write the index of the safetensors files in `folder`, from their headers."""
+    weight_map: dict[str, str] = {}
+    sizes = {"total_parameters": 0, "total_size": 0}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, stored in ShardFile(path).tensors.items():
+            weight_map[name] = path.name
+            sizes["total_parameters"] += prod(stored.shape)
+            sizes["total_size"] += stored.stop - stored.start
+    index: dict[str, Any] = {"metadata": sizes, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, in_one_line
 from pregate.base.memory import give_back_heap
-from pregate.convert.files.dense import check_finite, dense_config, in_one_line
-from pregate.convert.files.rounding import as_stored
+from pregate.convert.files.assembly import as_stored
+from pregate.convert.files.dense import check_finite, dense_config
 from pregate.convert.files.shards import DenseShards
 from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
@@ -148,7 +148,7 @@ class Skeleton:
             parts.append(hidden_states.clone())
             return hidden_states
 
-        with self._running(0, record):
+        with with_forward(self.layers[0], record):
             for rows_SN in ids_SN.split(windows_per_slice(ids_SN.shape[1])):
                 self.model.base_model(input_ids=rows_SN.to(self.device), use_cache=False)
         return torch.cat(parts)
@@ -167,7 +167,7 @@ class Skeleton:
                 out.append(type(layer).forward(layer, rows_SND, *args, **kwargs))  # noqa: B023 (called in this turn)
                 return hidden_states
 
-            with self._running(index, compute):
+            with with_forward(layer, compute):
                 self.model.base_model(inputs_embeds=rows_SND, use_cache=False)
             if not isinstance(out[0], torch.Tensor) or out[0].shape != rows_SND.shape:
                 reason = f"{type(layer).__name__} returns more than hidden states; such layers cannot be streamed"
@@ -181,16 +181,21 @@ class Skeleton:
             def give(*_args: Any, **_kwargs: Any) -> torch.Tensor:
                 return rows_ND[None]  # noqa: B023
 
-            with self._running(len(self.layers) - 1, give):
+            with with_forward(self.layers[-1], give):
                 yield self.model(inputs_embeds=rows_ND[None], use_cache=False).logits[0]
 
-    @contextmanager
-    def _running(self, index: int, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
-        self.layers[index].forward = forward
-        try:
-            yield
-        finally:
-            self.layers[index].forward = pass_through
+
+@contextmanager
+def with_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the block `module` computes `forward`; afterwards what it did before."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def pass_through(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:

@@ -59,11 +59,9 @@ class AgreementMeter:
     All are asked about the states that the routing in use leads to. Layers without a choice (no routed expert
     active, or all of them) do not count towards agreement. With `fixed_number` the oracle takes that of each layer
     whatever the checkpoint's selection: to compare with a policy that does. Without `compares` only what is active is
-    counted, which spares the oracle's work. `tallies` are by pair of names ("path_vs_gate"), of all layers together;
-    `by_layer` has the same of each.
+    counted, which spares the oracle's work. `by_layer`: tallies of each layer by pair of names ("path_vs_gate").
     """
 
-    tallies: dict[str, Tally] = field(default_factory=dict)
     by_layer: dict[int, dict[str, Tally]] = field(default_factory=dict)
     active_neurons: int = 0
     all_neurons: int = 0
@@ -73,18 +71,23 @@ class AgreementMeter:
     @classmethod
     def resumed(cls, fields: dict[str, Any]) -> AgreementMeter:
         """A meter that goes on from `dataclasses.asdict` of another, by way of JSON or not (or from nothing: {})."""
-        tallies = _tallies(fields.get("tallies", {}))
-        by_layer = {int(layer): _tallies(pairs) for layer, pairs in fields.get("by_layer", {}).items()}
-        return cls(tallies, by_layer, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
+        by_layer = {
+            int(layer): {pair: Tally(**tally) for pair, tally in pairs.items()}
+            for layer, pairs in fields.get("by_layer", {}).items()
+        }
+        return cls(by_layer, fields.get("active_neurons", 0), fields.get("all_neurons", 0))
 
     def add(self, layer: int, choices: dict[str, torch.Tensor], real_T: torch.Tensor) -> None:
         """Count what one layer's tokens would get by each name in `choices`, ids [T, K]; padding is left out."""
         here = self.by_layer.setdefault(layer, {})
         for (name, ids), (other, other_ids) in combinations(choices.items(), 2):
-            pair, tally = f"{name}_vs_{other}", Tally()
-            tally.add(ids[real_T], other_ids[real_T])
-            here[pair] = here.get(pair, Tally()) + tally
-            self.tallies[pair] = self.tallies.get(pair, Tally()) + tally
+            here.setdefault(f"{name}_vs_{other}", Tally()).add(ids[real_T], other_ids[real_T])
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """By pair of names, of all layers together."""
+        pairs = dict.fromkeys(pair for pairs in self.by_layer.values() for pair in pairs)
+        return {p: sum((pairs[p] for pairs in self.by_layer.values() if p in pairs), Tally()) for p in pairs}
 
     @property
     def forecast(self) -> dict[int, Tally]:
@@ -106,14 +109,11 @@ class AgreementMeter:
         return {name: tally.figures() for name, tally in self.tallies.items()}
 
 
-def _tallies(fields: dict[str, dict[str, Any]]) -> dict[str, Tally]:
-    return {pair: Tally(**tally) for pair, tally in fields.items()}
-
-
 class MeteredPolicy:
     """Routes as `inner` does and tells `meter` what each router would have chosen; lives for one forward pass.
 
-    `paths_TLK` are the path router's choices for the same tokens, or None; `real_T` is False at padding. With a
+    `paths_TLK` are the path router's choices for the same tokens, or None; `real_T` is False at padding (None: there
+    is none). With a
     `control_name`, what `inner` chose is compared with them under that name.
     """
 
@@ -121,7 +121,7 @@ class MeteredPolicy:
         self,
         inner: RoutingPolicy,
         meter: AgreementMeter,
-        real_T: torch.Tensor,
+        real_T: torch.Tensor | None,
         paths_TLK: torch.Tensor | None,
         control_name: str | None = None,
     ) -> None:
@@ -130,7 +130,8 @@ class MeteredPolicy:
 
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         chosen = self._inner.choose(mlp, x_TD)
-        self._meter.count(mlp, chosen.ids, self._real_T)
+        real_T = torch.ones(len(x_TD), dtype=torch.bool).to(x_TD.device) if self._real_T is None else self._real_T
+        self._meter.count(mlp, chosen.ids, real_T)
         if self._meter.compares and 0 < mlp.cut.num_active < mlp.cut.num_routed:
             choices: dict[str, torch.Tensor] = {}
             if self._control_name is not None:
@@ -139,5 +140,5 @@ class MeteredPolicy:
                 choices["path"] = self._paths_TLK[:, mlp.layer]
             choices["gate"] = mlp.gate.choose(x_TD).ids
             choices["oracle"] = OraclePolicy(self._meter.fixed_number).choose(mlp, x_TD).ids
-            self._meter.add(mlp.layer, choices, self._real_T)
+            self._meter.add(mlp.layer, choices, real_T)
         return chosen

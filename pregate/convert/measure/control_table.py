@@ -10,17 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.controls import (
-    AllPolicy,
-    LinearGatePolicy,
-    OraclePolicy,
-    PaperGatePolicy,
-    RandomPolicy,
-    static_mask,
-)
+from pregate.convert.measure.controls import AllPolicy, OraclePolicy, RandomPolicy, static_mask
 from pregate.convert.measure.scoring import Score, score_rows
-from pregate.convert.progress import Progress, QuietProgress
-from pregate.model.layers import RoutingPolicy
+from pregate.convert.progress import QUIET, Progress
+from pregate.model.layers import GatePolicy, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
 
 DENSE, STATIC = "dense parent", "static mask"
@@ -42,7 +35,7 @@ def control_rows(
     num_bytes: int,
     parent: Any = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> dict[str, dict[str, float]]:
     """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
 
@@ -51,7 +44,6 @@ def control_rows(
     agreement with the oracle is that on the hidden states its own routing leads to; a control that takes a fixed
     number of experts is compared with an oracle that takes as many.
     """
-    progress = progress or QuietProgress()
     if parent is None:
         assert model.is_partition, "not its own parent"
         dense = score_rows(model, rows, None, progress, AllPolicy(), DENSE)
@@ -75,8 +67,8 @@ def _policies(model: RoutedForCausalLM, seed: int) -> dict[str, RoutingPolicy | 
     """Who routes in each control; None: the path router of an exact checkpoint."""
     policies: dict[str, RoutingPolicy | None] = {
         RANDOM: RandomPolicy(seed),
-        PAPER: PaperGatePolicy(),
-        LINEAR: LinearGatePolicy(),
+        PAPER: GatePolicy("paper_gate"),
+        LINEAR: GatePolicy("linear_gate"),
     }
     if not any(mlp.paper_gate is not None and mlp.paper_gate.weight.any() for mlp in model.routed_mlps):
         del policies[PAPER]

@@ -1,5 +1,5 @@
-"""Routing policies to compare a real router with: random choice, either gate, the oracle, every expert on; and a
-static mask, which is no routing at all.
+"""Routing policies to compare a real router with: random choice, the oracle, every expert on; and a static
+mask, which is no routing at all.
 
 Set a policy as `RoutedForCausalLM.routing_policy`. Shape letters: T tokens, D hidden width, R routed experts, K active,
 M expert width.
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
+from pregate.convert.measure.overlap import distinct_neurons
 from pregate.kernels.reference import above, top_k
 from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP, SharedExpert, find_routed_slots, weighted_mass
@@ -28,22 +28,6 @@ class RandomPolicy:
     def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
         scores_TR = torch.rand(x_TD.shape[0], mlp.cut.num_routed, generator=self._generator)
         return Choice(top_k(scores_TR.to(x_TD.device), mlp.cut.num_active))
-
-
-class LinearGatePolicy:
-    """Each layer's linear gate, whichever gate or router is in use."""
-
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        assert mlp.linear_gate is not None
-        return mlp.linear_gate.choose(x_TD)
-
-
-class PaperGatePolicy:
-    """Each layer's representative gate (CMoE), whichever gate or router is in use."""
-
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        assert mlp.paper_gate is not None
-        return mlp.paper_gate.choose(x_TD)
 
 
 class OraclePolicy:
@@ -90,7 +74,7 @@ def _pruned(mlp: RoutedMLP) -> SharedExpert:
     """The best neurons of `mlp` as one FFN, in row order; of a neuron that several experts hold, the first row."""
     cut = mlp.cut
     width = (cut.num_shared + cut.num_active) * cut.expert_width
-    rows = first_rows(mlp.neuron_index)
+    rows = distinct_neurons(mlp.neuron_index.long())[1].sort().values
     best = torch.argsort(mlp.neuron_score[rows], descending=True, stable=True)[:width]
     kept = rows[best].sort().values
     width = len(kept)  # fewer where experts that overlap hold fewer neurons than their widths add up to
@@ -100,12 +84,3 @@ def _pruned(mlp: RoutedMLP) -> SharedExpert:
     pruned.gate_up_proj.data = torch.cat([gate[kept], up[kept]])
     pruned.down_proj.data = down[:, kept]
     return pruned.requires_grad_(False)
-
-
-def first_rows(neuron_index: torch.Tensor) -> torch.Tensor:
-    """The first row of every neuron that has one, ascending.
-
-    Example: neuron_index [4, 7, 4, 2] gives rows [0, 1, 3].
-    """
-    _, first = np.unique(neuron_index.cpu().numpy(), return_index=True)
-    return torch.from_numpy(np.sort(first)).to(neuron_index.device)

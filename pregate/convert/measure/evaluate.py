@@ -12,12 +12,13 @@ from pregate.convert.measure.control_table import control_rows
 from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import load_any, score_rows
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import QUIET, Progress
+from pregate.convert.text.amount import check_scored
 from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
 
 
-def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict[str, Any]:
+def evaluate(options: EvaluateOptions, progress: Progress = QUIET) -> dict[str, Any]:
     """Score a model on text; for a routed model also how its routers agree with each other and with the oracle.
 
     Where a path router only forecasts, also how often it names the gates' experts, layer by layer.
@@ -26,14 +27,14 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     UserError for a folder that is no model, text that cannot be read, controls of a dense model, and controls whose
     dense parent is needed and not found.
     """
-    progress = progress or QuietProgress()
     folder = read_folder(options.model)
     if options.controls and not folder.is_routed:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
     text = ScoredText.read(folder, options.text, options.max_tokens, options.seed or 0, options.text_field)
-    text.check_amount(options.text, progress)
+    check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
     model = load_any(folder)
-    parent = _load_parent(options, model) if options.controls else None
+    parent_path = dense_of(options.model, model, options.parent) if options.controls else None
+    parent = None if parent_path is None else load_dense(read_folder(parent_path, "--parent"))
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, text.rows, meter, progress)
     result: dict[str, Any] = {
@@ -53,9 +54,3 @@ def evaluate(options: EvaluateOptions, progress: Progress | None = None) -> dict
     if options.controls:
         result["controls"] = control_rows(model, text.rows, text.num_bytes, parent, options.seed or 0, progress)
     return result
-
-
-def _load_parent(options: EvaluateOptions, model: RoutedForCausalLM) -> Any:
-    """The dense model to compare with; None for the checkpoint itself."""
-    path = dense_of(options.model, model, options.parent)
-    return None if path is None else load_dense(read_folder(path, "--parent"))

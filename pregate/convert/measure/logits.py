@@ -5,12 +5,13 @@ Shape letters: B documents of a batch, N tokens, n positions of a piece, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from pregate.convert.files.skeleton import with_forward
 
 #: Logits held at a time: 256 MiB of float32. (2,048 tokens of a vocabulary of 32,768 are still one piece.)
 MOST_LOGITS = 1 << 26
@@ -41,22 +42,10 @@ def logits_in_pieces(model: Any, ids_BN: torch.Tensor, mask_BN: torch.Tensor) ->
         out.last_hidden_state = kept[0][:, :size]
         return out
 
-    with _giving(base, first):
+    with with_forward(base, first):
         logits_BnV = model(**inputs).logits
     yield logits_BnV
     for hidden_BnD in kept[0][:, size:].split(size, dim=1):
-        with _giving(base, lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_BnD)):  # noqa: B023
+        with with_forward(base, lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_BnD)):  # noqa: B023
             logits_BnV = lm(inputs_embeds=hidden_BnD, use_cache=False).logits
         yield logits_BnV
-
-
-@contextmanager
-def _giving(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

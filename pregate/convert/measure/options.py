@@ -11,10 +11,7 @@ from pregate.base.errors import UserError
 from pregate.base.options import Model, Needs, TextField, Texts, Word, options
 
 Parent = Annotated[
-    Path | None,
-    Field(description="The dense parent."),
-    Needs("model"),
-    Word("the one the manifest names, if it is there", written=False),
+    Path | None, "The dense parent.", Needs("model"), Word("the one the manifest names, if it is there", written=False)
 ]
 
 
@@ -22,21 +19,18 @@ Parent = Annotated[
 class EvaluateOptions:
     """What `pregate evaluate` is asked: a model folder (dense or routed), files of text, and how much of it at most.
 
-    Documents are drawn with `seed` (None: 0), from every folder of `text` alike, as `pregate report` draws them.
+    Documents are drawn with `seed` (None: 0), which is that of random routing too, from every folder of `text` alike.
     With `controls` a routed model is scored once more by each routing it is to be compared with; `parent` is the
     dense model it came from (None: the one its manifest names if it is found, else the model itself with every expert
     on, where that is the same).
-    `seed` is that of random routing too.
     """
 
     model: Model
-    text: Annotated[Texts, Field(description="Text to score")]
-    max_tokens: Annotated[int | None, Field(ge=1, description="Score at most so many tokens.")] = None
-    controls: Annotated[bool, Field(description="Score the model by other routings as well.")] = False
+    text: Annotated[Texts, "Text to score"]
+    max_tokens: Annotated[int | None, Field(ge=1), "Score at most so many tokens."] = None
+    controls: Annotated[bool, "Score the model by other routings as well."] = False
     parent: Parent = None
-    seed: Annotated[
-        int | None, Field(ge=0, description="Seed of random routing and of what --max-tokens leaves out.")
-    ] = None
+    seed: Annotated[int | None, Field(ge=0), "Seed of random routing and of what --max-tokens leaves out."] = None
     text_field: TextField = None
 
     def __post_init__(self) -> None:

@@ -1,10 +1,10 @@
-"""Experts that overlap: which rows they share, and what a swap that moves only the others costs. Pure NumPy.
+"""Experts that overlap: which rows they share, and what a swap that moves only the others costs.
 
 Two rows of a layer are the same weights when `neuron_index` names the same parent neuron, and the experts were not
 trained apart (`tied`: not trained, or by `read-me` alone, unless `--no-tie-overlap`; `tune` trains them apart). A host
 that swaps expert j for expert i then needs only the rows of i that j has not.
 
-Shape letters: R routed experts, M expert width, I neurons of the dense FFN.
+Shape letters: R routed experts, M expert width, I neurons of the dense FFN, U distinct rows.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pregate.model.config import LayerCut
+from pregate.model.layers import RoutedMLP
 
 
 @dataclass(frozen=True)
@@ -92,11 +94,7 @@ def overlaps(neuron_index: np.ndarray) -> bool:
 
 
 def overlap_figures(
-    indexes: Sequence[np.ndarray],
-    cuts: Sequence[LayerCut],
-    widths: Sequence[int],
-    row_bytes: int,
-    tied: bool = True,
+    indexes: Sequence[np.ndarray], cuts: Sequence[LayerCut], widths: Sequence[int], row_bytes: int, tied: bool = True
 ) -> dict[str, Any]:
     """What a manifest keeps of a cut whose experts overlap: coverage, the permanent part, and swaps.
 
@@ -135,3 +133,17 @@ def permanent_channels(routed_RM: np.ndarray) -> np.ndarray:
     """The channels that every expert holds, ascending."""
     channels, counts = np.unique(routed_RM, return_counts=True)
     return channels[counts == len(routed_RM)]
+
+
+def rows_are_tied(mlp: RoutedMLP) -> bool:
+    """Whether rows of one layer that hold the same parent neuron have equal weights, bit for bit."""
+    slots, first_U = distinct_neurons(mlp.neuron_index.long())
+    gate_up, down = mlp.dense_weights()
+    return all(torch.equal(rows, rows[first_U[slots]]) for rows in (*gate_up.chunk(2), down.T))
+
+
+def distinct_neurons(neurons: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which distinct neuron each row holds, in the shape of `neurons`, and the first row (flat) of each of them [U]."""
+    distinct_U, slots = neurons.unique(return_inverse=True)
+    first_U = torch.full_like(distinct_U, slots.numel())
+    return slots, first_U.scatter_reduce_(0, slots.flatten(), torch.arange(slots.numel()).to(slots), "amin")

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pregate.convert.measure.scoring import encode_all
-from pregate.convert.progress import Progress
-from pregate.convert.text.amount import check_scored
 from pregate.convert.text.documents import draw_documents, read_documents
 from pregate.model.folder import ModelFolder
 
@@ -32,7 +30,7 @@ class ScoredText:
     ) -> ScoredText:
         """Draw documents of `paths` with `seed`, from every folder alike, until `max_tokens` are scored (None: all).
 
-        UserError for text that cannot be read; `check_amount` refuses what gives nothing to score.
+        UserError for text that cannot be read; `amount.check_scored` refuses what gives nothing to score.
         """
         context = model.context_tokens
         texts = [d.text for d in draw_documents(read_documents(paths, context, "--text", text_field), seed)]
@@ -43,12 +41,6 @@ class ScoredText:
     def num_tokens(self) -> int:
         """Tokens that are scored."""
         return sum(len(row) - 1 for row in self.rows)
-
-    def check_amount(self, paths: Sequence[Path], progress: Progress) -> None:
-        """UserError where the text is too little to say anything, a note where it is little; as much as is asked for
-        with `max_tokens` will do.
-        """
-        check_scored(self.rows, self.max_tokens, "--text", paths, progress)
 
     def check_same_tokens(self, other: ModelFolder) -> None:
         """UserError where another model reads the text as other tokens; then perplexities do not compare."""

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
 from pregate.convert.measure.logits import logits_in_pieces
-from pregate.convert.progress import Advance, Progress, QuietProgress
+from pregate.convert.progress import QUIET, Advance, Progress
 from pregate.convert.text.batches import batches, padded
-from pregate.convert.text.calibration import encode
+from pregate.convert.text.calibration import encode_pool
 from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import decoder_layers
 from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
@@ -79,7 +79,7 @@ def score_rows(
     model: Any,
     rows: Sequence[list[int]],
     meter: AgreementMeter | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
     control: RoutingPolicy | None = None,
     name: str = "",
 ) -> Score:
@@ -89,7 +89,7 @@ def score_rows(
     which counts tokens: a long document advances it layer by layer.
     """
     score, total = Score(0.0, 0), sum(map(len, rows))
-    with (progress or QuietProgress()).stage(f"scoring {name}".rstrip(), total) as advance:
+    with progress.stage(f"scoring {name}".rstrip(), total) as advance:
         for batch in batches(rows):
             ids_BN, mask_BN = (t.to(model.device) for t in padded([rows[i] for i in batch]))
             policy = control if meter is None else _metered(model, ids_BN, mask_BN, meter, control)
@@ -158,13 +158,6 @@ def encode_all(
     tokenizer: Any, texts: Sequence[str], context: int, max_tokens: int | None
 ) -> tuple[list[list[int]], int]:
     """Rows of ids until `max_tokens` scored tokens are reached, and how many bytes of text are scored."""
-    rows, num_bytes, left = [], 0, math.inf if max_tokens is None else max_tokens
-    for text in texts:
-        if left < 1:
-            break
-        ids = encode(tokenizer, text, int(min(context, left + 1)))
-        if len(ids) > 1:
-            rows.append(ids)
-            num_bytes += len(tokenizer.decode(ids[1:]).encode())
-            left -= len(ids) - 1
-    return rows, num_bytes
+    total = math.inf if max_tokens is None else max_tokens
+    rows = list(encode_pool(texts, tokenizer, context, total, num_given=1))
+    return rows, sum(len(tokenizer.decode(ids[1:]).encode()) for ids in rows)

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from pregate.convert.cut.assignment import balanced_assignment
-from pregate.convert.paths.mass_scale import MassScale
-from pregate.convert.paths.targets import TargetPool
+from pregate.convert.paths.targets import MassScale, TargetPool
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -50,7 +49,9 @@ def aligned_orders(target_TS: torch.Tensor, num_layers: int) -> np.ndarray:
     if target_TS.shape[1] % num_layers:
         raise ValueError(f"{target_TS.shape[1]} experts in {num_layers} layers: every layer needs as many")
     num_routed = target_TS.shape[1] // num_layers
-    correlation_SS = _correlation(target_TS).reshape(num_layers, num_routed, num_layers, num_routed)
+    centred_TS = target_TS.double() - target_TS.double().mean(dim=0)
+    scaled_TS = centred_TS / centred_TS.norm(dim=0).clamp_min(1e-12)
+    correlation_SS = (scaled_TS.T @ scaled_TS).numpy().reshape(num_layers, num_routed, num_layers, num_routed)
     orders = np.tile(np.arange(num_routed), (num_layers, 1))
     for number in range(_MAX_PASSES):
         before = orders.copy()
@@ -63,12 +64,6 @@ def aligned_orders(target_TS: torch.Tensor, num_layers: int) -> np.ndarray:
         if number and (orders == before).all():
             break
     return orders
-
-
-def _correlation(target_TS: torch.Tensor) -> np.ndarray:
-    centred = target_TS.double() - target_TS.double().mean(dim=0)
-    scaled = centred / centred.norm(dim=0).clamp_min(1e-12)
-    return (scaled.T @ scaled).numpy()
 
 
 @torch.no_grad()

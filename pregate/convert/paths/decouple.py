@@ -8,23 +8,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from pregate.base.errors import UserError, option_name
+from pregate.base.errors import UserError
 from pregate.convert.files.assembly import assemble, write_checkpoint
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
-from pregate.convert.files.work_folder import run_by, short_digest, writing
+from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.paths.targets import TargetPool, collect_targets
-from pregate.convert.paths.training import Keeper, TrainingOptions, first_and_last, hit_rate, set_thresholds, train
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.paths.training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
+from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_learned
 from pregate.convert.text.calibration import encode_pool
 from pregate.convert.text.documents import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, check_new_folder, read_manifest
 from pregate.model.config import RoutedConfig
-from pregate.model.file_hashes import file_sha256
+from pregate.model.file_hashes import file_sha256, short_digest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gates import RepresentativeGate
 from pregate.model.layers import kept_float32
@@ -34,29 +34,29 @@ from pregate.model.path_router import PathRouter
 from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
 
 
-def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Manifest:
+def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
     """Train a path router on `options.text` and write a checkpoint with it to `options.out`; returns its manifest.
 
     Its paths are exact, or with `predict` a forecast of what the gates will choose. UserError for a model that is not
     layer-wise routed, has a path router already, or has nothing to route. A run that was interrupted goes on when it is
     asked for again and gives the same checkpoint, on the same machine with as many threads.
     """
-    progress = progress or QuietProgress()
     check_new_folder(options.out)
     source = read_folder(options.model)
     config = _layerwise_config(source)
     check_heads(options.shape(), config.cuts)
     rows = read_rows(options, source)
     check_learned(rows, options.pool_tokens, "--text", options.text, progress)
-    fingerprint = fingerprint_of(options, rows)
-    with open_partial(options.out, fingerprint, options.steps, options.restart, "step") as partial:
+    read = {"--model": str(options.model.resolve()), "its manifest": file_sha256(options.model / MANIFEST)[:16]}
+    known = fingerprint(options.describe(), read | {"text": short_digest(rows)}, torch.device("cpu"))
+    with open_partial(options.out, known, options.steps, options.restart, "step") as partial:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         if not options.predict:
             _refuse_weights(model, options)
         pool = _collected(model, rows, options, partial, progress)
         if options.heads == "single":
             pool = align_experts(model, pool)
-        router, figures = train_router(model, pool, options, progress, _Keeper(partial))
+        router, figures = train_router(model, pool, options, progress, partial)
         measured_on = pool.held_back().rows
         figures |= _figures("layerwise", model, measured_on, progress)
         routed = routed_with(model, router, options)
@@ -68,13 +68,6 @@ def decouple(options: DecoupleOptions, progress: Progress | None = None) -> Mani
             write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype)
         partial.finish()
     return read_manifest(options.out)
-
-
-def fingerprint_of(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:
-    """Everything the result depends on, by name."""
-    fields = {option_name(k): v for k, v in options.describe().items() if k not in ("model", "out", "text")}
-    fields |= {"--model": str(options.model.resolve()), "its manifest": file_sha256(options.model / MANIFEST)[:16]}
-    return fields | {"text": short_digest(rows)} | run_by(torch.device("cpu"))
 
 
 def _collected(
@@ -98,20 +91,6 @@ def _collected(
     return pool
 
 
-class _Keeper:
-    """Keeps the router's training in the folder of an unfinished run."""
-
-    def __init__(self, partial: PartialCheckpoint) -> None:
-        self._partial = partial
-
-    def load(self) -> tuple[int, dict[str, torch.Tensor], list[float]]:
-        state = self._partial.state
-        return state.layers_done, self._partial.hidden(torch.device("cpu")), list(state.carried["losses"])
-
-    def save(self, num_steps: int, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
-        self._partial.layer_done(tensors, {"losses": losses}, num_steps - self._partial.state.layers_done)
-
-
 def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]], progress: Progress) -> dict[str, Any]:
     meter = AgreementMeter()
     score = score_rows(model, rows, meter, progress, name=name)
@@ -122,7 +101,7 @@ def read_rows(options: DecoupleOptions, source: ModelFolder) -> list[list[int]]:
     """Token ids of the documents to learn on, drawn with the seed."""
     length = min(options.sequence_length, source.context_tokens)
     documents = draw_documents(read_documents(options.text, length, "--text", options.text_field), options.seed)
-    rows = list(encode_pool(documents, source.tokenizer, length, options.pool_tokens))
+    rows = list(encode_pool([d.text for d in documents], source.tokenizer, length, options.pool_tokens))
     if len(rows) < 2:
         raise UserError.of("--text", " ".join(map(str, options.text)), "needs two documents of two tokens or more")
     return rows
@@ -130,11 +109,14 @@ def read_rows(options: DecoupleOptions, source: ModelFolder) -> list[list[int]]:
 
 def _manifest(source: Manifest, options: DecoupleOptions, rows: list[list[int]], figures: dict[str, Any]) -> Manifest:
     """The layer-wise checkpoint's manifest with what was added under "decouple"."""
+    files = [str(path) for path in text_files(options.text, "--text")]
+    tokens = {"num_documents": len(rows), "num_tokens": sum(map(len, rows))}
+    text = {"files": files, **tokens, "seed": options.seed}
     return Manifest(
         method=f"{source.method}+decouple",
         options=source.options | {"decouple": options.describe()},
         source=source.source | {"layerwise": str(options.model.resolve())},
-        calibration=source.calibration | {"decouple": _describe_text(options, rows)},
+        calibration=source.calibration | {"decouple": text},
         figures=source.figures | {"decouple": figures},
     )
 
@@ -144,7 +126,7 @@ def train_router(
     pool: TargetPool,
     options: DecoupleOptions,
     progress: Progress,
-    keeper: Keeper | None = None,
+    partial: PartialCheckpoint | None = None,
 ) -> tuple[PathRouter, dict[str, Any]]:
     """Train a path router for `model` on the pool less its held-back documents, and measure it on those."""
     with torch.random.fork_rng(devices=[]):
@@ -153,7 +135,7 @@ def train_router(
         router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
         embedding: Any = model.get_input_embeddings()
         training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
-        losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress, keeper)
+        losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress, partial)
     router.requires_grad_(False)
     set_thresholds(router, pool.training(), progress)
     name = "path_vs_gate" if options.predict else "path_vs_oracle"
@@ -161,23 +143,21 @@ def train_router(
 
 
 def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
-    """The router's operations per token and their share of the dense parent's; a warning where that is much."""
+    """The router's operations per token and their share of the dense parent's; a warning where that is much.
+
+    The parent's parameters count, less an embedding that is only looked up in (one tied to the head is not).
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    weights = {id(p): p.numel() for n, p in model.parent.named_parameters() if not kept_float32(n)}
+    multiplied = sum(weights.values()) - (0 if embedding is head or embedding is None else embedding.numel())
     flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
-    share = flops / backbone_flops(_num_multiplied(model))
+    share = flops / backbone_flops(multiplied)
     figures = {"router_flops_per_token": flops, "router_flops_share": round(share, 5)}
     if share <= MAX_SHARE:
         return figures
     much = f"the path router costs {share:.1%} of the dense model's operations, more than {MAX_SHARE:.0%}"
     return figures | {"warning": f"{much}; a smaller --dim, --window or --blocks costs less"}
-
-
-def _num_multiplied(model: RoutedForCausalLM) -> int:
-    """The dense parent's parameters less an embedding that is only looked up in (one tied to the head is not)."""
-    parameters = {id(p): p.numel() for n, p in model.parent.named_parameters() if not kept_float32(n)}
-    embedding, head = (
-        getattr(m, "weight", None) for m in (model.get_input_embeddings(), model.get_output_embeddings())
-    )
-    return sum(parameters.values()) - (0 if embedding is head or embedding is None else embedding.numel())
 
 
 def _layerwise_config(folder: ModelFolder) -> RoutedConfig:
@@ -206,12 +186,3 @@ def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleO
     routing = "layerwise" if options.predict else "path"
     fields = model.config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
     return assemble(RoutedConfig.from_dict(fields), model.parent, router)
-
-
-def _describe_text(options: DecoupleOptions, rows: list[list[int]]) -> dict[str, Any]:
-    return {
-        "files": [str(p) for p in text_files(options.text, "--text")],
-        "num_documents": len(rows),
-        "num_tokens": sum(map(len, rows)),
-        "seed": options.seed,
-    }

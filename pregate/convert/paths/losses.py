@@ -10,12 +10,11 @@ or code logits), R routed experts of a layer, K selectors, B bits, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch.nn import functional as F
 
-from pregate.convert.paths.mass_scale import MassScale
+from pregate.convert.paths.targets import MassScale
 from pregate.kernels.reference import threshold_for, top_k
 from pregate.model.config import LayerCut
 from pregate.model.dselect import code_signs, selector_logits
@@ -27,42 +26,32 @@ STEP_WIDTH = 4.0
 ENTROPY_WEIGHT, STRAY_WEIGHT = 0.02, 0.1
 
 
-class RouterLoss(Protocol):
-    """One way to train; made by `loss_for`."""
-
-    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
-        """What the masses [T, S] of a document become once, before training: [T, S]."""
-        ...
-
-    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
-        """The loss, a scalar, of the heads' outputs for tokens of these targets."""
-        ...
-
-
-def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> RouterLoss:
-    """The loss that `target` names ("mass", "paper" or "captured"), scaled to the masses [T, S] to be learned."""
-    if target == "paper":
-        return PaperLoss(router.cuts)
-    scale = MassScale.of(mass_TS, router.cuts)
-    if target == "mass":
-        return MassLoss(router.cuts, router.selection, scale, mass_TS)
-    if router.config.gate == "dselect":
-        return SelectorLoss(router.cuts, router.selection, scale, mass_TS)
-    return StraightThroughLoss(router.cuts, router.selection, scale, mass_TS)
-
-
 class MassLoss:
-    """Squared error of the scores as a share of the variance of the targets (`MassScale.targets`)."""
+    """Squared error of the scores as a share of the variance of the targets (`MassScale.targets`); base of the others.
+
+    `mass_TS`: the masses to be learned.
+    """
 
     def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
         self._cuts, self._selection, self._scale = cuts, selection, scale
         self._variance = self.targets(mass_TS).var().clamp_min(1e-12)
 
     def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        """What the masses [T, S] of a document become once, before training: [T, S]."""
         return self._scale.targets(mass_TS, self._cuts, self._selection)
 
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        """The loss, a scalar, of the heads' outputs for tokens of these targets."""
         return F.mse_loss(outputs_TO, targets_TS) / self._variance
+
+
+def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> MassLoss | PaperLoss:
+    """The loss that `target` names ("mass", "paper" or "captured"), scaled to the masses [T, S] to be learned."""
+    if target == "paper":
+        return PaperLoss(router.cuts)
+    captured = SelectorLoss if router.config.gate == "dselect" else StraightThroughLoss
+    kind = MassLoss if target == "mass" else captured
+    return kind(router.cuts, router.selection, MassScale.of(mass_TS, router.cuts), mass_TS)
 
 
 class PaperLoss:
@@ -94,7 +83,7 @@ class PaperLoss:
         return -(targets_TS * logs).sum(dim=-1).mean() / self._num_layers
 
 
-class StraightThroughLoss:
+class StraightThroughLoss(MassLoss):
     """One minus the captured mass, as a share of what an oracle captures; the scores choose.
 
     Forward a chosen expert counts 1 and any other 0; backward the choice is that of k * softmax (a fixed number), or of
@@ -103,7 +92,7 @@ class StraightThroughLoss:
     """
 
     def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
-        self._cuts, self._selection, self._scale = cuts, selection, scale
+        super().__init__(cuts, selection, scale, mass_TS)
         targets_TS = self.targets(mass_TS)
         layers = [_hard(x, c, selection) for c, x in zip(cuts, split_layers(targets_TS, cuts), strict=True)]
         limits = [limit.expand(c.num_routed) for c, (_, limit) in zip(cuts, layers, strict=True)]
@@ -111,9 +100,6 @@ class StraightThroughLoss:
         self._places = sum(float(limit) * c.num_active for c, (_, limit) in zip(cuts, layers, strict=True))
         chosen_TS = torch.cat([hard for hard, _ in layers], dim=-1)
         self._most = (chosen_TS * targets_TS).sum(dim=-1).mean().clamp_min(1e-12)
-
-    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
-        return self._scale.targets(mass_TS, self._cuts, self._selection)
 
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
         layers = zip(self._cuts, split_layers(outputs_TO, self._cuts), strict=True)
@@ -130,17 +116,11 @@ class StraightThroughLoss:
             hard_TR, _ = _hard(scores_TR.detach(), cut, self._selection)
             soft_TR = cut.num_active * scores_TR.softmax(dim=-1)
         else:
-            scores_TR = _standardised(scores_TR)
+            if scores_TR.numel() > 1:  # neither moves a choice by threshold; both can flatten a sigmoid
+                scores_TR = (scores_TR - scores_TR.mean()) / scores_TR.std().clamp_min(1e-6)
             hard_TR, limit = _hard(scores_TR.detach(), cut, self._selection)
             soft_TR = torch.sigmoid(scores_TR - limit)
         return hard_TR + soft_TR - soft_TR.detach()
-
-
-def _standardised(scores_TR: torch.Tensor) -> torch.Tensor:
-    """A layer's scores with mean 0 and deviation 1: neither moves a choice by threshold; both can flatten a sigmoid."""
-    if scores_TR.numel() < 2:
-        return scores_TR
-    return (scores_TR - scores_TR.mean()) / scores_TR.std().clamp_min(1e-6)
 
 
 def _hard(scores_TR: torch.Tensor, cut: LayerCut, selection: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +132,7 @@ def _hard(scores_TR: torch.Tensor, cut: LayerCut, selection: str) -> tuple[torch
     return (scores_TR >= limit).to(scores_TR.dtype), limit.nan_to_num(posinf=0.0, neginf=0.0)
 
 
-class SelectorLoss:
+class SelectorLoss(StraightThroughLoss):
     """As `StraightThroughLoss`, but the selectors of DSelect-k choose: an expert counts by how sure one is of it.
 
     (Hazimeh et al. 2021, sections 3 and 3.1.) An expert that two selectors name counts once, as its experts' outputs
@@ -160,13 +140,6 @@ class SelectorLoss:
     for each token, and, with a fixed number, the share of codes that name no expert where R is no power of two. (The
     paper divides by what is left; this is the same push with a bound.)
     """
-
-    def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
-        self._cuts, self._selection = cuts, selection
-        self._captured = StraightThroughLoss(cuts, selection, scale, mass_TS)
-
-    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
-        return self._captured.targets(mass_TS)
 
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
         chosen, entropies, strays = [], [], []
@@ -177,7 +150,7 @@ class SelectorLoss:
             if cut.num_active:
                 entropies.append(bit_entropy(bits_TKB).sum(dim=-1).mean())
                 strays.append(1 - named_TKR.sum(dim=-1).mean())
-        loss = self._captured.of_choice(torch.cat(chosen, dim=-1), targets_TS)
+        loss = self.of_choice(torch.cat(chosen, dim=-1), targets_TS)
         loss = loss + ENTROPY_WEIGHT * torch.stack(entropies).mean()
         return loss if self._selection == "threshold" else loss + STRAY_WEIGHT * torch.stack(strays).mean()
 

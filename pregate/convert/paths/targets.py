@@ -2,7 +2,7 @@
 forecast, what its gate ranks it by.
 
 Shape letters: B documents of a batch, N tokens of one, T tokens (padding included), D hidden width, R routed
-experts of a layer, S the experts of all layers.
+experts of a layer, S the experts of all layers side by side, L layers.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import batches, padded
-from pregate.kernels.reference import above
 from pregate.model.config import LayerCut
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import split_layers
 
+#: Added to a token's spread of standardised masses before they are divided by it.
+LEAST_SPREAD = 0.05
 #: One document in this many is kept back from training to measure on.
 HELD_BACK_EVERY = 20
 
@@ -48,6 +49,41 @@ class TargetPool:
 
     def _only(self, kept: Sequence[int]) -> TargetPool:
         return replace(self, rows=[self.rows[i] for i in kept], mass=[self.mass[i] for i in kept])
+
+
+@dataclass(frozen=True)
+class MassScale:
+    """Standard deviation and mean of each layer's masses over tokens and experts, [L]: brings layers to one scale."""
+
+    std_L: torch.Tensor
+    mean_L: torch.Tensor
+
+    @classmethod
+    def of(cls, mass_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> MassScale:
+        layers = [x.double() if x.numel() else torch.zeros(2, dtype=torch.float64) for x in split_layers(mass_TS, cuts)]
+        stds = torch.stack([x.std() for x in layers]).clamp_min(1e-12)
+        return cls(stds.float(), torch.stack([x.mean() for x in layers]).float())
+
+    def targets(self, mass_TS: torch.Tensor, cuts: Sequence[LayerCut], selection: str) -> torch.Tensor:
+        """What the router regresses, float32 [T, S].
+
+        With selection by threshold, masses in units of their layer's standard deviation: how much an expert would
+        contribute counts, not only its rank. With a fixed number, they are then centred within each token and layer:
+        only the order of a layer's experts decides, and a common rise of all of them is nothing to learn. Each
+        token's masses are divided by their own spread, so that a few tokens of huge mass do not rule the squared
+        error. (The latter measured on stories3M S3A3E8 cut by the recipe "plain", 1000 steps, held-out perplexity:
+        standardised only 11.71 with one seed; means of four seeds: centred 11.53, as here 11.46; a seed moves it by
+        0.05.)
+        """
+        parts = []
+        for x, std, mean in zip(split_layers(mass_TS, cuts), self.std_L, self.mean_L, strict=True):
+            if selection == "threshold":
+                parts.append((x - mean) / std)
+                continue
+            centred = (x - x.mean(dim=-1, keepdim=True)) / std
+            spread = centred.std(dim=-1, keepdim=True) if centred.shape[-1] > 1 else centred.abs()
+            parts.append(centred / (spread + LEAST_SPREAD))
+        return torch.cat(parts, dim=-1)
 
 
 class _Recorder:
@@ -103,24 +139,13 @@ def collect_targets(
         return recorder.side_by_side(model.config.cuts, ids_BN.numel())
 
     mass = by_row(rows, progress, masses)
-    limits = tuple(_limit(model.routed_mlps, layer, of_gates) for layer in range(len(model.config.cuts)))
+    limits = [torch.tensor(torch.inf)] * len(model.config.cuts)
+    for mlp in model.routed_mlps:
+        if mlp.experts is not None:
+            limit = mlp.gate.threshold if of_gates and isinstance(mlp.gate, LinearGate) else mlp.mass_threshold
+            limits[mlp.layer] = limit.detach().cpu()
     numbers = tuple(float(c.num_active) for c in model.config.cuts)
     if of_gates and model.config.selection == "threshold":
-        numbers = _numbers_above(torch.cat(mass), model.config.cuts, limits)
-    return TargetPool(list(rows), mass, limits, numbers)
-
-
-def _limit(mlps: Sequence[RoutedMLP], layer: int, of_gates: bool) -> torch.Tensor:
-    mlp = next((m for m in mlps if m.layer == layer), None)
-    if mlp is None or mlp.experts is None:
-        return torch.tensor(torch.inf)
-    limit = mlp.gate.threshold if of_gates and isinstance(mlp.gate, LinearGate) else mlp.mass_threshold
-    return limit.detach().cpu()
-
-
-def _numbers_above(
-    mass_TS: torch.Tensor, cuts: Sequence[LayerCut], limits: Sequence[torch.Tensor]
-) -> tuple[float, ...]:
-    """Per layer the mean number of experts per token that reach its limit."""
-    layers = zip(split_layers(mass_TS, cuts), limits, strict=True)
-    return tuple(float((above(x, limit) >= 0).sum() / len(mass_TS)) for x, limit in layers)
+        layers = zip(split_layers(torch.cat(mass), model.config.cuts), limits, strict=True)
+        numbers = tuple(float((x >= limit).sum() / len(x)) for x, limit in layers)
+    return TargetPool(list(rows), mass, tuple(limits), numbers)

@@ -1,6 +1,6 @@
 """Training a path router from token ids alone: batches, schedule, thresholds and its hit rate.
 
-What is lowered is said in `router_losses.py`; the embedding starts from the parent's, or is tied to it.
+What is lowered is said in `losses.py`; the embedding starts from the parent's, or is tied to it.
 
 Shape letters: B documents of a batch, N tokens, T tokens of all documents, S the routed experts of all layers side by
 side, O the heads' outputs, L layers, V vocabulary, D the parent's hidden width.
@@ -12,11 +12,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from pregate.convert.files.partial import PartialCheckpoint, moments, put_moments
 from pregate.convert.measure.agreement import Tally, layer_figures
 from pregate.convert.paths.losses import loss_for
 from pregate.convert.paths.parent_embedding import ParentEmbedding, start_from
@@ -37,7 +38,7 @@ class TrainingOptions:
     """How long and how fast a path router is trained, and on what; `batch_tokens` counts padding.
 
     Of a batch at most `piece_tokens` (or one document) are run at a time: bounds the memory; the step is the same.
-    `target`: see `router_losses.py`. `embedding` "own" is learned, "parent" the parent's times a learned projection.
+    `target`: see `losses.py`. `embedding` "own" is learned, "parent" the parent's times a learned projection.
     """
 
     steps: int
@@ -51,18 +52,6 @@ class TrainingOptions:
     warmup_share: float = 0.05
 
 
-class Keeper(Protocol):
-    """Where a training run is kept on its way, so that it can go on."""
-
-    def load(self) -> tuple[int, dict[str, torch.Tensor], list[float]]:
-        """Steps done, the tensors after them, and their losses; 0 and nothing for a run that begins."""
-        ...
-
-    def save(self, num_steps: int, tensors: dict[str, torch.Tensor], losses: list[float]) -> None:
-        """Keep the run as it is after `num_steps`."""
-        ...
-
-
 @torch.enable_grad()
 def train(
     router: PathRouter,
@@ -70,11 +59,11 @@ def train(
     pool: TargetPool,
     options: TrainingOptions,
     progress: Progress,
-    keeper: Keeper | None = None,
+    partial: PartialCheckpoint | None = None,
 ) -> list[float]:
     """Train `router` in place on the documents and masses of `pool`; `parent_VD` is the parent's embedding, which the
-    router's starts from; None goes on with the router as it is. `keeper` has the run every `SAVE_EVERY` steps, and
-    gives back what an interrupted one left: the result is the same, bit for bit.
+    router's starts from; None goes on with the router as it is. Every `SAVE_EVERY` steps the run is kept in `partial`,
+    and goes on where an interrupted one stopped: the result is the same, bit for bit.
 
     Returns the loss of every step.
     """
@@ -88,14 +77,20 @@ def train(
     loss_of = loss_for(options.target, router, torch.cat(pool.mass))
     targets = [loss_of.targets(mass) for mass in pool.mass]
     optimizer = torch.optim.AdamW(router.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    done, tensors, losses = (0, {}, []) if keeper is None else keeper.load()
-    _put_tensors(router, optimizer, tensors)
+    named, done, losses = dict(router.named_parameters()), 0, []
+    if partial is not None and partial.state.layers_done:
+        done, losses = partial.state.layers_done, list(partial.state.carried["losses"])
+        tensors = partial.hidden(torch.device("cpu"))
+        router.load_state_dict({name: tensors[f"now/{name}"] for name in named}, strict=False)
+        put_moments(named, optimizer, tensors)
     order = islice(_endless_batches(pool.rows, options), done, None)
     with progress.stage("training the path router", options.steps) as advance:
         advance(done)
         for step in range(done, options.steps):
+            warmup = min(1.0, (step + 1) / max(1.0, options.warmup_share * options.steps))
+            factor = warmup * 0.5 * (1 + math.cos(math.pi * step / options.steps))
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * _schedule(step, options)
+                group["lr"] = options.learning_rate * factor
             batch = next(order)
             outputs_TO = outputs_of(router, [pool.rows[i] for i in batch], options.piece_tokens)
             loss = loss_of(outputs_TO, torch.cat([targets[i] for i in batch]))
@@ -104,33 +99,13 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss.item())
-            if keeper is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == options.steps):
-                keeper.save(step + 1, _tensors(router, optimizer), losses)
+            if partial is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == options.steps):
+                weights = {f"now/{name}": parameter for name, parameter in named.items()}
+                partial.layer_done(weights | moments(named, optimizer), {"losses": losses}, step + 1)
             advance(1)
     if isinstance(model.embedding, ParentEmbedding):
         model.embedding = model.embedding.fold()
     return losses
-
-
-def _tensors(router: PathRouter, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All that a training run goes on from: weights, and AdamW's moments."""
-    found: dict[str, torch.Tensor] = {}
-    for name, parameter in router.named_parameters():
-        found[f"now/{name}"] = parameter
-        found |= {f"{part}/{name}": tensor for part, tensor in optimizer.state.get(parameter, {}).items()}
-    return found
-
-
-@torch.no_grad()
-def _put_tensors(router: PathRouter, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Undo `_tensors` on a fresh router; nothing where there are none."""
-    named = dict(router.named_parameters())
-    for full_name, tensor in tensors.items():
-        part, _, name = full_name.partition("/")
-        if part == "now":
-            named[name].copy_(tensor)
-        else:
-            optimizer.state[named[name]][part] = tensor
 
 
 def first_and_last(losses: list[float]) -> dict[str, float]:
@@ -158,18 +133,12 @@ def _outputs(router: PathRouter, rows: list[list[int]]) -> torch.Tensor:
     return router.heads(router.encode(ids_BN)[0][mask_BN.bool()])
 
 
-def _schedule(step: int, options: TrainingOptions) -> float:
-    warmup = min(1.0, (step + 1) / max(1.0, options.warmup_share * options.steps))
-    return warmup * 0.5 * (1 + math.cos(math.pi * step / options.steps))
-
-
 def _endless_batches(rows: Sequence[list[int]], options: TrainingOptions) -> Iterator[list[int]]:
     """Batches of documents of like length, in an order that `seed` shuffles anew each time round."""
     generator = torch.Generator().manual_seed(options.seed)
     groups = list(batches(rows, options.batch_tokens))
     while True:
-        for index in torch.randperm(len(groups), generator=generator).tolist():
-            yield groups[index]
+        yield from (groups[index] for index in torch.randperm(len(groups), generator=generator).tolist())
 
 
 @torch.no_grad()

@@ -240,17 +240,21 @@ def agreement_chart(figures: Figures, width: int) -> Markup:
     """Picks that two of path, gate and oracle have in common, by layer, beside what random experts have."""
     from matplotlib.ticker import MaxNLocator
 
+    def note(a: Agreement) -> str:
+        common = f"{percent(a.mean_overlap)} of picks, {percent(a.same_set)} whole sets"
+        return f"layer {a.layer}, {a.first} and {a.second}: {common}"
+
     lines = {pair: [a for a in figures.agreements if (a.first, a.second) == pair] for pair in PAIRS}
     chart = Chart("picks in common by layer", width, 300 if width > 600 else 260, ["random experts"])
     layers = [a.layer for a in figures.agreements]
     random = figures.quality.point(RANDOM)
     if random is not None and random.mean_overlap is not None:
-        chance, note = random.mean_overlap, f"random experts: {percent(random.mean_overlap)}"
-        chart.line([(min(layers), chance, note), (max(layers), chance, note)], "c4", "--", 0)
+        chance, told = random.mean_overlap, f"random experts: {percent(random.mean_overlap)}"
+        chart.line([(min(layers), chance, told), (max(layers), chance, told)], "c4", "--", 0)
         chart.name(max(layers), chance, "random experts", "c4")
     for pair, found in lines.items():
         if found:
-            chart.line([(a.layer, a.mean_overlap, _agreement(a)) for a in found], PAIRS[pair])
+            chart.line([(a.layer, a.mean_overlap, note(a)) for a in found], PAIRS[pair])
             chart.name(found[-1].layer, found[-1].mean_overlap, " and ".join(pair), PAIRS[pair])
     chart.axes.set_ylim(top=1)
     chart.axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -258,11 +262,6 @@ def agreement_chart(figures: Figures, width: int) -> Markup:
     chart.axes.yaxis.set_major_formatter(lambda v, _: percent(v, 0))
     chart.titles("layer", "picks in common")
     return chart.svg()
-
-
-def _agreement(a: Agreement) -> str:
-    common = f"{percent(a.mean_overlap)} of picks, {percent(a.same_set)} whole sets"
-    return f"layer {a.layer}, {a.first} and {a.second}: {common}"
 
 
 @_drawn

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from pregate.model.config import LayerCut
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.router_flops import backbone_flops, router_flops
 
@@ -52,41 +51,25 @@ def costs(model: RoutedForCausalLM, active_share: float, item_bytes: int) -> Cos
     ffn = sum(3 * text.hidden_size * mlp.parent_width for mlp in mlps)
     apart = {id(p) for module in (*mlps, embedding, head) for p in module.parameters()}
     attention = sum(p.numel() for p in model.parent.parameters() if id(p) not in apart)
-    parts = [
-        _same("attention, norms", attention, item_bytes),
-        _same("output head", head.weight.numel(), item_bytes),
-        Cost(
-            "FFN",
-            backbone_flops(ffn),
-            round(backbone_flops(ffn) * active_share),
-            ffn * item_bytes,
-            round(ffn * item_bytes * active_share),
-        ),
-    ]
+
+    def weights(name: str, number: int, share: float = 1.0) -> Cost:
+        """A part that multiplies by so many weights, routed by a share of them."""
+        flops, num_bytes = backbone_flops(number), number * item_bytes
+        return Cost(name, flops, round(flops * share), num_bytes, round(num_bytes * share))
+
+    parts = [weights("attention, norms", attention), weights("output head", head.weight.numel())]
+    parts.append(weights("FFN", ffn, active_share))
     if config.routing == "layerwise":
         gates = sum((1 if config.gate == "linear" else 2) * text.hidden_size * cut.num_routed for cut in config.cuts)
         parts.append(Cost("gates", 0, backbone_flops(gates), 0, gates * ROUTER_ITEM_BYTES))
-    if model.path_router is not None:
-        parts.append(_path_router(model, config.cuts))
+    if (router := model.path_router) is not None:
+        num_weights = sum(p.numel() for p in router.parameters()) - router.embedding.weight.numel()
+        flops = router_flops(router.config, config.cuts, router.selection)
+        parts.append(Cost("path router", 0, flops, 0, num_weights * ROUTER_ITEM_BYTES))
     names = ("dense_flops", "routed_flops", "dense_bytes", "routed_bytes")
     total = Cost("all", *(sum(getattr(part, name) for part in parts) for name in names))
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", text.num_attention_heads)
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    router = sum(part.routed_flops for part in parts if part.name == "path router")
+    routing = sum(part.routed_flops for part in parts if part.name == "path router")
     earlier = 4 * len(mlps) * heads * width, 2 * len(mlps) * kv_heads * width * item_bytes
-    return Costs((*parts, total), router / total.dense_flops, *earlier)
-
-
-def _same(name: str, num_weights: int, item_bytes: int) -> Cost:
-    """A part that dense and routed model share."""
-    flops, num_bytes = backbone_flops(num_weights), num_weights * item_bytes
-    return Cost(name, flops, flops, num_bytes, num_bytes)
-
-
-def _path_router(model: RoutedForCausalLM, cuts: tuple[LayerCut, ...]) -> Cost:
-    router = model.path_router
-    assert router is not None
-    looked_up = router.embedding.weight.numel()
-    num_weights = sum(p.numel() for p in router.parameters()) - looked_up
-    flops = router_flops(router.config, cuts, router.selection)
-    return Cost("path router", 0, flops, 0, num_weights * ROUTER_ITEM_BYTES)
+    return Costs((*parts, total), routing / total.dense_flops, *earlier)

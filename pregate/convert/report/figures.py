@@ -11,8 +11,7 @@ from typing import Any
 
 from pregate.convert.measure.control_table import STATIC
 from pregate.convert.report.costs import Costs
-from pregate.convert.report.training import TrainingCurve
-from pregate.convert.report.tuned_parent import TunedParent
+from pregate.convert.report.training import TrainingCurve, TunedParent
 
 
 @dataclass(frozen=True)
@@ -159,61 +158,16 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Model:
-    """What is reported on; sizes as stored on disk.
-
-    `is_tuned`: its weights were trained after the cut; `fits_router`: under the routing it is served with.
-    """
-
-    name: str
-    path: str
-    method: str
-    is_tuned: bool
-    fits_router: bool
-    routing: str
-    selection: str
-    forecast: bool
-    family: str
-    num_layers: int
-    num_routed_layers: int
-    cut: str
-    num_parameters: int
-    num_bytes: int
-    expert_bytes: int
-    num_units: int
-    dtype: str
-    nominal_share: float
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What the numbers were measured on and with."""
-
-    command: str
-    date: str
-    versions: dict[str, str]
-    hardware: str
-    seconds: float
-    text: tuple[str, ...]
-    num_documents: int
-    num_tokens: int
-    context_tokens: int
-    seed: int
-    dense: str
-    fingerprint: str
-    seen_text: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Figures:
-    """Everything a report shows.
+    """Everything a report shows. `model`: what is reported on (`run.describe`); `conditions`: what it was measured on
+    and with (`conditions.conditions_of`).
 
     `tuning`: what the manifest says of the training behind the curves (`training.tuning_of`), None where that is not
     enough to show. `tuned_parent`: how the dense model of `quality.tuned_parent` was tuned, next to this one.
     """
 
-    model: Model
-    conditions: Conditions
+    model: dict[str, Any]
+    conditions: dict[str, Any]
     quality: Quality
     costs: Costs
     tuned_parent: TunedParent | None

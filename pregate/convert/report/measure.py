@@ -17,12 +17,11 @@ import torch
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.control_table import ORACLE, control_rows, own_name
 from pregate.convert.measure.controls import OraclePolicy
-from pregate.convert.measure.overlap import overlaps, routed_neurons
+from pregate.convert.measure.overlap import overlaps, rows_are_tied
 from pregate.convert.measure.scoring import score_rows
-from pregate.convert.measure.tied import rows_are_tied
 from pregate.convert.progress import Progress
 from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap, Quality, QualityPoint, Repeats
-from pregate.convert.report.numbers import Numbers, ladders, routers_agree, takes_numbers, thresholds_for, with_numbers
+from pregate.convert.report.numbers import Numbers, ladders, takes_numbers, thresholds_for, with_numbers
 from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.text.batches import batches
 from pregate.model.layers import RoutedMLP, RoutingPolicy
@@ -57,8 +56,7 @@ class Routes:
 
     def repeats(self, model: RoutedForCausalLM, row_bytes: int) -> Repeats:
         """Repeats along the text; `row_bytes` are a neuron's as stored."""
-        layers = [mlp for mlp in model.routed_mlps if mlp.layer in self.visits]
-        neurons = {mlp.layer: routed_neurons(mlp.neuron_index.cpu().numpy(), mlp.cut) for mlp in layers}
+        neurons = {mlp.layer: mlp.routed_neurons.cpu().numpy() for mlp in model.routed_mlps}
         return repeats(self.visits, self.starts, row_bytes, neurons)
 
 
@@ -79,17 +77,32 @@ def measure_routes(model: RoutedForCausalLM, rows: Sequence[list[int]], progress
 
 
 def measure_quality(
-    model: RoutedForCausalLM,
-    rows: Sequence[list[int]],
-    num_bytes: int,
-    parent: Any,
-    seed: int,
-    progress: Progress,
+    model: RoutedForCausalLM, rows: Sequence[list[int]], num_bytes: int, parent: Any, seed: int, progress: Progress
 ) -> Quality:
-    """The checkpoint beside its controls (`control_rows`), and at other numbers of active experts."""
+    """The checkpoint beside its controls (`control_rows`), and at other numbers of active experts: its own router and
+    the oracle from no routed expert to all of them, or as far as `ladders` goes.
+
+    The oracle alone where the router cannot be given other numbers. What the table holds already is not run again.
+    """
     table = control_rows(model, rows, num_bytes, parent, seed, progress)
     points = tuple(QualityPoint(name, **figures) for name, figures in table.items())
-    return Quality(own_name(model), points, curves=_curves(model, rows, table, progress))
+    policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
+    policies[ORACLE] = OraclePolicy()
+    ladder, curves = ladders(model), []
+    for name, policy in policies.items():
+        limits, shares, perplexities = thresholds_for(model, rows, ladder, of_oracle=name == ORACLE), [], []
+        for step in ladder:
+            if step == Numbers.of(model):
+                share, perplexity = table[name]["active_share"], table[name]["perplexity"]
+            else:
+                meter = AgreementMeter(compares=False)
+                with with_numbers(model, step, limits[step]):
+                    score = score_rows(model, rows, meter, progress, policy)
+                share, perplexity = round(meter.active_share, 4), round(score.perplexity, 4)
+            shares.append(share)
+            perplexities.append(perplexity)
+        curves.append(Curve(name, tuple(step.mean for step in ladder), tuple(shares), tuple(perplexities)))
+    return Quality(own_name(model), points, curves=tuple(curves))
 
 
 def compared(
@@ -101,47 +114,6 @@ def compared(
     share = 1.0 if meter is None else round(meter.active_share, 4)
     ratio = round(score.perplexity / dense.perplexity, 4)
     return QualityPoint(name, share, round(score.perplexity, 4), ratio, round(score.bits_per_byte(num_bytes), 4))
-
-
-def _curves(
-    model: RoutedForCausalLM, rows: Sequence[list[int]], table: dict[str, dict[str, float]], progress: Progress
-) -> tuple[Curve, ...]:
-    """The checkpoint's own router and the oracle from no routed expert to all of them, or as far as `ladders` goes.
-
-    The oracle alone where the router cannot be given other numbers. Numbers where they agree are run once for both,
-    and what the control table holds already is not run again.
-    """
-    policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
-    policies[ORACLE] = OraclePolicy()
-    ladder, measured, curves = ladders(model), {}, []
-    for name, policy in policies.items():
-        limits = thresholds_for(model, rows, ladder, of_oracle=name == ORACLE)
-        points = []
-        for step in ladder:
-            key = ("both" if routers_agree(model, step) else name, step)
-            if key not in measured and step == Numbers.of(model) and key[0] == name:
-                measured[key] = table[name]["active_share"], table[name]["perplexity"]
-            elif key not in measured:
-                measured[key] = _run(model, rows, step, limits[step], policy, progress)
-            points.append(measured[key])
-        shares, perplexities = zip(*points, strict=True)
-        curves.append(Curve(name, tuple(step.mean for step in ladder), shares, perplexities))
-    return tuple(curves)
-
-
-def _run(
-    model: RoutedForCausalLM,
-    rows: Sequence[list[int]],
-    numbers: Numbers,
-    limits: dict[int, float],
-    policy: RoutingPolicy | None,
-    progress: Progress,
-) -> tuple[float, float]:
-    """Active share and perplexity with `numbers` of experts."""
-    meter = AgreementMeter(compares=False)
-    with with_numbers(model, numbers, limits):
-        score = score_rows(model, rows, meter, progress, policy)
-    return round(meter.active_share, 4), round(score.perplexity, 4)
 
 
 def measure_overlap(model: RoutedForCausalLM) -> Overlap:

@@ -26,20 +26,16 @@ class ReportOptions:
     """
 
     model: Model
-    out: Annotated[Path, Field(description="HTML file to write; must not exist."), Needs("nothing")]
-    text: Annotated[Texts, Field(description="Held-out text")]
-    compare: Annotated[
-        tuple[Path, ...], Field(description="Checkpoints or dense models to show beside it."), Needs("model")
-    ] = ()
+    out: Annotated[Path, "HTML file to write; must not exist.", Needs("nothing")]
+    text: Annotated[Texts, "Held-out text"]
+    compare: Annotated[tuple[Path, ...], "Checkpoints or dense models to show beside it.", Needs("model")] = ()
     parent: Parent = None
     tuned_parent: Annotated[
-        Path | None,
-        Field(description="The dense parent, tuned as a tuned --model was: what its verdict compares with."),
-        Needs("model"),
+        Path | None, "The dense parent, tuned as a tuned --model was: what its verdict compares with.", Needs("model")
     ] = None
-    max_tokens: Annotated[
-        int | None, Field(ge=1, description="Measure on at most so many tokens, or all."), Word("all")
-    ] = DEFAULT_MAX_TOKENS
+    max_tokens: Annotated[int | None, Field(ge=1), "Measure on at most so many tokens, or all.", Word("all")] = (
+        DEFAULT_MAX_TOKENS
+    )
     seed: Seed = 0
     text_field: TextField = None
 

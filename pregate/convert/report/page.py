@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pregate.convert.measure import control_table
 from pregate.convert.report import charts, words
 from pregate.convert.report.figures import Figures
-from pregate.model.router_flops import MAX_SHARE
+from pregate.model.router_flops import MAX_SHARE  # noqa: F401 (for templates)
 
 #: Widths that charts are drawn in; the style sheet shows one of them, so that their text keeps its size.
 WIDE, NARROW = 880, 350
@@ -24,13 +24,6 @@ READ_ME_REPEATS = 0.71
 SMALL_SAMPLE_TOKENS = 20_000
 #: At most so many pairs of layers have their flow drawn; of layers of more than `MANY_EXPERTS`, `FEW_FLOWS`.
 MAX_FLOWS, FEW_FLOWS, MANY_EXPERTS = 6, 3, 32
-
-#: What templates use of `control_table`, `words` and `charts`.
-USED = (
-    *("DENSE", "STATIC", "RANDOM", "PAPER", "LINEAR", "PATH", "ORACLE", "ORACLE_FIXED"),
-    *("graded", "headline", "router_share", "dense_ratio", "is_fair"),
-    *("PAIRS", "COLOUR_OF", "OTHER_COLOUR", "quality_chart", "agreement_chart", "training_chart"),
-)
 
 
 def render(figures: Figures, template: str = "page.html") -> str:
@@ -42,7 +35,7 @@ def render(figures: Figures, template: str = "page.html") -> str:
 
 @cache
 def _environment() -> Environment:
-    """The templates, with every name they use of ours."""
+    """The templates, which may use every name of these modules and of this one."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8"),
         autoescape=True,
@@ -51,11 +44,7 @@ def _environment() -> Environment:
     )
     filters = (words.percent, words.number, words.size, words.count, words.even_shade, unbroken)
     environment.filters |= {filter_.__name__: filter_ for filter_ in filters}
-    for module in (control_table, words, charts):
-        environment.globals |= {name: getattr(module, name) for name in USED if hasattr(module, name)}
-    environment.globals |= {"both": both, "MAX_SHARE": MAX_SHARE, "READ_ME_REPEATS": READ_ME_REPEATS}
-    environment.globals |= {"SMALL_SAMPLE_TOKENS": SMALL_SAMPLE_TOKENS}
-    environment.globals |= {"MAX_FLOWS": MAX_FLOWS, "FEW_FLOWS": FEW_FLOWS, "MANY_EXPERTS": MANY_EXPERTS}
+    environment.globals |= vars(control_table) | vars(words) | vars(charts) | globals()
     return environment
 
 

@@ -45,7 +45,8 @@ def flow(first: int, second: int, first_TR: np.ndarray, second_TR: np.ndarray) -
     Example: two tokens, experts 0 then 1 and 1 then 0: probabilities ((0, 1), (1, 0)), base (0.5, 0.5), entropy ln 2.
     """
     both_T = first_TR.any(axis=1) & second_TR.any(axis=1)
-    a_TR, b_TR = (_one_visit(visits_TR[both_T]) for visits_TR in (first_TR, second_TR))
+    # The probability that a visit drawn at random from each token's goes to each expert.
+    a_TR, b_TR = (v / v.sum(axis=1, keepdims=True) for v in (first_TR[both_T], second_TR[both_T]))
     joint_RR = a_TR.T @ b_TR / max(1, len(a_TR))
     shuffled_RR = a_TR.T @ b_TR[np.random.default_rng(0).permutation(len(b_TR))] / max(1, len(a_TR))
     p_i, p_j = joint_RR.sum(axis=1), joint_RR.sum(axis=0)
@@ -57,11 +58,6 @@ def flow(first: int, second: int, first_TR: np.ndarray, second_TR: np.ndarray) -
         max(0.0, _entropy(shuffled_RR.ravel()) - _entropy(joint_RR.ravel())),
         _entropy(p_j),
     )
-
-
-def _one_visit(visits_TR: np.ndarray) -> np.ndarray:
-    """Probability [T, R] that a visit drawn at random from each token's goes to each expert."""
-    return visits_TR / np.maximum(visits_TR.sum(axis=1, keepdims=True), 1)
 
 
 def repeats(
@@ -102,7 +98,11 @@ def _layer_repeats(
     now_PR, before_PR = visits_TR[later], visits_TR[later - 1]
     shares = np.bincount(sets_T) / max(1, len(sets_T))
     new, width = _mean((now_PR & ~before_PR).sum(axis=1)), neurons_RM.shape[1]
-    new_rows = _mean_new_rows(now_PR, before_PR, neurons_RM) if overlaps(neurons_RM) else new * width
+    new_rows = new * width
+    if overlaps(neurons_RM):
+        moves, counts = np.unique(np.stack([before_PR, now_PR], axis=1), axis=0, return_counts=True)
+        sizes = [len(np.setdiff1d(neurons_RM[now], neurons_RM[before])) for before, now in moves]
+        new_rows = float(counts @ sizes) / max(1, len(now_PR))
     return LayerRepeats(
         layer=layer,
         same_set=_mean(sets_T[later] == sets_T[later - 1]),
@@ -114,19 +114,6 @@ def _layer_repeats(
         new_bytes=new * width * row_bytes,
         new_row_bytes=new_rows * row_bytes,
     )
-
-
-def _mean_new_rows(now_PR: np.ndarray, before_PR: np.ndarray, neurons_RM: np.ndarray) -> float:
-    """Mean number of parent neurons that a token's experts hold and its predecessor's do not.
-
-    Example: experts [0, 1, 2] and [1, 2, 3]; from the first to the second it is 1 of 3.
-    """
-    moves, counts = np.unique(np.concatenate([before_PR, now_PR], axis=1), axis=0, return_counts=True)
-    num_routed, total = len(neurons_RM), 0
-    for move, count in zip(moves, counts, strict=True):
-        before, now = neurons_RM[move[:num_routed]], neurons_RM[move[num_routed:]]
-        total += int(count) * len(np.setdiff1d(now, before))
-    return total / max(1, len(now_PR))
 
 
 def _entropy(p: np.ndarray) -> float:

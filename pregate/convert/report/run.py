@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -20,31 +18,29 @@ from pregate.convert.measure.control_table import DENSE, nominal_share
 from pregate.convert.measure.overlap import bytes_per_row
 from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import load_any
-from pregate.convert.progress import Advance, Progress, QuietProgress
-from pregate.convert.report.conditions import date_now, hardware, package_versions
+from pregate.convert.progress import QUIET, Advance, Progress
+from pregate.convert.report.conditions import conditions_of
 from pregate.convert.report.costs import costs
-from pregate.convert.report.figures import Conditions, Figures, Model
+from pregate.convert.report.figures import Figures
 from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
 from pregate.convert.report.options import ReportOptions
 from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
-from pregate.convert.report.training import training_curves, tuning_of
-from pregate.convert.report.tuned_parent import OPTION as TUNED_PARENT
-from pregate.convert.report.tuned_parent import tuned_parent
-from pregate.convert.text.documents import text_files
-from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
-from pregate.model.config import LayerCut, RoutedConfig
+from pregate.convert.report.training import TUNED_PARENT, training_curves, tuned_parent, tuning_of
+from pregate.convert.text.amount import check_scored
+from pregate.model.checkpoint import Manifest, read_manifest
+from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.modeling import RoutedForCausalLM
 
 
-def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
+def report(options: ReportOptions, progress: Progress = QUIET) -> Figures:
     """Measure `options.model`, write the page to `options.out`, and return what it shows.
 
     UserError for a model that is no routed checkpoint or routes nothing, or whose dense parent is needed and not found,
     for text that cannot be read, and for a model to compare with that reads the text as other tokens.
     """
-    figures = measure(options, _Runs(progress or QuietProgress()))
+    figures = measure(options, _Runs(progress))
     page = render(figures)
     try:
         write_whole(options.out, lambda path: path.write_text(page, encoding="utf-8"))
@@ -53,7 +49,7 @@ def report(options: ReportOptions, progress: Progress | None = None) -> Figures:
     return figures
 
 
-class _Runs:
+class _Runs(Progress):
     """Numbers the scoring runs of a report, which would all be called the same."""
 
     def __init__(self, progress: Progress) -> None:
@@ -74,8 +70,12 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     stored, manifest = _routed_config(folder), read_manifest(options.model)
     tuned = options.tuned_parent and tuned_parent(options.tuned_parent, options.model, manifest)
     text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)
-    text.check_amount(options.text, progress)
-    others = [(_name(path, options), _load("--compare", path, text)) for path in options.compare]
+    check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
+    names = [p.resolve().name for p in (options.model, *options.compare)]
+    others = [
+        (str(path) if names.count(path.resolve().name) > 1 else path.resolve().name, _load("--compare", path, text))
+        for path in options.compare
+    ]
     others += [("tuned dense parent", _load(TUNED_PARENT, path, text)) for path in [options.tuned_parent] if path]
     model: RoutedForCausalLM = load_any(folder)
     parent_path = dense_of(options.model, model, options.parent)
@@ -85,10 +85,12 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     routes = measure_routes(model, text.rows, progress)
     points = tuple(compared(name, other, text.rows, text.num_bytes, quality[DENSE], progress) for name, other in others)
     item_bytes = getattr(torch, _stored(stored)).itemsize
+    losses = manifest.figures.get("decouple", {})
     row_bytes = bytes_per_row(stored.text_config.hidden_size, item_bytes)
     return Figures(
-        model=_describe(options.model, model, stored, manifest, row_bytes),
-        conditions=_conditions(options, text, model, manifest, parent_path, time.monotonic() - started_s),
+        model=describe(options.model, model, stored, manifest, row_bytes),
+        conditions=conditions_of(options, text, manifest, model.device)
+        | {"dense": str(parent_path or ""), "seconds": round(time.monotonic() - started_s, 1)},
         quality=replace(quality, others=points[: len(options.compare)], tuned_parent=points[-1] if tuned else None),
         costs=costs(model, quality.own_point.active_share, item_bytes),
         tuned_parent=tuned,
@@ -99,7 +101,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
         overlap=measure_overlap(model),
         training=training_curves(options.model),
         tuning=tuning_of(manifest),
-        router_losses=_router_losses(manifest),
+        router_losses={name: float(losses[name]) for name in ("loss_first", "loss_last") if name in losses},
         manifest=manifest.options | {"source": manifest.source.get("path", ""), "calibration": manifest.calibration},
     )
 
@@ -124,92 +126,41 @@ def _load(option: str, path: Path, text: ScoredText) -> Any:
     return load_any(folder)
 
 
-def _name(path: Path, options: ReportOptions) -> str:
-    """What to call a compared model: its folder, or its path where that is not unique."""
-    names = [p.resolve().name for p in (options.model, *options.compare)]
-    return str(path) if names.count(path.resolve().name) > 1 else path.resolve().name
+def describe(
+    path: Path, model: RoutedForCausalLM, config: RoutedConfig, manifest: Manifest, row_bytes: int
+) -> dict[str, Any]:
+    """For `Figures.model`; sizes as stored on disk.
 
-
-def _describe(path: Path, model: RoutedForCausalLM, config: RoutedConfig, manifest: Manifest, row_bytes: int) -> Model:
+    `is_tuned`: its weights were trained after the cut; `fits_router`: under the routing it is served with.
+    """
     routed = [cut for cut in config.cuts if cut.num_routed]
-    return Model(
-        name=path.resolve().name,
-        path=str(path.resolve()),
-        method=manifest.method,
-        is_tuned=manifest.is_tuned,
-        fits_router=manifest.fits_routing(config.routing),
-        routing=config.routing,
-        selection=config.selection,
-        forecast=config.routing == "layerwise" and config.has_path_router,
-        family=str(manifest.source.get("model_type", config.text_config.model_type)),
-        num_layers=len(config.cuts),
-        num_routed_layers=len(routed),
-        cut=_cut_words(routed, config.selection),
-        num_parameters=sum(p.numel() for p in model.parameters()),
-        num_bytes=sum(f["bytes"] for name, f in manifest.files.items() if name.endswith(".safetensors")),
-        expert_bytes=max(cut.expert_width for cut in routed) * row_bytes,
-        num_units=sum(cut.num_routed for cut in routed),
-        dtype=_stored(config),
-        nominal_share=nominal_share(model),
-    )
-
-
-def _cut_words(cuts: Sequence[LayerCut], selection: str) -> str:
-    """E.g. "3 shared + 5 routed experts per layer, 3 of the routed active"; a range where layers differ."""
-    shared, routed, active = (
-        _span([getattr(cut, name) for cut in cuts]) for name in ("num_shared", "num_routed", "num_active")
-    )
-    mean = " on average" if selection == "threshold" else ""
-    return f"{shared} shared + {routed} routed experts per layer, {active} of the routed active per token{mean}"
-
-
-def _span(values: Sequence[int]) -> str:
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
+    spans = []
+    for name in ("num_shared", "num_routed", "num_active"):
+        low, high = min(getattr(cut, name) for cut in routed), max(getattr(cut, name) for cut in routed)
+        spans.append(str(low) if low == high else f"{low} to {high}")
+    words = "{} shared + {} routed experts per layer, {} of the routed active per token".format(*spans)
+    return {
+        "name": path.resolve().name,
+        "path": str(path.resolve()),
+        "method": manifest.method,
+        "is_tuned": manifest.is_tuned,
+        "fits_router": manifest.fits_routing(config.routing),
+        "routing": config.routing,
+        "selection": config.selection,
+        "forecast": config.routing == "layerwise" and config.has_path_router,
+        "family": str(manifest.source.get("model_type", config.text_config.model_type)),
+        "num_layers": len(config.cuts),
+        "num_routed_layers": len(routed),
+        "cut": words + (" on average" if config.selection == "threshold" else ""),
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "num_bytes": sum(f["bytes"] for name, f in manifest.files.items() if name.endswith(".safetensors")),
+        "expert_bytes": max(cut.expert_width for cut in routed) * row_bytes,
+        "num_units": sum(cut.num_routed for cut in routed),
+        "dtype": _stored(config),
+        "nominal_share": nominal_share(model),
+    }
 
 
 def _stored(config: RoutedConfig) -> str:
     """Type of the weights on disk (they are loaded as float32 to be measured)."""
     return dtype_name(config.dtype or torch.float32)
-
-
-def _conditions(
-    options: ReportOptions,
-    text: ScoredText,
-    model: RoutedForCausalLM,
-    manifest: Manifest,
-    parent: Path | None,
-    seconds: float,
-) -> Conditions:
-    used = [p.resolve() for p in text_files(options.text, "--text")]
-    seen = {Path(p).resolve() for p in _listed_files(manifest.calibration)}
-    return Conditions(
-        command=options.command,
-        date=date_now(),
-        versions=package_versions(),
-        hardware=hardware(model.device),
-        seconds=round(seconds, 1),
-        text=tuple(map(str, used)),
-        num_documents=len(text.rows),
-        num_tokens=text.num_tokens,
-        context_tokens=text.context,
-        seed=options.seed,
-        dense=str(parent) if parent is not None else "",
-        fingerprint=hashlib.sha256((options.model / MANIFEST).read_bytes()).hexdigest()[:16],
-        seen_text=tuple(str(p) for p in used if p in seen),
-    )
-
-
-def _listed_files(calibration: dict[str, Any]) -> Iterator[str]:
-    """Every file the manifest says the checkpoint was made on."""
-    for name, value in calibration.items():
-        if isinstance(value, dict):
-            yield from _listed_files(value)
-        elif name == "files" and isinstance(value, list):
-            yield from map(str, value)
-
-
-def _router_losses(manifest: Manifest) -> dict[str, float]:
-    """First and last training loss of the path router, where the manifest has them."""
-    decoupled = manifest.figures.get("decouple", {})
-    return {name: float(decoupled[name]) for name in ("loss_first", "loss_last") if name in decoupled}

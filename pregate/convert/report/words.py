@@ -73,7 +73,7 @@ def dense_ratio(figures: Figures) -> tuple[float, str]:
     """The checkpoint's perplexity beside that of the fairest dense model there is, and whose that is."""
     quality, tuned = figures.quality, figures.tuned_parent
     if quality.tuned_parent is None or tuned is None:
-        return quality.own_point.ratio_to_dense, f"the {'untuned ' * figures.model.is_tuned}dense model's"
+        return quality.own_point.ratio_to_dense, f"the {'untuned ' * figures.model['is_tuned']}dense model's"
     how = "tuned alike" if tuned.recorded else "given as tuned alike"
     if tuned.differences:
         how = f"tuned otherwise ({', '.join(tuned.differences)})"
@@ -83,7 +83,7 @@ def dense_ratio(figures: Figures) -> tuple[float, str]:
 def is_fair(figures: Figures) -> bool:
     """Whether `dense_ratio` tells what the cut costs: a tuned checkpoint needs a dense model tuned alike for that."""
     tuned = figures.tuned_parent
-    return not figures.model.is_tuned or (tuned is not None and not tuned.differences)
+    return not figures.model["is_tuned"] or (tuned is not None and not tuned.differences)
 
 
 def headline(figures: Figures) -> str:
@@ -91,16 +91,13 @@ def headline(figures: Figures) -> str:
     ratio, whose = dense_ratio(figures)
     pays = figures.quality.gain_over_static < -0.02
     worth = f"choosing experts for each token {'beats' if pays else 'brings nothing over'} as many fixed neurons"
-    if figures.model.fits_router:
+    if figures.model["fits_router"]:
         worth += ", to which it was not tuned"
     running = f"Running {percent(figures.quality.own_point.active_share, 0)} of the FFN"
     if not is_fair(figures):
+        owner = whose.removesuffix("'s").removeprefix("that of ")
         lacks = "only one tuned alike (--tuned-parent) would tell what the cut costs"
-        return f"{running} gives {ratio:.2f} times the perplexity of {_owner(whose)}; {lacks}. {worth.capitalize()}."
+        return f"{running} gives {ratio:.2f} times the perplexity of {owner}; {lacks}. {worth.capitalize()}."
     much = "no" if ratio <= 1 else "little" if ratio <= 1.05 else "some" if ratio <= 1.25 else "much"
     joint = "but" if (ratio > 1.05) == pays else "and"
     return f"{running} costs {much} quality: perplexity is {ratio:.2f} times {whose}; {joint} {worth}."
-
-
-def _owner(whose: str) -> str:
-    return whose.removesuffix("'s").removeprefix("that of ")

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from pregate.base.errors import UserError
-from pregate.convert.progress import Progress, QuietProgress
-from pregate.convert.text.documents import Document, draw_documents, read_documents
+from pregate.convert.progress import QUIET, Progress
+from pregate.convert.text.documents import draw_documents, read_documents
+from pregate.model.file_hashes import short_digest
 
 #: Share of the windows kept back from calibration to measure the result on, and their greatest number.
 HELD_BACK_SHARE = 8
@@ -31,19 +32,32 @@ def encode(tokenizer: Any, text: str, max_tokens: int | None) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Windows to calibrate on [S, N] and to measure on (rows of N ids), both int64, and where they came from."""
+class Rows:
+    """Rows of token ids to learn from, of other text to measure on, and where they came from."""
 
-    windows_SN: torch.Tensor
+    training: list[list[int]]
     held_back: list[list[int]]
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
+
+    def digest(self) -> str:
+        """Sixteen hex digits that tell other text apart."""
+        return short_digest([self.training, self.held_back])
+
+
+class Calibration(Rows):
+    """Windows of one length, to calibrate on and to measure on."""
+
+    @property
+    def windows(self) -> torch.Tensor:
+        """Those to calibrate on, int64."""
+        return torch.tensor(self.training, dtype=torch.int64)
 
     def describe(self) -> dict[str, Any]:
         return {
             "files": [str(p) for p in self.files],
-            "num_windows": self.windows_SN.shape[0],
-            "window_tokens": self.windows_SN.shape[1],
-            "num_tokens": self.windows_SN.numel(),
+            "num_windows": len(self.training),
+            "window_tokens": len(self.training[0]),
+            "num_tokens": sum(map(len, self.training)),
             "num_held_back_windows": len(self.held_back),
         }
 
@@ -93,7 +107,7 @@ def read_calibration(
     draw: str = "documents",
     option: str = "--calibration",
     text_field: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = QUIET,
 ) -> Calibration:
     """Draw `samples` windows of `length` tokens with `seed`, and some more to measure on, from the files at `paths`.
 
@@ -114,8 +128,8 @@ def read_calibration(
         found = sum(len(window) == length for window in windows)
         held = min(wanted, len(windows) // 4)
         kept, held_back = windows[held:][:samples], windows[:held]
-    _check_windows(found, samples + wanted, length, option, paths, progress or QuietProgress())
-    return Calibration(torch.tensor(kept, dtype=torch.int64), held_back, files)
+    _check_windows(found, samples + wanted, length, option, paths, progress)
+    return Calibration(kept, held_back, files)
 
 
 def _check_windows(
@@ -133,14 +147,17 @@ def _check_windows(
 
 
 def encode_pool(
-    documents: Sequence[Document], tokenizer: Any, max_tokens: int, total_tokens: int
+    texts: Sequence[str], tokenizer: Any, length: int, total_tokens: float, num_given: int = 0
 ) -> Iterator[list[int]]:
-    """Encode documents in order, each cut to `max_tokens`, until `total_tokens` are given; one-token ones left out."""
+    """Encode texts in order, each cut to `length`, until there are `total_tokens`; one-token ones are left out.
+
+    The first `num_given` (0 or 1) of each do not count.
+    """
     left = total_tokens
-    for document in documents:
-        if left < 2:
+    for text in texts:
+        if left + num_given < 2:
             return
-        ids = encode(tokenizer, document.text, min(max_tokens, left))
+        ids = encode(tokenizer, text, int(min(length, left + num_given)))
         if len(ids) > 1:
-            left -= len(ids)
+            left -= len(ids) - num_given
             yield ids

@@ -39,7 +39,13 @@ def text_files(paths: Sequence[Path], option: str) -> list[Path]:
     UserError names `option` and the path that is missing, matches nothing, or is of another kind.
     """
     files: set[Path] = set()
-    for path in (found for given in paths for found in _matching(given, option)):
+    named: list[Path] = []
+    for path in paths:  # one that exists is itself, brackets and stars in its name or not
+        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
+        if not found:
+            raise UserError.of(option, path, "no file matches" if glob.has_magic(str(path)) else "no such path")
+        named += found
+    for path in named:
         if path.is_dir():
             files |= {p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()}
         elif path.suffix in SUFFIXES:
@@ -49,18 +55,6 @@ def text_files(paths: Sequence[Path], option: str) -> list[Path]:
     if not files:
         raise UserError.of(option, " ".join(map(str, paths)), "holds no .txt or .jsonl file")
     return sorted(files)
-
-
-def _matching(path: Path, option: str) -> list[Path]:
-    """The path itself where it exists, brackets and stars in its name or not; else what it matches as a pattern."""
-    if path.exists():
-        return [path]
-    if not glob.has_magic(str(path)):
-        raise UserError.of(option, path, "no such path")
-    found = [Path(p) for p in glob.glob(str(path), recursive=True)]
-    if not found:
-        raise UserError.of(option, path, "no file matches")
-    return found
 
 
 def read_documents(

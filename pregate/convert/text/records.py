@@ -35,17 +35,14 @@ def record_text(line: str, where: str, option: str, field: str | None) -> str:
         raise UserError.of(option, where, f"not a JSON record ({error})") from error
     if not isinstance(record, dict):
         raise UserError.of(option, where, f"a record needs fields, such as {FORMS}")
-    text = _joined(record) if field is None else _field_text(record.get(field))
+    value = None if field is None else record.get(field)
+    text = _joined(record) if field is None else value if isinstance(value, str) else _chat(value)
     if text is not None:
         return text
     has = f"it has {', '.join(map(repr, record)) or 'none'}"
     if field is not None:
         raise UserError.of(option, where, f"field {field!r} is no string and no list of turns ({has})")
     raise UserError.of(option, where, f"a record needs {FORMS}; {has}; --text-field names another field")
-
-
-def _field_text(value: Any) -> str | None:
-    return value if isinstance(value, str) else _chat(value)
 
 
 def _joined(record: dict[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from pregate.base.errors import UserError
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced, spaced_batches
-from pregate.convert.tune.forward import Gathered, TuningPass, threshold_of
+from pregate.convert.tune.forward import TuningPass, threshold_of
 from pregate.convert.tune.outputs import path_scores, run_layers
 from pregate.model.gates import RepresentativeGate
 from pregate.model.layers import RoutedMLP
@@ -31,21 +31,16 @@ FORWARD_TOKENS = 8192
 
 def check_biases(model: RoutedForCausalLM) -> None:
     """UserError for a path router that has no bias for each layer's each expert."""
-    if model.config.routing != "path" or model.path_router is None:
-        return
-    shape = model.path_router.config
-    if shape.gate == "dselect" or shape.heads == "single":
-        kind = f"{shape.gate} gate and {shape.heads} heads"
-        raise UserError.of(
-            "--balance", "bias", f"a path router with {kind} has no bias per expert; allowed: none, loss"
-        )
+    router = model.deciding_router
+    if router is not None and ((shape := router.config).gate == "dselect" or shape.heads == "single"):
+        reason = f"a path router with {shape.gate} gate and {shape.heads} heads has no bias per expert"
+        raise UserError.of("--balance", "bias", f"{reason}; allowed: none, loss")
 
 
 def bias_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
     """What is added to a layer's scores [R], where it lies (a view)."""
-    if model.config.routing == "path":
-        assert model.path_router is not None
-        heads: Any = model.path_router.heads
+    if (router := model.deciding_router) is not None:
+        heads: Any = router.heads
         start = sum(c.num_routed for c in model.config.cuts[: mlp.layer])
         bias_S = heads.bias if isinstance(heads, nn.Linear) else heads.output.bias
         return bias_S.data[start : start + mlp.cut.num_routed]
@@ -90,7 +85,7 @@ def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]], progress
     """Set every threshold so that the mean number of experts on (a part of) `rows` is the layer's `num_active`."""
     if model.config.selection != "threshold":
         return
-    if model.config.routing != "path" or model.path_router is None:
+    if (router := model.deciding_router) is None:
         calibrate(model, rows, progress)
         return
     parts, groups = [], spaced_batches(rows, ROUTER_TOKENS)
@@ -101,7 +96,7 @@ def set_thresholds(model: RoutedForCausalLM, rows: Sequence[list[int]], progress
             assert scores_TS is not None
             parts.append(scores_TS[mask_BN.flatten().bool()])
             advance(len(group))
-    put_thresholds(model.path_router, torch.cat(parts), [cut.num_active for cut in model.config.cuts])
+    put_thresholds(router, torch.cat(parts), [cut.num_active for cut in model.config.cuts])
 
 
 @torch.no_grad()
@@ -111,13 +106,12 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Pro
     So each layer's is set on what the layers before it give with theirs.
     """
     ids_BN, mask_BN = (t.to(model.device) for t in padded(spaced(rows, FORWARD_TOKENS)))
-    gathered = Gathered(calibrate=True)
-    tuning_pass = TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
+    scores_TS, real_T = path_scores(model, ids_BN), mask_BN.flatten().bool()
     mlps = model.routed_mlps
     with progress.stage("setting thresholds (layers)", len(mlps)) as advance:
         hooks = [mlp.register_forward_hook(lambda *_: advance(1)) for mlp in mlps]
         try:
-            run_layers(model, ids_BN, tuning_pass)
+            run_layers(model, ids_BN, TuningPass(model, real_T, scores_TS, {}, calibrate=True))
         finally:
             for hook in hooks:
                 hook.remove()

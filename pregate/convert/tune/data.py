@@ -6,42 +6,31 @@ Shape letters: B rows of a batch, N tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pregate.base.errors import UserError
-from pregate.convert.files.work_folder import short_digest
 from pregate.convert.text.batches import batches
-from pregate.convert.text.calibration import encode
+from pregate.convert.text.calibration import Rows, encode
 from pregate.convert.text.documents import draw_documents, read_documents
 
 #: No more than this is measured on, however much text there is.
 MAX_VALIDATION_TOKENS = 65_536
 
 
-@dataclass(frozen=True)
-class TuningRows:
+class TuningRows(Rows):
     """Rows of token ids, each of 2 or more: to tune on, and of other documents to measure on."""
-
-    training: list[list[int]]
-    validation: list[list[int]]
-    files: tuple[Path, ...] = ()
 
     def describe(self) -> dict[str, Any]:
         return {
             "files": [str(p) for p in self.files],
             "num_rows": len(self.training),
             "num_tokens": sum(map(len, self.training)),
-            "num_validation_rows": len(self.validation),
-            "num_validation_tokens": sum(map(len, self.validation)),
+            "num_validation_rows": len(self.held_back),
+            "num_validation_tokens": sum(map(len, self.held_back)),
         }
-
-    def digest(self) -> str:
-        """Sixteen hex digits that tell other text apart."""
-        return short_digest([self.training, self.validation])
 
 
 def read_rows(
@@ -58,32 +47,27 @@ def read_rows(
     With files of `validation` those are, and no document of `paths`. The rest become rows of at most `length` ids,
     long ones several (see `windows_of`). UserError names the option where there are not enough documents.
     """
-    documents = draw_documents(read_documents(paths, length, "--text", text_field), seed)
-    encoded = _encoded([d.text for d in documents], tokenizer)
-    if len(encoded) < (1 if validation else 2):
-        needed = "a document" if validation else "two documents"
-        raise UserError.of("--text", " ".join(map(str, paths)), f"needs {needed} of two tokens or more")
+
+    def drawn(paths: Sequence[Path], option: str, least: int) -> tuple[list[list[int]], tuple[Path, ...]]:
+        documents = draw_documents(read_documents(paths, length, option, text_field), seed)
+        encoded = [ids for d in documents if len(ids := encode(tokenizer, d.text, None)) > 1]
+        if len(encoded) < least:
+            needed = "a document" if least == 1 else "two documents"
+            raise UserError.of(option, " ".join(map(str, paths)), f"needs {needed} of two tokens or more")
+        return encoded, tuple(dict.fromkeys(d.source for d in documents))
+
+    kept, files = drawn(paths, "--text", 1 if validation else 2)
     if validation:
-        documents_held = read_documents(validation, length, "--validation", text_field)
-        texts = [d.text for d in draw_documents(documents_held, seed)]
-        held, kept = _encoded(texts, tokenizer), encoded
-        if not held:
-            reason = "needs a document of two tokens or more"
-            raise UserError.of("--validation", " ".join(map(str, validation)), reason)
+        held, _ = drawn(validation, "--validation", 1)
     else:
-        num_held = min(len(encoded) - 1, max(1, round(validation_share * len(encoded))))
-        held, kept = encoded[:num_held], encoded[num_held:]
+        num_held = min(len(kept) - 1, max(1, round(validation_share * len(kept))))
+        held, kept = kept[:num_held], kept[num_held:]
     training = [window for ids in kept for window in windows_of(ids, length)]
     measured: list[list[int]] = []
     for ids in held:
         if sum(map(len, measured)) < MAX_VALIDATION_TOKENS:
             measured.append(ids[:length])
-    return TuningRows(training, measured, tuple(dict.fromkeys(d.source for d in documents)))
-
-
-def _encoded(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of every text that has two tokens or more."""
-    return [ids for text in texts if len(ids := encode(tokenizer, text, None)) > 1]
+    return TuningRows(training, measured, files)
 
 
 def windows_of(ids: list[int], length: int) -> list[list[int]]:
@@ -123,11 +107,10 @@ class BatchOrder:
         """The rows of batch `index`, counted from 0 through all times round."""
         epoch, place = divmod(index, self.num_batches)
         if epoch != self._epoch:
-            self._epoch, self._groups = epoch, self._shuffled(epoch)
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            order = torch.randperm(len(self._rows), generator=generator).tolist()  # rows of one length mix anew
+            mixed = batches([self._rows[i] for i in order], self._batch_tokens)
+            groups = [[order[i] for i in group] for group in mixed]
+            self._epoch = epoch
+            self._groups = [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]
         return [self._rows[i] for i in self._groups[place]]
-
-    def _shuffled(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self._rows), generator=generator).tolist()  # rows of one length mix anew
-        groups = [[order[i] for i in group] for group in batches([self._rows[i] for i in order], self._batch_tokens)]
-        return [groups[i] for i in torch.randperm(len(groups), generator=generator).tolist()]

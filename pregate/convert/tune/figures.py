@@ -8,9 +8,8 @@ import torch
 
 from pregate.base.dtypes import dtype_name
 from pregate.convert.measure.agreement import AgreementMeter, layer_figures
-from pregate.convert.measure.overlap import bytes_per_row, swap_figures
+from pregate.convert.measure.overlap import bytes_per_row, rows_are_tied, swap_figures
 from pregate.convert.measure.scoring import score_rows
-from pregate.convert.measure.tied import rows_are_tied
 from pregate.convert.tune.loop import Tuner
 
 
@@ -25,7 +24,7 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
     meter = AgreementMeter() if forecasts else None
     figures: dict[str, Any] = {
         "validation_perplexity_before": round(first["perplexity"], 4),
-        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.validation, meter).perplexity, 4),
+        "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.held_back, meter).perplexity, 4),
     }
     if meter is not None and meter.forecast:
         figures["path_vs_gate"] = layer_figures(meter.forecast)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-from pregate.convert.paths.mass_scale import MassScale
+from pregate.convert.paths.targets import MassScale
 from pregate.convert.tune.straight_through import chosen_by, soft_choice, straight_through
 from pregate.kernels.reference import threshold_for
 from pregate.model.gates import LinearGate, RepresentativeGate
@@ -27,24 +27,13 @@ from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import split_layers
 
 
-@dataclass(frozen=True)
-class Gathered:
-    """What a pass is to gather beside its output: `mass` errors of the router's scores as forecasts, `balance` terms.
-
-    Without `straight_through` the choice of experts has no gradient.
-    With `calibrate` the thresholds of each layer's gate and oracle are set from the tokens of the pass on its way
-    (a path router's are not: it needs no pass for them).
-    """
-
-    mass: bool = False
-    balance: bool = False
-    calibrate: bool = False
-    straight_through: bool = True
-
-
 @dataclass
 class TuningPass:
     """A `FastPath` that lives for one forward pass. `real_T` False at padding; `scores_TS` the path router's scores.
+
+    Beside its output it gathers `mass` errors of the router's scores as forecasts, and `balance` terms. With
+    `calibrate` the thresholds of each layer's gate and oracle are set from the tokens of the pass on its way (a path
+    router's are not: it needs no pass for them). Without `straight_through` the choice of experts has no gradient.
 
     `offsets`: what balancing has added to each layer's scores [R], which is not a forecast's to learn. Afterwards
     `loads` holds each layer's tokens per expert [R], `limits` the threshold that would have been right for this
@@ -55,12 +44,15 @@ class TuningPass:
     real_T: torch.Tensor
     scores_TS: torch.Tensor | None
     offsets: dict[int, torch.Tensor]
-    gathered: Gathered = Gathered()
-    loads: dict[int, torch.Tensor] = field(default_factory=dict)
-    limits: dict[int, torch.Tensor] = field(default_factory=dict)
-    spreads: dict[int, torch.Tensor] = field(default_factory=dict)
-    mass_errors: list[torch.Tensor] = field(default_factory=list)
-    balance_terms: list[torch.Tensor] = field(default_factory=list)
+    mass: bool = False
+    balance: bool = False
+    calibrate: bool = False
+    straight_through: bool = True
+    loads: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
+    limits: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
+    spreads: dict[int, torch.Tensor] = field(init=False, default_factory=dict)
+    mass_errors: list[torch.Tensor] = field(init=False, default_factory=list)
+    balance_terms: list[torch.Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self._num_real = int(self.real_T.sum())
@@ -76,7 +68,7 @@ class TuningPass:
             return out_TD
         down, h_TRM = mlp.experts.down_proj, routed_hidden(mlp, x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            wanted = self.gathered.mass or self.gathered.calibrate
+            wanted = self.mass or self.calibrate
             mass_TR = masses(h_TRM, down, mlp.token_power) if wanted else None
             weights_TR = self._weights(mlp, x_TD, mass_TR)
         weighted_TRM = h_TRM * weights_TR[:, :, None].to(h_TRM.dtype)
@@ -89,24 +81,17 @@ class TuningPass:
             shares_TR = gate(x_TD.float()).softmax(dim=-1)
             chosen_TR = chosen_by(shares_TR + gate.balance_bias, num_active, None)
             self._note(mlp, shares_TR, chosen_TR, None, None)
-            return self._chosen(shares_TR, chosen_TR, num_active, None) * (1 + shares_TR * gate.scale)
+            weights_TR = straight_through(shares_TR, chosen_TR, num_active, None, self.straight_through)
+            return weights_TR * (1 + shares_TR * gate.scale)
         # A gate's input is detached: the backbone learns from the losses, not from the router's noise.
         scores_TR = gate(x_TD.detach().float()) if self.scores_TS is None else self._split[mlp.layer]
         threshold = self._threshold(mlp, scores_TR, mass_TR)
         chosen_TR = chosen_by(scores_TR.detach(), num_active, threshold)
         self._note(mlp, scores_TR, chosen_TR, threshold, mass_TR)
-        weights_TR = self._chosen(scores_TR, chosen_TR, num_active, threshold)
+        weights_TR = straight_through(scores_TR, chosen_TR, num_active, threshold, self.straight_through)
         if self.scores_TS is None or self._path_weights is None:
             return weights_TR
         return weights_TR * self._path_weights[mlp.layer]
-
-    def _chosen(
-        self, scores_TR: torch.Tensor, chosen_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The choice as weights of 0 and 1."""
-        if not self.gathered.straight_through:
-            return chosen_TR.to(scores_TR.dtype)
-        return straight_through(scores_TR, chosen_TR, num_active, threshold)
 
     @torch.no_grad()
     def _threshold(self, mlp: RoutedMLP, scores_TR: torch.Tensor, mass_TR: torch.Tensor | None) -> torch.Tensor | None:
@@ -116,9 +101,9 @@ class TuningPass:
         held = threshold_of(self.model, mlp)
         limit = threshold_for(scores_TR[self.real_T], mlp.cut.num_active)
         self.limits[mlp.layer] = limit
-        if self.gathered.calibrate and self.scores_TS is None:
+        if self.calibrate and self.scores_TS is None:
             held.copy_(limit)
-        if self.gathered.calibrate and mass_TR is not None:
+        if self.calibrate and mass_TR is not None:
             mlp.mass_threshold.copy_(threshold_for(mass_TR[self.real_T], mlp.cut.num_active))
         return held.clone()
 
@@ -133,9 +118,9 @@ class TuningPass:
         """Keep what is to be gathered of a layer."""
         self.loads[mlp.layer] = chosen_TR[self.real_T].sum(dim=0).double()
         self.spreads[mlp.layer] = scores_TR.detach()[self.real_T].std(correction=0)
-        if self.gathered.mass and mass_TR is not None:
+        if self.mass and mass_TR is not None:
             self.mass_errors.append(self._mass_error(mlp, scores_TR[self.real_T], mass_TR[self.real_T]))
-        if self.gathered.balance:
+        if self.balance:
             soft_R = soft_choice(scores_TR, mlp.cut.num_active, threshold)[self.real_T].mean(dim=0)
             self.balance_terms.append(balance_term(self.loads[mlp.layer].float(), soft_R))
 
@@ -180,19 +165,18 @@ def masses(h_TRM: torch.Tensor, down: torch.Tensor, token_power: float) -> torch
 
 def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
     """The threshold a layer's experts are chosen by, where it lies (a scalar view)."""
-    if model.config.routing == "path":
-        assert model.path_router is not None
-        return model.path_router.thresholds[mlp.layer]
+    if (router := model.deciding_router) is not None:
+        return router.thresholds[mlp.layer]
     assert isinstance(mlp.gate, LinearGate)
     return mlp.gate.threshold
 
 
 def forecasts_masses(model: RoutedForCausalLM) -> bool:
     """Whether the router in use was fitted so that its scores forecast masses, and may be kept to that."""
-    if model.config.routing != "path" or model.path_router is None:
+    if (router := model.deciding_router) is None:
         return model.config.gate == "linear"
     made = {} if model.manifest is None else model.manifest.options.get("decouple", {})
-    return model.path_router.config.gate == "scores" and made.get("target", "mass") == "mass"
+    return router.config.gate == "scores" and made.get("target", "mass") == "mass"
 
 
 def balance_term(loads_R: torch.Tensor, soft_R: torch.Tensor) -> torch.Tensor:

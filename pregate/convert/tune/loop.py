@@ -19,16 +19,15 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.convert.measure.scoring import Score
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.batches import batches, padded
 from pregate.convert.tune.balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tune.data import BatchOrder, TuningRows
-from pregate.convert.tune.forward import Gathered, TuningPass, forecasts_masses
-from pregate.convert.tune.lora import merge_low_rank
+from pregate.convert.tune.forward import TuningPass, forecasts_masses
 from pregate.convert.tune.losses import mixed_loss, next_tokens
 from pregate.convert.tune.options import TuningSettings
 from pregate.convert.tune.outputs import Outputs, hidden_error, path_scores, run_model
-from pregate.convert.tune.parameters import changing_tensors, choose_trained, optimizer_of
+from pregate.convert.tune.parameters import changing_tensors, choose_trained, merge_low_rank, optimizer_of
 from pregate.convert.tune.refit import refit
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -67,7 +66,7 @@ class Tuner:
     """Tunes `model` (a `RoutedForCausalLM`, or a dense model) in place on `rows.training`.
 
     `teacher`, a dense model, is needed where `settings.wants_teacher`. `record` is called with each
-    step's figures, and with those of each evaluation on `rows.validation`. Call `run`, then `finish`. Everything is
+    step's figures, and with those of each evaluation on `rows.held_back`. Call `run`, then `finish`. Everything is
     float32; on a GPU (or with `precision` bfloat16) matrix products are bfloat16 and weights float32 still.
     UserError where the model's router has no bias that `balance` could move.
     """
@@ -79,7 +78,7 @@ class Tuner:
         settings: TuningSettings,
         teacher: Any = None,
         record: Callable[[Record], None] | None = None,
-        progress: Progress | None = None,
+        progress: Progress = QUIET,
     ) -> None:
         self.model, self.rows, self.settings, self.teacher = model.eval(), rows, settings, teacher
         self.routed = isinstance(model, RoutedForCausalLM)
@@ -93,8 +92,7 @@ class Tuner:
         self.best: dict[str, torch.Tensor] = {}
         self.offsets: dict[int, torch.Tensor] = {}
         self._order = BatchOrder(rows.training, settings.batch_tokens, settings.seed)
-        self._record = record or (lambda _record: None)
-        self._progress = progress or QuietProgress()
+        self._record, self._progress = record or (lambda _record: None), progress
         #: With the path router at rest, its scale aside, paths stay, and so do the thresholds they were chosen by.
         at_rest = self.routed and model.config.routing == "path" and not settings.router
         self._moves = self.routed and (not at_rest or settings.balance == "bias")
@@ -183,8 +181,8 @@ class Tuner:
                 theirs = run_model(self.teacher, ids_BN, None, matched)
         with self._autocast():
             mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
-            gathered = Gathered(mass, settings.balance == "loss", straight_through=settings.straight_through)
-            tuning_pass = self._pass(ids_BN, mask_BN, gathered)
+            gathered = {"mass": mass, "balance": settings.balance == "loss"}
+            tuning_pass = self._pass(ids_BN, mask_BN, **gathered, straight_through=settings.straight_through)
             ours = run_model(self.model, ids_BN, tuning_pass, matched)
         loss, sums = mixed_loss(ours.logits, targets_P, theirs.logits, settings.kl_share, num_tokens)
         share = float((targets_P >= 0).sum()) / num_tokens
@@ -196,11 +194,11 @@ class Tuner:
             loss = loss + share * settings.balance_loss * torch.stack(tuning_pass.balance_terms).mean()
         return loss, sums, tuning_pass
 
-    def _pass(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, gathered: Gathered) -> TuningPass | None:
+    def _pass(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, **gathered: bool) -> TuningPass | None:
         if not self.routed:
             return None
         scores_TS = path_scores(self.model, ids_BN)
-        return TuningPass(self.model, mask_BN.flatten().bool(), scores_TS, self.offsets, gathered)
+        return TuningPass(self.model, mask_BN.flatten().bool(), scores_TS, self.offsets, **gathered)
 
     def _settle(self, passes: list[TuningPass]) -> None:
         """Move thresholds and balancing biases by what the passes of a step saw."""
@@ -233,9 +231,8 @@ class Tuner:
         """Fit the down projections in closed form before the first step; evaluated before and after."""
         self.measure()
         with self._timed():
-            left = refit(
-                self.model, self.rows.training, self._progress, None if self.model.is_partition else self.teacher
-            )
+            parent = None if self.model.is_partition else self.teacher
+            left = refit(self.model, self.rows.training, self._progress, parent)
         self.counters.refit = {"missing_left": [round(x, 4) for x in left]}
         self.counters.refit["validation_perplexity"] = round(self.measure().perplexity, 4)
 
@@ -245,11 +242,11 @@ class Tuner:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         loads: dict[int, torch.Tensor] = {}
         active, total, num_tokens = 0.0, 0, 0
-        rows = self.rows.validation
+        rows = self.rows.held_back
         with self._progress.stage("validating (rows)", len(rows)) as advance:
             for batch in batches(rows, self.settings.batch_tokens):
                 ids_BN, mask_BN = (t.to(self.device) for t in padded([rows[i] for i in batch]))
-                tuning_pass = self._pass(ids_BN, mask_BN, Gathered())
+                tuning_pass = self._pass(ids_BN, mask_BN)
                 logits_PV = run_model(self.model, ids_BN, tuning_pass).logits
                 sums += mixed_loss(logits_PV, next_tokens(ids_BN, mask_BN), None, 0.0, 1)[1]
                 num_tokens += int(mask_BN[:, 1:].sum())

@@ -71,11 +71,7 @@ def _chunk(
 
 
 def mixed_loss(
-    logits_PV: torch.Tensor,
-    targets_P: torch.Tensor,
-    teacher_PV: torch.Tensor | None,
-    kl_share: float,
-    num_tokens: int,
+    logits_PV: torch.Tensor, targets_P: torch.Tensor, teacher_PV: torch.Tensor | None, kl_share: float, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (1 - s) cross-entropy + s KL(teacher || student), divided by `num_tokens`, and the sums of both.
 

@@ -25,68 +25,59 @@ Weight = Annotated[float, Field(ge=0)]
 class TuningSettings:
     """How a model in memory is tuned; what `Tuner` goes by.
 
-    `method` lora: low-rank changes of `rank`, times `alpha` / `rank` (8 and 32 in CMoE, section 4.1). The FFNs are
-    always tuned, and the scale by which a router or gate weighs its experts; the rest of it with `router`, everything
-    else (attention, norms, embeddings, head) with `backbone`. The loss is (1 - `kl_share`) cross-entropy + `kl_share`
-    KL(teacher || student), per token. To it come
-    `hidden_match` times the squared error of every layer's output as the teacher's, relative to its square, and
-    `router_mass` times the squared error of the router's scores as forecasts of the experts' present contribution
-    masses, as a share of their variance; without `straight_through` a router learns from that alone. With `balance`
-    "loss" comes `balance_loss` times Switch's auxiliary loss; with "bias" an expert's bias moves by `balance_rate`
-    each step. Before the first step `refit` fits the down projections in closed form (`convert/tune/refit.py`), where
-    the model is routed and not tuned yet.
+    `method` lora: low-rank changes (8 and 32 in CMoE, section 4.1). The FFNs are always tuned, and the scale by which a
+    router or gate weighs its experts. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student),
+    per token. To it come `hidden_match` times the squared error of every layer's output as the teacher's, relative to
+    its square; `router_mass` times that of the router's scores as forecasts of the experts' present contribution
+    masses, as a share of their variance (without `straight_through` a router learns from that alone); with `balance`
+    "loss" Switch's auxiliary loss. Before the first step `refit` fits the down projections in closed form
+    (`convert/tune/refit.py`), where the model is routed and not tuned yet.
 
-    The run ends with the first of `steps`, `tokens` and `minutes`, or after `patience` evaluations (0: never) without
-    a better one. A step takes `accumulate` batches of at most `batch_tokens`, padding included. Learning rates fall
-    by a cosine after `warmup_steps`.
+    The run ends with the first of `steps`, `tokens` and `minutes`, or of `patience`. Learning rates fall by a cosine.
     """
 
-    method: Annotated[Literal["full", "lora"], Field(description="What is trained.")] = "full"
-    rank: Annotated[int, Field(ge=1, description="Rank of LoRA's changes.")] = 8
-    alpha: Annotated[float, Field(gt=0, description="LoRA's changes count alpha / rank.")] = 32.0
-    router: Annotated[
-        bool, Field(description="Tune the path router, or the layers' gates; a scale of experts' weights always is.")
-    ] = True
-    backbone: Annotated[bool, Field(description="Tune attention, norms, embeddings and head.")] = True
-    kl_share: Annotated[Share, Field(description="Share of the KL to the teacher in the loss, 0 to 1.")] = 0.9
+    method: Annotated[Literal["full", "lora"], "What is trained."] = "full"
+    rank: Annotated[int, Field(ge=1), "Rank of LoRA's changes."] = 8
+    alpha: Annotated[float, Field(gt=0), "LoRA's changes count alpha / rank."] = 32.0
+    router: Annotated[bool, "Tune the path router, or the layers' gates; a scale of experts' weights always is."] = True
+    backbone: Annotated[bool, "Tune attention, norms, embeddings and head."] = True
+    kl_share: Annotated[Share, "Share of the KL to the teacher in the loss, 0 to 1."] = 0.9
     hidden_match: Annotated[
         float | None,
-        Field(ge=0, description="Weight of every layer's output being the teacher's; 20 with KL."),
+        Field(ge=0),
+        "Weight of every layer's output being the teacher's; 20 with KL.",
         Word("20, or 0 without KL", written=False),
     ] = None
     learning_rate: Annotated[
-        float | None, Field(gt=0, description="Of the model."), Word("2e-4; 1e-3 with LoRA", written=False)
+        float | None, Field(gt=0), "Of the model.", Word("2e-4; 1e-3 with LoRA", written=False)
     ] = None
-    router_learning_rate: Annotated[Rate, Field(description="Of the router or gates, and of the scale u.")] = 1e-3
-    weight_decay: Annotated[Weight, Field(description="AdamW's.")] = 0.01
-    router_mass: Annotated[Weight, Field(description="Weight of the router's error as a forecast of masses.")] = 1.0
-    straight_through: Annotated[
-        bool, Field(description="Let the router learn from the losses as well, as if its choice were soft.")
-    ] = True
-    refit: Annotated[bool, Field(description="First fit the down projections in closed form.")] = True
-    balance: Annotated[
-        Literal["none", "bias", "loss"], Field(description="Even use of experts, as CMoE (bias) or Switch (loss).")
-    ] = "none"
-    balance_rate: Annotated[Rate, Field(description="What --balance bias adds to a bias per step.")] = 1e-2
-    balance_loss: Annotated[Weight, Field(description="Weight of --balance loss.")] = 1e-2
-    steps: Annotated[int | None, Field(ge=1, description="Most optimizer steps.")] = None
+    router_learning_rate: Annotated[Rate, "Of the router or gates, and of the scale u."] = 1e-3
+    weight_decay: Annotated[Weight, "AdamW's."] = 0.01
+    router_mass: Annotated[Weight, "Weight of the router's error as a forecast of masses."] = 1.0
+    straight_through: Annotated[bool, "Let the router learn from the losses as well, as if its choice were soft."] = (
+        True
+    )
+    refit: Annotated[bool, "First fit the down projections in closed form."] = True
+    balance: Annotated[Literal["none", "bias", "loss"], "Even use of experts, as CMoE (bias) or Switch (loss)."] = (
+        "none"
+    )
+    balance_rate: Annotated[Rate, "What --balance bias adds to a bias per step."] = 1e-2
+    balance_loss: Annotated[Weight, "Weight of --balance loss."] = 1e-2
+    steps: Annotated[int | None, Field(ge=1), "Most optimizer steps."] = None
     tokens: Annotated[
         int | None,
-        Field(ge=1, description="End with the step that reaches so many."),
+        Field(ge=1),
+        "End with the step that reaches so many.",
         Word("1500000 where no budget is given", written=False),
     ] = None
-    minutes: Annotated[float | None, Field(gt=0, description="Most minutes of tuning.")] = None
-    warmup_steps: Annotated[int, Field(ge=0, description="Steps in which the learning rate rises.")] = 20
-    batch_tokens: Annotated[int, Field(ge=2, description="Tokens of a batch, padding included.")] = 2048
-    accumulate: Annotated[int, Field(ge=1, description="Batches of a step.")] = 1
-    eval_every: Annotated[int, Field(ge=1, description="Steps between evaluations.")] = 200
-    patience: Annotated[
-        int, Field(ge=0, description="Stop after so many evaluations without a better one; 0: never.")
-    ] = 0
+    minutes: Annotated[float | None, Field(gt=0), "Most minutes of tuning."] = None
+    warmup_steps: Annotated[int, Field(ge=0), "Steps in which the learning rate rises."] = 20
+    batch_tokens: Annotated[int, Field(ge=2), "Tokens of a batch, padding included."] = 2048
+    accumulate: Annotated[int, Field(ge=1), "Batches of a step."] = 1
+    eval_every: Annotated[int, Field(ge=1), "Steps between evaluations."] = 200
+    patience: Annotated[int, Field(ge=0), "Stop after so many evaluations without a better one; 0: never."] = 0
     seed: Seed = 0
-    precision: Annotated[
-        Literal["auto", "float32", "bfloat16"], Field(description="Of products; auto: bfloat16 on a GPU.")
-    ] = "auto"
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], "Of products; auto: bfloat16 on a GPU."] = "auto"
 
     @property
     def model_learning_rate(self) -> float:
@@ -127,28 +118,22 @@ class TuningSettings:
 class TuneOptions(TuningSettings):
     """How and on what a model folder (dense, or routed by gates or by paths) is tuned, and where the result goes.
 
-    `teacher`: a dense model folder; None with KL: the dense parent, which a routed checkpoint is with every expert
-    on until it is tuned (for a dense model: itself as it is now). Documents of `text` longer than `sequence_length`
-    become several rows. `validation_share` of them is kept to measure on, unless `validation` gives other text for
-    that. Every `checkpoint_every` steps, and after every five minutes, what an interrupted run needs to go on is
-    written beside `out`; `restart` discards it. `device`: auto, cpu, cuda, cuda:N.
+    `teacher` None with KL: the dense parent, which a routed checkpoint is with every expert on until it is tuned (for a
+    dense model: itself as it is now). `validation_share` of the documents is kept to measure on, unless `validation`
+    gives other text for that. Every `checkpoint_every` steps, and after every five minutes, what an interrupted run
+    needs to go on is written beside `out`.
     """
 
     model: Model
     out: Out
-    text: Annotated[Texts, Field(description="Text to tune on")]
+    text: Annotated[Texts, "Text to tune on"]
     teacher: Annotated[
-        Path | None,
-        Field(description="Dense model to keep to."),
-        Needs("model"),
-        Word("the dense parent", written=False),
+        Path | None, "Dense model to keep to.", Needs("model"), Word("the dense parent", written=False)
     ] = None
-    sequence_length: Annotated[int, Field(ge=2, description="Tokens of a row; longer documents become several.")] = 512
-    validation_share: Annotated[float, Field(gt=0, lt=1, description="Share of the documents kept to measure on.")] = (
-        0.05
-    )
-    validation: Annotated[tuple[Path, ...], Needs("text"), Field(description="Text to measure on instead")] = ()
-    checkpoint_every: Annotated[int, Field(ge=1, description="Steps after which an interrupted run can go on.")] = 100
+    sequence_length: Annotated[int, Field(ge=2), "Tokens of a row; longer documents become several."] = 512
+    validation_share: Annotated[float, Field(gt=0, lt=1), "Share of the documents kept to measure on."] = 0.05
+    validation: Annotated[tuple[Path, ...], Needs("text"), "Text to measure on instead"] = ()
+    checkpoint_every: Annotated[int, Field(ge=1), "Steps after which an interrupted run can go on."] = 100
     device: Device = "auto"
     restart: Restart = False
     text_field: TextField = None
@@ -159,10 +144,9 @@ class TuneOptions(TuningSettings):
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option that bears on the result, as it counted."""
-        fields = to_dict(self) | {
+        counted = {
             "hidden_match": self.matching,
             "learning_rate": self.model_learning_rate,
             "tokens": self.token_budget,
         }
-        del fields["restart"]
-        return fields
+        return {name: value for name, value in (to_dict(self) | counted).items() if name != "restart"}

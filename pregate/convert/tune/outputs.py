@@ -22,10 +22,10 @@ def path_scores(model: RoutedForCausalLM, ids_BN: torch.Tensor) -> torch.Tensor 
 
     The router is causal and padding is on the right, so real tokens do not see it.
     """
-    if model.config.routing != "path" or model.path_router is None:
+    if (router := model.deciding_router) is None:
         return None
     with torch.autocast(ids_BN.device.type, enabled=False):
-        return model.path_router(ids_BN)[0].flatten(0, 1)
+        return router(ids_BN)[0].flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,19 @@
-"""Which tensors tuning changes, and which of them the optimizer does."""
+"""Which tensors tuning changes, and which of them the optimizer does; low-rank changes of weights (LoRA, Hu et al.
+2021), for matrices [A, B] and stacks of them [R, A, B].
+
+Shape letters: R experts of a stack (none for a matrix), A rows, B columns, K rank.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
-from pregate.convert.tune.lora import add_low_rank
 from pregate.convert.tune.options import TuningSettings
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.modeling import RoutedForCausalLM
@@ -31,11 +36,21 @@ class Trained:
 
 
 def choose_trained(model: Any, settings: TuningSettings) -> Trained:
-    """Freeze `model` but for what `settings` asks to tune; with LoRA its weights get low-rank changes."""
-    routed = isinstance(model, RoutedForCausalLM)
-    router = _router_names(model, settings.router) if routed else []
-    ffn = _ffn_names(model)
-    parameters = dict(model.named_parameters())
+    """Freeze `model` but for what `settings` asks to tune; with LoRA its weights get low-rank changes.
+
+    Of the router in use, without `settings.router`, only the scales by which it weighs the experts it chose.
+    """
+    parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+    router: list[str] = []
+    if isinstance(model, RoutedForCausalLM):
+        gate = "linear_gate" if model.config.gate == "linear" else "paper_gate"
+        kind = "path_router" if model.config.routing == "path" else gate
+        router = [n for n in parameters if kind in n.split(".") and (settings.router or n.endswith(".scale"))]
+        ffns = [m for mlp in model.routed_mlps for n, m in mlp.named_children() if n in ("experts", "shared")]
+    else:
+        ffns = [gated.module for gated in find_gated_mlps(model)]
+    ids = {id(p) for module in ffns for p in module.parameters()}
+    ffn = {n for n, p in parameters.items() if id(p) in ids}
     model.requires_grad_(False)
     rest = [n for n in parameters if n not in ffn and not _of_a_router(n)] if settings.backbone else []
     if settings.method == "lora":
@@ -54,26 +69,6 @@ def choose_trained(model: Any, settings: TuningSettings) -> Trained:
 
 def _of_a_router(name: str) -> bool:
     return not {"path_router", "linear_gate", "paper_gate"}.isdisjoint(name.split("."))
-
-
-def _router_names(model: RoutedForCausalLM, wanted: bool) -> list[str]:
-    """Parameters of the router in use; without `wanted` only the scales by which it weighs the experts it chose."""
-    kind = "linear_gate" if model.config.gate == "linear" else "paper_gate"
-    if model.config.routing == "path":
-        kind = "path_router"
-    names = [n for n, _ in model.named_parameters() if kind in n.split(".")]
-    return names if wanted else [n for n in names if n.endswith(".scale")]
-
-
-def _ffn_names(model: Any) -> set[str]:
-    """Weights of a model's FFNs, cut or whole."""
-    if isinstance(model, RoutedForCausalLM):
-        parts = ("experts", "shared")
-        owned = [m for mlp in model.routed_mlps for n, m in mlp.named_children() if n in parts]
-    else:
-        owned = [gated.module for gated in find_gated_mlps(model)]
-    ids = {id(p) for module in owned for p in module.parameters()}
-    return {n for n, p in model.named_parameters() if id(p) in ids}
 
 
 def changing_tensors(model: Any, trained: Trained, refit: bool) -> dict[str, torch.Tensor]:
@@ -99,3 +94,42 @@ def optimizer_of(trained: Trained, settings: TuningSettings) -> torch.optim.Adam
     rates = [settings.model_learning_rate] * 2 + [settings.router_learning_rate] * 2
     kept = [g | {"lr": rate, "initial_lr": rate} for g, rate in zip(groups, rates, strict=True) if g["params"]]
     return torch.optim.AdamW(kept, betas=(0.9, 0.95), fused=True)
+
+
+class LowRank(nn.Module):
+    """W + `scaling` * up @ down; `up` [(R,) A, K] starts at 0, `down` [(R,) K, B] at random."""
+
+    def __init__(self, weight: torch.Tensor, rank: int, scaling: float) -> None:
+        super().__init__()
+        *stack, rows, columns = weight.shape
+        self.scaling = scaling
+        self.up = nn.Parameter(weight.new_zeros(*stack, rows, rank))
+        self.down = nn.Parameter(torch.randn(*stack, rank, columns).to(weight) / columns**0.5)
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.scaling * (self.up @ self.down)
+
+
+def add_low_rank(model: nn.Module, names: Iterable[str], rank: int, alpha: float, seed: int) -> dict[str, nn.Parameter]:
+    """Give each weight of `model` named in `names` (2-D or 3-D) a trainable low-rank change and freeze the weight.
+
+    Returns the new parameters by their names in `model`.
+    """
+    added: dict[str, nn.Parameter] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            module = model.get_submodule(owner)
+            change = LowRank(getattr(module, attribute).requires_grad_(False), rank, alpha / rank)
+            parametrize.register_parametrization(module, attribute, change)
+            prefix = f"{owner}.parametrizations.{attribute}.0.".removeprefix(".")
+            added |= {prefix + part: parameter for part, parameter in change.named_parameters()}
+    return added
+
+
+def merge_low_rank(model: nn.Module) -> None:
+    """Make every low-rank change part of the weight it changes; the model has its old tensor names again."""
+    for module in list(model.modules()):
+        for attribute in list(getattr(module, "parametrizations", {})):
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)

@@ -13,6 +13,7 @@ experts of all layers side by side, J neurons of a layer's shared and routed exp
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pregate.convert.files.skeleton import with_forward
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced_batches
@@ -59,14 +61,10 @@ class _Part:
             given.append((args, kwargs))
             return hidden_states
 
-        own: list[Any] = list(layers)
-        for layer in own:
-            layer.forward = record
-        try:
+        with ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(with_forward(layer, record))
             model.parent.base_model(input_ids=ids_BN, use_cache=False)
-        finally:
-            for layer in own:
-                del layer.forward
         return cls(routing, entering[0].clone(), given)
 
     def run(self, model: RoutedForCausalLM, layers: Sequence[nn.Module], index: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -9,40 +10,38 @@ from typing import Any
 
 import torch
 
-from pregate.base.errors import UserError, option_name
+from pregate.base.errors import UserError
 from pregate.convert.device import pick_device
-from pregate.convert.files.assembly import make_readable, write_checkpoint
-from pregate.convert.files.dense import load_dense, shards_stamp, source_of
+from pregate.convert.files.assembly import round_to, write_checkpoint
+from pregate.convert.files.dense import load_dense, source_of
 from pregate.convert.files.parent import recorded_parent
-from pregate.convert.files.rounding import round_to
-from pregate.convert.files.work_folder import run_by, writing
+from pregate.convert.files.partial import PartialCheckpoint, open_partial
+from pregate.convert.files.shards import DenseShards
+from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.scoring import load_any
-from pregate.convert.progress import Progress, QuietProgress
+from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, check_amount
-from pregate.convert.tune.data import TuningRows, read_rows
+from pregate.convert.tune.data import read_rows
 from pregate.convert.tune.figures import earlier_figures, tuned_figures
 from pregate.convert.tune.loop import Record, Tuner
 from pregate.convert.tune.options import TuneOptions
-from pregate.convert.tune.state import TuningFolder, open_folder
-from pregate.model.checkpoint import Manifest, check_new_folder, new_folder, read_manifest, write_manifest
+from pregate.convert.tune.state import CURVE, record, resume, save
+from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 
 #: A checkpoint is written after the first step that ends so long after the one before, whatever its number.
 CHECKPOINT_S = 300.0
-#: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
-_BESIDE_THE_POINT = ("model", "teacher", "out", "text", "device", "checkpoint_every")
 
 
-def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
+def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
     """Tune `options.model` and write its best state to `options.out`; returns the manifest.
 
     Beside the weights it writes the curve, `training.jsonl`: an object per step, and one per evaluation. A run that
-    was interrupted after a checkpoint goes on there when it is asked for again (`pregate.convert.tune.state`) and
+    was interrupted after a checkpoint goes on there when it is asked for again (`convert/files/partial.py`) and
     gives the same curve, on the same machine with as many threads. UserError for what a user can get wrong.
     """
-    progress = progress or QuietProgress()
     check_new_folder(options.out)
     source = read_folder(options.model)
     teacher_source = None if options.teacher is None else read_folder(options.teacher, "--teacher")
@@ -53,30 +52,39 @@ def tune(options: TuneOptions, progress: Progress | None = None) -> Manifest:
     rows = read_rows(options.text, source.tokenizer, length, share, options.seed, options.validation, field)
     check_amount(sum(map(len, rows.training)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
     held_out, option = (options.validation, "--validation") if options.validation else (options.text, "--text")
-    check_amount(sum(map(len, rows.validation)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
-    fingerprint = fingerprint_of(options, source, teacher_source, rows, device)
-    with open_folder(options.out, fingerprint, options.restart) as folder:
+    check_amount(sum(map(len, rows.held_back)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
+    read = {
+        "--model": str(options.model.resolve()),
+        "the model's shards": DenseShards.of(source).stamp,
+        "text": rows.digest(),
+    }
+    if teacher_source is not None:
+        read |= {"--teacher": str(teacher_source.path.resolve()), "its shards": DenseShards.of(teacher_source).stamp}
+    known = fingerprint(options.describe(), read, device)
+    with open_partial(options.out, known, 0, options.restart, "step", "tuning run") as partial:
         model = load_any(source).to(device)
         teacher = load_teacher(options, teacher_source, model)
-        tuner = Tuner(model, rows, options, teacher, _recorder(folder, progress), progress)
-        if folder.load(tuner):
-            progress.note(f"going on after step {tuner.counters.step}, where the last run was interrupted")
+
+        def told(figures: Record) -> None:
+            record(partial, figures)
+            if "validation_perplexity" in figures:
+                progress.note(f"step {figures['step']}: validation perplexity {figures['validation_perplexity']}")
+
+        tuner = Tuner(model, rows, options, teacher, told, progress)
+        if resume(partial, tuner):
+            progress.note(partial.state.going_on)
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
-            _refit(tuner, is_parent_shaped(source, teacher_source), folder, progress)
-        _run(tuner, options, folder, progress)
+            _refit(tuner, is_parent_shaped(source, teacher_source), partial, progress)
+        _run(tuner, options, partial, progress)
         with writing(options.out, options.out):
-            manifest = _write(tuner, options, source, folder)
-        folder.discard()
-    _tell_forecast(manifest, progress)
-    return manifest
-
-
-def _tell_forecast(manifest: Manifest, progress: Progress) -> None:
-    """Tuning moves the gates and not their forecast: say what that is worth by now."""
+            _write(tuner, options, source, partial)
+        partial.finish()
+    manifest = read_manifest(options.out)
     hits = manifest.figures["tune"].get("path_vs_gate")
-    if hits is not None:
+    if hits is not None:  # tuning moves the gates and not their forecast
         kept = f"{100 * hits['mean_overlap']:.1f} % of their picks on the text of validation"
         progress.note(f"the path router forecasts the gates as they were before tuning; now it shares {kept}")
+    return manifest
 
 
 def check_teacher(options: TuneOptions, source: ModelFolder, teacher: ModelFolder | None) -> None:
@@ -106,22 +114,22 @@ def is_parent_shaped(source: ModelFolder, teacher: ModelFolder | None) -> bool:
 
 
 def load_teacher(options: TuneOptions, source: ModelFolder | None, model: Any) -> Any:
-    """The frozen model whose distributions the student is to keep to, on its device; None where none is asked for."""
+    """The frozen model whose distributions the student is to keep to, on its device; None where none is asked for.
+
+    UserError for a routed model without one whose experts overlap or leave neurons out: they are not its parent.
+    """
     if not options.wants_teacher:
         return None
     if source is not None:
         teacher = load_dense(source).to(model.device)
+    elif not isinstance(model, RoutedForCausalLM):
+        teacher = deepcopy(model)
+    elif model.is_partition:
+        teacher = dense_parent(model)
     else:
-        check_partition(options, model)
-        teacher = dense_parent(model) if isinstance(model, RoutedForCausalLM) else deepcopy(model)
-    return teacher.requires_grad_(False)
-
-
-def check_partition(options: TuneOptions, model: Any) -> None:
-    """UserError for a routed model whose experts overlap or leave neurons out: all together are not its parent."""
-    if isinstance(model, RoutedForCausalLM) and not model.is_partition:
         reason = "its experts overlap or leave neurons out, so all together are not its dense parent"
         raise UserError.of("--model", options.model, f"{reason}; {_other_teacher(options.model)}")
+    return teacher.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -136,19 +144,7 @@ def dense_parent(model: RoutedForCausalLM) -> Any:
     return parent
 
 
-def fingerprint_of(
-    options: TuneOptions, source: ModelFolder, teacher: ModelFolder | None, rows: TuningRows, device: torch.device
-) -> dict[str, Any]:
-    """Everything the result depends on, by name; values are what JSON gives back."""
-    fields = {option_name(k): v for k, v in options.describe().items() if k not in _BESIDE_THE_POINT}
-    fields |= {"--model": str(options.model.resolve()), "the model's shards": shards_stamp(source)}
-    if teacher is not None:
-        fields |= {"--teacher": str(teacher.path.resolve()), "its shards": shards_stamp(teacher)}
-    fields["text"] = rows.digest()
-    return fields | run_by(device)
-
-
-def _refit(tuner: Tuner, has_parent: bool, folder: TuningFolder, progress: Progress) -> None:
+def _refit(tuner: Tuner, has_parent: bool, partial: PartialCheckpoint, progress: Progress) -> None:
     """Fit in closed form and keep it, or say why not."""
     if not (tuner.model.is_partition or has_parent):
         progress.note(
@@ -157,19 +153,10 @@ def _refit(tuner: Tuner, has_parent: bool, folder: TuningFolder, progress: Progr
         )
         return
     tuner.refit()
-    folder.save(tuner)
+    save(partial, tuner)
 
 
-def _recorder(folder: TuningFolder, progress: Progress) -> Any:
-    def record(figures: Record) -> None:
-        folder.record(figures)
-        if "validation_perplexity" in figures:
-            progress.note(f"step {figures['step']}: validation perplexity {figures['validation_perplexity']}")
-
-    return record
-
-
-def _run(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Progress) -> None:
+def _run(tuner: Tuner, options: TuneOptions, partial: PartialCheckpoint, progress: Progress) -> None:
     """Tune to the end, with a checkpoint every so often and the time left shown in units of the budget."""
     unit, total = ("steps", options.steps) if options.steps else ("tokens", options.token_budget or 0)
     if not total:
@@ -184,7 +171,7 @@ def _run(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Pro
             shown = done
             due = tuner.counters.step % options.checkpoint_every == 0 or time.monotonic() - saved_s > CHECKPOINT_S
             if due or tuner.share_done >= 1:
-                folder.save(tuner)
+                save(partial, tuner)
                 saved_s = time.monotonic()
 
         shown = round(total * tuner.share_done)
@@ -192,25 +179,16 @@ def _run(tuner: Tuner, options: TuneOptions, folder: TuningFolder, progress: Pro
         tuner.run(after_step=after_step)
 
 
-def _write(tuner: Tuner, options: TuneOptions, source: ModelFolder, folder: TuningFolder) -> Manifest:
-    """Write the best state to `options.out`, measured as it is stored."""
+def _write(tuner: Tuner, options: TuneOptions, source: ModelFolder, partial: PartialCheckpoint) -> None:
+    """Write the best state to the checkpoint, measured as it is stored."""
     model = tuner.model
     dtype = source.dtype
     tuner.finish()
     weights = [t for n, t in model.named_parameters() if not kept_float32(n)]
     round_to([t.data for t in weights], getattr(torch, dtype), "a tuned weight")
     manifest = _manifest(tuner, options, source, getattr(torch, dtype))
-    with new_folder(options.out) as temporary:
-        (temporary / folder.curve.name).write_bytes(folder.curve.read_bytes())
-        model = model.cpu()
-        if isinstance(model, RoutedForCausalLM):
-            write_checkpoint(model, temporary, source, manifest, dtype)
-        else:
-            model.to(getattr(torch, dtype)).save_pretrained(temporary)
-            make_readable(temporary)
-            source.carry_over(temporary)
-            write_manifest(temporary, manifest)
-    return read_manifest(options.out)
+    shutil.copyfile(partial.folder / CURVE, partial.checkpoint / CURVE)
+    write_checkpoint(model.cpu(), partial.checkpoint, source, manifest, dtype)
 
 
 def _manifest(tuner: Tuner, options: TuneOptions, folder: ModelFolder, dtype: torch.dtype) -> Manifest:
@@ -219,7 +197,7 @@ def _manifest(tuner: Tuner, options: TuneOptions, folder: ModelFolder, dtype: to
         source = read_manifest(options.model)
         origin = source.source | {"untuned": str(options.model.resolve())}
     else:
-        source, origin = Manifest("dense"), source_of(folder)
+        source, origin = Manifest("dense"), source_of(folder, DenseShards.of(folder))
     return Manifest(
         method=f"{source.method}+tune",
         options=source.options | {"tune": options.describe()},

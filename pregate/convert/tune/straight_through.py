@@ -40,11 +40,18 @@ def soft_choice(scores_TR: torch.Tensor, num_active: int, threshold: torch.Tenso
 
 
 def straight_through(
-    scores_TR: torch.Tensor, chosen_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None = None
+    scores_TR: torch.Tensor,
+    chosen_TR: torch.Tensor,
+    num_active: int,
+    threshold: torch.Tensor | None = None,
+    learns: bool = True,
 ) -> torch.Tensor:
-    """Return [T, R] of exactly 1 where `chosen_TR` (bool) and 0 elsewhere, whose gradient is that of `soft_choice`."""
+    """Return [T, R] of exactly 1 where `chosen_TR` (bool) and 0 elsewhere.
+
+    Its gradient is that of `soft_choice`; it has none unless it `learns`.
+    """
     hard_TR = chosen_TR.to(scores_TR.dtype)
-    if not (torch.is_grad_enabled() and scores_TR.requires_grad):
+    if not (learns and torch.is_grad_enabled() and scores_TR.requires_grad):
         return hard_TR
     soft_TR = soft_choice(scores_TR, num_active, threshold)
     return hard_TR + (soft_TR - soft_TR.detach())

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.cut.ridge import Ridge
 from pregate.convert.files import dense
+from pregate.convert.files.shards import DenseShards
 from pregate.convert.measure.controls import AllPolicy
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import Progress
 from pregate.convert.text.calibration import read_calibration
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.folder import read_folder
@@ -92,7 +94,7 @@ def test_layers_are_fitted_on_the_outputs_of_converted_layers(options: ConvertOp
     last = model.routed_mlps[-1]
     seen: list[torch.Tensor] = []
     last.register_forward_pre_hook(lambda _module, args: seen.append(args[0].reshape(-1, 64)))
-    model(text.windows_SN, use_cache=False)
+    model(text.windows, use_cache=False)
     weight, bias = Ridge(seen[0]).fit(weighted_mass(last, seen[0]))
     gate = last.linear_gate
     assert gate is not None
@@ -154,13 +156,18 @@ def test_storage_type_and_what_lies_in_the_folder(options: ConvertOptions):
     assert 0 < manifest.figures["agreement"]["gate_vs_oracle"]["mean_overlap"] <= 1
 
 
+def source_of(path: Path) -> dict[str, Any]:
+    folder = read_folder(path)
+    return dense.source_of(folder, DenseShards.of(folder))
+
+
 def test_the_source_is_what_is_read(tiny_dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An absolute path, every shard hashed below the bound and none from it on, and no index but the safetensors'."""
     folder = save_random(FAMILIES["llama"], tiny_dense, tmp_path / "dense", max_shard_size="40KB")
     (folder / "pytorch_model.bin.index.json").write_text("{}")
     shutil.copy(sorted(folder.glob("*.safetensors"))[0], folder / "consolidated.safetensors")
     monkeypatch.chdir(tmp_path)
-    source = dense.source_of(read_folder(Path("dense")))
+    source = source_of(Path("dense"))
     shards = {p.name for p in folder.glob("model-*.safetensors")}
     assert len(shards) > 2
     assert source["path"] == str(folder.resolve())
@@ -168,16 +175,16 @@ def test_the_source_is_what_is_read(tiny_dense: Path, tmp_path: Path, monkeypatc
     assert source["hashed"] == "config, index and shards"
     num_bytes = sum((folder / name).stat().st_size for name in shards)
     monkeypatch.setattr(dense, "HASHED_BYTES", num_bytes + 1)
-    assert dense.source_of(read_folder(folder)) == source
+    assert source_of(folder) == source
     monkeypatch.setattr(dense, "HASHED_BYTES", num_bytes)
-    assert set(dense.source_of(read_folder(folder))["sha256"]) == {"config.json", dense.INDEX}
-    assert dense.source_of(read_folder(folder))["hashed"].startswith("config and index alone")
+    assert set(source_of(folder)["sha256"]) == {"config.json", dense.INDEX}
+    assert source_of(folder)["hashed"].startswith("config and index alone")
 
 
 def test_progress_counts_every_layer(options: ConvertOptions):
     steps: list[tuple[str, int]] = []
 
-    class Recorder(QuietProgress):
+    class Recorder(Progress):
         def stage(self, name, total):  # pyright: ignore[reportIncompatibleMethodOverride]
             from contextlib import nullcontext
 

@@ -213,7 +213,7 @@ def _layers_see_converted_ones(out: Path, text: Path, seen: list[torch.Tensor]) 
     """What each layer was cut on is what it gets in the converted model."""
     model = RoutedForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(out)
-    windows_SN = read_calibration((text,), tokenizer, 8, 64, 0, "stream").windows_SN
+    windows_SN = read_calibration((text,), tokenizer, 8, 64, 0, "stream").windows
     got: list[torch.Tensor] = []
     for routed in model.routed_mlps:
         routed.register_forward_pre_hook(lambda _module, args: got.append(args[0].reshape(-1, 64)))
@@ -237,7 +237,7 @@ def test_windows_lie_anywhere_in_the_text_joined_by_blank_lines(tiny_dense: Path
     path.write_text("\n".join(f'{{"text": "{text}"}}' for text in texts))
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     stream = encode(tokenizer, "\n\n".join(texts), None)
-    windows = read_calibration((path,), tokenizer, 8, 16, 0, "stream").windows_SN.tolist()
+    windows = read_calibration((path,), tokenizer, 8, 16, 0, "stream").windows.tolist()
     assert len(windows) == 8
     starts = [next(i for i in range(len(stream)) if stream[i : i + 16] == window) for window in windows]
     assert len(set(starts)) > 4  # not every one from a document's start

@@ -60,7 +60,7 @@ def test_it_is_the_conversion_of_the_whole_model_at_once(options: ConvertOptions
         mlp.replace(_CutWhenCalled(mlp, config, options))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     text = read_calibration(options.calibration, tokenizer, options.samples, options.sequence_length, options.seed)
-    dense.base_model(input_ids=text.windows_SN, use_cache=False)
+    dense.base_model(input_ids=text.windows, use_cache=False)
     written = {n: t for path in options.out.glob("*.safetensors") for n, t in load_file(path).items()}
     assert {f"parent.{name}" for name in dense.state_dict()} == set(written)
     for name, tensor in dense.state_dict().items():

@@ -18,7 +18,7 @@ from pregate.convert.domains.domains import read_domains
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.run import read_me
 from pregate.convert.files.partial import partial_folder
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import Progress
 from pregate.convert.text.calibration import encode
 from pregate.convert.tune.run import tune
 from pregate.model import CheckpointReader
@@ -119,7 +119,7 @@ def test_both_stages_hold_no_more_than_batch_tokens_at_a_time(options: ReadMeOpt
     assert kinds == {PathRouter, RouterBlock}  # the router's stage runs its blocks, that of the experts the whole
 
 
-class _StopsAfterStages(QuietProgress):
+class _StopsAfterStages(Progress):
     """Ctrl-C when stage `number`, counted from 0, is about to begin."""
 
     def __init__(self, number: int) -> None:

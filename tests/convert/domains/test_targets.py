@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pregate.convert.domains.domains import watched
 from pregate.convert.domains.targets import contribution_scores, domain_targets, expert_masks, overlap_scores
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.model.gated_mlp import find_gated_mlps
 
 EXPERTS = np.array([[0, 1, 5], [1, 2, 5], [3, 4, 5]])
@@ -37,7 +37,7 @@ def test_targets_are_of_the_dense_model_whatever_the_padding(tiny_dense: Path):
     rng = np.random.default_rng(0)
     experts = [np.sort(np.stack([rng.permutation(128)[:64] for _ in range(3)]), axis=1) for _ in range(3)]
     masks, rows = expert_masks(experts, [128] * 3), [[1, 7, 9, 11, 13], [1, 44]]
-    pool = domain_targets(model, rows, masks, [64] * 3, "overlap", QuietProgress())
+    pool = domain_targets(model, rows, masks, [64] * 3, "overlap", QUIET)
     assert [scores.shape for scores in pool.mass] == [(5, 9), (2, 9)]
     mlps, seen = find_gated_mlps(model), []
     with watched([mlp.module for mlp in mlps], lambda _layer, x_TD: seen.append(x_TD)):

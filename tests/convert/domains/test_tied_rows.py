@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 
 from pregate.convert.domains.tied_rows import tied_rows
-from pregate.convert.measure.tied import rows_are_tied
+from pregate.convert.measure.overlap import rows_are_tied
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.layers import PathPolicy, RoutedMLP
 

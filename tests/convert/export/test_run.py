@@ -24,7 +24,7 @@ from pregate.convert.export.check import compare_logits, first_difference, load_
 from pregate.convert.export.gate_scale import centred, expected_others, measure_scales, stock_weights
 from pregate.convert.export.run import TOLERANCE, ExportOptions, export
 from pregate.convert.measure.scoring import routed_by
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.model import RoutedForCausalLM
 from pregate.model.folder import read_folder
 from pregate.model.layers import GatePolicy
@@ -223,7 +223,7 @@ def test_a_wrong_config_would_be_seen(
     (tmp_path / "out" / "config.json").write_text(json.dumps(fields | wrong))
     routed = RoutedForCausalLM.from_pretrained(stock_checkpoint).eval()
     rows = torch.randint(3, 512, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
-    figures = compare_logits(routed, load_stock(tmp_path / "out"), rows, QuietProgress())
+    figures = compare_logits(routed, load_stock(tmp_path / "out"), rows, QUIET)
     assert figures["median_relative_difference"] > 4 * TOLERANCE["float32"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(fields | {"mlp_only_layers": [1]}))
     with pytest.raises(PregateError, match=r"does not load what was written: model\.layers\.1\.mlp"):

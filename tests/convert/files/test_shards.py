@@ -14,13 +14,12 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Co
 from pregate.base.errors import UserError
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.files.rounding import round_to
-from pregate.convert.files.shard_index import write_index
-from pregate.convert.files.shards import STORED_TYPES, DenseShards
+from pregate.convert.files.assembly import round_to
+from pregate.convert.files.shards import DenseShards, write_index
 from pregate.convert.files.skeleton import Skeleton
 from pregate.model import RoutedForCausalLM
 from pregate.model.folder import read_folder
-from pregate.model.shard_file import INDEX
+from pregate.model.shard_file import INDEX, TORCH_NAMES
 
 SIZES = {
     "vocab_size": 512,
@@ -197,7 +196,7 @@ def test_pickled_missing_and_damaged_files_are_refused(tiny_dense: Path, tmp_pat
 
 
 def test_every_type_that_is_read_has_its_size_in_an_index(tmp_path: Path):
-    tensors = {name: torch.zeros(3, dtype=dtype) for name, dtype in STORED_TYPES.items()}
+    tensors = {name: torch.zeros(3, dtype=getattr(torch, dtype)) for name, dtype in TORCH_NAMES.items()}
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     write_index(tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())

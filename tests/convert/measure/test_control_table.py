@@ -16,12 +16,12 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.control_table import control_rows
-from pregate.convert.measure.controls import LinearGatePolicy, PaperGatePolicy, static_mask
+from pregate.convert.measure.controls import static_mask
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scoring import score_rows
 from pregate.model import RoutedForCausalLM
 from pregate.model.gated_mlp import find_gated_mlps
-from pregate.model.layers import RoutedMLP
+from pregate.model.layers import GatePolicy, RoutedMLP
 
 ROWS = [[1, *range(3, 90)], [1, *range(200, 240)], [1, 7, 9, 400]]
 NUM_BYTES = 500
@@ -144,8 +144,8 @@ def test_agreement_with_the_oracle(checkpoint: tuple[str, Path], table: dict):
 def test_the_gate_in_force_gives_the_checkpoints_own_score(tiny_layerwise_checkpoint: Path):
     model = _load(tiny_layerwise_checkpoint)
     own = score_rows(model, ROWS).nats
-    assert score_rows(model, ROWS, control=LinearGatePolicy()).nats == own
-    assert score_rows(model, ROWS, control=PaperGatePolicy()).nats != own
+    assert score_rows(model, ROWS, control=GatePolicy("linear_gate")).nats == own
+    assert score_rows(model, ROWS, control=GatePolicy("paper_gate")).nats != own
 
 
 def test_policies_ask_their_gate_whichever_is_in_force(checkpoint: tuple[str, Path]):
@@ -155,9 +155,9 @@ def test_policies_ask_their_gate_whichever_is_in_force(checkpoint: tuple[str, Pa
     assert linear is not None
     assert paper is not None
     for mlp.gate_kind in ("linear", "representative"):
-        assert torch.equal(LinearGatePolicy().choose(mlp, x_TD).ids, linear.choose(x_TD).ids)
-        assert torch.equal(PaperGatePolicy().choose(mlp, x_TD).ids, paper.choose(x_TD).ids)
-    assert LinearGatePolicy().choose(mlp, x_TD).ids.shape != PaperGatePolicy().choose(mlp, x_TD).ids.shape
+        assert torch.equal(GatePolicy("linear_gate").choose(mlp, x_TD).ids, linear.choose(x_TD).ids)
+        assert torch.equal(GatePolicy("paper_gate").choose(mlp, x_TD).ids, paper.choose(x_TD).ids)
+    assert GatePolicy("linear_gate").choose(mlp, x_TD).ids.shape != GatePolicy("paper_gate").choose(mlp, x_TD).ids.shape
 
 
 def test_random_routing_is_that_of_its_seed(tiny_layerwise_checkpoint: Path, table: dict, checkpoint: tuple[str, Path]):

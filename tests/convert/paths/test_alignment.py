@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pregate.convert.measure.controls import PaperGatePolicy, RandomPolicy
+from pregate.convert.measure.controls import RandomPolicy
 from pregate.convert.measure.evaluate import load_any
 from pregate.convert.paths.alignment import align_experts, aligned_orders, renumber
 from pregate.convert.paths.targets import collect_targets
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.model.folder import read_folder
+from pregate.model.layers import GatePolicy
 
 
 def test_shuffled_numbers_are_found_again():
@@ -41,7 +42,7 @@ def test_a_renumbered_model_computes_the_same(tiny_layerwise_checkpoint: Path):
     for mlp in after.routed_mlps:
         renumber(mlp, order)
     with torch.no_grad():
-        for policy in (None, PaperGatePolicy()):
+        for policy in (None, GatePolicy("paper_gate")):
             before.routing_policy = after.routing_policy = policy
             torch.testing.assert_close(after(ids).logits, before(ids).logits, atol=1e-4, rtol=0)
         before.routing_policy, after.routing_policy = RandomPolicy(0), RandomPolicy(0)
@@ -52,9 +53,9 @@ def test_aligned_masses_are_those_of_the_renumbered_model(tiny_layerwise_checkpo
     model = load_any(read_folder(tiny_layerwise_checkpoint))
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(3, 200, (30,), generator=generator).tolist() for _ in range(25)]
-    before = collect_targets(model, rows, QuietProgress())
+    before = collect_targets(model, rows, QUIET)
     after = align_experts(model, before)
-    again = collect_targets(model, rows, QuietProgress())
+    again = collect_targets(model, rows, QUIET)
     assert any((a != b).any() for a, b in zip(after.mass, before.mass, strict=True))  # something was renumbered
     for moved, seen in zip(after.mass, again.mass, strict=True):
         torch.testing.assert_close(moved, seen, atol=1e-5, rtol=1e-4)

@@ -13,7 +13,7 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.paths.targets import collect_targets
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.layers import weighted_mass
@@ -77,7 +77,7 @@ def test_weights_stay_in_their_type_and_the_router_in_float32(
 def test_targets_are_the_masses_along_the_routed_model(tiny_layerwise_checkpoint: Path):
     model = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, dtype=torch.float32).eval()
     rows = [[1, 7, 9, 11, 13], [1, 44]]
-    pool = collect_targets(model, rows, QuietProgress())
+    pool = collect_targets(model, rows, QUIET)
     assert [m.shape for m in pool.mass] == [(5, 18), (2, 18)]
     seen: list[torch.Tensor] = []
 

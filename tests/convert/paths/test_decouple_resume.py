@@ -20,14 +20,14 @@ from pregate.cli.main import main
 from pregate.convert.files.partial import partial_folder, read_state
 from pregate.convert.paths import training
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import Progress
 from tests.convert.interruption import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[3]
 TRAINING = "training the path router"
 
 
-class StopsIn(QuietProgress):
+class StopsIn(Progress):
     """Raises Ctrl-C once a stage has advanced so far; keeps what it was told, stage by stage."""
 
     def __init__(self, stage: str = "", number: int = -1) -> None:

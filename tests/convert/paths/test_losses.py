@@ -19,7 +19,7 @@ from pregate.convert.paths.losses import (
     loss_for,
     smooth_step,
 )
-from pregate.convert.paths.mass_scale import LEAST_SPREAD, MassScale
+from pregate.convert.paths.targets import LEAST_SPREAD, MassScale
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.path_router import PathRouter, choose_experts
 

@@ -17,7 +17,7 @@ from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.paths.targets import collect_targets
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.convert.tune.data import read_rows
 from pregate.convert.tune.run import tune
 from pregate.model import RoutedForCausalLM
@@ -84,7 +84,7 @@ def test_targets_of_a_forecast_are_what_the_gates_go_by(tiny_layerwise_checkpoin
     """Layer by layer the scores, and the limit and the mean number of experts that the gates themselves have."""
     model = RoutedForCausalLM.from_pretrained(tiny_layerwise_checkpoint, dtype=torch.float32).eval()
     rows = [[1, 7, 9, 11, 13], [1, 44]]
-    pool = collect_targets(model, rows, QuietProgress(), of_gates=True)
+    pool = collect_targets(model, rows, QUIET, of_gates=True)
     seen: list[list[int]] = [[], [], []]
 
     class Counting:
@@ -135,7 +135,7 @@ def test_tuning_measures_the_forecast_anew(
     assert figures["tune"]["best_step"] > 0
     assert figures["decouple"] == made[1].figures["decouple"]  # of the gates as they were
     hits, meter = figures["tune"]["path_vs_gate"], AgreementMeter()
-    rows = read_rows(options.text, read_folder(made[2]).tokenizer, 64, 0.2, 0).validation
+    rows = read_rows(options.text, read_folder(made[2]).tokenizer, 64, 0.2, 0).held_back
     score_rows(RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32).eval(), rows, meter)
     assert hits == layer_figures(meter.forecast)
     stale = AgreementMeter()

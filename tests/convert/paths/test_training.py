@@ -10,7 +10,7 @@ import torch
 from pregate.convert.paths.losses import loss_for
 from pregate.convert.paths.targets import TargetPool
 from pregate.convert.paths.training import TrainingOptions, outputs_of, train
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.path_router import PathRouter
 
@@ -72,7 +72,7 @@ def trained(piece_tokens: int) -> tuple[list[float], PathRouter, list[int]]:
     router, target = make({"target": "captured", "selection": "threshold"})
     seen = seen_tokens(router)
     options = TrainingOptions(6, 0, target, batch_tokens=200, piece_tokens=piece_tokens, learning_rate=1e-3)
-    return train(router, None, make_pool(), options, QuietProgress()), router, seen
+    return train(router, None, make_pool(), options, QUIET), router, seen
 
 
 def test_training_in_pieces_is_training_and_holds_a_piece_at_a_time():

@@ -13,7 +13,7 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.convert.report.figures import Curve, Figures
 from pregate.convert.report.measure import measure_quality
 from pregate.convert.report.numbers import Numbers, ladders, with_numbers
@@ -77,7 +77,7 @@ def test_nor_is_a_path_router_of_learned_weights_the_dense_model(
 
 
 def _curves(model: RoutedForCausalLM) -> tuple[Curve, ...]:
-    return measure_quality(model, ROWS, 1, None, 0, QuietProgress()).curves
+    return measure_quality(model, ROWS, 1, None, 0, QUIET).curves
 
 
 def test_a_router_made_for_one_number_of_experts_has_no_curve(

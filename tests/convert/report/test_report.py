@@ -15,7 +15,7 @@ from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.control_table import control_rows
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.convert.report.figures import Figures
 from pregate.convert.report.measure import measure_routes
 from pregate.convert.report.page import render
@@ -44,7 +44,7 @@ def test_the_page_stands_alone_and_says_its_conditions(exact: tuple[Figures, str
     text = told(html)
     assert headline(figures) in text
     assert list(findings(html))[:4] == ["Quality", "Operations", "Routing or pruning", "Router"]
-    for words in (figures.conditions.command, figures.conditions.date, figures.conditions.hardware, "seed 0"):
+    for words in (figures.conditions["command"], figures.conditions["date"], figures.conditions["hardware"], "seed 0"):
         assert words in text
     assert str(tiny_path_checkpoint) in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 4
@@ -105,7 +105,7 @@ def test_agreement_by_layer_adds_up_to_the_whole(exact: tuple[Figures, str]):
 
 def test_routes_are_the_paths_of_the_tokens(tiny_path_checkpoint: Path):
     model = load(tiny_path_checkpoint)
-    routes = measure_routes(model, ROWS, QuietProgress())
+    routes = measure_routes(model, ROWS, QUIET)
     assert routes.starts.nonzero()[0].tolist() == [0, 58, 99]  # longest first
     paths = [path.ids for path in model.path_computer.extend([model.path_computer.new_state()] * 3, ROWS)[0]]
     for layer, visits in routes.visits.items():
@@ -127,7 +127,7 @@ def test_a_layerwise_checkpoint(tiny_layerwise_checkpoint: Path, tiny_text: Path
 def test_a_forecast(predicted: Path, tiny_text: Path, tmp_path: Path):
     figures, html = make_report(predicted, tiny_text, tmp_path)
     check_page(html)
-    assert figures.model.forecast
+    assert figures.model["forecast"]
     assert figures.quality.own == "linear gate"
     assert len({(a.first, a.second) for a in figures.agreements}) == 3
     assert [subject for subject in findings(html) if "up front" in subject or subject == "Forecast"] == ["Forecast"]
@@ -139,7 +139,7 @@ def test_a_fixed_number_and_a_dense_layer_between(uneven: Path, tiny_text: Path,
     assert [load.layer for load in figures.loads] == [0, 2]
     assert [load.num_active for load in figures.loads] == pytest.approx([2, 1])
     assert [(f.first, f.second, len(f.probabilities), len(f.base)) for f in figures.flows] == [(0, 2, 6, 3)]
-    assert figures.conditions.dense == ""
+    assert figures.conditions["dense"] == ""
     assert "with every expert on" in html
 
 
@@ -151,14 +151,15 @@ def test_one_layer_has_no_flow(tiny_dense: Path, tiny_text: Path, tmp_path: Path
 
 def test_hostile_names_are_text(exact: tuple[Figures, str]):
     figures = exact[0]
-    model = replace(figures.model, name=HOSTILE, path=HOSTILE, family=HOSTILE, method=HOSTILE, cut=HOSTILE)
+    model = figures.model | dict.fromkeys(("name", "path", "family", "method", "cut"), HOSTILE)
     other = replace(figures.quality.others[0], name=HOSTILE)
-    conditions = replace(figures.conditions, text=(HOSTILE,), command=HOSTILE, dense=HOSTILE, hardware=HOSTILE)
+    conditions = figures.conditions | {"text": [HOSTILE], "versions": {HOSTILE: HOSTILE}, "seen_text": [HOSTILE]}
+    conditions |= dict.fromkeys(("command", "dense", "hardware"), HOSTILE)
     hostile = replace(
         figures,
         model=model,
         quality=replace(figures.quality, others=(other,)),
-        conditions=replace(conditions, versions={HOSTILE: HOSTILE}, seen_text=(HOSTILE,)),
+        conditions=conditions,
         manifest={HOSTILE: [HOSTILE]},
     )
     page = check_page(render(hostile))

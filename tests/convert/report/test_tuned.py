@@ -46,7 +46,7 @@ def tuned(tiny_path_checkpoint: Path, tiny_dense: Path, tiny_text: Path, tmp_pat
 def test_it_goes_by_the_parent_beside_it(tuned: Path, tiny_text: Path, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     figures = report(ReportOptions(tuned, tmp_path / "r.html", (tiny_text,), max_tokens=60))
-    assert figures.conditions.dense == str(tuned.parent / "dense")
+    assert figures.conditions["dense"] == str(tuned.parent / "dense")
     dense = evaluate(EvaluateOptions(tuned.parent / "dense", (tiny_text,), 60))["perplexity"]
     assert figures.quality.point(DENSE).perplexity == dense
     (oracle,) = [curve for curve in figures.quality.curves if curve.name == "oracle"]
@@ -80,7 +80,7 @@ def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[
     assert "(90 % or more); the model was tuned to this router, so it is no bound." in _sentence(better, "Router")
     assert "would gain little" not in _sentence(better, "Router")
     assert "to which the model was not tuned" in _sentence(better, "Known up front")
-    untuned = replace(better, model=replace(better.model, fits_router=False))
+    untuned = replace(better, model=better.model | {"fits_router": False})
     assert "to the best by hindsight" in _sentence(untuned, "Router")
     assert "A better router would gain little (90 % or more)." in _sentence(untuned, "Router")
     assert "which nothing can know beforehand: the bound" in told(render(untuned, "quality.html"))
@@ -95,7 +95,7 @@ def test_paths_that_came_after_the_tuning_are_not_fitted(
         options = DecoupleOptions(tmp_path / "tuned", tmp_path / str(predict), (tiny_text,), steps=2, dim=16)
         decouple(replace(options, predict=predict))
         shown = ReportOptions(tmp_path / str(predict), tmp_path / f"{predict}.html", (tiny_text,), max_tokens=60)
-        assert report(shown).model.fits_router == predict
+        assert report(shown).model["fits_router"] == predict
 
 
 def test_curves_say_what_they_were_trained_on_and_by(reported: tuple[Figures, str], tuned: Path, tiny_text: Path):

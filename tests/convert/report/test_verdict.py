@@ -13,7 +13,7 @@ from pregate.base.errors import UserError
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.report.figures import Figures, QualityPoint
 from pregate.convert.report.page import render
-from pregate.convert.report.tuned_parent import TunedParent, tuned_parent
+from pregate.convert.report.training import TunedParent, tuned_parent
 from pregate.convert.report.words import headline
 from pregate.convert.tune.run import tune
 from pregate.model.checkpoint import Manifest, read_manifest
@@ -29,7 +29,7 @@ def _figures(figures: Figures, own: float, is_tuned: bool, parent: float | None 
     point = replace(quality.own_point, perplexity=own, ratio_to_dense=own / 100)
     points = tuple(point if p.name == quality.own else p for p in quality.controls)
     tuned = None if parent is None else QualityPoint("tuned dense parent", 1.0, parent, parent / 100, 1.0)
-    model = replace(figures.model, is_tuned=is_tuned, fits_router=is_tuned)
+    model = figures.model | {"is_tuned": is_tuned, "fits_router": is_tuned}
     changed = replace(quality, controls=points, tuned_parent=tuned)
     return replace(figures, model=model, quality=changed, tuned_parent=how)
 

@@ -32,9 +32,9 @@ def test_bos_comes_first_and_once(tiny_dense: Path):
 def test_calibration_windows_are_reproducible_and_disjoint_from_the_held_back(tiny_dense: Path, tiny_text: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     first, again, other = (read_calibration([tiny_text], tokenizer, 8, 32, seed) for seed in (0, 0, 1))
-    assert first.windows_SN.tolist() == again.windows_SN.tolist() != other.windows_SN.tolist()
-    assert first.windows_SN.shape == (8, 32)
-    assert (first.windows_SN[:, 0] == 1).all()
+    assert first.windows.tolist() == again.windows.tolist() != other.windows.tolist()
+    assert first.windows.shape == (8, 32)
+    assert (first.windows[:, 0] == 1).all()
     assert len(first.held_back) == 1
     assert first.files == (tiny_text,)
 
@@ -63,7 +63,7 @@ def test_too_little_text_is_refused_with_what_is_enough(tiny_dense: Path, tiny_t
 def test_pool_keeps_to_its_token_budget(tiny_dense: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     documents = [Document("The harbour lay quiet before the storm.", Path("a.txt"))] * 5
-    rows = list(encode_pool(documents, tokenizer, max_tokens=6, total_tokens=15))
+    rows = list(encode_pool([d.text for d in documents], tokenizer, length=6, total_tokens=15))
     assert [len(r) for r in rows] == [6, 6, 3]
 
 

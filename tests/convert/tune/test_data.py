@@ -33,9 +33,9 @@ def test_validation_documents_are_used_for_nothing_else(tiny_dense: Path, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     path = write_documents(tmp_path / "a.jsonl", 40)
     rows = read_rows([path], tokenizer, 512, 0.1, seed=3)
-    assert len(rows.validation) == 4
+    assert len(rows.held_back) == 4
     assert len(rows.training) == 36
-    assert not {tuple(r) for r in rows.validation} & {tuple(r) for r in rows.training}
+    assert not {tuple(r) for r in rows.held_back} & {tuple(r) for r in rows.training}
     assert rows == read_rows([path], tokenizer, 512, 0.1, seed=3)
     other = read_rows([path], tokenizer, 512, 0.1, seed=4)
     assert rows.digest() != other.digest()
@@ -47,7 +47,7 @@ def test_a_long_document_is_used_whole(tiny_dense: Path, tmp_path: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     whole, cut = (read_rows([path], tokenizer, n, 0.1, seed=0) for n in (512, 8))
     assert sum(len(r) - 1 for r in whole.training) == sum(len(r) - 1 for r in cut.training)
-    assert max(map(len, cut.training)) == 8 == max(map(len, cut.validation))
+    assert max(map(len, cut.training)) == 8 == max(map(len, cut.held_back))
 
 
 def test_text_of_one_document_is_refused(tiny_dense: Path, tmp_path: Path):
@@ -77,7 +77,7 @@ def test_validation_text_of_its_own_leaves_all_documents_to_tune_on(tiny_dense: 
     empty.write_text(json.dumps({"text": " "}) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     rows = read_rows([path], tokenizer, 64, 0.5, seed=0, validation=[other])
-    assert (len(rows.training), len(rows.validation)) == (9, 1)
-    assert tokenizer.decode(rows.validation[0], skip_special_tokens=True) == "a bell beneath the grey waves"
+    assert (len(rows.training), len(rows.held_back)) == (9, 1)
+    assert tokenizer.decode(rows.held_back[0], skip_special_tokens=True) == "a bell beneath the grey waves"
     with pytest.raises(UserError, match=r"validation .*empty"):
         read_rows([path], tokenizer, 64, 0.5, seed=0, validation=[empty])

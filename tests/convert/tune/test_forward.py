@@ -12,11 +12,11 @@ from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
 from pregate.convert.measure.scoring import score_rows
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.balance import move_biases, set_thresholds
 from pregate.convert.tune.data import TuningRows, read_rows
-from pregate.convert.tune.forward import Gathered, TuningPass, balance_term
+from pregate.convert.tune.forward import TuningPass, balance_term
 from pregate.convert.tune.loop import Tuner
 from pregate.convert.tune.options import TuningSettings
 from pregate.convert.tune.outputs import hidden_error, path_scores, run_model
@@ -62,17 +62,15 @@ def model(request, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path, 
     return found
 
 
-def pass_of(model: RoutedForCausalLM, ids_BN, mask_BN, gathered: Gathered) -> TuningPass:
-    return TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, gathered)
+def pass_of(model: RoutedForCausalLM, ids_BN, mask_BN, **gathered: bool) -> TuningPass:
+    return TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, **gathered)
 
 
 @torch.no_grad()
 def test_it_gives_what_the_reference_gives(model: RoutedForCausalLM):
     ids, mask = padded(ROWS)
     expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    logits = run_model(model, ids, pass_of(model, ids, mask, Gathered(mass=True, balance=True))).logits.view(
-        expected.shape
-    )
+    logits = run_model(model, ids, pass_of(model, ids, mask, mass=True, balance=True)).logits.view(expected.shape)
     real = mask.bool()
     torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-4)
     assert all(mlp.fast is None for mlp in model.routed_mlps)
@@ -84,16 +82,16 @@ def test_an_evaluation_is_the_one_protocol(model: RoutedForCausalLM, tiny_dense:
     tuner = Tuner(model, rows, TuningSettings(steps=1, kl_share=0))
     # The path router's thresholds are scores of this very text, so some tokens lie exactly on one: rounding decides.
     allowed = 2e-4 if model.path_router is not None else 1e-5
-    assert tuner.evaluate().perplexity == pytest.approx(score_rows(model, rows.validation).perplexity, rel=allowed)
+    assert tuner.evaluate().perplexity == pytest.approx(score_rows(model, rows.held_back).perplexity, rel=allowed)
 
 
 @torch.no_grad()
 def test_loads_and_active_neurons_are_counted_without_padding(tiny_layerwise_checkpoint: Path):
     model = load(tiny_layerwise_checkpoint)
     ids, mask = padded(ROWS)
-    tuning_pass = pass_of(model, ids, mask, Gathered())
+    tuning_pass = pass_of(model, ids, mask)
     run_model(model, ids, tuning_pass)
-    alone = [pass_of(model, *padded([row]), Gathered()) for row in ROWS]
+    alone = [pass_of(model, *padded([row])) for row in ROWS]
     for row, single in zip(ROWS, alone, strict=True):
         run_model(model, torch.tensor([row]), single)
     for layer, loads in tuning_pass.loads.items():
@@ -110,13 +108,13 @@ def test_the_masses_forecast_are_the_layers_own(tiny_layerwise_checkpoint: Path)
     seen: dict[int, torch.Tensor] = {}
     for mlp in model.routed_mlps:
         mlp.linear_gate.forward = lambda x, mlp=mlp: seen.setdefault(mlp.layer, weighted_mass(mlp, x))
-    tuning_pass = pass_of(model, ids, mask, Gathered(mass=True))
+    tuning_pass = pass_of(model, ids, mask, mass=True)
     run_model(model, ids, tuning_pass)
     assert len(seen) == len(tuning_pass.mass_errors) == 3
     assert max(tuning_pass.mass_errors) < 1e-8
     for mlp in model.routed_mlps:
         mlp.linear_gate.forward = lambda x, mlp=mlp: seen[mlp.layer].flip(1)
-    again = pass_of(model, ids, mask, Gathered(mass=True))
+    again = pass_of(model, ids, mask, mass=True)
     run_model(model, ids, again)
     assert min(again.mass_errors) > 0.1
 
@@ -136,7 +134,7 @@ def test_biases_make_the_load_even(kind: str, tiny_layerwise_checkpoint: Path, t
     offsets: dict[int, torch.Tensor] = {}
 
     def imbalance() -> list[float]:
-        tuning_pass = pass_of(model, ids, mask, Gathered())
+        tuning_pass = pass_of(model, ids, mask)
         run_model(model, ids, tuning_pass)
         move_biases(model, tuning_pass.loads, tuning_pass.spreads, 0.05, offsets)
         return [float(x.max() / x.mean()) for x in tuning_pass.loads.values()]
@@ -177,9 +175,9 @@ def test_thresholds_give_the_active_share(kind: str, tiny_layerwise_checkpoint: 
     for threshold in thresholds:
         threshold.add_(1)
     rows = [list(range(1 + n, 120 + n)) for n in range(0, 300, 30)]
-    set_thresholds(model, rows, QuietProgress())
+    set_thresholds(model, rows, QUIET)
     ids, mask = padded(rows)
-    tuning_pass = pass_of(model, ids, mask, Gathered())
+    tuning_pass = pass_of(model, ids, mask)
     run_model(model, ids, tuning_pass)
     assert tuning_pass.active_neurons / tuning_pass.all_neurons == pytest.approx(0.5, abs=1e-3)  # S2A2E8
 
@@ -208,9 +206,9 @@ def test_with_every_expert_on_the_layers_are_the_parents(tiny_path_checkpoint: P
     model = load(tiny_path_checkpoint)
     ids, mask = padded(ROWS)
     theirs = run_model(dense_parent(model), ids, None, hidden=True)
-    ours = run_model(model, ids, pass_of(model, ids, mask, Gathered()), hidden=True)
+    ours = run_model(model, ids, pass_of(model, ids, mask), hidden=True)
     assert len(ours.hidden) == len(theirs.hidden) == 3
     assert hidden_error(ours.hidden, theirs.hidden, mask.flatten().bool()) > 1e-2
     model.path_router.thresholds.fill_(-torch.inf)
-    ours = run_model(model, ids, pass_of(model, ids, mask, Gathered()), hidden=True)
+    ours = run_model(model, ids, pass_of(model, ids, mask), hidden=True)
     assert hidden_error(ours.hidden, theirs.hidden, mask.flatten().bool()) < 1e-9

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from pregate.convert.tune.lora import add_low_rank, merge_low_rank
+from pregate.convert.tune.parameters import add_low_rank, merge_low_rank
 
 
 class Stack(nn.Module):

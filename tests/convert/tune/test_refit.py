@@ -12,7 +12,7 @@ import torch
 from pregate.convert.domains.run import read_me
 from pregate.convert.files.dense import load_dense
 from pregate.convert.measure.scoring import score_rows
-from pregate.convert.progress import QuietProgress
+from pregate.convert.progress import QUIET
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced_batches
 from pregate.convert.tune.forward import TuningPass
@@ -63,7 +63,7 @@ def test_it_is_the_least_squares_fit_of_the_dense_output(
     dense = h @ down.T
     best = torch.linalg.lstsq(z.double(), dense.double()).solution
     least = (z.double() @ best - dense).square().sum() / (own - dense).square().sum()
-    left = refit(model, ROWS, QuietProgress())
+    left = refit(model, ROWS, QUIET)
     assert left[0] == pytest.approx(least.item(), abs=0.02)  # the ridge keeps it a little above
     assert left[0] >= least - 1e-6
     refitted = first_layer(model)[2]
@@ -75,7 +75,7 @@ def test_it_is_the_least_squares_fit_of_the_dense_output(
 def test_it_lowers_perplexity_and_moves_down_projections_alone(tiny_path_checkpoint: Path, tiny_dense: Path):
     model = load(tiny_path_checkpoint)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refit(model, ROWS, QuietProgress())
+    refit(model, ROWS, QUIET)
     after = model.state_dict()
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert len(moved) == 6
@@ -110,7 +110,7 @@ def test_layer_by_layer_it_is_the_fit_of_whole_passes(
     model, old, runs = load(path), load(path), []
     layers = decoder_layers(model.parent)
     hooks = [layer.register_forward_hook(lambda *_a, n=n: runs.append(n)) for n, layer in enumerate(layers)]
-    left = refit(model, ROWS, QuietProgress())
+    left = refit(model, ROWS, QUIET)
     for hook in hooks:
         hook.remove()
     batches = spaced_batches(ROWS, REFIT_TOKENS)
@@ -136,7 +136,7 @@ def test_layers_that_leave_nothing_out_stay(tiny_dense: Path, tiny_text: Path, t
     convert(ConvertOptions(tiny_dense, tmp_path / "all", 8, 2, 6, (tiny_text,), samples=2, sequence_length=32))
     model = load(tmp_path / "all")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert refit(model, ROWS, QuietProgress()) == []
+    assert refit(model, ROWS, QUIET) == []
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
@@ -156,7 +156,7 @@ def test_where_experts_overlap_the_parent_tells_what_is_missing(
         return (ffn(seen[0]) - seen[1]).square().sum().item()
 
     before = missing()
-    left = refit(model, ROWS, QuietProgress(), parent)
+    left = refit(model, ROWS, QUIET, parent)
     assert missing() / before == pytest.approx(left[0], rel=1e-3)
     assert max(left) < 0.9
 

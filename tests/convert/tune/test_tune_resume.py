@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from pregate.base.errors import PregateError, UserError
 from pregate.cli.main import main
+from pregate.convert.files.partial import open_partial, partial_folder, read_state
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
-from pregate.convert.tune.state import open_folder, read_step, tuning_folder
 from tests.convert.interruption import StopsAfter
 from tests.convert.tune.tuning import tiny_options
 
@@ -35,6 +35,11 @@ def interrupt(options: TuneOptions, at: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(options, StopsAfter(at))
     assert not options.out.exists()
+
+
+def read_step(out: Path) -> int | None:
+    state = read_state(out)
+    return None if state is None else state.layers_done
 
 
 def curve_of(folder: Path) -> list[dict[str, float]]:
@@ -110,7 +115,7 @@ def test_a_killed_run_goes_on_to_the_same_curve(tiny_path_checkpoint: Path, tiny
     assert main([*arguments, "--out", str(out)]) == 0
     assert main([*arguments, "--out", str(tmp_path / "straight")]) == 0
     assert_same_curve(out, tmp_path / "straight")
-    assert not tuning_folder(out).exists()
+    assert not partial_folder(out).exists()
 
 
 def test_the_fit_before_the_first_step_is_kept(options: TuneOptions, tmp_path: Path):
@@ -149,7 +154,7 @@ def test_ctrl_c_says_how_to_go_on(
 def test_other_options_are_refused_and_restart_discards(options: TuneOptions, tmp_path: Path):
     interrupt(options, 7)
     other = replace(options, seed=1, kl_share=0.25)
-    reason = r"out .*\.out\.tuning holds .* that differs .*kl_share 0\.\d+ there, 0\.25 here.*seed 0"
+    reason = r"out .*\.out\.partial holds .* that differs .*kl_share 0\.\d+ there, 0\.25 here.*seed 0"
     with pytest.raises(UserError, match=reason):
         tune(other)
     assert read_step(options.out) == 4
@@ -159,7 +164,7 @@ def test_other_options_are_refused_and_restart_discards(options: TuneOptions, tm
 
 
 def test_one_run_at_a_time(options: TuneOptions):
-    with open_folder(options.out, {}, restart=False):
+    with open_partial(options.out, {}, 0, restart=False):
         for restart in (False, True):
             with pytest.raises(UserError, match=r"out .*another tuning run is writing it"):
                 tune(replace(options, restart=restart))
@@ -169,11 +174,11 @@ def test_one_run_at_a_time(options: TuneOptions):
 @pytest.mark.parametrize("damage", ["state", "tensors"])
 def test_what_cannot_be_read_names_the_way_out(options: TuneOptions, damage: str):
     interrupt(options, 7)
-    folder = tuning_folder(options.out)
+    folder = partial_folder(options.out)
     if damage == "state":
         (folder / "state.json").write_text("{")
     else:
-        next(folder.glob("tensors-*")).unlink()
+        next(folder.glob("hidden-*")).unlink()
     with pytest.raises(UserError, match=r"restart discards"):
         tune(options)
     assert tune(replace(options, restart=True)).figures["tune"]["steps"] == 12
@@ -181,12 +186,12 @@ def test_what_cannot_be_read_names_the_way_out(options: TuneOptions, damage: str
 
 def test_a_checkpoint_that_cannot_be_written_keeps_the_last(options: TuneOptions):
     interrupt(options, 7)
-    folder = tuning_folder(options.out)
-    obstacle = folder / "tensors-00000008.safetensors.tmp"
+    folder = partial_folder(options.out)
+    obstacle = folder / "hidden-00008.safetensors.tmp"
     obstacle.mkdir()
     with pytest.raises(PregateError, match=r"out .*cannot be written .*what is done is kept"):
         tune(options)
     assert read_step(options.out) == 4
-    assert load_file(folder / "tensors-00000004.safetensors")
+    assert load_file(folder / "hidden-00004.safetensors")
     obstacle.rmdir()
     assert tune(options).figures["tune"]["steps"] == 12
