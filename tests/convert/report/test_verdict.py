@@ -117,7 +117,7 @@ def test_what_cannot_be_the_tuned_parent_is_refused(tmp_path: Path):
             tuned_parent(_folder(tmp_path, theirs), Path("model"), ours)
         return str(error.value)
 
-    assert "--model model was not tuned" in refusal(_manifest(), _manifest(method="cmoe"))
+    assert "model model was not tuned" in refusal(_manifest(), _manifest(method="cmoe"))
     assert "was not tuned: its manifest says 'dense'" in refusal(_manifest(method="dense"), _manifest())
     assert "was tuned from another dense model" in refusal(_manifest(hash="2"), _manifest())
     (tmp_path / "manifest.json").unlink()
