@@ -33,6 +33,7 @@ from pregate.cluster.supervisor import Health
 from pregate.router.doors.door import DoorActor
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.link.actor import EngineActor
+from pregate.router.paths.actor import PathActor
 from pregate.workers.host.actor import ActorOptions, ExpertHostActor
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
@@ -53,11 +54,12 @@ class _Parts:
     folder: Path | None = None
     hosts: list[Any] = field(default_factory=list)
     engine: Any = None
+    paths: Any = None  # where the checkpoint has exact ones
     pulses: dict[str, Pulse] = field(default_factory=dict)
 
 
 class RayChildren:
-    """The real `supervisor.Children`. Front doors and the engine run on the supervisor's node, hosts anywhere."""
+    """The real `supervisor.Children`. Doors, path service and engine run on the supervisor's node, hosts anywhere."""
 
     def __init__(self, config: ServeConfig) -> None:
         self.stage = "starting"
@@ -80,6 +82,7 @@ class RayChildren:
         keys = CurveKeys.new()
         self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
         parts.engine = self._make_engine()  # its process comes up while the hosts load
+        parts.paths = self._make_paths() if experts.exact_paths else None
         for host, (bundle, node) in enumerate(_host_bundles_by_node(parts.group)):
             parts.hosts.append(self._make_host(host, bundle, node, placement, keys))
         addresses: list[HostAddress] = await self._in_time(
@@ -93,11 +96,15 @@ class RayChildren:
         started = await self._in_time(
             parts.engine.start.remote(placement.hosts_of, make_clients), "the engine did not load"
         )
+        paths = None
+        if parts.paths is not None:
+            paths = await self._in_time(parts.paths.start.remote(), "the path service did not load")
         self.stage = "ready"
         named = {f"host {i}": host for i, host in enumerate(parts.hosts)} | {"the engine": parts.engine}
+        named |= {"the path service": parts.paths} if parts.paths is not None else {}
         parts.pulses = {name: Pulse(actor) for name, actor in named.items()}
         hosts = [{"host_id": a.host_id, "endpoint": a.endpoint, "pid": a.pid, "node_ip": a.node_ip} for a in addresses]
-        return {**started, "node_ip": self._node_ip, "model_name": config.model_name, "hosts": hosts}
+        return {**started, "node_ip": self._node_ip, "model_name": config.model_name, "hosts": hosts, "paths": paths}
 
     # ---- making parts ----
 
@@ -155,12 +162,20 @@ class RayChildren:
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         return remote.remote(config.engine_options, f"ipc://{folder}/engine")
 
+    def _make_paths(self) -> Any:
+        """The path service, beside the engine and the doors."""
+        options = {**self._options("paths", 0, 0), "num_cpus": 0}
+        remote = ray.remote(PathActor).options(**options, max_concurrency=4)
+        return remote.remote(self._config.path_options, f"ipc://{self._parts.folder}/paths")
+
     def _make_door(self, number: int, options: GrpcOptions) -> Any:
         """A door beside the engine."""
         config = self._config
         placed = {**self._options(f"door-{number}", 0, 0), "num_cpus": 0}
-        endpoint = f"ipc://{self._parts.folder}/engine"
-        return ray.remote(DoorActor).options(**placed).remote(endpoint, config.model, config.model_name, options)
+        folder = self._parts.folder
+        paths = None if self._parts.paths is None else f"ipc://{folder}/paths"
+        arguments = (f"ipc://{folder}/engine", paths, config.model, config.model_name, options)
+        return ray.remote(DoorActor).options(**placed).remote(*arguments)
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
         """Start a gRPC door for a launcher. Raises UserError when its port is taken."""
@@ -194,10 +209,12 @@ class RayChildren:
         parts, self._parts = self._parts, _Parts()
         await self._doors.stop(grace_s)
         if came_up:
+            if parts.paths is not None:  # the doors have drained: nobody asks for paths any more
+                await settle(parts.paths.stop.remote(), STOP_TIMEOUT_S)
             await settle(parts.engine.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
             await settle(parts.engine.stop.remote(), STOP_TIMEOUT_S)
             await asyncio.gather(*(settle(host.stop.remote(), STOP_TIMEOUT_S) for host in parts.hosts))
-        for actor in (parts.engine, *parts.hosts):
+        for actor in (parts.engine, parts.paths, *parts.hosts):
             if actor is not None:
                 ray.kill(actor)
         if parts.group is not None:

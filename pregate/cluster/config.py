@@ -12,6 +12,7 @@ from pydantic import Field
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Key, Needs, from_dict, options, to_dict, user_options
 from pregate.router.engine.options import EngineOptions
+from pregate.router.paths.options import PathOptions
 from pregate.workers.host.options import HostOptions
 
 #: A launcher's own; in everything else two launchers must agree to share one deployment.
@@ -42,6 +43,7 @@ class ServeConfig:
     drain_s: Annotated[float, Field(ge=0, description="Seconds that running requests get at the end.")] = 10.0
     engine: EngineOptions = field(default_factory=EngineOptions)
     host: HostOptions = field(default_factory=HostOptions)
+    paths: PathOptions = field(default_factory=PathOptions)
 
     @classmethod
     def follow(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -73,6 +75,10 @@ class ServeConfig:
     @property
     def engine_options(self) -> EngineOptions:
         return replace(self.engine, model=self.model, name=self.model_name, dtype=self.dtype, device=self.device)
+
+    @property
+    def path_options(self) -> PathOptions:
+        return replace(self.paths, model=self.model)
 
     def host_options(self, host_id: int) -> HostOptions:
         return replace(self.host, host_id=host_id, dtype=self.dtype, device=self.device)

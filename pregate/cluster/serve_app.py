@@ -32,8 +32,7 @@ from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
 from pregate.router.doors import openai_app
-from pregate.router.doors.service import RouterService
-from pregate.router.link.client import EngineClient
+from pregate.router.doors.service import connect_service
 from pregate.router.link.endpoint import ipc_file
 
 logger = log.get_logger(__name__)
@@ -131,7 +130,8 @@ class Replica:
         if file is not None and not file.exists():
             self._deployment.release()
             raise UnavailableError(f"a replica must run on the engine's node, {self._deployment.info['node_ip']}")
-        self._service = RouterService(EngineClient(endpoint), Path(config.model), config.model_name)
+        paths = self._deployment.info["paths"]
+        self._service = connect_service(endpoint, paths and paths["endpoint"], config.model, config.model_name)
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
         mount(openai_app.build_app(self._service))
 

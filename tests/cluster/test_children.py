@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -80,9 +81,13 @@ async def lose_one_after_another(children, path_checkpoint):
     os.kill(host["pid"], signal.SIGKILL)
     lost, _ = await check_until(children, lambda lost, notes: lost)
     assert lost == {"host 0": "its process died (ActorDiedError)"}
+    os.kill(info["paths"]["pid"], signal.SIGKILL)
+    killed_s = time.monotonic()
+    await check_until(children, lambda lost, notes: "the path service" in lost)
+    assert time.monotonic() - killed_s < 5
     os.kill(info["pid"], signal.SIGKILL)
-    lost, _ = await check_until(children, lambda lost, notes: len(lost) == 2)
-    assert sorted(lost) == ["host 0", "the engine"]
+    lost, _ = await check_until(children, lambda lost, notes: len(lost) == 3)
+    assert sorted(lost) == ["host 0", "the engine", "the path service"]
 
 
 def test_a_door_comes_back_a_pause_is_told_and_a_death_is_for_good(local_ray, path_checkpoint, monkeypatch):

@@ -11,17 +11,23 @@ from typing import Any
 from pregate.base import log
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
-from pregate.router.doors.service import RouterService
-from pregate.router.link.client import EngineClient
+from pregate.router.doors.service import connect_service
 
 
 class DoorActor:
     """A gRPC front door in a process of its own, on one event loop."""
 
-    def __init__(self, engine_endpoint: str, tokenizer_dir: str, model_name: str, options: GrpcOptions) -> None:
+    def __init__(
+        self,
+        engine_endpoint: str,
+        path_endpoint: str | None,
+        tokenizer_dir: str,
+        model_name: str,
+        options: GrpcOptions,
+    ) -> None:
         log.configure("door")
         self._options = options
-        self._service = RouterService(EngineClient(engine_endpoint), tokenizer_dir, model_name)
+        self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
         self._server = GrpcServer(self._service, options)
 
     async def start(self) -> dict[str, Any]:

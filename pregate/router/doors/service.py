@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -51,7 +52,11 @@ class PackedRoute:
 
 
 class RouterService:
-    """Speaks token ids to the engine and text to the doors. Raises CheckpointError without a readable tokenizer."""
+    """Speaks token ids to the engine and text to the doors. Raises CheckpointError without a readable tokenizer.
+
+    `path_client` leads to the path service, where there is one: a prompt goes there first, and to the engine with its
+    paths.
+    """
 
     def __init__(
         self,
@@ -60,9 +65,10 @@ class RouterService:
         model_name: str,
         *,
         options: ServiceOptions | None = None,
+        path_client: EngineClient | None = None,
     ) -> None:
         self.model_name = model_name
-        self._engine = engine_client
+        self._engine, self._paths = engine_client, path_client
         self._tokenizer = read_tokenizer(Path(tokenizer_dir))
         self._options = options or ServiceOptions()
         self._num_requests = 0
@@ -75,7 +81,9 @@ class RouterService:
     @property
     def unavailable(self) -> str | None:
         """Why requests are refused now, or None."""
-        return "the server is draining" if self._draining else self._engine.unavailable
+        if self._draining:
+            return "the server is draining"
+        return self._engine.unavailable or (self._paths.unavailable if self._paths is not None else None)
 
     @property
     def max_message_bytes(self) -> int | None:
@@ -90,6 +98,8 @@ class RouterService:
     def open(self) -> None:
         """Connect to the engine. Must be called inside a running event loop; `generate` and others do it too."""
         self._engine.open()
+        if self._paths is not None:
+            self._paths.open()
 
     async def generate(
         self,
@@ -116,7 +126,7 @@ class RouterService:
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
             sampling = replace(sampling, max_tokens=max_tokens)
             # Its own id: two callers may have chosen the same.
-            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s, salt)
+            request = await self._with_paths(SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s, salt))
             async with aclosing(self._stream(request, request_id or request.request_id)) as stream:
                 async for item in stream:
                     yield item
@@ -147,7 +157,7 @@ class RouterService:
         vocab_size, max_context = await self._get_limits()
         token_ids = await self._encode(prompt, max_context)
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
-        reply = await self._engine.route(token_ids, deadline_s)
+        reply = await (self._paths or self._engine).route(token_ids, deadline_s)
         tokens = tuple(self._tokenizer.id_to_token(i) or "" for i in token_ids)
         paths = reply.paths.slice(0, reply.paths.num_tokens)
         ids = paths.ids.astype("<i2", copy=False).tobytes()
@@ -158,6 +168,8 @@ class RouterService:
         """Return the engine's info (see EngineClient.info) under the name this service serves it by."""
         self._check_model(model)
         info = await self._engine.info()
+        if self._paths is not None:
+            info["num_waiting_for_paths"] = (await self._paths.info())["num_queued"]
         self._limits = int(info["vocab_size"]), int(info["max_context"])
         return {**info, "model": self.model_name}
 
@@ -174,6 +186,19 @@ class RouterService:
         """Disconnect from the engine; what still runs fails with UnavailableError."""
         self._draining = True
         await self._engine.close()
+        if self._paths is not None:
+            await self._paths.close()
+
+    async def _with_paths(self, request: SubmitRequest) -> SubmitRequest:
+        """The request with its prompt's paths, and the rest of its time. Raises DeadlineError where none is left."""
+        if self._paths is None:
+            return request
+        start_s = time.monotonic()
+        reply = await self._paths.route(request.token_ids, request.deadline_s, with_state=True)
+        left_s = None if request.deadline_s is None else request.deadline_s - (time.monotonic() - start_s)
+        if left_s is not None and left_s <= 0:
+            raise DeadlineError("the deadline passed before the paths were there")
+        return replace(request, deadline_s=left_s, paths=reply.paths, path_state=reply.state)
 
     async def _stream(self, request: SubmitRequest, request_id: str) -> AsyncGenerator[Chunk | Completion, None]:
         detokenizer = Detokenizer(self._tokenizer, request.token_ids)
@@ -259,3 +284,11 @@ class RouterService:
             self._num_requests -= 1
             if not self._num_requests:
                 self._idle.set()
+
+
+def connect_service(
+    engine_endpoint: str, path_endpoint: str | None, tokenizer_dir: str | Path, model_name: str
+) -> RouterService:
+    """A service over the engine and the path service (None: there is none) at these endpoints."""
+    paths = None if path_endpoint is None else EngineClient(path_endpoint, name="the path service")
+    return RouterService(EngineClient(engine_endpoint), tokenizer_dir, model_name, path_client=paths)

@@ -39,26 +39,32 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class EngineClientOptions:
     """Times in seconds. Silence for `silence_s` means that the engine's process is lost: its I/O thread answers while a
-    step runs. A route waits for the computation, so it may take longer than other replies."""
+    step runs."""
 
     keep_alive_s: float = 0.5
     silence_s: float = 4.0
     reply_timeout_s: float = 10.0
-    route_timeout_s: float = 120.0
 
 
 class EngineClient:
     """One engine, seen from one event loop. The first call inside a running loop opens the channel.
+
+    `name` is what errors call it: a path service is spoken to in the same way, and gives routes alone.
 
     Raises UserError for an endpoint that is neither `ipc://PATH` nor `inproc://NAME` (which needs the server's
     `context`). Every wait ends: by what is waited for, or because `_keep` found the engine silent, or its task broken.
     """
 
     def __init__(
-        self, endpoint: str, *, options: EngineClientOptions | None = None, context: zmq.Context | None = None
+        self,
+        endpoint: str,
+        *,
+        options: EngineClientOptions | None = None,
+        context: zmq.Context | None = None,
+        name: str = "the engine",
     ) -> None:
         ipc_file(endpoint)
-        self._endpoint = endpoint
+        self._endpoint, self._name = endpoint, name
         self._options = options or EngineClientOptions()
         self._context = zmq.asyncio.Context.shadow(context or zmq.Context.instance())
         self._socket: zmq.asyncio.Socket | None = None
@@ -75,7 +81,7 @@ class EngineClient:
     def unavailable(self) -> str | None:
         """Why the engine takes no work now, or None."""
         if not self._answered:
-            return "the engine has not answered yet"
+            return f"{self._name} has not answered yet"
         return self._lost or (self._heartbeat.unavailable if self._heartbeat else None)
 
     def open(self) -> None:
@@ -138,16 +144,26 @@ class EngineClient:
             # An engine that cannot be told drops the request when it misses it in our keep-alives.
             logger.info("cancel of %s: %s", request_id, error)
 
-    async def route(self, token_ids: Sequence[int], deadline_s: float | None = None) -> RouteReply:
-        """Return the paths of a prompt. Raises UserError when the checkpoint has no path router."""
+    async def route(
+        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False
+    ) -> RouteReply:
+        """Return the paths of a prompt, `with_state` the path router's state after it (which path services give).
+
+        Leaving early cancels. Raises UserError when the checkpoint has no path router, DeadlineError in time.
+        """
         self._check_available()
-        timeout_s = self._options.route_timeout_s if deadline_s is None else deadline_s
-        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids))
+        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids), deadline_s, with_state)
         self._running_ids.add(request.request_id)
+        reply = None
         try:
-            return _checked(await self._ask(request, timeout_s), RouteReply)
+            reply = await self._ask(
+                request, deadline_s, DeadlineError("the deadline passed before the paths were there")
+            )
+            return _checked(reply, RouteReply)
         finally:
-            self._running_ids.discard(request.request_id)  # the next keep-alive tells the engine, should it still run
+            self._running_ids.discard(request.request_id)
+            if reply is None:
+                await self.cancel(request.request_id)
 
     async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
         """Return `Engine.info()` and what its link knows, also while the engine refuses requests.
@@ -157,17 +173,19 @@ class EngineClient:
         self.open()
         if self._lost is not None:
             raise UnavailableError(self._lost)
-        reply = await self._ask(InfoRequest(uuid.uuid4().hex), timeout_s or self._options.reply_timeout_s)
+        timeout_s = timeout_s or self._options.reply_timeout_s
+        late = UnavailableError(f"{self._name} gave no answer within {timeout_s:g} s")
+        reply = await self._ask(InfoRequest(uuid.uuid4().hex), timeout_s, late)
         return _checked(reply, InfoReply).info
 
-    async def _ask(self, request: RouteRequest | InfoRequest, timeout_s: float) -> DoorBound:
+    async def _ask(self, request: RouteRequest | InfoRequest, timeout_s: float | None, late: PregateError) -> DoorBound:
         queue: asyncio.Queue[DoorBound] = asyncio.Queue()
         self._waiting[request.request_id] = queue
         try:
             await self._send(request)
             return await asyncio.wait_for(queue.get(), timeout_s)
         except asyncio.TimeoutError as error:
-            raise UnavailableError(f"the engine gave no answer within {timeout_s:g} s") from error
+            raise late from error
         finally:
             del self._waiting[request.request_id]
 
@@ -183,7 +201,7 @@ class EngineClient:
             # Never suspends: the socket takes the packet now or is full.
             await self._socket.send(pack([message]), zmq.NOBLOCK)
         except zmq.Again as error:
-            raise UnavailableError("the engine reads no messages") from error
+            raise UnavailableError(f"{self._name} reads no messages") from error
 
     async def _receive(self) -> None:
         assert self._socket is not None
@@ -221,7 +239,7 @@ class EngineClient:
             self._silent_ticks += 1
             silent_s = self._silent_ticks * self._options.keep_alive_s
             if silent_s > self._options.silence_s:
-                self._answered, self._lost = True, f"the engine has been silent for {silent_s:.0f} s"
+                self._answered, self._lost = True, f"{self._name} has been silent for {silent_s:.0f} s"
                 self._fail_waiting(UnavailableError(self._lost))
 
     def _fail_waiting(self, error: PregateError) -> None:
@@ -234,7 +252,7 @@ class EngineClient:
         logger.error("the channel to the engine broke", exc_info=task.exception())
         for other in self._tasks:  # else the next packet would take the loss back, or nobody would see silence
             other.cancel()
-        self._answered, self._lost = True, "the channel to the engine broke"
+        self._answered, self._lost = True, f"the channel to {self._name} broke"
         self._fail_waiting(PregateError(self._lost))
 
 

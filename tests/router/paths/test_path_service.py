@@ -1,0 +1,152 @@
+"""The path service beside an engine, behind a front door: the same answers, and an end for every prompt."""
+
+import asyncio
+import multiprocessing
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from pregate.base.errors import DeadlineError, UnavailableError
+from pregate.model.checkpoint import CheckpointReader
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import PathComputer
+from pregate.router.doors.service import RouterService
+from pregate.router.link.client import EngineClient
+from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest
+from pregate.router.paths.actor import PathActor
+from pregate.router.paths.load import load_router
+from pregate.router.paths.options import PathOptions
+from pregate.router.paths.prompts import Prompts
+from pregate.router.paths.server import PathServer
+from tests.equality import reference_texts
+from tests.router.running import LoopThread, RawDoor, engine_thread, local_engine, wait_for
+
+PROMPTS = [[1, *np.random.default_rng(n).integers(3, 200, n).tolist()] for n in (4, 30, 60)]
+
+
+class SlowPrompts(Prompts):
+    """Whose turns do not end a prompt."""
+
+    def turn(self):
+        time.sleep(0.02)
+        waiting, self._prompts = self._prompts, {}
+        try:
+            self._prompts = {
+                k: p for k, p in waiting.items() if p.deadline_s is not None and p.deadline_s < self._clock()
+            }
+            return super().turn()
+        finally:
+            self._prompts = {k: p for k, p in waiting.items() if k not in self._prompts}
+
+
+@contextmanager
+def path_service(checkpoint, endpoint, kind=Prompts):
+    reader = CheckpointReader(checkpoint)
+    computer = PathComputer(load_router(reader))
+    prompts = kind(computer, PathOptions(), reader.config.context_tokens, reader.fingerprint)
+    server, stop = PathServer(prompts, endpoint), threading.Event()
+    thread = threading.Thread(target=server.run, args=(stop,))
+    thread.start()
+    try:
+        yield prompts
+    finally:
+        stop.set()
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@contextmanager
+def service(checkpoint, engine_endpoint, path_endpoint):
+    """A door's service; yields it with a way to run its coroutines."""
+    loop = LoopThread()
+    paths = EngineClient(path_endpoint, name="the path service")
+    found = RouterService(EngineClient(engine_endpoint), checkpoint, "tiny", path_client=paths)
+    try:
+        yield found, loop.call
+    finally:
+        loop.call(found.close())
+        loop.close()
+
+
+def test_texts_and_routes_equal_the_reference(tiny_path_checkpoint, endpoint, monkeypatch):
+    references = reference_texts(RoutedForCausalLM.from_pretrained(tiny_path_checkpoint).eval(), PROMPTS, 12)
+    sampling = SamplingParams(12, ignore_eos=True)
+    with local_engine(tiny_path_checkpoint) as engine, engine_thread(engine, endpoint):
+        routes = [engine.route(prompt).ids.tobytes() for prompt in PROMPTS]
+        brought, submit = [], engine.submit
+        monkeypatch.setattr(engine, "submit", lambda request: (brought.append(request.paths), submit(request)))
+        monkeypatch.setattr(engine, "route", None)  # an engine is not asked any more
+        with (
+            path_service(tiny_path_checkpoint, endpoint + "p"),
+            service(tiny_path_checkpoint, endpoint, endpoint + "p") as (door, call),
+        ):
+
+            async def all_at_once():
+                return await asyncio.gather(*(door.complete(p, sampling, deadline_s=60) for p in PROMPTS))
+
+            for completion, reference in zip(call(all_at_once()), references, strict=True):
+                assert list(completion.token_ids) == reference.tokens
+            assert len(brought) == len(PROMPTS) and None not in brought
+            assert [call(door.route(prompt)).ids for prompt in PROMPTS] == routes
+            assert call(door.model_info())["num_waiting_for_paths"] == 0
+
+
+def test_a_prompt_ends_by_its_deadline_or_by_being_left(tiny_path_checkpoint, endpoint, engine):
+    with (
+        engine_thread(engine, endpoint),
+        path_service(tiny_path_checkpoint, endpoint + "p", SlowPrompts) as prompts,
+        service(tiny_path_checkpoint, endpoint, endpoint + "p") as (door, call),
+    ):
+        with pytest.raises(DeadlineError):
+            call(door.complete(PROMPTS[0], SamplingParams(2), deadline_s=0.3))
+        wait_for(lambda: not len(prompts), what="the end of the late prompt")
+
+        async def leave():
+            task = asyncio.ensure_future(door.complete(PROMPTS[0], SamplingParams(2)))
+            while not len(prompts):
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        call(leave())
+        wait_for(lambda: not len(prompts), timeout_s=2, what="the end of the prompt that was left")
+        assert not engine.has_work
+
+
+def test_it_generates_nothing(tiny_path_checkpoint, endpoint):
+    with path_service(tiny_path_checkpoint, endpoint), RawDoor(endpoint) as door:
+        door.send(SubmitRequest("a", (1,), SamplingParams(2)))
+        assert "generates nothing" in door.receive(FailedEvent).message
+
+
+def run_actor(model, endpoint, ready):
+    actor = PathActor(PathOptions(model), endpoint)
+    ready.put(actor.start())
+    threading.Event().wait(600)
+
+
+def test_its_death_is_seen_within_five_seconds(tiny_path_checkpoint, endpoint, engine):
+    """By those that wait, and by health."""
+    spawn = multiprocessing.get_context("spawn")
+    ready = spawn.Queue()
+    process = spawn.Process(target=run_actor, args=(str(tiny_path_checkpoint), endpoint + "p", ready), daemon=True)
+    process.start()
+    try:
+        ready.get(timeout=120)
+        with engine_thread(engine, endpoint), service(tiny_path_checkpoint, endpoint, endpoint + "p") as (door, call):
+            assert len(call(door.complete(PROMPTS[0], SamplingParams(2, ignore_eos=True))).token_ids) == 2
+            assert door.unavailable is None
+            process.kill()
+            killed_s = time.monotonic()
+            with pytest.raises(UnavailableError, match="the path service has been silent for"):
+                call(door.complete(PROMPTS[0], SamplingParams(2)))
+            assert time.monotonic() - killed_s < 5.5  # half a second of it is this machine's
+            assert "the path service" in (door.unavailable or "")
+            with pytest.raises(UnavailableError, match="the path service"):
+                call(door.route(PROMPTS[0]))
+    finally:
+        process.kill()
+        process.join(10)
