@@ -1,6 +1,6 @@
 """One contender of `benchmarks.engine`, in a process of its own, which may be of another virtual environment.
 
-    python benchmarks/contenders.py KIND MODEL [TARGET]
+    python -m benchmarks.contenders KIND MODEL
 
 Every line on standard input is a JSON list of prompts and a number of new tokens; the answer is a line with the seconds
 from the first request to the last token, greedy, end-of-text ignored, and the process's resident bytes.
@@ -9,6 +9,7 @@ from the first request to the last token, greedy, end-of-text ignored, and the p
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -121,8 +122,8 @@ def resident_bytes() -> int:
 
 
 def main() -> None:
-    out = sys.stdout
-    sys.stdout = sys.stderr  # what libraries print is no answer
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries and their processes print is no answer
     run = KINDS[sys.argv[1]](sys.argv[2])
     print("ready", file=out, flush=True)
     for line in sys.stdin:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -46,12 +47,13 @@ class Contender:
             "PYTHONPATH": str(ROOT),
         }
         self._process = subprocess.Popen(
-            [python, str(ROOT / "benchmarks" / "contenders.py"), kind, target],
+            [python, "-m", "benchmarks.contenders", kind, target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
+            cwd=ROOT,
         )
         start_s = time.perf_counter()
         if self._line() != "ready":
@@ -60,6 +62,8 @@ class Contender:
 
     def _line(self) -> str:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
+            raise RuntimeError(f"{self.name} says nothing for {PATIENCE_S} s")
         return self._process.stdout.readline().strip()
 
     def run(self, prompts: list[str], num_new: int) -> float:
