@@ -155,11 +155,16 @@ class PackedPaths:
         packed._weights = _Buffer(weights) if weighted else None
         return packed
 
-    def check(self, cuts: Sequence[LayerCut], num_tokens: int) -> None:
-        """Raise ProtocolError unless these are paths of so many tokens through layers cut like that."""
+    def check(self, cuts: Sequence[LayerCut], num_tokens: int, others: PackedPaths) -> None:
+        """Raise ProtocolError unless these are paths of so many tokens through layers cut like that, and those of later
+        tokens can be appended: they have the form of `others`."""
         if self.num_tokens != num_tokens or self._num_layers != len(cuts):
             held = f"{self.num_tokens} tokens in {self._num_layers} layers"
             raise ProtocolError(f"paths of {held}; the prompt has {num_tokens} tokens, the model {len(cuts)} layers")
+        form, wanted = ((p._k, p._weights is not None) for p in (self, others))
+        if form != wanted or self._ids.values.itemsize < others._ids.values.itemsize:
+            held = f"paths of (columns, weights) {form}, ids of {self._ids.values.dtype}"
+            raise ProtocolError(f"{held}; this model's are {wanted}, {others._ids.values.dtype}")
         for start in range(0, num_tokens, _CHECKED_TOKENS):  # padded, so not all at once
             try:
                 self.slice(start, min(start + _CHECKED_TOKENS, num_tokens)).check(cuts)

@@ -220,10 +220,10 @@ class PathComputer:
             for i, path, state in zip(live, paths, after, strict=True):
                 parts[i].append(path)
                 states[i] = state
-        return [Paths.concatenate(p) if p else self._no_paths() for p in parts], states
+        return [Paths.concatenate(p) if p else self.no_paths() for p in parts], states
 
-    def _no_paths(self) -> Paths:
-        """Those of no tokens: with weights where other paths have them."""
+    def no_paths(self) -> Paths:
+        """Those of no tokens: of as many columns as all others, with weights where they have them."""
         num_scores = sum(c.num_routed for c in self.cuts)
         return self.paths_of(torch.empty(0, num_scores, dtype=torch.float64, device=self.device))
 

@@ -44,7 +44,7 @@ def test_what_is_appended_is_found_again(parts, weighted, data):
     for number, piece in enumerate(pieces[1:]):
         packed = PackedPaths.from_frames(packed.to_frames()) if number == sent else packed
         packed.append(piece)
-    packed.check(CUTS, packed.num_tokens)
+    packed.check(CUTS, packed.num_tokens, packed)
     whole = Paths.concatenate(pieces)
     assert packed.num_tokens == whole.num_tokens
     start = data.draw(st.integers(0, whole.num_tokens))
@@ -99,11 +99,12 @@ def test_frames_that_do_not_fit_each_other_are_refused(frame, change, says):
 def test_ids_from_elsewhere_are_held_to_the_model(ids, num_tokens, says):
     packed = PackedPaths.of(Paths(np.tile(np.array(ids, np.int16), (1, LAYERS, 1))), max_id=8)
     with pytest.raises(ProtocolError, match=says):
-        PackedPaths.from_frames(packed.to_frames()).check(CUTS, num_tokens)
+        PackedPaths.from_frames(packed.to_frames()).check(CUTS, num_tokens, packed)
 
 
 def test_weights_from_elsewhere_are_finite():
     weights = np.full((1, LAYERS, COLUMNS), np.nan, np.float32)
     ids = np.broadcast_to(np.arange(COLUMNS, dtype=np.int16), weights.shape)
+    packed = PackedPaths.of(Paths(ids, weights), max_id=8)
     with pytest.raises(ProtocolError, match="not finite"):
-        PackedPaths.of(Paths(ids, weights), max_id=8).check(CUTS, 1)
+        packed.check(CUTS, 1, packed)

@@ -6,7 +6,7 @@ blocks: its token at position p lies in slot table[p // block_size] * block_size
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 
 #: What a full block is known by: the block before it (for the first the tenant's salt) and its own tokens. Compared
@@ -160,6 +160,6 @@ class BlockAllocator:
             (self._idle, self._lane_idle),
             ([b for b, n in enumerate(owners) if n], self._lane_owned),
         ):
-            lanes = [block // self.lane_blocks for block in blocks]
-            assert [lanes.count(lane) for lane in range(len(counts))] == counts, "lanes are counted wrongly"
+            lanes = Counter(block // self.lane_blocks for block in blocks)
+            assert [lanes[lane] for lane in range(len(counts))] == counts, "lanes are counted wrongly"
         assert {b: c for c, b in self._block_of.items()} == self._content_of, "contents and blocks disagree"

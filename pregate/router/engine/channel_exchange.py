@@ -18,7 +18,7 @@ from pregate.base.errors import HostLostError
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt, SentGroup
-from pregate.router.engine.planning import StepPlan, make_plan
+from pregate.router.engine.planning import StepPlan, check_plan, make_plan
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import HostClient
 from pregate.workers.link.protocol import GroupKey
@@ -50,9 +50,10 @@ class ChannelExchange:
         hosts_of_LR: np.ndarray,
         shared: SharedExperts,
         group_timeout_s: float = 30.0,
+        check_plans: bool = False,
     ) -> None:
         self.engine, self.clients, self.hosts_of_LR, self.shared = engine, list(clients), hosts_of_LR, shared
-        self.group_timeout_s = group_timeout_s
+        self.group_timeout_s, self.check_plans = group_timeout_s, check_plans
         self._step = _Step(-1, 0, np.zeros((0, len(clients)), dtype=np.int64))
 
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
@@ -70,7 +71,7 @@ class ChannelExchange:
         if paths is None:
             self._step = _Step(number, num_tokens, np.zeros((num_tokens, len(self.clients)), dtype=np.int64))
             return
-        plan = make_plan(number, paths.ids, self.hosts_of_LR, len(self.clients))
+        plan = self._plan(number, paths.ids, self.hosts_of_LR)
         weights = None if paths.weights is None else self._to_device(torch.from_numpy(paths.weights.swapaxes(0, 1)))
         for host, host_plan in plan.hosts.items():
             self.clients[host].send_plan(host_plan)
@@ -81,7 +82,7 @@ class ChannelExchange:
         step = self._step
         if choice is not None:
             ids_T1K = choice.ids.cpu().numpy().astype(np.int16)[:, None]
-            plan = make_plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1], len(self.clients))
+            plan = self._plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1])
             step.pair_counts_TH += plan.pair_counts_TH
             groups, weights = plan.layers[0], choice.weights
             slots = self._to_device(torch.from_numpy(plan.slots_LTK[0]))
@@ -150,6 +151,12 @@ class ChannelExchange:
                 lost = lost or error
         if lost is not None:
             raise lost
+
+    def _plan(self, number: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> StepPlan:
+        plan = make_plan(number, ids_TLK, hosts_of_LR, len(self.clients))
+        if self.check_plans:
+            check_plan(plan, ids_TLK, hosts_of_LR)
+        return plan
 
     def _to_device(self, array: torch.Tensor) -> torch.Tensor:
         """`array` on the engine's device, in a copy that nobody waits for."""

@@ -41,6 +41,6 @@ def connect(
     local = clients[0].local_units(device, dtype) if len(clients) == 1 else f"{len(clients)} hosts"
     if isinstance(local, str):
         _log.info("experts run in groups, host by host: %s", local)
-        return ChannelExchange(engine, clients, hosts_of_LR, shared, options.group_timeout_s)
+        return ChannelExchange(engine, clients, hosts_of_LR, shared, options.group_timeout_s, options.check_steps)
     _log.info("experts run in whole layers: the one host is in this process")
     return LocalExchange(engine, clients[0], local, shared)

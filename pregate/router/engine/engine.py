@@ -102,8 +102,8 @@ class Engine:
         self.scheduler.remove(sequence)
         del self._sequences[sequence.request_id]
         self._forget(sequence)
-        if not self._sequences:
-            self.scheduler.allocator.check([])
+        allocator = self.scheduler.allocator
+        assert self._sequences or allocator.num_free == allocator.num_blocks, "KV blocks were lost"
 
     def _forget(self, sequence: Sequence) -> None:
         if self.paths is not None:

@@ -23,7 +23,7 @@ class RunningPaths:
 
     def __init__(self, computer: PathComputer) -> None:
         self.computer, self._slots = computer, PathSlots(computer)
-        self._max_id = max(cut.num_routed for cut in computer.cuts)
+        self._max_id = max(cut.num_routed for cut in computer.cuts) - 1
 
     @property
     def num_sequences(self) -> int:
@@ -35,20 +35,22 @@ class RunningPaths:
         ProtocolError for paths or a state of another prompt or model.
         """
         if request.paths is not None and request.path_state is not None:
-            request.paths.check(self.computer.cuts, len(sequence.token_ids))
-            sequence.paths, state = request.paths, self._state_of(request.path_state)
+            num_tokens = len(sequence.token_ids)
+            request.paths.check(self.computer.cuts, num_tokens, PackedPaths.of(self.computer.no_paths(), self._max_id))
+            sequence.paths, state = request.paths, self._state_of(request.path_state, num_tokens)
         else:
             (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
             sequence.paths = PackedPaths.of(paths, self._max_id)
         sequence.path_slot = self._slots.put(state, len(sequence.token_ids))
 
-    def _state_of(self, packed: PackedState) -> PathState:
-        num_tokens, *shape = packed.shape
+    def _state_of(self, packed: PackedState, num_tokens: int) -> PathState:
         empty = self.computer.new_state().kept
-        if list(empty.shape[1:]) != shape or num_tokens >= self.computer.config.window:
-            allowed = f"at most {self.computer.config.window - 1} tokens of {list(empty.shape[1:])}"
-            raise ProtocolError(f"path state of shape {packed.shape}; allowed: {allowed}")
+        shape = (min(num_tokens, self.computer.config.window - 1), *empty.shape[1:])
+        if packed.shape != shape:
+            raise ProtocolError(f"path state of shape {packed.shape}; after this prompt it is {shape}")
         kept = np.frombuffer(packed.data, dtype="<f8").reshape(packed.shape)
+        if not np.isfinite(kept).all():
+            raise ProtocolError("path state: a value is not finite")
         return PathState(torch.tensor(kept, dtype=torch.float64, device=empty.device))
 
     def extend(self, sequences: Many[Sequence]) -> None:

@@ -60,7 +60,8 @@ class Scheduler:
 
     @property
     def queued_bytes(self) -> int:
-        return sum(sequence.waiting_bytes for sequence in self.waiting)
+        """Bytes of the prompts and paths that wait; the link's I/O thread may ask while a step runs."""
+        return sum(sequence.waiting_bytes for sequence in tuple(self.waiting))
 
     def check_room(self, sequence: Sequence) -> None:
         """QueueFullError when the queue is at one of its bounds."""
@@ -120,10 +121,10 @@ class Scheduler:
 
     def _decodes(self) -> list[Slice]:
         found: list[Slice] = []
-        for sequence in list(self.running):
+        for sequence in self.running:  # of which only the end is taken off meanwhile
             if len(found) == self.limits.step_tokens:
                 break
-            if sequence in self.running and sequence.num_pending == 1 and self._make_room(sequence):
+            if sequence.num_pending == 1 and self._make_room(sequence):
                 found.append(Slice(sequence, 1))
         return found
 

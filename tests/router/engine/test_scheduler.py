@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -73,6 +76,29 @@ def test_the_queue_is_bounded_by_number_and_by_bytes():
     s.add(sequence("c", 1))
     with pytest.raises(QueueFullError, match="holds 2 requests, its bound"):
         s.add(sequence("d", 1))
+
+
+def test_the_queue_is_measured_while_another_thread_changes_it():
+    """The I/O thread answers `info` while the compute thread takes requests in and out."""
+    s, over = scheduler(max_queued=256), threading.Event()
+    queued = [sequence(str(n), 3) for n in range(200)]
+
+    def churn():
+        while not over.is_set():
+            for one in queued:
+                s.add(one)
+            for one in queued:
+                s.remove(one)
+
+    thread, interval = threading.Thread(target=churn), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        assert all(s.queued_bytes % 24 == 0 for _ in range(3000))
+    finally:
+        over.set()
+        thread.join(20)
+        sys.setswitchinterval(interval)
 
 
 def test_removing_releases_blocks():
