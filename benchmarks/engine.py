@@ -84,8 +84,9 @@ class Deployment:
     def __init__(self, model: Path, num_hosts: int) -> None:
         command = [sys.executable, "-m", "pregate.cli.main", "serve", "--model", str(model), "--hosts", str(num_hosts)]
         start_s = time.perf_counter()
+        self._said: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it is the process's)
         self._process = subprocess.Popen(
-            [*command, "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT
+            [*command, "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=ROOT
         )
         self.target = self._await_target()
         self.start_s = time.perf_counter() - start_s
@@ -95,7 +96,8 @@ class Deployment:
         for line in self._process.stdout:
             if line.startswith("gRPC"):
                 return line.split()[1]
-        raise RuntimeError("pregate serve ended before it was ready")
+        self._said.seek(0)
+        raise RuntimeError(f"pregate serve ended before it was ready: {self._said.read()[-2000:]}")
 
     def close(self) -> None:
         self._process.terminate()

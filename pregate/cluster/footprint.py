@@ -60,7 +60,8 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
         units_bytes=tuple(
             int(_host_bytes(placement, host, unit_bytes) * growth) for host in range(placement.num_hosts)
         ),
-        num_processes=config.hosts + 3,  # supervisor, engine, front door
+        # Supervisor, engine, front door; with exact paths the path router service.
+        num_processes=config.hosts + 3 + (reader.config.routing == "path"),
     )
 
 

@@ -27,6 +27,10 @@ def test_one_holder_has_every_unit(layerwise_checkpoint, hosts):
     assert footprint(layerwise_checkpoint, hosts=hosts).units_bytes == (LAYERS * ROUTED * UNIT,)
 
 
+def test_the_path_service_is_a_process_of_its_own(path_checkpoint):
+    assert footprint(path_checkpoint, hosts=2).num_processes == 6
+
+
 def test_half_the_dtype_is_half_the_bytes(layerwise_checkpoint):
     whole, half = (footprint(layerwise_checkpoint, hosts=1, dtype=d) for d in ("float32", "float16"))
     assert half.units_bytes[0] * 2 == whole.units_bytes[0]
