@@ -105,7 +105,10 @@ def _by_layer(model: Any, num_tokens: int, advance: Advance) -> Iterator[None]:
     done = [num_tokens * n // len(layers) for n in range(len(layers) + 1)]
 
     def hook(index: int) -> Any:
-        return lambda *_args: advance(done[index + 1] - done[index])
+        def call(*_args: Any) -> None:  # what a hook returns would be the layer's output
+            advance(done[index + 1] - done[index])
+
+        return call
 
     handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
     try:
