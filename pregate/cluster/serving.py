@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from pregate.base.errors import UnavailableError
+from pregate.base.memory import give_back_heap
 from pregate.cluster import preflight
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.launch import Deployment, RayLostError, launch
@@ -43,6 +44,7 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> Non
         _, port = deployment.add_door(door)
         stopping = _stop_on_signal()
         print("\n".join(_describe(deployment, door, port)), flush=True)
+        give_back_heap()  # from here on it only waits: what reading the model folder took need not be held
         reason = _wait(deployment, stopping)
     finally:
         _say("draining and stopping")
