@@ -6,38 +6,32 @@ A plain class: the cluster package wraps it with `ray.remote`. That process does
 from __future__ import annotations
 
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
 from pregate.router.engine.options import EngineOptions
+from pregate.router.link.loop_actor import LoopActor
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from pregate.router.link.server import EngineServer
     from pregate.workers.client.host_client import HostClient
 
-_POLL_S = 0.05
-#: How long the loop may take to notice that it is to stop: one step.
-_STOP_TIMEOUT_S = 30.0
 
-
-class EngineActor:
+class EngineActor(LoopActor):
     """An engine and its server in one process; the loop has a thread of its own that owns the device."""
+
+    stop_timeout_s = 30.0  # one step
 
     def __init__(self, options: EngineOptions, endpoint: str) -> None:
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
+        super().__init__()
         log.configure("engine")
         self._options = options
         self._endpoint = endpoint
-        self._stop_event = threading.Event()
         self._clients: Sequence[HostClient] = ()
-        self._server: EngineServer | None = None
-        self._thread: threading.Thread | None = None
 
     def start(self, hosts_of_LR: np.ndarray, make_clients: Callable[[], Sequence[HostClient]]) -> dict[str, Any]:
         """Load the backbone, join the hosts, serve; returns {"endpoint", "info", "pid"} when doors may connect.
@@ -51,36 +45,14 @@ class EngineActor:
         quiet_transformers()
         self._clients = make_clients()
         engine = build_engine(self._options, self._clients, hosts_of_LR)
-        self._server = EngineServer(engine, self._endpoint)
-        self._thread = threading.Thread(target=self._server.run, args=(self._stop_event,), name="engine", daemon=True)
-        self._thread.start()
+        self.serve(EngineServer(engine, self._endpoint), "engine")
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
 
-    def status(self) -> dict[str, Any]:
-        """`running` turns false when the loop has ended, by `stop` or by a bug (the log has it).
-
-        `unavailable` says why requests are refused meanwhile (a lost host, for one), None when they are taken;
-        `busy_with` and `busy_s` what is being computed, None when nothing is.
-        """
-        running = self._thread is not None and self._thread.is_alive()
-        return {"pid": os.getpid(), "running": running, **(self._server.status() if self._server else {})}
-
-    def drain(self, timeout_s: float) -> bool:
-        """Wait until no request is left; False when `timeout_s` passes first."""
-        give_up_s = time.monotonic() + timeout_s
-        while self._server is not None and self.status()["running"] and self._server.has_work:
-            if time.monotonic() > give_up_s:
-                return False
-            time.sleep(_POLL_S)
-        return True
-
     def stop(self) -> None:
-        """End the loop (requests left fail with UNAVAILABLE) and leave the hosts. Repeating it is harmless."""
-        self._stop_event.set()
-        if self._thread is not None:
-            self._thread.join(_STOP_TIMEOUT_S)
-            if self._thread.is_alive():  # it may be using the clients' sockets; the process is about to be ended
-                return
+        """As of `LoopActor`; and leave the hosts."""
+        super().stop()
+        if self.status()["running"]:  # it may be using the clients' sockets; the process is about to be ended
+            return
         for client in self._clients:
             client.close()
         self._clients = ()

@@ -55,7 +55,7 @@ class Prompts:
         self._computer, self._options, self._context, self._version = computer, options, context, version
         self._vocab_size = computer.router.embedding.num_embeddings
         self._max_id = max((cut.num_routed for cut in computer.cuts), default=0) - 1
-        none = computer.extend([computer.new_state()], [[]])[0][0]
+        none = computer.no_paths()
         _, num_layers, k = none.ids.shape
         self._token_bytes = 8 + num_layers * (1 + k * (none.ids.itemsize + 4 * (none.weights is not None)))
         self._clock = clock

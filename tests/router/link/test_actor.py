@@ -22,7 +22,7 @@ def actor(monkeypatch):
     """One that serves nothing. (An actor sets logging up for its process, which here is the tests'.)"""
     logger = logging.getLogger("pregate")
     before = logger.handlers, logger.level, logger.propagate
-    monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(module.EngineActor, "stop_timeout_s", 0.05)
     yield EngineActor(EngineOptions("/m"), "inproc://e")
     logger.handlers, logger.level, logger.propagate = before
 
