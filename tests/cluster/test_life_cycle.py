@@ -1,6 +1,7 @@
 """`pregate serve` from start to end, in real processes: what it answers, and what it leaves behind."""
 
 import json
+import re
 import shutil
 import signal
 import socket
@@ -44,14 +45,15 @@ print("app ready", flush=True)
 stop.wait()
 serve.shutdown()
 """
-#: What a process of ours may hold that computes nothing. Ray's own part of it is 90 MB.
+#: What a process of ours may hold that computes nothing; Ray's own part of it is 90 MB. Counted is its proportional
+#: share (PSS): how much of the libraries that all processes of Ray map is resident differs by machine, and held once.
 MAX_LIGHT_BYTES = 150 * 10**6
 
 
 def generate_until_a_host_is_killed(running, client):
-    """Kill host 0 during a long answer; returns the error the client got and after how many seconds."""
+    """Kill a host during a long answer; returns the error the client got and after how many seconds."""
     killed_s = []
-    victim = min(running.children("ExpertHostActor"), key=lambda process: process.pid)  # started first
+    victim = running.children("ExpertHostActor")[0]  # which of them runs host 0, no process's name tells
 
     def kill_soon():
         time.sleep(0.5)
@@ -76,7 +78,8 @@ def check_light(pids):
     for process in map(psutil.Process, pids):
         name = " ".join(process.cmdline())[:60]
         assert not [m.path for m in process.memory_maps() if "libtorch" in m.path], name
-        assert process.memory_info().rss < MAX_LIGHT_BYTES, (name, process.memory_info().rss)
+        held = process.memory_full_info().pss
+        assert held < MAX_LIGHT_BYTES, (name, held)
 
 
 def open_urls(processes):
@@ -169,9 +172,10 @@ def test_a_lost_host_ends_the_server_with_a_reason(layerwise_checkpoint):
         assert after_s < 10
         assert running.process.wait(60) == 1
         last = running.log.read_text().splitlines()[-1]
-        assert last.startswith("pregate: host 0 is lost: its process died"), last
+        lost = re.match(r"pregate: (host [01] is lost): its process died", last)
+        assert lost, last
         logs = running.kept_logs
-        assert "host 0 is lost" in "".join(path.read_text() for path in logs.glob("worker-*.err"))
+        assert lost[1] in "".join(path.read_text() for path in logs.glob("worker-*.err"))
         shutil.rmtree(logs.parent)
         assert running.wait_nothing_left(10) == []
 

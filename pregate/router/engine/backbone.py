@@ -71,8 +71,11 @@ class Backbone:
         """
         register_attention()
         model: Any = RoutedBackbone.from_pretrained(path, dtype=getattr(torch, dtype))
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.data = tensor.data.clone()
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())  # not its `data`: a view keeps the mapping it is one of
         model.parent.set_attn_implementation(ATTENTION_NAME)
         return cls(model.to(device).eval(), exchange, device, check_family(model.config.text_config))
 

@@ -7,7 +7,9 @@ width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
+import numpy as np
 import torch
 
 
@@ -29,8 +31,7 @@ class PagedKV:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.num_slots = num_blocks * block_size
         self.keys, self.values = (
-            [torch.zeros(self.num_slots, *shape[which], dtype=dtype, device=device) for shape in shapes]
-            for which in (0, 1)
+            [_zeros((self.num_slots, *shape[which]), dtype, device) for shape in shapes] for which in (0, 1)
         )
 
     @property
@@ -59,3 +60,10 @@ class PagedKV:
             part.view(self.num_blocks, -1).index_select(0, block_N).view(num, -1, *part.shape[1:])
             for part in (self.keys[layer], self.values[layer])
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros that on a CPU take memory page by page as they are written: torch's own are written at once."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -1,5 +1,6 @@
 """Logits of a step through paged attention and hosts are those of the reference model, in fp32."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,14 @@ class Run:
 @pytest.fixture(params=["layerwise", "path"])
 def run(request) -> Run:
     return Run(request.getfixturevalue(f"{request.param}_checkpoint"))
+
+
+def test_no_weight_stays_mapped_to_its_file(path_checkpoint, tmp_path):
+    """Whoever writes over the file would change what is served, and its pages would count as the engine's memory."""
+    folder = shutil.copytree(path_checkpoint, tmp_path / "copy")
+    backbone = Backbone.load(folder, Run(path_checkpoint).exchange, "float32", "cpu")
+    assert backbone.dtype == torch.float32
+    assert str(folder) not in Path("/proc/self/maps").read_text()
 
 
 def test_chunks_of_prompts(run):

@@ -1,5 +1,6 @@
 """The paged tensors of the KV cache."""
 
+import psutil
 import torch
 
 from pregate.router.engine.kv_cache import PagedKV
@@ -32,3 +33,11 @@ def test_layers_may_differ_in_shape_and_all_memory_is_there_from_the_start():
     kv = PagedKV(2, 4, [ONE_HEAD, ((2, 3), (2, 5))], dtype=torch.float16)
     assert kv.keys[1].shape == (8, 2, 3) and kv.values[1].shape == (8, 2, 5)
     assert kv.nbytes == 2 * 8 * (2 + 2 + 6 + 10)
+
+
+def test_blocks_take_memory_when_they_are_written():
+    held = psutil.Process().memory_info().rss
+    kv = PagedKV(1024, 16, [((64, 256), (64, 256))])
+    assert kv.nbytes == 2 << 30
+    assert psutil.Process().memory_info().rss - held < kv.nbytes // 16
+    assert not kv.keys[0][:1].any()
