@@ -38,7 +38,7 @@ def pregate_engine(model: str) -> Run:
     reader, tokenizer = CheckpointReader(model), read_tokenizer(Path(model))
     placement = place([cut.num_routed for cut in reader.config.cuts], 1)
     host = ExpertHost(reader, placement.units_of(0), HostOptions())
-    engine = build_engine(EngineOptions(model=model), [InProcessClient(host)], placement.hosts_of)
+    engine = build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.hosts_of)
 
     def run(prompts: list[str], num_new: int) -> None:
         for number, prompt in enumerate(prompts):

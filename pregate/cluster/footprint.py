@@ -53,8 +53,11 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
     shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
     weights = sum(f["bytes"] for name, f in reader.manifest.files.items() if name.endswith(".safetensors"))
+    backbone = weights - units - shared
+    if _held_whole(reader, config):
+        unit_bytes, shared = [2 * size for size in unit_bytes], 2 * shared
     return Footprint(
-        backbone_bytes=int((weights - units - shared) * growth),
+        backbone_bytes=int(backbone * growth),
         shared_bytes=int(shared * growth),
         kv_cache_bytes=_kv_cache_bytes(reader, config),
         units_bytes=tuple(
@@ -63,6 +66,18 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
         # Supervisor, engine, front door; with exact paths the path router service.
         num_processes=config.hosts + 3 + (reader.config.routing == "path"),
     )
+
+
+def _held_whole(reader: CheckpointReader, config: ServeConfig) -> bool:
+    """Whether the engine holds its layers a second time, for steps of few rows (`WholeLayers`)."""
+    import torch
+
+    from pregate.router.engine.whole_layers import max_rows
+
+    if config.hosts or config.device != "cpu" or config.host.expert_ffn != "auto":
+        return False
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return max_rows(reader.config.cuts, reader.hidden_size, dtype) > 1
 
 
 def _host_bytes(placement: Placement, host: int, unit_bytes: list[int]) -> int:

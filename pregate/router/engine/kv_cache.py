@@ -6,10 +6,10 @@ width.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 
 
@@ -63,7 +63,9 @@ class PagedKV:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Zeros that on a CPU take memory page by page as they are written: torch's own are written at once."""
+    """Zeros that on a CPU take memory page by page as they are written: torch writes its own at once, and NumPy asks
+    for huge pages, of which a sequence's first token would clear one in every layer."""
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)

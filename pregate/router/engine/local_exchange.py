@@ -19,6 +19,7 @@ from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt
 from pregate.router.engine.shared_experts import SharedExperts
+from pregate.router.engine.whole_layers import WholeLayers
 from pregate.workers.client.host_client import HostClient, LocalUnits
 
 _log = get_logger(__name__)
@@ -42,6 +43,7 @@ class LocalExchange:
         self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(self._cuts) if cut.num_active}
         self._segments: dict[int, Any] = {}
         self._paths: Paths | None = None
+        self._whole = WholeLayers(shared, local)
         self._num_tokens = 0
         #: What gates chose in the layers run so far.
         self._chosen_TK: list[torch.Tensor] = []
@@ -51,6 +53,7 @@ class LocalExchange:
             self._local.hold_shared(layer, gate_up, down)
         else:
             self.shared.hold(layer, gate_up, down)
+        self._whole.hold(layer, (gate_up, down))
 
     @torch.inference_mode()
     def warm_up(self, step_tokens: int) -> None:
@@ -69,7 +72,7 @@ class LocalExchange:
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         self._num_tokens, self._paths, self._chosen_TK, self._segments = num_tokens, paths, [], {}
-        if paths is not None:
+        if paths is not None and not self._whole.begin_step(num_tokens, paths):
             weights = None if paths.weights is None else torch.from_numpy(paths.weights)
             self._segments = layer_segments(self._ffn, self._sizes, torch.from_numpy(paths.ids), weights)
 
@@ -79,6 +82,9 @@ class LocalExchange:
             return Receipt(layer, self.shared.run(layer, x_TD))
         if choice is not None:
             self._chosen_TK.append(choice.ids)
+        if (out_TD := self._whole.run(layer, x_TD, choice)) is not None:
+            return Receipt(layer, out_TD)
+        if choice is not None:
             weights_T1K = None if choice.weights is None else choice.weights[:, None]
             segment = self._ffn.segments(choice.ids[:, None], *self._sizes[layer], weights_T1K).layer(0)
         else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pregate.kernels.contract import ExpertFFN
+from pregate.kernels.contract import ExpertFFN, Pair
 from pregate.kernels.units import LayerUnits, SharedFFN
 from pregate.kernels.weights import split_shared
 from pregate.model.config import LayerCut
@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 
 class LocalUnits:
-    """What a host holds and computes with, shared with one engine. `count` is told layers, rows of each and pairs."""
+    """What a host holds and computes with, shared with one engine. `count` is told layers, rows of each and pairs.
+    `ffn_is_ours` says that nobody asked for `ffn` by name."""
 
     def __init__(
-        self, ffn: ExpertFFN, store: UnitStore, cuts: Sequence[LayerCut], count: Callable[[int, int, int], None]
+        self,
+        ffn: ExpertFFN,
+        store: UnitStore,
+        cuts: Sequence[LayerCut],
+        count: Callable[[int, int, int], None],
+        ffn_is_ours: bool,
     ) -> None:
-        self.ffn, self.count = ffn, count
+        self.ffn, self.count, self.ffn_is_ours = ffn, count, ffn_is_ours
         self._store, self._cuts = store, cuts
         self._units: dict[int, tuple[int, LayerUnits]] = {}
 
@@ -35,6 +41,12 @@ class LocalUnits:
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Hold a layer's shared expert, stored as one FFN `gate_up` [2 S M, D] and `down` [D, S M], as S units."""
         self._store.hold_shared(layer, split_shared(gate_up, down, self._cuts[layer].num_shared))
+
+    def stored(self, layer: int) -> Pair:
+        """Return a layer's routed units as the checkpoint has them: [R, 2M, D] and [R, D, M]. Reads them again."""
+        units = [self._store.stored(layer, expert) for expert in range(self._cuts[layer].num_routed)]
+        gate_up, down = (torch.stack(parts) for parts in zip(*units, strict=True))
+        return gate_up, down
 
     def read(self, layer: int, expert_ids: np.ndarray) -> None:
         """Return when these experts (ascending ids) are all in slots, reading those that are not."""

@@ -154,7 +154,8 @@ class ExpertHost:
             return f"the host computes on {self._device} in {dtype_name(self._dtype)}"
         if self._ffn.why_no_layers:
             return f"{self._ffn.name}: {self._ffn.why_no_layers}"
-        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count)
+        ours = self.options.expert_ffn == "auto"
+        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count, ours)
 
     def _index_of(
         self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None

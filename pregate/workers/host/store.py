@@ -100,6 +100,10 @@ class UnitStore:
             slots = self.slots(layer, expert_ids)
         return slots, self.weights(layer)
 
+    def stored(self, layer: int, expert: int) -> Unit:
+        """Return a unit as the checkpoint has it; reads it, and does not keep it."""
+        return self._reader.read_unit(layer, expert)
+
     def weights(self, layer: int) -> Any:
         """Return the stack that a layer's slots are in."""
         return self._pool(layer).weights
