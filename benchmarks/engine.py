@@ -11,17 +11,22 @@ included, end-of-text ignored. The cuts are random ones (`random_cut.py`): what 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.engine_report import write_report
@@ -69,9 +74,10 @@ class Contender:
     def run(self, prompts: list[str], num_new: int) -> float:
         assert self._process.stdin is not None
         print(json.dumps([prompts, num_new]), file=self._process.stdin, flush=True)
-        answer = json.loads(self._line())
-        self.resident_bytes = answer["resident_bytes"]
-        return len(prompts) * num_new / answer["seconds"]
+        seconds = json.loads(self._line())
+        process = psutil.Process(self._process.pid)
+        self.resident_bytes = sum(p.memory_info().rss for p in (process, *process.children(recursive=True)))
+        return len(prompts) * num_new / seconds
 
     def close(self) -> None:
         self._process.kill()
@@ -79,29 +85,66 @@ class Contender:
 
 
 class Deployment:
-    """A `pregate serve` of its own Ray; `target` is its gRPC port."""
+    """A `pregate serve` of its own Ray; `target` is its gRPC port, `stages` when each stage of its start began (s)."""
 
     def __init__(self, model: Path, num_hosts: int) -> None:
         command = [sys.executable, "-m", "pregate.cli.main", "serve", "--model", str(model), "--hosts", str(num_hosts)]
-        start_s = time.perf_counter()
-        self._said: Any = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it is the process's)
+        self._mark = uuid.uuid4().hex
+        self.stages: dict[str, float] = {}
+        self._said: list[str] = []
+        self._start_s = time.perf_counter()
         self._process = subprocess.Popen(
-            [*command, "--grpc-port", "0"], stdout=subprocess.PIPE, stderr=self._said, text=True, cwd=ROOT
+            [*command, "--grpc-port", "0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, "PREGATE_BENCHMARK": self._mark},
         )
+        threading.Thread(target=self._listen, daemon=True).start()
         self.target = self._await_target()
-        self.start_s = time.perf_counter() - start_s
+        self.start_s = time.perf_counter() - self._start_s
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._said.append(line)
+            if line.startswith("  ") and "(after" not in line:
+                self.stages[line.strip()] = round(time.perf_counter() - self._start_s, 1)
 
     def _await_target(self) -> str:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("gRPC"):
                 return line.split()[1]
-        self._said.seek(0)
-        raise RuntimeError(f"pregate serve ended before it was ready: {self._said.read()[-2000:]}")
+        raise RuntimeError(f"pregate serve ended before it was ready: {''.join(self._said)[-2000:]}")
+
+    def held_bytes(self) -> dict[str, int]:
+        """Proportional share of memory (PSS) by role; what Ray runs of its own is one of them."""
+        found: dict[str, int] = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("PREGATE_BENCHMARK") == self._mark:
+                    role = _role(" ".join(process.cmdline()))
+                    found[role] = found.get(role, 0) + process.memory_full_info().pss
+        return found
 
     def close(self) -> None:
         self._process.terminate()
         self._process.wait(PATIENCE_S)
+
+
+def _role(command: str) -> str:
+    roles = {
+        "pregate.cli.main serve": "launcher",
+        "cluster.local_ray": "keeper",
+        "Supervisor": "supervisor",
+        "EngineActor": "engine",
+        "PathActor": "path service",
+        "DoorActor": "front door",
+        "ExpertHostActor": "expert hosts",
+    }
+    return next((role for part, role in roles.items() if part in command), "Ray")
 
 
 def measured_bounds() -> dict[str, float]:
@@ -145,12 +188,47 @@ def contenders(args: argparse.Namespace, work: Path, stack: ExitStack) -> list[C
         if share in args.shares
     }
     found += [Contender(f"engine, {share} %", here, "pregate_engine", str(path)) for share, path in models.items()]
-    for num_hosts in args.hosts:
-        deployment = Deployment(models[75], num_hosts)
-        stack.callback(deployment.close)
-        found.append(Contender(f"serve --hosts {num_hosts}, 75 %", here, "pregate_serve", deployment.target))
-        found[-1].start_s = deployment.start_s
     return found
+
+
+@contextlib.contextmanager
+def deployed(args: argparse.Namespace, work: Path, num_hosts: int) -> Iterator[tuple[Contender, Deployment]]:
+    """`pregate serve` on so many hosts, and who asks it. It ends with the block: an idle Ray takes time from others."""
+    deployment = Deployment(random_cut(args.parent, work / "cut75", experts=8, shared=3, active=3), num_hosts)
+    try:
+        contender = Contender(f"serve --hosts {num_hosts}, 75 %", sys.executable, "pregate_serve", deployment.target)
+        start_s = time.perf_counter()
+        contender.run(["Once"], 1)
+        contender.start_s = deployment.start_s + time.perf_counter() - start_s
+        yield contender, deployment
+        contender.close()
+    finally:
+        deployment.close()
+
+
+class Results:
+    """Tokens per second of every contender and count, what it holds and how long it took to start."""
+
+    def __init__(self, prompts: list[str], args: argparse.Namespace) -> None:
+        self._prompts, self._args = prompts, args
+        self.found: dict[str, Any] = {k: {} for k in ("tokens_per_s", "resident_bytes", "start_s")}
+
+    def race(self, running: Sequence[Contender], beside: str = "") -> None:
+        """All of them in turn, round after round; `beside` is added to the names of those measured before."""
+        for contender in running:
+            contender.run(self._prompts[:2], 8)
+        for _ in range(self._args.rounds):
+            for count in self._args.counts:
+                for contender in running:
+                    name = contender.name
+                    speed = contender.run(self._prompts[:count], self._args.new_tokens)
+                    if beside and name in self.found["start_s"]:
+                        name += beside
+                    self.found["tokens_per_s"].setdefault(name, {}).setdefault(str(count), []).append(speed)
+                    print(f"{name}: {count} requests, {speed:.1f} tokens/s", flush=True)
+        for contender in running:
+            self.found["resident_bytes"].setdefault(contender.name, contender.resident_bytes)
+            self.found["start_s"].setdefault(contender.name, contender.start_s)
 
 
 def main() -> None:
@@ -174,20 +252,20 @@ def main() -> None:
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results: dict[str, Any] = {"bounds": measured_bounds(), "lean_step": lean_step(args.shared_folder)}
-        running = contenders(args, work, stack)
+        results |= {"stages_s": {}, "held_bytes": {}}
+        running, speeds = contenders(args, work, stack), Results(prompts, args)
         for contender in running:
             stack.callback(contender.close)
-            contender.run(prompts[:2], 8)
-        speeds: dict[str, dict[str, list[float]]] = {c.name: {} for c in running}
-        for _ in range(args.rounds):
-            for count in args.counts:
-                for contender in running:
-                    speed = contender.run(prompts[:count], args.new_tokens)
-                    speeds[contender.name].setdefault(str(count), []).append(speed)
-                    print(f"{contender.name}: {count} requests, {speed:.1f} tokens/s", flush=True)
-        results["tokens_per_s"] = speeds
-        results["resident_bytes"] = {c.name: c.resident_bytes for c in running}
-        results["start_s"] = {c.name: c.start_s for c in running}
+        speeds.race(running)
+        ours = [contender for contender in running if contender.name == "engine, 75 %"]
+        for contender in set(running) - set(ours):
+            contender.close()
+        for num_hosts in args.hosts:
+            with deployed(args, work, num_hosts) as (served, deployment):
+                speeds.race([*ours, served], f", beside --hosts {num_hosts}")
+                results["stages_s"][served.name] = deployment.stages
+                results["held_bytes"][served.name] = deployment.held_bytes()
+    results |= speeds.found
     results |= surroundings("engine", ("transformers",))
     out = args.out or ROOT / "benchmarks" / "results" / "engine.json"
     out.write_text(json.dumps(results, indent=1) + "\n")

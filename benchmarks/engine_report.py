@@ -27,14 +27,20 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     ]
     for name, row in best.items():
         cells = [_cell(row[count], yardstick[count] if yardstick else None) for count in counts]
-        memory, start = results["resident_bytes"][name] / 1e6, results["start_s"][name]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {memory:.0f} | {start:.1f} |")
+        memory, start = results["resident_bytes"].get(name), results["start_s"].get(name)
+        further = f" | {memory / 1e6:.0f} | {start:.1f} |" if memory and start else " | | |"
+        lines.append(f"| {name} | " + " | ".join(cells) + further)
     bounds = results["bounds"]
     lines += [
         "",
         f"One thread of this machine reads {bounds['bytes_per_s'] / 1e9:.1f} GB/s and multiplies at "
         f"{bounds['flops_per_s'] / 1e9:.0f} GFLOP/s (fp32, measured in the same run).",
     ]
+    for name, roles in results["held_bytes"].items():
+        held = ", ".join(f"{role} {held / 1e6:.0f}" for role, held in sorted(roles.items(), key=lambda item: -item[1]))
+        began = ", ".join(f"{stage} {second:.1f}" for stage, second in results["stages_s"][name].items())
+        lines += ["", f"{name}: MB by role (PSS, after the run): {held}. Stages of the start, by the second: {began};"]
+        lines += [f"the first token after {results['start_s'][name]:.1f} s."]
     if results["lean_step"]:
         lines += ["", "A bare decode step (`lean_step.py`: no prefill, sampling or routing), tokens/s:", ""]
         lines += ["| share of the FFN | batch | tokens/s |", "| --: | --: | --: |"]
