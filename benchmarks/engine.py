@@ -94,7 +94,7 @@ class Deployment:
         self._said: list[str] = []
         self._start_s = time.perf_counter()
         self._process = subprocess.Popen(
-            [*command, "--grpc-port", "0"],
+            [*command, "--grpc-port", "0", "--no-prefix-sharing"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
