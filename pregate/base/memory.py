@@ -1,9 +1,16 @@
-"""Giving freed memory back to the system."""
+"""Memory: giving it back, what is left, and what fails for lack of it."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pregate.base.errors import PregateError
+
+#: How torch says on the CPU that there is no memory, with an error of no kind of its own.
+_NO_MEMORY = "can't allocate memory"
 
 
 def give_back_heap() -> None:
@@ -28,3 +35,15 @@ def available_bytes() -> int:
     except (OSError, ValueError):
         return free
     return free if limit == "max" else min(free, max(0, int(limit) - used))
+
+
+@contextmanager
+def out_of_memory_fails() -> Iterator[None]:
+    """PregateError where the block finds no memory; any other RuntimeError is a defect."""
+    try:
+        yield
+    except RuntimeError as error:
+        # By name: torch's own class is not imported here.
+        if type(error).__name__ != "OutOfMemoryError" and _NO_MEMORY not in str(error):
+            raise
+        raise PregateError(f"out of memory: {error}") from error

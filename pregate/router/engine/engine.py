@@ -16,13 +16,14 @@ import numpy as np
 
 from pregate.base.errors import HostLostError, PregateError, UserError
 from pregate.base.log import get_logger
+from pregate.base.memory import out_of_memory_fails
 from pregate.model.folder import ModelFolder
 from pregate.model.path_router import PathComputer
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.blocks import BlockAllocator
 from pregate.router.engine.options import EngineOptions
-from pregate.router.engine.runner import ModelRunner, StepResult, out_of_memory_fails
+from pregate.router.engine.runner import ModelRunner, StepResult
 from pregate.router.engine.running_paths import RunningPaths
 from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, check_step
 from pregate.router.engine.sequence import Sequence

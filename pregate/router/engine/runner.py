@@ -8,15 +8,13 @@ Shape letters: T tokens, B sequences that sample, V vocabulary, H hosts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pregate.base.errors import PregateError
+from pregate.base.memory import out_of_memory_fails
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.kv_cache import PagedKV
@@ -24,9 +22,6 @@ from pregate.router.engine.sampling import sample
 from pregate.router.engine.scheduler import Slice
 from pregate.router.engine.sequence import Sequence
 from pregate.router.engine.step_layout import SequenceSlice, StepLayout
-
-#: How torch says on the CPU that there is no memory, with an error of no kind of its own.
-_NO_MEMORY = "can't allocate memory"
 
 
 @dataclass(frozen=True)
@@ -63,14 +58,3 @@ class ModelRunner:
             exchange.begin_step(number, len(ids), paths)
             logits_BV = self.backbone.forward(ids.astype(np.int64), positions, layout, wanted)
             return StepResult(sampled, logits_BV, sample(logits_BV, sampled), exchange.end_step())
-
-
-@contextmanager
-def out_of_memory_fails() -> Iterator[None]:
-    """PregateError where the block finds no memory; any other RuntimeError is a defect."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and _NO_MEMORY not in str(error):
-            raise
-        raise PregateError(f"out of memory: {error}") from error

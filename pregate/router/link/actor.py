@@ -40,12 +40,14 @@ class EngineActor(LoopActor):
         """
         from pregate.model.quiet import quiet_transformers
         from pregate.router.engine.build import build_engine
-        from pregate.router.link.server import EngineServer
+        from pregate.router.link.link import LinkOptions
+        from pregate.router.link.server import EngineServer, EngineServerOptions
 
         quiet_transformers()
         self._clients = make_clients()
         engine = build_engine(self._options, self._clients, hosts_of_LR)
-        self.serve(EngineServer(engine, self._endpoint), "engine")
+        link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)
+        self.serve(EngineServer(engine, self._endpoint, options=EngineServerOptions(link)), "engine")
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
 
     def stop(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import sys
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -38,11 +39,13 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class EngineClientOptions:
-    """Times in seconds. Silence for `silence_s` means that the engine's process is lost: its I/O thread answers while a
-    step runs."""
+    """Times in seconds. The engine's I/O thread answers while a step runs. Silence for `silence_s` without a connection
+    means that its process is lost; a connected one is there and gets no time (it is stopped, or the machine swaps), and
+    is waited for up to `frozen_s`. Who connects in one process (`inproc`) never counts as connected."""
 
     keep_alive_s: float = 0.5
     silence_s: float = 4.0
+    frozen_s: float = 60.0
     reply_timeout_s: float = 10.0
 
 
@@ -68,6 +71,7 @@ class EngineClient:
         self._options = options or EngineClientOptions()
         self._context = zmq.asyncio.Context.shadow(context or zmq.Context.instance())
         self._socket: zmq.asyncio.Socket | None = None
+        self._monitor: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: dict[str, asyncio.Queue[DoorBound]] = {}
         self._running_ids: set[str] = set()
@@ -76,6 +80,7 @@ class EngineClient:
         self._lost: str | None = None  # found here: silence
         self._heartbeat: Heartbeat | None = None
         self._silent_ticks = 0
+        self._connected = False
 
     @property
     def unavailable(self) -> str | None:
@@ -90,8 +95,9 @@ class EngineClient:
             return
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         self._socket.connect(self._endpoint)
-        self._tasks = [asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._keep())]
+        self._tasks = [asyncio.ensure_future(c) for c in (self._receive(), self._keep(), self._watch(self._monitor))]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
 
@@ -101,7 +107,9 @@ class EngineClient:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_waiting(UnavailableError("the front door is closing"))
-        if self._socket is not None:
+        if self._socket is not None and self._monitor is not None:
+            self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._socket.close(linger=200)
 
     async def generate(self, request: SubmitRequest) -> AsyncGenerator[TokensEvent | FinishedEvent, None]:
@@ -226,6 +234,13 @@ class EngineClient:
         elif message.request_id in self._waiting:
             self._waiting[message.request_id].put_nowait(message)
 
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        """Note whether somebody holds the other end: the system closes it for a process that dies, not for a stopped
+        one."""
+        while True:
+            event, _ = await monitor.recv_multipart()
+            self._connected = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_CONNECTED
+
     async def _keep(self) -> None:
         """Send keep-alives and count those the engine left unanswered.
 
@@ -238,7 +253,7 @@ class EngineClient:
             await asyncio.sleep(self._options.keep_alive_s)
             self._silent_ticks += 1
             silent_s = self._silent_ticks * self._options.keep_alive_s
-            if silent_s > self._options.silence_s:
+            if silent_s > (self._options.frozen_s if self._connected else self._options.silence_s):
                 self._answered, self._lost = True, f"{self._name} has been silent for {silent_s:.0f} s"
                 self._fail_waiting(UnavailableError(self._lost))
 

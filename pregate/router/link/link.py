@@ -106,7 +106,7 @@ class EngineLink:
         self._outbox: queue.Queue[Sequence[Event | RouteReply]] = queue.Queue(options.max_unsent_steps)
         self._to_fail: PregateError | None = None
         self._ending: PregateError | None = None
-        self._next_heartbeat_s = 0.0
+        self._next_heartbeat_s = self._watched_s = 0.0
         self._ipc_file = ipc_file(endpoint)
         self._socket = _bind(context or zmq.Context.instance(), endpoint, self._ipc_file, options)
         self._awake, self._wake = os.pipe()
@@ -189,7 +189,9 @@ class EngineLink:
         now_s = time.monotonic()
         if now_s >= self._next_heartbeat_s:
             self._next_heartbeat_s = now_s + self._options.heartbeat_s
-            for peer_id in self._peers.silent(now_s - self._options.peer_silence_s):
+            # Time in which this process was stopped does not count: doors spoke, and nobody heard them.
+            self._watched_s += self._options.heartbeat_s
+            for peer_id in self._peers.silent(self._watched_s - self._options.peer_silence_s):
                 self._drop_peer(peer_id, "silent")
             self._send_heartbeats()
 
@@ -201,7 +203,7 @@ class EngineLink:
                 peer_id, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._peers.heard(peer_id, time.monotonic())
+            self._peers.heard(peer_id, self._watched_s)
             try:
                 messages = [message for frame in frames for message in unpack(frame)]
             except ProtocolError as error:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from pregate.base.errors import DeadlineError, PregateError, QueueFullError, UserError
 from pregate.base.log import get_logger
+from pregate.base.memory import out_of_memory_fails
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.path_router import CHUNK_TOKENS, PathComputer, PathState
-from pregate.router.engine.runner import out_of_memory_fails
 from pregate.router.link.messages import FailedEvent, PackedState, RouteReply, RouteRequest, check_prompt
 from pregate.router.paths.options import PathOptions
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.engine import Engine
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from tests.equality import ReferenceText, Tally, reference_texts
-from tests.router.engine.test_engine import TOKEN_BYTES
 from tests.router.serving import engine_of, hosts_here
 
 NUM_NEW = 24
@@ -17,9 +20,20 @@ NUM_NEW = 24
 PROMPTS = [[1, *range(30, 30 + n)] for n in (3, 40, 52)] + [[7, *range(90, 90 + n, 2)] for n in (30, 75)]
 
 
-@pytest.fixture(scope="module", params=["layerwise", "path"])
+#: Checkpoints of one's own, a real model's for one, to be held to the same (folders, as in PATH).
+OTHERS = [folder for folder in os.environ.get("PREGATE_CHECKPOINTS", "").split(os.pathsep) if folder]
+
+
+@pytest.fixture(scope="module", params=["layerwise", "path", *OTHERS])
 def checkpoint(request, layerwise_checkpoint, path_checkpoint):
-    return layerwise_checkpoint if request.param == "layerwise" else path_checkpoint
+    return {"layerwise": layerwise_checkpoint, "path": path_checkpoint}.get(request.param) or Path(request.param)
+
+
+def token_bytes(checkpoint: Path) -> int:
+    """Bytes of the KV cache that a token takes."""
+    text = CheckpointReader(checkpoint).config.text_config
+    heads = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return 2 * text.num_hidden_layers * heads * 4
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +71,11 @@ def play(engine: Engine, seed: int) -> dict[str, list[int]]:
 def test_texts_are_the_references_under_random_arrivals(
     checkpoint, references, num_hosts, step_tokens, tokens, sharing
 ):
-    options = {"step_tokens": step_tokens, "kv_cache_memory": tokens * TOKEN_BYTES, "prefix_sharing": sharing}
+    options = {
+        "step_tokens": step_tokens,
+        "kv_cache_memory": tokens * token_bytes(checkpoint),
+        "prefix_sharing": sharing,
+    }
     with engine_of(checkpoint, hosts_here(checkpoint, num_hosts), max_running=8, check_steps=True, **options) as engine:
         rounds = [play(engine, seed) for seed in range(2)]
         info = engine.info()

@@ -1,8 +1,13 @@
 """The link and the compute thread: liveness, overload and isolation, however long a step takes, whatever comes in."""
 
+import asyncio
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import msgpack
 import pytest
@@ -27,7 +32,7 @@ from pregate.router.link.messages import (
 )
 from pregate.router.link.packet import PROTOCOL_VERSION
 from pregate.router.link.server import EngineServer, EngineServerOptions
-from tests.router.running import LoopThread, RawDoor, engine_thread, wait_for
+from tests.router.running import LoopThread, RawDoor, engine_thread, socket_folder, wait_for
 
 PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
@@ -84,6 +89,61 @@ def test_a_step_that_outlasts_every_patience_is_busy_not_dead(engine, endpoint, 
         assert isinstance(events[-1], FinishedEvent)
         assert sum(len(e.token_ids) for e in events if isinstance(e, TokensEvent)) == 3
         loop.call(client.close())
+    loop.close()
+
+
+STOPPABLE = """
+import sys
+from pathlib import Path
+from pregate.router.link.link import LinkOptions
+from pregate.router.link.server import EngineServerOptions
+from tests.router.running import engine_thread, local_engine
+options = EngineServerOptions(LinkOptions(heartbeat_s=0.1, peer_silence_s=1.0))
+with local_engine(Path(sys.argv[1])) as engine, engine_thread(engine, sys.argv[2], options):
+    sys.stdin.read()
+"""
+
+
+def test_a_stopped_engine_is_waited_for_and_a_killed_one_is_not(tiny_path_checkpoint):
+    """Neither side counts the silence of a process that got no time; the system tells of one that died."""
+    loop, quick, num_new = LoopThread(), EngineClientOptions(keep_alive_s=0.05, silence_s=0.4), 200
+    many = SamplingParams(max_tokens=num_new, ignore_eos=True)
+    with socket_folder() as folder:
+        endpoint = f"ipc://{folder}/e"
+        command = [sys.executable, "-c", STOPPABLE, tiny_path_checkpoint, endpoint]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, cwd=Path(__file__).resolve().parents[3])
+        client, events = EngineClient(endpoint, options=quick), []
+
+        async def generate(name):
+            events.clear()
+            async for event in client.generate(SubmitRequest(name, PROMPT, many)):
+                events.append(event)
+
+        async def opened():
+            client.open()
+
+        try:
+            loop.call(opened())
+            wait_for(lambda: client.unavailable is None, 60, "the engine")
+            answer = asyncio.run_coroutine_threadsafe(generate("a"), loop.loop)
+            wait_for(lambda: events, 20, "the first token")
+            process.send_signal(signal.SIGSTOP)
+            time.sleep(2)  # longer than any patience but that with a stopped process
+            assert client.unavailable is None
+            assert not answer.done()
+            process.send_signal(signal.SIGCONT)
+            answer.result(60)
+            assert isinstance(events[-1], FinishedEvent)
+            assert sum(len(e.token_ids) for e in events if isinstance(e, TokensEvent)) == num_new
+            answer = asyncio.run_coroutine_threadsafe(generate("b"), loop.loop)
+            wait_for(lambda: events, 20, "the first token")
+            process.kill()
+            with pytest.raises(UnavailableError, match="silent"):
+                answer.result(5)
+            loop.call(client.close())
+        finally:
+            process.kill()
+            process.wait(20)
     loop.close()
 
 

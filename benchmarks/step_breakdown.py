@@ -1,0 +1,126 @@
+"""Where a decode step's time goes, by kind of operation, and what the paths of a queued request hold.
+
+    python -m benchmarks.step_breakdown --model ROUTED_CHECKPOINT
+
+One thread, one host in the engine's process. "one by one" names the implementation of experts, so that layers are not
+held whole (`WholeLayers`); the two take turns. Operations are timed by torch's profiler, which costs about a tenth
+itself; what it does not see is Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.surroundings import ROOT, surroundings
+from pregate.cluster.placement import place
+from pregate.model.checkpoint import CheckpointReader
+from pregate.model.packed_paths import PackedPaths
+from pregate.model.paths import Paths
+from pregate.router.engine.build import build_engine
+from pregate.router.engine.engine import Engine
+from pregate.router.engine.options import EngineOptions
+from pregate.router.link.messages import SamplingParams, SubmitRequest
+from pregate.workers.client.host_client import InProcessClient
+from pregate.workers.host.host import ExpertHost
+from pregate.workers.host.options import HostOptions
+
+KINDS = {
+    "products": ("aten::mm", "aten::addmm", "aten::_grouped_mm", "mkldnn::_linear_pointwise", "aten::linear"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::scaled_dot_product_attention"),
+    "cache": ("aten::index_copy_", "aten::nan_to_num"),
+}
+CONTEXT, STEPS, ROUNDS = 128, 8, 5
+
+
+def engine_of(model: Path, expert_ffn: str) -> Engine:
+    reader = CheckpointReader(model)
+    placement = place([cut.num_routed for cut in reader.config.cuts], 1)
+    host = ExpertHost(reader, placement.units_of(0), HostOptions(expert_ffn=expert_ffn))
+    options = EngineOptions(model=str(model), prefix_sharing=False)
+    return build_engine(options, [InProcessClient(host)], placement.hosts_of)
+
+
+def begin(engine: Engine, batch: int) -> None:
+    """Bring `batch` sequences to where all of them decode."""
+    prefill = batch * CONTEXT // engine.options.step_tokens + 2
+    sampling = SamplingParams(prefill + STEPS + 2, 0.0, ignore_eos=True)
+    for number in range(batch):
+        prompt = tuple(int(i) for i in np.random.default_rng(number).integers(0, 1000, CONTEXT))
+        engine.submit(SubmitRequest(str(number), prompt, sampling, None))
+    for _ in range(prefill):
+        engine.step()
+
+
+def steps(engine: Engine) -> list[float]:
+    """Seconds of each of `STEPS` steps."""
+    taken = []
+    for _ in range(STEPS):
+        start_s = time.perf_counter()
+        engine.step()
+        taken.append(time.perf_counter() - start_s)
+    return taken
+
+
+def end(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def decode(engine: Engine, batch: int) -> list[float]:
+    begin(engine, batch)
+    taken = steps(engine)
+    end(engine)
+    return taken
+
+
+def breakdown(engine: Engine, batch: int) -> dict[str, float]:
+    """Shares of a step by kind of operation."""
+    begin(engine, batch)
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        taken = steps(engine)
+    end(engine)
+    kinds = dict.fromkeys([*KINDS, "other operations"], 0.0)
+    for event in found.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if event.key in names), "other operations")
+        kinds[kind] += event.self_cpu_time_total * 1e-6 / sum(taken)
+    return {kind: round(value, 3) for kind, value in kinds.items()} | {"Python": round(1 - sum(kinds.values()), 3)}
+
+
+def path_bytes() -> dict[str, int]:
+    """Bytes of a queued request's paths at L = 32, R = 64, k = 8 and a context of 32,768."""
+    ids = np.random.default_rng(0).integers(0, 64, (32768, 32, 8)).astype(np.int16)
+    return {"as int16": ids.nbytes, "packed": PackedPaths.of(Paths(ids, None, True), 63).nbytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    engines = {"one by one": engine_of(args.model, "grouped"), "whole": engine_of(args.model, "auto")}
+    step_ms: dict[str, Any] = {}
+    for batch in args.batches:
+        taken = {name: [] for name in engines}
+        for _ in range(ROUNDS):
+            for name, engine in engines.items():
+                taken[name] += decode(engine, batch)
+        step_ms[str(batch)] = {name: round(median(times) * 1e3, 1) for name, times in taken.items()}
+        print(f"batch {batch}: {step_ms[str(batch)]} ms", flush=True)
+    kinds = {str(batch): {n: breakdown(e, batch) for n, e in engines.items()} for batch in args.batches}
+    results = {"step_ms": step_ms, "share_of_step": kinds, "path_bytes": path_bytes()}
+    results |= surroundings("step_breakdown", ("transformers",))
+    (ROOT / "benchmarks" / "results" / "step_breakdown.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
