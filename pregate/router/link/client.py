@@ -102,12 +102,12 @@ class EngineClient:
             task.add_done_callback(self._on_task_end)
 
     async def close(self) -> None:
-        """Fail what is still waiting and disconnect."""
+        """Fail what is still waiting and disconnect. Repeating it is harmless."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_waiting(UnavailableError("the front door is closing"))
-        if self._socket is not None and self._monitor is not None:
+        if self._socket is not None and self._monitor is not None and not self._socket.closed:
             self._socket.disable_monitor()
             self._monitor.close(linger=0)
             self._socket.close(linger=200)
