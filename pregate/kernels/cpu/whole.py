@@ -61,16 +61,20 @@ class WholeLayer:
 
 def absent(ids_TLK: np.ndarray, num_routed: int) -> torch.Tensor:
     """bool [L, T, R]: which experts are not among a token's ids (-1 for none)."""
-    ids_LTK = ids_TLK.transpose(1, 0, 2)
-    found = np.ones((*ids_LTK.shape[:2], num_routed + 1), dtype=bool)
-    np.put_along_axis(found, np.where(ids_LTK < 0, num_routed, ids_LTK).astype(np.int64), False, axis=2)
-    return torch.from_numpy(found[..., :num_routed])
+    return torch.from_numpy(_by_expert(ids_TLK, num_routed, False, elsewhere=np.True_))
 
 
 def spread(ids_TLK: np.ndarray, weights_TLK: np.ndarray, num_routed: int, dtype: torch.dtype) -> torch.Tensor:
     """[L, T, R]: each expert's weight in a token's sum, where it is among its ids."""
-    ids_LTK = ids_TLK.transpose(1, 0, 2)
-    found = np.zeros((*ids_LTK.shape[:2], num_routed + 1), dtype=np.float32)
-    ids = np.where(ids_LTK < 0, num_routed, ids_LTK).astype(np.int64)
-    np.put_along_axis(found, ids, weights_TLK.transpose(1, 0, 2), axis=2)
-    return torch.from_numpy(found[..., :num_routed]).to(dtype)
+    return torch.from_numpy(_by_expert(ids_TLK, num_routed, weights_TLK, elsewhere=np.float32(0))).to(dtype)
+
+
+def _by_expert(
+    ids_TLK: np.ndarray, num_routed: int, values_TLK: np.ndarray | bool, elsewhere: np.generic
+) -> np.ndarray:
+    """[L, T, R] of the type of `elsewhere`: each id's value at its expert, `elsewhere` at the others."""
+    ids_LTK = np.where(ids_TLK < 0, num_routed, ids_TLK).astype(np.int64).transpose(1, 0, 2)
+    found = np.full((*ids_LTK.shape[:2], num_routed + 1), elsewhere)
+    values_LTK = np.broadcast_to(values_TLK, ids_TLK.shape).transpose(1, 0, 2)
+    np.put_along_axis(found, ids_LTK, values_LTK, axis=2)
+    return found[..., :num_routed]
