@@ -20,25 +20,31 @@ from typing import Any
 Run = Callable[[list[str], int], None]
 
 
-def pregate_engine(model: str) -> Run:
-    """The engine alone, its host in the same process: no sockets, no detokenising."""
+def local_engine(model: str, expert_ffn: str = "auto") -> Any:
+    """An engine with its host in the same process, one thread, every prompt computed whole."""
     import torch
 
     from pregate.cluster.placement import place
     from pregate.model.checkpoint import CheckpointReader
-    from pregate.model.tokenizer import read_tokenizer
     from pregate.router.engine.build import build_engine
     from pregate.router.engine.options import EngineOptions
-    from pregate.router.link.messages import SamplingParams, SubmitRequest
     from pregate.workers.client.host_client import InProcessClient
     from pregate.workers.host.host import ExpertHost
     from pregate.workers.host.options import HostOptions
 
     torch.set_num_threads(1)
-    reader, tokenizer = CheckpointReader(model), read_tokenizer(Path(model))
+    reader = CheckpointReader(model)
     placement = place([cut.num_routed for cut in reader.config.cuts], 1)
-    host = ExpertHost(reader, placement.units_of(0), HostOptions())
-    engine = build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.hosts_of)
+    host = ExpertHost(reader, placement.units_of(0), HostOptions(expert_ffn=expert_ffn))
+    return build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.hosts_of)
+
+
+def pregate_engine(model: str) -> Run:
+    """The engine alone, its host in the same process: no sockets, no detokenising."""
+    from pregate.model.tokenizer import read_tokenizer
+    from pregate.router.link.messages import SamplingParams, SubmitRequest
+
+    engine, tokenizer = local_engine(model), read_tokenizer(Path(model))
 
     def run(prompts: list[str], num_new: int) -> None:
         for number, prompt in enumerate(prompts):

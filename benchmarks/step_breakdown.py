@@ -17,21 +17,14 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.contenders import local_engine
 from benchmarks.surroundings import ROOT, surroundings
-from pregate.cluster.placement import place
-from pregate.model.checkpoint import CheckpointReader
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
-from pregate.router.engine.build import build_engine
 from pregate.router.engine.engine import Engine
-from pregate.router.engine.options import EngineOptions
 from pregate.router.link.messages import SamplingParams, SubmitRequest
-from pregate.workers.client.host_client import InProcessClient
-from pregate.workers.host.host import ExpertHost
-from pregate.workers.host.options import HostOptions
 
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::_grouped_mm", "mkldnn::_linear_pointwise", "aten::linear"),
@@ -39,14 +32,6 @@ KINDS = {
     "cache": ("aten::index_copy_", "aten::nan_to_num"),
 }
 CONTEXT, STEPS, ROUNDS = 128, 8, 5
-
-
-def engine_of(model: Path, expert_ffn: str) -> Engine:
-    reader = CheckpointReader(model)
-    placement = place([cut.num_routed for cut in reader.config.cuts], 1)
-    host = ExpertHost(reader, placement.units_of(0), HostOptions(expert_ffn=expert_ffn))
-    options = EngineOptions(model=str(model), prefix_sharing=False)
-    return build_engine(options, [InProcessClient(host)], placement.hosts_of)
 
 
 def begin(engine: Engine, batch: int) -> None:
@@ -106,8 +91,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    engines = {"one by one": engine_of(args.model, "grouped"), "whole": engine_of(args.model, "auto")}
+    engines = {"one by one": local_engine(str(args.model), "grouped"), "whole": local_engine(str(args.model))}
     step_ms: dict[str, Any] = {}
     for batch in args.batches:
         taken = {name: [] for name in engines}
