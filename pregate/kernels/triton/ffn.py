@@ -14,6 +14,7 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from pregate.base.device import to_device
 from pregate.kernels import segments
 from pregate.kernels.contract import ExpertFFN, Pair
 from pregate.kernels.segments import Segment, Segments
@@ -107,9 +108,9 @@ class TritonFFN(ExpertFFN):
             raise ValueError(f"expert ids must lie in [-1, {num_routed})")
         num_rows = ids_TLK.shape[0] * (num_shared + ids_TLK.shape[2])
         block_m = self.block_m(num_rows, num_shared + num_routed)
-        ids_TLK = self._put(ids_TLK.to(torch.int32))
+        ids_TLK = to_device(ids_TLK.to(torch.int32), self._device)
         built = triton_segments.build_on_device(ids_TLK, num_routed, num_shared=num_shared, block_m=block_m)
-        return built if weights_TLK is None else segments.with_weights(built, self._put(weights_TLK))
+        return built if weights_TLK is None else segments.with_weights(built, to_device(weights_TLK, self._device))
 
     def prepare(self, groups: Sequence[GroupRows]) -> list[GroupRows]:
         arrays, sizes = [], []
@@ -121,7 +122,7 @@ class TritonFFN(ExpertFFN):
             sizes.append(block_m)
         if not groups:
             return []
-        flat = self._put(torch.from_numpy(np.concatenate(arrays).astype(np.int32)))
+        flat = to_device(torch.from_numpy(np.concatenate(arrays).astype(np.int32)), self._device)
         parts = iter(flat.split([len(array) for array in arrays]))
         prepared = []
         for rows, block_m in zip(groups, sizes, strict=True):
@@ -156,12 +157,6 @@ class TritonFFN(ExpertFFN):
         work = _Work(segment.block_m, row_token, tiles, num_tiles, unit_slot, segment.row_weight)
         y_PD = self._rows(x_TD, work, units.weights)
         return self._sum(y_PD, segment.row_of, torch.empty_like(x_TD))
-
-    def _put(self, array: torch.Tensor) -> torch.Tensor:
-        """`array` on the device; from the host in a copy that nobody waits for."""
-        if self._device.type != "cuda" or array.is_cuda:
-            return array.to(self._device)
-        return array.pin_memory().to(self._device, non_blocking=True)
 
     def _sizes(self, kernel: str, block_m: int) -> BlockSizes:
         return FP32_SIZES if self._dtype == torch.float32 else self.table.sizes(kernel, block_m)

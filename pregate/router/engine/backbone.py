@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from pregate.base.device import to_device
 from pregate.base.memory import available_bytes
 from pregate.model.layers import RoutedMLP, find_routed_slots
 from pregate.model.modeling import RoutedForCausalLM
@@ -51,7 +52,7 @@ class Backbone:
 
     def __init__(self, model: RoutedBackbone, exchange: Exchange, device: str, lean: bool) -> None:
         self.config, self.path_router, self.dtype = model.config, model.path_router, model.dtype
-        self.exchange, self.device = exchange, device
+        self.exchange, self.device, self.lean = exchange, device, lean
         seen = probe(model.parent)
         self.kv_shapes = seen.kv_shapes
         exact = model.config.routing == "path"
@@ -60,7 +61,8 @@ class Backbone:
                 exchange.hold_shared(slot.mlp.layer, shared.gate_up_proj.detach(), shared.down_proj.detach())
                 slot.mlp.shared = None
             slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
-        self._run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
+        #: Token ids [T], positions [T], the step's layout, rows [B] whose logits are wanted -> logits [B, V].
+        self.run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
 
     @classmethod
     def load(cls, path: str | Path, exchange: Exchange, dtype: str, device: str) -> Backbone:
@@ -94,8 +96,9 @@ class Backbone:
         self, token_ids: np.ndarray, positions: np.ndarray, layout: StepLayout, wanted: list[int]
     ) -> torch.Tensor:
         """Run tokens [T] at `positions` [T]; return logits [B, V] of the rows `wanted`."""
-        ids_T, positions_T = (torch.from_numpy(part).to(self.device) for part in (token_ids, positions))
-        return self._run(ids_T, positions_T, layout, torch.tensor(wanted, dtype=torch.int64, device=self.device))
+        parts = (torch.from_numpy(token_ids), torch.from_numpy(positions), torch.tensor(wanted, dtype=torch.int64))
+        ids_T, positions_T, wanted_B = (to_device(part, torch.device(self.device)) for part in parts)
+        return self.run(ids_T, positions_T, layout, wanted_B)
 
 
 def _run_parent(

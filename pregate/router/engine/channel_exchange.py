@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pregate.base.device import to_device
 from pregate.base.errors import HostLostError
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
@@ -72,10 +73,12 @@ class ChannelExchange:
             self._step = _Step(number, num_tokens, np.zeros((num_tokens, len(self.clients)), dtype=np.int64))
             return
         plan = self._plan(number, paths.ids, self.hosts_of_LR)
-        weights = None if paths.weights is None else self._to_device(torch.from_numpy(paths.weights.swapaxes(0, 1)))
+        device, weights = self.shared.device, None
+        if paths.weights is not None:
+            weights = to_device(torch.from_numpy(paths.weights.swapaxes(0, 1)), device)
         for host, host_plan in plan.hosts.items():
             self.clients[host].send_plan(host_plan)
-        slots_LTK = self._to_device(torch.from_numpy(plan.slots_LTK))
+        slots_LTK = to_device(torch.from_numpy(plan.slots_LTK), device)
         self._step = _Step(number, num_tokens, plan.pair_counts_TH, plan, slots_LTK, weights)
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, choice: Choice | None = None) -> Receipt:
@@ -85,7 +88,7 @@ class ChannelExchange:
             plan = self._plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1])
             step.pair_counts_TH += plan.pair_counts_TH
             groups, weights = plan.layers[0], choice.weights
-            slots = self._to_device(torch.from_numpy(plan.slots_LTK[0]))
+            slots = to_device(torch.from_numpy(plan.slots_LTK[0]), self.shared.device)
         elif step.plan is not None:
             assert step.slots_LTK is not None
             groups, slots = step.plan.layers[layer], step.slots_LTK[layer]
@@ -132,7 +135,7 @@ class ChannelExchange:
         assert receipt.slots_TK is not None
         answers = [group.client.receive(group.key, self.group_timeout_s) for group in receipt.groups]
         spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
-        rows_PD = self._to_device(torch.cat([*answers, spare_1D]))
+        rows_PD = to_device(torch.cat([*answers, spare_1D]), self.shared.device)
         weights_TK = None if receipt.weights_TK is None else receipt.weights_TK.to(rows_PD)
         for column, slots_T in enumerate(receipt.slots_TK.unbind(dim=1)):
             y_TD = rows_PD[slots_T]
@@ -157,8 +160,3 @@ class ChannelExchange:
         if self.check_plans:
             check_plan(plan, ids_TLK, hosts_of_LR)
         return plan
-
-    def _to_device(self, array: torch.Tensor) -> torch.Tensor:
-        """`array` on the engine's device, in a copy that nobody waits for."""
-        device = self.shared.device
-        return array.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else array

@@ -43,7 +43,7 @@ class Engine:
         self.context = self.config.context_tokens
         num_blocks = options.kv_blocks(self.context, backbone.kv_token_bytes, backbone.free_bytes)
         lane_blocks = max(1, num_blocks // options.max_running)
-        self.runner = ModelRunner(backbone, num_blocks, options.block_size)
+        self.runner = ModelRunner(backbone, num_blocks, options.block_size, options.cuda_graphs)
         self.scheduler = Scheduler(
             SchedulerLimits(options.max_running, options.max_queued, options.step_tokens, options.max_queued_bytes),
             BlockAllocator(num_blocks, options.block_size, lane_blocks),

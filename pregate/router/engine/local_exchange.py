@@ -70,11 +70,23 @@ class LocalExchange:
             warm_up_layer(self._ffn, units, self._cuts[layer].num_shared, x_1D, step_tokens, weighted=with_weights)
         _log.info("kernels of whole layers compiled in %.1f s", time.perf_counter() - started_s)
 
+    @property
+    def resident(self) -> bool:
+        """Whether every layer can run at any time: nothing is read and nobody waits."""
+        return self._local.complete
+
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
-        self._num_tokens, self._paths, self._chosen_TK, self._segments = num_tokens, paths, [], {}
+        self.count_step(num_tokens, paths)
         if paths is not None and not self._whole.begin_step(num_tokens, paths):
-            weights = None if paths.weights is None else torch.from_numpy(paths.weights)
-            self._segments = layer_segments(self._ffn, self._sizes, torch.from_numpy(paths.ids), weights)
+            self.route(torch.from_numpy(paths.ids), None if paths.weights is None else torch.from_numpy(paths.weights))
+
+    def count_step(self, num_tokens: int, paths: Paths | None) -> None:
+        """Open a step for `end_step` alone: its layers are run by a graph that was captured."""
+        self._num_tokens, self._paths, self._chosen_TK, self._segments = num_tokens, paths, [], {}
+
+    def route(self, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor | None) -> None:
+        """Make all layers' segments of paths that are on the host or the device already."""
+        self._segments = layer_segments(self._ffn, self._sizes, ids_TLK, weights_TLK)
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, choice: Choice | None = None) -> Receipt:
         """As the protocol says; nothing is away after it."""

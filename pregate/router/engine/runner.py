@@ -17,6 +17,7 @@ import torch
 from pregate.base.memory import out_of_memory_fails
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
+from pregate.router.engine.decode_graphs import decode_graphs
 from pregate.router.engine.kv_cache import PagedKV
 from pregate.router.engine.sampling import sample
 from pregate.router.engine.scheduler import Slice
@@ -38,10 +39,11 @@ class StepResult:
 class ModelRunner:
     """Runs steps on `backbone`, whose exchange it opens and closes. The cache is made here, at once."""
 
-    def __init__(self, backbone: Backbone, num_blocks: int, block_size: int) -> None:
+    def __init__(self, backbone: Backbone, num_blocks: int, block_size: int, graphs: bool = True) -> None:
         self.backbone = backbone
         with out_of_memory_fails():
             self.kv = PagedKV(num_blocks, block_size, backbone.kv_shapes, backbone.dtype, backbone.device)
+        self.graphs = decode_graphs(backbone, self.kv) if graphs else None
 
     def run(self, number: int, step: Many[Slice], paths: Paths | None) -> StepResult:
         """Run a step, whose slices of one token come first. Raises HostLostError, or PregateError where memory lacks or
@@ -54,7 +56,10 @@ class ModelRunner:
         slices = [SequenceSlice(p.sequence.table, p.sequence.num_computed, p.stop) for p in step]
         exchange = self.backbone.exchange
         with out_of_memory_fails():
-            layout = StepLayout.build(self.kv, slices, self.backbone.device)
-            exchange.begin_step(number, len(ids), paths)
-            logits_BV = self.backbone.forward(ids.astype(np.int64), positions, layout, wanted)
+            if self.graphs is not None and paths is not None and len(ids) == len(wanted):
+                logits_BV = self.graphs.run(slices, ids.astype(np.int64), positions, paths)
+            else:
+                layout = StepLayout.build(self.kv, slices, self.backbone.device)
+                exchange.begin_step(number, len(ids), paths)
+                logits_BV = self.backbone.forward(ids.astype(np.int64), positions, layout, wanted)
             return StepResult(sampled, logits_BV, sample(logits_BV, sampled), exchange.end_step())

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pregate.base.device import to_device
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import SamplingParams
 
@@ -32,7 +33,7 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:
         for rows in [drawn[n : n + size] for n in range(0, len(drawn), size)]:
             chosen = [sequences[b] for b in rows]
             uniform = [_uniform(s.seed, len(s.token_ids)) for s in chosen]
-            where = torch.tensor(rows, device=logits_BV.device)
+            where = to_device(torch.tensor(rows), logits_BV.device)
             tokens_B[where] = _draw(logits_BV[where], [s.sampling for s in chosen], uniform)
     return tokens_B.tolist()
 
@@ -52,17 +53,17 @@ def _draw(logits_BV: torch.Tensor, sampling: Many[SamplingParams], uniform: Many
     device, (num_rows, vocabulary) = logits_BV.device, logits_BV.shape
     x_BV = logits_BV.float()
     smallest = torch.finfo(torch.float32).tiny
-    heat_B1 = torch.tensor([max(s.temperature, smallest) for s in sampling], device=device)[:, None]
+    heat_B1 = to_device(torch.tensor([max(s.temperature, smallest) for s in sampling]), device)[:, None]
     # From the highest logit down, so that a small temperature overflows to probability 0 and not to NaN.
     p_BV = ((x_BV - x_BV.amax(dim=-1, keepdim=True)) / heat_B1).softmax(dim=-1).nan_to_num_(0.0)
     cut = [b for b, s in enumerate(sampling) if s.top_p < 1]
     if cut:
-        rows = torch.tensor(cut, device=device)
-        top_p_B1 = torch.tensor([sampling[b].top_p for b in cut], dtype=torch.float64, device=device)[:, None]
+        rows = to_device(torch.tensor(cut), device)
+        top_p_B1 = to_device(torch.tensor([sampling[b].top_p for b in cut], dtype=torch.float64), device)[:, None]
         p_BV[rows] = _top_p(p_BV[rows], top_p_B1)
     # Looked for in two steps: sums of blocks first, then the tokens of one block.
     p_BNW = F.pad(p_BV, (0, -vocabulary % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    target_B1 = torch.tensor(uniform, device=device, dtype=torch.float64)[:, None]
+    target_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), device)[:, None]
     until_BN = p_BNW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
     block_B1, rest_B1 = _find(until_BN, target_B1 * until_BN[:, -1:])
     until_BW = p_BNW[torch.arange(num_rows, device=device), block_B1[:, 0]].cumsum(dim=-1, dtype=torch.float64)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from pregate.base.device import to_device
 from pregate.router.engine.kv_cache import PagedKV
 
 #: Of the rows of a view over lanes at least this share must be sequences of the step, else gathering reads less.
@@ -82,16 +83,16 @@ class StepLayout:
         lengths = np.array([s.stop for s in slices[:num_decodes]], dtype=np.int64)
         length = int(lengths.max(initial=0))
         lanes = _lanes(first_B[:num_decodes], length, kv.num_slots, device_of)
-        block_BN = None if lanes is not None else _padded(tables[:num_decodes]).to(device_of)
+        block_BN = None if lanes is not None else to_device(_padded(tables[:num_decodes]), device_of)
         chunks, row = [], num_decodes
         for piece, table, first in zip(slices[num_decodes:], tables[num_decodes:], first_B[num_decodes:], strict=True):
-            block_N = torch.from_numpy(table).to(device_of) if first is None else None
+            block_N = to_device(torch.from_numpy(table), device_of) if first is None else None
             chunks.append(PromptChunk(row, piece.stop - piece.start, piece.stop, first, block_N))
             row += piece.stop - piece.start
         return cls(
             kv,
-            torch.from_numpy(np.concatenate(slot_T)).to(device_of),
-            torch.from_numpy(lengths).to(device_of),
+            to_device(torch.from_numpy(np.concatenate(slot_T)), device_of),
+            to_device(torch.from_numpy(lengths), device_of),
             length,
             bool((lengths == length).all()),
             lanes,
@@ -104,6 +105,13 @@ class StepLayout:
         if key not in self._masks:
             self._masks[key] = make()
         return self._masks[key]
+
+
+def decode_places(slices: Sequence[SequenceSlice], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of slices of one token, on the host: each one's slot [B] and the blocks of its context [B, N], padded with 0."""
+    tables = [np.asarray(s.blocks, dtype=np.int64)[: -(-s.stop // block_size)] for s in slices]
+    slots = [int(table[-1]) * block_size + (s.stop - 1) % block_size for s, table in zip(slices, tables, strict=True)]
+    return torch.tensor(slots, dtype=torch.int64), _padded(tables)
 
 
 def _first_slot(table: np.ndarray, size: int) -> int | None:
@@ -129,7 +137,7 @@ def _lanes(first_B: list[int | None], length: int, num_slots: int, device: torch
         return None
     row_B = (first_of - first) // stride
     in_order = num == len(known) and bool((np.diff(row_B) == 1).all())
-    return Lanes(first, stride, num, None if in_order else torch.from_numpy(row_B).to(device))
+    return Lanes(first, stride, num, None if in_order else to_device(torch.from_numpy(row_B), device))
 
 
 def _padded(tables: list[np.ndarray]) -> torch.Tensor:

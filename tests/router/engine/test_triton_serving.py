@@ -49,6 +49,13 @@ def test_from_the_first_layer_to_the_last_nobody_waits_for_a_value(served):
     assert served[0]["waits"] == []
 
 
+def test_captured_steps_are_replayed_and_wait_for_nothing(served):
+    """Equality is held by the program: what a capture froze, of this step's sizes or values, would show in the next."""
+    weighted = served[2]
+    assert weighted["waits"] == []
+    assert weighted["replays"] > weighted["captures"] > 1
+
+
 def test_layers_that_would_differ_from_the_groups_are_not_offered(served):
     assert served[3] == {
         "triton-int8": "triton-int8: it would round the shared experts too",
