@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := 2.13.0
 # Models and texts that are not ours to ship; what needs them is skipped when the folder is not there.
 SHARED ?= ../shared
-# Processes that share the tests; those that start Ray stay in one (tests/conftest.py).
+# Processes that share the tests; those that start Ray stay in one (tests/sharing_out.py).
 WORKERS ?= 2
 # One thread per process: oversubscribed OpenMP threads that spin slow calls by up to 100 times.
 export OMP_NUM_THREADS ?= 1
@@ -41,7 +41,7 @@ demo-convert: install
 	$(BIN)/python examples/demo.py --convert
 
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 check: install-dev
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.model.quiet import quiet_transformers
 from tests.families import FAMILIES, make_checkpoints, save_random
 from tests.random_checkpoints import make_checkpoint
+from tests.sharing_out import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 (hooks)
 
 # Before Ray is imported anywhere: it reads its environment once, and every process of a test must agree on it.
 local_ray.prepare_environment()
@@ -47,18 +48,6 @@ crying of a bird. The night came down, the lamps were lighted, and the sea forgo
 In the year that followed, the town voted to build a second pier. Its cost was reckoned at 1,200 pounds; the old men
 shook their heads, the young men carried stones, and by October the first ship from the north was moored there.
 """
-
-
-#: Tests that start deployments or look for what one left: one after another, whatever runs beside them.
-ONE_BY_ONE = ("cluster", "cli", "workers/host/test_actor")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `pytest -n 2 --dist loadgroup`: a file's tests share its fixtures, so they stay together."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
-        group = "deployments" if file.startswith(ONE_BY_ONE) else file
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

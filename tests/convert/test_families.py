@@ -39,6 +39,7 @@ def all_on_difference(routed: RoutedForCausalLM, dense: Path) -> float:
     return difference
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_converted_and_decoupled(family: str, family_folder: Callable[[str], Path]):

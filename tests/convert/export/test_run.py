@@ -260,6 +260,7 @@ print(json.dumps({"class": type(model).__name__, "texts": texts}))
 """
 
 
+@pytest.mark.slow
 def test_plain_transformers_without_pregate(shared_folder: Path, tmp_path: Path):
     """stories3M, S3A3E8: greedy texts of 8 prompts in a process in which pregate cannot be imported."""
     stories = shared_folder / "text" / "stories"

@@ -116,6 +116,7 @@ def test_a_file_that_cannot_be_kept_is_one_sentence(options: DecoupleOptions):
     decouple(options)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(capsys, options: DecoupleOptions, tmp_path: Path):
     """SIGKILL once it has kept some steps; then Ctrl-C's sentence; then to the end."""
     arguments = ["decouple", "--model", options.model, "--text", *options.text, "--steps", 400, "--dim", 16]

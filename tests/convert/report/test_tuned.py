@@ -86,6 +86,7 @@ def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[
     assert "which nothing can know beforehand: the bound" in told(render(untuned, "quality.html"))
 
 
+@pytest.mark.slow
 def test_paths_that_came_after_the_tuning_are_not_fitted(
     tiny_layerwise_checkpoint: Path, tiny_dense: Path, tiny_text: Path, tmp_path: Path
 ):

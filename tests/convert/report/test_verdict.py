@@ -127,6 +127,7 @@ def test_what_cannot_be_the_tuned_parent_is_refused(tmp_path: Path):
         tuned_parent(tmp_path, Path("model"), itself)
 
 
+@pytest.mark.slow
 def test_with_both_tuned_the_page_compares_them(
     tiny_path_checkpoint: Path, tiny_dense: Path, tiny_text: Path, tmp_path: Path
 ):

@@ -33,6 +33,7 @@ def served(request, tiny_layerwise_checkpoint, tiny_path_checkpoint, tmp_path_fa
         yield path, prompts, references, addresses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_hosts", [0, 1, 2, 3])
 def test_every_deployment_equals_the_reference(served, num_hosts):
     path, _, references, addresses = served

@@ -37,6 +37,7 @@ def prompts():
     return [torch.randint(3, 512, (n,), generator=generator).tolist() for n in (WINDOW * 4, WINDOW * 3 + 5, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["path", "layerwise"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_two_hosts_equal_the_reference(family, routing, family_folder, two_hosts):

@@ -11,7 +11,7 @@ from tests.kernels.programs import hindrance, run_program
 from tests.router.serving import weigh_experts
 
 PROGRAM = Path(__file__).with_name("triton_serving.py")
-pytestmark = pytest.mark.skipif(bool(hindrance()), reason=hindrance() or "can run")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(hindrance()), reason=hindrance() or "can run")]
 
 
 @pytest.fixture(scope="module")
