@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from pregate.base.dtypes import dtype_name
 from pregate.base.memory import available_bytes
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.placement import Placement, place
+from pregate.cluster.placement import place
+from pregate.cluster.routed_experts import read_routed_experts
 from pregate.model.checkpoint import CheckpointReader
 
 #: What a Python process with torch and transformers holds before any weight. Measured: 0.4 to 0.5 GB.
 PROCESS_BYTES = 500 * 10**6
-_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "auto": 4}
+_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,9 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     cuts = reader.config.cuts
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
-    num_routed, one_index = [c.num_routed for c in cuts], reader.config.has_one_index
-    placement = place(num_routed, max(1, config.hosts), config.placement, one_index=one_index)
-    unit_bytes = [reader.unit_bytes(layer) if cut.num_routed else 0 for layer, cut in enumerate(cuts)]
+    experts = read_routed_experts(config.model)
+    placement = place(experts.num_routed, max(1, config.hosts), config.placement, one_index=experts.one_index)
+    unit_bytes = [reader.unit_bytes(layer) for layer in range(len(cuts))]
     units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
     shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
@@ -61,10 +60,11 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
         shared_bytes=int(shared * growth),
         kv_cache_bytes=_kv_cache_bytes(reader, config),
         units_bytes=tuple(
-            int(_host_bytes(placement, host, unit_bytes) * growth) for host in range(placement.num_hosts)
+            int(sum(unit_bytes[layer] for layer, _ in placement.units_of(host)) * growth)
+            for host in range(placement.num_hosts)
         ),
         # Supervisor, engine, front door; with exact paths the path router service.
-        num_processes=config.hosts + 3 + (reader.config.routing == "path"),
+        num_processes=config.hosts + 3 + experts.exact_paths,
     )
 
 
@@ -74,15 +74,9 @@ def _held_whole(reader: CheckpointReader, config: ServeConfig) -> bool:
 
     from pregate.router.engine.whole_layers import max_rows
 
-    if config.hosts or config.device != "cpu" or config.host.expert_ffn != "auto":
-        return False
-    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
-    return max_rows(reader.config.cuts, reader.hidden_size, dtype) > 1
-
-
-def _host_bytes(placement: Placement, host: int, unit_bytes: list[int]) -> int:
-    per_layer = np.count_nonzero(placement.hosts_of == host, axis=1)
-    return int(per_layer @ np.asarray(unit_bytes, dtype=np.int64))
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    may = not config.hosts and config.host.expert_ffn == "auto"
+    return max_rows(reader.config.cuts, reader.hidden_size, device, dtype, may) > 1
 
 
 def _kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

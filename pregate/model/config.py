@@ -141,11 +141,6 @@ class RoutedConfig(PretrainedConfig):
         return self.path_router is not None
 
     @property
-    def has_one_index(self) -> bool:
-        """Whether a token visits the experts of one number in every layer, as Read-ME's router has it."""
-        return self.has_path_router and self.router_shape.heads == "single"
-
-    @property
     def router_shape(self) -> PathRouterConfig:
         """Shape of the path router; ValueError when the checkpoint has none."""
         if self.path_router is None:

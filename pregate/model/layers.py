@@ -5,7 +5,6 @@ Shape letters: T tokens, D hidden width, M expert width, R routed experts, K act
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -126,27 +125,9 @@ class RoutedMLP(nn.Module):
         return out_TD.view_as(x)
 
 
-@dataclass(frozen=True)
-class RoutedSlot:
-    """A `RoutedMLP` and where it hangs in the model."""
-
-    owner: nn.Module
-    attribute: str
-    mlp: RoutedMLP
-
-    def replace(self, new: nn.Module) -> None:
-        """Hang `new` in its place."""
-        setattr(self.owner, self.attribute, new)
-
-
-def find_routed_slots(model: nn.Module) -> list[RoutedSlot]:
-    """Every `RoutedMLP` of `model` in layer order."""
-    return [
-        RoutedSlot(owner, attribute, child)
-        for owner in model.modules()
-        for attribute, child in owner.named_children()
-        if isinstance(child, RoutedMLP)
-    ]
+def find_routed_mlps(model: nn.Module) -> dict[str, RoutedMLP]:
+    """Every `RoutedMLP` of `model` in layer order, by its name there (for `set_submodule`)."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RoutedMLP)}
 
 
 class FastPath(Protocol):

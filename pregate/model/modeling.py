@@ -24,7 +24,7 @@ from pregate.model.config import RoutedConfig
 from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.gates import Choice
-from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy
+from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy, find_routed_mlps
 from pregate.model.path_router import PathComputer, PathRouter, PathState
 from pregate.model.paths import Paths
 
@@ -77,7 +77,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def routed_mlps(self) -> list[RoutedMLP]:
-        return [m for m in self.parent.modules() if isinstance(m, RoutedMLP)]
+        return list(find_routed_mlps(self.parent).values())
 
     @property
     def deciding_router(self) -> PathRouter | None:

@@ -15,7 +15,7 @@ import torch
 from pregate.convert.measure.overlap import distinct_neurons
 from pregate.kernels.reference import above, top_k
 from pregate.model.gates import Choice
-from pregate.model.layers import RoutedMLP, SharedExpert, find_routed_slots, weighted_mass
+from pregate.model.layers import RoutedMLP, SharedExpert, find_routed_mlps, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -60,14 +60,14 @@ def static_mask(model: RoutedForCausalLM) -> Iterator[None]:
 
     That is what pruning gives at the same active share, by the scores kept from the calibration text.
     """
-    slots = find_routed_slots(model.parent)
+    mlps = find_routed_mlps(model.parent)
     try:
-        for slot in slots:
-            slot.replace(_pruned(slot.mlp))
+        for name, mlp in mlps.items():
+            model.parent.set_submodule(name, _pruned(mlp))
         yield
     finally:
-        for slot in slots:
-            slot.replace(slot.mlp)
+        for name, mlp in mlps.items():
+            model.parent.set_submodule(name, mlp)
 
 
 def _pruned(mlp: RoutedMLP) -> SharedExpert:

@@ -28,7 +28,7 @@ from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.state import CURVE, record, resume, save
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
 from pregate.model.folder import ModelFolder, read_folder
-from pregate.model.layers import SharedExpert, find_routed_slots, kept_float32
+from pregate.model.layers import SharedExpert, find_routed_mlps, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 
 #: A checkpoint is written after the first step that ends so long after the one before, whatever its number.
@@ -136,11 +136,11 @@ def load_teacher(options: TuneOptions, source: ModelFolder | None, model: Any) -
 def dense_parent(model: RoutedForCausalLM) -> Any:
     """A copy of an untuned routed model's dense parent: every expert on, each FFN one again."""
     parent = deepcopy(model.parent)
-    for slot in find_routed_slots(parent):
-        gate_up, down = slot.mlp.dense_weights()
-        whole = SharedExpert(slot.mlp.hidden_size, down.shape[1], slot.mlp.act_name).to(down)
+    for name, mlp in find_routed_mlps(parent).items():
+        gate_up, down = mlp.dense_weights()
+        whole = SharedExpert(mlp.hidden_size, down.shape[1], mlp.act_name).to(down)
         whole.gate_up_proj.data, whole.down_proj.data = gate_up, down
-        slot.replace(whole)
+        parent.set_submodule(name, whole)
     return parent
 
 

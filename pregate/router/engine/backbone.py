@@ -16,7 +16,7 @@ from torch import nn
 
 from pregate.base.device import to_device
 from pregate.base.memory import available_bytes
-from pregate.model.layers import RoutedMLP, find_routed_slots
+from pregate.model.layers import RoutedMLP, find_routed_mlps
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.attention import ATTENTION_NAME, register_attention
 from pregate.router.engine.decoder_parts import lean_decoder
@@ -56,11 +56,11 @@ class Backbone:
         seen = probe(model.parent)
         self.kv_shapes = seen.kv_shapes
         exact = model.config.routing == "path"
-        for slot in find_routed_slots(model.parent):
-            if (shared := slot.mlp.shared) is not None:
-                exchange.hold_shared(slot.mlp.layer, shared.gate_up_proj.detach(), shared.down_proj.detach())
-                slot.mlp.shared = None
-            slot.replace(ExchangeMLP(slot.mlp, exchange, exact))
+        for name, mlp in find_routed_mlps(model.parent).items():
+            if (shared := mlp.shared) is not None:
+                exchange.hold_shared(mlp.layer, shared.gate_up_proj.detach(), shared.down_proj.detach())
+                mlp.shared = None
+            model.parent.set_submodule(name, ExchangeMLP(mlp, exchange, exact))
         #: Token ids [T], positions [T], the step's layout, rows [B] whose logits are wanted -> logits [B, V].
         self.run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
 

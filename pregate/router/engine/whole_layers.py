@@ -27,8 +27,9 @@ class WholeLayers:
         self._act, self._local, self._dtype = shared.config.hidden_act, local, shared.dtype
         self._layers: dict[int, WholeLayer] = {}
         self._num_layers, self._num_routed = len(shared.config.cuts), shared.config.cuts[0].num_routed
-        fits = shared.device.type == "cpu" and local.ffn_is_ours and local.complete
-        self._max_rows = max_rows(shared.config.cuts, shared.hidden_size, shared.dtype) if fits else 0
+        self._max_rows = max_rows(
+            shared.config.cuts, shared.hidden_size, shared.device, shared.dtype, local.ffn_is_ours and local.complete
+        )
         self._absent_LTR: torch.Tensor | None = None
         self._weights_LTR: torch.Tensor | None = None
 
@@ -67,9 +68,14 @@ class WholeLayers:
         return absent(ids_TLK, self._num_routed), weights
 
 
-def max_rows(cuts: Sequence[LayerCut], hidden: int, dtype: torch.dtype) -> int:
-    """Up to how many rows whole layers pay for a model of these cuts; below 2 it should not hold any."""
+def max_rows(cuts: Sequence[LayerCut], hidden: int, device: torch.device, dtype: torch.dtype, may: bool) -> int:
+    """Up to how many rows whole layers pay for a model of these cuts; below 2 it should not hold any.
+
+    `may`: every unit is held in the engine's process and nobody has asked for another implementation by name.
+    """
     cut = cuts[0]
-    if not cut.num_active or len(set(cuts)) > 1 or WholeLayer.why_not(cut.expert_width, hidden, dtype):
+    if not may or device.type != "cpu" or not cut.num_active or len(set(cuts)) > 1:
+        return 0
+    if WholeLayer.why_not(cut.expert_width, hidden, dtype):
         return 0
     return WholeLayer.max_rows(cut.num_shared, cut.num_active, cut.num_routed)
