@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pregate.model.paths import Paths
 
 logger = get_logger(__name__)
+#: How long a compute thread with nothing to do waits for a request before it looks whether it is to stop.
+IDLE_POLL_S = 0.1
 
 
 class Engine(Protocol):
@@ -48,17 +50,59 @@ class EngineServerOptions:
     """
 
     link: LinkOptions = field(default_factory=LinkOptions)
-    idle_poll_s: float = 0.1
+    idle_poll_s: float = IDLE_POLL_S
     prompt_tokens_per_turn: int = 512
     recovery_s: float = 1.0
 
 
-class EngineServer:
+class LoopServer:
+    """A compute thread's loop beside the link's I/O thread; `name` is what callers hear has ended with it."""
+
+    name: str
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+
+    def status(self) -> dict[str, Any]:
+        """Return what the compute thread is busy with, since when, and why requests are refused (or None)."""
+        return {**self._link.activity.describe(), "unavailable": self._link.refusing}
+
+    def run(self, stop_event: StopEvent) -> None:
+        """Serve until `stop_event` is set; then every request still running fails with UNAVAILABLE."""
+        error = PregateError(f"internal error in the {self.name}")  # a bug ends the loop, and callers hear it at once
+        self._link.start()
+        try:
+            while not stop_event.is_set():
+                self._turn()
+            error = UnavailableError(f"the {self.name} is stopping")
+        finally:
+            self._end(error)
+
+    def _turn(self) -> None:
+        raise NotImplementedError
+
+    def _end(self, error: PregateError) -> None:
+        self._link.stop(error)
+
+    def _begin(self, pending: Pending) -> Sequence[Event | RouteReply]:
+        """Hand a request on to be computed; returns what ends it already."""
+        try:
+            return self._take(pending.request, pending.arrived_s)
+        except PregateError as error:
+            return [FailedEvent(pending.request.request_id, error.code, str(error))]
+
+    def _take(self, request: SubmitRequest | RouteRequest, arrived_s: float) -> Sequence[Event | RouteReply]:
+        raise NotImplementedError
+
+
+class EngineServer(LoopServer):
     """Serves one engine on `endpoint` (`ipc://PATH`, or `inproc://NAME` with a shared `context`).
 
     The endpoint is bound by the constructor, so doors may connect before `run` starts. Raises UserError for an
     endpoint that cannot be bound.
     """
+
+    name = "engine"
 
     def __init__(
         self,
@@ -70,7 +114,7 @@ class EngineServer:
     ) -> None:
         self._engine = engine
         self._options = options or EngineServerOptions()
-        self._link = EngineLink(endpoint, engine.info, self._options.link, context)
+        super().__init__(EngineLink(endpoint, engine.info, self._options.link, context))
         self._lost_s: float | None = None  # when a host was last found lost
 
     @property
@@ -78,21 +122,9 @@ class EngineServer:
         """Whether a request runs or waits."""
         return self._engine.has_work or len(self._link.inbox) > 0
 
-    def status(self) -> dict[str, Any]:
-        """Return what the compute thread is busy with, since when, and why requests are refused (or None)."""
-        return {**self._link.activity.describe(), "unavailable": self._link.refusing}
-
-    def run(self, stop_event: StopEvent) -> None:
-        """Serve until `stop_event` is set; then every request still running fails with UNAVAILABLE."""
-        error = PregateError("internal error in the engine")  # a bug ends the loop, and callers hear it at once
-        self._link.start()
-        try:
-            while not stop_event.is_set():
-                self._turn()
-            error = UnavailableError("the engine is stopping")
-        finally:
-            self._link.stop(error)
-            self._engine.fail_all(error)
+    def _end(self, error: PregateError) -> None:
+        super()._end(error)
+        self._engine.fail_all(error)
 
     def _turn(self) -> None:
         inbox, activity = self._link.inbox, self._link.activity
@@ -121,27 +153,19 @@ class EngineServer:
             self._link.fail_requests(error)
         return ()
 
-    def _begin(self, pending: Pending) -> list[Event | RouteReply]:
-        """Hand a request to the engine; returns what ends it already."""
-        request = pending.request
-        try:
-            if isinstance(request, RouteRequest):
-                return [self._route(request)]
-            if self._link.refusing is not None:
-                raise UnavailableError(self._link.refusing)
-            if request.deadline_s is not None:
-                left_s = request.deadline_s - (time.monotonic() - pending.arrived_s)
-                if left_s <= 0:
-                    return [FinishedEvent(request.request_id, "deadline", len(request.token_ids), 0, ())]
-                request = replace(request, deadline_s=left_s)
-            self._engine.submit(request)
-        except PregateError as error:
-            return [FailedEvent(request.request_id, error.code, str(error))]
-        return []
-
-    def _route(self, request: RouteRequest) -> RouteReply:
-        paths = PackedPaths.of(self._engine.route(request.token_ids))
-        return RouteReply(request.request_id, paths, None, str(self._engine.info()["version"]))
+    def _take(self, request: SubmitRequest | RouteRequest, arrived_s: float) -> Sequence[Event | RouteReply]:
+        if isinstance(request, RouteRequest):
+            paths = PackedPaths.of(self._engine.route(request.token_ids))
+            return [RouteReply(request.request_id, paths, None, str(self._engine.info()["version"]))]
+        if self._link.refusing is not None:
+            raise UnavailableError(self._link.refusing)
+        if request.deadline_s is not None:
+            left_s = request.deadline_s - (time.monotonic() - arrived_s)
+            if left_s <= 0:
+                return [FinishedEvent(request.request_id, "deadline", len(request.token_ids), 0, ())]
+            request = replace(request, deadline_s=left_s)
+        self._engine.submit(request)
+        return ()
 
     def _lose(self, error: HostLostError) -> None:
         """Refuse from now on: without the host nothing can be computed. `_recover` takes requests again."""
