@@ -31,7 +31,7 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.cut.assignment import balanced_assignment
-from pregate.convert.cut.clustering import distances, means
+from pregate.convert.cut.cmoe import distances, means
 
 NUM_TOKENS, NUM_MARKS, NUM_TOPICS = 16_384, 10, 64
 OUR_REPEATS = 9

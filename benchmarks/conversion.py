@@ -27,8 +27,7 @@ from benchmarks.conversion_report import write_report
 from benchmarks.cuts import Cut, label
 from benchmarks.surroundings import surroundings
 from pregate.convert.cut.conversion import convert
-from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.cut.recipes import RECIPES
+from pregate.convert.cut.options import RECIPES, ConvertOptions
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy, static_mask
 from pregate.convert.measure.scoring import encode_all, load_any, score_rows

@@ -13,8 +13,7 @@ from pregate.cli.printed import (
     progress_bars,
     told_if_interrupted,
 )
-from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.cut.recipes import RECIPES
+from pregate.convert.cut.options import RECIPES, ConvertOptions
 from pregate.convert.export.options import ExportOptions
 from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.paths.options import DecoupleOptions

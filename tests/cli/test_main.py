@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pregate.cli.main import _spread, main
-from pregate.convert.cut.recipes import RECIPES
+from pregate.convert.cut.options import RECIPES
 
 DECOUPLE = ("--model", "TINY", "--out", "/no/such", "--text", "/no/such")
 

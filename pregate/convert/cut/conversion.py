@@ -25,8 +25,7 @@ from pregate.convert.files.shards import write_index
 from pregate.convert.files.skeleton import Skeleton
 from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.logits import positions_at_once
-from pregate.convert.measure.scoring import Score, score_pieces
+from pregate.convert.measure.scoring import Score, positions_at_once, score_pieces
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.calibration import Calibration, read_calibration
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest

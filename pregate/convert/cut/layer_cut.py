@@ -1,22 +1,31 @@
-"""Cutting one layer: from a dense FFN and the inputs it gets to a routed FFN.
+"""Cutting one layer: from a dense FFN and the inputs it gets to a routed FFN, its gates fitted: the linear one by
+closed-form regression, CMoE's from its representative neurons.
 
-Shape letters: T tokens, D hidden width.
+Shape letters: T tokens, D hidden width, R routed experts.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch.nn import functional as F
 
 from pregate.convert.cut.capture import contributions, sample_rows, split_by_capture
-from pregate.convert.cut.clustering import representatives
-from pregate.convert.cut.cmoe import NeuronSplit, Profile, profile, shared_neurons, split_by_marks
-from pregate.convert.cut.gate_fit import fit_linear, set_representatives
+from pregate.convert.cut.cmoe import (
+    CHUNK_TOKENS,
+    NeuronSplit,
+    Profile,
+    profile,
+    representatives,
+    shared_neurons,
+    split_by_marks,
+)
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.cut.ridge import CrossFit
-from pregate.kernels.reference import Activation, activation
+from pregate.convert.cut.ridge import CrossFit, Ridge
+from pregate.kernels.reference import Activation, activation, threshold_for
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gated_mlp import GatedMLP
-from pregate.model.layers import RoutedMLP
+from pregate.model.layers import RoutedMLP, weighted_mass
 
 
 def cut_one(mlp: GatedMLP, x_TD: torch.Tensor, config: RoutedConfig, options: ConvertOptions) -> RoutedMLP:
@@ -69,3 +78,29 @@ def cut_layer(mlp: GatedMLP, split: NeuronSplit, cut: LayerCut, config: RoutedCo
             routed.experts.gate_up_proj[expert].copy_(torch.cat([mlp.gate[neurons], mlp.up[neurons]]))
             routed.experts.down_proj[expert].copy_(mlp.down[:, neurons])
     return routed
+
+
+@torch.no_grad()
+def fit_linear(routed: RoutedMLP, x_TD: torch.Tensor, intercept: bool = True) -> None:
+    """Fit the layer's linear gate from its FFN inputs to each expert's weighted contribution mass; no gradient steps.
+
+    Its threshold, and the oracle's, are set so that `num_active` experts score as much per token, on average.
+    """
+    gate = routed.linear_gate
+    assert gate is not None
+    mass_TR = torch.cat([weighted_mass(routed, rows) for rows in x_TD.split(CHUNK_TOKENS)])
+    weight_RD, bias_R = Ridge(x_TD, intercept).fit(mass_TR)
+    gate.weight.copy_(weight_RD)
+    gate.bias.copy_(bias_R)
+    gate.threshold.copy_(threshold_for(gate(x_TD), routed.cut.num_active))
+    routed.mass_threshold.copy_(threshold_for(mass_TR, routed.cut.num_active))
+
+
+@torch.no_grad()
+def set_representatives(routed: RoutedMLP, mlp: GatedMLP, representatives_R: np.ndarray) -> None:
+    """Set CMoE's gate: the gate rows, then up rows, of one neuron per expert; L2-normalised unless it is signed."""
+    gate = routed.paper_gate
+    assert gate is not None
+    neurons = torch.from_numpy(representatives_R).to(mlp.gate.device)
+    rows = torch.cat([mlp.gate[neurons], mlp.up[neurons]])
+    gate.weight.copy_(rows if gate.signed else F.normalize(rows, dim=-1))

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from pregate.convert.device import pick_device
-from pregate.convert.domains.channels import active_width
-from pregate.convert.domains.cut import choose_experts, cut_model, read_me_config
+from pregate.convert.domains.cut import active_width, choose_experts, cut_model, read_me_config
 from pregate.convert.domains.domains import Domain, interleaved, read_domains
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.rounds import Rounds, num_stages

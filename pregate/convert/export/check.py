@@ -16,8 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pregate.base.errors import PregateError
-from pregate.convert.measure.logits import logits_in_pieces
-from pregate.convert.measure.scoring import Score, routed_by, score_logits
+from pregate.convert.measure.scoring import Score, logits_in_pieces, routed_by, score_logits
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import batches, padded
 from pregate.model.gates import Choice

@@ -14,7 +14,7 @@ import torch
 from pregate.base.errors import UserError
 from pregate.convert.cut.conversion import shard_name
 from pregate.convert.files.assembly import as_stored
-from pregate.convert.files.parent import recorded_parent
+from pregate.convert.files.dense import recorded_parent
 from pregate.convert.files.routed_shards import CutFFN, RoutedShards
 from pregate.convert.files.shards import DenseShards, write_index, write_shard
 from pregate.convert.progress import Progress

@@ -13,7 +13,6 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.base.options import to_dict
-from pregate.convert.export.card import write_card
 from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export.dense import check_dense, write_dense
 from pregate.convert.export.gate_scale import measure_scales
@@ -108,3 +107,46 @@ def _rows(
     rows, _num_bytes = encode_all(folder.tokenizer, [d.text for d in documents], context, options.max_tokens)
     check_scored(rows, options.max_tokens, "--text", options.text, progress)
     return rows
+
+
+_CARD = """\
+# {title}
+
+A dense {family} model cut into experts by pregate, written as a stock Qwen2-MoE model: it loads with plain
+transformers (`AutoModelForCausalLM.from_pretrained`), and has the tensor names and config fields that vLLM and SGLang
+read for `Qwen2MoeForCausalLM`. Nothing of pregate is needed.
+
+Each layer has {shared} of {total} experts always on, as one shared expert, and {active} of the {routed} others per
+token. Chosen experts have equal weight: gates are scaled so far down that the softmax over them is nearly flat
+(by {gate_factors}), the routed down-projections are {active} times and the shared one is 2 times the parent's (the
+shared expert's own gate is 0, which is a factor of 1/2). Layer by layer factors are in `export.json`.
+
+Measured on: {measured_on}, by transformers on a CPU, against the routed model it was made from in float32:
+
+| figure | value |
+| --- | --- |
+{rows}
+"""
+
+
+def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any]) -> None:
+    """Write the README.md of `folder`."""
+    cut = source.config.cuts[0]
+    measured = {k: v for k, v in figures.items() if k not in ("measured_on", "gate_factors") and v is not None}
+    for name, value in measured.items():
+        if isinstance(value, list):  # where greedy texts part
+            parted = (f"prompt {p['prompt']} at token {p['token']}, margin {p['margin']}" for p in value)
+            measured[name] = "; ".join(parted) or "none"
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in measured.items())
+    text = _CARD.format(
+        title=source.folder.name,
+        family=source.config.text_config.model_type,
+        shared=cut.num_shared,
+        total=cut.num_shared + cut.num_routed,
+        active=cut.num_active,
+        routed=cut.num_routed,
+        gate_factors=figures["gate_factors"],
+        measured_on=figures["measured_on"],
+        rows=rows,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.base.errors import UserError
-from pregate.convert.files.dense import load_dense
-from pregate.convert.files.parent import dense_of
+from pregate.convert.files.dense import dense_of, load_dense
 from pregate.convert.measure.agreement import AgreementMeter, layer_figures
 from pregate.convert.measure.control_table import control_rows
 from pregate.convert.measure.options import EvaluateOptions

@@ -12,7 +12,7 @@ import torch
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import PregateError
-from pregate.convert.files.parent import dense_of
+from pregate.convert.files.dense import dense_of
 from pregate.convert.files.work_folder import write_whole
 from pregate.convert.measure.control_table import DENSE, nominal_share
 from pregate.convert.measure.overlap import bytes_per_row

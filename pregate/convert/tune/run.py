@@ -13,8 +13,7 @@ import torch
 from pregate.base.errors import UserError
 from pregate.convert.device import pick_device
 from pregate.convert.files.assembly import round_to, write_checkpoint
-from pregate.convert.files.dense import load_dense, source_of
-from pregate.convert.files.parent import recorded_parent
+from pregate.convert.files.dense import load_dense, recorded_parent, source_of
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.shards import DenseShards
 from pregate.convert.files.work_folder import fingerprint, writing

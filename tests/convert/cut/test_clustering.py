@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pregate.convert.cut.clustering import cluster_marks, representatives
+from pregate.convert.cut.cmoe import cluster_marks, representatives
 
 
 def test_neurons_marked_together_share_a_cluster():

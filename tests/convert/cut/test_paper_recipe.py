@@ -18,11 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pregate.cli.main import main
 from pregate.convert.cut import layer_pass
-from pregate.convert.cut.clustering import representatives
-from pregate.convert.cut.cmoe import profile, shared_neurons, split_by_marks
+from pregate.convert.cut.cmoe import profile, representatives, shared_neurons, split_by_marks
 from pregate.convert.cut.layer_cut import cut_one
-from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.cut.recipes import RECIPES, Recipe
+from pregate.convert.cut.options import RECIPES, ConvertOptions, Recipe
 from pregate.convert.text.calibration import encode, read_calibration
 from pregate.kernels.reference import activation
 from pregate.model import RoutedForCausalLM

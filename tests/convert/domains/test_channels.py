@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pregate.convert.domains.channels import active_width, domain_cut, strongest
+from pregate.convert.domains.cut import active_width, domain_cut, strongest
 from pregate.convert.measure.overlap import permanent_channels
 from pregate.model.config import LayerCut
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pregate.base.errors import UserError
-from pregate.convert.files.parent import dense_of, recorded_parent
+from pregate.convert.files.dense import dense_of, recorded_parent
 from pregate.model import RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest, write_manifest
 

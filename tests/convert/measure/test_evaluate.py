@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cli.main import main
-from pregate.convert.measure import logits
+from pregate.convert.measure import scoring
 from pregate.convert.measure.agreement import AgreementMeter, Tally
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
@@ -168,7 +168,7 @@ def test_logits_in_pieces_score_the_same(
     path = {"dense": tiny_dense, "layerwise": tiny_layerwise_checkpoint, "path": tiny_path_checkpoint}[kind]
     model, rows = load_any(read_folder(path)), [list(range(1, 200)), list(range(5, 190)), [7, 8]]
     whole, sizes = score_rows(model, rows), []
-    monkeypatch.setattr(logits, "MOST_LOGITS", 64 * 512)
+    monkeypatch.setattr(scoring, "MOST_LOGITS", 64 * 512)
     hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
     layer = decoder_layers(model)[0].register_forward_hook(lambda _m, _a, _o: sizes.append(0))
     pieces = score_rows(model, rows)
