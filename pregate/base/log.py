@@ -21,12 +21,12 @@ def get_logger(name: str) -> logging.Logger:
     return logging.getLogger(name)
 
 
-def configure(role: str, level: str = "INFO") -> None:
+def configure(role: str) -> None:
     """Send this process's pregate log lines to stderr, marked with its `role` (engine, host 1, ...)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RequestIdFilter())
     handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname).1s {role} [%(request_id)s] %(message)s"))
     logger = logging.getLogger("pregate")
     logger.handlers = [handler]
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -211,9 +211,9 @@ def is_disk_full(error: Exception) -> bool:
 
 
 @contextmanager
-def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
+def new_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside `path` that becomes `path` when the block ends well, and vanishes when not."""
-    check_new_folder(path, option)
+    check_new_folder(path)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.absolute().parent))
     try:
         yield temporary
@@ -222,6 +222,6 @@ def new_folder(path: Path, option: str = "--out") -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         if not is_disk_full(error):
             raise
-        raise PregateError(f"{option} {path}: cannot be written ({error}); nothing was kept") from error
+        raise PregateError(f"--out {path}: cannot be written ({error}); nothing was kept") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -7,7 +7,7 @@ which makes a tokenizer.json of them. Importing this loads neither torch nor tra
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def load_tokenizer(model: Path, vocab_size: int, option: str = "--model") -> Tex
     return TextTokenizer(backend, None if bos_id is None or bos_id >= vocab_size else bos_id, vocab_size, option, model)
 
 
-def reading_difference(model: Path, ours: TextTokenizer, texts: Iterable[str] = ()) -> str:
+def reading_difference(model: Path, ours: TextTokenizer) -> str:
     """Where transformers' AutoTokenizer gives other ids than tokenizer.json; empty where it does not, or cannot read.
 
     It rebuilds some classes' splitting by rules of its own (`legacy`, `add_prefix_space`).
@@ -114,7 +114,7 @@ def reading_difference(model: Path, ours: TextTokenizer, texts: Iterable[str] = 
         theirs = _auto_tokenizer(tokenizer_folder(model), "--model", model)
     except UserError:
         return ""
-    for text in (*_PROBES, *texts):
+    for text in _PROBES:
         read = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
         if read != (ids := ours.backend.encode(text, add_special_tokens=False).ids):
             return (

@@ -8,7 +8,7 @@ from pregate.convert.measure.control_table import ORACLE, RANDOM
 from pregate.convert.report.figures import Figures
 
 #: Marks of a finding.
-GOOD, MIXED, POOR, NOTE = "good", "mixed", "poor", "note"
+GOOD, MIXED, POOR = "good", "mixed", "poor"
 #: A share is drawn as even up to the first relative difference; its colour grows at each of the others.
 EVEN_LIMITS = (0.05, 0.25, 1.0)
 

@@ -18,6 +18,8 @@ from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.documents import draw_documents, read_documents
 from pregate.model.file_hashes import short_digest
 
+#: What names the text, in errors.
+OPTION = "--calibration"
 #: Share of the windows kept back from calibration to measure the result on, and their greatest number.
 HELD_BACK_SHARE = 8
 MAX_HELD_BACK = 16
@@ -105,7 +107,6 @@ def read_calibration(
     length: int,
     seed: int,
     draw: str = "documents",
-    option: str = "--calibration",
     text_field: str | None = None,
     progress: Progress = QUIET,
 ) -> Calibration:
@@ -113,9 +114,9 @@ def read_calibration(
 
     `draw` "documents": each starts at a document's start; text that yields fewer windows is used whole. "stream":
     each starts anywhere in the documents joined by blank lines (as CMoE's released code draws them).
-    UserError names `option` where there is no text, or too little; where there is less than asked for, that is noted.
+    UserError where there is no text, or too little; where there is less than asked for, that is noted.
     """
-    documents = read_documents(paths, length, option, text_field, whole_paragraphs=draw == "stream")
+    documents = read_documents(paths, length, OPTION, text_field, whole_paragraphs=draw == "stream")
     files = tuple(dict.fromkeys(d.source for d in documents))
     wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
     if draw == "stream":
@@ -128,22 +129,20 @@ def read_calibration(
         found = sum(len(window) == length for window in windows)
         held = min(wanted, len(windows) // 4)
         kept, held_back = windows[held:][:samples], windows[:held]
-    _check_windows(found, samples + wanted, length, option, paths, progress)
+    _check_windows(found, samples + wanted, length, paths, progress)
     return Calibration(kept, held_back, files)
 
 
-def _check_windows(
-    found: int, wanted: int, length: int, option: str, paths: Sequence[Path], progress: Progress
-) -> None:
+def _check_windows(found: int, wanted: int, length: int, paths: Sequence[Path], progress: Progress) -> None:
     """UserError where text gives too few windows of `length` tokens; a note where it gives fewer than are `wanted`."""
     where, enough = " ".join(map(str, paths)), f"about {wanted * length:,} tokens are enough for {wanted}"
     windows = f"{'no window' if not found else '1 window' if found == 1 else f'{found} windows'} of {length} tokens"
     least = min(LEAST_WINDOWS, wanted)
     if found < least:
         reason = f"its text gives {windows}; {least} are the least ({least * length:,} tokens), {enough}"
-        raise UserError.of(option, where, f"{reason}; a smaller --sequence-length needs less")
+        raise UserError.of(OPTION, where, f"{reason}; a smaller --sequence-length needs less")
     if found < wanted:
-        progress.note(f"{option} {where}: its text gives {windows} only; {enough}")
+        progress.note(f"{OPTION} {where}: its text gives {windows} only; {enough}")
 
 
 def encode_pool(

@@ -6,7 +6,7 @@ Whether the parts were understood is for a comparison to say (`family.py`), neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pregate.model.gated_mlp import decoder_layers
-from pregate.router.engine.decoder import FFN, LeanDecoder, LeanLayer
+from pregate.router.engine.decoder import LeanDecoder, LeanLayer
 from pregate.router.engine.linear import Linear, RMSNorm
 from pregate.router.engine.probe import Probe
 
@@ -27,8 +27,8 @@ class NotLeanError(ValueError):
     """The model has a part whose meaning is not known here; the message names it."""
 
 
-def lean_decoder(parent: Any, seen: Probe, ffns: Sequence[FFN] | None = None) -> LeanDecoder:
-    """Return `parent`, a causal language model of transformers, as a lean decoder; `ffns` stand in for its own FFNs.
+def lean_decoder(parent: Any, seen: Probe) -> LeanDecoder:
+    """Return `parent`, a causal language model of transformers, as a lean decoder.
 
     Raises NotLeanError for what it has that is not known here. Without an error the parts of its layers are moved:
     `parent` cannot run any more.
@@ -45,7 +45,7 @@ def lean_decoder(parent: Any, seen: Probe, ffns: Sequence[FFN] | None = None) ->
     lean: list[LeanLayer] = []
     layer: Any
     for index, (layer, four_norms) in enumerate(zip(layers, checked, strict=True)):
-        lean.append(_lean_layer(index, layer, four_norms, seen, ffns[index] if ffns else layer.mlp))
+        lean.append(_lean_layer(index, layer, four_norms, seen))
         layers[index] = nn.Identity()  # one layer at a time is held in both forms
     head = parent.get_output_embeddings()
     cap = getattr(parent.config, "final_logit_softcapping", None)
@@ -73,7 +73,7 @@ def _check(index: int, layer: nn.Module, seen: Probe) -> bool:
     return norms == _FOUR_NORMS
 
 
-def _lean_layer(index: int, layer: Any, four_norms: bool, seen: Probe, ffn: FFN) -> LeanLayer:
+def _lean_layer(index: int, layer: Any, four_norms: bool, seen: Probe) -> LeanLayer:
     attention, (heads, keys, _) = layer.self_attn, seen.shapes[index]
     names = ["qkv_proj"] if hasattr(attention, "qkv_proj") else ["q_proj", "k_proj", "v_proj"]
     q_norm, k_norm = (_head_norm(getattr(attention, name, None), heads[1]) for name in ("q_norm", "k_norm"))
@@ -86,7 +86,7 @@ def _lean_layer(index: int, layer: Any, four_norms: bool, seen: Probe, ffn: FFN)
         output=Linear(attention.o_proj.weight, attention.o_proj.bias),
         post_attention_norm=RMSNorm.of(layer.post_attention_layernorm) if four_norms else None,
         ffn_norm=RMSNorm.of(ffn_norm),
-        ffn=ffn,
+        ffn=layer.mlp,
         post_ffn_norm=RMSNorm.of(layer.post_feedforward_layernorm) if four_norms else None,
         num_heads=(heads[0], keys[0]),
         head_width=heads[1],

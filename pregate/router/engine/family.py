@@ -76,7 +76,7 @@ _FAILURES = (
 Run = Callable[[torch.Tensor, torch.Tensor, StepLayout, torch.Tensor], torch.Tensor]
 
 
-def tiny_config(config: PretrainedConfig, window: int = _WINDOW) -> PretrainedConfig:
+def tiny_config(config: PretrainedConfig) -> PretrainedConfig:
     """Return a copy of `config` with the same architecture switches at toy size, sliding window included.
 
     It has one layer of each kind that the model mixes, and at least two.
@@ -90,7 +90,7 @@ def tiny_config(config: PretrainedConfig, window: int = _WINDOW) -> PretrainedCo
         tiny.num_key_value_heads = {1: 1, config.num_attention_heads: 4}.get(groups, 2)  # one, all or some, as before
     for name in filter(_WINDOW_NAME.match, list(vars(tiny))):
         if isinstance(getattr(tiny, name), int):
-            setattr(tiny, name, window)
+            setattr(tiny, name, _WINDOW)
     _shrink_rope(tiny, getattr(config, "max_position_embeddings", _CONTEXT))
     return tiny
 
