@@ -76,6 +76,16 @@ def above(scores_TR: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
     return ids_TR.masked_fill(ids_TR == num_routed, -1)
 
 
+def chosen_by(scores_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None) -> torch.Tensor:
+    """Bool [T, R]: the `num_active` highest scores of each token, ties to the lower id; or all at `threshold` or more.
+
+    Example: scores [[0.5, 0.9, 0.5]] give [[T, T, F]] with 2 active, and [[T, T, T]] with threshold 0.5.
+    """
+    if threshold is not None:
+        return scores_TR >= threshold
+    return torch.zeros_like(scores_TR, dtype=torch.bool).scatter_(1, top_k(scores_TR, num_active), True)
+
+
 def choose_sets(scores_TR: torch.Tensor, num_active: int, selection: str) -> torch.Tensor:
     """Bool [T, R]: the `num_active` best of each token, or as many pairs of all those above one threshold."""
     if selection == "threshold":

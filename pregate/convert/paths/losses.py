@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.paths.targets import MassScale
-from pregate.kernels.reference import threshold_for, top_k
+from pregate.kernels.reference import chosen_by, threshold_for
 from pregate.model.config import LayerCut
 from pregate.model.dselect import code_signs, selector_logits
 from pregate.model.path_router import PathRouter, split_layers
@@ -73,7 +73,7 @@ class PaperLoss:
         parts = []
         for cut, x_TR in zip(self._cuts, split_layers(mass_TS, self._cuts), strict=True):
             share_TR = x_TR / x_TR.sum(dim=-1, keepdim=True).clamp_min(1e-20)
-            best_TR = torch.zeros_like(x_TR).scatter_(-1, top_k(x_TR, max(cut.num_active, 1)), 1.0)
+            best_TR = chosen_by(x_TR, max(cut.num_active, 1), None).to(x_TR.dtype)
             hard_TR = 0.5 * best_TR / best_TR.sum(dim=-1, keepdim=True) + 0.5 / max(cut.num_routed, 1)
             parts.append(0.75 * hard_TR + 0.25 * (10 * (share_TR - 1 / max(cut.num_routed, 1))).softmax(dim=-1))
         return torch.cat(parts, dim=-1)
@@ -125,11 +125,9 @@ class StraightThroughLoss(MassLoss):
 
 def _hard(scores_TR: torch.Tensor, cut: LayerCut, selection: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Which experts are chosen, 0 or 1 [T, R], and the threshold they reach (finite; with a fixed number 0)."""
-    zero = scores_TR.new_zeros(())
-    if selection == "top_k":
-        return torch.zeros_like(scores_TR).scatter_(-1, top_k(scores_TR, cut.num_active), 1.0), zero
-    limit = threshold_for(scores_TR, cut.num_active) if cut.num_routed else zero
-    return (scores_TR >= limit).to(scores_TR.dtype), limit.nan_to_num(posinf=0.0, neginf=0.0)
+    limit = threshold_for(scores_TR, cut.num_active) if selection == "threshold" and cut.num_routed else None
+    hard_TR = chosen_by(scores_TR, cut.num_active, limit).to(scores_TR.dtype)
+    return hard_TR, scores_TR.new_zeros(()) if limit is None else limit.nan_to_num(posinf=0.0, neginf=0.0)
 
 
 class SelectorLoss(StraightThroughLoss):

@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.paths.targets import MassScale
-from pregate.convert.tune.straight_through import chosen_by, soft_choice, straight_through
-from pregate.kernels.reference import threshold_for
+from pregate.convert.tune.straight_through import soft_choice, straight_through
+from pregate.kernels.reference import chosen_by, threshold_for
 from pregate.model.gates import LinearGate, RepresentativeGate
 from pregate.model.layers import RoutedMLP, by_token_power
 from pregate.model.modeling import RoutedForCausalLM

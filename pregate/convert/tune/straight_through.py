@@ -11,20 +11,8 @@ from __future__ import annotations
 
 import torch
 
-from pregate.kernels.reference import top_k
-
 #: Added to the standard deviation of scores before they are divided by it.
 LEAST_SPREAD = 1e-6
-
-
-def chosen_by(scores_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None) -> torch.Tensor:
-    """Bool [T, R]: the `num_active` highest scores of each token, ties to the lower id; or all at `threshold` or more.
-
-    Example: scores [[0.5, 0.9, 0.5]] give [[T, T, F]] with 2 active, and [[T, T, T]] with threshold 0.5.
-    """
-    if threshold is not None:
-        return scores_TR >= threshold
-    return torch.zeros_like(scores_TR, dtype=torch.bool).scatter_(1, top_k(scores_TR, num_active), True)
 
 
 def soft_choice(scores_TR: torch.Tensor, num_active: int, threshold: torch.Tensor | None) -> torch.Tensor:

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pregate.convert.tune.straight_through import chosen_by, soft_choice, straight_through
-from pregate.kernels.reference import above, top_k
+from pregate.convert.tune.straight_through import soft_choice, straight_through
+from pregate.kernels.reference import above, chosen_by, top_k
 
 
 def test_the_choice_is_that_of_the_reference():
