@@ -245,3 +245,8 @@ def from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
 def to_dict(given: Any) -> dict[str, Any]:
     """Plain values, to cross Ray: options within become dicts, tuples lists and paths text."""
     return pydantic.TypeAdapter(type(given)).dump_python(given, mode="json")
+
+
+def described(given: Any, **counted: Any) -> dict[str, Any]:
+    """What a manifest keeps of options: values as they `counted`, without what says nothing about the result."""
+    return {name: value for name, value in (to_dict(given) | counted).items() if name not in ("restart", "recipe")}

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pregate.base.choices import Gate, Selection
 from pregate.base.errors import UserError, option_name
-from pregate.base.options import Device, Dtype, Model, Out, Restart, Seed, TextField, Texts, Word, options, to_dict
+from pregate.base.options import Device, Dtype, Model, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 if TYPE_CHECKING:
     from pregate.model.config import LayerCut
@@ -146,4 +146,4 @@ class ConvertOptions(Recipe):
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: the options, without what says nothing about the result."""
-        return {k: v for k, v in to_dict(self).items() if k not in ("restart", "recipe")}
+        return described(self)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pregate.base.choices import RouterTarget
 from pregate.base.errors import UserError
-from pregate.base.options import Device, Dtype, Key, Model, Needs, Out, Restart, Seed, TextField, options, to_dict
+from pregate.base.options import Device, Dtype, Key, Model, Needs, Out, Restart, Seed, TextField, described, options
 
 if TYPE_CHECKING:
     from pregate.model.config import PathRouterConfig
@@ -85,4 +85,4 @@ class ReadMeOptions:
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option that bears on the result."""
-        return {name: value for name, value in to_dict(self).items() if name != "restart"}
+        return described(self)

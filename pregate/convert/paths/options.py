@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pregate.base.choices import Heads, RouterGate, RouterTarget, RouterWeights
 from pregate.base.errors import UserError
-from pregate.base.options import Model, Out, Restart, Seed, TextField, Texts, Word, options, to_dict
+from pregate.base.options import Model, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 if TYPE_CHECKING:
     from pregate.model.config import PathRouterConfig
@@ -70,5 +70,4 @@ class DecoupleOptions:
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option, as it counted."""
-        fields = to_dict(self) | {"target": self.objective}
-        return {name: value for name, value in fields.items() if name != "restart"}
+        return described(self, target=self.objective)

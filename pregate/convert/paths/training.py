@@ -8,7 +8,6 @@ side, O the heads' outputs, L layers, V vocabulary, D the parent's hidden width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +23,7 @@ from pregate.convert.paths.parent_embedding import ParentEmbedding, start_from
 from pregate.convert.paths.targets import TargetPool
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import batches, padded
+from pregate.convert.tune.options import rate_factor
 from pregate.kernels.reference import above, top_k
 from pregate.model.path_router import PathRouter, choose_experts, put_thresholds, split_layers
 
@@ -68,27 +68,21 @@ def train(
     Returns the loss of every step.
     """
     model: Any = router
-    if parent_VD is None:
-        pass
-    elif options.embedding == "parent":
+    if parent_VD is not None and options.embedding == "parent":
         model.embedding = ParentEmbedding(parent_VD, router.config.dim)
-    else:
+    elif parent_VD is not None:
         start_from(router, parent_VD)
     loss_of = loss_for(options.target, router, torch.cat(pool.mass))
     targets = [loss_of.targets(mass) for mass in pool.mass]
     optimizer = torch.optim.AdamW(router.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    named, done, losses = dict(router.named_parameters()), 0, []
-    if partial is not None and partial.state.layers_done:
-        done, losses = partial.state.layers_done, list(partial.state.carried["losses"])
-        tensors = partial.hidden(torch.device("cpu"))
-        router.load_state_dict({name: tensors[f"now/{name}"] for name in named}, strict=False)
-        put_moments(named, optimizer, tensors)
+    named = dict(router.named_parameters())
+    losses = _resumed(router, named, optimizer, partial)
+    done = len(losses)
     order = islice(_endless_batches(pool.rows, options), done, None)
     with progress.stage("training the path router", options.steps) as advance:
         advance(done)
         for step in range(done, options.steps):
-            warmup = min(1.0, (step + 1) / max(1.0, options.warmup_share * options.steps))
-            factor = warmup * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+            factor = rate_factor(step, options.warmup_share * options.steps, step / options.steps)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * factor
             batch = next(order)
@@ -106,6 +100,21 @@ def train(
     if isinstance(model.embedding, ParentEmbedding):
         model.embedding = model.embedding.fold()
     return losses
+
+
+def _resumed(
+    router: PathRouter,
+    named: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    partial: PartialCheckpoint | None,
+) -> list[float]:
+    """The losses of the steps that an interrupted run has done, router and optimizer brought to where it was."""
+    if partial is None or not partial.state.layers_done:
+        return []
+    tensors = partial.hidden(torch.device("cpu"))
+    router.load_state_dict({name: tensors[f"now/{name}"] for name in named}, strict=False)
+    put_moments(named, optimizer, tensors)
+    return list(partial.state.carried["losses"])
 
 
 def first_and_last(losses: list[float]) -> dict[str, float]:

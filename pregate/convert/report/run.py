@@ -71,12 +71,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     tuned = options.tuned_parent and tuned_parent(options.tuned_parent, options.model, manifest)
     text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)
     check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
-    names = [p.resolve().name for p in (options.model, *options.compare)]
-    others = [
-        (str(path) if names.count(path.resolve().name) > 1 else path.resolve().name, _load("--compare", path, text))
-        for path in options.compare
-    ]
-    others += [("tuned dense parent", _load(TUNED_PARENT, path, text)) for path in [options.tuned_parent] if path]
+    others = _others(options, text)
     model: RoutedForCausalLM = load_any(folder)
     parent_path = dense_of(options.model, model, options.parent)
     parent = None if parent_path is None else _load("--parent", parent_path, text)
@@ -114,6 +109,16 @@ def _routed_config(folder: ModelFolder) -> RoutedConfig:
     if not any(cut.num_active for cut in config.cuts):
         raise folder.refuse("has no layer with an active routed expert; there is nothing to report on")
     return config
+
+
+def _others(options: ReportOptions, text: ScoredText) -> list[tuple[str, Any]]:
+    """The models to show beside it, by name; the tuned parent, where there is one, is the last."""
+    names = [p.resolve().name for p in (options.model, *options.compare)]
+    others = [
+        (str(path) if names.count(path.resolve().name) > 1 else path.resolve().name, _load("--compare", path, text))
+        for path in options.compare
+    ]
+    return others + [("tuned dense parent", _load(TUNED_PARENT, path, text)) for path in [options.tuned_parent] if path]
 
 
 def _load(option: str, path: Path, text: ScoredText) -> Any:

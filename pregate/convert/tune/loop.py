@@ -25,7 +25,7 @@ from pregate.convert.tune.balance import calibrate, check_biases, follow_thresho
 from pregate.convert.tune.data import BatchOrder, TuningRows
 from pregate.convert.tune.forward import TuningPass, forecasts_masses
 from pregate.convert.tune.losses import mixed_loss, next_tokens
-from pregate.convert.tune.options import TuningSettings
+from pregate.convert.tune.options import TuningSettings, rate_factor
 from pregate.convert.tune.outputs import Outputs, hidden_error, path_scores, run_model
 from pregate.convert.tune.parameters import changing_tensors, choose_trained, merge_low_rank, optimizer_of
 from pregate.convert.tune.refit import refit
@@ -145,7 +145,7 @@ class Tuner:
     def _step(self) -> Record:
         """One optimizer step; its figures are means over the step's tokens."""
         settings, counters = self.settings, self.counters
-        factor = settings.rate_factor(counters.step, self.share_done)
+        factor = rate_factor(counters.step, settings.warmup_steps, self.share_done)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         first = counters.step * settings.accumulate

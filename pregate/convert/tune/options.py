@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Device, Model, Needs, Out, Restart, Seed, TextField, Texts, Word, options, to_dict
+from pregate.base.options import Device, Model, Needs, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 #: Tokens tuned on where no budget is given.
 DEFAULT_TOKENS = 1_500_000
@@ -108,10 +108,11 @@ class TuningSettings:
         shares += [seconds / (60 * self.minutes)] if self.minutes else []
         return max(shares)
 
-    def rate_factor(self, step: int, share_done: float) -> float:
-        """What the learning rates of step `step` (from 0) are multiplied by."""
-        warmup = min(1.0, (step + 1) / max(1, self.warmup_steps))
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
+
+def rate_factor(step: int, warmup_steps: float, share_done: float) -> float:
+    """What the learning rates of step `step` (from 0) are multiplied by: a rise over `warmup_steps`, then a cosine."""
+    warmup = min(1.0, (step + 1) / max(1.0, warmup_steps))
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
 
 
 @options(kw_only=True)
@@ -144,9 +145,5 @@ class TuneOptions(TuningSettings):
 
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option that bears on the result, as it counted."""
-        counted = {
-            "hidden_match": self.matching,
-            "learning_rate": self.model_learning_rate,
-            "tokens": self.token_budget,
-        }
-        return {name: value for name, value in (to_dict(self) | counted).items() if name != "restart"}
+        rate, budget = self.model_learning_rate, self.token_budget
+        return described(self, hidden_match=self.matching, learning_rate=rate, tokens=budget)

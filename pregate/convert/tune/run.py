@@ -20,7 +20,7 @@ from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, check_amount
-from pregate.convert.tune.data import read_rows
+from pregate.convert.tune.data import TuningRows, read_rows
 from pregate.convert.tune.figures import earlier_figures, tuned_figures
 from pregate.convert.tune.loop import Record, Tuner
 from pregate.convert.tune.options import TuneOptions
@@ -46,12 +46,7 @@ def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
     teacher_source = None if options.teacher is None else read_folder(options.teacher, "--teacher")
     check_teacher(options, source, teacher_source)
     device = pick_device(options.device)
-    length = min(options.sequence_length, source.context_tokens)
-    share, field = options.validation_share, options.text_field
-    rows = read_rows(options.text, source.tokenizer, length, share, options.seed, options.validation, field)
-    check_amount(sum(map(len, rows.training)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
-    held_out, option = (options.validation, "--validation") if options.validation else (options.text, "--text")
-    check_amount(sum(map(len, rows.held_back)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
+    rows = _rows(options, source, progress)
     read = {
         "--model": str(options.model.resolve()),
         "the model's shards": DenseShards.of(source).stamp,
@@ -84,6 +79,17 @@ def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
         kept = f"{100 * hits['mean_overlap']:.1f} % of their picks on the text of validation"
         progress.note(f"the path router forecasts the gates as they were before tuning; now it shares {kept}")
     return manifest
+
+
+def _rows(options: TuneOptions, source: ModelFolder, progress: Progress) -> TuningRows:
+    """The text as the model's tokens; UserError where it is too little."""
+    length = min(options.sequence_length, source.context_tokens)
+    share, field = options.validation_share, options.text_field
+    rows = read_rows(options.text, source.tokenizer, length, share, options.seed, options.validation, field)
+    check_amount(sum(map(len, rows.training)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
+    held_out, option = (options.validation, "--validation") if options.validation else (options.text, "--text")
+    check_amount(sum(map(len, rows.held_back)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
+    return rows
 
 
 def check_teacher(options: TuneOptions, source: ModelFolder, teacher: ModelFolder | None) -> None:
