@@ -60,15 +60,11 @@ def cache_salt(header: str | None) -> str:
     return hashlib.sha256(header.encode()).hexdigest()[:32] if header else ""
 
 
-def _read(option: str, path: Path) -> bytes:
+def _read_pem(option: str, path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise UserError.of(option, path, f"cannot be read: {error.strerror}") from error
-
-
-def _read_pem(option: str, path: Path) -> bytes:
-    data = _read(option, path)
     if b"-----BEGIN " not in data:
         raise UserError.of(option, path, "is not a PEM file")
     return data
