@@ -8,6 +8,7 @@ side, O the heads' outputs, L layers, V vocabulary, D the parent's hidden width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +24,6 @@ from pregate.convert.paths.parent_embedding import ParentEmbedding, start_from
 from pregate.convert.paths.targets import TargetPool
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import batches, padded
-from pregate.convert.tune.options import rate_factor
 from pregate.kernels.reference import above, top_k
 from pregate.model.path_router import PathRouter, choose_experts, put_thresholds, split_layers
 
@@ -100,6 +100,12 @@ def train(
     if isinstance(model.embedding, ParentEmbedding):
         model.embedding = model.embedding.fold()
     return losses
+
+
+def rate_factor(step: int, warmup_steps: float, share_done: float) -> float:
+    """What the learning rates of step `step` (from 0) are multiplied by: a rise over `warmup_steps`, then a cosine."""
+    warmup = min(1.0, (step + 1) / max(1.0, warmup_steps))
+    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
 
 
 def _resumed(

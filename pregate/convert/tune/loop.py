@@ -19,13 +19,14 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.convert.measure.scoring import Score
+from pregate.convert.paths.training import rate_factor
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.batches import batches, padded
 from pregate.convert.tune.balance import calibrate, check_biases, follow_thresholds, move_biases, set_thresholds
 from pregate.convert.tune.data import BatchOrder, TuningRows
 from pregate.convert.tune.forward import TuningPass, forecasts_masses
 from pregate.convert.tune.losses import mixed_loss, next_tokens
-from pregate.convert.tune.options import TuningSettings, rate_factor
+from pregate.convert.tune.options import TuningSettings
 from pregate.convert.tune.outputs import Outputs, hidden_error, path_scores, run_model
 from pregate.convert.tune.parameters import changing_tensors, choose_trained, merge_low_rank, optimizer_of
 from pregate.convert.tune.refit import refit

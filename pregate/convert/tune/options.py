@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -107,12 +106,6 @@ class TuningSettings:
         shares += [tokens / self.token_budget] if self.token_budget else []
         shares += [seconds / (60 * self.minutes)] if self.minutes else []
         return max(shares)
-
-
-def rate_factor(step: int, warmup_steps: float, share_done: float) -> float:
-    """What the learning rates of step `step` (from 0) are multiplied by: a rise over `warmup_steps`, then a cosine."""
-    warmup = min(1.0, (step + 1) / max(1.0, warmup_steps))
-    return warmup * 0.5 * (1 + math.cos(math.pi * min(1.0, share_done)))
 
 
 @options(kw_only=True)
