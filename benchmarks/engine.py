@@ -18,9 +18,7 @@ import select
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any
 import psutil
 import torch
 
+from benchmarks.deployment import Deployment, deployed
 from benchmarks.engine_report import write_report
 from benchmarks.random_cut import random_cut
 from benchmarks.surroundings import ROOT, surroundings
@@ -84,69 +83,6 @@ class Contender:
         self._process.wait(PATIENCE_S)
 
 
-class Deployment:
-    """A `pregate serve` of its own Ray; `target` is its gRPC port, `stages` when each stage of its start began (s)."""
-
-    def __init__(self, model: Path, num_hosts: int) -> None:
-        command = [sys.executable, "-m", "pregate.cli.main", "serve", "--model", str(model), "--hosts", str(num_hosts)]
-        self._mark = uuid.uuid4().hex
-        self.stages: dict[str, float] = {}
-        self._said: list[str] = []
-        self._start_s = time.perf_counter()
-        self._process = subprocess.Popen(
-            [*command, "--grpc-port", "0", "--no-prefix-sharing"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "PREGATE_BENCHMARK": self._mark},
-        )
-        threading.Thread(target=self._listen, daemon=True).start()
-        self.target = self._await_target()
-        self.start_s = time.perf_counter() - self._start_s
-
-    def _listen(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._said.append(line)
-            if line.startswith("  ") and "(after" not in line:
-                self.stages[line.strip()] = round(time.perf_counter() - self._start_s, 1)
-
-    def _await_target(self) -> str:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("gRPC"):
-                return line.split()[1]
-        raise RuntimeError(f"pregate serve ended before it was ready: {''.join(self._said)[-2000:]}")
-
-    def held_bytes(self) -> dict[str, int]:
-        """Proportional share of memory (PSS) by role; what Ray runs of its own is one of them."""
-        found: dict[str, int] = {}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get("PREGATE_BENCHMARK") == self._mark:
-                    role = _role(" ".join(process.cmdline()))
-                    found[role] = found.get(role, 0) + process.memory_full_info().pss
-        return found
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(PATIENCE_S)
-
-
-def _role(command: str) -> str:
-    roles = {
-        "pregate.cli.main serve": "launcher",
-        "cluster.local_ray": "keeper",
-        "Supervisor": "supervisor",
-        "EngineActor": "engine",
-        "PathActor": "path service",
-        "DoorActor": "front door",
-        "ExpertHostActor": "expert hosts",
-    }
-    return next((role for part, role in roles.items() if part in command), "Ray")
-
-
 def measured_bounds() -> dict[str, float]:
     """What this machine gives one thread: bytes per second read, and fp32 operations per second of a product."""
     torch.set_num_threads(1)
@@ -192,18 +128,16 @@ def contenders(args: argparse.Namespace, work: Path, stack: ExitStack) -> list[C
 
 
 @contextlib.contextmanager
-def deployed(args: argparse.Namespace, work: Path, num_hosts: int) -> Iterator[tuple[Contender, Deployment]]:
+def asked(args: argparse.Namespace, work: Path, num_hosts: int) -> Iterator[tuple[Contender, Deployment]]:
     """`pregate serve` on so many hosts, and who asks it. It ends with the block: an idle Ray takes time from others."""
-    deployment = Deployment(random_cut(args.parent, work / "cut75", experts=8, shared=3, active=3), num_hosts)
-    try:
+    model = random_cut(args.parent, work / "cut75", experts=8, shared=3, active=3)
+    with deployed(model, "--hosts", num_hosts, "--no-prefix-sharing") as deployment:
         contender = Contender(f"serve --hosts {num_hosts}, 75 %", sys.executable, "pregate_serve", deployment.target)
         start_s = time.perf_counter()
         contender.run(["Once"], 1)
         contender.start_s = deployment.start_s + time.perf_counter() - start_s
         yield contender, deployment
         contender.close()
-    finally:
-        deployment.close()
 
 
 class Results:
@@ -261,7 +195,7 @@ def main() -> None:
         for contender in set(running) - set(ours):
             contender.close()
         for num_hosts in args.hosts:
-            with deployed(args, work, num_hosts) as (served, deployment):
+            with asked(args, work, num_hosts) as (served, deployment):
                 speeds.race([*ours, served], f", beside --hosts {num_hosts}")
                 results["stages_s"][served.name] = deployment.stages
                 results["held_bytes"][served.name] = deployment.held_bytes()

@@ -91,6 +91,7 @@ def _wait(deployment: Deployment, stopping: threading.Event) -> str | None:
                 _say(note)
                 said = number
         if lost is not None:
+            _say(lost)  # now: to drain and to clean up takes its time
             return lost
     return deployment.lost
 

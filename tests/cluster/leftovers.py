@@ -119,8 +119,8 @@ class Running:
 
 
 @contextmanager
-def started(*command, until):
-    """Run a Python command until it says `until`; kills whatever is left at the end."""
+def launched(*command):
+    """Run a Python command in a folder of its own; kills whatever is left at the end."""
     with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         log = folder / "serve.log"
@@ -134,12 +134,19 @@ def started(*command, until):
                 start_new_session=True,
             )
         try:
-            wait_for(log, until, process)
             yield Running(process, folder, log)
         finally:
             for left in processes_of(folder):
                 left.send_signal(signal.SIGKILL)
             process.wait(10)
+
+
+@contextmanager
+def started(*command, until):
+    """`launched`, as soon as the command says `until`."""
+    with launched(*command) as running:
+        wait_for(running.log, until, running.process)
+        yield running
 
 
 def serving(*arguments, until="stop  "):

@@ -171,9 +171,11 @@ def test_a_lost_host_ends_the_server_with_a_reason(layerwise_checkpoint):
         assert "is lost" in sentence
         assert after_s < 10
         assert running.process.wait(60) == 1
-        last = running.log.read_text().splitlines()[-1]
+        lines = running.log.read_text().splitlines()
+        last = lines[-1]
         lost = re.match(r"pregate: (host [01] is lost): its process died", last)
         assert lost, last
+        assert lines.index(f"  {last.removeprefix('pregate: ')}") < lines.index("  draining and stopping")
         logs = running.kept_logs
         assert lost[1] in "".join(path.read_text() for path in logs.glob("worker-*.err"))
         shutil.rmtree(logs.parent)

@@ -52,14 +52,15 @@ def test_the_loss_of_ray_is_seen_without_asking_ray(deployment, monkeypatch):
     assert deployment.close()  # at once: no call to Ray would return
 
 
-def test_what_happens_is_said_once_and_a_loss_ends_the_wait(deployment, monkeypatch, capsys):
+def test_what_happens_is_said_once_and_a_loss_at_once_before_anything_is_drained(deployment, monkeypatch, capsys):
     monkeypatch.setattr(launch.local_ray, "gcs_answers", lambda address: True)
     monkeypatch.setattr(serving, "LOOK_S", 0.01)
     deployment.notes = [(0, "door on port 1: it died; a new one is started"), (1, "host 0: no answer for 11 s")]
     timer = threading.Timer(0.2, lambda: setattr(deployment, "lost", "host 1 is lost: its process died"))
     timer.start()
     assert serving._wait(deployment, threading.Event()) == "host 1 is lost: its process died"
-    assert capsys.readouterr().err == "".join(f"  {note}\n" for _, note in deployment.notes)
+    said = [note for _, note in deployment.notes] + ["host 1 is lost: its process died"]
+    assert capsys.readouterr().err == "".join(f"  {line}\n" for line in said)
 
 
 def test_a_signal_after_a_loss_is_no_success(deployment):

@@ -44,7 +44,7 @@ class EngineClientOptions:
     is waited for up to `frozen_s`. Who connects in one process (`inproc`) never counts as connected."""
 
     keep_alive_s: float = 0.5
-    silence_s: float = 4.0
+    silence_s: float = 2.5
     frozen_s: float = 60.0
     reply_timeout_s: float = 10.0
 

@@ -1,0 +1,283 @@
+"""What a deployment of real processes bears, and how soon a death in it is seen: steps of 30 s, stops, floods, kills.
+
+    python -m benchmarks.liveness --model examples/quartet-paths --long-model SMOLLM2_CUT
+
+`--long-model` needs a context of thousands of tokens: its prompts make one step last 30 s. Requests have a deadline of
+ten minutes; every one that ends otherwise than complete is counted. Health is asked without a pause, each time over a
+connection of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.deployment import Deployment, deployed
+from benchmarks.liveness_report import write_report
+from benchmarks.surroundings import ROOT, surroundings
+from pregate.base.errors import PregateError
+from pregate.client.client import Client
+from tests.cluster.leftovers import shared_memory
+
+DEADLINE_S = 600.0
+PATIENCE_S = 120.0
+ASK_EVERY_S = 0.1
+FROZEN_S = 20.0
+#: In (a) and (b) so many requests decode meanwhile.
+NUM_RUNNING = 8
+
+
+class Health(threading.Thread):
+    """Asks for health, and what the engine is busy with, until `stop`: `answers` as (monotonic seconds, what)."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(daemon=True)
+        self._target, self._ended = target, threading.Event()
+        self.answers: list[tuple[float, str]] = []
+        self.longest_busy_s = self.longest_answer_s = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(ASK_EVERY_S):
+            asked_s = time.monotonic()
+            what = self._ask()
+            self.answers.append((time.monotonic(), what))
+            self.longest_answer_s = max(self.longest_answer_s, time.monotonic() - asked_s)
+
+    def _ask(self) -> str:
+        try:
+            with Client(self._target, timeout_s=5) as client:
+                return "SERVING" if client.health() else "NOT_SERVING"
+        except PregateError as error:
+            return type(error).__name__
+
+    def first(self, wanted: bool, after_s: float) -> float:
+        """Wait for the first answer after `after_s` that is SERVING, or is not; returns when it came."""
+        give_up_s = time.monotonic() + PATIENCE_S
+        while time.monotonic() < give_up_s:
+            for said_s, what in list(self.answers):
+                if said_s > after_s and (what == "SERVING") == wanted:
+                    return said_s
+            time.sleep(0.02)
+        raise TimeoutError(f"health did not turn {'' if wanted else 'not '}SERVING within {PATIENCE_S:.0f} s")
+
+    def stop(self) -> dict[str, Any]:
+        self._ended.set()
+        self.join(PATIENCE_S)
+        answers = [what for _, what in self.answers]
+        counts = {what: answers.count(what) for what in sorted(set(answers))}
+        return {"health": counts, "longest_health_answer_s": round(self.longest_answer_s, 2)}
+
+
+class Busy(threading.Thread):
+    """Asks what the engine is busy with until `stop`, which returns for how long one step lasted at most."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(daemon=True)
+        self._client, self._ended = Client(target, timeout_s=5), threading.Event()
+        self.longest_s = 0.0
+        self.start()
+
+    def run(self) -> None:
+        while not self._ended.wait(ASK_EVERY_S):
+            with contextlib.suppress(PregateError):  # an engine that is stopped tells nothing
+                info = self._client.model_info()
+                if info.busy_with == "a step":
+                    self.longest_s = max(self.longest_s, info.busy_s)
+
+    def stop(self) -> float:
+        self._ended.set()
+        self.join(PATIENCE_S)
+        self._client.close()
+        return round(self.longest_s, 1)
+
+
+class Request(threading.Thread):
+    """One running request. `begun` is set by its first token; `error` is None when it ended complete."""
+
+    def __init__(self, target: str, prompt: list[int], max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._target, self._prompt, self._max_tokens = target, prompt, max_tokens
+        self.begun = threading.Event()
+        self.error: str | None = "it did not end"
+        self.num_tokens, self.ended_s = 0, 0.0
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with Client(self._target, timeout_s=DEADLINE_S) as client:
+                for chunk in client.generate(self._prompt, self._max_tokens, ignore_eos=True):
+                    self.num_tokens += len(chunk.token_ids)
+                    self.begun.set()
+            self.error = None
+        except PregateError as error:
+            self.error = f"{type(error).__name__}: {error}"
+        self.ended_s = time.monotonic()
+
+
+def prompts(deployment: Deployment, count: int, num_tokens: int | None = None, room: int = 8) -> list[list[int]]:
+    """So many random prompts; their length None fills the context but for `room` tokens."""
+    with Client(deployment.target, timeout_s=PATIENCE_S) as client:
+        info = client.model_info()
+    length, draw = num_tokens or info.max_context_length - room, random.Random(count)
+    return [[draw.randrange(3, info.vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+def start(deployment: Deployment, given: list[list[int]], max_tokens: int) -> list[Request]:
+    return [Request(deployment.target, prompt, max_tokens) for prompt in given]
+
+
+def wait_begun(requests: list[Request]) -> None:
+    for request in requests:
+        if not request.begun.wait(PATIENCE_S):
+            raise TimeoutError(f"no first token within {PATIENCE_S:.0f} s: {request.error}")
+
+
+def outcome(requests: list[Request]) -> dict[str, Any]:
+    """Wait for the end of all; how many there were and which failed."""
+    for request in requests:
+        request.join(DEADLINE_S)
+    failed = [request.error for request in requests if request.error is not None]
+    return {"requests": len(requests), "failed": failed, "tokens": sum(r.num_tokens for r in requests)}
+
+
+class Run:
+    """Everything measured so far, by part."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.found = args, {"bears": {}, "starts": {}, "kills": []}
+
+    @contextmanager
+    def serving(self, name: str, model: Path, *arguments: object) -> Iterator[Deployment]:
+        """A deployment that has given its first token; what its start went to is kept under `name`."""
+        before, began_s = shared_memory(), time.monotonic()
+        with deployed(model, *arguments) as deployment:
+            (first,) = start(deployment, [[5, 6, 7]], 1)
+            wait_begun([first])
+            first_token_s = round(time.monotonic() - began_s, 1)
+            self.found["starts"][name] = {"first_token_s": first_token_s, "stages": deployment.stages}
+            yield deployment
+            left = deployment.stop() + sorted(shared_memory() - before)
+            print(f"{name}: left behind: {left}", flush=True)
+            self.found.setdefault("left", []).extend(left)
+
+    def bears(self, name: str, deployment: Deployment, requests: list[Request], during: Any = lambda: None) -> None:
+        """Watch health until `requests`, which have begun, and `during` have ended."""
+        began_s, health, busy = time.monotonic(), Health(deployment.target), Busy(deployment.target)
+        more = during() or []
+        self.found["bears"][name] = {
+            **outcome([*requests, *more]),
+            "seconds": round(time.monotonic() - began_s, 1),
+            "longest_step_s": busy.stop(),
+            **health.stop(),
+        }
+        print(f"{name}: {self.found['bears'][name]}", flush=True)
+
+
+def long_step(run: Run) -> None:
+    """(a) Prompts so long that one step takes 30 s, in the middle of running requests."""
+    count = run.args.long_prompts
+    arguments = ("--hosts", 2, "--step-tokens", run.args.long_tokens * count + NUM_RUNNING)
+    with run.serving("long step, 2 hosts", run.args.long_model, *arguments) as deployment:
+        running = start(deployment, prompts(deployment, NUM_RUNNING, 32), 64)
+        wait_begun(running)
+        long = prompts(deployment, count, run.args.long_tokens)
+        run.bears("a step of 30 s", deployment, running, lambda: start(deployment, long, 8))
+
+
+def frozen(run: Run) -> None:
+    """(b) The engine is stopped for 20 s and goes on."""
+    with run.serving("quartet, 2 hosts", run.args.model, "--hosts", 2) as deployment:
+        running = start(deployment, prompts(deployment, NUM_RUNNING, 32), 400)
+        wait_begun(running)
+        (engine,) = deployment.parts("engine")
+
+        def stop_and_go() -> None:
+            engine.suspend()
+            time.sleep(FROZEN_S)
+            engine.resume()
+
+        run.bears("engine stopped for 20 s", deployment, running, stop_and_go)
+
+
+def flood(run: Run) -> None:
+    """(c) 100 prompts of the full context at once."""
+    with run.serving("quartet, no host", run.args.model, "--hosts", 0) as deployment:
+        given = prompts(deployment, 100)
+        run.bears("100 full contexts at once", deployment, [], lambda: start(deployment, given, 8))
+
+
+@contextmanager
+def busy_machine(num_processes: int) -> Iterator[None]:
+    """So many processes that take all they get."""
+    with ExitStack() as stack:
+        for _ in range(num_processes):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(process.wait, PATIENCE_S)
+            stack.callback(process.kill)
+        yield
+
+
+def kill(run: Run, role: str, num_busy: int) -> None:
+    """(d) `kill -9` of a process while a request runs. A door is to come back, all else to end with code 1."""
+    name = f"{role} killed, {num_busy} busy processes beside"
+    with run.serving(name, run.args.model, "--hosts", 2) as deployment, busy_machine(num_busy):
+        del run.found["starts"][name]
+        health = Health(deployment.target)
+        (request,) = start(deployment, prompts(deployment, 1, 8), 480)
+        wait_begun([request])
+        victim, killed_s = deployment.parts(role)[0], time.monotonic()
+        os.kill(victim.pid, signal.SIGKILL)
+        seen: dict[str, Any] = {"role": role, "busy": num_busy}
+        said_s, seen["screen"] = deployment.said("is lost", "its process died")
+        not_serving_s = health.first(False, killed_s)
+        request.join(PATIENCE_S)
+        times = {"screen": said_s, "health": not_serving_s, "client": request.ended_s}
+        if role == "front door":
+            times["serves again"] = health.first(True, not_serving_s)
+        else:
+            seen["exit_code"] = deployment.process.wait(PATIENCE_S)
+            times["exit"] = time.monotonic()
+        health.stop()
+        seen |= {"client": request.error, "seconds": {k: round(t - killed_s, 2) for k, t in times.items()}}
+        run.found["kills"].append(seen)
+        print(f"{name}: {seen}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, help="a small routed checkpoint with exact paths")
+    parser.add_argument("--long-model", type=Path, help="one of a long context; without, the long step is left out")
+    parser.add_argument("--long-tokens", type=int, default=8000, help="tokens of a prompt of the long step")
+    parser.add_argument("--long-prompts", type=int, default=1)
+    parser.add_argument("--busy", type=int, nargs="*", default=[0, 2], help="kill beside so many busy processes")
+    parser.add_argument("--parts", nargs="+", default=["frozen", "flood", "kill", "long"])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "liveness.json")
+    args = parser.parse_args()
+    run = Run(args)
+    parts = {"long": [long_step] if args.long_model else [], "frozen": [frozen], "flood": [flood]}
+    roles = ("engine", "expert hosts", "front door")
+    parts["kill"] = [partial(kill, role=role, num_busy=busy) for busy in args.busy for role in roles]
+    around = surroundings("liveness", ("ray", "grpcio", "pyzmq"))
+    for measure in (measure for part in args.parts for measure in parts[part]):
+        measure(run)
+        results = run.found | around
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_report(results, args.out)
+
+
+if __name__ == "__main__":
+    main()
