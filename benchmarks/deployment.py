@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
@@ -41,12 +42,9 @@ class Deployment:
         wait_for(running.log, "stop  ", running.process)
         self.start_s = time.monotonic() - started_s
         self.process, self.target = running.process, running.target
-        ready_s = time.monotonic()
-        self.stages = {
-            line.strip(): round(said_s - started_s, 1)
-            for said_s, line in list(self.screen)
-            if line.startswith("  ") and said_s < ready_s and "(after" not in line
-        }
+        starting = takewhile(lambda said: not said[1].startswith("serving"), list(self.screen))
+        stages = [(said_s, line.strip()) for said_s, line in starting if line.startswith("  ") and "(after" not in line]
+        self.stages = {line: round(said_s - started_s, 1) for said_s, line in stages}
 
     def _read(self) -> None:
         with self._running.log.open() as log:

@@ -10,14 +10,12 @@ connection of its own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,104 +26,13 @@ from typing import Any
 from benchmarks.deployment import Deployment, deployed
 from benchmarks.liveness_report import write_report
 from benchmarks.surroundings import ROOT, surroundings
-from pregate.base.errors import PregateError
+from benchmarks.watching import DEADLINE_S, PATIENCE_S, Busy, Health, Request
 from pregate.client.client import Client
 from tests.cluster.leftovers import shared_memory
 
-DEADLINE_S = 600.0
-PATIENCE_S = 120.0
-ASK_EVERY_S = 0.1
 FROZEN_S = 20.0
 #: In (a) and (b) so many requests decode meanwhile.
 NUM_RUNNING = 8
-
-
-class Health(threading.Thread):
-    """Asks for health, and what the engine is busy with, until `stop`: `answers` as (monotonic seconds, what)."""
-
-    def __init__(self, target: str) -> None:
-        super().__init__(daemon=True)
-        self._target, self._ended = target, threading.Event()
-        self.answers: list[tuple[float, str]] = []
-        self.longest_busy_s = self.longest_answer_s = 0.0
-        self.start()
-
-    def run(self) -> None:
-        while not self._ended.wait(ASK_EVERY_S):
-            asked_s = time.monotonic()
-            what = self._ask()
-            self.answers.append((time.monotonic(), what))
-            self.longest_answer_s = max(self.longest_answer_s, time.monotonic() - asked_s)
-
-    def _ask(self) -> str:
-        try:
-            with Client(self._target, timeout_s=5) as client:
-                return "SERVING" if client.health() else "NOT_SERVING"
-        except PregateError as error:
-            return type(error).__name__
-
-    def first(self, wanted: bool, after_s: float) -> float:
-        """Wait for the first answer after `after_s` that is SERVING, or is not; returns when it came."""
-        give_up_s = time.monotonic() + PATIENCE_S
-        while time.monotonic() < give_up_s:
-            for said_s, what in list(self.answers):
-                if said_s > after_s and (what == "SERVING") == wanted:
-                    return said_s
-            time.sleep(0.02)
-        raise TimeoutError(f"health did not turn {'' if wanted else 'not '}SERVING within {PATIENCE_S:.0f} s")
-
-    def stop(self) -> dict[str, Any]:
-        self._ended.set()
-        self.join(PATIENCE_S)
-        answers = [what for _, what in self.answers]
-        counts = {what: answers.count(what) for what in sorted(set(answers))}
-        return {"health": counts, "longest_health_answer_s": round(self.longest_answer_s, 2)}
-
-
-class Busy(threading.Thread):
-    """Asks what the engine is busy with until `stop`, which returns for how long one step lasted at most."""
-
-    def __init__(self, target: str) -> None:
-        super().__init__(daemon=True)
-        self._client, self._ended = Client(target, timeout_s=5), threading.Event()
-        self.longest_s = 0.0
-        self.start()
-
-    def run(self) -> None:
-        while not self._ended.wait(ASK_EVERY_S):
-            with contextlib.suppress(PregateError):  # an engine that is stopped tells nothing
-                info = self._client.model_info()
-                if info.busy_with == "a step":
-                    self.longest_s = max(self.longest_s, info.busy_s)
-
-    def stop(self) -> float:
-        self._ended.set()
-        self.join(PATIENCE_S)
-        self._client.close()
-        return round(self.longest_s, 1)
-
-
-class Request(threading.Thread):
-    """One running request. `begun` is set by its first token; `error` is None when it ended complete."""
-
-    def __init__(self, target: str, prompt: list[int], max_tokens: int) -> None:
-        super().__init__(daemon=True)
-        self._target, self._prompt, self._max_tokens = target, prompt, max_tokens
-        self.begun = threading.Event()
-        self.error: str | None = "it did not end"
-        self.num_tokens, self.ended_s = 0, 0.0
-        self.start()
-
-    def run(self) -> None:
-        try:
-            with Client(self._target, timeout_s=DEADLINE_S) as client:
-                for chunk in client.generate(self._prompt, self._max_tokens, ignore_eos=True):
-                    self.num_tokens += len(chunk.token_ids)
-                    self.begun.set()
-            self.error = None
-        except PregateError as error:
-            self.error = f"{type(error).__name__}: {error}"
-        self.ended_s = time.monotonic()
 
 
 def prompts(deployment: Deployment, count: int, num_tokens: int | None = None, room: int = 8) -> list[list[int]]:

@@ -16,6 +16,7 @@ from pregate.router.link.messages import (
     TokensEvent,
 )
 from pregate.router.link.packet import pack, unpack
+from pregate.workers.client.channel import ChannelOptions
 
 
 async def stream_with_late_failure():
@@ -72,3 +73,10 @@ async def unavailable_after_a_bug():
 
 def test_a_channel_that_broke_stays_broken():
     assert asyncio.run(asyncio.wait_for(unavailable_after_a_bug(), 10)) == "the channel to the engine broke"
+
+
+def test_patience_with_the_dead_leaves_room_within_five_seconds():
+    """A death is to be seen everywhere within 5 s, on a busy machine too: the clocks in a row may take 3.5 of them."""
+    engine, host = EngineClientOptions(), ChannelOptions()
+    assert engine.silence_s + engine.keep_alive_s <= 3.5
+    assert host.host_timeout_s <= 3.5
