@@ -25,7 +25,8 @@ from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.gates import Choice
 from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedMLP, RoutingPolicy, find_routed_mlps
-from pregate.model.path_router import PathComputer, PathRouter, PathState
+from pregate.model.path_computer import PathComputer, PathState
+from pregate.model.path_router import PathRouter
 from pregate.model.paths import Paths
 
 

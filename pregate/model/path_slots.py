@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from pregate.model.path_router import PathComputer, PathState, RouterBlock
+from pregate.model.path_computer import PathComputer, PathState
+from pregate.model.path_router import RouterBlock
 from pregate.model.paths import Paths
 
 

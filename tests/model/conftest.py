@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pregate.model.path_router import PathComputer
+from pregate.model.path_computer import PathComputer
 from tests.model.random_routers import KINDS, Kind, random_router
 
 

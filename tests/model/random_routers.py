@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from pregate.model.config import LayerCut, PathRouterConfig
-from pregate.model.path_router import PathComputer, PathRouter
+from pregate.model.path_computer import PathComputer
+from pregate.model.path_router import PathRouter
 
 UNLIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(7, 1, 2, 8)]
 ALIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(5, 3, 3, 8)]

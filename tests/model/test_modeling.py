@@ -5,7 +5,7 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathComputer
+from pregate.model.path_computer import PathComputer
 
 
 @pytest.fixture(scope="module", params=["layerwise", "path"])

@@ -9,10 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pregate.kernels.reference import above, top_k
-from pregate.model import path_router
+from pregate.model import path_computer
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.gates import Choice
-from pregate.model.path_router import PathComputer, PathRouter, choose_experts, split_layers
+from pregate.model.path_computer import PathComputer
+from pregate.model.path_router import PathRouter, choose_experts, split_layers
 from tests.model.random_routers import Kind, prompt, random_router
 
 
@@ -74,7 +75,7 @@ def test_all_layers_at_once_choose_as_each_by_itself(selection: str):
 def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     """For each time experts are chosen: of how many tokens, and on which device their scores lie."""
     seen: list[tuple[int, str]] = []
-    original = path_router.choose_experts
+    original = path_computer.choose_experts
 
     def choose(router: PathRouter, scores_NS: torch.Tensor) -> Choice:
         seen.append((len(scores_NS), scores_NS.device.type))
@@ -82,7 +83,7 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
             return original(router, scores_NS)
         return Choice(torch.empty(0, len(router.cuts), 0, dtype=torch.int64))
 
-    monkeypatch.setattr(path_router, "choose_experts", choose)
+    monkeypatch.setattr(path_computer, "choose_experts", choose)
     return seen
 
 

@@ -11,7 +11,8 @@ import torch
 
 from pregate.model import path_router
 from pregate.model.config import PathRouterConfig
-from pregate.model.path_router import PathComputer, PathRouter, PathState
+from pregate.model.path_computer import PathComputer, PathState
+from pregate.model.path_router import PathRouter
 from pregate.model.paths import Paths
 from tests.model.random_routers import UNLIKE, Kind, assert_same, in_chunks, prompt, random_router, route, whole
 

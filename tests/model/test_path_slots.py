@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pregate.model.path_router import PathComputer
+from pregate.model.path_computer import PathComputer
 from pregate.model.path_slots import PathSlots
 from pregate.model.paths import Paths
 from tests.model.random_routers import assert_same, prompt, route

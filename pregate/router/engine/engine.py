@@ -18,7 +18,7 @@ from pregate.base.errors import HostLostError, PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.base.memory import out_of_memory_fails
 from pregate.model.folder import ModelFolder
-from pregate.model.path_router import PathComputer
+from pregate.model.path_computer import PathComputer
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.blocks import BlockAllocator

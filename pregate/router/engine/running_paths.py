@@ -11,7 +11,7 @@ import torch
 
 from pregate.base.errors import ProtocolError
 from pregate.model.packed_paths import PackedPaths
-from pregate.model.path_router import PathComputer, PathState
+from pregate.model.path_computer import PathComputer, PathState
 from pregate.model.path_slots import PathSlots
 from pregate.model.paths import Paths
 from pregate.router.engine.sequence import Sequence

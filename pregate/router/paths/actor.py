@@ -26,7 +26,7 @@ class PathActor(LoopActor):
         import torch
 
         from pregate.model.checkpoint import CheckpointReader
-        from pregate.model.path_router import PathComputer
+        from pregate.model.path_computer import PathComputer
         from pregate.model.quiet import quiet_transformers
         from pregate.router.paths.load import load_router
         from pregate.router.paths.prompts import Prompts

@@ -10,7 +10,8 @@ from pregate.base.errors import DeadlineError, PregateError, QueueFullError, Use
 from pregate.base.log import get_logger
 from pregate.base.memory import out_of_memory_fails
 from pregate.model.packed_paths import PackedPaths
-from pregate.model.path_router import CHUNK_TOKENS, PathComputer, PathState
+from pregate.model.path_computer import PathComputer, PathState
+from pregate.model.path_router import CHUNK_TOKENS
 from pregate.router.link.messages import FailedEvent, PackedState, RouteReply, RouteRequest, check_prompt
 from pregate.router.paths.options import PathOptions
 

@@ -12,7 +12,7 @@ import pytest
 from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathComputer
+from pregate.model.path_computer import PathComputer
 from pregate.router.doors.service import RouterService
 from pregate.router.link.client import EngineClient
 from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest

@@ -6,7 +6,7 @@ import pytest
 from pregate.base.errors import CheckpointError, QueueFullError, UserError
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.path_router import PathComputer
+from pregate.model.path_computer import PathComputer
 from pregate.router.link.messages import FailedEvent, RouteReply, RouteRequest
 from pregate.router.paths.load import load_router
 from pregate.router.paths.options import PathOptions
