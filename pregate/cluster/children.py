@@ -152,6 +152,7 @@ class RayChildren:
             ipc_folder=str(folder) if beside else None,
             allowed_client_keys=() if beside else (keys.public,),
             num_threads=config.host_threads,
+            first_core=config.engine.threads + host * config.host_threads if config.engine.pin_cores else None,
         )
         actor_options = self._options(f"host-{host}", bundle, config.gpus_per_host)
         return ray.remote(ExpertHostActor).options(**actor_options).remote(options)

@@ -1,6 +1,7 @@
 """`pregate serve` from start to end, in real processes: what it answers, and what it leaves behind."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -164,8 +165,15 @@ def join(running, checkpoint, *arguments):
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
+def cores_of_threads(process):
+    """What each thread of a process may run on, one entry for each kind."""
+    return {tuple(os.sched_getaffinity(thread.id)) for thread in process.threads()}
+
+
 def test_a_lost_host_ends_the_server_with_a_reason(layerwise_checkpoint):
-    with serving("--model", layerwise_checkpoint, "--hosts", 2) as running:
+    with serving("--model", layerwise_checkpoint, "--hosts", 2, "--pin-cores") as running:
+        for process in (*running.children("ExpertHostActor"), *running.children("EngineActor")):
+            assert any(len(cores) == 1 for cores in cores_of_threads(process))
         with Client(running.target, timeout_s=120) as client:
             sentence, after_s = generate_until_a_host_is_killed(running, client)
         assert "is lost" in sentence

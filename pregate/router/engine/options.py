@@ -34,6 +34,9 @@ class EngineOptions:
     ] = None
     prefix_sharing: Annotated[bool, Field(description="Compute equal beginnings of prompts once.")] = True
     max_queued_bytes: Annotated[int, Field(ge=1, description="Bytes of prompts and paths that wait.")] = 1 << 30
+    pin_cores: Annotated[
+        bool, Field(description="Keep the engine and every host to cores of their own, as far as there are.")
+    ] = False
     cuda_graphs: Annotated[bool, Field(description="Capture decode steps on a CUDA device.")] = True
     check_steps: Annotated[bool, Field(description="Check every step's invariants (slow; for debugging).")] = False
     group_timeout_s: Annotated[float, Field(gt=0, description="Seconds a host may take for one group of rows.")] = 30.0

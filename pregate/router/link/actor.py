@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
+from pregate.base.cores import pin
 from pregate.router.engine.options import EngineOptions
 from pregate.router.link.loop_actor import LoopActor
 
@@ -44,6 +45,8 @@ class EngineActor(LoopActor):
         from pregate.router.link.server import EngineServer, EngineServerOptions
 
         quiet_transformers()
+        if self._options.pin_cores:
+            pin(0, self._options.threads)
         self._clients = make_clients()
         engine = build_engine(self._options, self._clients, hosts_of_LR)
         link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)

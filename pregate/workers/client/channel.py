@@ -262,7 +262,7 @@ class ChannelClient:
     def _take(self, socket: zmq.Socket, flags: int) -> bool:
         """Handle one message, waiting for it at most a slice of time (`flags` 0) or not at all (NOBLOCK)."""
         try:
-            frames = socket.recv_multipart(flags, copy=False)
+            frames = socket.recv_multipart(flags, copy=False) if flags else transport.receive(socket)
         except zmq.Again:
             return False
         self._looked_s, self._silent_s = time.monotonic(), 0.0

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
+from pregate.base.cores import pin
 from pregate.base.errors import UnavailableError, UserError
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
@@ -27,7 +28,8 @@ class ActorOptions:
 
     `units` are (layer, expert) of the folder `checkpoint`. `ipc_folder` (mode 700, made if missing) is needed by
     transport ipc; tcp listens on `bind_address` (None: this node's address in Ray), and off loopback only with
-    `allowed_client_keys`. `num_threads` are torch's.
+    `allowed_client_keys`. `num_threads` are torch's; they keep to as many
+    cores from `first_core` on.
     """
 
     checkpoint: str
@@ -39,6 +41,7 @@ class ActorOptions:
     allowed_client_keys: tuple[str, ...] = ()
     heartbeat_s: float = 0.5
     num_threads: int = 1
+    first_core: int | None = None
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
@@ -69,6 +72,8 @@ class ExpertHostActor:
         options = self._options
         log.configure(f"host {options.host.host_id}")
         torch.set_num_threads(options.num_threads)
+        if options.first_core is not None:
+            pin(options.first_core, options.num_threads)
         host = self._make_host()
         host.warm_up()
         endpoint = self._endpoint(host)

@@ -74,7 +74,7 @@ class ComputeThread:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                peer, *frames = self._socket.recv_multipart(copy=False)
+                peer, *frames = transport.receive(self._socket, look_first=not self._quiet)
             except zmq.Again:
                 self._quiet = True
                 continue
