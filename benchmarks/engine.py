@@ -98,10 +98,9 @@ def _seconds(call: Any) -> float:
     return time.perf_counter() - start_s
 
 
-def lean_step(shared: Path) -> dict[str, float]:
-    """Tokens per second of a bare decode step (`lean_step.py` of the peers), by share of the FFN and batch."""
-    script = shared / "peers" / "lean_step.py"
-    if not script.exists():
+def lean_step(script: Path | None) -> dict[str, float]:
+    """Tokens per second of a bare decode step, by share of the FFN and batch; nothing without its script."""
+    if script is None:
         return {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment, check=True)
@@ -115,6 +114,8 @@ def contenders(args: argparse.Namespace, work: Path, stack: ExitStack) -> list[C
     found = []
     if args.vllm_python:
         found.append(Contender("vLLM, dense", args.vllm_python, "vllm", parent))
+    if args.vllm_python and args.export:
+        found.append(Contender("vLLM, our export, 75 %", args.vllm_python, "vllm", str(args.export)))
     found.append(Contender("transformers, dense", here, "transformers", parent))
     if args.gguf:
         found.append(Contender("llama.cpp, 4 bits", args.llama_python or here, "llama_cpp", str(args.gguf)))
@@ -131,7 +132,7 @@ def contenders(args: argparse.Namespace, work: Path, stack: ExitStack) -> list[C
 def asked(args: argparse.Namespace, work: Path, num_hosts: int) -> Iterator[tuple[Contender, Deployment]]:
     """`pregate serve` on so many hosts, and who asks it. It ends with the block: an idle Ray takes time from others."""
     model = random_cut(args.parent, work / "cut75", experts=8, shared=3, active=3)
-    with deployed(model, "--hosts", num_hosts, "--no-prefix-sharing") as deployment:
+    with deployed(model, "--hosts", num_hosts, "--no-prefix-sharing", "--pin-cores") as deployment:
         contender = Contender(f"serve --hosts {num_hosts}, 75 %", sys.executable, "pregate_serve", deployment.target)
         start_s = time.perf_counter()
         contender.run(["Once"], 1)
@@ -170,8 +171,10 @@ def main() -> None:
     parser.add_argument("--parent", type=Path, required=True, help="dense model folder")
     parser.add_argument("--shared-folder", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--vllm-python")
+    parser.add_argument("--export", help="what `pregate export` made of a cut of the parent, 75 %% active")
     parser.add_argument("--llama-python")
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--lean-step", type=Path, help="lean_step.py of the peers, where the parent is SmolLM2-135M")
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--shares", type=int, nargs="+", default=[share for share, *_ in CUTS])
     parser.add_argument("--hosts", type=int, nargs="*", default=[])
@@ -185,7 +188,7 @@ def main() -> None:
     prompts = [f"Question: {question}\nAnswer:" for question in questions]
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        results: dict[str, Any] = {"bounds": measured_bounds(), "lean_step": lean_step(args.shared_folder)}
+        results: dict[str, Any] = {"bounds": measured_bounds(), "lean_step": lean_step(args.lean_step)}
         results |= {"stages_s": {}, "held_bytes": {}}
         running, speeds = contenders(args, work, stack), Results(prompts, args)
         for contender in running:
