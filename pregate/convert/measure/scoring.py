@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pregate.convert.files.dense import load_dense
 from pregate.convert.files.skeleton import with_forward
@@ -52,11 +51,12 @@ def logits_in_pieces(model: Any, ids_BN: torch.Tensor, mask_BN: torch.Tensor) ->
     if ids_BN.shape[1] <= size:
         yield model(**inputs).logits
         return
-    base, below, kept = lm.base_model, lm.base_model.forward, []
+    base, below, kept, kinds = lm.base_model, lm.base_model.forward, [], []
 
     def first(*args: Any, **kwargs: Any) -> Any:
         out = below(*args, **kwargs)
         kept.append(out.last_hidden_state)
+        kinds.append(type(out))  # of a mixture of experts it has fields that its head asks for
         out.last_hidden_state = kept[0][:, :size]
         return out
 
@@ -64,7 +64,7 @@ def logits_in_pieces(model: Any, ids_BN: torch.Tensor, mask_BN: torch.Tensor) ->
         logits_BnV = model(**inputs).logits
     yield logits_BnV
     for hidden_BnD in kept[0][:, size:].split(size, dim=1):
-        with with_forward(base, lambda *_args, **_kwargs: BaseModelOutputWithPast(last_hidden_state=hidden_BnD)):  # noqa: B023
+        with with_forward(base, lambda *_args, **_kwargs: kinds[0](last_hidden_state=hidden_BnD)):  # noqa: B023
             logits_BnV = lm(inputs_embeds=hidden_BnD, use_cache=False).logits
         yield logits_BnV
 

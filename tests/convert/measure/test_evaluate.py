@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cli.main import main
@@ -160,13 +160,21 @@ def test_too_little_text_is_refused_and_little_is_said(tiny_dense: Path, tiny_te
     assert re.fullmatch(r"--text \S+: [\d,]+ tokens of text are few; 5,000 are enough", "".join(told.notes))
 
 
-@pytest.mark.parametrize("kind", ["dense", "layerwise", "path"])
+def tiny_mixture() -> Qwen2MoeForCausalLM:
+    """What an export is: its head asks what lies below it for more than hidden states."""
+    config = Qwen2MoeConfig(vocab_size=512, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_experts=4)
+    config.num_key_value_heads, config.moe_intermediate_size, config.shared_expert_intermediate_size = 4, 32, 32
+    return Qwen2MoeForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["dense", "layerwise", "path", "mixture"])
 def test_logits_in_pieces_score_the_same(
     kind: str, monkeypatch, tiny_dense: Path, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path
 ):
     """A document of any length with any vocabulary holds no more logits at a time than it may."""
-    path = {"dense": tiny_dense, "layerwise": tiny_layerwise_checkpoint, "path": tiny_path_checkpoint}[kind]
-    model, rows = load_any(read_folder(path)), [list(range(1, 200)), list(range(5, 190)), [7, 8]]
+    path = {"dense": tiny_dense, "layerwise": tiny_layerwise_checkpoint, "path": tiny_path_checkpoint}.get(kind)
+    model = tiny_mixture() if path is None else load_any(read_folder(path))
+    rows = [list(range(1, 200)), list(range(5, 190)), [7, 8]]
     whole, sizes = score_rows(model, rows), []
     monkeypatch.setattr(scoring, "MOST_LOGITS", 64 * 512)
     hook = model.get_output_embeddings().register_forward_hook(lambda _m, _a, out: sizes.append(out.numel()))
