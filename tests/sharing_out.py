@@ -7,15 +7,23 @@ from typing import Any
 
 import pytest
 
-#: Tests that start deployments or look for what one left: one after another, whatever runs beside them.
-ONE_BY_ONE = ("tests/cluster", "tests/cli", "tests/workers/host/test_actor")
 DEPLOYMENTS = "deployments"
+#: Files that go together. Tests that start deployments or look for what one left run one after another, whatever runs
+#: beside them; those of families share the checkpoints that are made of them.
+TOGETHER = {
+    DEPLOYMENTS: ("tests/cluster", "tests/cli", "tests/workers/host/test_actor"),
+    "families": (
+        "tests/convert/test_families",
+        "tests/router/engine/test_served_families",
+        "tests/convert/tune/test_run",
+    ),
+}
 
 
 def unit_of(nodeid: str) -> str:
-    """What one process gets as a whole: a file, as its tests share its fixtures, or all of `ONE_BY_ONE`."""
+    """What one process gets as a whole: a file, as its tests share its fixtures, or files that go together."""
     file = nodeid.partition("::")[0]
-    return DEPLOYMENTS if file.startswith(ONE_BY_ONE) else file
+    return next((unit for unit, files in TOGETHER.items() if file.startswith(files)), file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

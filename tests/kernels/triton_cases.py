@@ -99,7 +99,7 @@ def cases(device: torch.device) -> list[Case]:
         Case("absent units, unchecked", tokens=12, by="absent unchecked"),
         Case("absent units of 2 tokens, unchecked", tokens=2, by="absent unchecked"),
         *([Case("captured in a graph", tokens=40, by="graph")] if device.type == "cuda" else []),
-        Case("tuned", hidden=64, by="tune"),
+        Case("tuned", hidden=64, width=16, by="tune"),
         Case("segments of 5 tokens", tokens=5, by="segments", routing="ragged", block_m=2),
         Case("segments of 300 tokens", tokens=300, by="segments", routing="ragged", k=3, routed=6, weighted=True),
     ]
