@@ -39,11 +39,12 @@ def available_bytes() -> int:
 
 @contextmanager
 def out_of_memory_fails() -> Iterator[None]:
-    """PregateError where the block finds no memory; any other RuntimeError is a defect."""
+    """PregateError where the block finds no memory, torch's or NumPy's; any other RuntimeError is a defect."""
     try:
         yield
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         # By name: torch's own class is not imported here.
-        if type(error).__name__ != "OutOfMemoryError" and _NO_MEMORY not in str(error):
+        lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not lacks and _NO_MEMORY not in str(error):
             raise
         raise PregateError(f"out of memory: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import ssl
@@ -38,29 +39,31 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> Non
     preflight.check_config(config)
     for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
         signal.signal(number, _interrupt)
-    deployment = launch(config, ray_access, _say)
-    reason = None
+    deployment, reason, clean = None, None, True
     try:
+        deployment = launch(config, ray_access, _say)
         _, port = deployment.add_door(door)
         stopping = _stop_on_signal()
         print("\n".join(_describe(deployment, door, port)), flush=True)
         give_back_heap()  # from here on it only waits: what reading the model folder took need not be held
         reason = _wait(deployment, stopping)
     finally:
-        _say("draining and stopping")
-        if deployment.num_launchers > 1:
-            _say("another launcher uses the deployment; it and its Ray go on until that one ends")
-        clean = deployment.close()
-        if logs := deployment.kept_logs():
-            _say(f"the logs are kept in {logs}")
+        if deployment is not None:
+            _say("draining and stopping")
+            if deployment.num_launchers > 1:
+                _say("another launcher uses the deployment; it and its Ray go on until that one ends")
+            clean = deployment.close()
+            if logs := deployment.kept_logs():
+                _say(f"the logs are kept in {logs}")
     if reason is not None:
-        raise (RayLostError if deployment.ray_lost else UnavailableError)(reason)
+        raise (RayLostError if deployment and deployment.ray_lost else UnavailableError)(reason)
     if not clean:
         raise UnavailableError("stopping took too long; the supervisor goes on with it")
 
 
 def _say(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # a terminal that is gone, as after SIGHUP, must not keep us from cleaning up
+        print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

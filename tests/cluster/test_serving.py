@@ -1,5 +1,6 @@
 """What `pregate serve` says and ends with; the whole of it runs in test_life_cycle.py."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -15,6 +16,18 @@ from pregate.router.doors.access import AccessOptions
 from pregate.router.doors.grpc_options import GrpcOptions
 
 NOBODY = "127.0.0.1:1"
+
+
+def test_a_terminal_that_is_gone_does_not_end_the_clean_up(monkeypatch):
+    """As after SIGHUP: what cannot be said is not said."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        serving._say("draining and stopping")
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            gone.close()
 
 
 def test_launcher_and_supervisor_load_no_torch(tiny_path_checkpoint, tmp_path):

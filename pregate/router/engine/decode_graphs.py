@@ -25,7 +25,7 @@ from pregate.router.engine.local_exchange import LocalExchange
 from pregate.router.engine.step_layout import SequenceSlice, StepLayout, decode_places
 
 #: Rotary tables that look at how far the positions reach, which a graph cannot ask.
-_LENGTH_BOUND_ROPE = ("dynamic", "longrope")
+_LENGTH_BOUND_ROPE = {"dynamic", "longrope"}
 #: Runs before a capture: libraries make their workspaces in the first.
 _WARM_UPS = 2
 
@@ -63,47 +63,61 @@ class DecodeGraphs:
 
     def __init__(self, backbone: Backbone, exchange: LocalExchange, kv: PagedKV) -> None:
         self._backbone, self._exchange, self._kv = backbone, exchange, kv
-        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._device = torch.device(backbone.device)
+        #: By sequences and blocks; None for what could not be captured.
+        self._captured: dict[tuple[int, int], _Captured | None] = {}
         self._pool: Any = None
 
     @torch.inference_mode()
     def run(
         self, slices: Sequence[SequenceSlice], ids: np.ndarray, positions: np.ndarray, paths: Paths
-    ) -> torch.Tensor:
-        """Return logits [B, V], which hold until the next step, of one token of each sequence; opens the exchange's
-        step."""
-        self._exchange.count_step(len(ids), paths)
+    ) -> torch.Tensor | None:
+        """Return logits [B, V], which hold until the next step, of one token of each sequence, the exchange's step
+        opened; None where such steps cannot be captured and nothing was done."""
         step = dict(zip(("slots", "blocks"), decode_places(slices, self._kv.block_size), strict=True))
         arrays = {"ids": ids, "positions": positions, "lengths": positions + 1, "path_ids": paths.ids}
         if paths.weights is not None:
             arrays["path_weights"] = paths.weights
         step |= {name: torch.from_numpy(array) for name, array in arrays.items()}
         size = _bucket(len(ids)), _bucket(step["blocks"].shape[1])
-        padded = _padded(step, *size)
+        step = _to_bucket(step, *size)
         if size not in self._captured:
-            self._captured[size] = self._capture(padded)
+            self._captured[size] = self._try_capture(step)
         found = self._captured[size]
-        for name, part in padded.items():
+        if found is None:
+            return None
+        self._exchange.open_step(len(ids), paths)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # idle, unless a step failed with copies on their way
+        for name, part in step.items():
             found.held[name].copy_(found.staged[name].copy_(part), non_blocking=True)
         found.graph.replay()
         return found.logits_BV[: len(ids)]
 
-    def _capture(self, padded: Inputs) -> _Captured:
-        device = torch.device(self._backbone.device)
-        staged = {name: part.pin_memory() if device.type == "cuda" else part for name, part in padded.items()}
-        held = {name: part.to(device, copy=True) for name, part in staged.items()}
-        num_sequences, num_blocks = held["blocks"].shape
-        wanted_B = torch.arange(num_sequences, device=device)
-        context = num_blocks * self._kv.block_size
+    def _try_capture(self, step: Inputs) -> _Captured | None:
+        """As `_capture`; None, and the log says why, where memory or a library does not allow it."""
+        size = f"decode steps of {len(step['ids'])} sequences and {step['blocks'].shape[1]} blocks of context"
+        try:
+            captured = self._capture(step)
+        except RuntimeError as error:
+            _log.warning("%s are not captured: %s", size, error)
+            return None
+        _log.info("%s are captured", size)
+        return captured
+
+    def _capture(self, example: Inputs) -> _Captured:
+        on_cuda = self._device.type == "cuda"
+        staged = {name: part.pin_memory() if on_cuda else part for name, part in example.items()}
+        held = {name: part.to(self._device, copy=True) for name, part in staged.items()}
+        wanted_B = torch.arange(len(held["ids"]), device=self._device)
 
         def step() -> torch.Tensor:
-            layout = StepLayout(self._kv, held["slots"], held["lengths"], context, False, None, held["blocks"], ())
+            layout = StepLayout.of_decodes(self._kv, held["slots"], held["lengths"], held["blocks"])
             self._exchange.route(held["path_ids"], held.get("path_weights"))
             return self._backbone.run(held["ids"], held["positions"], layout, wanted_B)
 
-        graph, logits_BV = capture(step, self._pool)
+        graph, logits_BV = capture(step, self._device, self._pool)
         self._pool = self._pool or graph.pool()
-        _log.info("captured: decode steps of up to %d sequences and %d tokens of context", num_sequences, context)
         return _Captured(staged, held, graph, logits_BV)
 
 
@@ -112,30 +126,38 @@ def decode_graphs(backbone: Backbone, kv: PagedKV) -> DecodeGraphs | None:
     if torch.device(backbone.device).type != "cuda":
         return None
     exchange = backbone.exchange
-    rope = (getattr(backbone.config.text_config, "rope_parameters", None) or {}).get("rope_type")
+    bound = rope_types(getattr(backbone.config.text_config, "rope_parameters", None)) & _LENGTH_BOUND_ROPE
     if backbone.config.routing != "path":
         hindrance = "gates choose layer by layer"
     elif not isinstance(exchange, LocalExchange) or not exchange.resident:
         hindrance = "not all experts are held in this process"
-    elif not backbone.lean or rope in _LENGTH_BOUND_ROPE:
-        hindrance = f"rope_type {rope}" if backbone.lean else "the model runs in transformers' modules"
+    elif not backbone.lean or bound:
+        hindrance = f"rope_type {', '.join(bound)}" if backbone.lean else "the model runs in transformers' modules"
     else:
         return DecodeGraphs(backbone, exchange, kv)
     _log.info("decode steps are not captured: %s", hindrance)
     return None
 
 
-def capture(step: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
-    """Record what `step` launches; return the graph and what `step` returned, which a replay fills anew."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UPS):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = step()
+def rope_types(parameters: dict[str, Any] | None) -> set[str]:
+    """The kinds of rotary tables in a config's `rope_parameters`: one, or one for each type of layer."""
+    parameters = parameters or {}
+    each = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return {part["rope_type"] for part in each if "rope_type" in part}
+
+
+def capture(step: Callable[[], torch.Tensor], device: torch.device, pool: Any) -> tuple[Graph, torch.Tensor]:
+    """Record what `step` launches on `device`; return the graph and what `step` returned, which a replay fills anew."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = step()
     return graph, result
 
 
@@ -144,7 +166,7 @@ def _bucket(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _padded(step: Inputs, num_sequences: int, num_blocks: int) -> Inputs:
+def _to_bucket(step: Inputs, num_sequences: int, num_blocks: int) -> Inputs:
     """`step` with its first sequence repeated and its tables filled with block 0, which nobody looks at."""
     rows = [n if n < len(step["ids"]) else 0 for n in range(num_sequences)]
     padded = {name: part[rows] for name, part in step.items()}

@@ -76,12 +76,12 @@ class LocalExchange:
         return self._local.complete
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
-        self.count_step(num_tokens, paths)
+        self.open_step(num_tokens, paths)
         if paths is not None and not self._whole.begin_step(num_tokens, paths):
             self.route(torch.from_numpy(paths.ids), None if paths.weights is None else torch.from_numpy(paths.weights))
 
-    def count_step(self, num_tokens: int, paths: Paths | None) -> None:
-        """Open a step for `end_step` alone: its layers are run by a graph that was captured."""
+    def open_step(self, num_tokens: int, paths: Paths | None) -> None:
+        """Note what `end_step` counts. It is all that a step needs whose layers are a captured graph's."""
         self._num_tokens, self._paths, self._chosen_TK, self._segments = num_tokens, paths, [], {}
 
     def route(self, ids_TLK: torch.Tensor, weights_TLK: torch.Tensor | None) -> None:

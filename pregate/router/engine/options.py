@@ -35,7 +35,7 @@ class EngineOptions:
     prefix_sharing: Annotated[bool, Field(description="Compute equal beginnings of prompts once.")] = True
     max_queued_bytes: Annotated[int, Field(ge=1, description="Bytes of prompts and paths that wait.")] = 1 << 30
     pin_cores: Annotated[
-        bool, Field(description="Keep the engine and every host to cores of their own, as far as there are.")
+        bool, Field(description="Keep engine and hosts each to its own cores; for a machine with one deployment.")
     ] = False
     cuda_graphs: Annotated[bool, Field(description="Capture decode steps on a CUDA device.")] = True
     check_steps: Annotated[bool, Field(description="Check every step's invariants (slow; for debugging).")] = False

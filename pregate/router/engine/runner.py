@@ -56,9 +56,10 @@ class ModelRunner:
         slices = [SequenceSlice(p.sequence.table, p.sequence.num_computed, p.stop) for p in step]
         exchange = self.backbone.exchange
         with out_of_memory_fails():
+            logits_BV = None
             if self.graphs is not None and paths is not None and len(ids) == len(wanted):
                 logits_BV = self.graphs.run(slices, ids.astype(np.int64), positions, paths)
-            else:
+            if logits_BV is None:
                 layout = StepLayout.build(self.kv, slices, self.backbone.device)
                 exchange.begin_step(number, len(ids), paths)
                 logits_BV = self.backbone.forward(ids.astype(np.int64), positions, layout, wanted)

@@ -100,6 +100,14 @@ class StepLayout:
             tuple(chunks),
         )
 
+    @classmethod
+    def of_decodes(
+        cls, kv: PagedKV, slot_B: torch.Tensor, lengths_B: torch.Tensor, block_BN: torch.Tensor
+    ) -> StepLayout:
+        """A layout of decode tokens alone, on tensors that may change: nothing in it depends on what they say."""
+        length = block_BN.shape[1] * kv.block_size
+        return cls(kv, slot_B, lengths_B, length, same_length=False, lanes=None, block_BN=block_BN, chunks=())
+
     def mask(self, key: object, make: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         """The mask that `make` makes, once per step for each `key`: layers share it."""
         if key not in self._masks:

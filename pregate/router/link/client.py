@@ -124,7 +124,7 @@ class EngineClient:
         queue: asyncio.Queue[DoorBound] = asyncio.Queue()
         self._waiting[request_id] = queue
         self._running_ids.add(request_id)
-        ended, timer = False, None
+        ended, late, timer = False, None, None
         if request.deadline_s is not None:
             late = FailedEvent(request_id, DeadlineError.code, "the deadline passed before the answer was complete")
             timer = asyncio.get_running_loop().call_later(request.deadline_s, queue.put_nowait, late)
@@ -132,7 +132,7 @@ class EngineClient:
             await self._send(request)
             while not ended:
                 for event in _merged(await _drain(queue)):
-                    ended = not isinstance(event, TokensEvent)
+                    ended = not isinstance(event, TokensEvent) and event is not late
                     yield _checked(event, (TokensEvent, FinishedEvent))
                     if ended:  # a keep-alive of ours may have crossed the end, and the engine answered it
                         break
@@ -181,7 +181,7 @@ class EngineClient:
         self.open()
         if self._lost is not None:
             raise UnavailableError(self._lost)
-        timeout_s = timeout_s or self._options.reply_timeout_s
+        timeout_s = self._options.reply_timeout_s if timeout_s is None else timeout_s
         late = UnavailableError(f"{self._name} gave no answer within {timeout_s:g} s")
         reply = await self._ask(InfoRequest(uuid.uuid4().hex), timeout_s, late)
         return _checked(reply, InfoReply).info

@@ -74,6 +74,8 @@ class Prompts:
     def add(self, request: RouteRequest, arrived_s: float) -> None:
         """Take a prompt. Raises UserError for a bad one, QueueFullError at either bound."""
         check_prompt(request.token_ids, vocab_size=self._vocab_size, max_context=self._context + 1)
+        if request.request_id in self._prompts:
+            raise UserError.of("request id", request.request_id, "waits already; use a new one")
         num_bytes = self._token_bytes * len(request.token_ids)  # of its paths at their longest
         if num_bytes > self._options.max_bytes:
             sentence = f"needs {num_bytes} bytes for its paths; allowed: {self._options.max_bytes} (--path-max-bytes)"

@@ -22,7 +22,7 @@ class Tape(TorchDispatchMode):
         self.num_replays = 0
 
     @classmethod
-    def capture(cls, step: Callable[[], torch.Tensor], pool: Any) -> tuple[Tape, torch.Tensor]:
+    def capture(cls, step: Callable[[], torch.Tensor]) -> tuple[Tape, torch.Tensor]:
         """As `decode_graphs.capture`."""
         tape = cls()
         with tape:

@@ -76,8 +76,8 @@ def capture_steps(engine: Engine, waits: list[str]) -> list[Tape]:
     """Have the engine capture its decode steps, on tapes; what is asked of the tensors meanwhile is noted."""
     tapes: list[Tape] = []
 
-    def capture(step: Callable[[], torch.Tensor], pool: Any) -> tuple[Tape, torch.Tensor]:
-        tape, logits_BV = Tape.capture(watched(step, waits), pool)
+    def capture(step: Callable[[], torch.Tensor], *_: Any) -> tuple[Tape, torch.Tensor]:
+        tape, logits_BV = Tape.capture(watched(step, waits))
         tapes.append(tape)
         return tape, logits_BV
 

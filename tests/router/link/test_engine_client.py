@@ -3,11 +3,14 @@
 import asyncio
 from contextlib import aclosing
 
+import pytest
 import zmq
 import zmq.asyncio
 
+from pregate.base.errors import DeadlineError
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from pregate.router.link.messages import (
+    CancelRequest,
     FailedEvent,
     FinishedEvent,
     Heartbeat,
@@ -69,6 +72,30 @@ async def unavailable_after_a_bug():
     await client.close()
     engine.close(linger=0)
     return found
+
+
+async def told_after_a_deadline():
+    """What the engine hears of a request whose deadline passed at the door."""
+    context = zmq.Context()
+    engine = zmq.asyncio.Context.shadow(context).socket(zmq.ROUTER)
+    engine.bind("inproc://late-door")
+    client = EngineClient("inproc://late-door", context=context)
+    request = SubmitRequest("r", (1, 2), SamplingParams(max_tokens=4), deadline_s=0.1)
+    try:
+        with pytest.raises(DeadlineError):
+            async for _ in client.generate(request):
+                pass
+        while True:
+            _, packet = await asyncio.wait_for(engine.recv_multipart(), 5)
+            if CancelRequest("r") in unpack(packet):
+                return
+    finally:
+        await client.close()
+        engine.close(linger=0)
+
+
+def test_a_deadline_that_passes_at_the_door_cancels_the_request():
+    asyncio.run(told_after_a_deadline())
 
 
 def test_a_channel_that_broke_stays_broken():

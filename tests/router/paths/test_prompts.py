@@ -57,6 +57,15 @@ def test_paths_and_states_are_those_of_the_model(computer, tiny_path_checkpoint)
             np.testing.assert_allclose(found, state.kept.numpy(), atol=1e-12)
 
 
+def test_a_request_id_that_waits_already_is_refused(computer):
+    work = prompts(computer)
+    work.add(RouteRequest("a", ids(40)), 0.0)
+    with pytest.raises(UserError, match="request id a: waits already"):
+        work.add(RouteRequest("a", ids(50, 1)), 0.0)
+    (answer,) = run(work)
+    assert answer.paths.num_tokens == 40
+
+
 def test_a_short_prompt_does_not_wait_for_long_ones(computer):
     work = prompts(computer)
     for number in range(20):
