@@ -20,7 +20,7 @@ install-dev: $(VENV)/.installed-dev
 # Without a CUDA device the CPU build of torch comes first, so that nothing pulls in several GB of CUDA packages:
 # from a configured index or folder when one has it, else from PyTorch's own index.
 $(VENV)/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 \
 	  || $(BIN)/python -c "import torch" 2>/dev/null \

@@ -70,13 +70,16 @@ def serving(model: Path, port: int) -> Iterator[pregate.Client]:
         client = pregate.Client(f"127.0.0.1:{port}")
         wait_until_ready(client, server)
         yield client
-    finally:
+    except BaseException:
         server.send_signal(signal.SIGINT)
-        if server.wait(timeout=60):
-            raise SystemExit(f"pregate serve ended with exit code {server.returncode}")
+        server.wait(timeout=60)
+        raise
+    server.send_signal(signal.SIGINT)
+    if server.wait(timeout=60):
+        raise SystemExit(f"pregate serve ended with exit code {server.returncode}")
 
 
-def wait_until_ready(client: pregate.Client, server: subprocess.Popen, timeout_s: float = 180) -> None:
+def wait_until_ready(client: pregate.Client, server: subprocess.Popen, timeout_s: float = 600) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if server.poll() is not None:

@@ -22,30 +22,17 @@ from pregate.client.proto import pregate_pb2 as pb
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 
 _T = TypeVar("_T")
-_RETRIES = {
-    "methodConfig": [
-        {
-            "name": [{"service": "pregate.v1.Pregate"}],
-            # Only what was refused before its first answer is sent again, and only if it is safe to.
-            "retryPolicy": {
-                "maxAttempts": 3,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ],
-    "loadBalancingConfig": [{"round_robin": {}}],
-}
 #: What a plain client hears from a port that speaks TLS.
 _SIGNS_OF_TLS = ("Socket closed", "Connection reset", "recvmsg:")
+#: No `retryPolicy`: with one, gRPC 1.85 loses the end of a call whose server answers UNAVAILABLE and goes away, and the
+#: caller waits for ever, past its deadline.
+_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}]}
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.service_config", json.dumps(_RETRIES)),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
 
 

@@ -1,5 +1,6 @@
 """The client alone: it is light, it is careful with tokens, and it turns statuses into typed errors."""
 
+import os
 import subprocess
 import sys
 import time
@@ -49,6 +50,17 @@ def test_nothing_at_the_target_is_unavailable_soon():
         with pytest.raises(UnavailableError):
             list(client.generate("x"))
     assert time.monotonic() - start_s < 15
+
+
+@pytest.mark.parametrize("what", ["generate", "route"])
+def test_a_server_that_goes_away_while_it_refuses_ends_the_call(what):
+    """In a process of its own, which is ended should it wait for ever."""
+    command = [sys.executable, str(Path(__file__).with_name("leaving_server.py")), what]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+                          timeout=60, check=True)  # fmt: skip
+    kind, seconds = done.stdout.split()
+    assert kind == "UnavailableError"
+    assert float(seconds) < 10, "before its deadline"
 
 
 @pytest.mark.parametrize("target", ["10.0.0.1:1", "example.org:50051", "localhost.example.org:1", "127.example.org:1"])

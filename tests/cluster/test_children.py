@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -15,7 +16,7 @@ from pregate.base.errors import UnavailableError, UserError
 from pregate.base.options import to_dict
 from pregate.client.client import Client
 from pregate.cluster import children as module
-from pregate.cluster import pulse, run_folder
+from pregate.cluster import doors, pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
@@ -51,6 +52,14 @@ async def check_until(children, wanted):
     raise AssertionError(notes)
 
 
+async def pause_door(children, process, name):
+    process.suspend()
+    await check_until(children, lambda lost, notes: any(f"{name}: no answer" in note for note in notes))
+    process.resume()
+    lost, _ = await check_until(children, lambda lost, notes: f"{name}: answers again" in notes)
+    assert lost == {}
+
+
 async def lose_one_after_another(children, path_checkpoint):
     info = await children.start()
     door = await children.add_door("me", to_dict(GrpcOptions(port=0)))
@@ -72,6 +81,8 @@ async def lose_one_after_another(children, path_checkpoint):
     assert completion is not None and len(completion.token_ids) == 2
 
     (host,) = info["hosts"]
+    for door_process in [p for p in psutil.process_iter(["cmdline"]) if "DoorActor" in str(p.info["cmdline"])]:
+        await pause_door(children, door_process, f"door on port {door['port']}")
     os.kill(host["pid"], signal.SIGSTOP)
     await check_until(children, lambda lost, notes: any("host 0: no answer" in note for note in notes))
     os.kill(host["pid"], signal.SIGCONT)
@@ -92,6 +103,7 @@ async def lose_one_after_another(children, path_checkpoint):
 
 def test_a_door_comes_back_a_pause_is_told_and_a_death_is_for_good(local_ray, path_checkpoint, monkeypatch):
     monkeypatch.setattr(module, "SILENT_AFTER_S", 1.0)
+    monkeypatch.setattr(doors, "SILENT_AFTER_S", 1.0)
     monkeypatch.setattr(pulse, "LOOK_S", 0.3)
 
     async def main():

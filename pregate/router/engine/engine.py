@@ -214,7 +214,7 @@ class Engine:
         """Append a sampled token; the end of a sequence frees what it holds."""
         sampling = sequence.sampling
         sequence.token_ids.append(token)
-        stopped = token in sampling.stop_token_ids or (token in self.eos_ids and not sampling.ignore_eos)
+        stopped = token in sequence.stop_ids or (token in self.eos_ids and not sampling.ignore_eos)
         events: list[Event] = [] if stopped else [TokensEvent(sequence.request_id, (token,))]
         if stopped or sequence.num_generated >= sequence.max_tokens:
             self._drop(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +38,11 @@ class Sequence:
     paths: PackedPaths | None = None
     path_slot: int | None = None
     arrival: int = -1
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The ids that end it, besides the model's own."""
+        return frozenset(self.sampling.stop_token_ids)
 
     @property
     def capacity(self) -> int:

@@ -26,6 +26,8 @@ class SamplingParams:
     def validate(self, vocab_size: int) -> None:
         """Raise the UserError that every entrance prints for a value out of range."""
         check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        if len(self.stop_token_ids) > vocab_size:
+            raise UserError.of("stop_token_ids", f"of {len(self.stop_token_ids)} ids", f"allowed: at most {vocab_size}")
         check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
 
 

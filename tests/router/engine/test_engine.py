@@ -339,3 +339,11 @@ def test_steps_are_checked_with_their_plans_where_that_is_asked_for(path, monkey
             submit(engine, "a", 3)
             run(engine)
         assert bool(checked) == check_steps
+
+
+def test_a_stop_list_is_bounded_by_the_vocabulary_and_costs_a_step_nothing(engine, alone):
+    """Each token is looked up in it, on the thread that steps for everyone."""
+    with pytest.raises(UserError, match=r"stop_token_ids of 257 ids: allowed: at most 256"):
+        submit(engine, "a", sampling={"stop_token_ids": (3,) * 257})
+    submit(engine, "a", sampling={"stop_token_ids": (alone["a"][4],) * 256})
+    assert run(engine)["a"] == alone["a"][: alone["a"].index(alone["a"][4])]
