@@ -27,6 +27,7 @@ from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.supervisor import Supervisor
+from pregate.cluster.telling import TELL_EVERY_S, telling
 from pregate.router.doors.grpc_options import GrpcOptions
 
 #: The supervisor answers from an event loop that never blocks; this is for a machine that is short of time.
@@ -34,8 +35,6 @@ CALL_TIMEOUT_S = 30.0
 POLL_S = 0.2
 #: Room for the clean-up that comes after the drain.
 STOP_MARGIN_S = 30.0
-#: A stage of the start that lasts is told again this often.
-TELL_EVERY_S = 10.0
 #: Ray's control service (GCS) may take no connection for this long before Ray is given up: on one machine nothing
 #: starts it again, in a cluster something may, and Ray itself waits for 60 s.
 GCS_PATIENCE_S, CLUSTER_GCS_PATIENCE_S = 3.0, 45.0
@@ -257,9 +256,9 @@ def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str
         return None
     address, kept = ray_access.address, None
     if address is None:
-        on_stage("starting Ray on this machine")
         # Logical CPUs only admit actors; ours ask for a tenth each, and a Serve application needs room beside them.
-        kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
+        with telling(on_stage, "starting Ray on this machine"):
+            kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
         address = kept.address
     else:
         _check_address(address)

@@ -1,0 +1,26 @@
+import threading
+
+import pytest
+
+from pregate.cluster import telling
+
+
+def test_a_long_stage_is_said_again_and_a_failed_one_no_more(monkeypatch):
+    monkeypatch.setattr(telling, "TELL_EVERY_S", 0.01)
+    said, twice = [], threading.Event()
+
+    def say(text):
+        said.append(text)
+        if len(said) == 3:
+            twice.set()
+
+    def fails():
+        assert twice.wait(20)
+        raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"), telling.telling(say, "checking the model"):
+        fails()
+    assert said[:3] == ["checking the model", *["checking the model (after 0 s)"] * 2]
+    told = len(said)
+    assert not any(thread.name == "pregate-telling" for thread in threading.enumerate())
+    assert len(said) == told
