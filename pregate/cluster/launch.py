@@ -26,8 +26,9 @@ from pregate.cluster.children import RayChildren
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, SUPERVISOR_PREFIX, LocalRay
+from pregate.cluster.stage import SAY_EVERY_S
+from pregate.cluster.stage import stage as long_stage
 from pregate.cluster.supervisor import Supervisor
-from pregate.cluster.telling import TELL_EVERY_S, telling
 from pregate.router.doors.grpc_options import GrpcOptions
 
 #: The supervisor answers from an event loop that never blocks; this is for a machine that is short of time.
@@ -78,7 +79,7 @@ class Deployment:
             if status["stage"] != stage:
                 stage, told_s = status["stage"], now_s
                 on_stage(stage)
-            elif now_s - told_s > TELL_EVERY_S:
+            elif now_s - told_s > SAY_EVERY_S:
                 told_s = now_s
                 on_stage(f"{stage} (after {now_s - started_s:.0f} s)")
             if status["failure"] is not None:
@@ -257,7 +258,7 @@ def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str
     address, kept = ray_access.address, None
     if address is None:
         # Logical CPUs only admit actors; ours ask for a tenth each, and a Serve application needs room beside them.
-        with telling(on_stage, "starting Ray on this machine"):
+        with long_stage(on_stage, "starting Ray on this machine"):
             kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
         address = kept.address
     else:

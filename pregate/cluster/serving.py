@@ -16,7 +16,7 @@ from pregate.base.memory import give_back_heap
 from pregate.cluster import preflight
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.launch import Deployment, RayLostError, launch
-from pregate.cluster.telling import telling
+from pregate.cluster.stage import stage
 from pregate.router.doors.grpc_options import GrpcOptions
 
 #: How often the waiting launcher looks whether the deployment still is.
@@ -36,7 +36,7 @@ def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None
 
 def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
     preflight.check_door(door)
-    with telling(_say, "checking the model"):
+    with stage(_say, "checking the model"):
         preflight.check_config(config)
     for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
         signal.signal(number, _interrupt)

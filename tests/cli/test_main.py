@@ -149,7 +149,7 @@ def test_doctor_says_what_fits(capsys, layerwise_checkpoint):
 
 
 def test_doctor_cuts_no_path_and_gives_no_remedy_that_does_not_fit(capsys, layerwise_checkpoint, tmp_path, monkeypatch):
-    folder = tmp_path / ("a-long-name" * 8)
+    folder = tmp_path / ("a-long-[name]" * 8)
     shutil.copytree(layerwise_checkpoint, folder)
     (folder / "tokenizer.json").write_text("{}")
     monkeypatch.setenv("HOME", "/proc/nowhere")

@@ -104,3 +104,13 @@ def test_a_terminal_has_a_bar_within_another(clock: Clock, monkeypatch: pytest.M
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert re.search(r"validating \(rows\) .* 2/3", plain)
     assert re.search(r"tuning \(steps\) .* 1/6", plain.splitlines()[-1])
+
+
+def test_a_name_in_brackets_is_no_markup(clock: Clock, monkeypatch: pytest.MonkeyPatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with RichProgress(clock).stage("profiling [/x]", 2) as advance:
+        advance(2)
+    assert "profiling [/x]" in terminal.getvalue()

@@ -2,11 +2,11 @@ import threading
 
 import pytest
 
-from pregate.cluster import telling
+from pregate.cluster import stage
 
 
 def test_a_long_stage_is_said_again_and_a_failed_one_no_more(monkeypatch):
-    monkeypatch.setattr(telling, "TELL_EVERY_S", 0.01)
+    monkeypatch.setattr(stage, "SAY_EVERY_S", 0.01)
     said, twice = [], threading.Event()
 
     def say(text):
@@ -18,9 +18,9 @@ def test_a_long_stage_is_said_again_and_a_failed_one_no_more(monkeypatch):
         assert twice.wait(20)
         raise ValueError("bad")
 
-    with pytest.raises(ValueError, match="bad"), telling.telling(say, "checking the model"):
+    with pytest.raises(ValueError, match="bad"), stage.stage(say, "checking the model"):
         fails()
     assert said[:3] == ["checking the model", *["checking the model (after 0 s)"] * 2]
     told = len(said)
-    assert not any(thread.name == "pregate-telling" for thread in threading.enumerate())
+    assert not any(thread.name == "pregate-stage" for thread in threading.enumerate())
     assert len(said) == told
