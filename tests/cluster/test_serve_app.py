@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,8 +65,11 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
     before = shared_memory()
     with started(*SERVE_RUN, f"model={path_checkpoint}", until="is ready at") as app:
         ports = listening_ports(processes_of(app.folder))
+        # Once, of many runs, the signal was lost: Serve prints that line a moment before it waits for one, and
+        # callbacks of Ray swallow what is raised in them.
+        time.sleep(2)
         app.process.send_signal(signal.SIGINT)
-        app.process.wait(90)
+        app.process.wait(120)
         assert app.wait_nothing_left(20) == []
         assert still_listening(ports) == set()
         assert shared_memory() <= before
