@@ -79,7 +79,10 @@ class Contender:
         return len(prompts) * num_new / seconds
 
     def close(self) -> None:
-        self._process.kill()
+        if self._process.poll() is not None:
+            return
+        for process in (*psutil.Process(self._process.pid).children(recursive=True), self._process):
+            process.kill()  # vLLM's workers outlive their parent, and would take time from those measured after
         self._process.wait(PATIENCE_S)
 
 
