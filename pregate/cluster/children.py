@@ -27,7 +27,7 @@ from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import STOP_TIMEOUT_S, Doors, settle
 from pregate.cluster.local_ray import NAMESPACE
 from pregate.cluster.placement import Placement, check, place
-from pregate.cluster.pulse import SILENT_AFTER_S, Pulse, look
+from pregate.cluster.pulse import Pulse, look
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.cluster.supervisor import Health
 from pregate.router.doors.door import DoorActor
@@ -66,7 +66,6 @@ class RayChildren:
         self._config = config
         self._parts = _Parts()
         self._doors = Doors(self._make_door, config.start_timeout_s)
-        self._silent: set[str] = set()
         self._stopping: asyncio.Task[None] | None = None
         self._deadline_s = asyncio.get_running_loop().time() + config.start_timeout_s
         self._node_ip = ray.util.get_node_ip_address()
@@ -193,10 +192,7 @@ class RayChildren:
         pulses = self._parts.pulses
         (lost_doors, notes), _ = await asyncio.gather(self._doors.check(), look(pulses.values()))
         lost = {name: pulse.lost for name, pulse in pulses.items() if pulse.lost}
-        silent = {name for name, pulse in pulses.items() if pulse.silent_s > SILENT_AFTER_S}
-        notes += [f"{name}: no answer for {pulses[name].silent_s:.0f} s" for name in sorted(silent - self._silent)]
-        notes += [f"{name}: answers again" for name in sorted(self._silent - silent - lost.keys())]
-        self._silent = silent
+        notes += [f"{name}: {news}" for name, pulse in sorted(pulses.items()) if (news := pulse.news())]
         return Health({**lost, **lost_doors}, notes)
 
     async def stop(self, grace_s: float) -> None:

@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from pregate.base.log import get_logger
-from pregate.cluster.pulse import SILENT_AFTER_S, Pulse, look
+from pregate.cluster.pulse import Pulse, look
 from pregate.router.doors.grpc_options import GrpcOptions
 
 STOP_TIMEOUT_S = 10.0
@@ -35,7 +35,6 @@ class _Door:
     port: int = 0
     started_s: float = 0.0
     restarts: int = 0
-    silent: bool = False
     restarting: asyncio.Task[None] | None = None
     lost: str = ""
 
@@ -79,10 +78,8 @@ class Doors:
         for door in watched:
             if door.pulse is None or door not in self._doors:
                 continue
-            if (silent := door.pulse.silent_s > SILENT_AFTER_S) != door.silent:
-                door.silent = silent
-                said = f"no answer for {door.pulse.silent_s:.0f} s" if silent else door.pulse.lost or "answers again"
-                notes.append(f"door on port {door.port}: {said}")
+            if news := door.pulse.news():
+                notes.append(f"door on port {door.port}: {news}")
             if not door.pulse.lost:
                 continue
             notes.append(f"door on port {door.port}: {door.pulse.lost}; a new one is started")

@@ -22,11 +22,20 @@ class Pulse:
         self._actor = actor
         self._question: asyncio.Task[str] | None = None
         self._asked_s = 0.0
+        self._silent = False
         self.lost = ""
 
     @property
     def silent_s(self) -> float:
         return 0.0 if self._question is None else time.monotonic() - self._asked_s
+
+    def news(self) -> str:
+        """What has changed since this was last called: that it is silent now, or answers again; else ""."""
+        silent = self.silent_s > SILENT_AFTER_S
+        changed, self._silent = silent != self._silent, silent
+        if not changed or self.lost:
+            return ""
+        return f"no answer for {self.silent_s:.0f} s" if silent else "answers again"
 
     def ask(self) -> asyncio.Task[str]:
         """Ask, unless an answer is still awaited; the task is done when `take` has something to read."""

@@ -15,6 +15,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from pregate.base.device import to_device
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Rows:
@@ -108,10 +110,7 @@ class Segments(_Rows):
             return self
         parts = [getattr(self, name) for name in (*_BUFFERS, "ids_TLK")]
         flat = torch.cat([part.reshape(-1) for part in parts])
-        if device.type == "cuda" and here.type == "cpu":
-            flat = flat.pin_memory()
-        # Only the way to a device may go unawaited: the host would read before it has all.
-        pieces = flat.to(device, non_blocking=device.type == "cuda").split([part.numel() for part in parts])
+        pieces = to_device(flat, device).split([part.numel() for part in parts])
         moved = {n: p.view(o.shape) for n, p, o in zip((*_BUFFERS, "ids_TLK"), pieces, parts, strict=True)}
         rest = {n: None if (part := getattr(self, n)) is None else part.to(device) for n in _OPTIONAL}
         return replace(self, **moved, **rest)

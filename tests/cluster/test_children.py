@@ -16,7 +16,7 @@ from pregate.base.errors import UnavailableError, UserError
 from pregate.base.options import to_dict
 from pregate.client.client import Client
 from pregate.cluster import children as module
-from pregate.cluster import doors, pulse, run_folder
+from pregate.cluster import pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
@@ -102,8 +102,7 @@ async def lose_one_after_another(children, path_checkpoint):
 
 
 def test_a_door_comes_back_a_pause_is_told_and_a_death_is_for_good(local_ray, path_checkpoint, monkeypatch):
-    monkeypatch.setattr(module, "SILENT_AFTER_S", 1.0)
-    monkeypatch.setattr(doors, "SILENT_AFTER_S", 1.0)
+    monkeypatch.setattr(pulse, "SILENT_AFTER_S", 1.0)
     monkeypatch.setattr(pulse, "LOOK_S", 0.3)
 
     async def main():

@@ -75,7 +75,7 @@ class StepLayout:
         """Lay out `slices`, those of one token first."""
         num_decodes = sum(s.stop - s.start == 1 for s in slices)
         assert all(s.stop - s.start == 1 for s in slices[:num_decodes]), "slices of one token come first"
-        tables = [np.asarray(s.blocks, dtype=np.int64)[: -(-s.stop // kv.block_size)] for s in slices]
+        tables = [_table(s, kv.block_size) for s in slices]
         size, device_of = kv.block_size, torch.device(device)
         position_T = [np.arange(s.start, s.stop) for s in slices]
         slot_T = [t[p // size] * size + p % size for t, p in zip(tables, position_T, strict=True)]
@@ -117,9 +117,14 @@ class StepLayout:
 
 def decode_places(slices: Sequence[SequenceSlice], block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of slices of one token, on the host: each one's slot [B] and the blocks of its context [B, N], padded with 0."""
-    tables = [np.asarray(s.blocks, dtype=np.int64)[: -(-s.stop // block_size)] for s in slices]
+    tables = [_table(s, block_size) for s in slices]
     slots = [int(table[-1]) * block_size + (s.stop - 1) % block_size for s, table in zip(slices, tables, strict=True)]
     return torch.tensor(slots, dtype=torch.int64), _padded(tables)
+
+
+def _table(piece: SequenceSlice, block_size: int) -> np.ndarray:
+    """The blocks of a slice's context, itself included."""
+    return np.asarray(piece.blocks, dtype=np.int64)[: -(-piece.stop // block_size)]
 
 
 def _first_slot(table: np.ndarray, size: int) -> int | None:
