@@ -75,7 +75,8 @@ def pregate_serve(target: str) -> Run:
 def vllm(model: str) -> Run:
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    engine = LLM(model=model, dtype="float32", max_model_len=1024, max_num_seqs=64, enable_prefix_caching=False)
+    context = json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"]
+    engine = LLM(model=model, dtype="float32", max_model_len=min(1024, context), max_num_seqs=64, enable_prefix_caching=False)
 
     def run(prompts: list[str], num_new: int) -> None:
         engine.generate(prompts, SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True), use_tqdm=False)
@@ -90,6 +91,8 @@ def transformers(model: str) -> Run:
 
     torch.set_num_threads(1)
     tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
 
     @torch.inference_mode()

@@ -50,11 +50,12 @@ class Contender:
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": str(ROOT),
         }
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
             [python, "-m", "benchmarks.contenders", kind, target],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             text=True,
             env=environment,
             cwd=ROOT,
@@ -68,7 +69,10 @@ class Contender:
         assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
             raise RuntimeError(f"{self.name} says nothing for {PATIENCE_S} s")
-        return self._process.stdout.readline().strip()
+        if not (line := self._process.stdout.readline().strip()):
+            self._errors.seek(0)
+            raise RuntimeError(f"{self.name} ended: {self._errors.read()[-2000:].decode(errors='replace')}")
+        return line
 
     def run(self, prompts: list[str], num_new: int) -> float:
         assert self._process.stdin is not None
