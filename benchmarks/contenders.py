@@ -75,8 +75,8 @@ def pregate_serve(target: str) -> Run:
 def vllm(model: str) -> Run:
     from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
-    context = json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"]
-    engine = LLM(model=model, dtype="float32", max_model_len=min(1024, context), max_num_seqs=64, enable_prefix_caching=False)
+    context = min(1024, json.loads((Path(model) / "config.json").read_text())["max_position_embeddings"])
+    engine = LLM(model=model, dtype="float32", max_model_len=context, max_num_seqs=64, enable_prefix_caching=False)
 
     def run(prompts: list[str], num_new: int) -> None:
         engine.generate(prompts, SamplingParams(temperature=0, max_tokens=num_new, ignore_eos=True), use_tqdm=False)
