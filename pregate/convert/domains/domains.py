@@ -106,10 +106,9 @@ def channel_means(model: Any, windows_SN: torch.Tensor, progress: Progress, name
     return [(total_I / windows_SN.numel()).cpu() for total_I in sums]
 
 
-def run_layers(model: Any, ids_SN: torch.Tensor, mask_SN: torch.Tensor | None = None) -> None:
-    """Run a dense model up to its head, for what hangs in it to see."""
-    mask = None if mask_SN is None else mask_SN.to(model.device)
-    model.base_model(input_ids=ids_SN.to(model.device), attention_mask=mask, use_cache=False)
+def run_layers(model: Any, ids_SN: torch.Tensor) -> None:
+    """Run a dense model up to its head, for what hangs in it to see; padding, if any, is on the right."""
+    model.base_model(input_ids=ids_SN.to(model.device), use_cache=False)
 
 
 @contextmanager

@@ -75,8 +75,8 @@ def domain_targets(
             scores_TR = contribution_scores(h_TI, masks[layer], norms[layer])
         parts[layer] = scores_TR.cpu()
 
-    def run(ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
-        run_layers(model, ids_BN, mask_BN)
+    def run(ids_BN: torch.Tensor) -> torch.Tensor:
+        run_layers(model, ids_BN)
         return torch.cat([parts[layer] for layer in range(len(mlps))], dim=-1)
 
     with watched(down_projections(mlps), see):

@@ -9,7 +9,8 @@
 Every file is written under another name, synced and renamed; `state.json` is what counts. So a conversion killed at
 any moment, or by a loss of power, goes on after the last layer that it says is done. Read-ME's rounds keep their stages
 here in place of layers, with the model's tensors in place of hidden states; `decouple` and `tune` their steps, with
-what is trained and its optimizer's moments, and in files of their own what is learned from, and the curve.
+what is trained and its optimizer's moments, and in files of their own the curve, and what is learned from, a piece at a
+time: those steps come after the documents that it is found on.
 """
 
 from __future__ import annotations
@@ -119,6 +120,15 @@ class PartialCheckpoint:
         """Record that the layer whose shard was written is done (or `done` of them), and where the next starts."""
         before = self.state.layers_done
         self.state = replace(self.state, layers_done=before + 1 if done is None else done, carried=carried)
+        self._record(hidden, before)
+
+    def begin(self, unit: str, num_layers: int, carried: dict[str, Any]) -> None:
+        """Go over to work that is counted otherwise; what was done before it stays where it was kept."""
+        before = self.state.layers_done
+        self.state = replace(self.state, unit=unit, num_layers=num_layers, layers_done=0, carried=carried)
+        self._record({}, before)
+
+    def _record(self, hidden: dict[str, torch.Tensor], before: int) -> None:
         self.keep(self._hidden_path(self.state.layers_done), hidden)
         text = json.dumps(vars(self.state) | {"format_version": FORMAT_VERSION}, indent=1)
         self._write(self.folder / _STATE, lambda path: path.write_text(text, encoding="utf-8"))

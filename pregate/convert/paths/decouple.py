@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from pregate.base.errors import UserError
 from pregate.convert.files.assembly import assemble, write_checkpoint
@@ -49,7 +48,7 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
     check_learned(rows, options.pool_tokens, "--text", options.text, progress)
     read = {"--model": str(options.model.resolve()), "its manifest": file_sha256(options.model / MANIFEST)[:16]}
     known = fingerprint(options.describe(), read | {"text": short_digest(rows)}, torch.device("cpu"))
-    with open_partial(options.out, known, options.steps, options.restart, "step") as partial:
+    with open_partial(options.out, known, len(rows), options.restart, "document") as partial:
         model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
         if not options.predict:
             _refuse_weights(model, options)
@@ -77,17 +76,12 @@ def _collected(
     partial: PartialCheckpoint,
     progress: Progress,
 ) -> TargetPool:
-    """What the router learns from: as an interrupted run left it, or collected and kept."""
-    path = partial.folder / "targets.safetensors"
-    if path.exists():
+    """What the router learns from, collected and kept, or as far as an interrupted run left it."""
+    if partial.is_begun:
         progress.note(partial.state.going_on)
-        kept = load_file(path)
-        mass = list(kept["mass"].split([len(row) for row in rows]))
-        return TargetPool(rows, mass, tuple(kept["limits"]), tuple(kept["mean_active"].tolist()))
-    pool = collect_targets(model, rows, progress, of_gates=options.predict)
-    mean_active = torch.tensor(pool.mean_active, dtype=torch.float64)
-    partial.keep(path, {"mass": torch.cat(pool.mass), "limits": torch.stack(pool.limits), "mean_active": mean_active})
-    partial.layer_done({}, {"losses": []}, 0)
+    pool = collect_targets(model, rows, progress, options.predict, partial)
+    if partial.state.unit != "step":
+        partial.begin("step", options.steps, {"losses": []})
     return pool
 
 

@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from safetensors.torch import load_file
 
-from pregate.convert.progress import Progress
+from pregate.convert.files.partial import PartialCheckpoint
+from pregate.convert.paths.all_experts import add_weighted, expert_weights, masses, routed_hidden
+from pregate.convert.progress import Advance, Progress
 from pregate.convert.text.batches import batches, padded
 from pregate.model.config import LayerCut
-from pregate.model.gates import Choice, LinearGate
-from pregate.model.layers import RoutedMLP, weighted_mass
+from pregate.model.gates import LinearGate
+from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import split_layers
 
@@ -24,6 +27,8 @@ from pregate.model.path_router import split_layers
 LEAST_SPREAD = 0.05
 #: One document in this many is kept back from training to measure on.
 HELD_BACK_EVERY = 20
+#: Tokens after which the targets found are kept.
+PIECE_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,10 @@ class MassScale:
 
 
 class _Recorder:
-    """Routes by the gate and keeps every layer's masses, or rankings; lives for one forward pass."""
+    """A `FastPath` that routes by the gate and keeps every layer's masses, or rankings; lives for one forward pass.
+
+    All experts are computed, once: masses need them all, and the output is that of the chosen ones.
+    """
 
     def __init__(self, of_gates: bool) -> None:
         self._of_gates = of_gates
@@ -98,47 +106,90 @@ class _Recorder:
         parts = [self._seen_TR.get(n, torch.zeros(num_tokens, cut.num_routed)) for n, cut in enumerate(cuts)]
         return torch.cat([p.cpu() for p in parts], dim=-1)
 
-    def choose(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> Choice:
-        self._seen_TR[mlp.layer] = mlp.gate.ranking(x_TD) if self._of_gates else weighted_mass(mlp, x_TD)
-        return mlp.gate.choose(x_TD)
+    def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+        out_TD = mlp.shared_output(x_TD)
+        if mlp.experts is None:
+            return out_TD
+        h_TRM, down = routed_hidden(mlp, x_TD), mlp.experts.down_proj
+        seen_TR = mlp.gate.ranking(x_TD) if self._of_gates else masses(h_TRM, down, mlp.token_power)
+        self._seen_TR[mlp.layer] = seen_TR
+        return add_weighted(out_TD, h_TRM, expert_weights(mlp.gate.choose(x_TD), mlp.cut.num_routed), down)
 
 
 def by_row(
-    rows: Sequence[list[int]], progress: Progress, run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    rows: Sequence[list[int]],
+    progress: Progress,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    partial: PartialCheckpoint | None = None,
 ) -> list[torch.Tensor]:
     """Per document what `run` gives for its tokens [N, S], padding left out.
 
-    `run` gets the ids and the mask [B, N] of a batch and gives [B * N, S], on the CPU.
+    `run` gets the ids [B, N] of a batch, padded on the right, and gives [B * N, S], on the CPU. What is found is kept
+    in `partial` a piece at a time, and what an interrupted run kept there is read.
     """
     found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     with progress.stage("collecting targets", len(rows)) as advance:
-        for batch in batches(rows):
-            ids_BN, mask_BN = padded([rows[i] for i in batch])
-            found_BNS = run(ids_BN, mask_BN).unflatten(0, tuple(ids_BN.shape))
-            for index, found_NS in zip(batch, found_BNS, strict=True):
-                found[index] = found_NS[: len(rows[index])].clone()
-            advance(len(batch))
+        for number, piece in enumerate(_pieces(rows)):
+            here = [index for batch in piece for index in batch]
+            path = None if partial is None else partial.folder / f"targets-{number:05d}.safetensors"
+            if path is not None and path.exists():
+                parts = load_file(path)["mass"].split([len(rows[index]) for index in here])
+                advance(len(here))
+            else:
+                parts = [part for batch in piece for part in _run(run, [rows[i] for i in batch], advance)]
+                if partial is not None and path is not None:
+                    partial.keep(path, {"mass": torch.cat(parts)})
+                    partial.layer_done({}, {}, partial.state.layers_done + len(here))
+            for index, part in zip(here, parts, strict=True):
+                found[index] = part
     return found
+
+
+def _pieces(rows: Sequence[list[int]]) -> list[list[list[int]]]:
+    """The batches of `rows` in groups of `PIECE_TOKENS` or a little more, padding included."""
+    pieces: list[list[list[int]]] = []
+    tokens = PIECE_TOKENS
+    for batch in batches(rows):
+        if tokens >= PIECE_TOKENS:
+            pieces.append([])
+            tokens = 0
+        pieces[-1].append(batch)
+        tokens += len(batch) * len(rows[batch[0]])
+    return pieces
+
+
+def _run(
+    run: Callable[[torch.Tensor], torch.Tensor], rows: Sequence[list[int]], advance: Advance
+) -> list[torch.Tensor]:
+    ids_BN, _ = padded(rows)
+    found_BNS = run(ids_BN).unflatten(0, tuple(ids_BN.shape))
+    advance(len(rows))
+    return [found_NS[: len(row)].clone() for row, found_NS in zip(rows, found_BNS, strict=True)]
 
 
 @torch.no_grad()
 def collect_targets(
-    model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress, of_gates: bool = False
+    model: RoutedForCausalLM,
+    rows: Sequence[list[int]],
+    progress: Progress,
+    of_gates: bool = False,
+    partial: PartialCheckpoint | None = None,
 ) -> TargetPool:
     """Run the layer-wise model over `rows` and keep every routed expert's contribution mass at every token.
 
-    `of_gates`: keep what the gates rank the experts by in its place, and how many they choose.
+    `of_gates`: keep what the gates rank the experts by in its place, and how many they choose. What an interrupted run
+    has kept in `partial` is not computed again.
     """
 
-    def masses(ids_BN: torch.Tensor, mask_BN: torch.Tensor) -> torch.Tensor:
+    def run(ids_BN: torch.Tensor) -> torch.Tensor:
         recorder = _Recorder(of_gates)
         for mlp in model.routed_mlps:
-            mlp.policy = recorder  # set here and not by the model's forward, which would compute the head as well
-        on_device = {"input_ids": ids_BN.to(model.device), "attention_mask": mask_BN.to(model.device)}
-        model.parent.base_model(**on_device, use_cache=False)
+            mlp.fast = recorder  # set here and not by the model's forward, which would compute the head as well
+        # Without a mask: padding is on the right, where nothing before it looks.
+        model.parent.base_model(input_ids=ids_BN.to(model.device), use_cache=False)
         return recorder.side_by_side(model.config.cuts, ids_BN.numel())
 
-    mass = by_row(rows, progress, masses)
+    mass = by_row(rows, progress, run, partial)
     limits = [torch.tensor(torch.inf)] * len(model.config.cuts)
     for mlp in model.routed_mlps:
         if mlp.experts is not None:

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from pregate.convert.paths.all_experts import add_weighted, masses, routed_hidden
 from pregate.convert.paths.targets import MassScale
 from pregate.convert.tune.straight_through import soft_choice, straight_through
 from pregate.kernels.reference import chosen_by, threshold_for
 from pregate.model.gates import LinearGate, RepresentativeGate
-from pregate.model.layers import RoutedMLP, by_token_power
+from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import split_layers
 
@@ -71,8 +72,7 @@ class TuningPass:
             wanted = self.mass or self.calibrate
             mass_TR = masses(h_TRM, down, mlp.token_power) if wanted else None
             weights_TR = self._weights(mlp, x_TD, mass_TR)
-        weighted_TRM = h_TRM * weights_TR[:, :, None].to(h_TRM.dtype)
-        return out_TD + F.linear(weighted_TRM.flatten(1), down.transpose(0, 1).flatten(1))
+        return add_weighted(out_TD, h_TRM, weights_TR, down)
 
     def _weights(self, mlp: RoutedMLP, x_TD: torch.Tensor, mass_TR: torch.Tensor | None) -> torch.Tensor:
         """The weights [T, R] of the routing in use, with a gradient to what it chose by."""
@@ -146,21 +146,6 @@ class TuningPass:
     @property
     def all_neurons(self) -> int:
         return self._num_real * sum(mlp.parent_width for mlp in self.model.routed_mlps)
-
-
-def routed_hidden(mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
-    """h of all routed experts [T, R, M], in one product."""
-    assert mlp.experts is not None
-    product_TRM = F.linear(x_TD, mlp.experts.gate_up_proj.flatten(0, 1)).unflatten(1, (mlp.cut.num_routed, -1))
-    gate_TRM, up_TRM = product_TRM.chunk(2, dim=-1)
-    return mlp.act(gate_TRM) * up_TRM
-
-
-@torch.no_grad()
-def masses(h_TRM: torch.Tensor, down: torch.Tensor, token_power: float) -> torch.Tensor:
-    """As `layers.weighted_mass`, from what is there."""
-    mass_TR = torch.linalg.vecdot(h_TRM.abs().float(), down.float().norm(dim=1))
-    return by_token_power(mass_TR, mass_TR.sum(dim=-1, keepdim=True), token_power)
 
 
 def threshold_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:

@@ -22,10 +22,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from pregate.convert.files.skeleton import with_forward
+from pregate.convert.paths.all_experts import routed_hidden
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced_batches
-from pregate.convert.tune.forward import TuningPass, routed_hidden
+from pregate.convert.tune.forward import TuningPass
 from pregate.convert.tune.outputs import layers_by, path_scores
 from pregate.kernels.reference import gated_hidden
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps

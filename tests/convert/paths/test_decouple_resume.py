@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,13 +19,14 @@ import pytest
 from pregate.base.errors import PregateError, UserError
 from pregate.cli.main import main
 from pregate.convert.files.partial import partial_folder, read_state
-from pregate.convert.paths import training
+from pregate.convert.paths import targets, training
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import Progress
+from pregate.convert.text.batches import batches
 from tests.convert.interruption import files_of_at_most
 
 ROOT = Path(__file__).resolve().parents[3]
-TRAINING = "training the path router"
+COLLECTING, TRAINING = "collecting targets", "training the path router"
 
 
 class StopsIn(Progress):
@@ -81,7 +83,7 @@ def test_it_goes_on_where_it_was_and_gives_the_same(options: DecoupleOptions, mo
     resumed = decouple(options, told)
     assert told.notes[-1] == "going on after step 4 of 7, where the last run was interrupted"
     assert told.steps[TRAINING] == [4, 1, 1, 1]
-    assert "collecting targets" not in told.steps
+    assert len(told.steps[COLLECTING]) == 1, "read at once, in one piece"
     assert resumed.figures == straight.figures
     assert shards(options.out) == shards(tmp_path / "straight")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "text") == ["out", "straight"]
@@ -91,13 +93,36 @@ def test_every_long_loop_has_a_stage(options: DecoupleOptions):
     """After the training it used to be silent for minutes."""
     told = StopsIn()
     decouple(options, told)
-    expected = ["collecting targets", TRAINING, "setting thresholds", "comparing choices", "scoring layerwise"]
+    expected = [COLLECTING, TRAINING, "setting thresholds", "comparing choices", "scoring layerwise"]
     assert list(told.steps) == [*expected, "scoring path"]
     assert all(told.steps.values())  # each to its total, which a stage checks as it ends
 
 
-def test_interrupted_before_targets_are_there_it_leaves_nothing(options: DecoupleOptions):
-    stop(options, "collecting targets", 1)
+@pytest.mark.parametrize("more", [{}, {"predict": True}], ids=str)
+def test_targets_are_kept_a_piece_at_a_time(
+    options: DecoupleOptions, more: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """They take most of the time, and an interrupted run used to keep none."""
+    monkeypatch.setattr(targets, "PIECE_TOKENS", 1)
+    monkeypatch.setattr(targets, "batches", partial(batches, batch_tokens=200))
+    options = replace(options, **more)
+    counted = StopsIn()
+    straight = decouple(replace(options, out=tmp_path / "straight"), counted)
+    first, second, *others = counted.steps[COLLECTING]
+    stop(options, COLLECTING, first + second)
+    state = read_state(options.out)
+    assert state is not None
+    assert (state.layers_done, state.num_layers) == (first, first + second + sum(others))
+    assert f"interrupted after document {first} of {state.num_layers}; " in state.interrupted
+    told = StopsIn()
+    resumed = decouple(options, told)
+    assert told.notes[-1].startswith(f"going on after document {first} of {state.num_layers}, where the last run was")
+    assert resumed.figures == straight.figures
+    assert shards(options.out) == shards(tmp_path / "straight")
+
+
+def test_interrupted_before_a_piece_is_kept_it_leaves_nothing(options: DecoupleOptions):
+    stop(options, COLLECTING, 1)
     assert list(options.out.parent.iterdir()) == []
 
 
@@ -111,7 +136,7 @@ def test_other_options_are_refused_and_restart_discards(options: DecoupleOptions
 
 
 def test_a_file_that_cannot_be_kept_is_one_sentence(options: DecoupleOptions):
-    with files_of_at_most(1000), pytest.raises(PregateError, match=r"targets\.safetensors cannot be written"):
+    with files_of_at_most(1000), pytest.raises(PregateError, match=r"targets-00000\.safetensors cannot be written"):
         decouple(options)
     decouple(options)
 
