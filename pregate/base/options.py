@@ -53,6 +53,12 @@ class Needs:
 INTERNAL = Key("")
 
 Model = Annotated[Path, Field(description="Model folder."), Needs("model")]
+Parent = Annotated[
+    Path | None,
+    Field(description="The dense parent."),
+    Needs("model"),
+    Word("the one the manifest names, if it is there", written=False),
+]
 Out = Annotated[Path, Field(description="Folder to write; must not exist."), Needs("nothing")]
 #: Files, folders and patterns of text; what for is the description of the field.
 Texts = Annotated[tuple[Path, ...], Field(min_length=1), Needs("text")]

@@ -14,6 +14,7 @@ from pregate.cli.printed import (
     told_if_interrupted,
 )
 from pregate.convert.cut.options import RECIPES, ConvertOptions
+from pregate.convert.export.apply import ApplyOptions
 from pregate.convert.export.options import ExportOptions
 from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.paths.options import DecoupleOptions
@@ -65,8 +66,16 @@ def tune(options: TuneOptions) -> None:
 
 @command(ExportOptions)
 def export(options: ExportOptions) -> None:
-    """Write a checkpoint as stock Qwen2-MoE and measure the difference, or give the dense parent back."""
+    """Write a checkpoint as stock Qwen2-MoE and measure the difference, as an adapter, or as the dense parent again."""
     from pregate.convert.export.run import export as run
+
+    print_written(options.out, run(options, progress_bars()))
+
+
+@command(ApplyOptions)
+def apply(options: ApplyOptions) -> None:
+    """Write the checkpoint that an adapter makes with its dense parent, bit for bit."""
+    from pregate.convert.export.apply import apply as run
 
     print_written(options.out, run(options, progress_bars()))
 

@@ -51,8 +51,7 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
     shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
-    weights = sum(f["bytes"] for name, f in reader.manifest.files.items() if name.endswith(".safetensors"))
-    backbone = weights - units - shared
+    backbone = reader.manifest.weight_bytes - units - shared
     if _held_whole(reader, config):
         unit_bytes, shared = [2 * size for size in unit_bytes], 2 * shared
     return Footprint(

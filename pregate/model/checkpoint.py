@@ -14,18 +14,19 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
 from pregate.base.errors import CheckpointError, PregateError, UserError
-from pregate.model.file_hashes import file_sha256, has_sha256
+from pregate.model.adapter import Adapter, hashed, is_adapter
+from pregate.model.file_hashes import has_sha256
 from pregate.model.folder import ROUTED
-from pregate.model.shard_file import ITEM_BYTES, ShardFile
+from pregate.model.shard_file import FACTORS, ITEM_BYTES, Shard, ShardFile
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,11 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     @property
+    def weight_bytes(self) -> int:
+        """Bytes of the shards."""
+        return sum(f["bytes"] for name, f in self.files.items() if name.endswith(".safetensors") and name != FACTORS)
+
+    @property
     def is_tuned(self) -> bool:
         """Whether weights were trained after the cut, so that all experts together are the dense parent no more."""
         return "tune" in self.method.split("+")
@@ -72,9 +78,12 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Hash every file of the folder and write `manifest.json` beside them."""
     paths = sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST)
-    files = {p.name: {"sha256": file_sha256(p), "bytes": p.stat().st_size} for p in paths}
-    text = json.dumps(asdict(manifest) | {"files": files}, indent=1, sort_keys=True)
-    (folder / MANIFEST).write_text(text + "\n")
+    write_manifest_of(folder, replace(manifest, files=hashed(paths)))
+
+
+def write_manifest_of(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, of files that lie elsewhere or not at all."""
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -115,16 +124,34 @@ def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
             raise CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
 
 
+def open_shards(folder: Path, parent: Path | None = None, hashes: bool = False) -> tuple[Manifest, Sequence[Shard]]:
+    """Check a checkpoint, or an adapter with its `parent`, and open the weights' shards; only headers are read.
+
+    CheckpointError naming the file and the reason where one is missing, damaged, or not the parent's.
+    """
+    manifest = read_manifest(folder)
+    if is_adapter(folder):
+        return manifest, Adapter(folder, parent, hashes).shards
+    verify_files(folder, manifest, hashes)
+    shards = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            shards += [ShardFile(path)] if path.name != FACTORS else []
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
+    return manifest, shards
+
+
 class CheckpointReader:
     """Reads single units of a checkpoint; loads nothing else, and maps nothing: a unit once read stays as it was.
 
-    Raises CheckpointError naming the file and the reason when the folder is foreign or damaged.
+    An adapter's units are made of its `parent`'s neurons when they are read. Raises CheckpointError naming the file and
+    the reason when the folder is foreign or damaged.
     """
 
-    def __init__(self, path: str | Path, hashes: bool = False) -> None:
+    def __init__(self, path: str | Path, parent: str | Path | None = None, hashes: bool = False) -> None:
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
-        verify_files(self.path, self.manifest, hashes)
+        self.manifest, self.shards = open_shards(self.path, Path(parent) if parent else None, hashes)
         self.config = self._config()
         self.fingerprint = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
         self._experts = self._index()
@@ -144,16 +171,9 @@ class CheckpointReader:
         except Exception as error:  # transformers and its families raise many kinds
             raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
 
-    def _index(self) -> dict[tuple[int, str], tuple[ShardFile, str]]:
-        found: dict[tuple[int, str], tuple[ShardFile, str]] = {}
-        for path in sorted(self.path.glob("*.safetensors")):
-            try:
-                shard = ShardFile(path)
-            except (ValueError, OSError) as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-            for name in shard.tensors:
-                if match := _EXPERTS.search(name):
-                    found[int(match[1]), match[2]] = (shard, name)
+    def _index(self) -> dict[tuple[int, str], tuple[Shard, str]]:
+        named = ((shard, name, _EXPERTS.search(name)) for shard in self.shards for name in shard.tensors)
+        found = {(int(match[1]), match[2]): (shard, name) for shard, name, match in named if match}
         for layer, cut in enumerate(self.config.cuts):
             if cut.num_routed and ((layer, "gate_up_proj") not in found or (layer, "down_proj") not in found):
                 raise CheckpointError(f"{self.path}: layer {layer} has {cut.num_routed} routed experts but no weights")

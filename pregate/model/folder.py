@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import CheckpointError, UserError
+from pregate.model.adapter import Adapter, is_adapter, text_folder
 from pregate.model.config_fields import QUANTISATION_KEYS, clean_fields, ignored_settings, token_ids, wrong_value
 from pregate.model.shard_file import quantised_tensor, weight_files
 from pregate.model.tokenizer import FILE, TextTokenizer, load_tokenizer, tokenizer_files
@@ -35,6 +36,7 @@ class ModelFolder:
 
     `fields` are those of config.json that say what the model is; `generation` those of generation_config.json, as they
     are (None: there is no such file). Of these pregate obeys `eos_ids` and nothing else; `notes` say what it does not.
+    `parent` is the dense model that an adapter in `path` goes with; None for a whole model.
     """
 
     path: Path
@@ -42,6 +44,12 @@ class ModelFolder:
     fields: Mapping[str, Any]
     generation: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    parent: Path | None = None
+
+    @property
+    def text_path(self) -> Path:
+        """The folder to look for its tokenizer in."""
+        return text_folder(self.path, self.parent)
 
     @property
     def is_routed(self) -> bool:
@@ -83,7 +91,7 @@ class ModelFolder:
     @cached_property
     def tokenizer(self) -> TextTokenizer:
         """Its tokenizer, for text to learn from and to measure on; UserError where there is none."""
-        return load_tokenizer(self.path, self.vocab_size, self.option)
+        return load_tokenizer(self.text_path, self.vocab_size, self.option)
 
     def refuse(self, reason: str) -> UserError:
         """An error that names the option and the folder."""
@@ -114,10 +122,11 @@ class ModelFolder:
             raise self.refuse(f"its config.json has no {key}") from error
 
 
-def read_folder(path: Path, option: str = "--model") -> ModelFolder:
-    """Read and check the model folder at `path`, which `option` gave.
+def read_folder(path: Path, option: str = "--model", parent: Path | None = None) -> ModelFolder:
+    """Read and check the model folder at `path`, which `option` gave, and with an adapter its `parent`.
 
-    UserError, in one sentence, for what is no model folder, for a config that no model has, and for quantised weights.
+    UserError, in one sentence, for what is no model folder, for a config that no model has, for quantised weights, and
+    for an adapter without its parent (files are told apart by size here, not hashed).
     """
     if not path.exists():
         raise UserError.of(option, path, "no such path")
@@ -136,7 +145,10 @@ def read_folder(path: Path, option: str = "--model") -> ModelFolder:
             raise UserError.of(option, path, f"its {file}'s {wrong}")
     if fields["model_type"] != ROUTED:
         _refuse_quantised(path, option, raw)
-    return ModelFolder(path, option, fields, generation, tuple(_notes(raw, fields, generation or {})))
+    if is_adapter(path):
+        Adapter(path, parent)
+    whole = None if not is_adapter(path) else parent
+    return ModelFolder(path, option, fields, generation, tuple(_notes(raw, fields, generation or {})), whole)
 
 
 def _read_object(path: Path, name: str, option: str) -> dict[str, Any]:

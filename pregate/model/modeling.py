@@ -19,7 +19,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pregate.base.errors import CheckpointError, UserError
-from pregate.model.checkpoint import Manifest, read_manifest, verify_files, write_manifest
+from pregate.model.adapter import is_adapter
+from pregate.model.checkpoint import Manifest, open_shards, write_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import read_folder
 from pregate.model.gated_mlp import find_gated_mlps
@@ -28,6 +29,7 @@ from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedML
 from pregate.model.path_computer import PathComputer, PathState
 from pregate.model.path_router import PathRouter
 from pregate.model.paths import Paths
+from pregate.model.shard_file import TORCH_NAMES, Shard
 
 
 class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
@@ -229,17 +231,25 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         write_manifest(Path(save_directory), self.manifest or Manifest(method="unknown"))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> RoutedForCausalLM:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Load a checkpoint folder; CheckpointError names the file that is missing, damaged or foreign.
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls, pretrained_model_name_or_path: Any, *args: Any, parent: str | Path | None = None, **kwargs: Any
+    ) -> RoutedForCausalLM:
+        """Load a checkpoint folder, or an adapter with the dense model `parent` that it was made from.
 
-        Of its generation_config.json it obeys what ends a text and nothing else, as a server does.
+        CheckpointError names the file that is missing, damaged or foreign. Of its generation_config.json it obeys what
+        ends a text and nothing else, as a server does.
         """
         path = Path(pretrained_model_name_or_path)
-        manifest = read_manifest(path)
-        verify_files(path, manifest, hashes=cls.hold_experts)
-        eos_ids = sorted(read_folder(path).eos_ids)
+        whole = Path(parent) if parent else None
+        manifest, shards = open_shards(path, whole, hashes=cls.hold_experts)
+        eos_ids = sorted(read_folder(path, parent=whole).eos_ids)
         kwargs.setdefault("generation_config", GenerationConfig(eos_token_id=eos_ids or None))
-        loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        source: Any = path
+        if is_adapter(path):
+            made = {name: _Unread(shard, name) for shard in shards for name in shard.tensors}
+            kwargs |= {"config": kwargs.get("config") or RoutedConfig.from_pretrained(path), "state_dict": made}
+            source = None
+        loaded: Any = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         absent = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
         if absent:
@@ -247,6 +257,20 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             raise CheckpointError(f"{path}: the shards lack {absent[0]} ({len(absent)} tensors in all)")
         model.manifest = manifest
         return model
+
+
+class _Unread:
+    """A tensor of a shard, read when transformers takes all of it; so those of a model are never all there twice."""
+
+    def __init__(self, shard: Shard, name: str) -> None:
+        self._shard, self._name = shard, name
+        self.dtype = getattr(torch, TORCH_NAMES[shard.tensors[name].dtype])
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def __getitem__(self, _everything: Any) -> torch.Tensor:
+        return self._shard.read(self._name)
 
 
 AutoModelForCausalLM.register(RoutedConfig, RoutedForCausalLM)

@@ -10,22 +10,27 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: Beside the weights, where some of them are products (`factors.py`).
+FACTORS = "factors.safetensors"
 #: Bytes of a number of each type that weights or buffers may have here, and torch's name of it (by name, since
 #: importing this loads no torch). Weights are floating, the others occur among buffers.
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "BOOL": 1}
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 TORCH_NAMES |= {"I64": "int64", "I32": "int32", "BOOL": "bool"}
+#: What files of our own may hold besides: neuron numbers and quantised tables of adapters.
+_READ_BYTES = ITEM_BYTES | {"I8": 1, "U16": 2}
+_READ_NAMES = TORCH_NAMES | {"I8": "int8", "U16": "uint16"}
 _MOST_HEADER_BYTES = 100 << 20
 #: Names of what quantisers write beside or in place of weights.
 _QUANTISER = re.compile(
@@ -49,6 +54,17 @@ class Stored:
         return self.dtype not in ITEM_BYTES or (self.dtype == "I32" and len(self.shape) > 1)
 
 
+class Shard(Protocol):
+    """What a checkpoint is read from: a file, or what an adapter and its parent make in place of one."""
+
+    path: Path
+    tensors: Mapping[str, Stored]
+
+    def read(self, name: str, index: int | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of entry `index` of its first dimension, as stored."""
+        ...
+
+
 class ShardFile:
     """An open safetensors file. Only its header is held; ValueError says why it is not one that can be read."""
 
@@ -60,22 +76,38 @@ class ShardFile:
         num_bytes = int.from_bytes(self._file.read(8), "little")
         if not 2 <= num_bytes <= min(size - 8, _MOST_HEADER_BYTES):
             raise ValueError(f"its header would be {num_bytes} bytes of {size}")
-        self.tensors = {n: _stored(n, f, 8 + num_bytes, size) for n, f in _header(self._file.read(num_bytes)).items()}
+        self.tensors: Mapping[str, Stored] = tensors_of(self._file.read(num_bytes), size)
 
     def read(self, name: str, index: int | None = None) -> torch.Tensor:
         """A copy of a tensor, or of entry `index` of its first dimension, as stored.
 
         ValueError when the file was written over or cut since it was opened: it is not what was checked.
         """
-        import torch
-
         stored = self.tensors[name]
         shape = stored.shape if index is None else stored.shape[1:]
-        num_bytes = prod(shape) * ITEM_BYTES[stored.dtype]
-        data = torch.empty(num_bytes, dtype=torch.uint8)
+        num_bytes = prod(shape) * _READ_BYTES[stored.dtype]
+        return self._copy(stored.dtype, shape, [(num_bytes, stored.start + (index or 0) * num_bytes)])
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
+        """Copies of rows of a matrix [I, D], in the order of `rows`; nothing else is read."""
+        stored = self.tensors[name]
+        row_bytes = prod(stored.shape[1:]) * _READ_BYTES[stored.dtype]
+        parts = [(row_bytes, stored.start + row * row_bytes) for row in rows]
+        return self._copy(stored.dtype, (len(rows), *stored.shape[1:]), parts)
+
+    def _copy(self, dtype: str, shape: tuple[int, ...], parts: list[tuple[int, int]]) -> torch.Tensor:
+        """A tensor of the file's bytes at `parts`, (number, from) each, one after the other."""
+        import torch
+
+        data = torch.empty(sum(number for number, _start in parts), dtype=torch.uint8)
         buffer: Any = data.numpy()
-        self._fill(memoryview(buffer), stored.start + (index or 0) * num_bytes)
-        return data.view(getattr(torch, TORCH_NAMES[stored.dtype])).view(shape)
+        view, done = memoryview(buffer), 0
+        for number, start in parts:
+            self._fill(view[done : done + number], start)
+            done += number
+        if self._stamp_now() != self._stamp:
+            raise ValueError("was changed after it was opened")
+        return data.view(getattr(torch, _READ_NAMES[dtype])).view(shape)
 
     def _fill(self, buffer: memoryview, start: int) -> None:
         done = 0
@@ -84,7 +116,7 @@ class ShardFile:
             if not count:
                 break
             done += count
-        if done < len(buffer) or self._stamp_now() != self._stamp:
+        if done < len(buffer):
             raise ValueError("was changed after it was opened")
 
     def _stamp_now(self) -> tuple[int, int]:
@@ -92,13 +124,20 @@ class ShardFile:
         return found.st_size, found.st_mtime_ns
 
 
-def _header(data: bytes) -> dict[str, dict]:
+def tensors_of(header: bytes, size: int) -> dict[str, Stored]:
+    """The tensors that the header of a file of `size` bytes names. ValueError where it is none."""
     try:
-        fields = json.loads(data)
+        fields = json.loads(header)
         fields.pop("__metadata__", None)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
-    return fields
+    return {name: _stored(name, entry, 8 + len(header), size) for name, entry in fields.items()}
+
+
+def read_header(path: Path) -> bytes:
+    """The header of a file that `ShardFile` can open, byte for byte."""
+    with path.open("rb") as file:
+        return file.read(int.from_bytes(file.read(8), "little"))
 
 
 def _stored(name: str, fields: Mapping, base: int, size: int) -> Stored:

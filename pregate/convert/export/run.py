@@ -1,4 +1,4 @@
-"""`export`: a routed checkpoint as a folder that needs no pregate: stock Qwen2-MoE, or the dense parent again."""
+"""`export`: a routed checkpoint as stock Qwen2-MoE, as its dense parent again, or as what it adds to that."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.base.options import to_dict
+from pregate.convert.export.adapter import write_adapter
 from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export.dense import check_dense, write_dense
 from pregate.convert.export.gate_scale import measure_scales
@@ -44,6 +45,8 @@ def export(options: ExportOptions, progress: Progress = QUIET) -> dict[str, Any]
     with new_folder(options.out) as folder:
         model_folder = read_folder(options.model)
         source = RoutedShards(model_folder)
+        if options.format == "adapter":
+            return write_adapter(source, model_folder, options, folder, progress)
         model_folder.carry_over(folder)
         if options.format == "dense":
             check_dense(source)

@@ -66,6 +66,16 @@ class RoutedShards:
         """What the weights are stored as, in torch's name."""
         return dtype_name(self.config.dtype or torch.float32)
 
+    @property
+    def embedding_name(self) -> str:
+        """The parent's table of tokens, by its name there."""
+        table = self.parent.get_input_embeddings().weight
+        return next(name for name, p in self.parent.named_parameters() if p is table)
+
+    def read_one(self, name: str) -> torch.Tensor:
+        """One of the parent's tensors, by its name there."""
+        return self._read([name])[name]
+
     def ffn_prefix(self, index: int) -> str:
         """What the names of a layer's FFN begin with, in the parent."""
         return f"{self.layers_name}.{index}.{self.ffns[index].attribute}."

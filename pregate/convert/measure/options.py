@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Model, Needs, TextField, Texts, Word, options
-
-Parent = Annotated[
-    Path | None, "The dense parent.", Needs("model"), Word("the one the manifest names, if it is there", written=False)
-]
+from pregate.base.options import Model, Parent, TextField, Texts, options
 
 
 @options()

@@ -9,8 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Model, Needs, Seed, TextField, Texts, Word, options
-from pregate.convert.measure.options import Parent
+from pregate.base.options import Model, Needs, Parent, Seed, TextField, Texts, Word, options
 
 #: Enough to tell methods apart in about a minute on a small model; a decision deserves all of the text.
 DEFAULT_MAX_TOKENS = 10_000

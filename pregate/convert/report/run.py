@@ -158,7 +158,7 @@ def describe(
         "num_routed_layers": len(routed),
         "cut": words + (" on average" if config.selection == "threshold" else ""),
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "num_bytes": sum(f["bytes"] for name, f in manifest.files.items() if name.endswith(".safetensors")),
+        "num_bytes": manifest.weight_bytes,
         "expert_bytes": max(cut.expert_width for cut in routed) * row_bytes,
         "num_units": sum(cut.num_routed for cut in routed),
         "dtype": _stored(config),

@@ -7,7 +7,6 @@ import torch
 from pregate.base.errors import CheckpointError, UserError
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.path_router import PathRouter
-from pregate.model.shard_file import ShardFile, weight_files
 
 _PREFIX = "path_router."
 
@@ -18,13 +17,12 @@ def load_router(reader: CheckpointReader) -> PathRouter:
     if not config.has_path_router:
         raise UserError("this checkpoint has no path router; make one with `pregate decouple`")
     tensors: dict[str, torch.Tensor] = {}
-    for path in weight_files(reader.path):
+    for shard in reader.shards:
         try:
-            shard = ShardFile(path)
             names = [name for name in shard.tensors if name.startswith(_PREFIX)]
             tensors |= {name.removeprefix(_PREFIX): shard.read(name).float() for name in names}
         except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+            raise CheckpointError(f"{shard.path}: {error}") from error
     router = PathRouter(config.router_shape, config.text_config.vocab_size, config.cuts, config.selection)
     try:
         router.load_state_dict(tensors)
