@@ -1,4 +1,4 @@
-"""`pregate bench kernels`: how fast this machine runs the expert FFN, and tuning of its block sizes."""
+"""`pregate bench`: how fast this machine runs the expert FFN, and how a server bears a load."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Word, options
 from pregate.cli.flags import command
+from pregate.cli.load.options import LoadOptions
+from pregate.cli.printed import Output
 
-app = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure this machine, or a server.", no_args_is_help=True)
 #: The whole of a quick look, in seconds per batch size.
 _BUDGET_S = 1.0
-
-
-@app.callback()
-def _group() -> None:
-    """Keep `kernels` a command of its own while it is the only one."""
 
 
 @options()
@@ -77,6 +74,15 @@ def kernels(options: BenchOptions) -> None:
         for num_tokens in options.batch_sizes:
             dense_ms, ours_ms = _measure(ffn, chosen, where, kind, percent, num_tokens)
             print(f"{num_tokens:8d} {dense_ms:9.3f} {ours_ms:9.3f} {dense_ms / ours_ms:6.2f}")
+
+
+@app.command()
+@command(LoadOptions, Output)
+def serve(options: LoadOptions, output: Output) -> None:
+    """Put a server under load, of a trace or at random, and print how it bears it: times, throughput, batches."""
+    from pregate.cli.load import bench_serve
+
+    bench_serve.run(options, as_json=output.json)
 
 
 def _measure(ffn, shape, device, dtype, percent: int, num_tokens: int) -> tuple[float, float]:  # noqa: ANN001

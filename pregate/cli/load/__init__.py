@@ -1,0 +1,1 @@
+"""A load test: arrivals in, requests at a target, and what they came to."""
