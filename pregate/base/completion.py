@@ -6,21 +6,42 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """How likely the model itself held a token, as a natural logarithm: before bias, penalties and temperature.
+
+    `top` are the likeliest tokens in its place with theirs, the likeliest first, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """What is new since the chunk before: ids, and text that is certain by now (either may be empty)."""
+    """What is new since the chunk before: ids, and text that is certain by now (either may be empty).
+
+    `logprobs` are those of `token_ids` where they were asked for. `prompt_logprobs`, of the prompt's second token on,
+    come once. `index` says which of `n` completions it belongs to.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     prompt_tokens: int
     completion_tokens: int
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A finished request. `text` and `token_ids` are the chunks' joined; an end-of-text token is in neither.
+    """A finished request. `text`, `token_ids` and logprobs are the chunks' joined; an end-of-text token is in none of
+    them, and a stop string is not in the text, though the tokens that spell it are in the ids.
 
     `completion_tokens` counts the end-of-text token when there was one. `rows_per_host[h]`: the (token, layer, expert)
-    rows that host h computed for it. `request_id` is the caller's, or made for them.
+    rows that host h computed for it (empty where a stop string ended it: the front door did). `request_id` is the
+    caller's, or made for them.
     """
 
     text: str
@@ -30,3 +51,6 @@ class Completion:
     completion_tokens: int
     rows_per_host: tuple[int, ...]
     request_id: str
+    index: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

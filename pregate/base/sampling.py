@@ -3,23 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from pregate.base.errors import UserError
 
 MAX_SEED = (1 << 63) - 1
+MAX_TOP_LOGPROBS = 20
+MAX_COMPLETIONS = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 256
+MAX_PRIORITY = 1 << 31
+
+#: Each number's name, what holds for it, and what is allowed; None, where a number may be left out, is never asked.
+_NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
+    {
+        "max_tokens": (lambda v: v >= 1, "must be at least 1"),
+        "min_tokens": (lambda v: v >= 0, "must be 0 or more"),
+        "temperature": (lambda v: math.isfinite(v) and v >= 0, "must be 0 (greedy) or a finite number above 0"),
+        "top_p": (lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
+        "top_k": (lambda v: v >= 0, "must be 0 (every token) or a number of tokens"),
+        "min_p": (lambda v: 0 <= v <= 1, "must be 0 to 1"),
+        "repetition_penalty": (lambda v: math.isfinite(v) and v > 0, "must be a finite number above 0"),
+        "presence_penalty": (lambda v: -2 <= v <= 2, "must be -2 to 2"),
+        "frequency_penalty": (lambda v: -2 <= v <= 2, "must be -2 to 2"),
+        "seed": (lambda v: 0 <= v <= MAX_SEED, f"must be 0 to {MAX_SEED}"),
+        "logprobs": (lambda v: 0 <= v <= MAX_TOP_LOGPROBS, f"must be 0 to {MAX_TOP_LOGPROBS}"),
+        "prompt_logprobs": (lambda v: 0 <= v <= MAX_TOP_LOGPROBS, f"must be 0 to {MAX_TOP_LOGPROBS}"),
+        "n": (lambda v: 1 <= v <= MAX_COMPLETIONS, f"must be 1 to {MAX_COMPLETIONS}"),
+    }
+)
 
 
-def check_sampling(max_tokens: int, temperature: float, top_p: float, seed: int | None) -> None:
-    """Raise UserError naming the field, the value and what is allowed."""
-    if max_tokens < 1:
-        raise UserError.of("max_tokens", max_tokens, "must be at least 1")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise UserError.of("temperature", temperature, "must be 0 (greedy) or a finite number above 0")
-    if not 0 < top_p <= 1:
-        raise UserError.of("top_p", top_p, "must be above 0 and at most 1")
-    if seed is not None and not 0 <= seed <= MAX_SEED:
-        raise UserError.of("seed", seed, f"must be 0 to {MAX_SEED}")
+def check_sampling(sampling: object) -> None:
+    """Raise UserError naming the first of its numbers that is out of range, the value and what is allowed."""
+    for name, (holds, allowed) in _NUMBERS.items():
+        value = getattr(sampling, name)
+        if value is not None and not holds(value):
+            raise UserError.of(name, value, allowed)
+
+
+def check_priority(priority: int) -> None:
+    """Raise UserError for a priority that no message carries."""
+    if not -MAX_PRIORITY <= priority < MAX_PRIORITY:
+        raise UserError.of("priority", priority, f"must be {-MAX_PRIORITY} to {MAX_PRIORITY - 1}")
+
+
+def check_stop_strings(stop: Sequence[str]) -> None:
+    """Raise UserError for too many stop strings, empty ones, and ones that are too long."""
+    if len(stop) > MAX_STOP_STRINGS:
+        raise UserError.of("stop", f"of {len(stop)} texts", f"allowed: at most {MAX_STOP_STRINGS}")
+    for text in stop:
+        if not 0 < len(text) <= MAX_STOP_CHARACTERS:
+            raise UserError.of("stop", f"of {len(text)} characters", f"must be 1 to {MAX_STOP_CHARACTERS} characters")
+
+
+def check_logit_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> None:
+    """Raise UserError for a bias of a token that is not there, or beyond OpenAI's -100 to 100."""
+    bias = tuple(bias)
+    check_ids("logit_bias token id", (token_id for token_id, _ in bias), vocab_size)
+    wrong = next((value for _, value in bias if not -100 <= value <= 100), None)
+    if wrong is not None:
+        raise UserError.of("logit_bias", wrong, "must be -100 to 100")
 
 
 def check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

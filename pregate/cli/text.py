@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ import typer
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Needs, options
+from pregate.base.options import Needs, Word, options
 from pregate.base.sampling import MAX_SEED
 from pregate.base.tokens import read_tokens
 from pregate.cli.flags import command
@@ -55,7 +54,18 @@ class Sampling:
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
     ] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Sample from that many likeliest tokens; 0 from all.")] = 0
+    min_p: Annotated[
+        float, Field(ge=0, le=1, description="Sample from tokens with that share of the likeliest's probability.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float | None,
+        Field(gt=0, description="Above 1 makes tokens that were there unlikelier."),
+        Word("the model's own", written=False),
+    ] = None
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Makes sampling repeatable.")] = None
+    min_tokens: Annotated[int, Field(ge=0, description="New tokens at least.")] = 0
+    stop: Annotated[tuple[str, ...], Field(description="Texts before the first of which it ends.")] = ()
 
 
 @command(Prompt, Source, Sampling, Output)
@@ -114,6 +124,10 @@ def _generate_served(client: Client, prompt: str, sampling: Sampling, output: Ou
 
 def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any]:
     import torch
+    from transformers import StoppingCriteriaList
+
+    from pregate.router.doors.completion_text import CompletionText
+    from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 
     folder, tokenizer, encoding = _read(path, prompt)
     ids = encoding.ids
@@ -123,18 +137,38 @@ def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any
         raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    picking = {"do_sample": False}
+    picking: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
-        picking = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        picking = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        picking |= {"top_k": sampling.top_k, "min_p": sampling.min_p or None}
+    if sampling.repetition_penalty is not None:
+        picking["repetition_penalty"] = sampling.repetition_penalty
+    if sampling.min_tokens:
+        picking["min_new_tokens"] = sampling.min_tokens
+    params = SamplingParams(sampling.max_tokens, min_tokens=sampling.min_tokens)
+    text = CompletionText(tokenizer, SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings), 0)
+
+    def ended(ids_BN: torch.Tensor, _scores: object) -> torch.Tensor:
+        token_id = int(ids_BN[0, -1])
+        if token_id not in folder.eos_ids:
+            text.push(TokensEvent("", (token_id,)))
+        return torch.tensor([text.stopped])
+
     ids_BN = torch.tensor([ids])
     output = model.generate(
         ids_BN,
         attention_mask=torch.ones_like(ids_BN),
         max_new_tokens=min(sampling.max_tokens, context - len(ids)),
         pad_token_id=0,  # one sequence: nothing is padded
+        stopping_criteria=StoppingCriteriaList([ended]),
         **picking,
     )[0].tolist()
-    return _completion(tokenizer, ids, output[len(ids) :], folder.eos_ids)
+    new_ids = output[len(ids) :]
+    end = FinishedEvent("", "stop" if new_ids[-1] in folder.eos_ids else "length", len(ids), len(new_ids), ())
+    if not text.stopped:
+        text.flush()
+    done = asdict(text.completion("", None if text.stopped else end))
+    return {name: done[name] for name in ("text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens")}
 
 
 def _read(path: Path, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
@@ -158,19 +192,6 @@ def _load(path: Path) -> Any:
 
     quiet_transformers()
     return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-
-
-def _completion(tokenizer: Any, prompt_ids: list[int], new_ids: list[int], eos_ids: Collection[int]) -> dict[str, Any]:
-    """The same fields as a served completion; an end-of-text token is counted and not shown."""
-    stopped = bool(new_ids) and new_ids[-1] in eos_ids
-    shown = new_ids[:-1] if stopped else new_ids
-    return {
-        "text": tokenizer.decode(prompt_ids + shown)[len(tokenizer.decode(prompt_ids)) :],
-        "token_ids": shown,
-        "finish_reason": "stop" if stopped else "length",
-        "prompt_tokens": len(prompt_ids),
-        "completion_tokens": len(new_ids),
-    }
 
 
 def _route_here(path: Path, prompt: str) -> dict[str, Any]:

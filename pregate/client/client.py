@@ -6,7 +6,7 @@ import array
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from pregate.base.completion import Chunk, Completion
+from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.network import is_loopback
 from pregate.base.sampling import check_ids
@@ -76,7 +76,8 @@ class ModelInfo:
 
 
 class Generation(Iterator[Chunk]):
-    """A running request: iterate for its chunks; `completion` is set when the iteration has ended.
+    """A running request: iterate for its chunks; `completion` is set when the iteration has ended, of `n` the first,
+    and `completions` are all, in the order they ended.
 
     `cancel`, or leaving a `with` block, gives the request up.
     """
@@ -85,7 +86,12 @@ class Generation(Iterator[Chunk]):
         self._call = call
         self._translate = translate
         self._cancelled = False
-        self.completion: Completion | None = None
+        self.completions: list[Completion] = []
+
+    @property
+    def completion(self) -> Completion | None:
+        """The first completion, None while it runs."""
+        return next((c for c in self.completions if c.index == 0), None)
 
     def __next__(self) -> Chunk:
         while True:
@@ -97,11 +103,17 @@ class Generation(Iterator[Chunk]):
                 raise self._translate(error) from None
             if response.WhichOneof("response") == "chunk":
                 chunk = response.chunk
-                return Chunk(tuple(chunk.token_ids), chunk.text, chunk.prompt_tokens, chunk.completion_tokens)
+                return Chunk(
+                    tuple(chunk.token_ids), chunk.text, chunk.prompt_tokens, chunk.completion_tokens, chunk.index,
+                    _logprobs(chunk.output_logprobs), _logprobs(chunk.input_logprobs),
+                )  # fmt: skip
             reply = response.complete
             counted = (reply.finish_reason, reply.prompt_tokens, reply.completion_tokens)
             ids, rows = tuple(reply.output_ids), tuple(reply.rows_per_host)
-            self.completion = Completion(reply.text, ids, *counted, rows, reply.request_id)
+            logprobs = _logprobs(reply.output_logprobs), _logprobs(reply.input_logprobs)
+            self.completions.append(
+                Completion(reply.text, ids, *counted, rows, reply.request_id, reply.index, *logprobs)
+            )
 
     def cancel(self) -> None:
         """Stop the request on the server; the iteration ends. A finished one is left as it is."""
@@ -128,7 +140,7 @@ class Client:
     ) -> None:
         if timeout_s <= 0:
             raise UserError.of("timeout_s", timeout_s, "must be above 0 seconds")
-        if token is not None and ca is None and not _stays_here(target):
+        if token is not None and ca is None and not stays_here(target):
             raise UserError.of("token", f"for {target}", "would travel in clear text; give ca too")
         self._target = target
         self._timeout_s = timeout_s
@@ -149,12 +161,28 @@ class Client:
         stream: bool = True,
         ignore_eos: bool = False,
         stop_token_ids: Sequence[int] = (),
+        stop: str | Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        min_tokens: int = 0,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        n: int = 1,
+        priority: int = 0,
+        timeout_s: float | None = None,
         model: str = "",
         request_id: str = "",
     ) -> Generation:
         """Start a request and return its chunks as they arrive; with `stream` False only its `completion` arrives.
 
-        `prompt` is text or token ids. Temperature 0 is greedy.
+        `prompt` is text or token ids. Temperature 0 is greedy. A text ends before the first of its `stop` texts or ids.
+        `logprobs` and `prompt_logprobs` give those of each token and of that many likeliest ones. `n` completions share
+        the prompt. Of requests that wait those of the lowest `priority` come first; `timeout_s` is this one's deadline.
+        docs/serve.md says in which order the options work.
         """
         request = _build(
             pb.GenerateRequest,
@@ -167,12 +195,25 @@ class Client:
                 seed=seed,
                 ignore_eos=ignore_eos,
                 stop_token_ids=_ids("stop_token_ids", stop_token_ids),
+                stop=[stop] if isinstance(stop, str) else stop,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                min_tokens=min_tokens,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                n=n,
             ),
+            priority=priority,
             stream=stream,
             model=model,
             **_input(prompt),
         )
-        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata)
         return Generation(call, self._translate)
 
     def complete(self, prompt: str | Sequence[int], max_tokens: int = 64, **options: Any) -> Completion:
@@ -225,13 +266,21 @@ class Client:
             raise self._translate(error) from None
 
 
-def _stays_here(target: str) -> bool:
+def _logprobs(reply: pb.LogProbs) -> tuple[TokenLogprob, ...]:
+    return tuple(
+        TokenLogprob(token_id, value, tuple(zip(top.token_ids, top.values, strict=True)))
+        for token_id, value, top in zip(reply.token_ids, reply.token_logprobs, reply.top_logprobs, strict=True)
+    )
+
+
+def stays_here(target: str) -> bool:
+    """Whether what is sent to `target` does not leave this machine."""
     return target.startswith("unix:") or is_loopback(target.rpartition(":")[0])
 
 
 def _open_channel(target: str, ca: str | Path | None) -> grpc.Channel:
     # A proxy of the environment is no way to this machine, and would see a token sent in clear text.
-    options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if _stays_here(target) else _CHANNEL_OPTIONS
+    options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if stays_here(target) else _CHANNEL_OPTIONS
     if ca is None:
         return grpc.insecure_channel(target, options=options)
     try:

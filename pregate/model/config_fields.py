@@ -32,6 +32,8 @@ GENERATION_KEYS = frozenset(
     cache_implementation do_sample temperature top_k top_p
     """.split()  # noqa: SIM905
 )
+#: Those that a generation_config.json is obeyed in, beside its eos_token_id.
+OBEYED_KEYS = ("repetition_penalty", "stop_strings")
 #: Values of these that change nothing, for numbers and switches; 1 counts for factors, 0 for sizes and false.
 _NO_CHANGE: tuple[Any, ...] = (None, False, 0, 1)
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -102,6 +104,12 @@ def _allowed(key: str, value: Any) -> str:  # noqa: PLR0911 (a table in code)
         return "a token id or null" if key == "pad_token_id" or not _are_ids(value) else ""
     if key == "eos_token_id" and value is not None and not _are_ids(value):
         return "a token id, a list of them, or null"
+    if key == "repetition_penalty" and value is not None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return "" if number and 0 < value < float("inf") else "a number above 0 or null"
+    if key == "stop_strings" and value is not None:
+        texts = value if isinstance(value, list) else [value]
+        return "" if all(isinstance(t, str) and t for t in texts) else "a text, a list of them, or null"
     return ""
 
 

@@ -19,7 +19,14 @@ from typing import Any
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.model.adapter import Adapter, is_adapter, text_folder
-from pregate.model.config_fields import QUANTISATION_KEYS, clean_fields, ignored_settings, token_ids, wrong_value
+from pregate.model.config_fields import (
+    OBEYED_KEYS,
+    QUANTISATION_KEYS,
+    clean_fields,
+    ignored_settings,
+    token_ids,
+    wrong_value,
+)
 from pregate.model.shard_file import quantised_tensor, weight_files
 from pregate.model.tokenizer import FILE, TextTokenizer, load_tokenizer, tokenizer_files
 
@@ -35,8 +42,9 @@ class ModelFolder:
     """What a model folder says, checked. `option` is what gave it, for errors.
 
     `fields` are those of config.json that say what the model is; `generation` those of generation_config.json, as they
-    are (None: there is no such file). Of these pregate obeys `eos_ids` and nothing else; `notes` say what it does not.
-    `parent` is the dense model that an adapter in `path` goes with; None for a whole model.
+    are (None: there is no such file). Of these pregate obeys `eos_ids`, `repetition_penalty` and `stop_strings`;
+    `notes` say what it does not. `parent` is the dense model that an adapter in `path` goes with; None for a whole
+    model.
     """
 
     path: Path
@@ -70,6 +78,17 @@ class ModelFolder:
         if named is None:
             named = self.text.get("eos_token_id", self.fields.get("eos_token_id"))
         return frozenset(i for i in token_ids(named) if 0 <= i < self.vocab_size)
+
+    @property
+    def repetition_penalty(self) -> float:
+        """What a text that asks for none gets: generation_config.json's, else 1, which is none."""
+        return float((self.generation or {}).get("repetition_penalty") or 1.0)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end one, as `eos_ids` do: generation_config.json's."""
+        named = (self.generation or {}).get("stop_strings") or ()
+        return (named,) if isinstance(named, str) else tuple(named)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -184,8 +203,12 @@ def _notes(raw: Mapping[str, Any], fields: Mapping[str, Any], generation: Mappin
     if raw.get("pad_token_id") is not None and fields.get("pad_token_id") is None:
         notes.append(f"config.json's pad_token_id {raw['pad_token_id']} is no row of the embedding; it is left out")
     for file, found in (("config.json", raw), (GENERATION, generation)):
-        if ignored := ignored_settings(found):
+        obeyed = OBEYED_KEYS if file == GENERATION else ()
+        if ignored := {k: v for k, v in ignored_settings(found).items() if k not in obeyed}:
             names = ", ".join(f"{key} {json.dumps(value)}"[:60] for key, value in ignored.items())
-            reason = "pregate takes from it which ids end a text, and how to pick tokens from each request"
+            reason = (
+                "pregate takes from generation_config.json what ends a text and the repetition penalty, and how to pick"
+            )
+            reason += " to pick tokens from each request"
             notes.append(f"{file}'s {names}: not obeyed by generate or serve; {reason}")
     return notes

@@ -236,14 +236,15 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> RoutedForCausalLM:
         """Load a checkpoint folder, or an adapter with the dense model `parent` that it was made from.
 
-        CheckpointError names the file that is missing, damaged or foreign. Of its generation_config.json it obeys what
-        ends a text and nothing else, as a server does.
+        CheckpointError names the file that is missing, damaged or foreign. Of its generation_config.json it obeys the
+        ids that end a text and the repetition penalty, as a server does.
         """
         path = Path(pretrained_model_name_or_path)
         whole = Path(parent) if parent else None
         manifest, shards = open_shards(path, whole, hashes=cls.hold_experts)
-        eos_ids = sorted(read_folder(path, parent=whole).eos_ids)
-        kwargs.setdefault("generation_config", GenerationConfig(eos_token_id=eos_ids or None))
+        folder = read_folder(path, parent=whole)
+        picking = {"eos_token_id": sorted(folder.eos_ids) or None, "repetition_penalty": folder.repetition_penalty}
+        kwargs.setdefault("generation_config", GenerationConfig(**picking))
         source: Any = path
         if is_adapter(path):
             made = {name: _Unread(shard, name) for shard in shards for name in shard.tensors}

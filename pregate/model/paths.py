@@ -30,6 +30,13 @@ class Paths:
     def num_tokens(self) -> int:
         return self.ids.shape[0]
 
+    @property
+    def num_units(self) -> int:
+        """How many units all tokens together visit."""
+        seen_LR = np.zeros((self.ids.shape[1], int(self.ids.max(initial=0)) + 2), dtype=bool)
+        seen_LR[np.arange(self.ids.shape[1])[:, None], self.ids] = True  # -1 is the last column
+        return int(seen_LR[:, :-1].sum())
+
     def check(self, cuts: Sequence[LayerCut]) -> None:
         """Raise ValueError where ids leave their layer's range, are not ascending, or padding is not last."""
         if self.ids.ndim != 3 or self.ids.dtype != np.int16 or self.ids.shape[1] != len(cuts):

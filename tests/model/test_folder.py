@@ -113,11 +113,13 @@ def test_generation_settings_say_what_ends_a_text_before_the_config(config, gene
 
 
 def test_what_is_not_obeyed_is_said(folder: Path):
-    settings = {"repetition_penalty": 1.3, "stop_strings": ["\n\n"], "temperature": 1.0, "do_sample": False}
+    settings = {"repetition_penalty": 1.3, "stop_strings": ["\n\n"], "temperature": 0.5, "do_sample": False}
     change(folder, "generation_config.json", **settings)
-    (note,) = read_folder(folder).notes
-    assert 'repetition_penalty 1.3, stop_strings ["\\n\\n"]: not obeyed' in note
-    change(folder, "generation_config.json", repetition_penalty=1.0, stop_strings=None)
+    found = read_folder(folder)
+    assert (found.repetition_penalty, found.stop_strings) == (1.3, ("\n\n",))
+    (note,) = found.notes
+    assert note.startswith("generation_config.json's temperature 0.5: not obeyed")
+    change(folder, "generation_config.json", temperature=None)
     (note,) = read_folder(change(folder, no_repeat_ngram_size=3)).notes
     assert note.startswith("config.json's no_repeat_ngram_size 3")
 

@@ -24,33 +24,43 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pregate/client/proto/pregate.proto\x12\npregate.v1\":\n\x0eTokenizedInput\x12\x15\n\roriginal_text\x18\x01 \x01(\t\x12\x11\n\tinput_ids\x18\x02 \x03(\r\"\xc8\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x03H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x11\n\x04seed\x18\x18 \x01(\x03H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\r\n\x0b_max_tokensB\x07\n\x05_seed\"\xc9\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\ttokenized\x18\x02 \x01(\x0b\x32\x1a.pregate.v1.TokenizedInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x33\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1a.pregate.v1.SamplingParams\x12\x0e\n\x06stream\x18\x05 \x01(\x08\x12\r\n\x05model\x18\x06 \x01(\tB\x07\n\x05inputJ\x04\x08\x07\x10\x10\"\x82\x01\n\x10GenerateResponse\x12\x30\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1f.pregate.v1.GenerateStreamChunkH\x00\x12\x30\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1c.pregate.v1.GenerateCompleteH\x00\x42\n\n\x08response\"h\n\x13GenerateStreamChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x10 \x01(\t\"\xa8\x01\n\x10GenerateComplete\x12\x12\n\noutput_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12\x0c\n\x04text\x18\x10 \x01(\t\x12\x12\n\nrequest_id\x18\x11 \x01(\t\x12\x15\n\rrows_per_host\x18\x12 \x03(\x04\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xc2\x02\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x0f\n\x07routing\x18\x10 \x01(\t\x12\x17\n\x0fhas_path_router\x18\x11 \x01(\x08\x12\x12\n\nnum_layers\x18\x12 \x01(\r\x12\x11\n\tnum_hosts\x18\x13 \x01(\r\x12\x13\n\x0bnum_running\x18\x14 \x01(\r\x12\x12\n\nnum_queued\x18\x15 \x01(\r\x12\x0f\n\x07version\x18\x16 \x01(\t\x12\x13\n\x0bunavailable\x18\x17 \x01(\t\x12\x11\n\tbusy_with\x18\x18 \x01(\t\x12\x0e\n\x06\x62usy_s\x18\x19 \x01(\x01\x12\x11\n\tnum_steps\x18\x1a \x01(\x04\"g\n\x0cRouteRequest\x12/\n\ttokenized\x18\x02 \x01(\x0b\x32\x1a.pregate.v1.TokenizedInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\r\n\x05model\x18\x06 \x01(\tB\x07\n\x05input\"\x8e\x01\n\rRouteResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x12\n\nnum_active\x18\x04 \x01(\r\x12\x12\n\nexpert_ids\x18\x05 \x01(\x0c\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\t2\xe3\x01\n\x07Pregate\x12G\n\x08Generate\x12\x1b.pregate.v1.GenerateRequest\x1a\x1c.pregate.v1.GenerateResponse0\x01\x12Q\n\x0cGetModelInfo\x12\x1f.pregate.v1.GetModelInfoRequest\x1a .pregate.v1.GetModelInfoResponse\x12<\n\x05Route\x12\x18.pregate.v1.RouteRequest\x1a\x19.pregate.v1.RouteResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"pregate/client/proto/pregate.proto\x12\npregate.v1\":\n\x0eTokenizedInput\x12\x15\n\roriginal_text\x18\x01 \x01(\t\x12\x11\n\tinput_ids\x18\x02 \x03(\r\"\xd2\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x03\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x05 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x02\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x08 \x01(\x03H\x03\x88\x01\x01\x12\x12\n\nmin_tokens\x18\t \x01(\x03\x12\x0c\n\x04stop\x18\n \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0b \x03(\r\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x0e\n\x01n\x18\x0f \x01(\x03H\x04\x88\x01\x01\x12\x15\n\x08logprobs\x18\x16 \x01(\x03H\x05\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x17 \x01(\x03H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x18 \x01(\x03H\x07\x88\x01\x01\x12=\n\nlogit_bias\x18\x1a \x03(\x0b\x32).pregate.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\r\n\x0b_max_tokensB\x04\n\x02_nB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x07\n\x05_seed\"0\n\x0bTopLogProbs\x12\x0e\n\x06values\x18\x01 \x03(\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"d\n\x08LogProbs\x12\x16\n\x0etoken_logprobs\x18\x01 \x03(\x01\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12-\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x17.pregate.v1.TopLogProbs\"\xdb\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12/\n\ttokenized\x18\x02 \x01(\x0b\x32\x1a.pregate.v1.TokenizedInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\x33\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1a.pregate.v1.SamplingParams\x12\x0e\n\x06stream\x18\x05 \x01(\x08\x12\r\n\x05model\x18\x06 \x01(\t\x12\x10\n\x08priority\x18\x10 \x01(\x03\x42\x07\n\x05inputJ\x04\x08\x07\x10\x10\"\x82\x01\n\x10GenerateResponse\x12\x30\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x1f.pregate.v1.GenerateStreamChunkH\x00\x12\x30\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1c.pregate.v1.GenerateCompleteH\x00\x42\n\n\x08response\"\xd4\x01\n\x13GenerateStreamChunk\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12-\n\x0foutput_logprobs\x18\x05 \x01(\x0b\x32\x14.pregate.v1.LogProbs\x12,\n\x0einput_logprobs\x18\x06 \x01(\x0b\x32\x14.pregate.v1.LogProbs\x12\r\n\x05index\x18\x07 \x01(\r\x12\x0c\n\x04text\x18\x10 \x01(\t\"\x94\x02\n\x10GenerateComplete\x12\x12\n\noutput_ids\x18\x01 \x03(\r\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x04 \x01(\r\x12-\n\x0foutput_logprobs\x18\x06 \x01(\x0b\x32\x14.pregate.v1.LogProbs\x12,\n\x0einput_logprobs\x18\x07 \x01(\x0b\x32\x14.pregate.v1.LogProbs\x12\r\n\x05index\x18\x08 \x01(\r\x12\x0c\n\x04text\x18\x10 \x01(\t\x12\x12\n\nrequest_id\x18\x11 \x01(\t\x12\x15\n\rrows_per_host\x18\x12 \x03(\x04\"$\n\x13GetModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\xd8\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x1a\n\x12max_context_length\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x0f\n\x07routing\x18\x10 \x01(\t\x12\x17\n\x0fhas_path_router\x18\x11 \x01(\x08\x12\x12\n\nnum_layers\x18\x12 \x01(\r\x12\x11\n\tnum_hosts\x18\x13 \x01(\r\x12\x13\n\x0bnum_running\x18\x14 \x01(\r\x12\x12\n\nnum_queued\x18\x15 \x01(\r\x12\x0f\n\x07version\x18\x16 \x01(\t\x12\x13\n\x0bunavailable\x18\x17 \x01(\t\x12\x11\n\tbusy_with\x18\x18 \x01(\t\x12\x0e\n\x06\x62usy_s\x18\x19 \x01(\x01\x12\x11\n\tnum_steps\x18\x1a \x01(\x04\x12\x17\n\x0fnum_step_tokens\x18\x1b \x01(\x04\x12\x16\n\x0enum_step_units\x18\x1c \x01(\x04\x12\x10\n\x08\x62\x61tching\x18\x1d \x01(\t\x12)\n\nstep_costs\x18\x1e \x01(\x0b\x32\x15.pregate.v1.StepCosts\x12\x11\n\tunit_hits\x18\x1f \x01(\x04\x12\x13\n\x0bunit_misses\x18  \x01(\x04\"\x80\x01\n\tStepCosts\x12\r\n\x05row_s\x18\x01 \x03(\x01\x12\x17\n\x0fresident_byte_s\x18\x02 \x03(\x01\x12\x16\n\x0emissing_byte_s\x18\x03 \x03(\x01\x12\x12\n\ndispatch_s\x18\x04 \x01(\x01\x12\x0e\n\x06step_s\x18\x05 \x01(\x01\x12\x0f\n\x07token_s\x18\x06 \x01(\x01\"g\n\x0cRouteRequest\x12/\n\ttokenized\x18\x02 \x01(\x0b\x32\x1a.pregate.v1.TokenizedInputH\x00\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\r\n\x05model\x18\x06 \x01(\tB\x07\n\x05input\"\x8e\x01\n\rRouteResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x0e\n\x06tokens\x18\x02 \x03(\t\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x12\n\nnum_active\x18\x04 \x01(\r\x12\x12\n\nexpert_ids\x18\x05 \x01(\x0c\x12\r\n\x05\x65xact\x18\x06 \x01(\x08\x12\x0f\n\x07version\x18\x07 \x01(\t2\xe3\x01\n\x07Pregate\x12G\n\x08Generate\x12\x1b.pregate.v1.GenerateRequest\x1a\x1c.pregate.v1.GenerateResponse0\x01\x12Q\n\x0cGetModelInfo\x12\x1f.pregate.v1.GetModelInfoRequest\x1a .pregate.v1.GetModelInfoResponse\x12<\n\x05Route\x12\x18.pregate.v1.RouteRequest\x1a\x19.pregate.v1.RouteResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pregate.client.proto.pregate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_TOKENIZEDINPUT']._serialized_start=50
   _globals['_TOKENIZEDINPUT']._serialized_end=108
   _globals['_SAMPLINGPARAMS']._serialized_start=111
-  _globals['_SAMPLINGPARAMS']._serialized_end=311
-  _globals['_GENERATEREQUEST']._serialized_start=314
-  _globals['_GENERATEREQUEST']._serialized_end=515
-  _globals['_GENERATERESPONSE']._serialized_start=518
-  _globals['_GENERATERESPONSE']._serialized_end=648
-  _globals['_GENERATESTREAMCHUNK']._serialized_start=650
-  _globals['_GENERATESTREAMCHUNK']._serialized_end=754
-  _globals['_GENERATECOMPLETE']._serialized_start=757
-  _globals['_GENERATECOMPLETE']._serialized_end=925
-  _globals['_GETMODELINFOREQUEST']._serialized_start=927
-  _globals['_GETMODELINFOREQUEST']._serialized_end=963
-  _globals['_GETMODELINFORESPONSE']._serialized_start=966
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1288
-  _globals['_ROUTEREQUEST']._serialized_start=1290
-  _globals['_ROUTEREQUEST']._serialized_end=1393
-  _globals['_ROUTERESPONSE']._serialized_start=1396
-  _globals['_ROUTERESPONSE']._serialized_end=1538
-  _globals['_PREGATE']._serialized_start=1541
-  _globals['_PREGATE']._serialized_end=1768
+  _globals['_SAMPLINGPARAMS']._serialized_end=705
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=545
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=593
+  _globals['_TOPLOGPROBS']._serialized_start=707
+  _globals['_TOPLOGPROBS']._serialized_end=755
+  _globals['_LOGPROBS']._serialized_start=757
+  _globals['_LOGPROBS']._serialized_end=857
+  _globals['_GENERATEREQUEST']._serialized_start=860
+  _globals['_GENERATEREQUEST']._serialized_end=1079
+  _globals['_GENERATERESPONSE']._serialized_start=1082
+  _globals['_GENERATERESPONSE']._serialized_end=1212
+  _globals['_GENERATESTREAMCHUNK']._serialized_start=1215
+  _globals['_GENERATESTREAMCHUNK']._serialized_end=1427
+  _globals['_GENERATECOMPLETE']._serialized_start=1430
+  _globals['_GENERATECOMPLETE']._serialized_end=1706
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1708
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1744
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1747
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2219
+  _globals['_STEPCOSTS']._serialized_start=2222
+  _globals['_STEPCOSTS']._serialized_end=2350
+  _globals['_ROUTEREQUEST']._serialized_start=2352
+  _globals['_ROUTEREQUEST']._serialized_end=2455
+  _globals['_ROUTERESPONSE']._serialized_start=2458
+  _globals['_ROUTERESPONSE']._serialized_end=2600
+  _globals['_PREGATE']._serialized_start=2603
+  _globals['_PREGATE']._serialized_end=2830
 # @@protoc_insertion_point(module_scope)

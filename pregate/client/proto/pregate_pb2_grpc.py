@@ -55,7 +55,8 @@ class PregateServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Chunks as they are made, then exactly one complete; with `stream` false only the complete.
+        """Chunks as they are made, then exactly one complete; with `stream` false only the complete. With n above 1 those of
+        all completions, in the order they come.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from pregate.base import log
-from pregate.base.completion import Completion
+from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.client.proto import pregate_pb2 as pb
 from pregate.router.doors.access import cache_salt, is_authorized
@@ -148,13 +148,14 @@ class _Calls:
                 model=request.model,
                 request_id=request_id,
                 salt=cache_salt(_authorization(context.invocation_metadata())),
+                priority=request.priority,
             )
             async with aclosing(stream):
                 async for item in stream:
                     if isinstance(item, Completion):
                         yield pb.GenerateResponse(complete=_complete(item))
                     elif request.stream:
-                        yield pb.GenerateResponse(chunk=pb.GenerateStreamChunk(**vars(item)))
+                        yield pb.GenerateResponse(chunk=_chunk(item))
 
     async def get_model_info(self, message: bytes, context: _Context) -> pb.GetModelInfoResponse:
         async with self._answering(context):
@@ -248,12 +249,45 @@ def _sampling(given: pb.SamplingParams) -> SamplingParams:
         seed=given.seed if given.HasField("seed") else None,
         stop_token_ids=tuple(given.stop_token_ids),
         ignore_eos=given.ignore_eos,
+        top_k=given.top_k,
+        min_p=given.min_p,
+        repetition_penalty=given.repetition_penalty if given.HasField("repetition_penalty") else None,
+        presence_penalty=given.presence_penalty,
+        frequency_penalty=given.frequency_penalty,
+        logit_bias=tuple(sorted(given.logit_bias.items())),
+        min_tokens=given.min_tokens,
+        logprobs=given.logprobs if given.HasField("logprobs") else None,
+        prompt_logprobs=given.prompt_logprobs if given.HasField("prompt_logprobs") else None,
+        stop=tuple(given.stop),
+        n=given.n if given.HasField("n") else 1,
     )
 
 
 def _deadline_s(context: _Context) -> float | None:
     remaining_s = context.time_remaining()
     return None if remaining_s is None else float(remaining_s)
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> pb.LogProbs | None:
+    if not tokens:
+        return None
+    return pb.LogProbs(
+        token_logprobs=[t.logprob for t in tokens],
+        token_ids=[t.token_id for t in tokens],
+        top_logprobs=[pb.TopLogProbs(values=[v for _, v in t.top], token_ids=[i for i, _ in t.top]) for t in tokens],
+    )
+
+
+def _chunk(chunk: Chunk) -> pb.GenerateStreamChunk:
+    return pb.GenerateStreamChunk(
+        token_ids=chunk.token_ids,
+        prompt_tokens=chunk.prompt_tokens,
+        completion_tokens=chunk.completion_tokens,
+        text=chunk.text,
+        index=chunk.index,
+        output_logprobs=_logprobs(chunk.logprobs),
+        input_logprobs=_logprobs(chunk.prompt_logprobs),
+    )
 
 
 def _complete(completion: Completion) -> pb.GenerateComplete:
@@ -265,6 +299,9 @@ def _complete(completion: Completion) -> pb.GenerateComplete:
         text=completion.text,
         request_id=completion.request_id,
         rows_per_host=completion.rows_per_host,
+        index=completion.index,
+        output_logprobs=_logprobs(completion.logprobs),
+        input_logprobs=_logprobs(completion.prompt_logprobs),
     )
 
 
@@ -272,6 +309,9 @@ def _model_info(info: dict[str, Any]) -> pb.GetModelInfoResponse:
     same = ("vocab_size", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued")
     return pb.GetModelInfoResponse(
         **{name: info[name] for name in (*same, "model", "eos_token_ids", "version", "num_steps", "busy_s")},
+        **{name: info.get(name, 0) for name in ("num_step_tokens", "num_step_units", "unit_hits", "unit_misses")},
+        batching=info["batching"],
+        step_costs=None if info["step_costs"] is None else pb.StepCosts(**info["step_costs"]),
         max_context_length=info["max_context"],
         unavailable=info["unavailable"] or "",
         busy_with=info["busy_with"] or "",

@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pregate.base import log
-from pregate.base.completion import Chunk, Completion
+from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.base.errors import PregateError, UserError
 from pregate.router.doors.access import cache_salt, is_authorized
 from pregate.router.doors.service import RouterService
@@ -43,6 +43,8 @@ _RETRY_AFTER_S = 1
 _MAX_BODY_BYTES = 64 << 20
 _BUG = "internal error; the server's log has it"
 _Stream: TypeAlias = AsyncGenerator[Chunk | Completion, None]
+_Word: TypeAlias = Callable[[int], str]
+_T = TypeVar("_T")
 
 
 class _UnauthenticatedError(PregateError):
@@ -57,7 +59,8 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's body with OpenAI's defaults; what pregate cannot do is refused unless it is at its neutral value."""
+    """OpenAI's body with OpenAI's defaults, and vLLM's names beside them; what pregate cannot do is refused unless it
+    is at its neutral value."""
 
     model_config = ConfigDict(extra="forbid", strict=True)  # true is no 1, nor is "1"
     model: str = ""
@@ -72,20 +75,27 @@ class CompletionRequest(BaseModel):
     ignore_eos: bool = False
     user: str | None = None
     n: int | None = 1
-    best_of: int | None = 1
-    echo: bool | None = False
     logprobs: int | None = None
     stop: str | list[str] | None = None
-    suffix: str | None = None
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
     logit_bias: dict[str, float] | None = None
+    top_k: int | None = 0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = None
+    min_tokens: int | None = 0
+    prompt_logprobs: int | None = None
+    priority: int = 0
+    best_of: int | None = 1
+    echo: bool | None = False
+    suffix: str | None = None
 
     def sampling(self) -> SamplingParams:
         """Return the sampling part. Raises UserError for a field that is set and not supported."""
         for name, neutral in _NEUTRAL.items():
             if getattr(self, name) not in neutral:
                 raise UserError.of(name, json.dumps(getattr(self, name)), "is not supported; leave it out")
+        stop = [self.stop] if isinstance(self.stop, str) and self.stop else self.stop or ()
         return SamplingParams(
             max_tokens=16 if self.max_tokens is None else self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -93,6 +103,17 @@ class CompletionRequest(BaseModel):
             seed=self.seed,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            top_k=0 if self.top_k == -1 else self.top_k or 0,  # vLLM's -1 is every token
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=_bias(self.logit_bias or {}),
+            min_tokens=self.min_tokens or 0,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            stop=tuple(stop),
+            n=1 if self.n is None else self.n,
         )
 
     def single_prompt(self) -> str | list[int]:
@@ -109,15 +130,9 @@ class CompletionRequest(BaseModel):
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "n": (None, 1),
         "best_of": (None, 1),
         "echo": (None, False),
-        "logprobs": (None,),
-        "stop": (None, "", []),
         "suffix": (None, ""),
-        "presence_penalty": (None, 0.0),
-        "frequency_penalty": (None, 0.0),
-        "logit_bias": (None, {}),
     }
 )
 
@@ -152,17 +167,19 @@ def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), t
         prompt, sampling = body.single_prompt(), body.sampling()
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
         head["model"] = service.model_name
-        salt = cache_salt(request.headers.get("authorization"))
+        asked = {"deadline_s": timeout_s, "model": body.model, "priority": body.priority}
+        asked["salt"] = cache_salt(request.headers.get("authorization"))
+        word = service.word if body.logprobs is not None or body.prompt_logprobs is not None else None
         if not body.stream:
-            whole = service.complete(prompt, sampling, deadline_s=timeout_s, model=body.model, salt=salt)
-            completion = await _unless_disconnected(whole, request)
-            if completion is None:
+            completions = await _unless_disconnected(service.complete_all(prompt, sampling, **asked), request)
+            if completions is None:
                 return Response(status_code=499)  # nginx's number for a client that is gone; nobody reads it
-            return JSONResponse({**head, "choices": [_choice(completion)], "usage": _usage(completion)})
-        stream = service.generate(prompt, sampling, deadline_s=timeout_s, model=body.model, salt=salt)
+            choices = [_choice(c, word) for c in completions]
+            return JSONResponse({**head, "choices": choices, "usage": _usage(completions)})
+        stream = service.generate(prompt, sampling, **asked)
         first = await anext(stream)  # what fails before the first item still gets a status of its own
         usage = body.stream_options is not None and body.stream_options.include_usage
-        return StreamingResponse(_events(first, stream, head, usage=usage), media_type="text/event-stream")
+        return StreamingResponse(_events(first, stream, head, word, usage=usage), media_type="text/event-stream")
 
     return app
 
@@ -193,7 +210,7 @@ class _BoundedBody:
             await self._app(scope, bounded, send)
 
 
-async def _unless_disconnected(work: Coroutine[Any, Any, Completion], request: Request) -> Completion | None:
+async def _unless_disconnected(work: Coroutine[Any, Any, _T], request: Request) -> _T | None:
     """Return what `work` gives, or None when the client went away first; the request is cancelled then."""
     tasks = asyncio.ensure_future(work), asyncio.ensure_future(_disconnect(request))
     try:
@@ -211,16 +228,18 @@ async def _disconnect(request: Request) -> None:
 
 
 async def _events(
-    first: Chunk | Completion, stream: _Stream, head: dict[str, Any], *, usage: bool
+    first: Chunk | Completion, stream: _Stream, head: dict[str, Any], word: _Word | None, *, usage: bool
 ) -> AsyncGenerator[str, None]:
+    completions: list[Completion] = []
     async with aclosing(stream):
         item: Chunk | Completion | None = first
         try:
             while item is not None:
-                yield _event({**head, "choices": [_choice(item, streamed=True)]})
-                if usage and isinstance(item, Completion):
-                    yield _event({**head, "choices": [], "usage": _usage(item)})
+                yield _event({**head, "choices": [_choice(item, word, streamed=True)]})
+                completions += [item] if isinstance(item, Completion) else []
                 item = await anext(stream, None)
+            if usage:
+                yield _event({**head, "choices": [], "usage": _usage(completions)})
         except PregateError as error:
             yield _event(_error_body(error.code, str(error)))
         except Exception:
@@ -233,21 +252,42 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def _choice(item: Chunk | Completion, *, streamed: bool = False) -> dict[str, Any]:
+def _choice(item: Chunk | Completion, word: _Word | None, *, streamed: bool = False) -> dict[str, Any]:
     """Return one choice; the last one of a stream repeats neither text nor ids."""
     ended = isinstance(item, Completion)
     repeat = ended and streamed
-    return {
-        "index": 0,
+    choice = {
+        "index": item.index,
         "text": "" if repeat else item.text,
         "token_ids": [] if repeat else list(item.token_ids),
-        "logprobs": None,
+        "logprobs": _logprobs(item.logprobs, word) if word and item.logprobs and not repeat else None,
         "finish_reason": item.finish_reason if ended else None,
+    }
+    if word and item.prompt_logprobs and not repeat:
+        choice["prompt_logprobs"] = _logprobs(item.prompt_logprobs, word)
+    return choice
+
+
+def _logprobs(tokens: Sequence[TokenLogprob], word: _Word) -> dict[str, Any]:
+    """OpenAI's lists; tokens are named by their text, which is not theirs alone, and by their ids."""
+    return {
+        "tokens": [word(t.token_id) for t in tokens],
+        "token_logprobs": [t.logprob for t in tokens],
+        "top_logprobs": [{word(i): value for i, value in reversed(t.top)} for t in tokens],
+        "token_ids": [t.token_id for t in tokens],
+        "top_token_ids": [[i for i, _ in t.top] for t in tokens],
     }
 
 
-def _usage(completion: Completion) -> dict[str, int]:
-    prompt, new = completion.prompt_tokens, completion.completion_tokens
+def _bias(given: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    wrong = next((name for name in given if not name.isdecimal()), None)
+    if wrong is not None:
+        raise UserError.of("logit_bias", json.dumps(wrong), "must be a token id")
+    return tuple(sorted((int(name), value) for name, value in given.items()))
+
+
+def _usage(completions: Sequence[Completion]) -> dict[str, int]:
+    prompt, new = completions[0].prompt_tokens, sum(c.completion_tokens for c in completions)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
 

@@ -19,8 +19,10 @@ from pregate.base.errors import (
     UnavailableError,
     UserError,
 )
+from pregate.base.sampling import MAX_SEED, check_priority
 from pregate.model.tokenizer import read_tokenizer
-from pregate.router.doors.detokenize import Detokenizer
+from pregate.router.doors.completion_text import CompletionText
+from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
 
@@ -77,6 +79,7 @@ class RouterService:
         self._idle.set()
         self._token_bytes = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         self._limits: tuple[int, int] | None = None  # vocab_size, max_context
+        self._stop_strings: tuple[str, ...] = ()  # the model's own
 
     @property
     def unavailable(self) -> str | None:
@@ -110,43 +113,46 @@ class RouterService:
         model: str = "",
         request_id: str = "",
         salt: str = "",
+        priority: int = 0,
     ) -> AsyncGenerator[Chunk | Completion, None]:
-        """Yield chunks as they are made, then one Completion.
+        """Yield chunks as they are made, then one Completion; of `n` completions, each with its index, as they come.
 
         `max_tokens` is cut to what the context leaves. Equal prompts share work under the same `salt` alone. Leaving
         early (use `contextlib.aclosing`) cancels.
         Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
         """
         self._check_model(model)
-        with self._admitted():
+        check_priority(priority)
+        with self._admitted(sampling.n):
             vocab_size, max_context = await self._get_limits()
             sampling.validate(vocab_size)
             prompt_ids = await self._encode(prompt, max_context - 1)
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
-            sampling = replace(sampling, max_tokens=max_tokens)
+            stops = sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._stop_strings)
+            alone = replace(sampling, max_tokens=max_tokens, stop=(), n=1)
             # Its own id: two callers may have chosen the same.
-            request = await self._with_paths(SubmitRequest(uuid.uuid4().hex, prompt_ids, sampling, deadline_s, salt))
-            async with aclosing(self._stream(request, request_id or request.request_id)) as stream:
+            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, alone, deadline_s, salt, priority=priority)
+            request = await self._with_paths(request)
+            name = request_id or request.request_id
+            streams = [self._stream(r, stops, name, index) for index, r in enumerate(_copies(request, sampling.n))]
+            async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as stream:
                 async for item in stream:
                     yield item
 
-    async def complete(
-        self,
-        prompt: str | Sequence[int],
-        sampling: SamplingParams,
-        *,
-        deadline_s: float | None = None,
-        model: str = "",
-        salt: str = "",
-    ) -> Completion:
-        """Return the end of `generate`, when only that is wanted."""
-        stream = self.generate(prompt, sampling, deadline_s=deadline_s, model=model, salt=salt)
-        async with aclosing(stream):
-            async for item in stream:
-                if isinstance(item, Completion):
-                    return item
-        raise UnavailableError("the engine ended the stream early")
+    async def complete(self, prompt: str | Sequence[int], sampling: SamplingParams, **options: Any) -> Completion:
+        """Return the end of `generate`, when only that is wanted; `options` are those of `generate`."""
+        return (await self.complete_all(prompt, sampling, **options))[0]
+
+    async def complete_all(
+        self, prompt: str | Sequence[int], sampling: SamplingParams, **options: Any
+    ) -> list[Completion]:
+        """Return all `n` completions, in order."""
+        async with aclosing(self.generate(prompt, sampling, **options)) as stream:
+            found = [item async for item in stream if isinstance(item, Completion)]
+        if len(found) != sampling.n:
+            raise UnavailableError("the engine ended the stream early")
+        return sorted(found, key=lambda completion: completion.index)
 
     async def route(
         self, prompt: str | Sequence[int], *, deadline_s: float | None = None, model: str = ""
@@ -171,7 +177,12 @@ class RouterService:
         if self._paths is not None:
             info["num_waiting_for_paths"] = (await self._paths.info())["num_queued"]
         self._limits = int(info["vocab_size"]), int(info["max_context"])
+        self._stop_strings = tuple(info["stop_strings"])
         return {**info, "model": self.model_name}
+
+    def word(self, token_id: int) -> str:
+        """The text of one token by itself."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests; wait for the running ones. Returns whether all ended in time."""
@@ -200,32 +211,23 @@ class RouterService:
             raise DeadlineError("the deadline passed before the paths were there")
         return replace(request, deadline_s=left_s, paths=reply.paths, path_state=reply.state)
 
-    async def _stream(self, request: SubmitRequest, request_id: str) -> AsyncGenerator[Chunk | Completion, None]:
-        detokenizer = Detokenizer(self._tokenizer, request.token_ids)
-        num_prompt = len(request.token_ids)
-        token_ids: list[int] = []
-        texts: list[str] = []
+    async def _stream(
+        self, request: SubmitRequest, stop: Sequence[str], request_id: str, index: int
+    ) -> AsyncGenerator[Chunk | Completion, None]:
+        text = CompletionText(self._tokenizer, request, stop, index)
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
-                new_ids = event.token_ids if isinstance(event, TokensEvent) else ()
-                text = detokenizer.push(new_ids) if new_ids else detokenizer.flush()
-                token_ids.extend(new_ids)
-                texts.append(text)
-                if new_ids or text:
-                    yield Chunk(new_ids, text, num_prompt, len(token_ids))
                 if isinstance(event, TokensEvent):
-                    continue
-                if event.reason == "deadline":
-                    raise DeadlineError("the deadline passed before the answer was complete")
-                yield Completion(
-                    "".join(texts),
-                    tuple(token_ids),
-                    event.reason,
-                    event.prompt_tokens,
-                    event.completion_tokens,
-                    event.rows_per_host,
-                    request_id,
-                )
+                    chunk = text.push(event)
+                else:
+                    if event.reason == "deadline":
+                        raise DeadlineError("the deadline passed before the answer was complete")
+                    chunk = text.flush()
+                if chunk is not None:
+                    yield chunk
+                if text.stopped or not isinstance(event, TokensEvent):
+                    yield text.completion(request_id, None if isinstance(event, TokensEvent) else event)
+                    return
 
     async def _get_limits(self) -> tuple[int, int]:
         if self._limits is None:
@@ -272,18 +274,31 @@ class RouterService:
             raise UnavailableError("the server is draining")
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def _admitted(self, num: int) -> Iterator[None]:
         self._check_draining()
-        if self._num_requests >= self._options.max_requests:
+        if self._num_requests + num > self._options.max_requests:
             raise QueueFullError(f"the server holds {self._num_requests} requests, as many as it may; try again later")
-        self._num_requests += 1
+        self._num_requests += num
         self._idle.clear()
         try:
             yield
         finally:
-            self._num_requests -= 1
+            self._num_requests -= num
             if not self._num_requests:
                 self._idle.set()
+
+
+def _copies(request: SubmitRequest, n: int) -> list[SubmitRequest]:
+    """The request n times, each with an id of its own and, where a seed is given, the next seed."""
+    seed = request.sampling.seed
+    return [request] + [
+        replace(
+            request,
+            request_id=uuid.uuid4().hex,
+            sampling=request.sampling if seed is None else replace(request.sampling, seed=(seed + i) & MAX_SEED),
+        )
+        for i in range(1, n)
+    ]
 
 
 def connect_service(

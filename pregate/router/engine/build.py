@@ -13,9 +13,11 @@ from pregate.base.log import get_logger
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.folder import read_folder
 from pregate.router.engine.backbone import Backbone
+from pregate.router.engine.batching import PathBatcher, UnitLayout
 from pregate.router.engine.connect import connect
 from pregate.router.engine.engine import Engine
 from pregate.router.engine.options import EngineOptions
+from pregate.router.engine.step_costs import measure
 
 if TYPE_CHECKING:
     from pregate.workers.client.host_client import HostClient
@@ -37,6 +39,13 @@ def build_engine(options: EngineOptions, clients: Sequence[HostClient], hosts_of
     backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
     exchange.warm_up(options.step_tokens)
     engine = Engine(options, folder, backbone, reader.fingerprint)
+    if options.batching == "path" and engine.paths is not None:
+        layout = UnitLayout(hosts_of_LR, [reader.unit_bytes(layer) for layer in range(reader.num_layers)], len(clients))
+        costs = measure(backbone, engine.runner.kv, layout, reader)
+        engine.batch_by_path(PathBatcher(layout, costs))
+        logger.info("steps are chosen by path; measured: %s", costs)
+    elif options.batching == "path":
+        logger.warning("--batching path: there is no path router; steps are first come, first served")
     logger.info(
         "engine of %s: %s routing, %d hosts, KV cache of %d tokens (%.2f GB)",
         options.model, engine.config.routing, len(clients), engine.runner.kv.num_slots, engine.runner.kv.nbytes / 1e9,

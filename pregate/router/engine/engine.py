@@ -9,18 +9,22 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Sequence as Many
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pregate.base.completion import TokenLogprob
 from pregate.base.errors import HostLostError, PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.base.memory import out_of_memory_fails
+from pregate.base.sampling import check_priority
 from pregate.model.folder import ModelFolder
 from pregate.model.path_computer import PathComputer
 from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
+from pregate.router.engine.batching import PathBatcher
 from pregate.router.engine.blocks import BlockAllocator
 from pregate.router.engine.options import EngineOptions
 from pregate.router.engine.runner import ModelRunner, StepResult
@@ -31,6 +35,8 @@ from pregate.router.link.messages import FailedEvent, FinishedEvent, SubmitReque
 
 logger = get_logger(__name__)
 Event = TokensEvent | FinishedEvent | FailedEvent
+#: Logits of prompts in one step, where their logprobs are asked for: 64 MB of them.
+_LOGITS_OF_PROMPTS = 1 << 24
 
 
 class Engine:
@@ -45,16 +51,32 @@ class Engine:
         lane_blocks = max(1, num_blocks // options.max_running)
         self.runner = ModelRunner(backbone, num_blocks, options.block_size, options.cuda_graphs)
         self.scheduler = Scheduler(
-            SchedulerLimits(options.max_running, options.max_queued, options.step_tokens, options.max_queued_bytes),
+            SchedulerLimits(
+                options.max_running,
+                options.max_queued,
+                options.step_tokens,
+                options.max_queued_bytes,
+                options.max_queued_tokens,
+                max(1, _LOGITS_OF_PROMPTS // self.config.text_config.vocab_size),
+                options.max_batching_delay,
+            ),
             BlockAllocator(num_blocks, options.block_size, lane_blocks),
             options.prefix_sharing,
+            "fifo" if options.batching == "path" else options.batching,
         )
         computer = PathComputer(backbone.path_router) if backbone.path_router is not None else None
         self.computer = computer
-        self.paths = RunningPaths(computer) if computer is not None and self.exact else None
-        self.eos_ids = folder.eos_ids
+        foretold = self.exact or options.batching == "path"
+        self.paths = RunningPaths(computer) if computer is not None and foretold else None
+        self.eos_ids, self.repetition_penalty = folder.eos_ids, folder.repetition_penalty
+        self.stop_strings = folder.stop_strings
         self._sequences: dict[str, Sequence] = {}
-        self._step_number = 0
+        self._step_number = self._step_tokens = self._step_units = 0
+
+    def batch_by_path(self, batcher: PathBatcher) -> None:
+        """Choose steps by their paths from now on."""
+        assert self.paths is not None, "without a path router there are no paths to choose by"
+        self.scheduler.batcher = batcher
 
     @property
     def has_work(self) -> bool:
@@ -67,6 +89,7 @@ class Engine:
         """
         vocab_size = self.config.text_config.vocab_size
         request.sampling.validate(vocab_size)
+        check_priority(request.priority)
         check_prompt(request.token_ids, vocab_size=vocab_size, max_context=self.context)
         if request.request_id in self._sequences:
             raise UserError.of("request id", request.request_id, "is running already; use a new one")
@@ -76,19 +99,22 @@ class Engine:
         capacity = allocator.num_blocks * allocator.block_size
         if num_prompt + max_tokens > capacity:
             raise UserError.of("max_tokens", max_tokens, f"with this prompt exceeds the KV cache of {capacity} tokens")
-        seed = request.sampling.seed if request.sampling.seed is not None else secrets.randbits(62)
+        sampling = request.sampling
+        seed = sampling.seed if sampling.seed is not None else secrets.randbits(62)
+        penalty = self.repetition_penalty if sampling.repetition_penalty is None else sampling.repetition_penalty
+        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
         deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
         hosts = np.zeros(len(self.exchange.clients), dtype=np.int64)
         sequence = Sequence(
-            request.request_id, list(request.token_ids), num_prompt, max_tokens, request.sampling, seed, deadline,
-            hosts, request.cache_salt,
+            request.request_id, list(request.token_ids), num_prompt, max_tokens, sampling, seed, deadline, hosts,
+            request.cache_salt, request.priority, ends, penalty,
         )  # fmt: skip
         self.scheduler.check_room(sequence)
         if self.paths is not None:
             with out_of_memory_fails():
                 self.paths.begin(sequence, request)
         try:
-            self.scheduler.add(sequence)
+            self.scheduler.add(sequence, time.monotonic())
         except PregateError:
             self._forget(sequence)
             raise
@@ -130,6 +156,7 @@ class Engine:
             "max_context": self.context,
             "vocab_size": int(self.config.text_config.vocab_size),
             "eos_token_ids": sorted(self.eos_ids),
+            "stop_strings": list(self.stop_strings),
             "version": self.version,
             "routing": self.config.routing,
             "has_path_router": self.computer is not None,
@@ -139,6 +166,10 @@ class Engine:
             "num_running": len(scheduler.running),
             "num_queued": len(scheduler.waiting),
             "num_steps": self._step_number,
+            "num_step_tokens": self._step_tokens,
+            "num_step_units": self._step_units,
+            "batching": scheduler.policy if scheduler.batcher is None else "path",
+            "step_costs": None if scheduler.batcher is None else asdict(scheduler.batcher.costs),
             "num_preempted": scheduler.num_preempted,
             "prefix_tokens": scheduler.num_matched_tokens,
             "queued_bytes": scheduler.queued_bytes,
@@ -167,34 +198,49 @@ class Engine:
 
         Raises HostLostError when a host does not answer: then nothing can be computed.
         """
-        events = self._expire(time.monotonic())
-        step = self.scheduler.next_step()
+        now_s = time.monotonic()
+        events = self._expire(now_s)
+        step = self.scheduler.next_step(now_s)
         if not step:
             return events
         if self.options.check_steps:
             check_step(step, self.scheduler)
         self._step_number += 1
-        paths = None if self.paths is None else self.paths.of_step([(p.sequence, p.num_tokens) for p in step])
+        paths = None
+        if self.paths is not None and self.exact:
+            paths = self.paths.of_step([(p.sequence, p.num_tokens) for p in step])
         try:
             result = self.runner.run(self._step_number, step, paths)
         except HostLostError:
             raise
         except PregateError as error:
             return events + self._fail_step([p.sequence for p in step], error)
-        self._count(step, result)
+        self._count(step, result, paths)
         self.scheduler.complete(step)
-        for sequence, token in zip(result.sampled, result.tokens, strict=True):
-            events += self._publish(sequence, token)
+        for sequence, logprob in result.prompt_logprobs:
+            sequence.prompt_logprobs.append(logprob)
+        for sequence, token, logprob in zip(result.sampled, result.tokens, result.logprobs, strict=True):
+            events += self._publish(sequence, token, logprob)
         running = [s for s in result.sampled if s.request_id in self._sequences]
         try:
             if self.paths is not None:
                 with out_of_memory_fails():
-                    self.paths.extend(running)
+                    self._foretell(running, self.paths.extend(running))
         except PregateError as error:
             events += self._fail_step(running, error)
         return events
 
-    def _count(self, step: Many[Slice], result: StepResult) -> None:
+    def _foretell(self, sequences: list[Sequence], paths: Paths) -> None:
+        """Note what the next token of each sequence asks of the units."""
+        batcher = self.scheduler.batcher
+        if batcher is not None and sequences:
+            for sequence, rows_U in zip(sequences, batcher.layout.rows_each(paths.ids), strict=True):
+                sequence.next_rows_U = rows_U
+
+    def _count(self, step: Many[Slice], result: StepResult, paths: Paths | None) -> None:
+        self._step_tokens += len(result.pairs_TH)
+        if paths is not None:
+            self._step_units += paths.num_units
         start = 0
         for piece in step:
             piece.sequence.pairs_per_host += result.pairs_TH[start : start + piece.num_tokens].sum(axis=0)
@@ -210,12 +256,17 @@ class Engine:
             self._drop(sequence)
         return [_finished(s, "deadline") for s in late]
 
-    def _publish(self, sequence: Sequence, token: int) -> list[Event]:
+    def _publish(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[Event]:
         """Append a sampled token; the end of a sequence frees what it holds."""
-        sampling = sequence.sampling
+        first, stopped = sequence.num_generated == 0, token in sequence.end_ids
         sequence.token_ids.append(token)
-        stopped = token in sequence.stop_ids or (token in self.eos_ids and not sampling.ignore_eos)
-        events: list[Event] = [] if stopped else [TokensEvent(sequence.request_id, (token,))]
+        of_prompt = tuple(sequence.prompt_logprobs) if first else ()
+        events: list[Event] = []
+        if not stopped:
+            logprobs = () if logprob is None else (logprob,)
+            events.append(TokensEvent(sequence.request_id, (token,), logprobs, of_prompt))
+        elif of_prompt:
+            events.append(TokensEvent(sequence.request_id, (), (), of_prompt))
         if stopped or sequence.num_generated >= sequence.max_tokens:
             self._drop(sequence)
             events.append(_finished(sequence, "stop" if stopped else "length"))

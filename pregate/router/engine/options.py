@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,14 @@ class EngineOptions:
         Word("every context, up to 65536 tokens", written=False),
     ] = None
     prefix_sharing: Annotated[bool, Field(description="Compute equal beginnings of prompts once.")] = True
+    batching: Annotated[
+        Literal["path", "fifo", "decode-first", "prefill-first"],
+        Field(description="Which tokens make a step; path, where there is a path router, the cheapest ones."),
+    ] = "fifo"
+    max_batching_delay: Annotated[float, Field(gt=0, description="Seconds for which path may pass a request over.")] = (
+        0.5
+    )
+    max_queued_tokens: Annotated[int, Field(ge=1, description="Tokens of prompts that wait.")] = 1 << 22
     max_queued_bytes: Annotated[int, Field(ge=1, description="Bytes of prompts and paths that wait.")] = 1 << 30
     pin_cores: Annotated[
         bool, Field(description="Keep engine and hosts each to its own cores; for a machine with one deployment.")

@@ -53,15 +53,17 @@ class RunningPaths:
             raise ProtocolError("path state: a value is not finite")
         return PathState(torch.tensor(kept, dtype=torch.float64, device=empty.device))
 
-    def extend(self, sequences: Many[Sequence]) -> None:
-        """Fix the paths of the tokens just sampled, so that the next step is planned before its backbone starts."""
+    def extend(self, sequences: Many[Sequence]) -> Paths:
+        """Fix the paths of the tokens just sampled, so that the next step is planned before its backbone starts; return
+        them, of one token of each sequence."""
         if not sequences:
-            return
+            return self.computer.no_paths()
         slots = [s.path_slot for s in sequences if s.path_slot is not None]
         paths = self._slots.extend(slots, [s.token_ids[-1] for s in sequences])
         for row, sequence in enumerate(sequences):
             assert sequence.paths is not None
             sequence.paths.append(paths[row : row + 1])
+        return paths
 
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended."""

@@ -1,6 +1,9 @@
-"""Picking the next token of each sequence from its logits: greedy, or temperature with top-p and a seed.
+"""Picking the next token of each sequence from its logits: greedy, or drawn with a seed.
 
-Shape letters: B rows, V vocabulary, N blocks of it, W tokens of a block.
+What a request asks for is computed for all its rows at once; transformers' logits processors, which these are held to
+in the tests, take one value for a whole batch and sort the vocabulary.
+
+Shape letters: B rows, V vocabulary, N blocks of it, W tokens of a block, P places of a row.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from pregate.base.completion import TokenLogprob
 from pregate.base.device import to_device
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import SamplingParams
@@ -26,6 +30,7 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:
 
     A draw depends on the request's seed and the position alone, never on batch mates.
     """
+    logits_BV = _processed(logits_BV, sequences)
     tokens_B = logits_BV.argmax(dim=-1)
     drawn = [b for b, s in enumerate(sequences) if s.sampling.temperature > 0]
     if drawn:
@@ -36,6 +41,67 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:
             where = to_device(torch.tensor(rows), logits_BV.device)
             tokens_B[where] = _draw(logits_BV[where], [s.sampling for s in chosen], uniform)
     return tokens_B.tolist()
+
+
+def token_logprobs(logits_BV: torch.Tensor, token_ids: Many[int], num_top: Many[int]) -> list[TokenLogprob]:
+    """The logprob of one token of each row, and the `num_top[b]` likeliest ones."""
+    if not token_ids:
+        return []
+    x_BV = logits_BV.float()
+    ids_B1 = to_device(torch.tensor(token_ids, dtype=torch.int64), x_BV.device)[:, None]
+    whole_B1 = x_BV.logsumexp(dim=-1, keepdim=True)
+    chosen = (x_BV.gather(1, ids_B1) - whole_B1)[:, 0].tolist()
+    top_BP, place_BP = x_BV.topk(min(max(num_top), x_BV.shape[1]), dim=-1)
+    likeliest = [
+        tuple(zip(ids[:n], values[:n], strict=True))
+        for ids, values, n in zip(place_BP.tolist(), (top_BP - whole_B1).tolist(), num_top, strict=True)
+    ]
+    return [TokenLogprob(*fields) for fields in zip(token_ids, chosen, likeliest, strict=True)]
+
+
+def _processed(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
+    """The logits with bias and penalties, -inf where a token would end a text too soon; the given ones are kept."""
+    rows = [b for b, s in enumerate(sequences) if s.changes_logits]
+    if not rows:
+        return logits_BV
+    x_BV = logits_BV.float().clone()
+    biased = [(b, i, v) for b in rows for i, v in sequences[b].sampling.logit_bias]
+    if biased:
+        _add(x_BV, *(list(column) for column in zip(*biased, strict=True)))
+    repeated = [b for b in rows if sequences[b].repetition_penalty != 1]
+    if repeated:
+        lengths = [len(sequences[b].token_ids) for b in repeated]
+        places = _places(x_BV, np.repeat(repeated, lengths), np.concatenate([sequences[b].token_ids for b in repeated]))
+        factor = np.repeat([sequences[b].repetition_penalty for b in repeated], lengths)
+        factor_P = to_device(torch.from_numpy(factor.astype(np.float32)), x_BV.device)
+        seen_P = x_BV[places]
+        # A token that is there twice is written twice, and the same.
+        x_BV[places] = torch.where(seen_P < 0, seen_P * factor_P, seen_P / factor_P)
+    for b in rows:
+        sequence, sampling = sequences[b], sequences[b].sampling
+        if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_generated:
+            ids, counts = np.unique(sequence.token_ids[sequence.num_prompt :], return_counts=True)
+            taken = sampling.presence_penalty + sampling.frequency_penalty * counts
+            _add(x_BV, np.full(len(ids), b), ids, -taken)
+        if sequence.num_generated < sampling.min_tokens and sequence.end_ids:
+            x_BV[b, to_device(torch.tensor(sorted(sequence.end_ids)), x_BV.device)] = -torch.inf
+    return x_BV
+
+
+def _places(
+    x_BV: torch.Tensor, rows: Many[int] | np.ndarray, columns: Many[int] | np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device = x_BV.device
+    row_P, column_P = (to_device(torch.from_numpy(np.asarray(p, dtype=np.int64)), device) for p in (rows, columns))
+    return row_P, column_P
+
+
+def _add(
+    x_BV: torch.Tensor, rows: Many[int] | np.ndarray, columns: Many[int] | np.ndarray, values: Many[float] | np.ndarray
+) -> None:
+    """Add values at places, each of which is named once, in the logits' own precision."""
+    places = _places(x_BV, rows, columns)
+    x_BV[places] += to_device(torch.from_numpy(np.asarray(values, dtype=np.float32)), x_BV.device)
 
 
 def draw(logits_V: torch.Tensor, sampling: SamplingParams, seed: int, position: int) -> int:
@@ -51,16 +117,7 @@ def _uniform(seed: int, position: int) -> float:
 def _draw(logits_BV: torch.Tensor, sampling: Many[SamplingParams], uniform: Many[float]) -> torch.Tensor:
     """One token id per row [B]: the first, in order of ids, whose probability and those before it exceed `uniform`."""
     device, (num_rows, vocabulary) = logits_BV.device, logits_BV.shape
-    x_BV = logits_BV.float()
-    smallest = torch.finfo(torch.float32).tiny
-    heat_B1 = to_device(torch.tensor([max(s.temperature, smallest) for s in sampling]), device)[:, None]
-    # From the highest logit down, so that a small temperature overflows to probability 0 and not to NaN.
-    p_BV = ((x_BV - x_BV.amax(dim=-1, keepdim=True)) / heat_B1).softmax(dim=-1).nan_to_num_(0.0)
-    cut = [b for b, s in enumerate(sampling) if s.top_p < 1]
-    if cut:
-        rows = to_device(torch.tensor(cut), device)
-        top_p_B1 = to_device(torch.tensor([sampling[b].top_p for b in cut], dtype=torch.float64), device)[:, None]
-        p_BV[rows] = _top_p(p_BV[rows], top_p_B1)
+    p_BV = chances(logits_BV, sampling)
     # Looked for in two steps: sums of blocks first, then the tokens of one block.
     p_BNW = F.pad(p_BV, (0, -vocabulary % _BLOCK)).unflatten(1, (-1, _BLOCK))
     target_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), device)[:, None]
@@ -69,6 +126,34 @@ def _draw(logits_BV: torch.Tensor, sampling: Many[SamplingParams], uniform: Many
     until_BW = p_BNW[torch.arange(num_rows, device=device), block_B1[:, 0]].cumsum(dim=-1, dtype=torch.float64)
     token_B1 = block_B1 * _BLOCK + _find(until_BW, rest_B1)[0]
     return token_B1[:, 0].clamp_max(vocabulary - 1)  # only of logits that are not numbers is it beyond
+
+
+def chances(logits_BV: torch.Tensor, sampling: Many[SamplingParams]) -> torch.Tensor:
+    """Of each token its share of being drawn [B, V]: 0 of those that are left out, the others in proportion."""
+    device, vocabulary = logits_BV.device, logits_BV.shape[1]
+    x_BV = logits_BV.float()
+    smallest = torch.finfo(torch.float32).tiny
+    heat_B1 = to_device(torch.tensor([max(s.temperature, smallest) for s in sampling]), device)[:, None]
+    kept = [b for b, s in enumerate(sampling) if 0 < s.top_k < vocabulary]
+    if kept:
+        rows = to_device(torch.tensor(kept), device)
+        last_B1 = to_device(torch.tensor([sampling[b].top_k - 1 for b in kept]), device)[:, None]
+        most_BP = x_BV[rows].topk(max(sampling[b].top_k for b in kept), dim=-1).values
+        x_BV = x_BV.index_put((rows,), x_BV[rows].masked_fill(x_BV[rows] < most_BP.gather(1, last_B1), -torch.inf))
+    # From the highest logit down, so that a small temperature overflows to probability 0 and not to NaN.
+    p_BV = ((x_BV - x_BV.amax(dim=-1, keepdim=True)) / heat_B1).softmax(dim=-1).nan_to_num_(0.0)
+    cut = [b for b, s in enumerate(sampling) if s.top_p < 1]
+    if cut:
+        rows = to_device(torch.tensor(cut), device)
+        top_p_B1 = to_device(torch.tensor([sampling[b].top_p for b in cut], dtype=torch.float64), device)[:, None]
+        p_BV[rows] = _top_p(p_BV[rows], top_p_B1)
+    least = [b for b, s in enumerate(sampling) if s.min_p > 0]
+    if least:
+        rows = to_device(torch.tensor(least), device)
+        min_p_B1 = to_device(torch.tensor([sampling[b].min_p for b in least]), device)[:, None]
+        some_BV = p_BV[rows]
+        p_BV[rows] = some_BV.masked_fill(some_BV < min_p_B1 * some_BV.amax(dim=-1, keepdim=True), 0.0)
+    return p_BV
 
 
 def _find(until_BN: torch.Tensor, target_B1: torch.Tensor, right: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,28 +1,42 @@
-"""Which tokens run next: first come, first served, decodes and prompt chunks mixed. No torch, no clock.
+"""Which tokens run next: decodes and prompt chunks mixed, in an order that a policy gives. No torch, no clock.
 
-Data on its way: requests -> the queue -> the running set, whose sequences own blocks of the KV cache -> the slices of
-one step -> `complete`, which says that they are computed.
+Data on its way: requests -> the queue -> the running set, whose sequences own blocks of the KV cache -> the order of a
+step -> its slices, within the budgets of tokens and blocks -> `complete`, which says that they are computed.
+
+Policies: `fifo`, whoever came first; `decode-first` and `prefill-first`, running texts or new prompts before the others
+(while nobody is preempted and priorities are equal, decode-first is fifo: whoever decodes came first); `path`, what
+makes the cheapest step (`batching.py`).
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from bisect import insort
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from pregate.base.errors import QueueFullError
+from pregate.router.engine.batching import Candidate, Choice, PathBatcher
 from pregate.router.engine.blocks import BlockAllocator
 from pregate.router.engine.sequence import Sequence
+
+Policy: TypeAlias = Literal["fifo", "decode-first", "prefill-first"]
 
 
 @dataclass(frozen=True)
 class SchedulerLimits:
-    """Bounds of the queue and of one step. `step_tokens` counts decode tokens and prompt tokens together."""
+    """Bounds of the queue and of one step. `step_tokens` counts decode tokens and prompt tokens together,
+    `prompt_logit_rows` those of prompts whose logprobs are asked for. Whoever could run and was passed over for
+    `max_batching_delay_s` goes first."""
 
     max_running: int
     max_queued: int
     step_tokens: int
     max_queued_bytes: int = 1 << 30
+    max_queued_tokens: int = 1 << 22
+    prompt_logit_rows: int = 1 << 30
+    max_batching_delay_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -43,20 +57,31 @@ class Slice:
 
 
 class Scheduler:
-    """Owns the queue and the running set, both in order of arrival.
+    """Owns the queue and the running set, both in order of priority, then of arrival.
 
-    Blocks are given as a sequence grows. Where there are none left the youngest running sequence gives up its own and
-    waits in front of the queue, with its tokens and paths, to be computed again (preemption by recomputation, as in
-    vLLM); the oldest never is, so every sequence that fits the cache alone comes to its end.
+    With a `batcher` steps are chosen by path, else by `policy`.
+
+    Blocks are given as a sequence grows. Where there are none left the last running sequence in that order gives up its
+    own and waits, before all that came later, with its tokens and paths, to be computed again (preemption by
+    recomputation, as in vLLM); the first never is, so every sequence that fits the cache alone comes to its end.
     """
 
-    def __init__(self, limits: SchedulerLimits, allocator: BlockAllocator, prefix_sharing: bool = True) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        allocator: BlockAllocator,
+        prefix_sharing: bool = True,
+        policy: Policy = "fifo",
+        batcher: PathBatcher | None = None,
+    ) -> None:
         self.limits, self.allocator, self.prefix_sharing = limits, allocator, prefix_sharing
-        self.waiting: deque[Sequence] = deque()
+        self.policy, self.batcher = policy, batcher
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preempted = 0
         self.num_matched_tokens = 0
-        self._num_arrived = 0
+        self.choice: Choice | None = None
+        self._num_arrived = self._logit_rows = 0
 
     @property
     def queued_bytes(self) -> int:
@@ -68,6 +93,12 @@ class Scheduler:
         num_new = sum(s.num_generated == 0 for s in self.waiting)
         if num_new >= self.limits.max_queued:
             raise QueueFullError(f"the queue holds {num_new} requests, its bound; try again later")
+        num_tokens = sum(len(s.token_ids) for s in self.waiting)
+        if num_tokens and num_tokens + len(sequence.token_ids) > self.limits.max_queued_tokens:
+            most = self.limits.max_queued_tokens
+            raise QueueFullError(
+                f"the queue holds {num_tokens} tokens of prompts, its bound is {most}; try again later"
+            )
         num_bytes = self.queued_bytes
         if num_bytes and num_bytes + sequence.waiting_bytes > self.limits.max_queued_bytes:
             raise QueueFullError(
@@ -75,38 +106,37 @@ class Scheduler:
                 " try again later"
             )
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, now_s: float = 0.0) -> None:
         """Queue a sequence; QueueFullError when the queue is at one of its bounds."""
         self.check_room(sequence)
+        sequence.ready_s = now_s
         sequence.arrival, self._num_arrived = self._num_arrived, self._num_arrived + 1
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_order)
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence, running or waiting, and what it owns."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self.allocator.release(sequence.table)
+        if sequence.is_running:
+            self._take_out(sequence)
         else:
             self.waiting.remove(sequence)
 
-    def next_step(self) -> list[Slice]:
-        """Choose the next step: every decode token, then prompt chunks in order of arrival, within the budget.
+    def next_step(self, now_s: float = 0.0) -> list[Slice]:
+        """Choose the next step. `now_s`, of any clock, tells how long somebody was passed over.
 
         Slices of one token come first, as the step layout needs them, and in order of their first blocks, as reading
         their contexts in one view does.
         """
-        decodes = self._decodes()
-        budget = self.limits.step_tokens - len(decodes)
-        chunks = self._chunks(budget)
-        budget -= sum(piece.num_tokens for piece in chunks)
-        chunks += self._admit(budget)
-        if not decodes and not chunks and len(self.running) > 1:
+        turn, most = self._turn(now_s)
+        pieces = self._slices(turn, most) or self._slices([*self.running, *self.waiting], self.limits.step_tokens)
+        if not pieces and len(self.running) > 1:
             # Prompts that have all begun and none of which gets another block: the youngest makes room.
             self._preempt(self.running[-1])
-            return self.next_step()
-        single = [*decodes, *(piece for piece in chunks if piece.num_tokens == 1)]
+            return self.next_step(now_s)
+        for piece in pieces:
+            piece.sequence.ready_s = now_s
+        single = [piece for piece in pieces if piece.num_tokens == 1]
         single.sort(key=lambda piece: piece.sequence.table[0])
-        return single + [piece for piece in chunks if piece.num_tokens > 1]
+        return single + [piece for piece in pieces if piece.num_tokens > 1]
 
     def complete(self, step: Many[Slice]) -> None:
         """Take note that the slices of a step are in the cache."""
@@ -119,71 +149,124 @@ class Scheduler:
                 self.allocator.publish(sequence.table, place, sequence.token_ids, sequence.salt)
                 sequence.num_published += 1
 
-    def _decodes(self) -> list[Slice]:
-        found: list[Slice] = []
-        for sequence in self.running:  # of which only the end is taken off meanwhile
-            if len(found) == self.limits.step_tokens:
+    def _turn(self, now_s: float) -> tuple[list[Sequence], int]:
+        """Who is to run, in order, and with how many tokens at most."""
+        decodes = [s for s in self.running if s.num_pending == 1]
+        prompts = [*(s for s in self.running if s.num_pending > 1), *self.waiting]
+        if self.batcher is not None:
+            return self._cheapest(self.batcher, decodes, now_s)
+        by_policy = {"decode-first": [*decodes, *prompts], "prefill-first": [*prompts, *decodes]}
+        return by_policy.get(self.policy, [*self.running, *self.waiting]), self.limits.step_tokens
+
+    def _cheapest(self, batcher: PathBatcher, decodes: list[Sequence], now_s: float) -> tuple[list[Sequence], int]:
+        """Who makes the cheapest step, of those who can run; all in order of arrival where somebody has no paths."""
+        budget = self.limits.step_tokens
+        most = max(budget - len(decodes), budget // 2, 1)  # of one prompt, so that texts go on beside it
+        members = [*decodes, *(s for s in self.running if s.num_pending > 1), *self._admissible()]
+        if not members or any(s.paths is None for s in members):
+            return [*self.running, *self.waiting], budget
+        oldest_s = now_s - self.limits.max_batching_delay_s
+        members.sort(key=lambda s: s.ready_s if s.ready_s < oldest_s else math.inf)
+        candidates = [
+            Candidate(min(s.num_pending, most), s.next_rows(batcher.layout, budget), overdue=s.ready_s < oldest_s)
+            for s in members
+        ]
+        self.choice = batcher.choose(candidates, budget)
+        return [members[n] for n in self.choice.order], most
+
+    def _admissible(self) -> list[Sequence]:
+        """Who of the queue could begin now, all together and in order: nobody overtakes for want of blocks."""
+        found, num_free = [], self.allocator.num_free
+        for sequence in self.waiting[: self.limits.max_running - len(self.running)]:
+            num_free -= self.allocator.blocks_for(len(sequence.token_ids) + 1)
+            if num_free < 0:
                 break
-            if sequence.num_pending == 1 and self._make_room(sequence):
-                found.append(Slice(sequence, 1))
+            found.append(sequence)
         return found
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Own blocks for the next token; False where the sequence itself was the youngest and had to go."""
+    def _slices(self, order: list[Sequence], most: int) -> list[Slice]:
+        """The next tokens of these, at most so many of each, in this order and as far as the budgets reach."""
+        self._logit_rows = self.limits.prompt_logit_rows
+        found: dict[int, Slice] = {}
+        budget, admitting = self.limits.step_tokens, True
+        before = {id(s) for s in self.running}
+        for sequence in order:
+            if not budget:
+                break
+            if not sequence.is_running:
+                # First come, first served: nobody overtakes; and nobody who just gave up his blocks takes them again.
+                admitting = admitting and id(sequence) not in before and self._admit(sequence)
+                if not admitting:
+                    continue
+            if sequence.num_pending == 1 and not sequence.wants_prompt_logits:
+                budget += self._make_room(sequence, found)
+                if not sequence.is_running:
+                    continue
+                found[id(sequence)] = Slice(sequence, 1)
+                budget -= 1
+            elif (piece := self._chunk(sequence, min(budget, most))) is not None:
+                found[id(sequence)] = piece
+                budget -= piece.num_tokens
+        return list(found.values())
+
+    def _make_room(self, sequence: Sequence, found: dict[int, Slice]) -> int:
+        """Own blocks for the next token, which the last of the running give up where there are none: perhaps the
+        sequence itself. Returns how many tokens of the step are free again."""
+        num_tokens = 0
         while not self.allocator.grow(sequence.table, sequence.num_computed + 1):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
-                return False
-        return True
-
-    def _chunks(self, budget: int) -> list[Slice]:
-        """Further chunks of prompts that have begun: as much as there are blocks for, nobody is preempted for them."""
-        found: list[Slice] = []
-        for sequence in self.running:
-            if sequence.num_pending > 1 and budget > 0:
-                piece = self._chunk(sequence, budget)
-                if piece is not None:
-                    found.append(piece)
-                    budget -= piece.num_tokens
-        return found
+            last = self.running[-1]
+            self._preempt(last)
+            piece = found.pop(id(last), None)
+            num_tokens += piece.num_tokens if piece is not None else 0
+            if last is sequence:
+                break
+        return num_tokens
 
     def _chunk(self, sequence: Sequence, budget: int) -> Slice | None:
+        """As much of a prompt as there are blocks for: nobody is preempted for it."""
         room = (len(sequence.table) + self.allocator.num_free) * self.allocator.block_size - sequence.num_computed
         num_tokens = min(sequence.num_pending, budget, room)
+        if sequence.wants_prompt_logits:
+            num_tokens = min(num_tokens, self._logit_rows)
+            self._logit_rows -= max(0, num_tokens)
         if num_tokens < 1:
             return None
         grown = self.allocator.grow(sequence.table, sequence.num_computed + num_tokens)
         assert grown, "there was room"
         return Slice(sequence, num_tokens)
 
-    def _admit(self, budget: int) -> list[Slice]:
-        found: list[Slice] = []
-        while self.waiting and len(self.running) < self.limits.max_running and budget > 0:
-            sequence = self.waiting[0]
-            if self.prefix_sharing:
-                sequence.table = self.allocator.match(sequence.token_ids, sequence.salt)
-            missing = self.allocator.blocks_for(len(sequence.token_ids) + 1) - len(sequence.table)
-            if missing > self.allocator.num_free:
-                self.allocator.release(sequence.table)
-                break  # first come, first served: nobody overtakes
-            sequence.num_published = len(sequence.table)
-            sequence.num_computed = len(sequence.table) * self.allocator.block_size
-            self.num_matched_tokens += sequence.num_computed
-            self.running.append(self.waiting.popleft())
-            self.running.sort(key=lambda s: s.arrival)
-            piece = self._chunk(sequence, budget)
-            assert piece is not None, "admitted with room for all its tokens"
-            found.append(piece)
-            budget -= piece.num_tokens
-        return found
+    def _admit(self, sequence: Sequence) -> bool:
+        """Take it from the queue, with what is known of its beginning, where there is room for all its tokens."""
+        if len(self.running) >= self.limits.max_running or (sequence.wants_prompt_logits and not self._logit_rows):
+            return False
+        if self.prefix_sharing and not sequence.wants_prompt_logits:
+            sequence.table = self.allocator.match(sequence.token_ids, sequence.salt)
+        missing = self.allocator.blocks_for(len(sequence.token_ids) + 1) - len(sequence.table)
+        if missing > self.allocator.num_free:
+            self.allocator.release(sequence.table)
+            return False
+        sequence.num_published = len(sequence.table)
+        sequence.num_computed = len(sequence.table) * self.allocator.block_size
+        self.num_matched_tokens += sequence.num_computed
+        self.waiting.remove(sequence)
+        sequence.is_running = True
+        insort(self.running, sequence, key=_order)
+        return True
+
+    def _take_out(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.is_running = False
+        self.allocator.release(sequence.table)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.allocator.release(sequence.table)
+        self._take_out(sequence)
         sequence.num_computed = sequence.num_published = 0
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_order)
         self.num_preempted += 1
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
 
 
 def check_step(step: Many[Slice], scheduler: Scheduler) -> None:
@@ -201,7 +284,8 @@ def check_step(step: Many[Slice], scheduler: Scheduler) -> None:
         owners = [sum(block in s.table for s in scheduler.running) for block in sequence.table[first_written:]]
         assert all(count == 1 for count in owners), "a shared block would be written"
     assert len(scheduler.running) <= limits.max_running
-    order = [s.arrival for s in scheduler.running]
+    order = [s.order for s in scheduler.running]
     assert order == sorted(order), "the running set is out of order"
-    assert all(not s.table for s in scheduler.waiting), "a waiting sequence owns blocks"
+    assert all(not s.table and not s.is_running for s in scheduler.waiting), "a waiting sequence owns blocks"
+    assert all(s.is_running for s in scheduler.running), "a running sequence is not marked so"
     scheduler.allocator.check(s.table for s in scheduler.running)

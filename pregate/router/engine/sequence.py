@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pregate.base.completion import TokenLogprob
 from pregate.router.link.messages import SamplingParams
 
 if TYPE_CHECKING:
     from pregate.model.packed_paths import PackedPaths
+    from pregate.router.engine.batching import UnitLayout
 
 
 @dataclass(eq=False)
@@ -19,8 +21,11 @@ class Sequence:
     """`token_ids` is the prompt and what was generated; the first `num_computed` of them are in the KV cache, in the
     blocks of `table`, of which the first `num_published` others may share.
 
+    `end_ids` end it. `prompt_logprobs` fill up while its prompt is computed, where they were asked for.
+
     `paths` has the path of every known token when paths are exact, else it is None; `path_slot` is where the path
-    router's state of it lies. `arrival` numbers requests in the order they came.
+    router's state of it lies. `arrival` numbers requests in the order they came; it can run, and
+    has been passed over, since `ready_s`. `next_rows_U` are the rows that its last token asks of each unit.
     """
 
     request_id: str
@@ -32,17 +37,50 @@ class Sequence:
     deadline_s: float | None
     pairs_per_host: np.ndarray
     salt: str = ""
+    priority: int = 0
+    end_ids: frozenset[int] = frozenset()
+    repetition_penalty: float = 1.0
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
     num_published: int = 0
     paths: PackedPaths | None = None
     path_slot: int | None = None
     arrival: int = -1
+    is_running: bool = False
+    ready_s: float = 0.0
+    next_rows_U: np.ndarray | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    _chunk_rows: tuple[int, np.ndarray] | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """The lowest is served first."""
+        return self.priority, self.arrival
 
     @cached_property
-    def stop_ids(self) -> frozenset[int]:
-        """The ids that end it, besides the model's own."""
-        return frozenset(self.sampling.stop_token_ids)
+    def _changes_logits(self) -> bool:
+        s = self.sampling
+        return bool(self.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty or s.logit_bias)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether its next token is not picked from the model's logits as they are."""
+        return self._changes_logits or self.num_generated < self.sampling.min_tokens
+
+    def next_rows(self, layout: UnitLayout, most: int) -> np.ndarray:
+        """The rows that its pending tokens, at most so many, ask of each unit, uint16 [U]. It must have paths."""
+        if self.num_pending == 1 and self.next_rows_U is not None:
+            return self.next_rows_U
+        if self._chunk_rows is None or self._chunk_rows[0] != self.num_computed:
+            assert self.paths is not None
+            paths = self.paths.slice(self.num_computed, min(len(self.token_ids), self.num_computed + most))
+            self._chunk_rows = self.num_computed, layout.rows(paths.ids)
+        return self._chunk_rows[1]
+
+    @property
+    def wants_prompt_logits(self) -> bool:
+        """Whether logprobs of its prompt are asked for and not all known: then its prompt is computed, not found."""
+        return self.sampling.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
 
     @property
     def capacity(self) -> int:

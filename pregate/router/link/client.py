@@ -283,7 +283,12 @@ def _merged(messages: Sequence[DoorBound]) -> list[DoorBound]:
     for message in messages:
         last = merged[-1] if merged else None
         if isinstance(message, TokensEvent) and isinstance(last, TokensEvent):
-            merged[-1] = TokensEvent(message.request_id, last.token_ids + message.token_ids)
+            merged[-1] = TokensEvent(
+                message.request_id,
+                last.token_ids + message.token_ids,
+                last.logprobs + message.logprobs,
+                last.prompt_logprobs + message.prompt_logprobs,
+            )
         else:
             merged.append(message)
     return merged

@@ -7,14 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from pregate.base.completion import TokenLogprob
 from pregate.base.errors import ProtocolError, UserError
-from pregate.base.sampling import check_ids, check_sampling
+from pregate.base.sampling import check_ids, check_logit_bias, check_sampling, check_stop_strings
 from pregate.model.packed_paths import PackedPaths
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to pick tokens. Temperature 0 is greedy; `seed` None draws a fresh one."""
+    """How to pick tokens. Temperature 0 is greedy; `seed` None draws a fresh one, `repetition_penalty` None is the
+    model's own. `stop` and `n` are the front door's, which sends as many requests and reads their text.
+
+    In this order: `logit_bias` is added to the logits; `repetition_penalty` divides or multiplies those of every token
+    of prompt and text; `presence_penalty`, and `frequency_penalty` times its count, are taken from each token of the
+    text; up to `min_tokens` nothing ends it; temperature; the `top_k` likeliest; of these the likeliest of together
+    `top_p`; of these who has at least `min_p` of the likeliest's probability. `logprobs`, `prompt_logprobs`: of each
+    token, and of that many likeliest ones beside it (None: of none).
+    """
 
     max_tokens: int
     temperature: float = 0.0
@@ -22,10 +31,23 @@ class SamplingParams:
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
 
     def validate(self, vocab_size: int) -> None:
         """Raise the UserError that every entrance prints for a value out of range."""
-        check_sampling(self.max_tokens, self.temperature, self.top_p, self.seed)
+        check_sampling(self)
+        check_stop_strings(self.stop)
+        check_logit_bias(self.logit_bias, vocab_size)
         if len(self.stop_token_ids) > vocab_size:
             raise UserError.of("stop_token_ids", f"of {len(self.stop_token_ids)} ids", f"allowed: at most {vocab_size}")
         check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
@@ -56,7 +78,8 @@ class PackedState:
 @dataclass(frozen=True)
 class SubmitRequest:
     """Generate from a prompt. `deadline_s` counts from the moment the engine takes the request; what is
-    computed of equal prompts is shared under the same `cache_salt`, which names who asks.
+    computed of equal prompts is shared under the same `cache_salt`, which names who asks. Of those that wait, those of
+    the lowest `priority` come first.
 
     `paths` are the prompt's and `path_state` is the path router's after it, where the path service has computed them:
     both or none.
@@ -69,6 +92,7 @@ class SubmitRequest:
     cache_salt: str = ""
     paths: PackedPaths | None = None
     path_state: PackedState | None = None
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if (self.paths is None) != (self.path_state is None):
@@ -131,10 +155,12 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class TokensEvent:
-    """New tokens of one request, in order."""
+    """New tokens of one request, in order; their logprobs where they were asked for, and once the prompt's."""
 
     request_id: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How messages between front doors and engines travel: versioned, size-limited msgpack, never pickle.
 
-One packet is `{"version": 3, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
+One packet is `{"version": 4, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
 peer travels in one packet. Unknown kinds, unknown or missing fields and wrong types are ProtocolErrors.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import msgpack
 
+from pregate.base.completion import TokenLogprob
 from pregate.base.errors import ProtocolError
 from pregate.model.packed_paths import PackedPaths
 from pregate.router.link.messages import (
@@ -32,7 +33,7 @@ from pregate.router.link.messages import (
     TokensEvent,
 )
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 #: A packet above this is refused on both sides; a million token ids need about 5 MB, and paths of 32k tokens through 32
 #: layers of 8 experts 8 MB, or 42 MB with weights.
 MAX_PACKET_BYTES = 64 << 20
@@ -130,6 +131,21 @@ def _many(kind: type, length: int | None = None) -> Callable[[Any], Any]:
     return read
 
 
+def _read_pairs(value: Any) -> tuple[tuple[int, float], ...]:
+    if type(value) is not list:
+        raise TypeError
+    for pair in value:
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not int or type(pair[1]) not in (float, int):
+            raise TypeError
+    return tuple((number, amount) for number, amount in value)
+
+
+def _read_logprobs(value: Any) -> tuple[TokenLogprob, ...]:
+    if type(value) is not list:
+        raise TypeError
+    return tuple(_read_fields(TokenLogprob, fields, "logprob") for fields in value)
+
+
 def _read_paths(value: Any) -> PackedPaths:
     return PackedPaths.from_frames(_many(bytes)(value))
 
@@ -148,6 +164,8 @@ _READERS: Mapping[str, Callable[[Any], Any]] = MappingProxyType(
         "tuple[int, ...]": _many(int),
         "tuple[int, int, int]": _many(int, 3),
         "tuple[str, ...]": _many(str),
+        "tuple[tuple[int, float], ...]": _read_pairs,
+        "tuple[TokenLogprob, ...]": _read_logprobs,
         "PackedPaths": _read_paths,
         "PackedPaths | None": lambda value: None if value is None else _read_paths(value),
         "PackedState | None": lambda value: None if value is None else _read_fields(PackedState, value, "path state"),

@@ -4,6 +4,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from pregate.base.completion import TokenLogprob
 from pregate.base.errors import ProtocolError
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
@@ -25,6 +26,7 @@ from pregate.router.link.messages import (
 from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
 
 SAMPLING = SamplingParams(max_tokens=9, temperature=0.7, top_p=0.9, seed=(1 << 63) - 1, stop_token_ids=(2, 5))
+LOGPROBS = (TokenLogprob(3, -0.5), TokenLogprob(4, -1.5, ((7, -0.25), (4, -1.5))))
 MESSAGES = [
     SubmitRequest("a", (1, 2, 70000), SAMPLING, 1.5),
     SubmitRequest("b", (), SamplingParams(max_tokens=1)),
@@ -35,6 +37,8 @@ MESSAGES = [
     KeepAlive("door", ("a", "b")),
     Heartbeat("engine", 7, "a step", 12.5, "host 1 is lost"),
     TokensEvent("a", (3, 4)),
+    TokensEvent("a", (3, 4), LOGPROBS, LOGPROBS[:1]),
+    SubmitRequest("c", (1,), SamplingParams(1, logit_bias=((5, -1.5),), stop=("x",), logprobs=2), priority=-3),
     FinishedEvent("a", "stop", 3, 2, (10, 0)),
     FailedEvent("b", "UNAVAILABLE", "wört"),
     InfoReply("i", {"model": "m", "eos_token_ids": [2], "nested": {"x": 1.5, "y": None}}),
@@ -43,11 +47,12 @@ MESSAGES = [
 
 FRAMES = PackedPaths.of(Paths(np.zeros((1, 1, 1), np.int16))).to_frames()
 REPLY = {"request_id": "a", "paths": FRAMES, "state": None, "version": ""}
+NONE = {"logprobs": [], "prompt_logprobs": []}
 SUBMIT = {"request_id": "a", "token_ids": [], "sampling": vars(SAMPLING), "deadline_s": None, "cache_salt": ""}
-SUBMIT |= {"paths": None, "path_state": None}
+SUBMIT |= {"paths": None, "path_state": None, "priority": 0}
 
 
-def packet(*messages, version=3):
+def packet(*messages, version=4):
     return msgpack.packb({"version": version, "messages": list(messages)})
 
 
@@ -79,17 +84,17 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (pack(MESSAGES)[:-1], "not msgpack"),
         (pack(MESSAGES) + b"\x00", "not msgpack"),
         (b"\x91" * 100_000, "not msgpack"),
-        (msgpack.packb([1]), "version None; this side speaks 3"),
-        (packet(version=1), "version 1; this side speaks 3"),
-        (msgpack.packb({"version": 3, "messages": "x"}), "no list"),
+        (msgpack.packb([1]), "version None; this side speaks 4"),
+        (packet(version=1), "version 1; this side speaks 4"),
+        (msgpack.packb({"version": 4, "messages": "x"}), "no list"),
         (packet("tokens"), "unknown kind None"),
         (packet({"kind": "exec", "request_id": "a"}), "unknown kind 'exec'"),
         (packet({"kind": ["tokens"]}), "unknown kind"),
         (packet({"kind": "cancel"}), "cancel: fields must be request_id"),
         (packet({"kind": "cancel", "request_id": "a", "more": 1}), "cancel: fields must be request_id"),
         (packet({"kind": "cancel", "request_id": 1}), "cancel.request_id: int where str is expected"),
-        (packet({"kind": "tokens", "request_id": "a", "token_ids": [1, True]}), "tokens.token_ids: list where"),
-        (packet({"kind": "tokens", "request_id": "a", "token_ids": 3}), "tokens.token_ids: int where"),
+        (packet({"kind": "tokens", "request_id": "a", "token_ids": [1, True], **NONE}), "tokens.token_ids: list where"),
+        (packet({"kind": "tokens", "request_id": "a", "token_ids": 3, **NONE}), "tokens.token_ids: int where"),
         (packet({"kind": "submit", **SUBMIT, "sampling": {}}), "sampling: fields must be max_tokens"),
         (packet({"kind": "route_reply", **REPLY, "paths": ["x"]}), "route_reply.paths: list where"),
         (packet({"kind": "route_reply", **REPLY, "paths": [b""] * 4}), "header of another size"),

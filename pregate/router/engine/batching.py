@@ -1,0 +1,193 @@
+"""Which of the tokens that could run next make the cheapest step, decided from their paths before anything runs.
+
+Data on its way: the units each candidate needs (a decode token, or the next chunk of a prompt) -> an order in which
+those come first that share their units -> the seconds of every beginning of that order -> the one with the fewest
+seconds per token. NumPy only: no torch, no clock.
+
+A step takes, layer by layer, as long as its slowest host: the bytes of the units it reads (or loads first) and the rows
+it computes; and what it takes around the layers.
+
+Shape letters: N candidates, U units of all layers end to end, L layers, R units of a layer, H hosts, G groups of units
+of one layer on one host, T tokens, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+#: Places at which a step may end are where rounds of the order end, and about so many others between them.
+_MARKS = 16
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a step takes, in seconds. Per host [H]: a row of one expert, a byte of a unit that is read from its
+    slot, one that is loaded first. `dispatch_s`: a layer's way to its hosts and back. `step_s`: a step around its
+    layers, and `token_s` each token there."""
+
+    row_s: tuple[float, ...]
+    resident_byte_s: tuple[float, ...]
+    missing_byte_s: tuple[float, ...]
+    dispatch_s: float = 0.0
+    step_s: float = 0.0
+    token_s: float = 0.0
+
+
+class UnitLayout:
+    """Where units lie. `hosts_of_LR` int: each unit's home host, -1 where a layer has fewer; `bytes_L`: of one unit.
+
+    Units are kept side by side in groups of one layer and one host, so that sums over a group are sums of a slice.
+    """
+
+    def __init__(self, hosts_of_LR: np.ndarray, bytes_L: Sequence[int], num_hosts: int) -> None:
+        layer, expert = np.nonzero(hosts_of_LR >= 0)
+        host = hosts_of_LR[layer, expert].astype(np.int64)
+        order = np.lexsort((expert, host, layer))
+        self.num_hosts = num_hosts
+        self.layer_U, self.expert_U, self.host_U = layer[order], expert[order], host[order]
+        self.bytes_U = np.asarray(bytes_L, dtype=np.float64)[self.layer_U]
+        self.unit_of_LR = np.full(hosts_of_LR.shape, -1, dtype=np.int64)
+        self.unit_of_LR[self.layer_U, self.expert_U] = np.arange(len(order))
+        key_U = self.layer_U * num_hosts + self.host_U
+        self.start_G, self.group_U = np.unique(key_U, return_index=True, return_inverse=True)[1:]
+        self.host_G, layer_G = self.host_U[self.start_G], self.layer_U[self.start_G]
+        self.start_L = np.unique(layer_G, return_index=True)[1]  # of the layers that have units
+
+    @property
+    def num_units(self) -> int:
+        return len(self.layer_U)
+
+    def rows(self, ids_TLK: np.ndarray) -> np.ndarray:
+        """How many rows of tokens with these paths (-1 where none) each unit computes, uint16 [U]."""
+        layer = np.arange(ids_TLK.shape[1])[:, None]
+        units = self.unit_of_LR[layer, ids_TLK][ids_TLK >= 0]
+        return np.bincount(units, minlength=self.num_units).clip(max=0xFFFF).astype(np.uint16)
+
+    def rows_each(self, ids_TLK: np.ndarray) -> np.ndarray:
+        """The rows of each token by itself, uint16 [T, U]."""
+        token, layer, column = np.nonzero(ids_TLK >= 0)
+        rows_TU = np.zeros((len(ids_TLK), self.num_units), dtype=np.uint16)
+        rows_TU[token, self.unit_of_LR[layer, ids_TLK[token, layer, column]]] = 1
+        return rows_TU
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What could run next: so many tokens, and the rows they ask of each unit,
+    uint16 [U]. `overdue`: it must go now."""
+
+    num_tokens: int
+    rows_U: np.ndarray
+    overdue: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`order`: the candidates that run, those that are overdue first. The last may run in part, where the budget ends.
+    `step_s` is what the step is thought to take, `num_units` how many units it asks for."""
+
+    order: tuple[int, ...]
+    step_s: float
+    num_units: int
+
+
+class PathBatcher:
+    """Chooses steps for one placement. `resident_U` says which units need not be loaded; who knows better sets it."""
+
+    def __init__(self, layout: UnitLayout, costs: StepCosts) -> None:
+        self.layout, self.costs = layout, costs
+        self.resident_U = np.ones(layout.num_units, dtype=bool)
+        self._row_s_G = np.asarray(costs.row_s)[layout.host_G].astype(np.float32)
+        self._read_s_U, self._load_s_U = (
+            (np.asarray(byte_s)[layout.host_U] * layout.bytes_U).astype(np.float32)
+            for byte_s in (costs.resident_byte_s, costs.missing_byte_s)
+        )
+
+    def unit_s(self) -> np.ndarray:
+        """Seconds that each unit takes where it is asked for [U]."""
+        return np.where(self.resident_U, self._read_s_U, self._load_s_U)
+
+    def step_s(self, rows_U: np.ndarray, num_tokens: int) -> float:
+        """What a step of so many tokens is thought to take that asks these rows of the units."""
+        group_s = np.add.reduceat(np.where(rows_U > 0, self.unit_s(), 0.0), self.layout.start_G)
+        group_s += np.add.reduceat(rows_U, self.layout.start_G) * self._row_s_G
+        return float(np.maximum.reduceat(group_s, self.layout.start_L).sum()) + self._around_s(num_tokens)
+
+    def choose(self, candidates: Sequence[Candidate], budget: int) -> Choice:
+        """Return which candidates run in a step of at most `budget` tokens: those that are overdue, in the order they
+        are given, and of the others as many as make the seconds per token least."""
+        assert candidates and budget > 0, "nothing to choose from"
+        joined = np.frombuffer(b"".join([c.rows_U.data for c in candidates]), dtype=np.uint16)
+        rows_NU = joined.reshape(len(candidates), -1).astype(np.float32)
+        tokens_N = np.array([c.num_tokens for c in candidates])
+        late = [n for n, c in enumerate(candidates) if c.overdue]
+        order_N, ends = self._order(rows_NU, tokens_N, late)
+        until_N = tokens_N[order_N].cumsum()
+        num_full = int(np.searchsorted(until_N, budget)) + 1  # the last of them fills the budget, or goes beyond
+        num_all, least = min(num_full, len(order_N)), min(max(len(late), 1), num_full)
+        marks = {*ends, *range(least, num_all, max(1, num_all // _MARKS)), least, num_all}
+        ends_M = np.array(sorted(m for m in marks if least <= m <= num_all))
+        tokens_M = np.minimum(until_N[ends_M - 1], budget)
+        seconds_M, units_M = self._seconds(rows_NU[order_N[:num_all]], ends_M, tokens_M)
+        best = int(np.argmin(seconds_M / tokens_M))
+        return Choice(tuple(order_N[: ends_M[best]].tolist()), float(seconds_M[best]), int(units_M[best]))
+
+    def _around_s(self, num_tokens: int) -> float:
+        costs = self.costs
+        return costs.step_s + costs.dispatch_s * len(self.layout.start_L) + costs.token_s * num_tokens
+
+    def _order(self, rows_NU: np.ndarray, tokens_N: np.ndarray, first: list[int]) -> tuple[np.ndarray, list[int]]:
+        """An order of all, `first` first, in which whoever asks for the least that was not asked for yet is next; and
+        where in it the rounds end.
+
+        What a unit takes is shared by the rows that need it: so units that many ask for come first, and with them
+        whoever needs no others. Rounds take in 1, 2, 4, ... candidates, and all that ask for nothing more.
+        """
+        share_U = self.unit_s() / np.maximum(rows_NU.sum(axis=0), 1)
+        needs_NU = (rows_NU > 0).astype(np.float32)
+        in_N = np.zeros(len(rows_NU), dtype=np.float32)
+        in_N[first] = 1
+        left = np.flatnonzero(in_N == 0)
+        parts, ends, size = [np.array(first, dtype=np.int64)], [len(first)], 1
+        while len(left):
+            share_U = share_U * (in_N @ needs_NU == 0)  # nothing more for a unit that is asked for
+            score = (needs_NU @ share_U / tokens_N)[left]
+            order = np.argsort(score, kind="stable")
+            num = max(size, int(np.searchsorted(score[order], 0.0, side="right")))
+            taken, left = left[order[:num]], left[order[num:]]
+            parts.append(taken)
+            ends.append(ends[-1] + len(taken))
+            in_N[taken] = 1
+            size *= 2
+        return np.concatenate(parts), ends
+
+    def _seconds(self, rows_NU: np.ndarray, ends_M: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What steps of the candidates up to each end take [M], with so many tokens, and how many units they need."""
+        layout, num_marks, num_groups = self.layout, len(ends_M), len(self.layout.start_G)
+        starts = np.concatenate([[0], ends_M[:-1]])
+        rows_MU = np.add.reduceat(rows_NU, starts, axis=0)
+        needs_MU = rows_MU > 0
+        used = np.flatnonzero(needs_MU.any(axis=0))
+        first = needs_MU.argmax(axis=0)[used]
+        place = first * num_groups + layout.group_U[used]
+        group_s_MG = np.bincount(place, self.unit_s()[used], num_marks * num_groups).reshape(num_marks, num_groups)
+        group_s_MG += np.add.reduceat(rows_MU, layout.start_G, axis=1) * self._row_s_G
+        slowest_ML = np.maximum.reduceat(group_s_MG.cumsum(axis=0), layout.start_L, axis=1)
+        seconds_M = slowest_ML.sum(axis=1) + self._around_s(0) + self.costs.token_s * tokens_M
+        return seconds_M, np.bincount(first, minlength=num_marks).cumsum()
+
+
+def check_choice(choice: Choice, candidates: Sequence[Candidate], budget: int) -> None:
+    """AssertionError unless a choice runs each candidate once, keeps its budget but for the last one's rest, and leaves
+    out one that is overdue only where others that are have filled it."""
+    order = choice.order
+    assert len(set(order)) == len(order) >= 1, "a candidate runs once"
+    assert sum(candidates[n].num_tokens for n in order[:-1]) < budget, "the last one has no room"
+    late = [n for n, c in enumerate(candidates) if c.overdue]
+    num_late = min(len(late), len(order))
+    assert list(order[:num_late]) == late[:num_late], "who is overdue goes first"
+    if num_late < len(late):
+        assert sum(candidates[n].num_tokens for n in order) >= budget, "one that is overdue was left out"

@@ -1,0 +1,140 @@
+"""What steps cost on this machine and these hosts, measured once at start, through what will serve.
+
+Shape letters: T tokens, L layers, K experts per token, D hidden width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pregate.model.checkpoint import CheckpointReader
+from pregate.model.gates import Choice
+from pregate.model.paths import Paths
+from pregate.router.engine.backbone import Backbone
+from pregate.router.engine.batching import StepCosts, UnitLayout
+from pregate.router.engine.kv_cache import PagedKV
+from pregate.router.engine.step_layout import SequenceSlice, StepLayout
+
+_ROWS = 16
+_REPEATS = 5
+#: Differences of times below this are noise: what is divided by them must not become 0.
+_LEAST_S = 1e-12
+
+
+@torch.inference_mode()
+def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: CheckpointReader) -> StepCosts:
+    """Time steps of one token, of several on the same units, and of all units of a host; of each host by itself.
+
+    The blocks of the cache are written over. A missing unit is what reading it from the checkpoint takes.
+    """
+    row_s, byte_s, dispatch_s = [], [], 0.0
+    timing = _Timing(backbone, layout)
+    for host in range(layout.num_hosts):
+        one, same, whole = timing.tokens_of(host, 1), timing.tokens_of(host, _ROWS), timing.all_units_of(host)
+        one_s, same_s, whole_s = (timing.layers_s(ids) for ids in (one, same, whole))
+        (rows, num_bytes), (more_rows, _), (all_rows, all_bytes) = map(timing.counts, (one, same, whole))
+        row_s.append(max(_LEAST_S, (same_s - one_s) / max(1, more_rows - rows)))
+        left_s = whole_s - one_s - (all_rows - rows) * row_s[-1]
+        byte_s.append(max(_LEAST_S, left_s / max(1.0, all_bytes - num_bytes)))
+        rest_s = one_s - rows * row_s[-1] - num_bytes * byte_s[-1]
+        dispatch_s = max(dispatch_s, rest_s / len(layout.start_L), _LEAST_S)
+    one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, kv.num_slots // kv.block_size))
+    around_s = [max(0.0, timing.step_s(kv, ids) - timing.layers_s(ids)) for ids in (one, same)]
+    token_s = max(0.0, (around_s[1] - around_s[0]) / max(1, len(same) - 1))
+    missing = max(_unit_read_s(reader, layout), *byte_s)
+    return StepCosts(
+        tuple(row_s), tuple(byte_s), (missing,) * layout.num_hosts, dispatch_s, max(0.0, around_s[0] - token_s), token_s
+    )
+
+
+class _Timing:
+    """Runs steps of made-up paths; the least of some times counts."""
+
+    def __init__(self, backbone: Backbone, layout: UnitLayout) -> None:
+        self._backbone, self._layout, self._cuts = backbone, layout, backbone.config.cuts
+        self._exact = backbone.config.routing == "path"
+        self._k = max(cut.num_active for cut in self._cuts)
+        self._row_D = torch.randn(backbone.config.text_config.hidden_size).to(backbone.device, backbone.dtype)
+        self._number = 0
+
+    def tokens_of(self, host: int, num_tokens: int) -> np.ndarray:
+        """Paths [T, L, K] of so many tokens on the same units of a host."""
+        return np.repeat(self.all_units_of(host)[:1], num_tokens, axis=0)
+
+    def all_units_of(self, host: int) -> np.ndarray:
+        """Paths of as many tokens as visit all units of a host, each once or so."""
+        layout = self._layout
+        units = [layout.expert_U[(layout.layer_U == n) & (layout.host_U == host)] for n in range(len(self._cuts))]
+        width = [min(cut.num_active, len(found)) for cut, found in zip(self._cuts, units, strict=True)]
+        num_tokens = max(1, *(-(-len(found) // k) if k else 1 for found, k in zip(units, width, strict=True)))
+        ids_TLK = np.full((num_tokens, len(self._cuts), self._k), -1, dtype=np.int16)
+        for layer, (found, k) in enumerate(zip(units, width, strict=True)):
+            for token in range(num_tokens if k else 0):
+                start = min(token * k, len(found) - k)
+                ids_TLK[token, layer, :k] = found[start : start + k]
+        return ids_TLK
+
+    def counts(self, ids_TLK: np.ndarray) -> tuple[int, float]:
+        """Rows, and bytes of units."""
+        rows_U = self._layout.rows(ids_TLK)
+        return int(rows_U.sum()), float(self._layout.bytes_U[rows_U > 0].sum())
+
+    def layers_s(self, ids_TLK: np.ndarray) -> float:
+        """Seconds of the layers' FFNs."""
+        exchange, x_TD = self._backbone.exchange, self._row_D.repeat(len(ids_TLK), 1)
+
+        def run() -> None:
+            self._begin(ids_TLK)
+            for layer, cut in enumerate(self._cuts):
+                choice = None
+                if not self._exact and cut.num_active:
+                    choice = Choice(torch.from_numpy(ids_TLK[:, layer].astype(np.int64)))
+                exchange.combine(exchange.dispatch(layer, x_TD, choice))
+            exchange.end_step()
+
+        return self._least_s(run)
+
+    def step_s(self, kv: PagedKV, ids_TLK: np.ndarray) -> float:
+        """Seconds of a whole step, a first token of as many sequences."""
+        num_tokens = len(ids_TLK)
+        slices = [SequenceSlice([block], 0, 1) for block in range(num_tokens)]
+        zeros = np.zeros(num_tokens, dtype=np.int64)
+
+        def run() -> None:
+            self._begin(ids_TLK)
+            layout = StepLayout.build(kv, slices, self._backbone.device)
+            self._backbone.forward(zeros, zeros, layout, list(range(num_tokens))).argmax(dim=-1).tolist()
+            self._backbone.exchange.end_step()
+
+        return self._least_s(run)
+
+    def _begin(self, ids_TLK: np.ndarray) -> None:
+        self._number -= 1  # no step that serves has this number
+        self._backbone.exchange.begin_step(self._number, len(ids_TLK), Paths(ids_TLK) if self._exact else None)
+
+    def _least_s(self, run: Callable[[], None]) -> float:
+        run()
+        times = []
+        for _ in range(_REPEATS):
+            start_s = time.perf_counter()
+            run()
+            if torch.device(self._backbone.device).type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start_s)
+        return min(times)
+
+
+def _unit_read_s(reader: CheckpointReader, layout: UnitLayout) -> float:
+    """Seconds a byte of a unit takes that is read from the checkpoint."""
+    layer, expert = int(layout.layer_U[0]), int(layout.expert_U[0])
+    times = []
+    for _ in range(3):
+        start_s = time.perf_counter()
+        for part in reader.read_unit(layer, expert):
+            part.clone()
+        times.append(time.perf_counter() - start_s)
+    return max(_LEAST_S, min(times) / reader.unit_bytes(layer))
