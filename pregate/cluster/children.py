@@ -241,7 +241,8 @@ def _connect(addresses: Sequence[HostAddress], keys: CurveKeys) -> list[Any]:
     """One channel per host, in the order of the addresses. Runs in the engine's process."""
     import zmq
 
-    from pregate.workers.client.channel import ChannelClient, ChannelOptions
+    from pregate.workers.client.channel import ChannelClient
+    from pregate.workers.client.channel_options import ChannelOptions
 
     context = zmq.Context()
     return [ChannelClient(address, ChannelOptions(keys=keys), context) for address in addresses]

@@ -2,45 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
-import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
+from pregate.base.errors import UnavailableError
 from pregate.base.log import get_logger
 from pregate.base.network import is_loopback
 from pregate.base.options import to_dict
 from pregate.cluster import local_ray
+from pregate.cluster.calls import CALL_TIMEOUT_S, RayLostError, SilentError, call, error_of, get
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.cluster.joining import connect
 from pregate.cluster.leases import RENEW_EVERY_S
-from pregate.cluster.local_ray import NAMESPACE, SUPERVISOR_PREFIX, LocalRay
+from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.stage import SAY_EVERY_S
-from pregate.cluster.stage import stage as long_stage
 from pregate.cluster.supervisor import Supervisor
 from pregate.router.doors.grpc_options import GrpcOptions
 
-#: The supervisor answers from an event loop that never blocks; this is for a machine that is short of time.
-CALL_TIMEOUT_S = 30.0
 POLL_S = 0.2
-#: Room for the clean-up that comes after the drain.
-STOP_MARGIN_S = 30.0
 #: Ray's control service (GCS) may take no connection for this long before Ray is given up: on one machine nothing
 #: starts it again, in a cluster something may, and Ray itself waits for 60 s.
 GCS_PATIENCE_S, CLUSTER_GCS_PATIENCE_S = 3.0, 45.0
-#: How long a --ray-address may take to prove that a gRPC server is there.
-ADDRESS_TIMEOUT_S = 5.0
 
 logger = get_logger(__name__)
 
@@ -83,7 +74,7 @@ class Deployment:
                 told_s = now_s
                 on_stage(f"{stage} (after {now_s - started_s:.0f} s)")
             if status["failure"] is not None:
-                raise _error_of(status["failure"])
+                raise error_of(status["failure"])
             if status["state"] == "ready":
                 self.info = status["info"]
                 return
@@ -95,7 +86,7 @@ class Deployment:
         give_up_s, reference = time.monotonic() + CALL_TIMEOUT_S, self._supervisor.status.remote()
         while True:
             try:
-                return _get(reference, POLL_S)
+                return get(reference, POLL_S)
             except SilentError as error:
                 if self.look() is not None and self.ray_lost:
                     raise RayLostError(self.lost) from None
@@ -125,7 +116,7 @@ class Deployment:
         arguments = (self._launcher_id, to_dict(options))
         reply = call(self._supervisor, "add_door", *arguments, timeout_s=self.config.start_timeout_s)
         if reply.get("failure"):
-            raise _error_of(reply["failure"])
+            raise error_of(reply["failure"])
         return reply["host"], reply["port"]
 
     def release(self) -> None:
@@ -209,7 +200,7 @@ def launch(
     `on_stage` hears readable progress. A launch that fails leaves nothing behind. Raises UserError (a join with other
     options, a model that cannot be served) and UnavailableError (Ray, or a part, does not come up).
     """
-    kept = _connect(config, ray_access or RayAccess(), on_stage)
+    kept = connect(config, ray_access or RayAccess(), on_stage)
     try:
         deployment = _join(config, kept)
     except BaseException:
@@ -227,82 +218,6 @@ def launch(
     return deployment
 
 
-class SilentError(UnavailableError):
-    """The supervisor did not answer; it may be alive, and may have done what it was asked."""
-
-
-class RayLostError(UnavailableError):
-    """Ray is gone: no call to it returns any more, nor its own clean-up at the end of the process."""
-
-
-def call(supervisor: Any, method: str, *arguments: Any, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-    """Call the supervisor. UnavailableError when it is gone, SilentError when that is not known."""
-    return _get(getattr(supervisor, method).remote(*arguments), timeout_s)
-
-
-def _get(reference: Any, timeout_s: float) -> Any:
-    try:
-        return ray.get(reference, timeout=timeout_s)
-    except ray.exceptions.ActorDiedError as error:
-        raise UnavailableError("the supervisor of the deployment is gone") from error
-    except (ray.exceptions.ActorUnavailableError, ray.exceptions.GetTimeoutError) as error:
-        raise SilentError(f"the supervisor did not answer: {error}") from error
-    except ray.exceptions.RayError as error:
-        raise UnavailableError(f"the supervisor failed: {type(error).__name__}") from error
-
-
-def _connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str], None]) -> LocalRay | None:
-    """Be connected to Ray afterwards; returns the keeper when we had to start one."""
-    if ray.is_initialized():
-        return None
-    address, kept = ray_access.address, None
-    if address is None:
-        # Logical CPUs only admit actors; ours ask for a tenth each, and a Serve application needs room beside them.
-        with long_stage(on_stage, "starting Ray on this machine"):
-            kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
-        address = kept.address
-    else:
-        _check_address(address)
-    try:
-        with _own_signals():
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        if kept is not None:
-            kept.wait_gone(STOP_MARGIN_S)
-        raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
-    return kept
-
-
-def _check_address(address: str) -> None:
-    """Refuse what is no Ray at once; it would take Ray minutes. UserError or UnavailableError."""
-    if address == "auto":  # Ray looks for one on this machine, and says quickly when there is none
-        address = os.environ.get("RAY_ADDRESS", "")
-        if not address:
-            return
-    if not re.fullmatch(r"[^/]+:\d{1,5}", address):
-        raise UserError.of("--ray-address", address, "allowed: HOST:PORT, or auto for the Ray of this machine")
-    import grpc
-
-    if not local_ray.gcs_answers(address):
-        raise UnavailableError(f"--ray-address {address}: nothing takes connections there; is it Ray's address?")
-    with grpc.insecure_channel(address) as channel:
-        try:
-            grpc.channel_ready_future(channel).result(ADDRESS_TIMEOUT_S)
-        except grpc.FutureTimeoutError:
-            raise UnavailableError(f"--ray-address {address}: what listens there is not Ray") from None
-
-
-@contextmanager
-def _own_signals() -> Iterator[None]:
-    """Put the caller's SIGTERM handler back: Ray installs one that aborts the process, without any clean-up."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)
-
-
 def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
     """Get or create the supervisor and take a lease; waits for one that is stopping to be gone."""
     launcher_id = f"{os.uname().nodename}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
@@ -314,7 +229,7 @@ def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
             reply = call(supervisor, "launch", *arguments, timeout_s=config.start_timeout_s)
             if reply["state"] != "refused":
                 return Deployment(config, supervisor, launcher_id, ray.get_runtime_context().gcs_address, kept)
-            error = _error_of(reply["failure"])
+            error = error_of(reply["failure"])
         except UnavailableError as gone:
             error = gone
         except BaseException:  # Ctrl-C: the call may have been heard
@@ -339,7 +254,3 @@ def _get_or_create(name: str) -> Any:
         scheduling_strategy=here,
     )
     return actor.remote(name, RayChildren)
-
-
-def _error_of(failure: dict[str, str]) -> PregateError:
-    return BY_CODE.get(failure["code"], PregateError)(failure["message"])

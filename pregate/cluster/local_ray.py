@@ -38,6 +38,8 @@ SUPERVISOR_PREFIX = "pregate:"
 OBJECT_STORE_BYTES = 200 * 2**20
 #: Above Ray's own limit times `ray_start.ATTEMPTS`.
 START_TIMEOUT_S = 120.0
+#: Room for the clean-up that comes after a deployment's drain.
+STOP_MARGIN_S = 30.0
 POLL_S = 0.5
 #: A GCS that takes no connection for this long, or this often in a row, is gone.
 GCS_CONNECT_TIMEOUT_S = 2.0

@@ -14,8 +14,9 @@ from types import FrameType
 from pregate.base.errors import UnavailableError
 from pregate.base.memory import give_back_heap
 from pregate.cluster import preflight
+from pregate.cluster.calls import RayLostError
 from pregate.cluster.config import RayAccess, ServeConfig
-from pregate.cluster.launch import Deployment, RayLostError, launch
+from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.stage import stage
 from pregate.router.doors.grpc_options import GrpcOptions
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from pregate.base.errors import UnavailableError, UserError
-from pregate.cluster import launch, serving
+from pregate.cluster import joining, launch, serving
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment
 from pregate.router.doors.access import AccessOptions
@@ -93,14 +93,14 @@ def test_a_signal_after_a_loss_is_no_success(deployment):
 )
 def test_a_ray_address_that_is_none_is_refused_at_once(address, error, sentence):
     with pytest.raises(error, match=sentence):
-        launch._check_address(address)
+        joining.check_address(address)
 
 
 def test_what_listens_but_is_no_ray_is_refused(monkeypatch):
-    monkeypatch.setattr(launch, "ADDRESS_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(joining, "ADDRESS_TIMEOUT_S", 0.3)
     mute = socket.create_server(("127.0.0.1", 0))
     with mute, pytest.raises(UnavailableError, match="what listens there is not Ray"):
-        launch._check_address(f"127.0.0.1:{mute.getsockname()[1]}")
+        joining.check_address(f"127.0.0.1:{mute.getsockname()[1]}")
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from transformers import LlamaConfig
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.host import Host
 from pregate.workers.host.server import HostServer, ServerOptions
 from pregate.workers.link.protocol import HostAddress

@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import zmq
+
 from pregate.base.errors import UserError
+from pregate.router.link.packet import MAX_PACKET_BYTES
 
 #: Longest path of a Unix socket that Linux and macOS both take.
 _MAX_IPC_PATH_BYTES = 103
@@ -21,3 +24,23 @@ def ipc_file(endpoint: str) -> Path | None:
     if len(os.fsencode(address)) > _MAX_IPC_PATH_BYTES:
         raise UserError.of("engine endpoint", endpoint, f"the path may have at most {_MAX_IPC_PATH_BYTES} bytes")
     return Path(address)
+
+
+def bind(context: zmq.Context, endpoint: str, max_unsent_packets: int) -> zmq.Socket:
+    """The engine's socket, bound; only this user may open its file. UserError for an endpoint that cannot be bound."""
+    file = ipc_file(endpoint)
+    if file is not None:
+        # Whoever can open the socket file can submit requests.
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    socket = context.socket(zmq.ROUTER)
+    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a door that is gone fails instead of vanishing
+    socket.setsockopt(zmq.SNDHWM, max_unsent_packets)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as error:
+        socket.close(linger=0)
+        raise UserError.of("engine endpoint", endpoint, f"cannot be bound: {error}") from error
+    if file is not None:
+        file.chmod(0o600)
+    return socket

@@ -13,17 +13,17 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import zmq
 
 from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError
 from pregate.base.log import get_logger
-from pregate.router.link.endpoint import ipc_file
+from pregate.router.link.activity import Activity
+from pregate.router.link.endpoint import bind, ipc_file
 from pregate.router.link.inbox import Inbox, Pending
 from pregate.router.link.messages import (
     CancelRequest,
@@ -40,7 +40,7 @@ from pregate.router.link.messages import (
     SubmitRequest,
     TokensEvent,
 )
-from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
+from pregate.router.link.packet import pack, unpack
 from pregate.router.link.peers import Peers
 
 logger = get_logger(__name__)
@@ -61,30 +61,6 @@ class LinkOptions:
     max_pending_bytes: int = 64 << 20
     max_unsent_steps: int = 1024
     max_unsent_packets: int = 100_000
-
-
-class Activity:
-    """What the compute thread is busy with, since when, and how much it has done. It writes, the I/O thread reads."""
-
-    def __init__(self) -> None:
-        self.progress = 0
-        self._doing: tuple[str, float] | None = None
-
-    @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Be busy with `what` inside the block."""
-        self._doing = (what, time.monotonic())
-        try:
-            yield
-        finally:
-            self._doing = None
-            self.progress += 1
-
-    def describe(self) -> dict[str, Any]:
-        """Return `progress`, `busy_with` (None: idle) and `busy_s`."""
-        now_s = time.monotonic()
-        what, since_s = self._doing or (None, now_s)
-        return {"progress": self.progress, "busy_with": what, "busy_s": now_s - since_s}
 
 
 class EngineLink:
@@ -108,7 +84,7 @@ class EngineLink:
         self._ending: PregateError | None = None
         self._next_heartbeat_s = self._watched_s = 0.0
         self._ipc_file = ipc_file(endpoint)
-        self._socket = _bind(context or zmq.Context.instance(), endpoint, self._ipc_file, options)
+        self._socket = bind(context or zmq.Context.instance(), endpoint, options.max_unsent_packets)
         self._awake, self._wake = os.pipe()
         os.set_blocking(self._awake, False)
         os.set_blocking(self._wake, False)
@@ -313,21 +289,3 @@ class EngineLink:
 
 def _short_ids(messages: Sequence[DoorBound]) -> list[str]:
     return [i for m in messages if 0 < len(i := getattr(m, "request_id", "")) <= 128]
-
-
-def _bind(context: zmq.Context, endpoint: str, file: Path | None, options: LinkOptions) -> zmq.Socket:
-    if file is not None:
-        # Whoever can open the socket file can submit requests: only this user may.
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    socket = context.socket(zmq.ROUTER)
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a door that is gone fails instead of vanishing
-    socket.setsockopt(zmq.SNDHWM, options.max_unsent_packets)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        raise UserError.of("engine endpoint", endpoint, f"cannot be bound: {error}") from error
-    if file is not None:
-        file.chmod(0o600)
-    return socket

@@ -10,7 +10,6 @@ import contextlib
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,10 @@ import zmq
 
 from pregate.base.errors import BY_CODE, HostLostError, PregateError, ProtocolError, UserError
 from pregate.base.log import get_logger
+from pregate.workers.client.channel_options import ChannelOptions, ChannelStats
+from pregate.workers.client.flights import Flight, Flights
 from pregate.workers.client.sent_plans import SentPlans
+from pregate.workers.client.silence import Silence
 from pregate.workers.link import transport
 from pregate.workers.link.protocol import (
     Buffer,
@@ -40,7 +42,6 @@ from pregate.workers.link.protocol import (
     RowsMessage,
 )
 from pregate.workers.link.rows import dtype_name, from_rows, to_rows
-from pregate.workers.link.transport import CurveKeys
 from pregate.workers.link.wire import decode, encode
 
 if TYPE_CHECKING:
@@ -52,46 +53,6 @@ _WAIT_SLICE_S = 0.2
 _CONTROL_EVERY_S = 0.5
 
 _log = get_logger(__name__)
-
-
-@dataclass
-class ChannelStats:
-    """Counters of one client. Bytes are whole messages as sent; an in-process client moves none."""
-
-    plans: int = 0
-    groups: int = 0
-    plan_bytes: int = 0
-    group_bytes: int = 0
-    reply_bytes: int = 0
-    indexed_groups: int = 0
-    resent_groups: int = 0
-    discarded_answers: int = 0
-
-
-@dataclass(frozen=True)
-class ChannelOptions:
-    """`host_timeout_s` without a sign of life and a host counts as lost. `keys` are needed where the server has a
-    public key."""
-
-    host_timeout_s: float = 3.0
-    hello_timeout_s: float = 10.0
-    keys: CurveKeys | None = None
-
-    def __post_init__(self) -> None:
-        if self.host_timeout_s <= 0 or self.hello_timeout_s <= 0:
-            raise UserError.of("channel options", asdict(self), "host_timeout_s and hello_timeout_s must be above 0")
-
-
-@dataclass
-class _InFlight:
-    """A group on its way: the identity it was last sent under, what to send again, and its answer. `unheard`: the host
-    did not know us and looked at none of it."""
-
-    key: GroupKey
-    rows_ND: torch.Tensor
-    index: GroupIndex | None
-    answer: RowsMessage | Failure | None = None
-    unheard: bool = False
 
 
 class ChannelClient:
@@ -121,10 +82,10 @@ class ChannelClient:
         self._greeting: HelloAck | Refused | None = None
         self._terms: HelloAck | None = None
         self._plans = SentPlans()
-        self._in_flight: dict[GroupKey, _InFlight] = {}
-        self._greeted_s = 0.0
-        self._silent_s = 0.0
-        self._looked_s = self._looked_at_control_s = time.monotonic()
+        self._flights = Flights()
+        self._greeted_s, self._greet_every_s = 0.0, self._options.host_timeout_s / 6
+        self._silence = Silence(self._options.host_timeout_s / 3)
+        self._looked_at_control_s = time.monotonic()
         # Named by us, so that the host knows us again after a broken connection.
         self._id = uuid.uuid4().bytes
         self._control = self._connect(address.endpoint, transport.control_id(self._id))
@@ -158,15 +119,11 @@ class ChannelClient:
             raise UserError(f"expert host {self.host_id} refused: {self._greeting.reason}")
         return self._greeting
 
-    def _greet(self) -> None:
-        assert self._hello is not None
-        self._greeted_s = time.monotonic()
-        self._send(self._control, encode(self._hello))
-
-    def _greet_again(self) -> None:
-        """Say hello once more, unless that was a moment ago."""
-        if self._hello is not None and time.monotonic() - self._greeted_s > self._options.host_timeout_s / 6:
-            self._greet()
+    def _greet(self, pause_s: float = 0.0) -> None:
+        """Say hello, unless that was less than `pause_s` ago."""
+        if self._hello is not None and time.monotonic() - self._greeted_s >= pause_s:
+            self._greeted_s = time.monotonic()
+            self._send(self._control, encode(self._hello))
 
     def warm_up(self) -> None:
         pass
@@ -181,27 +138,27 @@ class ChannelClient:
         if hello is None or rows_ND.dtype != self._dtype or rows_ND.shape[0] > hello.max_rows:
             got, agreed = f"{rows_ND.shape[0]} rows of {rows_ND.dtype}", hello and f"{hello.max_rows} of {self._dtype}"
             raise ProtocolError(f"group of {got}; agreed: at most {agreed}")
-        flight = _InFlight(key, rows_ND, index)
-        self._in_flight[key] = flight
+        self._flights.add(flight := Flight(key, rows_ND, index))
         self._send_flight(flight)
         self.stats.groups += 1
 
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
-        flight = self._in_flight[key]
+        flight = self._flights[key]
         deadline_s = time.monotonic() + timeout_s
         try:
             while flight.answer is None:
                 if time.monotonic() > deadline_s:
-                    raise HostLostError(self.host_id, self._describe_timeout(key, timeout_s))
+                    waited = f"no answer for step {key.step} layer {key.layer} within {timeout_s:g} s"
+                    raise HostLostError(self.host_id, f"{waited}; {self._last_words()}")
                 self._wait()
         finally:
-            del self._in_flight[key]
+            self._flights.abandon(key)
         if isinstance(flight.answer, Failure):
-            raise _error_of(flight.answer, self.host_id)
+            raise self._error_of(flight.answer)
         return from_rows(flight.answer.rows)
 
     def abandon(self, key: GroupKey | None = None) -> None:
-        self._in_flight = {k: flight for k, flight in self._in_flight.items() if key not in (None, k)}
+        self._flights.abandon(key)
 
     def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
         return "the host is another process"
@@ -223,7 +180,7 @@ class ChannelClient:
         if self._own_context:
             self._context.term()
 
-    def _send_flight(self, flight: _InFlight) -> None:
+    def _send_flight(self, flight: Flight) -> None:
         message = GroupMessage(flight.key, to_rows(flight.rows_ND), flight.index)
         self.stats.group_bytes += self._send(self._data, encode(message))
         self.stats.indexed_groups += flight.index is not None
@@ -245,7 +202,7 @@ class ChannelClient:
         """Take one message from the data socket, waiting a slice of time for it; look after the host meanwhile."""
         assert self._data is not None
         heard = self._take(self._data, 0)
-        if heard and self._looked_s - self._looked_at_control_s < _CONTROL_EVERY_S:
+        if heard and self._silence.looked_s - self._looked_at_control_s < _CONTROL_EVERY_S:
             return
         if not self._drain(self._control) and not heard:
             self._check_alive()
@@ -265,20 +222,17 @@ class ChannelClient:
             frames = socket.recv_multipart(flags, copy=False) if flags else transport.receive(socket)
         except zmq.Again:
             return False
-        self._looked_s, self._silent_s = time.monotonic(), 0.0
+        self._silence.end()
         self._handle(decode([f.buffer for f in frames]), sum(map(len, frames)))
         return True
 
     def _check_alive(self) -> None:
-        """Count the silence. Time in which nobody looked (a long forward pass, a stopped machine) counts little."""
-        now_s = time.monotonic()
-        self._silent_s += min(now_s - self._looked_s, self._options.host_timeout_s / 3)
-        self._looked_s = now_s
-        if self._terms is None or self._silent_s < self._options.host_timeout_s / 2:
+        silent_s, patience_s = self._silence.count(), self._options.host_timeout_s
+        if self._terms is None or silent_s < patience_s / 2:
             return
-        self._greet_again()  # a host that forgot us sends no heartbeats, but answers to this
-        if self._silent_s > self._options.host_timeout_s:
-            raise HostLostError(self.host_id, f"silent for {self._silent_s:.1f} s; {self._last_words()}")
+        self._greet(self._greet_every_s)  # a host that forgot us sends no heartbeats, but answers to this
+        if silent_s > patience_s:
+            raise HostLostError(self.host_id, f"silent for {silent_s:.1f} s; {self._last_words()}")
 
     def _handle(self, message: Message, num_bytes: int) -> None:
         if isinstance(message, (Hello, Bye, PlanMessage, GroupMessage)):
@@ -288,14 +242,14 @@ class ChannelClient:
         elif message.incarnation != self._incarnation:
             # Another process answers where our host was: its rows are not ours, and it knows nothing of us.
             self.stats.discarded_answers += not isinstance(message, Heartbeat)
-            self._greet_again()
+            self._greet(self._greet_every_s)
             if isinstance(message, NeedHello):
-                self._mark_unheard(message.key)
+                self._flights.mark_unheard(message.key)
         elif isinstance(message, Heartbeat):
             self.last_heartbeat = message
         elif isinstance(message, NeedHello):
-            self._mark_unheard(message.key)
-            self._greet_again()
+            self._flights.mark_unheard(message.key)
+            self._greet(self._greet_every_s)
         else:
             self._answered(message, num_bytes)
 
@@ -316,23 +270,18 @@ class ChannelClient:
                 self._data.close()
             self._data = self._connect(answer.data_endpoint, transport.data_id(self._id))
         self._incarnation, self._terms = answer.incarnation, answer
-        for flight in self._in_flight.values():
-            if flight.answer is None and (replaced or flight.unheard):
-                self._send_again(flight)
+        for flight in self._flights.to_send_again(replaced):
+            self._send_again(flight)
 
-    def _mark_unheard(self, key: GroupKey | None) -> None:
-        for flight in self._in_flight.values():
-            flight.unheard |= flight.key == key
-
-    def _send_again(self, flight: _InFlight) -> None:
+    def _send_again(self, flight: Flight) -> None:
         flight.key, flight.unheard = flight.key.next_attempt(), False
         self._send_flight(flight)
         self.stats.resent_groups += 1
 
     def _answered(self, message: RowsMessage | NeedPlan | Failure, num_bytes: int) -> None:
         if isinstance(message, Failure) and message.key is None:
-            raise _error_of(message, self.host_id)
-        flight = next((f for f in self._in_flight.values() if f.key == message.key and f.answer is None), None)
+            raise self._error_of(message)
+        flight = self._flights.waiting_for(message.key)
         if flight is None:
             self.stats.discarded_answers += 1
             _log.info("host %d: discarded a stale answer for %s", self.host_id, message.key)
@@ -343,17 +292,9 @@ class ChannelClient:
             flight.answer = message
             self.stats.reply_bytes += num_bytes
 
-    def _describe_timeout(self, key: GroupKey, timeout_s: float) -> str:
-        return f"no answer for step {key.step} layer {key.layer} within {timeout_s:g} s; {self._last_words()}"
+    def _error_of(self, failure: Failure) -> PregateError:
+        """Rebuild what the host failed with."""
+        return BY_CODE.get(failure.code, PregateError)(f"expert host {self.host_id}: {failure.text}")
 
     def _last_words(self) -> str:
-        beat = self.last_heartbeat
-        if beat is None:
-            return "no heartbeat came"
-        doing = f"busy with {beat.busy_with} for {beat.busy_since_s:.1f} s" if beat.busy_with else "idle"
-        return f"last heartbeat: {doing}, {beat.progress} messages done"
-
-
-def _error_of(failure: Failure, host_id: int) -> PregateError:
-    """Rebuild what the host failed with."""
-    return BY_CODE.get(failure.code, PregateError)(f"expert host {host_id}: {failure.text}")
+        return "no heartbeat came" if self.last_heartbeat is None else self.last_heartbeat.describe()

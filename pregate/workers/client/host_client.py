@@ -11,7 +11,8 @@ import torch
 
 from pregate.base.errors import PregateError
 from pregate.base.log import get_logger
-from pregate.workers.client.channel import ChannelClient, ChannelOptions, ChannelStats
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions, ChannelStats
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.client.sent_plans import SentPlans
 from pregate.workers.host.plan_shelf import NeedPlanError

@@ -173,6 +173,11 @@ class Heartbeat:
     busy_with: str
     busy_since_s: float
 
+    def describe(self) -> str:
+        """For a message about a host of which nothing more is heard."""
+        doing = f"busy with {self.busy_with} for {self.busy_since_s:.1f} s" if self.busy_with else "idle"
+        return f"last heartbeat: {doing}, {self.progress} messages done"
+
 
 Message: TypeAlias = (
     Hello

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import stat
 import time
@@ -15,6 +14,7 @@ import zmq
 
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
+from pregate.base.network import is_loopback
 from pregate.workers.link.protocol import MAX_MESSAGE_BYTES, Buffer
 
 #: Unix socket paths are cut at 108 bytes by the kernel, the closing zero included; the data socket adds `.d`.
@@ -117,15 +117,8 @@ def check_endpoint(endpoint: str, allowed_client_keys: Sequence[str]) -> None:
         return
     if scheme != "tcp":
         raise UserError.of("endpoint", endpoint, "allowed: ipc://PATH or tcp://ADDRESS:PORT")
-    if not allowed_client_keys and not _is_loopback(where.rpartition(":")[0]):
+    if not allowed_client_keys and not is_loopback(where.rpartition(":")[0]):
         raise UserError.of("endpoint", endpoint, "needs allowed client keys; without them only loopback is allowed")
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def private_folder(path: Path) -> None:

@@ -19,7 +19,7 @@ from pregate.router.link.messages import (
     TokensEvent,
 )
 from pregate.router.link.packet import pack, unpack
-from pregate.workers.client.channel import ChannelOptions
+from pregate.workers.client.channel_options import ChannelOptions
 
 
 async def stream_with_late_failure():

@@ -6,7 +6,8 @@ import zmq
 
 from benchmarks.echo import EchoHost
 from pregate.base.errors import HostLostError, UserError
-from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import GroupKey, Hello
 from pregate.workers.link.transport import CurveKeys

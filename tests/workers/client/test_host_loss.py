@@ -10,7 +10,8 @@ import torch
 
 from benchmarks.echo import EchoActor
 from pregate.base.errors import HostLostError
-from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.actor import ActorOptions
 from pregate.workers.link.protocol import GroupKey
 

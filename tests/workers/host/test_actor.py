@@ -7,7 +7,8 @@ import torch
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.kernels import reference
-from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.actor import ActorOptions, ExpertHostActor
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import GroupIndex, GroupKey

@@ -11,7 +11,8 @@ import zmq
 
 from benchmarks.echo import EchoHost
 from pregate.base.errors import HostLostError, ProtocolError, UserError
-from pregate.workers.client.channel import ChannelClient, ChannelOptions
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.options import HostOptions
 from pregate.workers.host.server import HostServer, ServerOptions
 from pregate.workers.link.protocol import (

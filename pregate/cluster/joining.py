@@ -1,0 +1,74 @@
+"""Being connected to Ray: to the one that runs at an address, or to one of our own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+
+from pregate.base.errors import UnavailableError, UserError
+from pregate.cluster import local_ray
+from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, LocalRay
+from pregate.cluster.stage import stage as long_stage
+
+#: How long a --ray-address may take to prove that a gRPC server is there.
+ADDRESS_TIMEOUT_S = 5.0
+
+
+def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str], None]) -> LocalRay | None:
+    """Be connected to Ray afterwards; returns the keeper when we had to start one."""
+    if ray.is_initialized():
+        return None
+    address, kept = ray_access.address, None
+    if address is None:
+        # Logical CPUs only admit actors; ours ask for a tenth each, and a Serve application needs room beside them.
+        with long_stage(on_stage, "starting Ray on this machine"):
+            kept = local_ray.start(num_cpus=max(os.cpu_count() or 1, config.hosts + 8))
+        address = kept.address
+    else:
+        check_address(address)
+    try:
+        with _own_signals():
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if kept is not None:
+            kept.wait_gone(STOP_MARGIN_S)
+        raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
+    return kept
+
+
+def check_address(address: str) -> None:
+    """Refuse what is no Ray at once; it would take Ray minutes. UserError or UnavailableError."""
+    if address == "auto":  # Ray looks for one on this machine, and says quickly when there is none
+        address = os.environ.get("RAY_ADDRESS", "")
+        if not address:
+            return
+    if not re.fullmatch(r"[^/]+:\d{1,5}", address):
+        raise UserError.of("--ray-address", address, "allowed: HOST:PORT, or auto for the Ray of this machine")
+    import grpc
+
+    if not local_ray.gcs_answers(address):
+        raise UnavailableError(f"--ray-address {address}: nothing takes connections there; is it Ray's address?")
+    with grpc.insecure_channel(address) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(ADDRESS_TIMEOUT_S)
+        except grpc.FutureTimeoutError:
+            raise UnavailableError(f"--ray-address {address}: what listens there is not Ray") from None
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put the caller's SIGTERM handler back: Ray installs one that aborts the process, without any clean-up."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
