@@ -49,10 +49,22 @@ class Needs:
     what: Literal["model", "nothing", "text"]
 
 
+@dataclass(frozen=True)
+class Or:
+    """The option that may be given in the place of a required one; the class's `follow` makes that one of it."""
+
+    name: str
+
+
 #: A field that code sets; users cannot.
 INTERNAL = Key("")
 
 Model = Annotated[Path, Field(description="Model folder."), Needs("model")]
+#: A model folder, or an adapter in its place; see `follow_adapter`.
+ModelOrAdapter = Annotated[Path, Field(description="Model folder."), Needs("model"), Or("adapter")]
+Adapter = Annotated[
+    Path | None, Field(description="Adapter in place of --model; its dense model is --parent."), Needs("model")
+]
 Parent = Annotated[
     Path | None,
     Field(description="The dense parent."),
@@ -168,12 +180,30 @@ def _sentence(cls: Any, error: pydantic.ValidationError) -> UserError:
     info = fields_of(cls)[name]
     option = option_name(key_of(name, info))
     if first["type"] == "missing":
-        return UserError(f"{option}: missing; it has no default")
+        other = mark(info, Or)
+        instead = f"; allowed in its place: {option_name(other.name)}" if other else ""
+        return UserError(f"{option}: missing; it has no default{instead}")
     if first["type"] == "too_short":
         least = first.get("ctx", {}).get("min_length")
         what = " files, folders or patterns of text" if mark(info, Needs) else ""
         return UserError(f"{option}: {len(value)} given; allowed: {least} or more{what}")
     return _not_allowed(name, info, value)
+
+
+def follow_adapter(given: dict[str, Any]) -> dict[str, Any]:
+    """For `follow`: the folder of `adapter` is the model, where no other is given."""
+    adapter = given.get("adapter")
+    return given if adapter is None or given.get("model") is not None else given | {"model": adapter}
+
+
+def check_adapter(model: object, adapter: object, parent: object) -> None:
+    """For `__post_init__`: UserError for an adapter without its parent, or beside a model."""
+    if adapter is None:
+        return
+    if Path(str(model)) != Path(str(adapter)):
+        raise UserError.of("--model", model, f"give it or --adapter {adapter}, not both")
+    if parent is None:
+        raise UserError.of("--adapter", adapter, "needs --parent, the dense model that it was made from")
 
 
 # ---- names and keys ----

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pregate.base.options import Needs, Option, Word, choices, kinds, mark, of_keys, user_options
+from pregate.base.options import Needs, Option, Or, Word, choices, kinds, mark, of_keys, user_options
 from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import check_new_folder
 from pregate.model.folder import read_folder
@@ -47,6 +47,7 @@ def command(*classes: type[Any]) -> Callable[[Callable[..., None]], Callable[...
 
 def check_paths(options: Iterable[Option], built: Any) -> None:
     """Look at the paths among the options of `built`; UserError names the flag of one that cannot do."""
+    parent = getattr(built, "parent", None)
     for option in options:
         needs, value = mark(option.info, Needs), built
         for name in option.path:
@@ -58,7 +59,8 @@ def check_paths(options: Iterable[Option], built: Any) -> None:
             text_files(paths, option.flag)
         for path in paths:
             if needs.what == "model":
-                read_folder(path, option.flag)
+                adapter = getattr(built, "adapter", None)
+                read_folder(path, option.flag if adapter is None or path != Path(adapter) else "--adapter", parent)
             elif needs.what == "nothing":
                 check_new_folder(path, option.flag)
 
@@ -80,8 +82,9 @@ def _parameter(option: Option) -> inspect.Parameter:
         metavar = f"[{'|'.join(values)}]"
     if word and word.written and metavar:
         metavar += f"|{word.text}"
-    default = inspect.Parameter.empty if info.is_required() else None
-    if info.is_required():
+    required = info.is_required() and not mark(info, Or)
+    default = inspect.Parameter.empty if required else None
+    if required:
         hint = typing.get_args(hint)[0]
     if shown not in (None, False, ""):
         text += f" Default: {shown}."

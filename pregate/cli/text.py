@@ -11,7 +11,7 @@ import typer
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Needs, Word, options
+from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
 from pregate.base.sampling import MAX_SEED
 from pregate.base.tokens import read_tokens
 from pregate.cli.flags import command
@@ -29,11 +29,18 @@ class Source:
     """Where the model runs: a checkpoint folder in this process, or a server."""
 
     model: Annotated[Path | None, Field(description="Checkpoint, run in this process."), Needs("model")] = None
+    adapter: Adapter = None
+    parent: Annotated[Path | None, Field(description="The dense model of --adapter."), Needs("model")] = None
     target: Annotated[str | None, Field(description="HOST:PORT of a server.")] = None
     token_file: Annotated[Path | None, Field(description="File with the server's bearer token.")] = None
     ca: Annotated[Path | None, Field(description="PEM file to check the server's TLS certificate with.")] = None
 
+    follow = staticmethod(follow_adapter)
+
     def __post_init__(self) -> None:
+        check_adapter(self.model, self.adapter, self.parent)
+        if self.parent is not None and self.adapter is None:
+            raise UserError.of("--parent", self.parent, "needs --adapter")
         if (self.model is None) == (self.target is None):
             raise UserError("--model, --target: give one of them, a checkpoint folder or the HOST:PORT of a server")
 
@@ -75,7 +82,7 @@ def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output)
         with _client(source) as client:
             _generate_served(client, prompt.prompt, sampling, output)
         return
-    result = _generate_here(source.model, prompt.prompt, sampling)
+    result = _generate_here(source, prompt.prompt, sampling)
     typer.echo(json.dumps(result) if output.json else result["text"])
 
 
@@ -86,7 +93,7 @@ def route(prompt: Prompt, source: Source, output: Output) -> None:
         with _client(source) as client:
             result = asdict(client.route(prompt.prompt))
     else:
-        result = _route_here(source.model, prompt.prompt)
+        result = _route_here(source, prompt.prompt)
     if output.json:
         typer.echo(json.dumps(result))
     else:
@@ -122,16 +129,16 @@ def _generate_served(client: Client, prompt: str, sampling: Sampling, output: Ou
 # ---- this process ----
 
 
-def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any]:
+def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str, Any]:
     import torch
     from transformers import StoppingCriteriaList
 
     from pregate.router.doors.completion_text import CompletionText
     from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 
-    folder, tokenizer, encoding = _read(path, prompt)
+    folder, tokenizer, encoding = _read(source, prompt)
     ids = encoding.ids
-    model = _load(path)
+    model = _load(folder)
     context = model.config.context_tokens
     if not 0 < len(ids) < context:
         raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
@@ -171,32 +178,34 @@ def _generate_here(path: Path, prompt: str, sampling: Sampling) -> dict[str, Any
     return {name: done[name] for name in ("text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens")}
 
 
-def _read(path: Path, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
+def _read(source: Source, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
     """The folder, its tokenizer, and the prompt's tokens; all that can be refused before the model is loaded."""
     from pregate.model.folder import read_folder
     from pregate.model.tokenizer import check_ids, read_tokenizer
 
-    folder, tokenizer = read_folder(path), read_tokenizer(path)
+    assert source.model is not None
+    folder = read_folder(source.model, parent=source.parent)
+    tokenizer = read_tokenizer(folder.text_path)
     encoding = tokenizer.encode(prompt)
     check_ids(encoding, prompt, folder.vocab_size, "--prompt", f"of {len(encoding.ids)} tokens")
     for note in folder.notes:
-        typer.echo(f"pregate: {path}: {note}", err=True)
+        typer.echo(f"pregate: {folder.path}: {note}", err=True)
     return folder, tokenizer, encoding
 
 
-def _load(path: Path) -> Any:
+def _load(folder: ModelFolder) -> Any:
     import torch
 
     from pregate.model.modeling import RoutedForCausalLM
     from pregate.model.quiet import quiet_transformers
 
     quiet_transformers()
-    return RoutedForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32).eval()
 
 
-def _route_here(path: Path, prompt: str) -> dict[str, Any]:
-    _folder, _tokenizer, encoding = _read(path, prompt)
-    model = _load(path)
+def _route_here(source: Source, prompt: str) -> dict[str, Any]:
+    folder, _tokenizer, encoding = _read(source, prompt)
+    model = _load(folder)
     paths = model.paths(encoding.ids)
     ids = [[[int(e) for e in layer if e >= 0] for layer in token] for token in paths.ids]
     exact = model.config.routing == "path"

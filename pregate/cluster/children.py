@@ -91,7 +91,9 @@ class RayChildren:
         if config.hosts:
             make_clients = functools.partial(_connect, addresses, keys)
         else:
-            make_clients = functools.partial(_in_process, config.model, placement.units_of(0), config.host_options(0))
+            make_clients = functools.partial(
+                _in_process, config.model, config.parent, placement.units_of(0), config.host_options(0)
+            )
         started = await self._in_time(
             parts.engine.start.remote(placement.hosts_of, make_clients), "the engine did not load"
         )
@@ -146,6 +148,7 @@ class RayChildren:
         options = ActorOptions(
             host=config.host_options(host),
             checkpoint=config.model,
+            parent=config.parent,
             units=tuple(placement.units_of(host)),
             transport="ipc" if beside else "tcp",
             ipc_folder=str(folder) if beside else None,
@@ -174,7 +177,7 @@ class RayChildren:
         placed = {**self._options(f"door-{number}", 0, 0), "num_cpus": 0}
         folder = self._parts.folder
         paths = None if self._parts.paths is None else f"ipc://{folder}/paths"
-        arguments = (f"ipc://{folder}/engine", paths, config.model, config.model_name, options)
+        arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options)
         return ray.remote(DoorActor).options(**placed).remote(*arguments)
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -248,10 +251,10 @@ def _connect(addresses: Sequence[HostAddress], keys: CurveKeys) -> list[Any]:
     return [ChannelClient(address, ChannelOptions(keys=keys), context) for address in addresses]
 
 
-def _in_process(model: str, units: Sequence[tuple[int, int]], options: HostOptions) -> list[Any]:
+def _in_process(model: str, parent: str | None, units: Sequence[tuple[int, int]], options: HostOptions) -> list[Any]:
     """`--hosts 0`: one host, in the engine's process, that holds every unit."""
     from pregate.model.checkpoint import CheckpointReader
     from pregate.workers.client.host_client import InProcessClient
     from pregate.workers.host.host import ExpertHost
 
-    return [InProcessClient(ExpertHost(CheckpointReader(model), units, options, beside_engine=True))]
+    return [InProcessClient(ExpertHost(CheckpointReader(model, parent), units, options, beside_engine=True))]

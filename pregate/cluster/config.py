@@ -10,7 +10,19 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Dtype, Key, Needs, from_dict, options, to_dict, user_options
+from pregate.base.options import (
+    Dtype,
+    Key,
+    Needs,
+    Or,
+    check_adapter,
+    follow_adapter,
+    from_dict,
+    options,
+    to_dict,
+    user_options,
+)
+from pregate.model.adapter import text_folder
 from pregate.router.engine.options import EngineOptions
 from pregate.router.paths.options import PathOptions
 from pregate.workers.host.options import HostOptions
@@ -26,9 +38,10 @@ class ServeConfig:
 
     `device` and `dtype` hold for engine and hosts alike and replace what `engine` and `host` say; GPU counts may be
     fractions. `host_threads` are torch's in each host. `drain_s` is the grace that running requests get at the end.
+    An `adapter` in place of the model is served with the dense model `parent` that it was made from.
     """
 
-    model: Annotated[str, Field(description="Checkpoint folder."), Needs("model")]
+    model: Annotated[str, Field(description="Checkpoint folder."), Needs("model"), Or("adapter")]
     hosts: Annotated[int, Field(ge=0, description="Expert hosts; 0 keeps the experts in the engine's process.")] = 0
     name: Annotated[str, Field(description="Name of the deployment; launchers of one name share it.")] = "pregate"
     placement: Annotated[Literal["linear", "round_robin"], Field(description="How experts are placed on hosts.")] = (
@@ -41,6 +54,8 @@ class ServeConfig:
     host_threads: Annotated[int, Field(ge=1, description="Threads of each host.")] = 1
     start_timeout_s: Annotated[float, Field(gt=0, description="Seconds the start may take.")] = 600.0
     drain_s: Annotated[float, Field(ge=0, description="Seconds that running requests get at the end.")] = 10.0
+    adapter: Annotated[str | None, Field(description="Adapter folder in place of --model."), Needs("model")] = None
+    parent: Annotated[str | None, Field(description="The dense model of --adapter."), Needs("model")] = None
     engine: EngineOptions = field(default_factory=EngineOptions)
     host: HostOptions = field(default_factory=HostOptions)
     paths: PathOptions = field(default_factory=PathOptions)
@@ -49,13 +64,17 @@ class ServeConfig:
     def follow(cls, given: dict[str, Any]) -> dict[str, Any]:
         """With cuda every host, and the engine, has a GPU of its own unless another number is given.
 
-        The model's path becomes one that every process of the deployment can follow.
+        The model's paths become ones that every process of the deployment can follow.
         """
         gpus = {"gpus_per_host": 1.0, "engine_gpus": 1.0} if given.get("device") == "cuda" else {}
-        path = {"model": str(Path(given["model"]).expanduser().resolve())} if "model" in given else {}
-        return gpus | given | path
+        given = follow_adapter(given)
+        named = {name: given[name] for name in ("model", "adapter", "parent") if given.get(name) is not None}
+        return gpus | given | {name: str(Path(path).expanduser().resolve()) for name, path in named.items()}
 
     def __post_init__(self) -> None:
+        check_adapter(self.model, self.adapter, self.parent)
+        if self.parent is not None and self.adapter is None:
+            raise UserError.of("--parent", self.parent, "needs --adapter")
         if self.device == "cuda" and self.hosts > 1 and not self.gpus_per_host:
             raise UserError.of(
                 "--gpus-per-host", 0, f"all {self.hosts} hosts would compute on one GPU; allowed: above 0, say 0.5"
@@ -68,17 +87,23 @@ class ServeConfig:
         return self.engine.name or Path(self.model).name
 
     @property
+    def text_path(self) -> str:
+        """The folder to look for the model's tokenizer in."""
+        return str(text_folder(Path(self.model), None if self.parent is None else Path(self.parent)))
+
+    @property
     def expert_ffn(self) -> str:
         """Which implementation runs the experts on the hosts."""
         return self.host.expert_ffn
 
     @property
     def engine_options(self) -> EngineOptions:
-        return replace(self.engine, model=self.model, name=self.model_name, dtype=self.dtype, device=self.device)
+        named = {"model": self.model, "parent": self.parent, "name": self.model_name}
+        return replace(self.engine, **named, dtype=self.dtype, device=self.device)
 
     @property
     def path_options(self) -> PathOptions:
-        return replace(self.paths, model=self.model)
+        return replace(self.paths, model=self.model, parent=self.parent)
 
     def host_options(self, host_id: int) -> HostOptions:
         return replace(self.host, host_id=host_id, dtype=self.dtype, device=self.device)

@@ -77,7 +77,7 @@ def examine_model(model: Path, hosts: int) -> list[Finding]:
         preflight.check_config(config)
     except UserError as error:
         return [Finding("model", "fail", error.for_command_line)]  # the sentence says what to do
-    roles = measure(CheckpointReader(config.model), config)
+    roles = measure(CheckpointReader(config.model, config.parent), config)
     available, needed = available_bytes(), roles.total_bytes
     fits = needed <= available
     mend = "" if fits else "fewer bytes: --dtype bfloat16 or float16 where supported, or more machines"

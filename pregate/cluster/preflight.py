@@ -26,7 +26,7 @@ def check_config(config: ServeConfig) -> None:
     """Refuse a deployment that cannot come up. UserError or CheckpointError with the house's sentence."""
     if not Path(config.model).is_dir():
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
-    read_folder(Path(config.model))
+    read_folder(Path(config.model), parent=None if config.parent is None else Path(config.parent))
     if "torch" in sys.modules:
         check_model(config)
         return
@@ -53,8 +53,8 @@ def check_model(config: ServeConfig) -> None:
     from pregate.model.checkpoint import CheckpointReader
     from pregate.router.engine.family import check_family
 
-    reader = CheckpointReader(config.model, hashes=True)
-    read_tokenizer(Path(config.model))
+    reader = CheckpointReader(config.model, config.parent, hashes=True)
+    read_tokenizer(Path(config.text_path))
     if config.hosts:
         placement.check_request([cut.num_routed for cut in reader.config.cuts], config.hosts, config.placement)
     device = torch.device(config.device)

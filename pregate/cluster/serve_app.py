@@ -131,7 +131,7 @@ class Replica:
             self._deployment.release()
             raise UnavailableError(f"a replica must run on the engine's node, {self._deployment.info['node_ip']}")
         paths = self._deployment.info["paths"]
-        self._service = connect_service(endpoint, paths and paths["endpoint"], config.model, config.model_name)
+        self._service = connect_service(endpoint, paths and paths["endpoint"], config.text_path, config.model_name)
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
         mount(openai_app.build_app(self._service))
 

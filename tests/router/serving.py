@@ -60,10 +60,11 @@ def _host_process(orders, ready) -> None:
         ready.put(actor.start())
 
 
-def _actor_options(path: Path, hosts_of_LR: np.ndarray, host: int, folder: Path) -> ActorOptions:
+def _actor_options(path: Path, hosts_of_LR: np.ndarray, host: int, folder: Path, parent: Path | None) -> ActorOptions:
     return ActorOptions(
         host=HostOptions(host_id=host),
         checkpoint=str(path),
+        parent=None if parent is None else str(parent),
         units=tuple(units_of(hosts_of_LR, host)),
         ipc_folder=str(folder),
         bind_address="127.0.0.1",
@@ -83,11 +84,11 @@ class HostProcesses:
         for process in self._processes:
             process.start()
 
-    def serve(self, path: Path) -> list[HostAddress]:
+    def serve(self, path: Path, parent: Path | None = None) -> list[HostAddress]:
         """Hold the units of the checkpoint at `path`, each host its own of a linear placement; drop those before."""
-        hosts_of = placement_of(path, len(self._orders))
+        hosts_of = placement_of(path, len(self._orders), parent)
         for host, orders in enumerate(self._orders):
-            orders.put(_actor_options(path, hosts_of, host, self._folder))
+            orders.put(_actor_options(path, hosts_of, host, self._folder, parent))
         try:
             addresses = [self._ready.get(timeout=300) for _ in self._orders]
         except queue.Empty as error:
@@ -102,45 +103,51 @@ class HostProcesses:
 
 
 @contextmanager
-def expert_hosts(path: Path, num_hosts: int, folder: Path) -> Iterator[list[HostAddress]]:
+def expert_hosts(path: Path, num_hosts: int, folder: Path, parent: Path | None = None) -> Iterator[list[HostAddress]]:
     """Start `num_hosts` host processes over ipc, each with its own units of a linear placement."""
     processes = HostProcesses(num_hosts, folder)
     try:
-        yield processes.serve(path)
+        yield processes.serve(path, parent)
     finally:
         processes.close()
 
 
-def placement_of(path: Path, num_hosts: int) -> np.ndarray:
-    reader = CheckpointReader(path)
+def placement_of(path: Path, num_hosts: int, parent: Path | None = None) -> np.ndarray:
+    reader = CheckpointReader(path, parent)
     return place([c.num_routed for c in reader.config.cuts], num_hosts, "linear").hosts_of
 
 
-def hosts_here(path: Path, num_hosts: int, **options) -> list[InProcessClient]:
+def hosts_here(path: Path, num_hosts: int, parent: Path | None = None, **options) -> list[InProcessClient]:
     """That many hosts in this process, each with its own units of a linear placement."""
-    hosts_of = placement_of(path, num_hosts)
+    hosts_of = placement_of(path, num_hosts, parent)
     return [
-        InProcessClient(ExpertHost(CheckpointReader(path), units_of(hosts_of, n), HostOptions(host_id=n, **options)))
+        InProcessClient(
+            ExpertHost(CheckpointReader(path, parent), units_of(hosts_of, n), HostOptions(host_id=n, **options))
+        )
         for n in range(num_hosts)
     ]
 
 
 @contextmanager
-def engine_of(path: Path, clients: Sequence[HostClient], **options) -> Iterator[Engine]:
+def engine_of(path: Path, clients: Sequence[HostClient], parent: Path | None = None, **options) -> Iterator[Engine]:
     """An engine in this process over these hosts, which it leaves at the end."""
+    whole = None if parent is None else str(parent)
     try:
-        yield build_engine(EngineOptions(model=str(path), **options), clients, placement_of(path, len(clients)))
+        built = EngineOptions(model=str(path), parent=whole, **options)
+        yield build_engine(built, clients, placement_of(path, len(clients), parent))
     finally:
         for client in clients:
             client.close()
 
 
-def engine_over(path: Path, addresses: list[HostAddress], **options) -> AbstractContextManager[Engine]:
+def engine_over(
+    path: Path, addresses: list[HostAddress], parent: Path | None = None, **options
+) -> AbstractContextManager[Engine]:
     """An engine in this process over channels to these hosts; without any, over one host in this process.
 
     Hosts may be fewer than were started: then they load the others' units when first asked.
     """
-    return engine_of(path, [ChannelClient(a) for a in addresses] or hosts_here(path, 1), **options)
+    return engine_of(path, [ChannelClient(a) for a in addresses] or hosts_here(path, 1, parent), parent, **options)
 
 
 def engine_in_process(path: Path, num_hosts: int) -> AbstractContextManager[Engine]:

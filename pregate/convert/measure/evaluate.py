@@ -26,7 +26,7 @@ def evaluate(options: EvaluateOptions, progress: Progress = QUIET) -> dict[str, 
     UserError for a folder that is no model, text that cannot be read, controls of a dense model, and controls whose
     dense parent is needed and not found.
     """
-    folder = read_folder(options.model)
+    folder = read_folder(options.model, parent=options.parent)
     if options.controls and not folder.is_routed:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
     text = ScoredText.read(folder, options.text, options.max_tokens, options.seed or 0, options.text_field)

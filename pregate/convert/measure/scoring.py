@@ -193,7 +193,7 @@ def _metered(
 def load_any(folder: ModelFolder) -> Any:
     """Load a routed or a dense model folder in float32."""
     if folder.is_routed:
-        return RoutedForCausalLM.from_pretrained(folder.path, dtype=torch.float32).eval()
+        return RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32).eval()
     return load_dense(folder)
 
 

@@ -66,7 +66,7 @@ class _Runs(Progress):
 def measure(options: ReportOptions, progress: Progress) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
-    folder = read_folder(options.model)
+    folder = read_folder(options.model, parent=options.parent)
     stored, manifest = _routed_config(folder), read_manifest(options.model)
     tuned = options.tuned_parent and tuned_parent(options.tuned_parent, options.model, manifest)
     text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)

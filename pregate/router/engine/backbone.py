@@ -65,14 +65,17 @@ class Backbone:
         self.run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
 
     @classmethod
-    def load(cls, path: str | Path, exchange: Exchange, dtype: str, device: str) -> Backbone:
-        """Load the checkpoint at `path` (CheckpointError when it is none) in `dtype` onto `device`.
+    def load(
+        cls, path: str | Path, exchange: Exchange, dtype: str, device: str, parent: Path | None = None
+    ) -> Backbone:
+        """Load the checkpoint at `path` (CheckpointError when it is none) in `dtype` onto `device`; or what an adapter
+        there makes of its `parent`.
 
         What is held are copies: transformers leaves a weight of the stored type mapped to its file, and whoever writes
         over the file would change what is served, or kill the process by cutting it.
         """
         register_attention()
-        model: Any = RoutedBackbone.from_pretrained(path, dtype=getattr(torch, dtype))
+        model: Any = RoutedBackbone.from_pretrained(path, parent=parent, dtype=getattr(torch, dtype))
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
         for module in model.modules():

@@ -31,12 +31,13 @@ def build_engine(options: EngineOptions, clients: Sequence[HostClient], hosts_of
     Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when one does not answer.
     """
     torch.set_num_threads(options.threads)
-    folder = read_folder(Path(options.model))
+    parent = Path(options.parent) if options.parent else None
+    folder = read_folder(Path(options.model), parent=parent)
     for note in folder.notes:
         logger.warning("%s: %s", folder.path, note)
-    reader = CheckpointReader(options.model)
+    reader = CheckpointReader(options.model, parent)
     exchange = connect(options, clients, hosts_of_LR, reader)
-    backbone = Backbone.load(options.model, exchange, options.dtype, options.device)
+    backbone = Backbone.load(options.model, exchange, options.dtype, options.device, parent)
     exchange.warm_up(options.step_tokens)
     engine = Engine(options, folder, backbone, reader.fingerprint)
     if options.batching == "path" and engine.paths is not None:

@@ -13,10 +13,14 @@ from pregate.base.options import Dtype, Key, Word, options
 
 @options()
 class EngineOptions:
-    """`model` is a checkpoint folder. `kv_cache_memory` bounds all sequences together: bytes above 1, else a fraction
-    of the memory that is free when the cache is made; None gives every running sequence its full context, up to 64k."""
+    """`model` is a checkpoint folder, or an adapter's of the dense model `parent`.
+
+    `kv_cache_memory` bounds all sequences together: bytes above 1, else a fraction of the memory that is free when the
+    cache is made; None gives every running sequence its full context, up to 64k.
+    """
 
     model: str = ""
+    parent: str | None = None
     name: Annotated[
         str, Field(description="Name clients know the model by; the folder's if empty."), Key("served_model_name")
     ] = ""

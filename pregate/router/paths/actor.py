@@ -34,7 +34,7 @@ class PathActor(LoopActor):
 
         quiet_transformers()
         torch.set_num_threads(self._options.threads)
-        reader = CheckpointReader(self._options.model)
+        reader = CheckpointReader(self._options.model, self._options.parent)
         computer = PathComputer(load_router(reader))
         prompts = Prompts(computer, self._options, reader.config.context_tokens, reader.fingerprint)
         self.serve(PathServer(prompts, self._endpoint), "paths")

@@ -11,9 +11,10 @@ from pregate.base.options import Key, options
 
 @options()
 class PathOptions:
-    """`model` is a checkpoint folder whose paths are exact."""
+    """`model` is a checkpoint folder whose paths are exact, or an adapter's of the dense model `parent`."""
 
     model: str = ""
+    parent: str | None = None
     threads: Annotated[int, Field(ge=1, description="Threads of the path service."), Key("path_threads")] = 1
     max_prompts: Annotated[
         int, Field(ge=1, description="Prompts that wait for their paths; more are refused."), Key("path_max_prompts")

@@ -26,13 +26,14 @@ TRANSPORTS = ("ipc", "tcp")
 class ActorOptions:
     """One host as its actor is told to be.
 
-    `units` are (layer, expert) of the folder `checkpoint`. `ipc_folder` (mode 700, made if missing) is needed by
-    transport ipc; tcp listens on `bind_address` (None: this node's address in Ray), and off loopback only with
-    `allowed_client_keys`. `num_threads` are torch's; they keep to as many
-    cores from `first_core` on.
+    `units` are (layer, expert) of the folder `checkpoint`, or of an adapter's with the dense model `parent`.
+    `ipc_folder` (mode 700, made if missing) is needed by transport ipc; tcp listens on `bind_address` (None: this
+    node's address in Ray), and off loopback only with `allowed_client_keys`. `num_threads` are torch's; they keep to as
+    many cores from `first_core` on.
     """
 
     checkpoint: str
+    parent: str | None = None
     host: HostOptions = field(default_factory=HostOptions)
     units: tuple[tuple[int, int], ...] = ()
     transport: str = "ipc"
@@ -114,7 +115,9 @@ class ExpertHostActor:
         from pregate.model.checkpoint import CheckpointReader
         from pregate.workers.host.host import ExpertHost
 
-        return ExpertHost(CheckpointReader(self._options.checkpoint), self._options.units, self._options.host)
+        return ExpertHost(
+            CheckpointReader(self._options.checkpoint, self._options.parent), self._options.units, self._options.host
+        )
 
     def _endpoint(self, host: Host) -> str:
         if self._options.transport == "ipc":
