@@ -16,34 +16,38 @@ rank.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 
-#: Bits of a rounded number of the table, sign aside, and those of them behind the point: numbers up to 64.
-_TABLE_BITS, _TABLE_FRACTION = 20, 14
+from pregate.model.shard_file import FACTORS, ShardFile
+
+#: Numbers of the table go up to 2 ** this, in units of its standard deviation; beyond it they are cut.
+_MAGNITUDE_BITS = 6
 #: Whole numbers up to 2 ** this are exact in float64.
 _EXACT_BITS = 53
 _ROWS = 4096
+#: The path router's table of tokens.
+TABLE = "path_router.embedding.weight"
 
 
 def projected(
-    table_VD: torch.Tensor, projection_DC: torch.Tensor, mean_D: torch.Tensor, scale: torch.Tensor
+    table_VD: torch.Tensor, projection: torch.Tensor, mean: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
     """(table - mean) * scale @ projection [V, C], float32.
 
-    Both factors are rounded to whole numbers (of 2 ** -14, and of what 53 bits leave for the projection), so that every
-    product and every sum of them is exact in float64, in whatever order a library adds.
+    Both factors are rounded to whole numbers of so few bits (for a width of 4096 to 2 ** -14 of the table's deviation)
+    that every product and every sum of them is exact in float64, in whatever order a library adds.
     """
-    width = table_VD.shape[1]
-    bits = _EXACT_BITS - _TABLE_BITS - math.ceil(math.log2(max(2, width)))
-    largest = float(projection_DC.abs().max())
+    bits = (_EXACT_BITS - math.ceil(math.log2(max(2, table_VD.shape[1])))) // 2
+    largest = float(projection.abs().max())
     shift = bits - (math.frexp(largest)[1] if largest else 0)
-    whole_DC = torch.round(projection_DC.double() * 2.0**shift)
-    limit, parts = 2.0**_TABLE_BITS, []
+    whole_DC = torch.round(projection.double() * 2.0**shift)
+    limit, fraction, parts = 2.0**bits, bits - _MAGNITUDE_BITS, []
     for rows in table_VD.split(_ROWS):
-        whole = torch.round((rows.double() - mean_D.double()) * scale.double() * 2.0**_TABLE_FRACTION)
+        whole = torch.round((rows.double() - mean.double()) * scale.double() * 2.0**fraction)
         product = whole.clamp(-limit, limit) @ whole_DC
-        parts.append((product * 2.0 ** (-shift - _TABLE_FRACTION)).float())
+        parts.append((product * 2.0 ** (-shift - fraction)).float())
     return torch.cat(parts)
 
 
@@ -70,3 +74,12 @@ def quantised(table_VC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantised(table_VC: torch.Tensor, scale_V: torch.Tensor) -> torch.Tensor:
     """Undo `quantised`, but for the rounding."""
     return table_VC.float() * scale_V[:, None]
+
+
+def read_factors(folder: Path) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps of what its tensors were made of; empty where it keeps nothing."""
+    path = folder / FACTORS
+    if not path.is_file():
+        return {}
+    shard = ShardFile(path)
+    return {name: shard.read(name) for name in shard.tensors}

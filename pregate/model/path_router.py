@@ -86,6 +86,8 @@ class PathRouter(nn.Module):
         super().__init__()
         self.config, self.cuts, self.selection = config, tuple(cuts), selection
         self.embedding = nn.Embedding(vocab_size, config.dim)
+        #: What the embedding's table was just made of, to be kept beside the checkpoint (`factors.py`).
+        self.factors: dict[str, torch.Tensor] = {}
         self.blocks = nn.ModuleList(RouterBlock(config) for _ in range(config.num_blocks))
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         self.heads = make_heads(config, self.cuts, selection)

@@ -62,9 +62,11 @@ def test_apply_writes_the_checkpoint(adapter, tiny_path_checkpoint, tiny_dense, 
         ([], "--model: missing; it has no default; allowed in its place: --adapter"),
     ],
 )
-def test_what_is_missing_is_said(arguments, sentence, adapter, tiny_path_checkpoint, tiny_dense, tiny_text, capsys):
-    places = {"ADAPTER": str(adapter), "DENSE": str(tiny_dense), "WHOLE": str(tiny_path_checkpoint)}
-    assert main(["evaluate", *(places.get(a, a) for a in arguments), "--text", str(tiny_text)]) == 2
+def test_what_is_missing_is_said(
+    arguments: list[str], sentence: str, adapter, tiny_path_checkpoint, tiny_dense, tiny_text, capsys
+):
+    places: dict[str, str] = {"ADAPTER": str(adapter), "DENSE": str(tiny_dense), "WHOLE": str(tiny_path_checkpoint)}
+    assert main(["evaluate", *[places.get(a, a) for a in arguments], "--text", str(tiny_text)]) == 2
     said = capsys.readouterr().err
     for name, place in places.items():
         sentence = sentence.replace(name, place)

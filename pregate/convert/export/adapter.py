@@ -23,14 +23,13 @@ from pregate.convert.files.routed_shards import RoutedShards
 from pregate.convert.progress import Progress
 from pregate.model.adapter import TENSORS, Adapter, AdapterRecord, hashed, write_record
 from pregate.model.checkpoint import MANIFEST, Manifest, write_manifest_of
+from pregate.model.factors import TABLE, read_factors
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gated_mlp import GatedMLP
 from pregate.model.layers import kept_float32
 from pregate.model.shard_file import ShardFile, read_header, weight_files
 from pregate.model.tokenizer import tokenizer_files
 
-#: The path router's table of tokens.
-TABLE = "path_router.embedding.weight"
 _NEURONS = "neuron_index"
 
 
@@ -45,7 +44,7 @@ def write_adapter(
     parent = _parent(folder, options)
     shards = [ShardFile(path) for path in weight_files(folder.path)]
     held = {n: _held(shard, n) for shard in shards for n in shard.tensors if _is_added(n)}
-    keeps_factors = _keeps_projection(folder.path)
+    keeps_factors = f"{TABLE}.projection" in read_factors(folder.path)
     if TABLE in held and (keeps_factors or options.router_table != "exact"):
         table = held.pop(TABLE)
         if not keeps_factors:
@@ -119,13 +118,6 @@ def _names(source: RoutedShards, parent: Path) -> dict[str, str]:
     tied: Mapping[str, str] = dict(source.parent.all_tied_weights_keys)
     others = {f"parent.{owner}": target for target, owner in tied.items() if owner not in have and target in have}
     return others | ({TABLE: f"parent.{source.embedding_name}"} if source.config.has_path_router else {})
-
-
-def _keeps_projection(folder: Path) -> bool:
-    from pregate.model.shard_file import FACTORS
-
-    path = folder / FACTORS
-    return path.is_file() and f"{TABLE}.projection" in ShardFile(path).tensors
 
 
 def _tokenizer_is_parents(folder: Path, parent: Path) -> bool:

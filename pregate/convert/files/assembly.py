@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from transformers import PreTrainedModel
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
+from pregate.convert.files.shards import write_shard
 from pregate.model.checkpoint import Manifest, write_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
+from pregate.model.shard_file import FACTORS
 
 #: Elements rounded at a time: bounds the copies made on the way.
 ROUND_ELEMENTS = 1 << 22
@@ -52,10 +55,17 @@ def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None =
     return model.eval()
 
 
-def write_checkpoint(model: Any, folder: Path, source: ModelFolder, manifest: Manifest, dtype: str) -> None:
+def write_checkpoint(
+    model: Any,
+    folder: Path,
+    source: ModelFolder,
+    manifest: Manifest,
+    dtype: str,
+    factors: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> None:
     """Write a routed (or dense) `model` to `folder`, its weights as `dtype`, with tokenizer and generation of `source`.
 
-    Gates and path router stay float32 (`layers.FLOAT32_PARTS`).
+    Gates and path router stay float32 (`layers.FLOAT32_PARTS`). `factors`: what some of its tensors are products of.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if not kept_float32(name):
@@ -64,5 +74,7 @@ def write_checkpoint(model: Any, folder: Path, source: ModelFolder, manifest: Ma
     model.manifest = manifest
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors leaves it to the owner alone
+    if factors:
+        write_shard(dict(factors), folder / FACTORS)
     source.carry_over(folder)
     write_manifest(folder, manifest)

@@ -23,6 +23,7 @@ from pregate.convert.text.calibration import encode_pool
 from pregate.convert.text.documents import draw_documents, read_documents, text_files
 from pregate.model.checkpoint import MANIFEST, Manifest, check_new_folder, read_manifest
 from pregate.model.config import RoutedConfig
+from pregate.model.factors import read_factors
 from pregate.model.file_hashes import file_sha256, short_digest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gates import RepresentativeGate
@@ -64,7 +65,8 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
         figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
         with writing(options.out, partial.checkpoint):
-            write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype)
+            kept = {} if options.heads == "single" else read_factors(source.path)  # there experts were put in order
+            write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype, kept | router.factors)
         partial.finish()
     return read_manifest(options.out)
 

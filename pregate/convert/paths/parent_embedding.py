@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pregate.model.factors import projected
 from pregate.model.path_router import PathRouter
 
 #: Standard deviation the embedding starts with: small, so that the first steps already move it.
@@ -39,16 +40,21 @@ class ParentEmbedding(nn.Module):
     """Stands in for a router's embedding in training: the parent's table, frozen, times a learned projection D -> C.
 
     `fold` puts the product in a table of the router's own. So what is saved and loaded is the same module as ever, and
-    no reload can write into the parent's embedding (Read-ME's code does; the notes on it, section 6).
+    no reload can write into the parent's embedding (Read-ME's code does; the notes on it, section 6). `factors`: what
+    its table can be made of again, bit for bit (`model/factors.py`).
     """
 
     table: torch.Tensor
+    parent: torch.Tensor
 
     def __init__(self, parent_VD: torch.Tensor, width: int) -> None:
         super().__init__()
-        table_VD, projection_DC = _principal(parent_VD.detach(), width)
-        table_VD = table_VD / table_VD.std()
+        parent_VD = parent_VD.detach()
+        table_VD, projection_DC = _principal(parent_VD, width)
+        self._mean_D, self._scale = parent_VD.double().mean(dim=0), 1 / table_VD.std()
+        table_VD = table_VD * self._scale
         self.register_buffer("table", table_VD.float())
+        self.register_buffer("parent", parent_VD, persistent=False)
         self.project = nn.Linear(parent_VD.shape[1], width, bias=False)
         with torch.no_grad():
             start_VC = table_VD @ projection_DC
@@ -57,7 +63,12 @@ class ParentEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.project(F.embedding(ids, self.table))
 
+    @property
+    def factors(self) -> dict[str, torch.Tensor]:
+        projection_DC = self.project.weight.detach().T.contiguous()
+        return {"projection": projection_DC, "mean": self._mean_D, "scale": self._scale}
+
     @torch.no_grad()
     def fold(self) -> nn.Embedding:
-        """An embedding that gives the same."""
-        return nn.Embedding.from_pretrained(self.project(self.table), freeze=False)
+        """An embedding that gives the same, but for the rounding that makes its table the same on every machine."""
+        return nn.Embedding.from_pretrained(projected(self.parent, **self.factors), freeze=False)

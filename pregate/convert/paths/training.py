@@ -25,6 +25,7 @@ from pregate.convert.paths.targets import TargetPool
 from pregate.convert.progress import Progress
 from pregate.convert.text.batches import batches, padded
 from pregate.kernels.reference import above, top_k
+from pregate.model.factors import TABLE
 from pregate.model.path_router import PathRouter, choose_experts, put_thresholds, split_layers
 
 #: The last loss reported of a training is the mean over one step in this many, at its end.
@@ -98,6 +99,7 @@ def train(
                 partial.layer_done(weights | moments(named, optimizer), {"losses": losses}, step + 1)
             advance(1)
     if isinstance(model.embedding, ParentEmbedding):
+        router.factors = {f"{TABLE}.{part}": factor for part, factor in model.embedding.factors.items()}
         model.embedding = model.embedding.fold()
     return losses
 

@@ -92,6 +92,7 @@ class Tuner:
         self.changing = changing_tensors(model, self.trained, settings.refit)
         self.best: dict[str, torch.Tensor] = {}
         self.offsets: dict[int, torch.Tensor] = {}
+        self.merged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._order = BatchOrder(rows.training, settings.batch_tokens, settings.seed)
         self._record, self._progress = record or (lambda _record: None), progress
         #: With the path router at rest, its scale aside, paths stay, and so do the thresholds they were chosen by.
@@ -265,14 +266,17 @@ class Tuner:
         for name, tensor in self.changing.items():
             tensor.copy_(tensors[name])
 
-    def finish(self, keep_best: bool = True) -> None:
-        """Leave the model as the best evaluation found it (or as it is), low-rank changes merged, nothing to train."""
+    def finish(self, keep_best: bool = True, dtype: torch.dtype = torch.float32) -> None:
+        """Leave the model as the best evaluation found it (or as it is), low-rank changes merged, nothing to train.
+
+        Merged weights are what `dtype` can hold; `merged` keeps the changes.
+        """
         if keep_best:
             self.restore(self.best)
         moved = (self.counters.best_step if keep_best else self.counters.step) or self.counters.refit
         if self.routed and moved and self.model.config.selection == "threshold":
             calibrate(self.model, self.rows.training, self._progress)  # for the oracles too, whose masses have changed
-        merge_low_rank(self.model)
+        self.merged = merge_low_rank(self.model, dtype)
         if self.routed:
             self.model.forget_path_computer()
         self.model.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from pregate.convert.tune.options import TuningSettings
+from pregate.model.factors import TABLE, changed
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.modeling import RoutedForCausalLM
 
@@ -38,7 +39,8 @@ class Trained:
 def choose_trained(model: Any, settings: TuningSettings) -> Trained:
     """Freeze `model` but for what `settings` asks to tune; with LoRA its weights get low-rank changes.
 
-    Of the router in use, without `settings.router`, only the scales by which it weighs the experts it chose.
+    Of the router in use, without `settings.router`, only the scales by which it weighs the experts it chose. With LoRA
+    a path router's table that is the parent's embedding times a projection stays that.
     """
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     router: list[str] = []
@@ -46,6 +48,9 @@ def choose_trained(model: Any, settings: TuningSettings) -> Trained:
         gate = "linear_gate" if model.config.gate == "linear" else "paper_gate"
         kind = "path_router" if model.config.routing == "path" else gate
         router = [n for n in parameters if kind in n.split(".") and (settings.router or n.endswith(".scale"))]
+        made = {} if model.manifest is None else model.manifest.options.get("decouple", {})
+        if settings.method == "lora" and made.get("embedding") == "parent":
+            router = [n for n in router if n != TABLE]
         ffns = [m for mlp in model.routed_mlps for n, m in mlp.named_children() if n in ("experts", "shared")]
     else:
         ffns = [gated.module for gated in find_gated_mlps(model)]
@@ -128,8 +133,23 @@ def add_low_rank(model: nn.Module, names: Iterable[str], rank: int, alpha: float
     return added
 
 
-def merge_low_rank(model: nn.Module) -> None:
-    """Make every low-rank change part of the weight it changes; the model has its old tensor names again."""
-    for module in list(model.modules()):
+@torch.no_grad()
+def merge_low_rank(
+    model: nn.Module, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Make every low-rank change part of the weight it changes; the model has its old tensor names again.
+
+    Returns up and down of every weight by its name, `scaling` in up, as they counted: weights become what `changed`
+    makes of them in `dtype`, bfloat16 where that has fewer bits than float32, so that who keeps them can merge again.
+    """
+    kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    merged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, module in list(model.named_modules()):
         for attribute in list(getattr(module, "parametrizations", {})):
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            change: Any = module.parametrizations[attribute][0]  # pyright: ignore[reportIndexIssue]
+            up, down = (change.scaling * change.up).to(kept), change.down.to(kept)
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            weight = getattr(module, attribute)
+            weight.data = changed(weight.data.to(dtype), up, down).to(weight.dtype)
+            merged[f"{name}.{attribute}".removeprefix(".")] = (up.cpu(), down.cpu())
+    return merged

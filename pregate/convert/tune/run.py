@@ -26,6 +26,7 @@ from pregate.convert.tune.loop import Record, Tuner
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.state import CURVE, record, resume, save
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest
+from pregate.model.factors import read_factors
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.layers import SharedExpert, find_routed_mlps, kept_float32
 from pregate.model.modeling import RoutedForCausalLM
@@ -188,12 +189,26 @@ def _write(tuner: Tuner, options: TuneOptions, source: ModelFolder, partial: Par
     """Write the best state to the checkpoint, measured as it is stored."""
     model = tuner.model
     dtype = source.dtype
-    tuner.finish()
+    tuner.finish(dtype=getattr(torch, dtype))
     weights = [t for n, t in model.named_parameters() if not kept_float32(n)]
     round_to([t.data for t in weights], getattr(torch, dtype), "a tuned weight")
     manifest = _manifest(tuner, options, source, getattr(torch, dtype))
     shutil.copyfile(partial.folder / CURVE, partial.checkpoint / CURVE)
-    write_checkpoint(model.cpu(), partial.checkpoint, source, manifest, dtype)
+    write_checkpoint(model.cpu(), partial.checkpoint, source, manifest, dtype, _factors(tuner, source))
+
+
+def _factors(tuner: Tuner, source: ModelFolder) -> dict[str, torch.Tensor]:
+    """What the checkpoint's tensors are made of: the low-rank changes of this tuning, after those of earlier ones.
+
+    Nothing, where weights changed otherwise: tuned in full, or fitted in closed form.
+    """
+    if not source.is_routed or tuner.settings.method == "full" or tuner.counters.refit:
+        return {}
+    kept = read_factors(source.path)
+    for name, (up, down) in tuner.merged.items():
+        stage = sum(1 for other in kept if other.startswith(f"{name}.up."))
+        kept |= {f"{name}.up.{stage}": up, f"{name}.down.{stage}": down}
+    return {name: factor.contiguous() for name, factor in kept.items()}
 
 
 def _manifest(tuner: Tuner, options: TuneOptions, folder: ModelFolder, dtype: torch.dtype) -> Manifest:

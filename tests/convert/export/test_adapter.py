@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.convert.export.apply import ApplyOptions, apply
 from pregate.convert.export.run import ExportOptions, export
+from pregate.convert.paths.decouple import decouple
+from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
 from pregate.model.checkpoint import CheckpointReader
@@ -150,3 +153,33 @@ def test_a_smaller_table_makes_a_checkpoint_of_its_own(table, tiny_path_checkpoi
     assert 0 < measured["same_paths"] <= 1
     assert measured["checkpoint_perplexity"] > 1
     assert measured["adapter_perplexity"] > 1
+
+
+def tuned_by_lora(model: Path, text: Path, out: Path, **more: Any) -> Path:
+    options: dict[str, Any] = {"text": (text,), "steps": 12, "kl_share": 0.0, "method": "lora", "refit": False} | more
+    tune(TuneOptions(model=model, out=out, learning_rate=1e-2, rank=2, **options))
+    return out
+
+
+def test_a_projected_table_and_lora_come_back(tiny_dense, tiny_text, tmp_path):
+    """convert in bfloat16, tune by LoRA, decouple with the parent's embedding, tune by LoRA again: all factors."""
+    routed = convert_stock(tiny_dense, tmp_path / "routed", tiny_text, samples=2, sequence_length=12, dtype="bfloat16")
+    once = tuned_by_lora(routed, tiny_text, tmp_path / "once")
+    decouple(DecoupleOptions(once, tmp_path / "paths", (tiny_text,), steps=5, dim=16, embedding="parent"))
+    twice = tuned_by_lora(tmp_path / "paths", tiny_text, tmp_path / "twice")
+    for number, checkpoint in enumerate((once, tmp_path / "paths", twice)):
+        adapter = make(checkpoint, tiny_dense, tmp_path / f"adapter-{number}")
+        held = load_file(adapter / "adapter.safetensors")
+        assert not any("experts" in name or name == "path_router.embedding.weight" for name in held)
+        apply(ApplyOptions(tiny_dense, adapter, tmp_path / f"again-{number}"))
+        assert hashes(tmp_path / f"again-{number}") == hashes(checkpoint)
+    factors = load_file(twice / "factors.safetensors")
+    assert "path_router.embedding.weight.projection" in factors
+    assert factors["parent.model.layers.0.mlp.experts.down_proj.up.1"].any()
+    assert factors["parent.model.layers.0.mlp.experts.down_proj.up.0"].any()
+
+
+def test_lora_after_a_fit_in_closed_form_is_refused_by_name(tiny_layerwise_checkpoint, tiny_dense, tiny_text, tmp_path):
+    tuned = tuned_by_lora(tiny_layerwise_checkpoint, tiny_text, tmp_path / "tuned", refit=True)
+    with pytest.raises(UserError, match=r"fitted anew \(refit\)"):
+        make(tuned, tiny_dense, tmp_path / "adapter")

@@ -43,7 +43,7 @@ def test_a_tied_embedding_starts_alike_and_folds_into_the_same():
     torch.testing.assert_close(tied(ids), router.embedding.weight, rtol=1e-4, atol=1e-5)
     tied.project.weight.add_(torch.randn(4, 8))
     folded = tied.fold()
-    torch.testing.assert_close(folded(ids), tied(ids))
+    torch.testing.assert_close(folded(ids), tied(ids), rtol=1e-4, atol=1e-4)
     assert folded.weight.requires_grad and [n for n, _ in tied.named_parameters()] == ["project.weight"]
 
 
