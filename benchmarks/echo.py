@@ -12,7 +12,7 @@ from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.actor import ExpertHostActor
 from pregate.workers.host.host import Host, check_hello
 from pregate.workers.host.options import HostOptions
-from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.link.protocol import CacheCounters, Expected, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 
 
 class EchoHost:
@@ -35,8 +35,17 @@ class EchoHost:
     def put_plan(self, engine: str, plan: HostPlan) -> None:
         pass
 
+    def expect(self, engine: str, expected: Expected) -> None:
+        pass
+
     def forget(self, engine: str) -> None:
         pass
+
+    def close(self) -> None:
+        pass
+
+    def cache_counters(self) -> CacheCounters:
+        return CacheCounters()
 
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
         self._num_groups += 1

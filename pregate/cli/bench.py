@@ -1,4 +1,4 @@
-"""`pregate bench`: how fast this machine runs the expert FFN, and how a server bears a load."""
+"""`pregate bench`: how fast this machine runs the expert FFN, how a server bears a load, how policies of caching do."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from pydantic import Field
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Word, options
+from pregate.cli.cache.command import cache
 from pregate.cli.flags import command
 from pregate.cli.load.options import LoadOptions
 from pregate.cli.printed import Output
 
 app = typer.Typer(help="Measure this machine, or a server.", no_args_is_help=True)
+app.command()(cache)
 #: The whole of a quick look, in seconds per batch size.
 _BUDGET_S = 1.0
 

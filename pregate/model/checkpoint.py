@@ -200,6 +200,12 @@ class CheckpointReader:
             raise UserError(f"unit ({layer}, {expert}): not in this checkpoint")
         return self._read(layer, "gate_up_proj", expert), self._read(layer, "down_proj", expert)
 
+    def read_ahead(self, layer: int, expert: int) -> None:
+        """Have the system bring a unit that will be read into its cache; returns at once."""
+        for part in ("gate_up_proj", "down_proj"):
+            shard, name = self._experts[layer, part]
+            shard.read_ahead(name, expert)
+
     def _read(self, layer: int, part: str, expert: int) -> torch.Tensor:
         shard, name = self._experts[layer, part]
         try:

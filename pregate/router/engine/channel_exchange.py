@@ -22,7 +22,7 @@ from pregate.router.engine.exchange import Receipt, SentGroup
 from pregate.router.engine.planning import StepPlan, check_plan, make_plan
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import HostClient
-from pregate.workers.link.protocol import GroupKey
+from pregate.workers.link.protocol import Expected, GroupKey, HelloAck
 
 
 @dataclass
@@ -52,9 +52,10 @@ class ChannelExchange:
         shared: SharedExperts,
         group_timeout_s: float = 30.0,
         check_plans: bool = False,
+        terms: Sequence[HelloAck] = (),
     ) -> None:
         self.engine, self.clients, self.hosts_of_LR, self.shared = engine, list(clients), hosts_of_LR, shared
-        self.group_timeout_s, self.check_plans = group_timeout_s, check_plans
+        self.group_timeout_s, self.check_plans, self.terms = group_timeout_s, check_plans, tuple(terms)
         self._step = _Step(-1, 0, np.zeros((0, len(clients)), dtype=np.int64))
 
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
@@ -64,6 +65,16 @@ class ChannelExchange:
         for client in self.clients:
             client.warm_up()
         self.shared.warm_up(step_tokens)
+
+    @property
+    def wants_lookahead(self) -> bool:
+        return any(terms.looks_ahead for terms in self.terms)
+
+    def expect(self, expected: Expected) -> None:
+        for host, client in enumerate(self.clients):
+            if self.terms[host].looks_ahead:
+                home_LR = self.hosts_of_LR == host
+                client.expect(Expected(expected.step, expected.known_HLR & home_LR, expected.likely_LR & home_LR))
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         """As the protocol says; with paths every host is sent its share of the plan, once."""

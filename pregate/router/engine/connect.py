@@ -29,7 +29,7 @@ def connect(
     Raises UserError when a host refuses, HostLostError when one does not answer.
     """
     engine, device, dtype = uuid.uuid4().hex, torch.device(options.device), getattr(torch, options.dtype)
-    for client in clients:
+    terms = [
         client.hello(
             engine=engine,
             fingerprint=reader.fingerprint,
@@ -37,10 +37,13 @@ def connect(
             width=reader.hidden_size,
             max_rows=options.step_tokens,
         )
+        for client in clients
+    ]
     shared = SharedExperts(reader.config, device, dtype)
     local = clients[0].local_units(device, dtype) if len(clients) == 1 else f"{len(clients)} hosts"
     if isinstance(local, str):
         _log.info("experts run in groups, host by host: %s", local)
-        return ChannelExchange(engine, clients, hosts_of_LR, shared, options.group_timeout_s, options.check_steps)
+        timeout_s, check = options.group_timeout_s, options.check_steps
+        return ChannelExchange(engine, clients, hosts_of_LR, shared, timeout_s, check, terms)
     _log.info("experts run in whole layers: the one host is in this process")
     return LocalExchange(engine, clients[0], local, shared)

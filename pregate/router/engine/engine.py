@@ -26,6 +26,7 @@ from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.batching import PathBatcher
 from pregate.router.engine.blocks import BlockAllocator
+from pregate.router.engine.lookahead import Lookahead
 from pregate.router.engine.options import EngineOptions
 from pregate.router.engine.runner import ModelRunner, StepResult
 from pregate.router.engine.running_paths import RunningPaths
@@ -66,8 +67,10 @@ class Engine:
         )
         computer = PathComputer(backbone.path_router) if backbone.path_router is not None else None
         self.computer = computer
-        foretold = self.exact or options.batching == "path"
+        foretold = self.exact or options.batching == "path" or self.exchange.wants_lookahead
         self.paths = RunningPaths(computer) if computer is not None and foretold else None
+        looks_ahead = self.paths is not None and self.exchange.wants_lookahead
+        self.lookahead = Lookahead(self.config.cuts, options.step_tokens) if looks_ahead else None
         self.eos_ids, self.repetition_penalty = folder.eos_ids, folder.repetition_penalty
         self.stop_strings = folder.stop_strings
         self._sequences: dict[str, Sequence] = {}
@@ -119,6 +122,7 @@ class Engine:
             self._forget(sequence)
             raise
         self._sequences[request.request_id] = sequence
+        self._look_ahead([])
 
     def cancel(self, request_id: str) -> None:
         """Drop a request and all it holds; unknown ids are ignored."""
@@ -177,7 +181,7 @@ class Engine:
             "kv_blocks_shared": allocator.num_shared,
             "kv_blocks": allocator.num_blocks,
             "kv_bytes": self.runner.kv.nbytes,
-            "hosts": [{"host_id": h, **vars(c.stats)} for h, c in enumerate(self.exchange.clients)],
+            "hosts": [{"host_id": h, **vars(c.stats), **vars(c.cache)} for h, c in enumerate(self.exchange.clients)],
         }
 
     def idle(self) -> None:
@@ -209,6 +213,7 @@ class Engine:
         paths = None
         if self.paths is not None and self.exact:
             paths = self.paths.of_step([(p.sequence, p.num_tokens) for p in step])
+        self._look_ahead(step)
         try:
             result = self.runner.run(self._step_number, step, paths)
         except HostLostError:
@@ -229,6 +234,16 @@ class Engine:
         except PregateError as error:
             events += self._fail_step(running, error)
         return events
+
+    def _look_ahead(self, step: Many[Slice]) -> None:
+        """Say what comes after `step`, which runs next; where gates decide, also what it itself may need."""
+        if self.lookahead is None:
+            return
+        scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
+        expected = self.lookahead.expect(self._step_number + 1, scheduler.running, scheduler.waiting, planned)
+        if step and not self.exact:
+            expected = self.lookahead.before(expected, RunningPaths.of_step(list(planned.items())))
+        self.exchange.expect(expected)
 
     def _foretell(self, sequences: list[Sequence], paths: Paths) -> None:
         """Note what the next token of each sequence asks of the units."""

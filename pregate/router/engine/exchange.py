@@ -17,7 +17,7 @@ import torch
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.workers.client.host_client import HostClient
-from pregate.workers.link.protocol import GroupIndex, GroupKey
+from pregate.workers.link.protocol import Expected, GroupIndex, GroupKey
 
 
 class SentGroup(NamedTuple):
@@ -48,6 +48,15 @@ class Exchange(Protocol):
 
     engine: str
     clients: list[HostClient]
+
+    @property
+    def wants_lookahead(self) -> bool:
+        """Whether a host fetches ahead what it is expected to be asked for."""
+        ...
+
+    def expect(self, expected: Expected) -> None:
+        """Say what later steps are expected to use; every host is sent what it is home to."""
+        ...
 
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Take a layer's shared expert, stored as one FFN: `gate_up` [2 S M, D] and `down` [D, S M]; it is copied."""

@@ -18,9 +18,11 @@ from pregate.kernels.tools.warm_up import warm_up_layer
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt
+from pregate.router.engine.lookahead import used_units
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.router.engine.whole_layers import WholeLayers
 from pregate.workers.client.host_client import HostClient, LocalUnits
+from pregate.workers.link.protocol import Expected
 
 _log = get_logger(__name__)
 
@@ -44,7 +46,7 @@ class LocalExchange:
         self._segments: dict[int, Any] = {}
         self._paths: Paths | None = None
         self._whole = WholeLayers(shared, local)
-        self._num_tokens = 0
+        self._num_tokens, self._number = 0, -1
         #: What gates chose in the layers run so far.
         self._chosen_TK: list[torch.Tensor] = []
 
@@ -75,8 +77,18 @@ class LocalExchange:
         """Whether every layer can run at any time: nothing is read and nobody waits."""
         return self._local.complete
 
+    @property
+    def wants_lookahead(self) -> bool:
+        return self._local.looks_ahead
+
+    def expect(self, expected: Expected) -> None:
+        self._local.expect(self.engine, expected)
+
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         self.open_step(num_tokens, paths)
+        self._number = number
+        if paths is not None and self.wants_lookahead:
+            self._local.plan(self.engine, number, used_units(paths.ids, max(cut.num_routed for cut in self._cuts)))
         if paths is not None and not self._whole.begin_step(num_tokens, paths):
             self.route(torch.from_numpy(paths.ids), None if paths.weights is None else torch.from_numpy(paths.weights))
 
@@ -108,8 +120,11 @@ class LocalExchange:
                 assert self._paths is not None
                 ids = self._paths.ids[:, layer]
             used = np.unique(ids)
-            self._local.read(layer, used[used >= 0])
-        return Receipt(layer, self._ffn.layer(x_TD, segment, self._local.units(layer, self.shared.of(layer))))
+            self._local.read(self.engine, self._number, layer, used[used >= 0])
+        out_TD = self._ffn.layer(x_TD, segment, self._local.units(layer, self.shared.of(layer)))
+        if not self._local.complete:
+            self._local.release()
+        return Receipt(layer, out_TD)
 
     def combine(self, receipt: Receipt) -> torch.Tensor:
         return receipt.out_TD

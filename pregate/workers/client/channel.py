@@ -25,6 +25,9 @@ from pregate.workers.link import transport
 from pregate.workers.link.protocol import (
     Buffer,
     Bye,
+    CacheCounters,
+    Expected,
+    ExpectedMessage,
     Failure,
     GroupIndex,
     GroupKey,
@@ -125,6 +128,10 @@ class ChannelClient:
             self._greeted_s = time.monotonic()
             self._send(self._control, encode(self._hello))
 
+    @property
+    def cache(self) -> CacheCounters:
+        return CacheCounters() if self.last_heartbeat is None else self.last_heartbeat.cache
+
     def warm_up(self) -> None:
         pass
 
@@ -132,6 +139,10 @@ class ChannelClient:
         self._plans.put(plan)
         self.stats.plan_bytes += self._send(self._data, encode(PlanMessage(self._engine, plan)))
         self.stats.plans += 1
+
+    def expect(self, expected: Expected) -> None:
+        with contextlib.suppress(HostLostError):  # whoever sends rows next hears of it
+            self.stats.plan_bytes += self._send(self._data, encode(ExpectedMessage(self._engine, expected)))
 
     def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
         hello = self._hello
@@ -235,7 +246,7 @@ class ChannelClient:
             raise HostLostError(self.host_id, f"silent for {silent_s:.1f} s; {self._last_words()}")
 
     def _handle(self, message: Message, num_bytes: int) -> None:
-        if isinstance(message, (Hello, Bye, PlanMessage, GroupMessage)):
+        if isinstance(message, (Hello, Bye, PlanMessage, ExpectedMessage, GroupMessage)):
             raise ProtocolError(f"a host sent a {type(message).__name__}")
         if isinstance(message, (HelloAck, Refused)):
             self._greeted(message)

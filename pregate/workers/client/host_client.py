@@ -16,7 +16,7 @@ from pregate.workers.client.channel_options import ChannelOptions, ChannelStats
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.client.sent_plans import SentPlans
 from pregate.workers.host.plan_shelf import NeedPlanError
-from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.link.protocol import CacheCounters, Expected, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 from pregate.workers.link.rows import dtype_name
 from pregate.workers.link.transport import CurveKeys
 
@@ -42,6 +42,11 @@ class HostClient(Protocol):
     host_id: int
     stats: ChannelStats
 
+    @property
+    def cache(self) -> CacheCounters:
+        """What the host's experts did, as it last said."""
+        ...
+
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
         """Agree on terms. Raises UserError with the host's reason when it refuses, HostLostError without an answer."""
         ...
@@ -52,6 +57,10 @@ class HostClient(Protocol):
 
     def send_plan(self, plan: HostPlan) -> None:
         """Send the plan of one step; it precedes the groups of that step that carry no index."""
+        ...
+
+    def expect(self, expected: Expected) -> None:
+        """Say what is expected to be asked for later. It may get lost: the next one says it anew."""
         ...
 
     def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
@@ -93,6 +102,10 @@ class InProcessClient:
         self.host_id = host.options.host_id
         self.stats = ChannelStats()
 
+    @property
+    def cache(self) -> CacheCounters:
+        return self._host.cache_counters()
+
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
         self._engine = engine
         hello = Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
@@ -105,6 +118,9 @@ class InProcessClient:
         self._plans.put(plan)
         self._host.put_plan(self._engine, plan)
         self.stats.plans += 1
+
+    def expect(self, expected: Expected) -> None:
+        self._host.expect(self._engine, expected)
 
     def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
         self._groups[key] = (rows_ND, index)
@@ -138,3 +154,4 @@ class InProcessClient:
 
     def close(self) -> None:
         self._host.forget(self._engine)
+        self._host.close()

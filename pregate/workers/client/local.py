@@ -12,6 +12,7 @@ from pregate.kernels.contract import ExpertFFN, Pair
 from pregate.kernels.units import LayerUnits, SharedFFN
 from pregate.kernels.weights import split_shared
 from pregate.model.config import LayerCut
+from pregate.workers.link.protocol import Expected
 
 if TYPE_CHECKING:
     from pregate.workers.host.store import UnitStore
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 class LocalUnits:
     """What a host holds and computes with, shared with one engine. `count` is told layers, rows of each and pairs.
-    `ffn_is_ours` says that nobody asked for `ffn` by name."""
+    `ffn_is_ours` says that nobody asked for `ffn` by name, `looks_ahead` that units come before they are asked for."""
 
     def __init__(
         self,
@@ -28,8 +29,9 @@ class LocalUnits:
         cuts: Sequence[LayerCut],
         count: Callable[[int, int, int], None],
         ffn_is_ours: bool,
+        looks_ahead: bool = False,
     ) -> None:
-        self.ffn, self.count, self.ffn_is_ours = ffn, count, ffn_is_ours
+        self.ffn, self.count, self.ffn_is_ours, self.looks_ahead = ffn, count, ffn_is_ours, looks_ahead
         self._store, self._cuts = store, cuts
         self._units: dict[int, tuple[int, LayerUnits]] = {}
 
@@ -48,9 +50,26 @@ class LocalUnits:
         gate_up, down = (torch.stack(parts) for parts in zip(*units, strict=True))
         return gate_up, down
 
-    def read(self, layer: int, expert_ids: np.ndarray) -> None:
-        """Return when these experts (ascending ids) are all in slots, reading those that are not."""
+    def plan(self, engine: str, step: int, used_LR: np.ndarray) -> None:
+        """Take in which units bool [L, R] the next step uses."""
+        if self.looks_ahead:
+            self._store.plan(engine, step, used_LR)
+
+    def expect(self, engine: str, expected: Expected) -> None:
+        """Take in what an engine expects of later steps."""
+        if self.looks_ahead:
+            self._store.expect(engine, expected)
+
+    def read(self, engine: str, step: int, layer: int, expert_ids: np.ndarray) -> None:
+        """Return when these experts (ascending ids) are all in slots, reading those that are not. They stay until
+        `release`."""
+        if self.looks_ahead:
+            self._store.reach(engine, step, layer)
         self._store.lookup(layer, expert_ids)
+
+    def release(self) -> None:
+        """What was read last is not in use any more."""
+        self._store.release()
 
     def units(self, layer: int, shared: SharedFFN | None) -> LayerUnits:
         """Return a layer's units as they lie now; `shared` runs its shared expert where that is not among them."""

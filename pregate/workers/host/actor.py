@@ -104,6 +104,8 @@ class ExpertHostActor:
         """Close the socket, end the threads, remove the ipc file. Repeating it is harmless."""
         if self._server is not None:
             self._server.stop()
+        if self._host is not None:
+            self._host.close()
         self._server = self._host = self._address = None
 
     def _running(self) -> tuple[Host, HostServer]:

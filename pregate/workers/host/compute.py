@@ -14,6 +14,7 @@ from pregate.workers.host.host import Host
 from pregate.workers.host.plan_shelf import NeedPlanError
 from pregate.workers.link import transport
 from pregate.workers.link.protocol import (
+    ExpectedMessage,
     Failure,
     GroupKey,
     GroupMessage,
@@ -67,9 +68,8 @@ class ComputeThread:
     def heartbeat(self) -> Heartbeat:
         """Return what the thread has finished and what it is at; called from the I/O thread."""
         message, since_s = self._busy
-        if message is None:
-            return Heartbeat(self._host.incarnation, self._progress, "", 0.0)
-        return Heartbeat(self._host.incarnation, self._progress, describe(message), time.monotonic() - since_s)
+        busy = ("", 0.0) if message is None else (describe(message), time.monotonic() - since_s)
+        return Heartbeat(self._host.incarnation, self._progress, *busy, self._host.cache_counters())
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -113,9 +113,12 @@ class ComputeThread:
         if isinstance(message, GroupMessage):
             rows_PD = self._host.compute(message.key, from_rows(message.rows), message.index)
             return RowsMessage(message.key, self._host.incarnation, to_rows(rows_PD))
-        if not isinstance(message, PlanMessage):
+        if isinstance(message, PlanMessage):
+            self._host.put_plan(message.engine, message.plan)
+        elif isinstance(message, ExpectedMessage):
+            self._host.expect(message.engine, message.expected)
+        else:
             raise ProtocolError(f"the data socket takes no {type(message).__name__}")
-        self._host.put_plan(message.engine, message.plan)
         return None
 
 

@@ -1,4 +1,4 @@
-"""`ExpertHost`: plan and rows in, rows out. No Ray, no sockets, no thread of its own.
+"""`ExpertHost`: plan and rows in, rows out. No Ray, no sockets; where experts come and go, a thread that fetches them.
 
 Shape letters: N rows of a group, P (row, expert) pairs, D hidden width.
 """
@@ -9,9 +9,10 @@ import os
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from pregate.base.errors import ProtocolError, UserError
@@ -21,11 +22,23 @@ from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.client.local import LocalUnits
+from pregate.workers.host.copies import Copies
 from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
+from pregate.workers.host.prefetch import Prefetcher
 from pregate.workers.host.prepared import PreparedPlan, prepare
+from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
-from pregate.workers.link.protocol import MAX_MESSAGE_BYTES, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
+from pregate.workers.link.protocol import (
+    MAX_MESSAGE_BYTES,
+    CacheCounters,
+    Expected,
+    GroupIndex,
+    GroupKey,
+    Hello,
+    HelloAck,
+    HostPlan,
+)
 from pregate.workers.link.rows import dtype_name
 
 _log = get_logger(__name__)
@@ -50,8 +63,16 @@ class Host(Protocol):
         """Keep the plan of one step of an engine; ProtocolError when it contradicts itself."""
         ...
 
+    def expect(self, engine: str, expected: Expected) -> None:
+        """Take in what an engine expects to ask for later; ProtocolError where it is of another model."""
+        ...
+
     def forget(self, engine: str) -> None:
         """Drop an engine's plans. May be called from another thread than the one that computes."""
+        ...
+
+    def close(self) -> None:
+        """End the threads of the host's own. It computes on, fetching nothing ahead."""
         ...
 
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
@@ -61,6 +82,10 @@ class Host(Protocol):
     def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
         """Return what this host holds to an engine in its process that computes on `device` in `dtype` and runs whole
         layers, or why that must ask for groups."""
+        ...
+
+    def cache_counters(self) -> CacheCounters:
+        """Return what experts that come and go have cost so far. May be called from any thread."""
         ...
 
     def status(self) -> dict[str, Any]:
@@ -95,8 +120,17 @@ class ExpertHost:
         # Of an engine in this process that runs whole layers, shared experts come too.
         reserve = beside_engine and self._ffn.shared_in_segments
         self._store = UnitStore(
-            reader, units, self._ffn.layout, spare_slots=options.spare_slots, reserve_shared=reserve
+            reader,
+            units,
+            self._ffn.layout,
+            resident=options.resident_experts,
+            source=UnitSource(reader, options.host_memory, pinned=self._device.type == "cuda"),
+            copies=Copies(self._device),
+            spare_slots=options.spare_slots,
+            reserve_shared=reserve,
         )
+        self._looks_ahead = options.lookahead and self._store.tiered
+        self._prefetcher = Prefetcher(self._store) if self._looks_ahead else None
         self._plans = PlanShelf(options.num_plans)
         self._num_groups = 0
         self._num_rows = 0
@@ -124,6 +158,7 @@ class ExpertHost:
             self._store.stats.num_units,
             heartbeat_s,
             data_endpoint,
+            int(self._looks_ahead),
         )
 
     def put_plan(self, engine: str, plan: HostPlan) -> None:
@@ -131,10 +166,26 @@ class ExpertHost:
             plan.check()
         except ValueError as error:
             raise ProtocolError(str(error)) from error
+        if self._looks_ahead:
+            used_LR = np.zeros(self._store.shape, dtype=bool)
+            used_LR[plan.layer_of_unit, plan.expert_ids] = True
+            self._store.plan(engine, plan.step, used_LR)
         self._plans.put(engine, prepare(plan, self._ffn, self._store))
+
+    def expect(self, engine: str, expected: Expected) -> None:
+        if self._looks_ahead:
+            try:
+                self._store.expect(engine, expected)
+            except ValueError as error:
+                raise ProtocolError(str(error)) from error
 
     def forget(self, engine: str) -> None:
         self._plans.forget(engine)
+        self._store.forget(engine)
+
+    def close(self) -> None:
+        if self._prefetcher is not None:
+            self._prefetcher.stop()
 
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
         prepared = self._plans.get(key) if index is None else None
@@ -142,10 +193,13 @@ class ExpertHost:
         self._check_size(rows_ND, index)
         y_PD = rows_ND.new_empty(0, rows_ND.shape[1])
         if index.num_pairs:
-            rows, weights = self._rows_of(key.layer, index, prepared)
             x_ND = rows_ND.to(self._device, self._dtype)
             with torch.no_grad():
-                y_PD = self._ffn.pairs(x_ND, rows, weights)
+                if self._store.tiered:
+                    y_PD = self._compute_in_waves(key, x_ND, index)
+                else:
+                    rows, weights = self._rows_of(key.layer, index, prepared)
+                    y_PD = self._ffn.pairs(x_ND, rows, weights)
         self._count(1, rows_ND.shape[0], index.num_pairs)
         return y_PD.to(rows_ND.device, rows_ND.dtype)
 
@@ -154,8 +208,10 @@ class ExpertHost:
             return f"the host computes on {self._device} in {dtype_name(self._dtype)}"
         if self._ffn.why_no_layers:
             return f"{self._ffn.name}: {self._ffn.why_no_layers}"
+        if self._store.tiered and self._store.most_units < max(c.num_routed for c in self._reader.config.cuts):
+            return "there is not room for the experts of two layers"
         ours = self.options.expert_ffn == "auto"
-        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count, ours)
+        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count, ours, self._looks_ahead)
 
     def _index_of(
         self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None
@@ -182,6 +238,28 @@ class ExpertHost:
         slots, weights = self._store.lookup(layer, index.expert_ids)
         return GroupRows(slots, index.counts, index.row_index), weights
 
+    def _compute_in_waves(self, key: GroupKey, x_ND: torch.Tensor, index: GroupIndex) -> torch.Tensor:
+        """Return [P, D] of units that come and go, as many at a time as there are slots for."""
+        store = self._store
+        if self._looks_ahead:
+            store.reach(key.engine, key.step, key.layer)
+        y_PD = None
+        pairs_of_unit = np.split(np.arange(index.num_pairs), np.cumsum(index.counts)[:-1])
+        for places in (waves := store.waves(key.layer, index.expert_ids)):
+            try:
+                slots, weights = store.lookup(key.layer, index.expert_ids[places])
+                if len(waves) == 1:
+                    return self._ffn.pairs(x_ND, GroupRows(slots, index.counts, index.row_index), weights)
+                pairs = np.concatenate([pairs_of_unit[place] for place in places])
+                rows = GroupRows(slots, index.counts[places], index.row_index[pairs])
+                part_PD = self._ffn.pairs(x_ND, rows, weights)
+            finally:
+                store.release()
+            y_PD = part_PD.new_empty(index.num_pairs, part_PD.shape[1]) if y_PD is None else y_PD
+            y_PD[torch.from_numpy(pairs).to(y_PD.device)] = part_PD
+        assert y_PD is not None
+        return y_PD
+
     def _count(self, num_groups: int, num_rows: int, num_pairs: int) -> None:
         """Note that many groups, or layers, of `num_rows` rows each with `num_pairs` pairs in all."""
         self._num_groups += num_groups
@@ -197,6 +275,10 @@ class ExpertHost:
         answer_bytes = index.num_pairs * width * rows_ND.itemsize
         if answer_bytes > MAX_MESSAGE_BYTES // 2:
             raise ProtocolError(f"group asks for an answer of {answer_bytes} bytes; allowed: {MAX_MESSAGE_BYTES // 2}")
+
+    def cache_counters(self) -> CacheCounters:
+        stats = self._store.stats
+        return CacheCounters(**{f.name: getattr(stats, f.name) for f in fields(CacheCounters)})
 
     def status(self) -> dict[str, Any]:
         return {

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pregate.base.options import INTERNAL, Dtype, options
+from pregate.base.options import INTERNAL, Dtype, Word, options
 
 
 @options()
@@ -21,4 +21,15 @@ class HostOptions:
     spare_slots: Annotated[
         int, Field(ge=0, description="Slots a host keeps for units of other hosts; at least what one layer may need.")
     ] = 0
+    resident_experts: Annotated[
+        float | None,
+        Field(gt=0, description="Experts a host keeps on its device: a count, below 1 a share of its own, else bytes."),
+        Word("all", written=False),
+    ] = None
+    host_memory: Annotated[
+        int, Field(ge=0, description="Bytes of host memory for experts that are not on the device.")
+    ] = 0
+    lookahead: Annotated[
+        bool, Field(description="Fetch experts before they are asked for, and keep those that are needed next.")
+    ] = True
     max_rows: Annotated[int, Field(ge=1, description="Rows that a host takes in one group.")] = 8192

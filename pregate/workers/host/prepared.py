@@ -33,8 +33,10 @@ def prepare(plan: HostPlan, ffn: ExpertFFN, store: UnitStore) -> PreparedPlan:
     Example: layer 0 asks experts 1 and 4 in slots 0 and 1, layer 2 expert 3, which is not held: `rows` has layer 0
     only, and a group of layer 2 is looked up when it comes, which reads the expert.
     """
+    if store.tiered:  # units come and go before their layer is reached
+        return PreparedPlan(plan, {}, store.versions)
     versions = store.versions.copy()  # before the slots are looked up: a move in between must show
-    layer_of_unit = np.repeat(np.arange(plan.num_layers), np.diff(plan.unit_offsets))
+    layer_of_unit = plan.layer_of_unit
     slots = store.slots(layer_of_unit, plan.expert_ids)
     missing = set(layer_of_unit[slots < 0].tolist())
     layers = [layer for layer in np.unique(layer_of_unit).tolist() if layer not in missing]

@@ -49,13 +49,35 @@ class SlotPool:
 
     def put(self, layer: int, unit: int, weights: Unit) -> None:
         """Copy a unit that is not held into a free slot, which there must be."""
+        slot = self.take(layer, unit)
+        try:
+            self.write(slot, weights)
+        except BaseException:  # for lack of memory, say: then the slot stays free
+            self.give_back(slot)
+            raise
+        self.publish(slot)
+
+    def take(self, layer: int, unit: int) -> int:
+        """Take a free slot for a unit that is not held: it is nobody else's, and not yet found by the map."""
         assert self._map.slots[layer, unit] < 0, f"unit {unit} of layer {layer} is held already"
-        slot = self._free[-1]
-        self._layout.put(self.weights, slot, *weights)  # may fail for lack of memory: then the slot stays free
-        self._free.pop()
+        slot = self._free.pop()
         self._owner[slot] = layer, unit
+        return slot
+
+    def write(self, slot: int, weights: Unit) -> None:
+        """Copy a unit into a slot that was taken for it. Other threads may use the pool meanwhile."""
+        self._layout.put(self.weights, slot, *weights)
+
+    def publish(self, slot: int) -> None:
+        """Let the map find a slot that was written."""
+        layer, unit = self._owner[slot]
         self._map.slots[layer, unit] = slot
         self._map.versions[layer] += 1
+
+    def give_back(self, slot: int) -> None:
+        """Free a slot that was taken and not published."""
+        del self._owner[slot]
+        self._free.append(slot)
 
     def evict(self, layer: int, unit: int) -> None:
         """Free the slot of a unit that is held."""

@@ -83,6 +83,11 @@ class HostPlan:
     def num_layers(self) -> int:
         return self.num_rows.shape[0]
 
+    @property
+    def layer_of_unit(self) -> np.ndarray:
+        """The layer of each of `expert_ids`."""
+        return np.repeat(np.arange(self.num_layers), np.diff(self.unit_offsets))
+
     def layer(self, layer: int) -> GroupIndex:
         """Return views of one layer's arrays."""
         units = slice(self.unit_offsets[layer], self.unit_offsets[layer + 1])
@@ -99,9 +104,8 @@ class HostPlan:
         ends = np.concatenate(([0], np.cumsum(self.counts, dtype=np.int64)))
         if (ends[self.unit_offsets] != self.pair_offsets).any():
             raise ValueError("plan: counts of a layer do not sum to its pairs")
-        layer_of_unit = np.repeat(np.arange(self.num_layers), np.diff(self.unit_offsets))
         falls = np.diff(self.expert_ids) <= 0
-        if (falls & (np.diff(layer_of_unit) == 0)).any() or (self.expert_ids < 0).any():
+        if (falls & (np.diff(self.layer_of_unit) == 0)).any() or (self.expert_ids < 0).any():
             raise ValueError("plan: expert ids of a layer must ascend from 0 or more")
         _check_range(self.row_index, np.repeat(self.num_rows, np.diff(self.pair_offsets)))
 

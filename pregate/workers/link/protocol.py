@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
+from pregate.workers.link.expected import Expected
 from pregate.workers.link.host_plans import GroupIndex, GroupKey, HostPlan
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "PROTOCOL_VERSION",
     "Buffer",
     "Bye",
+    "CacheCounters",
+    "Expected",
+    "ExpectedMessage",
     "Failure",
     "GroupIndex",
     "GroupKey",
@@ -38,7 +42,7 @@ __all__ = [
     "RowsMessage",
 ]
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
@@ -82,7 +86,7 @@ class Hello:
 @dataclass(frozen=True)
 class HelloAck:
     """The host takes the engine's terms: plans and groups go to `data_endpoint`, heartbeats come every `heartbeat_s`
-    on the socket that said hello."""
+    on the socket that said hello. `looks_ahead` 1: it wants to be told what to expect."""
 
     host_id: int
     incarnation: str
@@ -91,6 +95,7 @@ class HelloAck:
     num_units: int
     heartbeat_s: float
     data_endpoint: str
+    looks_ahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,14 @@ class PlanMessage:
 
     engine: str
     plan: HostPlan
+
+
+@dataclass(frozen=True, eq=False)
+class ExpectedMessage:
+    """What the engine expects to ask for after the steps it has planned; the last one counts. No answer."""
+
+    engine: str
+    expected: Expected
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +177,25 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class CacheCounters:
+    """What a host's experts did since its start; see `StoreStats`."""
+
+    num_units: int = 0
+    num_pending: int = 0
+    hits: int = 0
+    misses: int = 0
+    read_bytes: int = 0
+    prefetched_bytes: int = 0
+    wasted_bytes: int = 0
+    stall_s: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of uses that found their expert in its slot; 1 before the first."""
+        return self.hits / max(self.hits + self.misses, 1) if self.misses else 1.0
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """From the host's I/O thread: `progress` counts what the compute thread has finished; `busy_with` names what it
     is at (empty: nothing) and `busy_since_s` for how many seconds already."""
@@ -172,6 +204,7 @@ class Heartbeat:
     progress: int
     busy_with: str
     busy_since_s: float
+    cache: CacheCounters = CacheCounters()
 
     def describe(self) -> str:
         """For a message about a host of which nothing more is heard."""
@@ -185,6 +218,7 @@ Message: TypeAlias = (
     | Refused
     | Bye
     | PlanMessage
+    | ExpectedMessage
     | GroupMessage
     | RowsMessage
     | NeedPlan
@@ -202,6 +236,7 @@ KINDS: Mapping[type, str] = MappingProxyType(
         Refused: "refused",
         Bye: "bye",
         PlanMessage: "plan",
+        ExpectedMessage: "expected",
         GroupMessage: "group",
         RowsMessage: "rows",
         NeedPlan: "need_plan",

@@ -24,6 +24,8 @@ from pregate.workers.link.protocol import (
     MAX_MESSAGE_BYTES,
     PROTOCOL_VERSION,
     Buffer,
+    CacheCounters,
+    Expected,
     GroupIndex,
     GroupKey,
     HostPlan,
@@ -43,7 +45,10 @@ def _pack(value: Any, frames: list[Buffer]) -> Any:
         return [value.dtype, *value.shape]
     if value is None or isinstance(value, (str, int, float, GroupKey)):
         return value
-    if isinstance(value, (GroupIndex, HostPlan)):
+    if isinstance(value, Expected):
+        frames.append(np.packbits(np.concatenate([value.known_HLR, value.likely_LR[None]])).data)
+        return [value.step, *value.known_HLR.shape]
+    if isinstance(value, (GroupIndex, HostPlan, CacheCounters)):
         return [_pack(getattr(value, f.name), frames) for f in dataclasses.fields(value)]
     frames.append(np.ascontiguousarray(value, dtype="<i4").data.cast("B"))
     return value.shape[0]
@@ -156,6 +161,17 @@ def _array(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
     return np.frombuffer(_frame(kind, 4 * value, rest), dtype="<i4")
 
 
+def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
+    """One bit a unit: of each step, then of the likely ones."""
+    if type(value) is not list or len(value) != 4 or any(type(n) is not int or n < 0 for n in value):
+        raise ProtocolError(f"{kind} message: {value!r} does not describe expected units")
+    step, horizon, *shape = value
+    count = (horizon + 1) * shape[0] * shape[1]
+    bits = np.unpackbits(np.frombuffer(_frame(kind, -(-count // 8), rest), dtype=np.uint8), count=count)
+    units = bits.astype(bool).reshape(horizon + 1, *shape)
+    return Expected(step, units[:-1], units[-1])
+
+
 def _record(cls: type, *readers: Reader) -> Reader:
     def read(kind: str, value: Any, rest: Iterator[Buffer]) -> Any:
         if not isinstance(value, list) or len(value) != len(readers):
@@ -176,6 +192,8 @@ _READERS: Mapping[str, Reader] = MappingProxyType(
         "GroupKey | None": _optional(_key),
         "Rows": _rows,
         "GroupIndex | None": _optional(_INDEX),
+        "CacheCounters": _record(CacheCounters, *[_INT] * 7, _scalar(float)),
+        "Expected": _expected,
         "HostPlan": _record(HostPlan, _INT, _array, _array, _array, _array, _array, _array),
     }
 )

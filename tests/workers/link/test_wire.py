@@ -8,6 +8,9 @@ from pregate.workers.link.protocol import (
     KINDS,
     PROTOCOL_VERSION,
     Bye,
+    CacheCounters,
+    Expected,
+    ExpectedMessage,
     Failure,
     GroupIndex,
     GroupKey,
@@ -39,6 +42,7 @@ MESSAGES = [
     Refused("h1", "no"),
     Bye("e1"),
     PlanMessage("e1", HostPlan(12, i32(3, 0), i32(0, 2, 2), i32(1, 4), i32(2, 2), i32(0, 4, 4), i32(0, 2, 0, 1))),
+    ExpectedMessage("e1", Expected(13, np.eye(15, dtype=bool).reshape(9, 5, 5), np.ones((5, 5), dtype=bool))),
     GroupMessage(KEY, ROWS, GroupIndex(i32(1, 4), i32(1, 2), i32(0, 0, 1))),
     GroupMessage(KEY, ROWS, None),
     RowsMessage(KEY, "h1", ROWS),
@@ -47,14 +51,14 @@ MESSAGES = [
     NeedPlan(KEY, "h1"),
     Failure(KEY, "h1", "INTERNAL", "broken"),
     Failure(None, "h1", "INTERNAL", "broken"),
-    Heartbeat("h1", 9, "step 1", 0.25),
+    Heartbeat("h1", 9, "step 1", 0.25, CacheCounters(5, 1, 70, 3, 4096, 2048, 0, 0.5)),
 ]
 
 
 def plain(value):
     """A message as nested lists, for comparison."""
     if isinstance(value, np.ndarray):
-        assert value.dtype == np.int32
+        assert value.dtype in (np.int32, bool)
         return value.tolist()
     if isinstance(value, Rows):
         return [value.dtype, value.shape, bytes(value.data)]
@@ -92,7 +96,7 @@ def test_any_changed_byte_is_noticed(message):
 
 
 def test_swapped_and_missing_frames_are_noticed():
-    frames = [bytes(f) for f in encode(MESSAGES[5])]
+    frames = [bytes(f) for f in encode(next(m for m in MESSAGES if isinstance(m, GroupMessage)))]
     for wrong in (frames[:-1], [*frames, b""], [frames[0], *frames[:0:-1]], frames[1:], []):
         with pytest.raises(ProtocolError):
             decode(wrong)

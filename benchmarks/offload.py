@@ -1,0 +1,165 @@
+"""Tokens a second with fewer experts in memory than a model has: lookahead, LRU on demand, all resident.
+
+    python -m benchmarks.offload --model CHECKPOINT [--bandwidth BYTES] [--resident 0.25 0.5 0.75]
+
+CHECKPOINT has exact paths; one with random weights (`benchmarks.random_cut`) has the shape and the cost of a real one.
+The engine and its one host share this process, and a thread fetches ahead. `--bandwidth` holds reads of experts to so
+many bytes a second, all threads together, like a disk that slow; without it they come from the system's cache of the
+files, or from the disk. Two kinds of work: prompts of 512 tokens, and decoding 1, 4 and 16 requests at once. A run's
+bound is the longer of what all resident took and its bytes at the bandwidth. Writes results/offload.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.surroundings import sentence, surroundings
+from pregate.cluster.placement import place
+from pregate.model.checkpoint import CheckpointReader
+from pregate.model.quiet import quiet_transformers
+from pregate.router.engine.build import build_engine
+from pregate.router.engine.engine import Engine
+from pregate.router.engine.options import EngineOptions
+from pregate.router.link.messages import SamplingParams, SubmitRequest
+from pregate.workers.client.host_client import InProcessClient
+from pregate.workers.host.host import ExpertHost
+from pregate.workers.host.options import HostOptions
+
+PROMPT_TOKENS = 512
+
+
+class ThrottledReader:
+    """Reads what `reader` reads, at `bandwidth` bytes a second once `begin` was called."""
+
+    def __init__(self, reader: CheckpointReader, bandwidth: float | None) -> None:
+        self._reader, self._bandwidth = reader, bandwidth
+        self._lock, self._free_s, self._begun = threading.Lock(), 0.0, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def begin(self) -> None:
+        self._begun = True
+
+    def read_unit(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        unit = self._reader.read_unit(layer, expert)
+        if self._begun and self._bandwidth is not None:
+            with self._lock:
+                self._free_s = max(self._free_s, time.monotonic()) + (unit[0].nbytes + unit[1].nbytes) / self._bandwidth
+                until_s = self._free_s
+            time.sleep(max(0.0, until_s - time.monotonic()))
+        return unit
+
+
+def load(model: Path, share: float, lookahead: bool, bandwidth: float | None) -> tuple[Engine, ExpertHost]:
+    reader = ThrottledReader(CheckpointReader(model), bandwidth)
+    placement = place([cut.num_routed for cut in reader.config.cuts], 1, "linear")
+    options = HostOptions(resident_experts=None if share == 1 else share, lookahead=lookahead)
+    host = ExpertHost(reader, placement.units_of(0), options, beside_engine=True)  # pyright: ignore[reportArgumentType]
+    engine_options = EngineOptions(model=str(model), prefix_sharing=False, max_running=16)
+    engine = build_engine(engine_options, [InProcessClient(host)], placement.hosts_of)
+    reader.begin()
+    return engine, host
+
+
+def run(
+    engine: Engine, host: ExpertHost, num_requests: int, num_prompt: int, num_new: int, seed: int
+) -> dict[str, Any]:
+    """Run requests together; of decoding only the steps after the prompts count."""
+    random = np.random.default_rng(seed)
+    vocab = engine.config.text_config.vocab_size
+    for n in range(num_requests):
+        prompt = tuple(random.integers(3, vocab, num_prompt).tolist())
+        engine.submit(SubmitRequest(f"{seed}-{n}", prompt, SamplingParams(num_new, ignore_eos=True)))
+    decoding = num_new > 1
+    while decoding and any(s.num_generated == 0 for s in (*engine.scheduler.running, *engine.scheduler.waiting)):
+        engine.step()
+    before, begun_s, num_tokens = host.status(), time.perf_counter(), 0
+    while engine.has_work:
+        num_tokens += sum(len(getattr(event, "token_ids", ())) for event in engine.step())
+    taken_s, after = time.perf_counter() - begun_s, host.status()
+    part = {
+        key: after[key] - before[key] for key in ("read_bytes", "prefetched_bytes", "wasted_bytes", "hits", "misses")
+    }
+    return {
+        "tokens": num_tokens if decoding else num_requests * num_prompt,
+        "seconds": taken_s,
+        "stall_s": after["stall_s"] - before["stall_s"],
+        **part,
+    }
+
+
+def measure(model: Path, share: float, lookahead: bool, args: argparse.Namespace) -> dict[str, Any]:
+    engine, host = load(model, share, lookahead, args.bandwidth)
+    found = {}
+    works = [(f"prefill {PROMPT_TOKENS}", args.prompts, PROMPT_TOKENS, 1)]
+    works += [(f"decode {n}", n, 8, args.new_tokens + 1) for n in (1, 4, 16)]
+    for name, num_requests, num_prompt, num_new in works:
+        run(engine, host, 1, 16, 2, seed=0)  # warm
+        found[name] = run(engine, host, num_requests, num_prompt, num_new, seed=1)
+    host.close()
+    return found
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = ["# Experts that come and go", "", result["setting"], ""]
+    lines += [
+        "| work | resident | policy | tokens/s | of all resident | waiting | hit rate | read MB | wasted | of bound |"
+    ]
+    lines += ["| --- | --: | --- |" + " --: |" * 7]
+    full = {work: row for case in result["cases"] if case["share"] == 1 for work, row in case["work"].items()}
+    for work in full:
+        for case in result["cases"]:
+            row = case["work"][work]
+            rate, best = row["tokens"] / row["seconds"], full[work]["tokens"] / full[work]["seconds"]
+            bound_s = full[work]["seconds"]
+            if result["bandwidth"] is not None:
+                bound_s = max(bound_s, row["read_bytes"] / result["bandwidth"])
+            hits = row["hits"] / max(row["hits"] + row["misses"], 1) if case["share"] < 1 else 1.0
+            wasted = row["wasted_bytes"] / max(row["prefetched_bytes"], 1)
+            lines.append(
+                f"| {work} | {100 * case['share']:.0f} % | {case['policy']} | {rate:.2f} | {rate / best:.2f} "
+                f"| {100 * row['stall_s'] / row['seconds']:.0f} % | {100 * hits:.0f} % | {row['read_bytes'] / 1e6:.0f} "
+                f"| {100 * wasted:.1f} % | {bound_s / row['seconds']:.2f} |"
+            )
+    return "\n".join(lines) + f"\n\n{sentence(result['surroundings'])}.\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint with exact paths")
+    parser.add_argument("--bandwidth", type=float, help="bytes a second that experts are read at")
+    parser.add_argument("--resident", type=float, nargs="*", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--beside", default="", help="what else ran on the machine, for the record")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", default="offload")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet_transformers()
+    speed = "unthrottled" if args.bandwidth is None else f"read at {args.bandwidth / 1e6:g} MB/s"
+    setting = f"{args.model.name}, experts {speed}; one thread, engine and host in one process. {args.beside}".strip()
+    cases = []
+    for share, policy in [(1.0, "-"), *((s, p) for s in args.resident for p in ("lookahead", "lru"))]:
+        cases.append({"share": share, "policy": policy, "work": measure(args.model, share, policy != "lru", args)})
+        print(
+            share, policy, {work: round(row["tokens"] / row["seconds"], 2) for work, row in cases[-1]["work"].items()}
+        )
+        result = {"setting": setting, "bandwidth": args.bandwidth, "cases": cases}
+        result["surroundings"] = surroundings("offload", ["transformers"])
+        (args.out / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (args.out / f"{args.name}.md").write_text(markdown(result))
+    print((args.out / f"{args.name}.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

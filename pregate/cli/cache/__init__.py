@@ -1,0 +1,1 @@
+"""The policy laboratory behind `pregate bench cache`: recordings of steps, policies, replays."""

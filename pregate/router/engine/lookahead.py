@@ -1,0 +1,90 @@
+"""What the steps after the next will use: paths of prompts that wait or are half computed are known, running requests
+are expected to repeat their last path. NumPy only; no torch, no clock.
+
+Shape letters: T tokens, H steps, L layers, K experts per token, R routed experts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Many
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from pregate.router.engine.sequence import Sequence
+from pregate.workers.link.protocol import Expected
+
+if TYPE_CHECKING:
+    from pregate.model.config import LayerCut
+    from pregate.model.paths import Paths
+
+#: Steps that are looked ahead: prompts that are taken in later are not expected yet.
+HORIZON = 8
+
+
+def used_units(ids_TLK: np.ndarray, num_routed: int) -> np.ndarray:
+    """Return bool [L, R]: the units that these paths visit. Example: ids [[[0, 2], [1, -1]]] and 3 experts give
+    [[1, 0, 1], [0, 1, 0]]."""
+    num_layers = ids_TLK.shape[1]
+    used = np.zeros((num_layers, num_routed + 1), dtype=bool)  # padding marks the last column
+    used[np.arange(num_layers)[:, None], ids_TLK] = True
+    return used[:, :num_routed]
+
+
+class Lookahead:
+    """Looks ahead for steps of up to `step_tokens` tokens, as the scheduler fills them: first come, first served."""
+
+    def __init__(self, cuts: Many[LayerCut], step_tokens: int, horizon: int = HORIZON) -> None:
+        self._shape = (len(cuts), max(cut.num_routed for cut in cuts))
+        self._step_tokens, self._horizon = step_tokens, horizon
+        self._used: WeakKeyDictionary[Sequence, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
+
+    def expect(
+        self, step: int, running: Iterable[Sequence], waiting: Iterable[Sequence], planned: Mapping[Sequence, int]
+    ) -> Expected:
+        """Return what is expected of step `step` and those after it, once `planned` tokens of sequences have run.
+
+        Sequences must have paths; those that run come in their order, then those that wait.
+        """
+        known_HLR = np.zeros((self._horizon, *self._shape), dtype=bool)
+        likely_LR = np.zeros(self._shape, dtype=bool)
+        left = deque[tuple[Sequence, int]]()
+        num_decoding = 0
+        for sequence in (*running, *waiting):
+            start = sequence.num_computed + planned.get(sequence, 0)
+            if start < len(sequence.token_ids):
+                left.append((sequence, start))
+            else:
+                num_decoding += 1
+                likely_LR |= self._units(sequence, start - 1, start)
+        for known_LR in known_HLR:
+            budget = self._step_tokens - num_decoding
+            while left and budget > 0:
+                sequence, start = left.popleft()
+                stop = min(len(sequence.token_ids), start + budget)
+                np.logical_or(known_LR, self._units(sequence, start, stop), out=known_LR)
+                budget -= stop - start
+                if stop < len(sequence.token_ids):
+                    left.appendleft((sequence, stop))
+                else:
+                    num_decoding += 1
+                    likely_LR |= self._units(sequence, stop - 1, stop)
+        return Expected(step, known_HLR, likely_LR)
+
+    def before(self, expected: Expected, paths: Paths) -> Expected:
+        """Return what is expected from one step earlier on, in which tokens are expected to take these paths."""
+        first_1LR = used_units(paths.ids, self._shape[1])[None]
+        return Expected(expected.step - 1, np.concatenate([first_1LR, expected.known_HLR]), expected.likely_LR)
+
+    def _units(self, sequence: Sequence, start: int, stop: int) -> np.ndarray:
+        """Units of a sequence's tokens; kept while it lives, for a queue is looked through in every step."""
+        assert sequence.paths is not None
+        known = self._used.setdefault(sequence, {})
+        if (start, stop) not in known:
+            for other in [span for span in known if span[1] <= sequence.num_computed]:
+                del known[other]
+            known[start, stop] = used_units(sequence.paths.slice(start, stop).ids, self._shape[1])
+        return known[start, stop]

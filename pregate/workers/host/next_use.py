@@ -1,0 +1,155 @@
+"""When each unit is used next, and what follows from it: whom to evict, what to fetch. NumPy, no clock, no thread.
+
+The store of a host decides with it, and `pregate bench cache` replays with it.
+
+Time is counted in layers: layer l of step s is at s * L + l. Shape letters: H steps, L layers, R routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from pregate.workers.link.expected import Expected
+
+Unit = tuple[int, int]
+#: Farther than any use that is known. Units of which none is known lie there, the longest unused farthest.
+FAR = 1 << 40
+
+
+class NextUse:
+    """What one engine has planned and expects of `num_layers` layers of `num_routed` experts, and where it is."""
+
+    def __init__(self, num_layers: int, num_routed: int) -> None:
+        self.now = 0
+        self._layers = np.arange(num_layers)
+        self._step = -1
+        self._planned_LR = np.zeros((num_layers, num_routed), dtype=bool)
+        self._expected = Expected(0, np.zeros((0, num_layers, num_routed), dtype=bool), self._planned_LR)
+        self._times: Times | None = None
+
+    def plan(self, step: int, used_LR: np.ndarray) -> None:
+        """Step `step` runs next and uses these units, and no others."""
+        self._step, self._planned_LR = step, used_LR.copy()
+        self.reach(step, 0)
+
+    def expect(self, expected: Expected) -> None:
+        known_HLR = expected.known_HLR.copy()
+        self._expected, self._times = Expected(expected.step, known_HLR, expected.likely_LR), None
+        if self._step < 0:  # nothing has run yet: it begins there
+            self.reach(expected.step, 0)
+
+    def reach(self, step: int, layer: int) -> None:
+        """The engine is at a layer; those before it are done."""
+        self.now, self._times = max(self.now, step * len(self._layers) + layer), None
+
+    def done(self, step: int, layer: int, experts: np.ndarray) -> None:
+        """The engine has used these units of a layer in this step."""
+        ahead = step - self._expected.step
+        if step == self._step:
+            self._planned_LR[layer, experts] = False
+        elif 0 <= ahead < len(self._expected.known_HLR):
+            self._expected.known_HLR[ahead, layer, experts] = False
+        self._times = None
+
+    def times(self) -> Times:
+        """Return when units are used next."""
+        if self._times is None:
+            ahead, num_layers = self._expected, len(self._layers)
+            later = max(0, self._step + 1 - ahead.step)
+            uses = [(self._step, self._planned_LR)]
+            uses += [(ahead.step + h, used_LR) for h, used_LR in enumerate(ahead.known_HLR) if h >= later]
+            known = np.full(self._planned_LR.shape, FAR)
+            for step, used_LR in reversed(uses):  # the next one last, so that it counts
+                at_L = step * num_layers + self._layers
+                known = np.where(used_LR & (at_L >= self.now)[:, None], at_L[:, None], known)
+            likely_L = max(self._step + 1, ahead.step) * num_layers + self._layers
+            likely_L += (likely_L < self.now) * num_layers  # of a step that is half done
+            likely = np.where(ahead.likely_LR, likely_L[:, None], FAR)
+            self._times = Times(known - self.now, np.minimum(known, likely) - self.now)
+        return self._times
+
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """int64 [L, R], in layers from the one that runs, about `FAR` where there is none: the next use that is certain,
+    and the next that is certain or likely."""
+
+    known_LR: np.ndarray
+    any_LR: np.ndarray
+
+
+class Uses:
+    """All engines of a host together, and how long ago each unit was used by any."""
+
+    def __init__(self, num_layers: int, num_routed: int) -> None:
+        self._shape = (num_layers, num_routed)
+        self._engines: dict[str, NextUse] = {}
+        self._last_LR = np.full(self._shape, -1, dtype=np.int64)
+        self._count = 0
+
+    def of(self, engine: str) -> NextUse:
+        return self._engines.setdefault(engine, NextUse(*self._shape))
+
+    def forget(self, engine: str) -> None:
+        self._engines.pop(engine, None)
+
+    def used(self, layers: np.ndarray | int, experts: np.ndarray) -> None:
+        """Note that these units are used now."""
+        self._count += 1
+        self._last_LR[layers, experts] = self._count
+
+    def look(self) -> Outlook:
+        """Return what is known at this moment."""
+        known = np.full(self._shape, FAR, dtype=np.int64)
+        soon = known
+        for engine in self._engines.values():
+            times = engine.times()
+            known, soon = np.minimum(known, times.known_LR), np.minimum(soon, times.any_LR)
+        return Outlook(known, soon, self._count - self._last_LR)
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """int64 [L, R]: layers until the next certain use, until the next that is certain or likely, and uses since the
+    last. It decides for a pool of slots, whose units are given as masks [L, R]."""
+
+    known_LR: np.ndarray
+    soon_LR: np.ndarray
+    since_LR: np.ndarray
+
+    @cached_property
+    def distance(self) -> np.ndarray:
+        """What eviction goes by: next use; beyond all that is known or likely, the longest unused is farthest."""
+        return np.where(self.soon_LR < FAR // 2, self.soon_LR, FAR + self.since_LR)
+
+    def farthest(self, among_LR: np.ndarray) -> Unit | None:
+        """Return the unit to evict among these, None where there is none."""
+        if not among_LR.any():
+            return None
+        return _unit(np.where(among_LR, self.distance, np.iinfo(np.int64).min).argmax(), among_LR.shape[1])
+
+    def fetch(
+        self, absent_LR: np.ndarray, may_go_LR: np.ndarray, num_free: int, lead: int
+    ) -> tuple[Unit, Unit | None] | None:
+        """Return what to fetch ahead and what leaves for it (None: a slot is free), or None if nothing should be.
+
+        Only what is surely used within `lead` layers is fetched, the nearest first, and nothing leaves for it that is
+        used sooner. A larger lead hides more of a load, and costs slots in which units could have stayed.
+        """
+        ahead_LR = np.where(absent_LR, self.known_LR, FAR)
+        unit = _unit(ahead_LR.argmin(), ahead_LR.shape[1])
+        if ahead_LR[unit] > lead:
+            return None
+        if num_free:
+            return unit, None
+        leaving = self.farthest(may_go_LR)
+        if leaving is None or self.distance[leaving] <= ahead_LR[unit]:
+            return None
+        return unit, leaving
+
+
+def _unit(index: np.intp, num_experts: int) -> Unit:
+    return divmod(int(index), num_experts)

@@ -1,0 +1,43 @@
+"""`Prefetcher`: the thread that brings units to a host's slots before they are asked for."""
+
+from __future__ import annotations
+
+import threading
+
+from pregate.base.log import get_logger
+from pregate.workers.host.store import UnitStore
+
+#: A unit is loaded at most so many layers before its own: far enough to load while others compute, near enough to leave
+#: most slots to units that stay.
+LEAD_LAYERS = 2
+#: Longest sleep before the thread looks whether it should end.
+_WAIT_S = 0.5
+
+_log = get_logger(__name__)
+
+
+class Prefetcher:
+    """Loads one unit at a time, always the one that is needed next as things stand, so that nothing has to be taken
+    back when they change: what is no longer wanted is never begun."""
+
+    def __init__(self, store: UnitStore) -> None:
+        self._store, self._stopping = store, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pregate-prefetch", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 5.0) -> None:
+        """End after the unit it is at."""
+        self._stopping.set()
+        self._store.wake()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                load = self._store.next_fetch(LEAD_LAYERS, _WAIT_S)
+                if load is not None:
+                    self._store.finish(load)
+            except Exception:  # noqa: BLE001 (logged; compute loads what is missing)
+                # A defect here must not leave the host without it unnoticed, nor spin.
+                _log.exception("fetching ahead failed")
+                self._stopping.wait(_WAIT_S)

@@ -1,0 +1,34 @@
+"""`Expected`: what an engine will ask of a host after the step it has planned. NumPy only.
+
+Shape letters: H steps, L layers, R routed experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """Units of steps that are not planned yet, the first of them number `step`.
+
+    `known_HLR` bool: used in step `step` + h for certain (paths of prompts that wait or are half computed), if the
+    engine takes them in as it expects. `likely_LR` bool: used in all of these steps and later, should running requests
+    repeat their last path. What is known is fetched ahead; what is likely only stays longer.
+    """
+
+    step: int
+    known_HLR: np.ndarray
+    likely_LR: np.ndarray
+
+    def check(self, num_layers: int, num_routed: int) -> None:
+        """Raise ValueError unless both arrays are bool and of layers and experts like these."""
+        shapes = (self.known_HLR.shape[1:], self.likely_LR.shape)
+        if shapes != ((num_layers, num_routed),) * 2 or {self.known_HLR.dtype, self.likely_LR.dtype} != {
+            np.dtype(bool)
+        }:
+            raise ValueError(
+                f"expected units of shape {self.known_HLR.shape}; the model has {num_layers}, {num_routed}"
+            )

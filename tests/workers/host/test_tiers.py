@@ -1,0 +1,189 @@
+"""A store with fewer slots than units: what comes ahead, what stays, what is counted, and what fails."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from pregate.base.errors import CheckpointError, UserError
+from pregate.kernels import expert_ffn
+from pregate.workers.host.prefetch import LEAD_LAYERS, Prefetcher
+from pregate.workers.host.source import UnitSource
+from pregate.workers.host.store import UnitStore
+from pregate.workers.link.expected import Expected
+from tests.workers.unsteady import UnsteadyReader
+
+#: Of tests/workers/conftest.py's checkpoint: layer 0 has six routed experts, layer 1 none, layer 2 five.
+UNITS = [(0, n) for n in range(6)] + [(2, n) for n in range(5)]
+UNIT_BYTES = 3 * 256 * 512 * 4
+
+
+def mask(*units: tuple[int, int]) -> np.ndarray:
+    found = np.zeros((3, 6), dtype=bool)
+    for unit in units:
+        found[unit] = True
+    return found
+
+
+def make_store(reader, resident: float, memory_bytes: int = 0, **trouble) -> tuple[UnitStore, UnsteadyReader]:
+    unsteady = UnsteadyReader(reader, **trouble)
+    ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
+    source = UnitSource(unsteady, memory_bytes)
+    store = UnitStore(unsteady, UNITS, ffn.layout, resident=resident, source=source)
+    unsteady.begin()
+    return store, unsteady
+
+
+def ask(store: UnitStore, reader, layer: int, *experts: int) -> None:
+    """Look these up: they are in slots, with the checkpoint's weights."""
+    slots, weights = store.lookup(layer, np.array(experts, dtype=np.int32))
+    for slot, expert in zip(slots.tolist(), experts, strict=True):
+        gate_up, down = reader.read_unit(layer, expert)
+        assert torch.equal(weights.gate_up_SMD[slot], gate_up) and torch.equal(weights.down_SDM[slot], down)
+    store.release()
+    store._pools[256].check()
+
+
+def fetch_all(store: UnitStore) -> list[tuple[int, int]]:
+    """Do what the thread does, while there is something to do."""
+    fetched = []
+    while (load := store.next_fetch(LEAD_LAYERS)) is not None:
+        fetched.append(load.unit)
+        store.finish(load)
+    return fetched
+
+
+@pytest.mark.parametrize(("resident", "num_slots"), [(0.5, 5), (4, 4), (7.0 * UNIT_BYTES, 7), (11, 11), (1e12, 11)])
+def test_room_is_a_share_a_count_or_bytes_of_this_hosts_units(reader, resident, num_slots):
+    store, _ = make_store(reader, resident)
+    assert store.weights(0).num_slots == store.stats.num_units == num_slots
+    assert store.tiered == (num_slots < 11)
+    assert store.complete == (num_slots == 11)
+    with pytest.raises(UserError, match="allowed: room for 2 experts or more, of 11"):
+        make_store(reader, 1)
+
+
+def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
+    """Slots hold experts 0 to 3 of layer 0. The plan uses two of them, and two of layer 2."""
+    store, _ = make_store(reader, 4)
+    store.plan("e", 1, mask((0, 1), (0, 5), (2, 3), (2, 4)))
+    store.expect("e", Expected(2, mask((0, 4), (2, 0))[None], mask()))
+    assert fetch_all(store) == [(0, 5), (2, 3), (2, 4)]
+    assert store.units() == [(0, 1), (0, 5), (2, 3), (2, 4)], "those that nobody uses left"
+    store.reach("e", 1, 0)
+    ask(store, reader, 0, 1, 5)
+    assert fetch_all(store) == [], "step 2 begins three layers later"
+    store.reach("e", 1, 2)
+    assert fetch_all(store) == [(0, 4)], "and one later now"
+    ask(store, reader, 2, 3, 4)
+    stats = store.stats
+    assert (stats.hits, stats.misses, stats.prefetched_bytes, stats.wasted_bytes) == (4, 0, 4 * UNIT_BYTES, 0)
+    assert stats.stall_s == 0
+
+
+def test_what_a_queued_prompt_needs_comes_before_its_step_is_planned(reader):
+    store, _ = make_store(reader, 4)
+    store.expect("e", Expected(1, mask((0, 5))[None], mask((0, 0), (0, 1), (0, 2))))
+    assert fetch_all(store) == [(0, 5)]
+    assert store.units() == [(0, 0), (0, 1), (0, 2), (0, 5)], "what is likely to be used stays"
+
+
+def test_what_is_fetched_and_leaves_unused_is_wasted(reader):
+    store, _ = make_store(reader, 2)
+    store.plan("e", 1, mask((0, 4), (0, 5)))
+    assert fetch_all(store) == [(0, 4), (0, 5)]
+    store.plan("e", 2, mask((0, 0), (0, 5)))  # the request was cancelled
+    assert fetch_all(store) == [(0, 0)]
+    store.reach("e", 2, 0)
+    ask(store, reader, 0, 0, 5)
+    assert (store.stats.prefetched_bytes, store.stats.wasted_bytes) == (3 * UNIT_BYTES, UNIT_BYTES)
+
+
+def test_nothing_in_use_and_nothing_needed_sooner_leaves(reader):
+    store, _ = make_store(reader, 4)
+    store.plan("e", 1, mask(*((0, n) for n in range(6))))
+    assert fetch_all(store) == [], "all four are used as soon as the two that lack"
+    store.reach("e", 1, 0)
+    store.lookup(0, np.array([0, 1, 2, 3], dtype=np.int32))
+    assert fetch_all(store) == [], "they are in use"
+    store.release()
+    assert fetch_all(store) == [(0, 4), (0, 5)], "they are done"
+
+
+def test_waves_take_what_is_held_first_and_half_of_the_slots(reader):
+    store, _ = make_store(reader, 4)
+    waves = store.waves(0, np.array([0, 2, 3, 4, 5], dtype=np.int32))
+    assert [wave.tolist() for wave in waves] == [[0, 1], [2, 3], [4]]
+    assert [wave.tolist() for wave in store.waves(0, np.array([1, 4], dtype=np.int32))] == [[0, 1]]
+
+
+def test_a_unit_of_another_host_comes_and_goes_too(reader):
+    unsteady = UnsteadyReader(reader)
+    ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
+    store = UnitStore(unsteady, UNITS[:6], ffn.layout, resident=0.5)
+    ask(store, reader, 2, 1, 3)
+    assert len(store.units()) == 3
+
+
+def test_host_memory_keeps_what_left_the_device_and_no_more_than_its_budget(reader):
+    store, unsteady = make_store(reader, 2, memory_bytes=3 * UNIT_BYTES)
+    for _ in range(3):
+        for expert in (2, 3, 4):
+            ask(store, reader, 0, expert)
+    assert unsteady.num_reads == 3, "each was read from the files once"
+    ask(store, reader, 2, 0)
+    assert store._source.held_bytes == 3 * UNIT_BYTES
+
+
+def test_compute_waits_for_the_unit_it_needs_and_for_no_other(reader):
+    """The thread loads ahead, slowly; what is asked for comes, and the wait is counted."""
+    store, unsteady = make_store(reader, 5, delay_s=0.02)
+    prefetcher = Prefetcher(store)
+    try:
+        for step in range(1, 6):
+            store.plan("e", step, mask(*((0, n) for n in range(5)), *((2, n) for n in range(3))))
+            for layer, experts in ((0, range(5)), (2, range(3))):
+                store.reach("e", step, layer)
+                ask(store, reader, layer, *experts)
+    finally:
+        prefetcher.stop()
+    stats = store.stats
+    assert stats.hits + stats.misses == 5 * 8
+    assert stats.prefetched_bytes > 0 and stats.wasted_bytes == 0
+    assert stats.stall_s > 0
+    assert unsteady.num_reads * UNIT_BYTES == stats.read_bytes - 5 * UNIT_BYTES
+    assert not prefetcher._thread.is_alive()
+
+
+def test_a_read_that_fails_once_is_tried_again_and_one_that_fails_for_good_is_said(reader):
+    store, unsteady = make_store(reader, 2, fails_every=2)
+    for expert in (2, 3, 4):
+        ask(store, reader, 0, expert)
+    assert unsteady.num_failed == 2
+    store, unsteady = make_store(reader, 2, broken={(0, 4)})
+    store.plan("e", 1, mask((0, 4), (0, 5)))
+    assert fetch_all(store) == [(0, 4), (0, 5)], "a failure ahead is not repeated, and stops nothing"
+    with pytest.raises(CheckpointError, match=r"unit \(0, 4\) cannot be loaded: the disk did not answer"):
+        ask(store, reader, 0, 4)
+    store._pools[256].check()
+    unsteady.broken.clear()
+    ask(store, reader, 0, 4)
+    ask(store, reader, 0, 5)
+
+
+def test_two_that_want_the_same_unit_load_it_once(reader):
+    """The thread is at it when compute asks."""
+    store, unsteady = make_store(reader, 2, delay_s=0.05)
+    store.plan("e", 1, mask((0, 4)))
+    load = store.next_fetch(LEAD_LAYERS)
+    assert load is not None
+    thread = threading.Thread(target=store.finish, args=(load,))
+    thread.start()
+    begun_s = time.perf_counter()
+    ask(store, reader, 0, 4)
+    thread.join()
+    assert unsteady.num_reads == 1
+    assert store.stats.misses == 1
+    assert 0 < store.stats.stall_s < time.perf_counter() - begun_s
