@@ -204,7 +204,8 @@ class CheckpointReader:
         """Have the system bring a unit that will be read into its cache; returns at once."""
         for part in ("gate_up_proj", "down_proj"):
             shard, name = self._experts[layer, part]
-            shard.read_ahead(name, expert)
+            if isinstance(shard, ShardFile):  # what is computed from others is not in a file
+                shard.read_ahead(name, expert)
 
     def _read(self, layer: int, part: str, expert: int) -> torch.Tensor:
         shard, name = self._experts[layer, part]

@@ -111,14 +111,13 @@ def test_predicted_paths_fetch_ahead_and_gates_correct_them(tiny_layerwise_check
 
 
 @pytest.mark.slow
-def test_texts_are_the_references_with_hosts_in_processes_of_their_own(checkpoint, references, tmp_path, monkeypatch):
-    monkeypatch.setattr("tests.router.serving.HostOptions", lambda **o: HostOptions(**o, resident_experts=0.4))
-    with (
-        expert_hosts(checkpoint, 2, tmp_path) as addresses,
-        engine_over(checkpoint, addresses, step_tokens=24) as engine,
-    ):
+def test_texts_are_the_references_with_hosts_in_processes_of_their_own(tiny_path_checkpoint, tmp_path, monkeypatch):
+    path, options = tiny_path_checkpoint, HostOptions
+    model = RoutedForCausalLM.from_pretrained(path).eval()
+    monkeypatch.setattr("tests.router.serving.HostOptions", lambda **o: options(**o, resident_experts=0.4))
+    with expert_hosts(path, 2, tmp_path) as addresses, engine_over(path, addresses, step_tokens=24) as engine:
         assert engine.exchange.wants_lookahead
-        hold(engine, "two processes", references)
+        hold(engine, "two processes", reference_texts(model, PROMPTS, 8), together=(True,))
 
 
 def test_room_for_less_than_two_experts_is_refused(tiny_path_checkpoint):
