@@ -24,7 +24,8 @@ from typing_extensions import dataclass_transform
 from pregate.base.errors import UserError, option_name
 
 T = TypeVar("T")
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+#: A class is not built before it is used: one command of many is.
+_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,9 @@ def options(*, kw_only: bool = False) -> Callable[[type[T]], type[T]]:
 
         @functools.wraps(init)
         def checked(self: Any, *arguments: Any, **named: Any) -> None:
+            if not made.__pydantic_complete__:  # building it gives it pydantic's own constructor
+                pydantic.dataclasses.rebuild_dataclass(made)
+                made.__init__ = checked
             if len(arguments) > len(names):
                 most = f"{len(names)}, {', '.join(names)}" if names else "none"
                 raise UserError(f"{cls.__name__}: {len(arguments)} values without a name; allowed: {most}")

@@ -7,45 +7,53 @@ Errors are one line on stderr.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 import typer
 
 from pregate.base.errors import PregateError, UserError
-from pregate.cli import bench, model, read_me, report, serve, text
 
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
 
-app = typer.Typer(
-    name="pregate",
-    help="Turn a dense language model into a mixture of experts with paths known up front, and serve it on Ray.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command(epilog=model.describe_recipes())(model.convert)
-app.command()(model.decouple)
-app.command()(model.tune)
-app.command()(model.evaluate)
-app.command("read-me")(read_me.read_me)
-app.command()(model.export)
-app.command()(model.apply)
-app.command()(report.report)
-app.command()(text.generate)
-app.command()(text.route)
-app.command()(serve.serve)
-app.command()(serve.doctor)
-app.add_typer(bench.app, name="bench")
-#: Options that take several values after one another: `--calibration a.txt b.jsonl`.
-_LIST_OPTIONS = frozenset[str]().union(*(getattr(c.callback, "list_flags", ()) for c in app.registered_commands))
+#: Where each command lies. Only the one that is asked for is loaded, so that what is wrong with it is said at once.
+COMMANDS = {
+    **dict.fromkeys(("convert", "decouple", "tune", "evaluate", "export", "apply"), "pregate.cli.model"),
+    "read-me": "pregate.cli.read_me",
+    "report": "pregate.cli.report",
+    **dict.fromkeys(("generate", "route"), "pregate.cli.text"),
+    **dict.fromkeys(("serve", "doctor"), "pregate.cli.serve"),
+    "bench": "pregate.cli.bench",
+}
+
+
+def _app(names: Iterable[str]) -> typer.Typer:
+    """The command line with the commands of these names."""
+    app = typer.Typer(
+        name="pregate",
+        help="Turn a dense language model into a mixture of experts with paths known up front, and serve it on Ray.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        callback=lambda: None,  # without one, a single command would have no name
+    )
+    for name in names:
+        module = import_module(COMMANDS[name])
+        if name == "bench":
+            app.add_typer(module.app, name=name)
+        else:
+            epilog = module.describe_recipes() if name == "convert" else None
+            app.command(name, epilog=epilog)(getattr(module, name.replace("-", "_")))
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    app = _app(given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS)
     try:
-        return int(app(_spread(given) or ["--help"], standalone_mode=False) or 0)
+        return int(app(_spread(given, _list_options(app)) or ["--help"], standalone_mode=False) or 0)
     except UserError as error:
         return _fail(error.for_command_line, 2)
     except PregateError as error:
@@ -71,7 +79,12 @@ def _describe(error: Any, given: Sequence[str]) -> str:
     return error.format_message()
 
 
-def _spread(arguments: Sequence[str]) -> list[str]:
+def _list_options(app: typer.Typer) -> frozenset[str]:
+    """Options that take several values after one another: `--calibration a.txt b.jsonl`."""
+    return frozenset().union(*(getattr(c.callback, "list_flags", ()) for c in app.registered_commands))
+
+
+def _spread(arguments: Sequence[str], list_options: Collection[str]) -> list[str]:
     """Repeat a list option before each of its values, as the parser wants it.
 
     ["--text", "a", "b", "--seed", "1"] -> ["--text", "a", "--text", "b", "--seed", "1"]
@@ -80,7 +93,7 @@ def _spread(arguments: Sequence[str]) -> list[str]:
     option, num_values = "", 0
     for argument in arguments:
         if argument.startswith("-") and argument != "-":
-            option, num_values = argument if argument in _LIST_OPTIONS else "", 0
+            option, num_values = argument if argument in list_options else "", 0
         elif option:
             num_values += 1
             if num_values > 1:

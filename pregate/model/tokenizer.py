@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Encoding, Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from pregate.base.errors import CheckpointError, UserError, in_one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
 
 FILE = "tokenizer.json"
 _PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
@@ -46,6 +47,8 @@ def read_tokenizer(model: Path) -> Tokenizer:
     file = tokenizer_folder(model) / FILE
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file; a served model needs its tokenizer")
+    from tokenizers import Tokenizer
+
     try:
         return _whole_texts(Tokenizer.from_str(file.read_text(encoding="utf-8-sig")))
     except Exception as error:  # the tokenizers library raises no narrower one

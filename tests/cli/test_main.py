@@ -135,8 +135,10 @@ def test_generate_in_this_process_and_help_stay_light(path_checkpoint):
 
 
 def test_list_options_take_several_values():
-    assert _spread(["--text", "a", "b", "--seed", "1", "x"]) == ["--text", "a", "--text", "b", "--seed", "1", "x"]
-    assert _spread(["--calibration", "a", "--calibration", "b"]) == ["--calibration", "a", "--calibration", "b"]
+    lists = {"--text", "--calibration"}
+    assert _spread(["--text", "a", "b", "--seed", "1"], lists) == ["--text", "a", "--text", "b", "--seed", "1"]
+    repeated = ["--calibration", "a", "--calibration", "b"]
+    assert _spread(repeated, lists) == repeated
 
 
 def test_doctor_says_what_fits(capsys, layerwise_checkpoint):
