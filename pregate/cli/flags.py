@@ -47,7 +47,7 @@ def command(*classes: type[Any]) -> Callable[[Callable[..., None]], Callable[...
 
 def check_paths(options: Iterable[Option], built: Any) -> None:
     """Look at the paths among the options of `built`; UserError names the flag of one that cannot do."""
-    parent = getattr(built, "parent", None)
+    parent = None if getattr(built, "parent", None) is None else Path(built.parent)
     for option in options:
         needs, value = mark(option.info, Needs), built
         for name in option.path:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pregate.base.errors import UserError
-from pregate.base.options import of_keys
+from pregate.base.options import of_keys, user_options
+from pregate.cli.flags import check_paths
 from pregate.cli.main import main
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.preflight import check_config
@@ -79,6 +80,7 @@ def test_a_deployment_is_asked_for_by_keys(adapter, tiny_dense, tiny_path_checkp
     assert config.text_path == str(tiny_dense.resolve())
     assert ServeConfig.from_dict(config.to_dict()) == config
     check_config(config)
+    check_paths(user_options(ServeConfig).values(), config)
     with pytest.raises(UserError, match=r"parent .*: needs adapter"):
         of_keys(ServeConfig, {"model": str(tiny_path_checkpoint), "parent": str(tiny_dense)})
     with pytest.raises(UserError, match="needs parent"):
