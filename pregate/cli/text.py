@@ -15,7 +15,7 @@ from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_ada
 from pregate.base.sampling import MAX_SEED
 from pregate.base.tokens import read_tokens
 from pregate.cli.flags import command
-from pregate.cli.printed import Output
+from pregate.cli.printed import Output, progress_bars
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -197,10 +197,9 @@ def _load(folder: ModelFolder) -> Any:
     import torch
 
     from pregate.model.modeling import RoutedForCausalLM
-    from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
-    return RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32).eval()
+    with progress_bars().doing(f"loading {folder.path.name}"):
+        return RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32).eval()
 
 
 def _route_here(source: Source, prompt: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -107,10 +107,10 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
+def verify_files(folder: Path, manifest: Manifest, hashes: bool, advance: Callable[[int], None] | None = None) -> None:
     """Raise CheckpointError for a file that is missing, cut short, or (with `hashes`) changed.
 
-    A file is hashed once, and again when it changes (`file_hashes.has_sha256`).
+    A file is hashed once, and again when it changes (`file_hashes.has_sha256`); `advance` is called with the bytes.
     """
     if "config.json" not in manifest.files or not any(f.endswith(".safetensors") for f in manifest.files):
         raise CheckpointError(f"{folder / MANIFEST}: lists no config.json or no shard")
@@ -120,7 +120,7 @@ def verify_files(folder: Path, manifest: Manifest, hashes: bool) -> None:
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if hashes and not has_sha256(path, expected["sha256"]):
+        if hashes and not has_sha256(path, expected["sha256"], advance):
             raise CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ def short_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file, in hex; `advance` is called with the bytes that were read."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 22):
             digest.update(block)
+            if advance is not None:
+                advance(len(block))
     return digest.hexdigest()
 
 
@@ -35,15 +38,18 @@ def cache_file() -> Path:
     return Path(base) / "pregate" / "sha256.json"
 
 
-def has_sha256(path: Path, digest: str) -> bool:
+def has_sha256(path: Path, digest: str, advance: Callable[[int], None] | None = None) -> bool:
     """Whether this is a file's sha256; not computed where it was for the same size, times and inode.
 
-    Where the cache cannot be read or written, or says something else, it is computed.
+    Where the cache cannot be read or written, or says something else, it is computed. `advance` is called with the
+    bytes that are done.
     """
     key, stamp, begun_s = str(path.resolve()), _stamp(path), time.time()
     if _read().get(key) == [*stamp, digest]:
+        if advance is not None:
+            advance(stamp[0])
         return True
-    found = file_sha256(path)
+    found = file_sha256(path, advance)
     settled = begun_s - max(stamp[1:3]) / 1e9 > _SETTLED_S
     if settled and _stamp(path) == stamp:
         _write(key, [*stamp, found])

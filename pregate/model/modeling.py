@@ -232,16 +232,22 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls, pretrained_model_name_or_path: Any, *args: Any, parent: str | Path | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        parent: str | Path | None = None,
+        hashes: bool | None = None,
+        **kwargs: Any,
     ) -> RoutedForCausalLM:
         """Load a checkpoint folder, or an adapter with the dense model `parent` that it was made from.
 
         CheckpointError names the file that is missing, damaged or foreign. Of its generation_config.json it obeys the
-        ids that end a text and the repetition penalty, as a server does.
+        ids that end a text and the repetition penalty, as a server does. `hashes` False: the caller has compared its
+        files with the manifest's hashes.
         """
         path = Path(pretrained_model_name_or_path)
         whole = Path(parent) if parent else None
-        manifest, shards = open_shards(path, whole, hashes=cls.hold_experts)
+        manifest, shards = open_shards(path, whole, hashes=cls.hold_experts if hashes is None else hashes)
         folder = read_folder(path, parent=whole)
         picking = {"eos_token_id": sorted(folder.eos_ids) or None, "repetition_penalty": folder.repetition_penalty}
         kwargs.setdefault("generation_config", GenerationConfig(**picking))

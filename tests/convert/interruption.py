@@ -13,7 +13,7 @@ from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.progress import Progress
 
 #: Stages that measure between steps.
-BETWEEN = ("validating", "setting thresholds")
+BETWEEN = ("validating", "setting thresholds", "layer ", "measuring", "checking files")
 
 
 class StopsAfter(Progress):

@@ -22,7 +22,7 @@ def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     monkeypatch.setattr(file_hashes, "_SETTLED_S", -1e9)
     read: list[Path] = []
     real = file_hashes.file_sha256
-    monkeypatch.setattr(file_hashes, "file_sha256", lambda path: (read.append(path), real(path))[1])
+    monkeypatch.setattr(file_hashes, "file_sha256", lambda path, advance: (read.append(path), real(path, advance))[1])
     return read
 
 
@@ -30,8 +30,9 @@ def test_a_file_is_hashed_once_until_it_changes(hashed: list[Path], tmp_path: Pa
     path = tmp_path / "shard"
     path.write_bytes(b"one")
     one, two = (hashlib.sha256(data).hexdigest() for data in (b"one", b"two"))
-    assert has_sha256(path, one) and has_sha256(path, one)
-    assert hashed == [path]
+    num_bytes: list[int] = []
+    assert has_sha256(path, one, num_bytes.append) and has_sha256(path, one, num_bytes.append)
+    assert (hashed, num_bytes) == ([path], [3, 3])
     path.write_bytes(b"two")
     os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
     assert has_sha256(path, two) and not has_sha256(path, one)
@@ -63,7 +64,7 @@ def test_where_nothing_can_be_kept_it_is_hashed_every_time(hashed: list[Path], t
 def test_a_file_changed_just_before_a_long_hashing_is_not_remembered(hashed: list[Path], tmp_path: Path, monkeypatch):
     # It may have changed again meanwhile, where its times are coarse.
     monkeypatch.setattr(file_hashes, "_SETTLED_S", 0.2)
-    monkeypatch.setattr(file_hashes, "file_sha256", lambda path: (time.sleep(0.3), hashed.append(path), "digest")[2])
+    monkeypatch.setattr(file_hashes, "file_sha256", lambda path, _: (time.sleep(0.3), hashed.append(path), "digest")[2])
     (tmp_path / "shard").write_bytes(b"one")
     for _ in range(2):
         has_sha256(tmp_path / "shard", "digest")

@@ -26,7 +26,7 @@ from pregate.convert.files.skeleton import Skeleton
 from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.scoring import Score, positions_at_once, score_pieces
-from pregate.convert.progress import QUIET, Progress
+from pregate.convert.progress import QUIET, Advance, Progress
 from pregate.convert.text.calibration import Calibration, read_calibration
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
@@ -48,29 +48,23 @@ def convert(options: ConvertOptions, progress: Progress = QUIET) -> Manifest:
         options = replace(options, dtype=skeleton.shards.dtype)
     config = routed_config(skeleton, options)
     length = min(options.sequence_length, folder.context_tokens)
-    text = read_calibration(
-        options.calibration,
-        folder.tokenizer,
-        options.samples,
-        length,
-        options.seed,
-        options.draw,
-        text_field=options.text_field,
-        progress=progress,
-    )
+    drawn = options.samples, length, options.seed, options.draw
+    text = read_calibration(options.calibration, folder.tokenizer, *drawn, options.text_field, progress)
     tell_differences(folder, progress)
-    source = source_of(folder, skeleton.shards)
+    with progress.doing("hashing the model"):
+        source = source_of(folder, skeleton.shards)
     read = source_fields(source, skeleton.shards) | {"calibration text": text.digest()}
     known = fingerprint(options.describe(), read, skeleton.device)
     with open_partial(options.out, known, len(skeleton.layers), options.restart) as partial:
-        layer_pass = _start(skeleton, config, options, text, partial)
+        with progress.doing("embedding windows"):
+            layer_pass = _start(skeleton, config, options, text, partial)
         _cut_layers(layer_pass, partial, progress)
-        figures = _measure(skeleton, options, text, layer_pass)
+        figures = _measure(skeleton, options, text, layer_pass, progress)
         if options.shared is None:
             figures["shared_experts"] = " ".join(str(cut.num_shared) for cut in config.cuts)
         calibration = text.describe() | {"seed": options.seed}
         manifest = Manifest("cmoe", options.describe(), source, calibration, figures)
-        with writing(options.out, partial.checkpoint):
+        with writing(options.out, partial.checkpoint), progress.doing("writing the checkpoint"):
             _write_rest(skeleton, config, options, partial)
             write_manifest(partial.checkpoint, manifest)
         partial.finish()
@@ -118,7 +112,7 @@ def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Pro
     with progress.stage("cutting layers", num_layers) as advance, skeleton.loaded(rest):
         advance(done)
         for index in range(done, num_layers):
-            partial.write_shard(shard_name(index, num_layers), layer_pass.run(index))
+            partial.write_shard(shard_name(index, num_layers), layer_pass.run(index, progress))
             carried = {"meter": asdict(layer_pass.meter), "layer_cuts": layer_pass.config.layer_cuts}
             partial.layer_done(layer_pass.hidden_SND, carried)
             advance(1)
@@ -130,27 +124,31 @@ def shard_name(index: int, num_layers: int) -> str:
 
 
 @torch.no_grad()
-def _measure(skeleton: Skeleton, options: ConvertOptions, text: Calibration, layer_pass: LayerPass) -> dict[str, Any]:
+def _measure(
+    skeleton: Skeleton, options: ConvertOptions, text: Calibration, layer_pass: LayerPass, progress: Progress
+) -> dict[str, Any]:
     """The held-back windows' figures, from what the last layer gave: dense as it was, routed as stored."""
     if not text.held_back:
         return {"dense_perplexity": None, "routed_perplexity": None, "agreement": {}}
     names, hidden_SND = skeleton.outer_names, layer_pass.hidden_SND
-    with skeleton.loaded(names):
-        dense = _perplexity(skeleton, hidden_SND["dense"], text.held_back)
+    total = 2 * len(text.held_back)
+    with skeleton.loaded(names), progress.stage("measuring (windows)", total) as advance:
+        dense = _perplexity(skeleton, hidden_SND["dense"], text.held_back, advance)
         round_to(skeleton.tensors(names).values(), getattr(torch, options.dtype), "an embedding, norm or the head")
-        routed = _perplexity(skeleton, hidden_SND["routed"], text.held_back)
+        routed = _perplexity(skeleton, hidden_SND["routed"], text.held_back, advance)
     meter = layer_pass.meter
     figures = {"active_share": round(meter.active_share, 4), "agreement": meter.figures()}
     return {"dense_perplexity": dense, "routed_perplexity": routed} | figures
 
 
-def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]]) -> float:
+def _perplexity(skeleton: Skeleton, hidden_HND: torch.Tensor, held_back: list[list[int]], advance: Advance) -> float:
     score = Score(0.0, 0)
     size = positions_at_once(1, skeleton.model.config.vocab_size)
     for ids, hidden_ND in zip(held_back, hidden_HND, strict=True):
         ids_1N = torch.tensor([ids], device=hidden_ND.device)
         pieces = (part[None] for hidden_nD in hidden_ND.split(size) for part in skeleton.logits(hidden_nD[None]))
         score += score_pieces(pieces, ids_1N, torch.ones_like(ids_1N))
+        advance(1)
     return round(score.perplexity, 4)
 
 

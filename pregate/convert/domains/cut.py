@@ -109,7 +109,9 @@ def read_me_config(parent: Any, experts: DomainExperts, options: ReadMeOptions) 
 
 
 @torch.no_grad()
-def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains: Sequence[Domain]) -> None:
+def cut_model(
+    model: Any, config: RoutedConfig, experts: DomainExperts, domains: Sequence[Domain], progress: Progress
+) -> None:
     """Hang the experts in the FFNs' places of a dense `model`, each layer with a linear gate fitted to their masses.
 
     The gates are fitted on what the FFNs get while the model is dense. They route nothing; they are there to be
@@ -117,16 +119,18 @@ def cut_model(model: Any, config: RoutedConfig, experts: DomainExperts, domains:
     zero.
     """
     mlps = find_gated_mlps(model)
-    inputs_LTD = ffn_inputs(model, mlps, domains)
-    for mlp, cut, split, contribution_I in zip(
-        mlps, experts.cuts, experts.splits, experts.contribution_LI, strict=True
-    ):
-        mlp.check(config.hidden_act)
-        routed = cut_layer(mlp, split, cut, config)
-        routed.neuron_score.copy_(torch.from_numpy(contribution_I[split.neuron_index]))
-        fit_linear(routed, inputs_LTD[mlp.layer])
-        inputs_LTD[mlp.layer] = torch.empty(0)
-        mlp.replace(routed)
+    with progress.doing("running windows"):
+        inputs_LTD = ffn_inputs(model, mlps, domains)
+    each = zip(mlps, experts.cuts, experts.splits, experts.contribution_LI, strict=True)
+    with progress.stage("cutting layers", len(mlps)) as advance:
+        for mlp, cut, split, contribution_I in each:
+            mlp.check(config.hidden_act)
+            routed = cut_layer(mlp, split, cut, config)
+            routed.neuron_score.copy_(torch.from_numpy(contribution_I[split.neuron_index]))
+            fit_linear(routed, inputs_LTD[mlp.layer])
+            inputs_LTD[mlp.layer] = torch.empty(0)
+            mlp.replace(routed)
+            advance(1)
 
 
 def ffn_inputs(model: Any, mlps: Sequence[GatedMLP], domains: Sequence[Domain]) -> list[torch.Tensor]:

@@ -54,26 +54,28 @@ def read_me(options: ReadMeOptions, progress: Progress = QUIET) -> Manifest:
         options = replace(options, dtype=shards.dtype)
     length = min(options.sequence_length, folder.context_tokens)
     sizes = options.samples, length, options.pool_tokens
-    domains = read_domains(options.domains, folder.tokenizer, *sizes, options.seed, options.text_field)
+    with progress.doing("reading text"):
+        domains = read_domains(options.domains, folder.tokenizer, *sizes, options.seed, options.text_field)
     for domain in domains:
         check_learned(domain.rows, options.pool_tokens // len(domains), "--domain", [domain.path], progress)
-    dense = load_dense(folder).to(device)
+    dense = load_dense(folder, progress).to(device)
     find_gated_mlps(dense)
     tell_differences(folder, progress)
-    source = source_of(folder, shards)
+    with progress.doing("hashing the model"):
+        source = source_of(folder, shards)
     text = short_digest([[d.windows_SN.tolist(), d.rows, d.held_back] for d in domains])
     read = source_fields(source, shards) | {"text of the domains": text}
     with open_partial(
         options.out, fingerprint(options.describe(), read, device), num_stages(options), options.restart, "stage"
     ) as partial:
-        dense_scores = [score_rows(dense, domain.held_back) for domain in domains]
+        dense_scores = _scores(dense, domains, progress)
         rounds, figures = _prepare(dense, folder, domains, options, length, progress)
         _train(rounds, partial, progress)
-        figures |= _measure(rounds, domains, dense_scores)
+        figures |= _measure(rounds, domains, dense_scores, progress)
         method = "read-me+tune" if options.steps else "read-me"
         calibration = {"domains": [d.describe() for d in domains], "seed": options.seed}
         manifest = Manifest(method, options.describe(), source, calibration, figures)
-        with writing(options.out, partial.checkpoint):
+        with writing(options.out, partial.checkpoint), progress.doing("writing the checkpoint"):
             write_checkpoint(rounds.model, partial.checkpoint, folder, manifest, options.dtype)
         partial.finish()
     return read_manifest(options.out)
@@ -94,13 +96,13 @@ def _prepare(
     indexes = [split.neuron_index for split in experts.splits]
     figures = overlap_figures(indexes, experts.cuts, widths, row_bytes, tied)
     config = read_me_config(dense.config, experts, options)
-    cut_model(dense, config, experts, domains)
+    cut_model(dense, config, experts, domains, progress)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         router = PathRouter(options.router_shape(), dense.config.vocab_size, experts.cuts, "top_k")
     start_from(router, dense.get_input_embeddings().weight.detach().cpu())
     model = assemble(config, dense, router.to(dense.device))
-    teacher = load_dense(folder).to(dense.device) if options.steps and options.kl_share else None
+    teacher = load_dense(folder, progress).to(dense.device) if options.steps and options.kl_share else None
     held_back = [row for domain in domains for row in domain.held_back]
     return Rounds(model, pool, held_back, options, length, teacher), figures
 
@@ -116,12 +118,18 @@ def _train(rounds: Rounds, partial: PartialCheckpoint, progress: Progress) -> No
         partial.layer_done(rounds.tensors, {"rounds": rounds.figures})
 
 
+def _scores(model: Any, domains: Sequence[Domain], progress: Progress) -> list[Score]:
+    return [score_rows(model, domain.held_back, progress=progress, name=domain.name) for domain in domains]
+
+
 @torch.no_grad()
-def _measure(rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[Score]) -> dict[str, Any]:
+def _measure(
+    rounds: Rounds, domains: Sequence[Domain], dense_scores: Sequence[Score], progress: Progress
+) -> dict[str, Any]:
     """Perplexity as stored beside the dense model's, and how the router spreads the domains' held-back text."""
     model, dtype = rounds.model, getattr(torch, rounds.options.dtype)
     round_to([p.data for n, p in model.named_parameters() if not kept_float32(n)], dtype, "a weight")
-    scores = [score_rows(model, d.held_back) for d in domains]
+    scores = _scores(model, domains, progress)
     # A token's index is the same in every layer.
     indices = [[model.paths(row).ids[:, 0, 0] for row in d.held_back] for d in domains]
     repeats = np.concatenate([row[1:] == row[:-1] for rows in indices for row in rows])

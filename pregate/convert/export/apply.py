@@ -10,7 +10,7 @@ from pregate.base.errors import UserError
 from pregate.base.options import Needs, Out, options
 from pregate.convert.progress import QUIET, Progress
 from pregate.model.adapter import Adapter, is_adapter
-from pregate.model.checkpoint import MANIFEST, new_folder, read_manifest, verify_files
+from pregate.model.checkpoint import MANIFEST, new_folder, read_manifest
 
 
 @options()
@@ -28,9 +28,12 @@ def apply(options: ApplyOptions, progress: Progress = QUIET) -> dict[str, Any]:
     That is every file which the checkpoint's manifest names, and the manifest. UserError naming the file in which the
     parent is another; with an error nothing is left behind.
     """
+    from pregate.convert.files.routed_shards import verified  # which loads torch
+
     if not is_adapter(options.adapter):
         raise UserError.of("--adapter", options.adapter, "no adapter; allowed: a folder of `export --format adapter`")
-    adapter, manifest = Adapter(options.adapter, options.parent, hashes=True), read_manifest(options.adapter)
+    with progress.doing("checking the parent"):
+        adapter, manifest = Adapter(options.adapter, options.parent, hashes=True), read_manifest(options.adapter)
     with new_folder(options.out) as folder:
         with progress.stage("writing shards", len(adapter.shards)) as advance:
             for shard in adapter.shards:
@@ -40,5 +43,5 @@ def apply(options: ApplyOptions, progress: Progress = QUIET) -> dict[str, Any]:
                 advance(1)
         for path in adapter.other_files([*manifest.files, MANIFEST]):
             shutil.copyfile(path, folder / path.name)
-        verify_files(folder, manifest, hashes=True)
+        verified(folder, progress)
     return {"files": len(manifest.files) + 1, "bytes": sum(entry["bytes"] for entry in manifest.files.values())}

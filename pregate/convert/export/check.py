@@ -71,27 +71,34 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
 
 
 @torch.no_grad()
-def compare_texts(routed: Any, stock: Any, rows: Sequence[list[int]], context: int) -> dict[str, Any]:
+def compare_texts(
+    routed: Any, stock: Any, rows: Sequence[list[int]], context: int, progress: Progress
+) -> dict[str, Any]:
     """Greedy texts after the beginnings of the first rows: how many are equal, and where the others part.
 
     Where they part, "margin" is by how much the routed model prefers its token to its second choice, and "gate_margin"
     the least by which a gate up to there preferred its last expert to the next: near 0, rounding chooses another one.
     """
     prompts = [row[: min(PROMPT_TOKENS, context // 2)] for row in rows[:NUM_PROMPTS]]
-    same, parted = 0, []
-    for number, prompt in enumerate(prompts):
-        new_tokens = min(NEW_TOKENS, context - len(prompt))
-        ours, theirs = (greedy(model, prompt, new_tokens) for model in (routed, stock))
-        if ours == theirs:
-            same += 1
-            continue
-        at, watched = first_difference(ours, theirs), _LeastMargin()
-        with routed_by(routed, watched):
-            logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
-        first, second = logits.topk(2).values.tolist()
-        margins = {"margin": rounded(first - second), "gate_margin": rounded(watched.margin)}
-        parted.append({"prompt": number, "token": at} | margins)
-    return {"greedy_texts_equal": f"{same} of {len(prompts)}", "greedy_texts_part": parted}
+    parted = []
+    with progress.stage("comparing texts", len(prompts)) as advance:
+        for number, prompt in enumerate(prompts):
+            if found := _parting(routed, stock, prompt, min(NEW_TOKENS, context - len(prompt))):
+                parted.append({"prompt": number} | found)
+            advance(1)
+    return {"greedy_texts_equal": f"{len(prompts) - len(parted)} of {len(prompts)}", "greedy_texts_part": parted}
+
+
+def _parting(routed: Any, stock: Any, prompt: list[int], new_tokens: int) -> dict[str, Any] | None:
+    """Where the greedy texts after a prompt part, and by what margins; None: nowhere."""
+    ours, theirs = (greedy(model, prompt, new_tokens) for model in (routed, stock))
+    if ours == theirs:
+        return None
+    at, watched = first_difference(ours, theirs), _LeastMargin()
+    with routed_by(routed, watched):
+        logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
+    first, second = logits.topk(2).values.tolist()
+    return {"token": at, "margin": rounded(first - second), "gate_margin": rounded(watched.margin)}
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:

@@ -17,20 +17,22 @@ from pregate.convert.files.assembly import as_stored
 from pregate.convert.files.dense import recorded_parent
 from pregate.convert.files.routed_shards import CutFFN, RoutedShards
 from pregate.convert.files.shards import DenseShards, write_index, write_shard
-from pregate.convert.progress import Progress
+from pregate.convert.progress import QUIET, Progress
 from pregate.model.gated_mlp import GatedMLP
 
 
-def check_dense(source: RoutedShards) -> None:
+def check_dense(source: RoutedShards, progress: Progress = QUIET) -> None:
     """UserError for a checkpoint that does not hold its parent's neurons any more."""
     if source.manifest.is_tuned:
         reason = f"was tuned ({source.manifest.method}): its neurons are no longer the parent's"
         raise UserError.of("--format", "dense", f"{source.folder} {reason}; allowed: the checkpoint before tuning")
-    for index in range(source.num_layers):
-        neurons = source.ffn(index).neuron_index
-        if not torch.equal(neurons.sort().values, torch.arange(source.ffns[index].width)):
-            reason = "its neuron_index is no permutation: experts overlap or leave neurons out"
-            raise UserError.of("--format", "dense", f"layer {index} of {source.folder}: {reason}")
+    with progress.stage("checking layers", source.num_layers) as advance:
+        for index in range(source.num_layers):
+            neurons = source.ffn(index).neuron_index
+            if not torch.equal(neurons.sort().values, torch.arange(source.ffns[index].width)):
+                reason = "its neuron_index is no permutation: experts overlap or leave neurons out"
+                raise UserError.of("--format", "dense", f"layer {index} of {source.folder}: {reason}")
+            advance(1)
 
 
 def write_dense(source: RoutedShards, folder: Path, dtype: str | None, progress: Progress) -> dict[str, Any]:
@@ -50,7 +52,8 @@ def write_dense(source: RoutedShards, folder: Path, dtype: str | None, progress:
     config = deepcopy(source.config.text_config)
     config.architectures, config.dtype = [type(source.parent).__name__], dtypes[0]
     config.save_pretrained(folder)
-    return {"stored_as": ", ".join(dtypes)} | compare_with_parent(source, folder)
+    with progress.doing("comparing with the parent"):
+        return {"stored_as": ", ".join(dtypes)} | compare_with_parent(source, folder)
 
 
 def ffn_tensors(mlp: GatedMLP, prefix: str, ffn: CutFFN) -> dict[str, torch.Tensor]:

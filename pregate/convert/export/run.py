@@ -21,13 +21,12 @@ from pregate.convert.export.options import ExportOptions
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
 from pregate.convert.files.routed_shards import RoutedShards
-from pregate.convert.measure.scoring import encode_all
+from pregate.convert.measure.scoring import encode_all, load_any
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_scored
 from pregate.convert.text.documents import read_documents
 from pregate.model.checkpoint import new_folder
 from pregate.model.folder import ModelFolder, read_folder
-from pregate.model.modeling import RoutedForCausalLM
 
 RECORD = "export.json"
 #: Median relative difference of logits that rounding may make, by the type exported; beyond it the export is refused.
@@ -44,14 +43,15 @@ def export(options: ExportOptions, progress: Progress = QUIET) -> dict[str, Any]
     """
     with new_folder(options.out) as folder:
         model_folder = read_folder(options.model)
-        source = RoutedShards(model_folder)
+        source = RoutedShards(model_folder, progress)
         if options.format == "adapter":
             return write_adapter(source, model_folder, options, folder, progress)
         model_folder.carry_over(folder)
         if options.format == "dense":
-            check_dense(source)
+            check_dense(source, progress)
             return write_dense(source, folder, options.dtype, progress)
-        check_expressible(source)
+        with progress.doing("checking layers"):
+            check_expressible(source)
         return _export_stock(source, model_folder, options, folder, progress)
 
 
@@ -62,12 +62,14 @@ def _export_stock(
     dtype, stock = getattr(torch, named), stock_config(source.config, named)
     context = stock.max_position_embeddings
     rows = _rows(options, model_folder, context, stock.vocab_size, progress)
-    routed: Any = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    scales = measure_scales(routed, rows, SCALE_TOKENS, dtype, options.scale)
+    routed = load_any(model_folder, progress)
+    with progress.doing("scaling gates"):
+        scales = measure_scales(routed, rows, SCALE_TOKENS, dtype, options.scale)
     factors = [scale.factor for scale in scales]
     write_stock_config(stock, folder)
     write_qwen2_moe(source, factors, folder, dtype, progress)
-    model = load_stock(folder)
+    with progress.doing("loading the export"):
+        model = load_stock(folder)
     model.generation_config = routed.generation_config  # of greedy texts; what the folder says of sampling stays there
     text = " ".join(map(str, options.text)) or None
     figures: dict[str, Any] = {
@@ -79,7 +81,7 @@ def _export_stock(
     }
     figures |= compare_logits(routed, model, rows, progress)
     _check_difference(options, named, figures["median_relative_difference"])
-    figures |= compare_texts(routed, model, rows, context)
+    figures |= compare_texts(routed, model, rows, context, progress)
     if not options.text:  # of random tokens it says nothing
         figures |= dict.fromkeys(("routed_perplexity", "exported_perplexity", "perplexity_ratio"))
     record = {"options": to_dict(options) | {"text": text}, "source": source.manifest.source, "figures": figures}
@@ -106,8 +108,9 @@ def _rows(
     if not options.text:
         shape = (RANDOM_ROWS, min(RANDOM_TOKENS, context))
         return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).tolist()
-    documents = read_documents(options.text, min(context, folder.context_tokens), "--text", options.text_field)
-    rows, _num_bytes = encode_all(folder.tokenizer, [d.text for d in documents], context, options.max_tokens)
+    with progress.doing("reading text"):
+        documents = read_documents(options.text, min(context, folder.context_tokens), "--text", options.text_field)
+        rows, _num_bytes = encode_all(folder.tokenizer, [d.text for d in documents], context, options.max_tokens)
     check_scored(rows, options.max_tokens, "--text", options.text, progress)
     return rows
 

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 
 from pregate.base.errors import UserError, in_one_line
 from pregate.convert.files.shards import DenseShards
-from pregate.convert.progress import Progress
+from pregate.convert.progress import QUIET, Progress
 from pregate.model.checkpoint import read_manifest
 from pregate.model.config_fields import without_outside_pad
 from pregate.model.file_hashes import file_sha256
@@ -52,13 +52,14 @@ def dense_config(folder: ModelFolder) -> Any:
     return without_outside_pad(config)
 
 
-def load_dense(folder: ModelFolder) -> Any:
+def load_dense(folder: ModelFolder, progress: Progress = QUIET) -> Any:
     """Load the dense model in float32; UserError when its weights are missing, damaged or not finite."""
     config = dense_config(folder)
     generation = GenerationConfig(eos_token_id=sorted(folder.eos_ids) or None)
     settings = {"dtype": torch.float32, "generation_config": generation, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder.path, config=config, **settings)
+        with progress.doing(f"loading {folder.path.name}"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder.path, config=config, **settings)
     except Exception as error:  # of a folder's files, whatever they hold: many kinds
         raise folder.refuse(f"its weights cannot be loaded ({in_one_line(error)})") from error
     model, info = loaded

@@ -14,10 +14,20 @@ from transformers import AutoModelForCausalLM
 
 from pregate.base.dtypes import dtype_name
 from pregate.convert.files.shards import DenseShards
-from pregate.model.checkpoint import read_manifest, verify_files
+from pregate.convert.progress import QUIET, Progress
+from pregate.model.checkpoint import Manifest, read_manifest, verify_files
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import GatedMLP, decoder_layers, find_gated_mlps
+
+
+def verified(folder: Path, progress: Progress) -> Manifest:
+    """The manifest of a checkpoint all of whose files are as it says; CheckpointError names the one that is not."""
+    manifest = read_manifest(folder)
+    num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
+    with progress.stage("checking files (bytes)", num_bytes) as advance:
+        verify_files(folder, manifest, True, advance)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -41,12 +51,11 @@ class RoutedShards:
     UserError for a dense model, CheckpointError for a folder that is damaged or foreign.
     """
 
-    def __init__(self, source: ModelFolder) -> None:
+    def __init__(self, source: ModelFolder, progress: Progress = QUIET) -> None:
         if not source.is_routed:
             raise source.refuse("is a dense model; allowed: a checkpoint of `pregate convert`")
         self.folder: Path = source.path
-        self.manifest = read_manifest(self.folder)
-        verify_files(self.folder, self.manifest, hashes=True)
+        self.manifest = verified(self.folder, progress)
         self.config: Any = RoutedConfig.from_pretrained(self.folder)
         with torch.device("meta"):
             #: The parent without weights: it knows the names.

@@ -29,11 +29,13 @@ def evaluate(options: EvaluateOptions, progress: Progress = QUIET) -> dict[str, 
     folder = read_folder(options.model, parent=options.parent)
     if options.controls and not folder.is_routed:
         raise UserError.of("--controls", "on", f"{options.model} is a dense model; allowed: a routed checkpoint")
-    text = ScoredText.read(folder, options.text, options.max_tokens, options.seed or 0, options.text_field)
+    with progress.doing("reading text"):
+        text = ScoredText.read(folder, options.text, options.max_tokens, options.seed or 0, options.text_field)
     check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
-    model = load_any(folder)
-    parent_path = dense_of(options.model, model, options.parent) if options.controls else None
-    parent = None if parent_path is None else load_dense(read_folder(parent_path, "--parent"))
+    model = load_any(folder, progress)
+    with progress.doing("looking for the parent"):
+        parent_path = dense_of(options.model, model, options.parent) if options.controls else None
+    parent = None if parent_path is None else load_dense(read_folder(parent_path, "--parent"), progress)
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, text.rows, meter, progress)
     result: dict[str, Any] = {

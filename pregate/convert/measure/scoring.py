@@ -20,6 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.files.dense import load_dense
+from pregate.convert.files.routed_shards import verified
 from pregate.convert.files.skeleton import with_forward
 from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
 from pregate.convert.progress import QUIET, Advance, Progress
@@ -190,11 +191,15 @@ def _metered(
     return MeteredPolicy(own, meter, real_T, paths_TLK)
 
 
-def load_any(folder: ModelFolder) -> Any:
+def load_any(folder: ModelFolder, progress: Progress = QUIET) -> Any:
     """Load a routed or a dense model folder in float32."""
-    if folder.is_routed:
-        return RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32).eval()
-    return load_dense(folder)
+    if not folder.is_routed:
+        return load_dense(folder, progress)
+    if folder.parent is None:  # an adapter's files are compared with its parent's as they are opened
+        verified(folder.path, progress)
+    settings = {"parent": folder.parent, "dtype": torch.float32, "hashes": None if folder.parent else False}
+    with progress.doing(f"loading {folder.path.name}"):
+        return RoutedForCausalLM.from_pretrained(folder.path, **settings).eval()
 
 
 def encode_all(

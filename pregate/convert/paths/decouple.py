@@ -12,7 +12,7 @@ from pregate.convert.files.assembly import assemble, write_checkpoint
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.scoring import score_rows
+from pregate.convert.measure.scoring import load_any, score_rows
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.paths.targets import TargetPool, collect_targets
@@ -45,17 +45,19 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
     source = read_folder(options.model)
     config = _layerwise_config(source)
     check_heads(options.shape(), config.cuts)
-    rows = read_rows(options, source)
+    with progress.doing("reading text"):
+        rows = read_rows(options, source)
     check_learned(rows, options.pool_tokens, "--text", options.text, progress)
     read = {"--model": str(options.model.resolve()), "its manifest": file_sha256(options.model / MANIFEST)[:16]}
     known = fingerprint(options.describe(), read | {"text": short_digest(rows)}, torch.device("cpu"))
     with open_partial(options.out, known, len(rows), options.restart, "document") as partial:
-        model = RoutedForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+        model = load_any(source, progress)
         if not options.predict:
             _refuse_weights(model, options)
         pool = _collected(model, rows, options, partial, progress)
         if options.heads == "single":
-            pool = align_experts(model, pool)
+            with progress.doing("aligning experts"):
+                pool = align_experts(model, pool)
         router, figures = train_router(model, pool, options, progress, partial)
         measured_on = pool.held_back().rows
         figures |= _figures("layerwise", model, measured_on, progress)
@@ -64,7 +66,7 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
             figures |= _figures("path", routed, measured_on, progress)
         figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
-        with writing(options.out, partial.checkpoint):
+        with writing(options.out, partial.checkpoint), progress.doing("writing the checkpoint"):
             kept = {} if options.heads == "single" else read_factors(source.path)  # there experts were put in order
             write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype, kept | router.factors)
         partial.finish()

@@ -192,7 +192,7 @@ def quality_chart(figures: Figures, width: int) -> Markup:
     values, shares = [p.perplexity for p in points], [p.active_share for p in points]
     for curve in quality.curves:
         ran = [c for c in zip(curve.num_active, curve.active_shares, curve.perplexities, strict=True) if isfinite(c[2])]
-        notes = [f"{curve.name}, {n:.3g} routed experts: {_told(share, value)}" for n, share, value in ran]
+        notes = [f"{curve.name}, {n:.3g} routed experts: {_figures_of(share, value)}" for n, share, value in ran]
         line = [(share, value, note) for (_, share, value), note in zip(ran, notes, strict=True)]
         values, shares = values + [value for _, _, value in ran], shares + [share for _, share, _ in ran]
         if not line:
@@ -204,14 +204,14 @@ def quality_chart(figures: Figures, width: int) -> Markup:
     _scale(chart.axes, values, shares)
     for p in points:
         colour, strong = COLOUR_OF.get(p.name, OTHER_COLOUR), p.name == quality.own
-        chart.line([(p.active_share, p.perplexity, f"{p.name}: {_told(p.active_share, p.perplexity)}")],
+        chart.line([(p.active_share, p.perplexity, f"{p.name}: {_figures_of(p.active_share, p.perplexity)}")],
                    colour, "None", 12 if strong else 8)  # fmt: skip
         chart.name(p.active_share, p.perplexity, labels[p], colour, strong)
     chart.titles("share of the FFN that runs", "perplexity")
     return chart.svg()
 
 
-def _told(share: float, perplexity: float) -> str:
+def _figures_of(share: float, perplexity: float) -> str:
     return f"{percent(share)} of the FFN, perplexity {number(perplexity)}"
 
 
@@ -249,8 +249,8 @@ def agreement_chart(figures: Figures, width: int) -> Markup:
     layers = [a.layer for a in figures.agreements]
     random = figures.quality.point(RANDOM)
     if random is not None and random.mean_overlap is not None:
-        chance, told = random.mean_overlap, f"random experts: {percent(random.mean_overlap)}"
-        chart.line([(min(layers), chance, told), (max(layers), chance, told)], "c4", "--", 0)
+        chance, label = random.mean_overlap, f"random experts: {percent(random.mean_overlap)}"
+        chart.line([(min(layers), chance, label), (max(layers), chance, label)], "c4", "--", 0)
         chart.name(max(layers), chance, "random experts", "c4")
     for pair, found in lines.items():
         if found:

@@ -28,8 +28,14 @@ MAX_FLOWS, FEW_FLOWS, MANY_EXPERTS = 6, 3, 32
 
 def render(figures: Figures, template: str = "page.html") -> str:
     """The whole page as HTML text, or one part of it."""
-    quality, told = figures.quality, json.dumps(figures.manifest, indent=1, sort_keys=True)
-    shown = {"f": figures, "quality": quality, "own": quality.own_point, "model": figures.model, "manifest_json": told}
+    quality, manifest = figures.quality, json.dumps(figures.manifest, indent=1, sort_keys=True)
+    shown = {
+        "f": figures,
+        "quality": quality,
+        "own": quality.own_point,
+        "model": figures.model,
+        "manifest_json": manifest,
+    }
     return _environment().get_template(template).render(shown)
 
 

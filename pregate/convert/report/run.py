@@ -41,7 +41,8 @@ def report(options: ReportOptions, progress: Progress = QUIET) -> Figures:
     for text that cannot be read, and for a model to compare with that reads the text as other tokens.
     """
     figures = measure(options, _Runs(progress))
-    page = render(figures)
+    with progress.doing("drawing the page"):
+        page = render(figures)
     try:
         write_whole(options.out, lambda path: path.write_text(page, encoding="utf-8"))
     except OSError as error:
@@ -56,8 +57,13 @@ class _Runs(Progress):
         self._progress, self._num_runs = progress, 0
 
     def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
+        if not name.startswith("scoring"):
+            return self._progress.stage(name, total)
         self._num_runs += 1
         return self._progress.stage(f"{name}, run {self._num_runs}", total)
+
+    def doing(self, name: str) -> AbstractContextManager[None]:
+        return self._progress.doing(name)
 
     def note(self, sentence: str) -> None:
         self._progress.note(sentence)
@@ -69,12 +75,14 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     folder = read_folder(options.model, parent=options.parent)
     stored, manifest = _routed_config(folder), read_manifest(options.model)
     tuned = options.tuned_parent and tuned_parent(options.tuned_parent, options.model, manifest)
-    text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)
+    with progress.doing("reading text"):
+        text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)
     check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
-    others = _others(options, text)
-    model: RoutedForCausalLM = load_any(folder)
-    parent_path = dense_of(options.model, model, options.parent)
-    parent = None if parent_path is None else _load("--parent", parent_path, text)
+    others = _others(options, text, progress)
+    model: RoutedForCausalLM = load_any(folder, progress)
+    with progress.doing("looking for the parent"):
+        parent_path = dense_of(options.model, model, options.parent)
+    parent = None if parent_path is None else _load("--parent", parent_path, text, progress)
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
     del parent
     routes = measure_routes(model, text.rows, progress)
@@ -111,24 +119,24 @@ def _routed_config(folder: ModelFolder) -> RoutedConfig:
     return config
 
 
-def _others(options: ReportOptions, text: ScoredText) -> list[tuple[str, Any]]:
+def _others(options: ReportOptions, text: ScoredText, progress: Progress) -> list[tuple[str, Any]]:
     """The models to show beside it, by name; the tuned parent, where there is one, is the last."""
     names = [p.resolve().name for p in (options.model, *options.compare)]
-    others = [
-        (str(path) if names.count(path.resolve().name) > 1 else path.resolve().name, _load("--compare", path, text))
-        for path in options.compare
-    ]
-    return others + [("tuned dense parent", _load(TUNED_PARENT, path, text)) for path in [options.tuned_parent] if path]
+    called = [str(path) if names.count(path.resolve().name) > 1 else path.resolve().name for path in options.compare]
+    given = [(name, "--compare", path) for name, path in zip(called, options.compare, strict=True)]
+    given += [("tuned dense parent", TUNED_PARENT, path) for path in [options.tuned_parent] if path]
+    return [(name, _load(option, path, text, progress)) for name, option, path in given]
 
 
-def _load(option: str, path: Path, text: ScoredText) -> Any:
+def _load(option: str, path: Path, text: ScoredText, progress: Progress) -> Any:
     """A model to show beside the reported one; `option` says who named it. All but those to compare are dense."""
     folder = read_folder(path, option)
-    text.check_same_tokens(folder)
+    with progress.doing("comparing tokens"):
+        text.check_same_tokens(folder)
     if option != "--compare" and folder.is_routed:
         what = "it was made from" if option == "--parent" else "it was made from, tuned as it was"
         raise folder.refuse(f"is a routed checkpoint; allowed: the dense model {what}")
-    return load_any(folder)
+    return load_any(folder, progress)
 
 
 def describe(

@@ -1,4 +1,4 @@
-"""What a checkpoint's folder tells of its training: the curves of `training.jsonl`, and what the manifest says; and
+"""What a checkpoint's folder says of its training: the curves of `training.jsonl`, and what the manifest says; and
 whether another folder is the dense parent tuned as the checkpoint was, by what the two manifests tell.
 
 `pregate tune` writes one JSON object a line: "step", and any of "loss", "cross_entropy", "kl", "learning_rate",
@@ -44,7 +44,7 @@ class TrainingCurve:
 
 
 def tuning_of(manifest: Manifest) -> dict[str, dict[str, Any]] | None:
-    """What `manifest` tells of its last tuning: "asked", "text" and "outcome"; None where it lacks any of it.
+    """What `manifest` says of its last tuning: "asked", "text" and "outcome"; None where it lacks any of it.
 
     "refit" in "outcome" says whether it began with a fit in closed form.
     """
@@ -52,8 +52,8 @@ def tuning_of(manifest: Manifest) -> dict[str, dict[str, Any]] | None:
     found = {"asked": (ASKED, asked), "text": (TUNED_ON, text), "outcome": (OUTCOME, outcome)}
     if any(name not in said for names, said in found.values() for name in names):
         return None
-    told = {part: {name: said[name] for name in names} for part, (names, said) in found.items()}
-    return told | {"outcome": told["outcome"] | {"refit": outcome.get("refit") is not None}}
+    parts = {part: {name: said[name] for name in names} for part, (names, said) in found.items()}
+    return parts | {"outcome": parts["outcome"] | {"refit": outcome.get("refit") is not None}}
 
 
 def training_curves(folder: Path) -> tuple[TrainingCurve, ...]:

@@ -116,19 +116,20 @@ def read_calibration(
     each starts anywhere in the documents joined by blank lines (as CMoE's released code draws them).
     UserError where there is no text, or too little; where there is less than asked for, that is noted.
     """
-    documents = read_documents(paths, length, OPTION, text_field, whole_paragraphs=draw == "stream")
-    files = tuple(dict.fromkeys(d.source for d in documents))
-    wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
-    if draw == "stream":
-        ids = encode(tokenizer, "\n\n".join(d.text for d in documents), None)
-        kept, held_back = stream_windows(ids, length, samples, wanted, seed)
-        found = len(ids) // length
-    else:
-        drawn = draw_documents(documents, seed)
-        windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
-        found = sum(len(window) == length for window in windows)
-        held = min(wanted, len(windows) // 4)
-        kept, held_back = windows[held:][:samples], windows[:held]
+    with progress.doing("reading text"):
+        documents = read_documents(paths, length, OPTION, text_field, whole_paragraphs=draw == "stream")
+        files = tuple(dict.fromkeys(d.source for d in documents))
+        wanted = min(MAX_HELD_BACK, max(1, samples // HELD_BACK_SHARE))
+        if draw == "stream":
+            ids = encode(tokenizer, "\n\n".join(d.text for d in documents), None)
+            kept, held_back = stream_windows(ids, length, samples, wanted, seed)
+            found = len(ids) // length
+        else:
+            drawn = draw_documents(documents, seed)
+            windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
+            found = sum(len(window) == length for window in windows)
+            held = min(wanted, len(windows) // 4)
+            kept, held_back = windows[held:][:samples], windows[:held]
     _check_windows(found, samples + wanted, length, paths, progress)
     return Calibration(kept, held_back, files)
 

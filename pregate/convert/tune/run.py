@@ -19,7 +19,7 @@ from pregate.convert.files.shards import DenseShards
 from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import QUIET, Progress
-from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, check_amount
+from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, LEAST_TOKENS, check_amount
 from pregate.convert.tune.data import TuningRows, read_rows
 from pregate.convert.tune.figures import earlier_figures, tuned_figures
 from pregate.convert.tune.loop import Record, Tuner
@@ -48,30 +48,26 @@ def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
     check_teacher(options, source, teacher_source)
     device = pick_device(options.device)
     rows = _rows(options, source, progress)
-    read = {
-        "--model": str(options.model.resolve()),
-        "the model's shards": DenseShards.of(source).stamp,
-        "text": rows.digest(),
-    }
+    read = {"--model": str(options.model.resolve()), "the model's shards": DenseShards.of(source).stamp}
     if teacher_source is not None:
         read |= {"--teacher": str(teacher_source.path.resolve()), "its shards": DenseShards.of(teacher_source).stamp}
-    known = fingerprint(options.describe(), read, device)
+    known = fingerprint(options.describe(), read | {"text": rows.digest()}, device)
     with open_partial(options.out, known, 0, options.restart, "step", "tuning run") as partial:
-        model = load_any(source).to(device)
-        teacher = load_teacher(options, teacher_source, model)
+        model = load_any(source, progress).to(device)
+        teacher = load_teacher(options, teacher_source, model, progress)
 
-        def told(figures: Record) -> None:
+        def keep(figures: Record) -> None:
             record(partial, figures)
             if "validation_perplexity" in figures:
                 progress.note(f"step {figures['step']}: validation perplexity {figures['validation_perplexity']}")
 
-        tuner = Tuner(model, rows, options, teacher, told, progress)
+        tuner = Tuner(model, rows, options, teacher, keep, progress)
         if resume(partial, tuner):
             progress.note(partial.state.going_on)
         elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
             _refit(tuner, is_parent_shaped(source, teacher_source), partial, progress)
         _run(tuner, options, partial, progress)
-        with writing(options.out, options.out):
+        with writing(options.out, options.out), progress.doing("writing the checkpoint"):
             _write(tuner, options, source, partial)
         partial.finish()
     manifest = read_manifest(options.out)
@@ -86,10 +82,13 @@ def _rows(options: TuneOptions, source: ModelFolder, progress: Progress) -> Tuni
     """The text as the model's tokens; UserError where it is too little."""
     length = min(options.sequence_length, source.context_tokens)
     share, field = options.validation_share, options.text_field
-    rows = read_rows(options.text, source.tokenizer, length, share, options.seed, options.validation, field)
+    with progress.doing("reading text"):
+        rows = read_rows(options.text, source.tokenizer, length, share, options.seed, options.validation, field)
     check_amount(sum(map(len, rows.training)), ENOUGH_TO_TRAIN, "--text", options.text, progress)
-    held_out, option = (options.validation, "--validation") if options.validation else (options.text, "--text")
-    check_amount(sum(map(len, rows.held_back)), ENOUGH_TO_MEASURE, option, held_out, progress, least=2)
+    held_out, option, least = options.text, "--text", 2
+    if options.validation:
+        held_out, option, least = options.validation, "--validation", LEAST_TOKENS
+    check_amount(sum(map(len, rows.held_back)), ENOUGH_TO_MEASURE, option, held_out, progress, least)
     return rows
 
 
@@ -119,7 +118,7 @@ def is_parent_shaped(source: ModelFolder, teacher: ModelFolder | None) -> bool:
     return teacher is not None and all(source.text.get(key) == teacher.text.get(key) for key in keys)
 
 
-def load_teacher(options: TuneOptions, source: ModelFolder | None, model: Any) -> Any:
+def load_teacher(options: TuneOptions, source: ModelFolder | None, model: Any, progress: Progress = QUIET) -> Any:
     """The frozen model whose distributions the student is to keep to, on its device; None where none is asked for.
 
     UserError for a routed model without one whose experts overlap or leave neurons out: they are not its parent.
@@ -127,7 +126,7 @@ def load_teacher(options: TuneOptions, source: ModelFolder | None, model: Any) -
     if not options.wants_teacher:
         return None
     if source is not None:
-        teacher = load_dense(source).to(model.device)
+        teacher = load_dense(source, progress).to(model.device)
     elif not isinstance(model, RoutedForCausalLM):
         teacher = deepcopy(model)
     elif model.is_partition:

@@ -30,7 +30,7 @@ COLLECTING, TRAINING = "collecting targets", "training the path router"
 
 
 class StopsIn(Progress):
-    """Raises Ctrl-C once a stage has advanced so far; keeps what it was told, stage by stage."""
+    """Raises Ctrl-C once a stage has advanced so far; keeps what it was progress, stage by stage."""
 
     def __init__(self, stage: str = "", number: int = -1) -> None:
         self._stage, self._number = stage, number
@@ -48,6 +48,11 @@ class StopsIn(Progress):
 
         yield advance
         assert sum(done) == total, name
+
+    @contextmanager
+    def doing(self, name: str) -> Iterator:
+        yield
+        self.steps[name] = [1]
 
     def note(self, sentence: str) -> None:
         self.notes.append(sentence)
@@ -79,11 +84,11 @@ def test_it_goes_on_where_it_was_and_gives_the_same(options: DecoupleOptions, mo
     state = read_state(options.out)
     assert state is not None
     assert state.layers_done == 4
-    told = StopsIn()
-    resumed = decouple(options, told)
-    assert told.notes[-1] == "going on after step 4 of 7, where the last run was interrupted"
-    assert told.steps[TRAINING] == [4, 1, 1, 1]
-    assert len(told.steps[COLLECTING]) == 1, "read at once, in one piece"
+    progress = StopsIn()
+    resumed = decouple(options, progress)
+    assert progress.notes[-1] == "going on after step 4 of 7, where the last run was interrupted"
+    assert progress.steps[TRAINING] == [4, 1, 1, 1]
+    assert len(progress.steps[COLLECTING]) == 1, "read at once, in one piece"
     assert resumed.figures == straight.figures
     assert shards(options.out) == shards(tmp_path / "straight")
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "text") == ["out", "straight"]
@@ -91,11 +96,12 @@ def test_it_goes_on_where_it_was_and_gives_the_same(options: DecoupleOptions, mo
 
 def test_every_long_loop_has_a_stage(options: DecoupleOptions):
     """After the training it used to be silent for minutes."""
-    told = StopsIn()
-    decouple(options, told)
-    expected = [COLLECTING, TRAINING, "setting thresholds", "comparing choices", "scoring layerwise"]
-    assert list(told.steps) == [*expected, "scoring path"]
-    assert all(told.steps.values())  # each to its total, which a stage checks as it ends
+    progress = StopsIn()
+    decouple(options, progress)
+    reading = ["reading text", "checking files (bytes)", f"loading {options.model.name}"]
+    measuring = ["setting thresholds", "comparing choices", "scoring layerwise", "scoring path"]
+    assert list(progress.steps) == [*reading, COLLECTING, TRAINING, *measuring, "writing the checkpoint"]
+    assert all(progress.steps.values())  # each to its total, which a stage checks as it ends
 
 
 @pytest.mark.parametrize("more", [{}, {"predict": True}], ids=str)
@@ -114,9 +120,10 @@ def test_targets_are_kept_a_piece_at_a_time(
     assert state is not None
     assert (state.layers_done, state.num_layers) == (first, first + second + sum(others))
     assert f"interrupted after document {first} of {state.num_layers}; " in state.interrupted
-    told = StopsIn()
-    resumed = decouple(options, told)
-    assert told.notes[-1].startswith(f"going on after document {first} of {state.num_layers}, where the last run was")
+    progress = StopsIn()
+    resumed = decouple(options, progress)
+    where = f"document {first} of {state.num_layers}"
+    assert progress.notes[-1].startswith(f"going on after {where}, where the last run was")
     assert resumed.figures == straight.figures
     assert shards(options.out) == shards(tmp_path / "straight")
 
