@@ -11,7 +11,7 @@ from pregate.cli.printed import (
     print_figures,
     print_written,
     progress_bars,
-    told_if_interrupted,
+    say_if_interrupted,
 )
 from pregate.convert.cut.options import RECIPES, ConvertOptions
 from pregate.convert.export.apply import ApplyOptions
@@ -37,7 +37,7 @@ def convert(options: ConvertOptions) -> None:
     from pregate.convert.cut.conversion import convert as run
     from pregate.convert.files.partial import interrupted
 
-    with told_if_interrupted(interrupted, options.out):
+    with say_if_interrupted(interrupted, options.out):
         figures = run(options, progress_bars()).figures
     print_written(options.out, figures)
 
@@ -48,7 +48,7 @@ def decouple(options: DecoupleOptions) -> None:
     from pregate.convert.files.partial import interrupted
     from pregate.convert.paths.decouple import decouple as run
 
-    with told_if_interrupted(interrupted, options.out):
+    with say_if_interrupted(interrupted, options.out):
         figures = run(options, progress_bars()).figures["decouple"]  # the others were measured on another text
     print_written(options.out, figures)
 
@@ -59,7 +59,7 @@ def tune(options: TuneOptions) -> None:
     from pregate.convert.files.partial import interrupted
     from pregate.convert.tune.run import tune as run
 
-    with told_if_interrupted(interrupted, options.out):
+    with say_if_interrupted(interrupted, options.out):
         figures = run(options, progress_bars()).figures["tune"]
     print_written(options.out, figures)
 

@@ -43,7 +43,7 @@ def progress_bars() -> RichProgress:
 
 
 @contextmanager
-def told_if_interrupted(describe: Callable[[Path], str], out: Path) -> Iterator[None]:
+def say_if_interrupted(describe: Callable[[Path], str], out: Path) -> Iterator[None]:
     """On Ctrl-C say what is left of the run and how to go on."""
     try:
         yield

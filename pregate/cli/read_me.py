@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from pregate.cli.flags import command
-from pregate.cli.printed import progress_bars, told_if_interrupted
+from pregate.cli.printed import progress_bars, say_if_interrupted
 from pregate.convert.domains.options import ReadMeOptions
 
 
@@ -17,7 +17,7 @@ def read_me(options: ReadMeOptions) -> None:
     from pregate.convert.domains.run import read_me as run
     from pregate.convert.files.partial import interrupted
 
-    with told_if_interrupted(interrupted, options.out):
+    with say_if_interrupted(interrupted, options.out):
         manifest = run(options, progress_bars())
     print_figures(manifest.figures)
     typer.echo(f"written: {options.out}")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def around(**changed):
-    told = {name: f"this {name}" for name in SAME}
+    said = {name: f"this {name}" for name in SAME}
     first = {
         "command": "first",
         "date": "today",
@@ -22,7 +22,7 @@ def around(**changed):
         "ceilings": {"copy_gbyte_s": 1.0},
         "left_out": [],
     }
-    return {**told, **first, **changed}
+    return {**said, **first, **changed}
 
 
 def cell(tokens: int) -> dict:

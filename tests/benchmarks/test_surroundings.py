@@ -10,7 +10,7 @@ from benchmarks.surroundings import ROOT, shown
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "expected"),
     [
         (ROOT / "runs" / "a", "runs/a"),
         (ROOT.parent / "shared", "../shared"),
@@ -20,8 +20,8 @@ from benchmarks.surroundings import ROOT, shown
         (800000, "800000"),
     ],
 )
-def test_paths_are_told_by_where_they_lie_from_here(given: object, told: str):
-    assert shown(given) == told
+def test_paths_are_said_by_where_they_lie_from_here(given: object, expected: str):
+    assert shown(given) == expected
 
 
 def test_recorded_results_name_no_folder_of_the_machine_they_were_measured_on():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pregate.base.errors import UnavailableError, UserError
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from tests.cluster.leftovers import (
     ROOT,
@@ -82,7 +82,7 @@ def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):
     loop = LoopThread()
     with local_engine(tiny_path_checkpoint) as engine, socket_folder() as folder:
         client = EngineClient(f"ipc://{folder}/e", options=EngineClientOptions(keep_alive_s=0.05, silence_s=0.5))
-        service = RouterService(client, tiny_path_checkpoint, "tiny")
+        service = DoorService(client, tiny_path_checkpoint, "tiny")
         replica: Any = SimpleNamespace(_deployment=SimpleNamespace(lost=None), _service=service)
         with engine_thread(engine, f"ipc://{folder}/e"):
             loop.call(service.model_info())

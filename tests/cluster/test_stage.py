@@ -21,6 +21,6 @@ def test_a_long_stage_is_said_again_and_a_failed_one_no_more(monkeypatch):
     with pytest.raises(ValueError, match="bad"), stage.stage(say, "checking the model"):
         fails()
     assert said[:3] == ["checking the model", *["checking the model (after 0 s)"] * 2]
-    told = len(said)
+    number = len(said)
     assert not any(thread.name == "pregate-stage" for thread in threading.enumerate())
-    assert len(said) == told
+    assert len(said) == number

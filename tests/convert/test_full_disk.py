@@ -35,9 +35,9 @@ def test_a_full_disk_is_one_sentence_and_work_goes_on(
     out = tmp_path / "out"
     with files_of_at_most(max(map(len, straight.values())) - 1):
         assert main([*command, str(out)]) == 1
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    assert re.search(rf"^pregate: --out {out}: .* cannot be written .* the same command goes on$", told, re.M)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert re.search(rf"^pregate: --out {out}: .* cannot be written .* the same command goes on$", said, re.M)
     assert not out.exists()
     assert main([*command, str(out)]) == 0
     assert KEPT.get(name, "") in capsys.readouterr().err

@@ -56,9 +56,10 @@ def test_a_file_put_in_its_place_changes_nothing(copy: Path):
 
 
 SERVED = """
-import os, sys
+import sys
 from pathlib import Path
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
+from tests.model.test_changed_files import cut, write_over
 from tests.router.serving import engine_in_process
 
 def text(engine, name):
@@ -71,11 +72,12 @@ def text(engine, name):
 folder = Path(sys.argv[1])
 with engine_in_process(folder, 1) as engine:
     before = text(engine, "before")
-    os.truncate(folder / "model.safetensors", 4096)
-    assert len(before) == 12 and text(engine, "after") == before
+    for harm in (write_over, cut):
+        harm(folder)
+        assert len(before) == 12 and text(engine, harm.__name__) == before, harm
 """
 
 
-def test_a_backbone_outlives_the_file_it_came_from(copy: Path):
-    """In a process of its own, which a mapped weight would kill (SIGBUS)."""
+def test_an_engine_outlives_the_file_it_came_from(copy: Path):
+    """Written over while it serves, and cut: in a process of its own, which a mapped weight would kill (SIGBUS)."""
     subprocess.run([sys.executable, "-c", SERVED, str(copy)], check=True, timeout=120)

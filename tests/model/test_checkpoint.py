@@ -1,4 +1,4 @@
-"""Checkpoints: round trips bit for bit, single units, and what damaged or foreign folders are told."""
+"""Checkpoints: round trips bit for bit, single units, and what is said of damaged or foreign folders."""
 
 import json
 import shutil

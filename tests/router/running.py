@@ -20,7 +20,7 @@ from pregate.client.client import Client
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
-from pregate.router.doors.service import RouterService, ServiceOptions
+from pregate.router.doors.service import DoorService, ServiceOptions
 from pregate.router.engine.engine import Engine
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from pregate.router.link.messages import Message
@@ -72,7 +72,7 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever)
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
 
     def call(self, coroutine: Coroutine[Any, Any, Any], timeout_s: float = 60.0) -> Any:
@@ -85,7 +85,7 @@ class LoopThread:
 
 
 class RawDoor:
-    """Speaks packets, and only when told to."""
+    """Speaks packets, and only when asked to."""
 
     def __init__(self, endpoint: str) -> None:
         self.socket = zmq.Context.instance().socket(zmq.DEALER)
@@ -128,7 +128,7 @@ class Door:
     """A gRPC front door that listens, and ways to reach it."""
 
     loop: LoopThread
-    service: RouterService
+    service: DoorService
     server: GrpcServer
     target: str
     client: Client
@@ -153,7 +153,7 @@ def door(
     """A gRPC front door of the engine at `endpoint`; `engine_first`: it has answered before, as in a deployment."""
     loop = LoopThread()
     engine_client = EngineClient(endpoint, options=client_options, context=context)
-    service = RouterService(engine_client, tokenizer_dir, name, options=service_options)
+    service = DoorService(engine_client, tokenizer_dir, name, options=service_options)
     server = GrpcServer(service, grpc_options or GrpcOptions(port=0))
     try:
         if engine_first:

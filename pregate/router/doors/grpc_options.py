@@ -21,5 +21,5 @@ class GrpcOptions:
     access: AccessOptions = field(default_factory=AccessOptions)
     health_poll_s: Annotated[float, Field(gt=0, description="Seconds between looks at the engine's health.")] = 0.25
     retry_after_s: Annotated[
-        int, Field(ge=0, description="Seconds that a client refused by a full queue is told to wait.")
+        int, Field(ge=0, description="Seconds after which a client refused by a full queue may ask again.")
     ] = 1

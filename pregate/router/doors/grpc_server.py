@@ -21,7 +21,7 @@ from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.client.proto import pregate_pb2 as pb
 from pregate.router.doors.access import cache_salt, is_authorized
 from pregate.router.doors.grpc_options import GrpcOptions
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.messages import SamplingParams
 
 logger = log.get_logger(__name__)
@@ -48,9 +48,9 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class GrpcServer:
-    """Serves a RouterService. Raises UserError for options that cannot work: interface, files, port in use."""
+    """Serves a DoorService. Raises UserError for options that cannot work: interface, files, port in use."""
 
-    def __init__(self, service: RouterService, options: GrpcOptions) -> None:
+    def __init__(self, service: DoorService, options: GrpcOptions) -> None:
         self._service = service
         self._options = options
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - untyped package
@@ -120,7 +120,7 @@ class GrpcServer:
 class _Calls:
     """The service's calls. They take bytes: gRPC's own word for a message that cannot be decoded is UNKNOWN."""
 
-    def __init__(self, service: RouterService, options: GrpcOptions) -> None:
+    def __init__(self, service: DoorService, options: GrpcOptions) -> None:
         self._service = service
         self._options = options
 

@@ -1,4 +1,4 @@
-"""The HTTP front door: OpenAI-style `/v1/completions` and `/v1/models`, and `/health`, over a RouterService."""
+"""The HTTP front door: OpenAI-style `/v1/completions` and `/v1/models`, and `/health`, over a DoorService."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pregate.base import log
 from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.base.errors import PregateError, UserError
 from pregate.router.doors.access import cache_salt, is_authorized
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.messages import SamplingParams
 
 logger = log.get_logger(__name__)
@@ -137,7 +137,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 
 
-def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), timeout_s: float = 600.0) -> FastAPI:
+def build_app(service: DoorService, *, tokens: frozenset[str] = frozenset(), timeout_s: float = 600.0) -> FastAPI:
     """Return the application. With `tokens`, all but `/health` ask for one; `timeout_s` is each request's deadline."""
     app = FastAPI(title="pregate", docs_url=None, redoc_url=None)
     app.add_exception_handler(PregateError, _on_error)
@@ -187,7 +187,7 @@ def build_app(service: RouterService, *, tokens: frozenset[str] = frozenset(), t
 class _BoundedBody:
     """Refuses a body that is larger than any prompt that fits the context, without reading it to its end."""
 
-    def __init__(self, app: ASGIApp, service: RouterService) -> None:
+    def __init__(self, app: ASGIApp, service: DoorService) -> None:
         self._app, self._service = app, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -53,7 +53,7 @@ class PackedRoute:
     version: str
 
 
-class RouterService:
+class DoorService:
     """Speaks token ids to the engine and text to the doors. Raises CheckpointError without a readable tokenizer.
 
     `path_client` leads to the path service, where there is one: a prompt goes there first, and to the engine with its
@@ -303,7 +303,7 @@ def _copies(request: SubmitRequest, n: int) -> list[SubmitRequest]:
 
 def connect_service(
     engine_endpoint: str, path_endpoint: str | None, tokenizer_dir: str | Path, model_name: str
-) -> RouterService:
+) -> DoorService:
     """A service over the engine and the path service (None: there is none) at these endpoints."""
     paths = None if path_endpoint is None else EngineClient(path_endpoint, name="the path service")
-    return RouterService(EngineClient(engine_endpoint), tokenizer_dir, model_name, path_client=paths)
+    return DoorService(EngineClient(engine_endpoint), tokenizer_dir, model_name, path_client=paths)

@@ -166,8 +166,8 @@ def check_plan(plan: StepPlan, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> 
             experts = np.repeat(group.index.expert_ids, group.index.counts)
             assert (hosts_of_LR[layer, experts] == group.host).all(), "only the home host is asked"
             served += zip(group.rows[group.index.row_index].tolist(), experts.tolist(), strict=True)
-            told = plan.hosts[group.host].layer(layer)
-            assert np.array_equal(told.row_index, group.index.row_index), "the host plan says the same"
+            sent = plan.hosts[group.host].layer(layer)
+            assert np.array_equal(sent.row_index, group.index.row_index), "the host plan says the same"
         wanted = {(t, int(e)) for t, row in enumerate(ids_TLK[:, layer]) for e in row if e >= 0}
         assert len(served) == len(wanted) and set(served) == wanted, "every pair once"
         for token, row in enumerate(ids_TLK[:, layer]):

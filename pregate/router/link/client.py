@@ -149,7 +149,7 @@ class EngineClient:
         try:
             await self._send(CancelRequest(request_id))
         except UnavailableError as error:
-            # An engine that cannot be told drops the request when it misses it in our keep-alives.
+            # An engine that cannot be reached drops the request when it misses it in our keep-alives.
             logger.info("cancel of %s: %s", request_id, error)
 
     async def route(

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 
 class LocalUnits:
-    """What a host holds and computes with, shared with one engine. `count` is told layers, rows of each and pairs.
-    `ffn_is_ours` says that nobody asked for `ffn` by name, `looks_ahead` that units come before they are asked for."""
+    """What a host holds and computes with, shared with one engine. `count` is called with layers, rows of each and
+    pairs. `ffn_is_ours` says that nobody asked for `ffn` by name, `looks_ahead` that units come before they are asked
+    for."""
 
     def __init__(
         self,

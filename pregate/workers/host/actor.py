@@ -24,7 +24,7 @@ TRANSPORTS = ("ipc", "tcp")
 
 @dataclass(frozen=True)
 class ActorOptions:
-    """One host as its actor is told to be.
+    """What a host that is an actor is.
 
     `units` are (layer, expert) of the folder `checkpoint`, or of an adapter's with the dense model `parent`.
     `ipc_folder` (mode 700, made if missing) is needed by transport ipc; tcp listens on `bind_address` (None: this

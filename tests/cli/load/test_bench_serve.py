@@ -9,7 +9,7 @@ import pytest
 
 from pregate.cli.main import main
 from pregate.router.doors.openai_app import build_app
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
 from tests.router.doors.test_openai_app import HttpServer
 from tests.router.running import door, engine_thread, local_engine, socket_folder
@@ -22,7 +22,7 @@ def targets(tiny_path_checkpoint: Path):
     with local_engine(tiny_path_checkpoint, **options) as engine, socket_folder() as folder:
         endpoint = f"ipc://{folder}/engine.sock"
         with engine_thread(engine, endpoint), door(endpoint, tiny_path_checkpoint, engine_first=True) as front:
-            server = HttpServer(build_app(RouterService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")))
+            server = HttpServer(build_app(DoorService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")))
             yield {"grpc": front.target, "openai": server.url}
             server.close()
 

@@ -103,10 +103,10 @@ def test_a_killed_conversion_goes_on(
     with monkeypatch.context() as patched:
         ctrl_c_after(patched, state.layers_done + 3)
         assert main([*arguments, "--out", str(out)]) == 130
-    told = capsys.readouterr().err
-    assert f"going on after layer {state.layers_done} of 24" in told
+    said = capsys.readouterr().err
+    assert f"going on after layer {state.layers_done} of 24" in said
     assert re.search(
-        rf"^pregate: interrupted after layer {state.layers_done + 3} of 24; the same command goes on there", told, re.M
+        rf"^pregate: interrupted after layer {state.layers_done + 3} of 24; the same command goes on there", said, re.M
     )
     assert main([*arguments, "--out", str(out)]) == 0
     assert main([*arguments, "--out", str(tmp_path / "straight")]) == 0

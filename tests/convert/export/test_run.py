@@ -115,6 +115,21 @@ def test_stock_model_is_the_routed_one(parent: str, tiny_dense: Path, tiny_text:
     assert stored(tmp_path / "out").keys() == again.keys()
 
 
+def test_every_text_that_is_given_is_measured_on(stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
+    """The last path won."""
+    paragraphs, found = tiny_text.read_text(encoding="utf-8").split("\n\n"), []
+    for name, some in {"a": paragraphs[:8], "b": paragraphs[8:]}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(some), encoding="utf-8")
+    files = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    for number, texts in enumerate((files[:1], files[1:], files)):
+        out = tmp_path / str(number)
+        command = ["export", "--model", str(stock_checkpoint), "--out", str(out), "--format", "qwen2_moe", "--text"]
+        assert main([*command, *texts]) == 0
+        found.append(json.loads((out / "export.json").read_text())["figures"])
+    assert found[2]["num_positions"] == found[0]["num_positions"] + found[1]["num_positions"]
+    assert found[2]["measured_on"] == " ".join(files)
+
+
 def test_record_and_older_readers(stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
     """What was measured lies in the folder; the config has rotation and type under transformers 4's names too."""
     out = tmp_path / "out"

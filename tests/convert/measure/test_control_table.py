@@ -141,14 +141,14 @@ def test_agreement_with_the_oracle(checkpoint: tuple[str, Path], table: dict):
         assert meter.figures()["path_vs_oracle"].items() <= table["path router"].items()
 
 
-def test_the_gate_in_force_gives_the_checkpoints_own_score(tiny_layerwise_checkpoint: Path):
+def test_the_gate_in_use_gives_the_checkpoints_own_score(tiny_layerwise_checkpoint: Path):
     model = _load(tiny_layerwise_checkpoint)
     own = score_rows(model, ROWS).nats
     assert score_rows(model, ROWS, control=GatePolicy("linear_gate")).nats == own
     assert score_rows(model, ROWS, control=GatePolicy("paper_gate")).nats != own
 
 
-def test_policies_ask_their_gate_whichever_is_in_force(checkpoint: tuple[str, Path]):
+def test_policies_ask_their_gate_whichever_is_in_use(checkpoint: tuple[str, Path]):
     x_TD = torch.randn(30, 64, generator=torch.Generator().manual_seed(2))
     mlp: RoutedMLP = _load(checkpoint[1]).routed_mlps[1]
     linear, paper = mlp.linear_gate, mlp.paper_gate

@@ -154,10 +154,10 @@ def test_too_little_text_is_refused_and_little_is_said(tiny_dense: Path, tiny_te
     (tmp_path / "word.txt").write_text("harbour lay quiet")
     with pytest.raises(UserError, match=r"^text .*word.txt: holds \d+ tokens of text; 100 are the least, 5,000 are"):
         evaluate(EvaluateOptions(tiny_dense, (tmp_path / "word.txt",)))
-    told = StopsAfter(-1)
-    evaluate(EvaluateOptions(tiny_dense, (tiny_text,)), told)
-    evaluate(EvaluateOptions(tiny_dense, (tiny_text,), max_tokens=50), told)  # asked for so few
-    assert re.fullmatch(r"--text \S+: [\d,]+ tokens of text are few; 5,000 are enough", "".join(told.notes))
+    progress = StopsAfter(-1)
+    evaluate(EvaluateOptions(tiny_dense, (tiny_text,)), progress)
+    evaluate(EvaluateOptions(tiny_dense, (tiny_text,), max_tokens=50), progress)  # asked for so few
+    assert re.fullmatch(r"--text \S+: [\d,]+ tokens of text are few; 5,000 are enough", "".join(progress.notes))
 
 
 def tiny_mixture() -> Qwen2MoeForCausalLM:
@@ -190,9 +190,9 @@ def test_logits_in_pieces_score_the_same(
 
 
 def test_a_long_document_advances_layer_by_layer(tiny_dense: Path):
-    told = StopsAfter(-1)
-    score_rows(load_any(read_folder(tiny_dense)), [list(range(1, 200))], progress=told)
-    assert told.steps == [66, 66, 67]
+    progress = StopsAfter(-1)
+    score_rows(load_any(read_folder(tiny_dense)), [list(range(1, 200))], progress=progress)
+    assert progress.steps == [66, 66, 67]
 
 
 def test_refusals(text: Path, tiny_dense: Path, tmp_path: Path, tiny_layerwise_checkpoint: Path):

@@ -44,7 +44,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def told(html: str) -> str:
+def text_of(html: str) -> str:
     """All the words of a page, one space between any two."""
     return " ".join(Page(html).text.split())
 
@@ -55,7 +55,7 @@ def findings(html: str) -> dict[str, tuple[str, str]]:
     spans = [
         (mark, re.findall(r'<span class="(?:subject|sentence)">(.*?)</span>', item, re.DOTALL)) for mark, item in items
     ]
-    return {told(subject): (mark, told(sentence)) for mark, (subject, sentence) in spans}
+    return {text_of(subject): (mark, text_of(sentence)) for mark, (subject, sentence) in spans}
 
 
 def load(path: Path) -> RoutedForCausalLM:

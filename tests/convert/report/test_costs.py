@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pregate.convert.report.costs import Cost, costs
 from pregate.convert.report.figures import Figures
-from tests.convert.report.pages import findings, load, told
+from tests.convert.report.pages import findings, load, text_of
 
 #: Weights of three layers: q and o of 64 x 64, k and v of 64 x 32, two norms; and the last norm.
 ATTENTION = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 2 * 64) + 64
@@ -62,4 +62,4 @@ def test_the_page_shows_every_part(exact: tuple[Figures, str]):
     figures, html = exact
     for part in figures.costs.parts:
         numbers = (part.dense_flops, part.routed_flops, part.dense_bytes, part.routed_bytes)
-        assert part.name + "".join(f"{number:,}" for number in numbers) in told(html)
+        assert part.name + "".join(f"{number:,}" for number in numbers) in text_of(html)

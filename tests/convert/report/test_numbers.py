@@ -18,7 +18,7 @@ from pregate.convert.report.figures import Curve, Figures
 from pregate.convert.report.measure import measure_quality
 from pregate.convert.report.numbers import Numbers, ladders, with_numbers
 from pregate.model import RoutedForCausalLM
-from tests.convert.report.pages import CUT, ROWS, check_page, load, random_checkpoint, told
+from tests.convert.report.pages import CUT, ROWS, check_page, load, random_checkpoint, text_of
 
 
 @pytest.fixture(scope="module", params=["threshold", "top_k"])
@@ -94,7 +94,7 @@ def test_a_router_made_for_one_number_of_experts_has_no_curve(
     assert oracle["perplexities"][-1] == pytest.approx(by_name["dense parent"], rel=1e-4)
     assert oracle["perplexities"][oracle["num_active"].index(2)] == by_name["oracle"]
     check_page(out.read_text())
-    text = told(out.read_text())
+    text = text_of(out.read_text())
     assert "No line for the checkpoint's own router: one with --gate dselect is made for the number" in text
 
 

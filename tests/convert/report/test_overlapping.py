@@ -12,7 +12,7 @@ from pregate.convert.report.figures import Figures
 from pregate.convert.report.options import ReportOptions
 from pregate.convert.report.run import report
 from tests.convert.domains.read_me_cases import load, small
-from tests.convert.report.pages import told
+from tests.convert.report.pages import text_of
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -21,7 +21,7 @@ def page(request: pytest.FixtureRequest, tiny_dense: Path, domains: tuple[Path, 
     folder = tmp_path_factory.mktemp("overlapping")
     read_me(small(tiny_dense, folder / "cut", domains, tie_overlap=request.param, learning_rate=5e-3))
     figures = report(ReportOptions(folder / "cut", folder / "page.html", (domains[0],), max_tokens=150))
-    return request.param, folder / "cut", figures, told((folder / "page.html").read_text())
+    return request.param, folder / "cut", figures, text_of((folder / "page.html").read_text())
 
 
 Page = tuple[bool, Path, Figures, str]

@@ -22,7 +22,7 @@ from pregate.convert.report.page import render
 from pregate.convert.report.words import headline, number, percent
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.folder import read_folder
-from tests.convert.report.pages import CUT, ROWS, check_page, findings, load, make_report, random_checkpoint, told
+from tests.convert.report.pages import CUT, ROWS, check_page, findings, load, make_report, random_checkpoint, text_of
 
 HOSTILE = '<script>alert(1)</script>"><img src="http://evil.example/x.png" onerror="alert(2)">'
 
@@ -41,7 +41,7 @@ def predicted(tiny_path_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 def test_the_page_stands_alone_and_says_its_conditions(exact: tuple[Figures, str], tiny_path_checkpoint: Path):
     figures, html = exact
     page = check_page(html)
-    text = told(html)
+    text = text_of(html)
     assert headline(figures) in text
     assert list(findings(html))[:4] == ["Quality", "Operations", "Routing or pruning", "Router"]
     for words in (figures.conditions["command"], figures.conditions["date"], figures.conditions["hardware"], "seed 0"):
@@ -59,8 +59,8 @@ def test_its_controls_are_those_of_evaluate(exact: tuple[Figures, str]):
     assert figures.quality.own == "path router"
     assert figures.quality.own in names
     for point in (*figures.quality.controls, *figures.quality.others):
-        assert f"{number(point.perplexity)}{point.ratio_to_dense:.3f}{percent(point.active_share)}" in told(html)
-        assert point.name in told(html)
+        assert f"{number(point.perplexity)}{point.ratio_to_dense:.3f}{percent(point.active_share)}" in text_of(html)
+        assert point.name in text_of(html)
     layerwise, dense = figures.quality.others
     gate = figures.quality.point("linear gate")
     assert (layerwise.perplexity, layerwise.active_share) == (gate.perplexity, gate.active_share)

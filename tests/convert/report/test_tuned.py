@@ -20,7 +20,7 @@ from pregate.convert.report.run import report
 from pregate.convert.report.training import tuning_of
 from pregate.convert.tune.run import tune
 from pregate.model.checkpoint import read_manifest
-from tests.convert.report.pages import findings, told
+from tests.convert.report.pages import findings, text_of
 from tests.convert.tune.tuning import tiny_options
 
 
@@ -28,7 +28,7 @@ from tests.convert.tune.tuning import tiny_options
 def reported(tuned: Path, tiny_text: Path, tmp_path_factory) -> tuple[Figures, str]:
     out = tmp_path_factory.mktemp("page") / "page.html"
     figures = report(ReportOptions(tuned, out, (tiny_text,), max_tokens=150))
-    return figures, told(out.read_text())
+    return figures, text_of(out.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_the_oracle_is_no_bound_of_what_was_tuned_to_its_router(reported: tuple[
     untuned = replace(better, model=better.model | {"fits_router": False})
     assert "to the best by hindsight" in _sentence(untuned, "Router")
     assert "A better router would gain little (90 % or more)." in _sentence(untuned, "Router")
-    assert "which nothing can know beforehand: the bound" in told(render(untuned, "quality.html"))
+    assert "which nothing can know beforehand: the bound" in text_of(render(untuned, "quality.html"))
 
 
 @pytest.mark.slow
@@ -128,14 +128,14 @@ def test_other_trainings_are_told_apart(reported: tuple[Figures, str]):
     asked = tuning["asked"] | {"method": "lora", "router": False, "backbone": False, "kl_share": 0, "hidden_match": 5.0}
     asked |= {"teacher": "T", "balance": "loss", "balance_loss": 0.01, "validation": ["V", "<b>W"]}
     outcome = tuning["outcome"] | {"refit": True}
-    html = told(render(replace(figures, tuning=tuning | {"asked": asked, "outcome": outcome}), "training.html"))
+    html = text_of(render(replace(figures, tuning=tuning | {"asked": asked, "outcome": outcome}), "training.html"))
     assert "FFNs (low-rank changes of rank 8, rate up to 0.003); the router's scores as they were. Loss: 1 " in html
     assert "Loss: 1 times cross entropy + 5 times error of the layers' outputs" in html
     assert "+ 0.01 times Switch's balancing loss. Teacher: T. Held-back" in html
     assert (
         "documents of V, <b>W, measured in float32 every 6 steps and at the end (step 0 twice: before and after" in html
     )
-    untaught = told(
+    untaught = text_of(
         render(replace(figures, tuning=tuning | {"asked": tuning["asked"] | {"kl_share": 0}}), "training.html")
     )
     assert "Loss: 1 times cross entropy + 0.1 times error of the router" in untaught

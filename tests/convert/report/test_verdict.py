@@ -17,7 +17,7 @@ from pregate.convert.report.training import TunedParent, tuned_parent
 from pregate.convert.report.words import headline
 from pregate.convert.tune.run import tune
 from pregate.model.checkpoint import Manifest, read_manifest
-from tests.convert.report.pages import findings, make_report, told
+from tests.convert.report.pages import findings, make_report, text_of
 from tests.convert.tune.tuning import tiny_options
 
 ALIKE = TunedParent("dense-tuned", recorded=True)
@@ -61,7 +61,7 @@ def test_a_tuned_checkpoint_is_held_to_the_parent_tuned_alike(exact: tuple[Figur
     assert mark == "mixed"
     assert "1.053 times that of the dense model tuned alike" in sentence
     assert "94.00 of the tuned dense model" in sentence
-    assert "1.053" in told(render(figures, "quality.html"))
+    assert "1.053" in text_of(render(figures, "quality.html"))
 
 
 def test_a_parent_tuned_otherwise_shows_nothing(exact: tuple[Figures, str]):
@@ -139,7 +139,7 @@ def test_with_both_tuned_the_page_compares_them(
     assert figures.quality.tuned_parent.perplexity == dense != figures.quality["dense parent"].perplexity
     assert figures.quality.others == ()
     ratio = figures.quality.own_point.perplexity / dense
-    assert f"perplexity is {ratio:.2f} times that of the dense model tuned alike" in told(html)
-    assert f"--tuned-parent {tmp_path / 'dense'}" in told(html)
+    assert f"perplexity is {ratio:.2f} times that of the dense model tuned alike" in text_of(html)
+    assert f"--tuned-parent {tmp_path / 'dense'}" in text_of(html)
     assert read_manifest(tmp_path / "dense").method == "dense+tune"
     shutil.rmtree(tmp_path / "dense")

@@ -106,7 +106,7 @@ def test_what_is_not_to_be_tuned_stays_bit_for_bit(options: TuneOptions, method:
     assert all(".experts." in n or ".shared." in n or n.endswith("mass_threshold") for n in names)
 
 
-def test_everything_is_tuned_but_the_gates_not_in_force(options: TuneOptions):
+def test_everything_is_tuned_but_the_gates_not_in_use(options: TuneOptions):
     tune(options)
     names = changed(options.model, options.out)
     assert {n for n in names if n.startswith("path_router.")}

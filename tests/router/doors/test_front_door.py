@@ -207,7 +207,7 @@ def test_a_text_is_tokenised_without_holding_up_the_event_loop(front):
 
 
 def test_more_calls_at_once_than_grpc_holds_end_with_a_reason(front):
-    """gRPC keeps 1,000 calls that nobody has taken up yet; above it ends them with a bare CANCELLED."""
+    """gRPC keeps 1,000 calls that nobody has accepted yet; above it ends them with a bare CANCELLED."""
     door, codes = front[1], []
     request = pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[512]))
     door.loop.loop.call_soon_threadsafe(time.sleep, 1.0)
@@ -278,7 +278,7 @@ def test_a_caller_who_leaves_frees_the_engine(checkpoint, leave):
             next(stream)
             stream.cancel() if leave == "cancel" else other.close()
         wait_for(lambda: not engine.has_work, 20, "an idle engine")
-        assert steps_of(engine) - before < 150, "it ended because it was told, not because it was done"
+        assert steps_of(engine) - before < 150, "it ended by the cancel, not because it was done"
         assert front.client.complete("O wind", 2, ignore_eos=True).completion_tokens == 2
 
 

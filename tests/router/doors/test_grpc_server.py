@@ -13,7 +13,7 @@ from pregate.client.client import Client
 from pregate.router.doors.access import AccessOptions
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from tests.router.running import door
 
@@ -52,24 +52,24 @@ def test_without_an_engine_calls_end_unavailable_and_health_says_so(endpoint, ti
 def test_a_port_in_use_is_named(endpoint, tiny_dense):
     with door(endpoint, tiny_dense) as front:
         port = int(front.target.rpartition(":")[2])
-        service = RouterService(EngineClient(endpoint), tiny_dense, "tiny")
+        service = DoorService(EngineClient(endpoint), tiny_dense, "tiny")
         second = GrpcServer(service, GrpcOptions(port=port))
         with pytest.raises(UserError, match=f"grpc_port {port} on 127.0.0.1: cannot be listened on"):
             front.loop.call(second.start())
 
 
 def test_a_public_interface_needs_tls_and_tokens(endpoint, tiny_dense):
-    service = RouterService(EngineClient(endpoint), tiny_dense, "tiny")
+    service = DoorService(EngineClient(endpoint), tiny_dense, "tiny")
     with pytest.raises(UserError, match=r"host 0\.0\.0\.0: needs tls_cert"):
         GrpcServer(service, GrpcOptions(access=AccessOptions(host="0.0.0.0")))
 
 
 def test_a_model_folder_needs_its_tokenizer(endpoint, tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file"):
-        RouterService(EngineClient(endpoint), tmp_path, "tiny")
+        DoorService(EngineClient(endpoint), tmp_path, "tiny")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: "):
-        RouterService(EngineClient(endpoint), tmp_path, "tiny")
+        DoorService(EngineClient(endpoint), tmp_path, "tiny")
 
 
 def test_tokens_are_asked_of_every_call_but_health(endpoint, tiny_dense, token_file):
@@ -109,7 +109,7 @@ def test_tls_carries_calls_and_refuses_plain_ones(endpoint, tiny_dense, tls, tok
 def test_a_bad_certificate_is_refused(endpoint, tiny_dense, tls, tmp_path):
     bad = tmp_path / "bad.pem"
     bad.write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-    service = RouterService(EngineClient(endpoint), tiny_dense, "tiny")
+    service = DoorService(EngineClient(endpoint), tiny_dense, "tiny")
     server = GrpcServer(service, GrpcOptions(port=0, access=AccessOptions(tls_cert=bad, tls_key=tls[1])))
     with door(endpoint, tiny_dense) as front, pytest.raises(UserError, match="certificate is not usable"):
         front.loop.call(server.start())

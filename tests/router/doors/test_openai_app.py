@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 
 from pregate.router.doors.openai_app import build_app
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from tests.router.running import door, engine_thread, local_engine, socket_folder, wait_for
 
@@ -47,7 +47,7 @@ def endpoint(engine):
 
 @pytest.fixture(scope="module")
 def http(endpoint, tiny_path_checkpoint):
-    server = HttpServer(build_app(RouterService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")))
+    server = HttpServer(build_app(DoorService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")))
     with httpx.Client(base_url=server.url, timeout=60) as client:
         wait_for(lambda: client.get("/health").status_code == 200, what="health")
         yield client
@@ -183,7 +183,7 @@ def test_a_client_who_disconnects_frees_the_engine(http, engine, monkeypatch, st
 def test_without_an_engine_health_is_503_and_calls_too(tiny_dense):
     options = EngineClientOptions(keep_alive_s=0.1, silence_s=0.4)
     with socket_folder() as folder:
-        service = RouterService(EngineClient(f"ipc://{folder}/none", options=options), tiny_dense, "tiny")
+        service = DoorService(EngineClient(f"ipc://{folder}/none", options=options), tiny_dense, "tiny")
         server = HttpServer(build_app(service))
         with httpx.Client(base_url=server.url, timeout=20) as client:
             assert client.get("/health").status_code == 503
@@ -195,7 +195,7 @@ def test_without_an_engine_health_is_503_and_calls_too(tiny_dense):
 
 
 def test_tokens_are_asked_of_all_but_health(endpoint, tiny_path_checkpoint):
-    service = RouterService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")
+    service = DoorService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")
     server = HttpServer(build_app(service, tokens=frozenset({"alpha"})))
     with httpx.Client(base_url=server.url, timeout=20) as client:
         wait_for(lambda: client.get("/health").status_code == 200, what="health")

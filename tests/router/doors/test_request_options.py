@@ -6,7 +6,7 @@ import pytest
 
 from pregate.base.errors import UserError
 from pregate.router.doors.openai_app import build_app
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
 from tests.router.doors.test_openai_app import GREEDY, HttpServer, events, post
 from tests.router.running import door, engine_thread, local_engine, socket_folder, wait_for
@@ -26,7 +26,7 @@ def doors(engine, tiny_path_checkpoint):
     with socket_folder() as folder:
         endpoint = f"ipc://{folder}/engine.sock"
         with engine_thread(engine, endpoint), door(endpoint, tiny_path_checkpoint, engine_first=True) as front:
-            server = HttpServer(build_app(RouterService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")))
+            server = HttpServer(build_app(DoorService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")))
             with httpx.Client(base_url=server.url, timeout=60) as http:
                 wait_for(lambda: http.get("/health").status_code == 200, what="health")
                 yield front.client, http

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pregate.base.completion import TokenLogprob
+from pregate.cli.main import main
+from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.stop_strings import StopStrings
 from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 from tests.router.doors.test_detokenize import byte_fallback, byte_level
+from tests.router.running import served
 
 
 def brute_force(text: str, stop: list[str], exempt: int = 0) -> tuple[str, bool]:
@@ -104,3 +109,25 @@ def test_up_to_min_tokens_nothing_ends_a_text(tokenizer):
         assert done.completion_tokens >= min(min_tokens, len(ids))
         assert whole.startswith(done.text)
         assert done.text == whole or whole[len(done.text) :].startswith("goes")
+
+
+def test_a_model_s_own_are_obeyed_by_generate_and_server_alike(path_checkpoint, tmp_path, capsys):
+    """As its repetition penalty is; once `generate` obeyed them, and a server did not."""
+    folder, prompt = shutil.copytree(path_checkpoint, tmp_path / "particular"), "the harbour lay"
+
+    def generated(**settings) -> dict:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
+        write_manifest(folder, read_manifest(folder))
+        assert main(["generate", "--model", str(folder), "--prompt", prompt, "--max-tokens", "24", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, whole = generated()["text"], generated(repetition_penalty=3.0)["text"]
+    assert plain != whole
+    stop = whole[len(whole) // 2 :][:2]
+    cut = generated(repetition_penalty=3.0, stop_strings=[stop])
+    assert (cut["text"], cut["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+    with served(folder) as (_engine, front):
+        completion = front.client.complete(prompt, max_tokens=24)
+    assert (completion.text, list(completion.token_ids), completion.finish_reason) == (
+        cut["text"], cut["token_ids"], "stop"
+    )  # fmt: skip

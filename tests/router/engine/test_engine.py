@@ -263,7 +263,7 @@ def test_seeded_texts_are_the_same_whatever_the_batch(engine):
 
 
 def test_gates_make_no_plan_for_hosts(layerwise_checkpoint, monkeypatch):
-    """A group of a gated layer carries its own index: nothing is told up front."""
+    """A group of a gated layer carries its own index: nothing is sent up front."""
     from pregate.router.engine import planning
 
     made = []

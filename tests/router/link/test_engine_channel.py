@@ -127,7 +127,7 @@ def test_a_door_that_gives_a_request_up_frees_it(slow, endpoint, raw, how):
         elif how == "stops listing it":
             door.send(KeepAlive("door", ()))
         wait_for(lambda: not slow.has_work, 20, "an idle engine")
-        assert slow.info()["num_steps"] - before < 200, "it ended because it was told, not because it was done"
+        assert slow.info()["num_steps"] - before < 200, "it ended by the cancel, not because it was done"
 
 
 def test_a_door_that_lists_its_request_keeps_it(slow, endpoint, raw):

@@ -16,6 +16,7 @@ from pregate.base.errors import HostLostError, PregateError, QueueFullError, Una
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from pregate.router.link.inbox import Inbox, Pending
 from pregate.router.link.link import LinkOptions
+from pregate.router.link.loop_actor import LoopActor
 from pregate.router.link.messages import (
     CancelRequest,
     FailedEvent,
@@ -90,6 +91,33 @@ def test_a_step_that_outlasts_every_patience_is_busy_not_dead(engine, endpoint, 
         assert sum(len(e.token_ids) for e in events if isinstance(e, TokensEvent)) == 3
         loop.call(client.close())
     loop.close()
+
+
+def test_the_status_of_its_process_says_what_it_does_and_why_it_refuses(engine, endpoint, gate, monkeypatch):
+    """It said that a thread lives, and no more."""
+    actor = LoopActor()
+    assert actor.status()["running"] is False
+    actor.serve(EngineServer(engine, endpoint, options=QUICK), "engine")
+    with RawDoor(endpoint) as door:
+        door.send(SubmitRequest("a", PROMPT, SHORT))
+        assert gate.inside.wait(20)
+        status = actor.status()
+        assert (status["running"], status["busy_with"], status["unavailable"]) == (True, "a step", None)
+
+        def lost(*_arguments):
+            raise HostLostError(1, "silent for 3.0 s")
+
+        monkeypatch.setattr(engine.runner, "run", lost)
+        monkeypatch.setattr(engine.exchange, "poll", lost)
+        gate.open.set()
+        assert door.receive(FailedEvent).request_id == "a"
+        status = actor.status()
+        assert status["running"]
+        assert status["unavailable"] == "expert host 1 is lost: silent for 3.0 s"
+        monkeypatch.setattr(engine, "idle", lambda: 1 / 0)
+        wait_for(lambda: not actor.status()["running"], what="the end of the loop by a bug")
+        assert actor.status()["unavailable"] == "internal error in the engine"
+    actor.stop()
 
 
 STOPPABLE = """

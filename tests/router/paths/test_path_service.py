@@ -13,9 +13,10 @@ from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_computer import PathComputer
-from pregate.router.doors.service import RouterService
+from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
-from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest
+from pregate.router.link.loop_actor import LoopActor
+from pregate.router.link.messages import FailedEvent, RouteReply, RouteRequest, SamplingParams, SubmitRequest
 from pregate.router.paths.actor import PathActor
 from pregate.router.paths.load import load_router
 from pregate.router.paths.options import PathOptions
@@ -63,7 +64,7 @@ def service(checkpoint, engine_endpoint, path_endpoint):
     """A door's service; yields it with a way to run its coroutines."""
     loop = LoopThread()
     paths = EngineClient(path_endpoint, name="the path service")
-    found = RouterService(EngineClient(engine_endpoint), checkpoint, "tiny", path_client=paths)
+    found = DoorService(EngineClient(engine_endpoint), checkpoint, "tiny", path_client=paths)
     try:
         yield found, loop.call
     finally:
@@ -120,6 +121,26 @@ def test_it_generates_nothing(tiny_path_checkpoint, endpoint):
     with path_service(tiny_path_checkpoint, endpoint), RawDoor(endpoint) as door:
         door.send(SubmitRequest("a", (1,), SamplingParams(2)))
         assert "generates nothing" in door.receive(FailedEvent).message
+
+
+def test_the_status_of_its_process_says_what_it_does(tiny_path_checkpoint, endpoint):
+    """It said that a thread lives, and no more."""
+    reader = CheckpointReader(tiny_path_checkpoint)
+    computer, inside, go_on = PathComputer(load_router(reader)), threading.Event(), threading.Event()
+    prompts = Prompts(computer, PathOptions(), reader.config.context_tokens, reader.fingerprint)
+    turn, actor = prompts.turn, LoopActor()
+    prompts.turn = lambda: (inside.set(), go_on.wait(20), turn())[2]
+    actor.serve(PathServer(prompts, endpoint), "paths")
+    with RawDoor(endpoint) as door:
+        door.send(RouteRequest("a", (1, 5, 6)))
+        assert inside.wait(20)
+        status = actor.status()
+        assert (status["running"], status["busy_with"]) == (True, "the paths of 1 prompts")
+        go_on.set()
+        assert door.receive(RouteReply).request_id == "a"
+        wait_for(lambda: actor.status()["busy_with"] is None, what="an idle path service")
+    actor.stop()
+    assert actor.status()["running"] is False
 
 
 def run_actor(model, endpoint, ready):

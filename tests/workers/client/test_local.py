@@ -51,7 +51,7 @@ def exchange_of(host: ExpertHost, reader: CheckpointReader, local: bool = True) 
 
 
 def step(exchange: Exchange, x_TD: torch.Tensor, given: Paths, gated: bool = False) -> dict[int, torch.Tensor]:
-    """The outputs of all three layers, told by paths or, layer by layer, as gates tell."""
+    """The outputs of all three layers, by paths or, layer by layer, as gates choose."""
     exchange.begin_step(1, len(x_TD), None if gated else given)
     found = {}
     for layer in range(3):
