@@ -38,7 +38,7 @@ def options(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path) -> Tune
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+    return {name: t for path in folder.glob("model*.safetensors") for name, t in load_file(path).items()}
 
 
 def changed(before: Path, after: Path) -> set[str]:
