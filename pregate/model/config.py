@@ -47,7 +47,7 @@ class PathRouterConfig:
 
     `heads`: "independent" (a linear map for each layer), "recurrent" (a cell runs over the layers) or "single" (one
     choice for all layers). `gate`: "scores" or "dselect" (`dselect.py`). `weights` of the chosen experts: "one", or
-    "learned" (`PathRouter.expert_weights`).
+    "learned" (`PathRouter.expert_weights`). `hold_share`: thresholds follow a text (`share_control.py`).
     """
 
     dim: int = 128
@@ -57,6 +57,7 @@ class PathRouterConfig:
     heads: str = "independent"
     gate: str = "scores"
     weights: str = "one"
+    hold_share: bool = False
 
     def __post_init__(self) -> None:
         if self.dim < 1 or self.num_heads < 1 or self.dim % self.num_heads:

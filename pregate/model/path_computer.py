@@ -1,7 +1,7 @@
 """The path router's runtime: many sequences extended at once, each from the state that it left.
 
 Shape letters: B sequences, N new tokens, P past tokens kept, M keys and values of each block in turn, C router width,
-W window, S experts of all layers side by side, L layers, K experts of a token.
+W window, S experts of all layers side by side, L layers, K experts of a token, J offsets (`share_control.py`).
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import numpy as np
 import torch
 
 from pregate.model import path_router
-from pregate.model.path_router import KeysValues, PathRouter, choose_experts
+from pregate.model.path_router import KeysValues, PathRouter, choose_experts, margins
 from pregate.model.paths import Paths
+from pregate.model.share_control import SHARES
 
 
 @dataclass(frozen=True)
 class PathState:
     """What the router remembers of one sequence: [P, 2 * num_blocks, C], of its last W - 1 tokens each block's keys and
-    values in turn."""
+    values in turn; and of all its tokens the sums of `ShareControl.counts`, int64 [J + 1] (none without it, [0])."""
 
     kept: torch.Tensor
+    counts: torch.Tensor
 
     @property
     def length(self) -> int:
@@ -47,8 +49,13 @@ class PathComputer:
 
     def new_state(self) -> PathState:
         """State of a sequence nothing of which has been seen."""
-        shape = (0, 2 * self.config.num_blocks, self.config.dim)
-        return PathState(torch.zeros(shape, dtype=torch.float64, device=self.device))
+        kept = torch.zeros(0, 2 * self.config.num_blocks, self.config.dim, dtype=torch.float64, device=self.device)
+        return PathState(kept, torch.zeros(self.num_counts, dtype=torch.int64, device=self.device))
+
+    @property
+    def num_counts(self) -> int:
+        """How many counts a state has."""
+        return 0 if self.router.share_control is None else len(SHARES) + 1
 
     def extend(
         self, states: Sequence[PathState], new_ids: Sequence[Sequence[int]]
@@ -68,8 +75,8 @@ class PathComputer:
 
     def no_paths(self) -> Paths:
         """Those of no tokens: of as many columns as all others, with weights where they have them."""
-        num_scores = sum(c.num_routed for c in self.cuts)
-        return self.paths_of(torch.empty(0, num_scores, dtype=torch.float64, device=self.device))
+        none = torch.empty(0, sum(c.num_routed for c in self.cuts), dtype=torch.float64, device=self.device)
+        return self.paths_of(none, self.new_state().counts.expand(0, -1))
 
     @torch.no_grad()
     def _extend_chunk(
@@ -85,22 +92,44 @@ class PathComputer:
         past_BPMC[self._on_device(_runs(past_B, num_past - past_B))] = torch.cat([s.kept for s in states])
         past = list(zip(past_BPMC[:, :, 0::2].unbind(2), past_BPMC[:, :, 1::2].unbind(2), strict=True))
         x_BNC, kept = self.router.encode(torch.from_numpy(ids_BN).to(self.device), past, self._on_device([past_B])[0])
-        paths = self.paths_of(self.router.scores_of(self.router.heads(x_BNC[self._on_device(places)])))
-        ends = np.cumsum(new_B)
-        return [paths[end - n : end] for end, n in zip(ends, new_B, strict=True)], self._keep(kept, past_B, new_B)
+        scores_TS = self.router.scores_of(self.router.heads(x_BNC[self._on_device(places)]))
+        seen_TJ1, counts = self._summed(states, scores_TS, places, new_B)
+        paths = self.paths_of(scores_TS, seen_TJ1)
+        ends, states = np.cumsum(new_B), self._keep(kept, past_B, new_B, counts)
+        return [paths[end - n : end] for end, n in zip(ends, new_B, strict=True)], states
 
-    def _keep(self, kept: list[KeysValues], past_B: np.ndarray, new_B: np.ndarray) -> list[PathState]:
+    def _summed(
+        self,
+        states: Sequence[PathState],
+        scores_TS: torch.Tensor,
+        places: tuple[np.ndarray, np.ndarray],
+        new_B: np.ndarray,
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Counts before every new token [T, J + 1], and each sequence's after its last."""
+        if (control := self.router.share_control) is None:
+            return states[0].counts.expand(len(scores_TS), 0), [state.counts for state in states]
+        before_B1J1 = torch.stack([state.counts for state in states])[:, None]
+        grid = before_B1J1.new_zeros(len(states), new_B.max(), before_B1J1.shape[-1])
+        grid[self._on_device(places)] = control.counts(margins(self.router, scores_TS))
+        sums = torch.cat([before_B1J1, grid], dim=1).cumsum(dim=1)
+        return sums[self._on_device(places)], sums[:, -1].unbind()
+
+    def _keep(
+        self, kept: list[KeysValues], past_B: np.ndarray, new_B: np.ndarray, counts: Sequence[torch.Tensor]
+    ) -> list[PathState]:
         """The states after a piece whose sequences had `past_B` tokens, left-padded, and got `new_B`, right-padded."""
         left_B = np.minimum(past_B + new_B, self.config.window - 1)
         places = self._on_device(_runs(left_B, past_B.max() + new_B - left_B))
         rows = torch.stack([t[places] for pair in kept for t in pair], dim=1)
-        return [PathState(state) for state in rows.split(left_B.tolist())]
+        return [PathState(*state) for state in zip(rows.split(left_B.tolist()), counts, strict=True)]
 
     def _on_device(self, arrays: Sequence[np.ndarray]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.from_numpy(np.stack(arrays)).to(self.device))
 
-    def paths_of(self, scores_NS: torch.Tensor) -> Paths:
-        chosen = choose_experts(self.router, scores_NS)
+    def paths_of(self, scores_NS: torch.Tensor, seen_NJ1: torch.Tensor) -> Paths:
+        """The paths that scores choose, after tokens of which `seen_NJ1` are the summed counts."""
+        control = self.router.share_control
+        chosen = choose_experts(self.router, scores_NS, None if control is None else control.offset(seen_NJ1))
         weights = None if chosen.weights is None else chosen.weights.to(torch.float32).cpu().numpy()
         return Paths(chosen.ids.to(torch.int16).cpu().numpy(), weights)
 

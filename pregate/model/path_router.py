@@ -23,6 +23,7 @@ from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.dselect import code_scores
 from pregate.model.gates import Choice
 from pregate.model.path_heads import make_heads
+from pregate.model.share_control import ShareControl
 
 #: Scores are rounded to this many binary digits, so that experts tied in exact arithmetic stay tied whatever
 #: the batch shape does to the last bits of float64; ties go to the lower id.
@@ -75,7 +76,8 @@ class PathRouter(nn.Module):
     """Scores of every layer's routed experts from token ids alone (after Read-ME, section 3.2: a decoupled router).
 
     With `selection` "threshold" a token visits every expert that scores its layer's of `thresholds` [L] or more.
-    `scale` [S] is there with learned weights: see `expert_weights`. UserError where the heads do not fit the cuts.
+    `scale` [S] is there with learned weights: see `expert_weights`; `share_control` with `hold_share` and thresholds.
+    UserError where the heads do not fit the cuts.
     """
 
     thresholds: torch.Tensor
@@ -94,6 +96,8 @@ class PathRouter(nn.Module):
         if config.weights == "learned":
             self.scale = nn.Parameter(torch.zeros(sum(c.num_routed for c in self.cuts)))
         self.register_buffer("thresholds", torch.zeros(len(self.cuts)), persistent=selection == "threshold")
+        holds = config.hold_share and selection == "threshold"
+        self.share_control = ShareControl() if holds else None
 
     def forward(
         self, ids_BN: torch.Tensor, past: list[KeysValues] | None = None, past_len_B: torch.Tensor | None = None
@@ -173,15 +177,16 @@ def by_layer(x_TS: torch.Tensor, places_LR: torch.Tensor, fill: float) -> torch.
     return F.pad(x_TS, (0, 1), value=fill)[:, places_LR]
 
 
-def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> Choice:
+def choose_experts(router: PathRouter, scores_NS: torch.Tensor, offset_N: torch.Tensor | None = None) -> Choice:
     """Ids [N, L, K] that scores [N, S] of `router` choose in every layer, and what they weigh (0 where the id is -1).
 
-    The k highest, ties to the lower id, or those above the layer's threshold. Weights are of the rounded scores too, so
-    that they are as stable as the choice; except where gradients are asked for, which rounding has none of.
+    The k highest, ties to the lower id, or those above the layer's threshold less the token's offset. Weights are of
+    the rounded scores too, so that they are as stable as the choice; except where gradients are asked for, which
+    rounding has none of.
     """
     places_LR = router.places.to(scores_NS.device)
     units_NS = torch.round(scores_NS * 2.0**SCORE_BITS)
-    ids_NLK = _choose(router, by_layer(units_NS, places_LR, -torch.inf), places_LR == scores_NS.shape[-1])
+    ids_NLK = _choose(router, by_layer(units_NS, places_LR, -torch.inf), places_LR == scores_NS.shape[-1], offset_N)
     if router.config.weights == "one":  # before the units are scores again: this is on every token's way
         return Choice(ids_NLK)
     weights_NS = router.expert_weights(scores_NS if scores_NS.requires_grad else units_NS / 2.0**SCORE_BITS)
@@ -191,7 +196,9 @@ def choose_experts(router: PathRouter, scores_NS: torch.Tensor) -> Choice:
     return Choice(ids_NLK, weights_NLR.gather(-1, ids_NLK.clamp_min(0)) * (ids_NLK >= 0))
 
 
-def _choose(router: PathRouter, units_NLR: torch.Tensor, absent_LR: torch.Tensor) -> torch.Tensor:
+def _choose(
+    router: PathRouter, units_NLR: torch.Tensor, absent_LR: torch.Tensor, offset_N: torch.Tensor | None
+) -> torch.Tensor:
     """Ids [N, L, K] of every layer from its scores in units of 2 ** -SCORE_BITS."""
     num_routed = units_NLR.shape[-1]
     expert_R = torch.arange(num_routed, device=units_NLR.device)
@@ -203,8 +210,9 @@ def _choose(router: PathRouter, units_NLR: torch.Tensor, absent_LR: torch.Tensor
         ids = keys_NLR.topk(num_active, dim=-1).indices
         ids = ids.masked_fill(expert_R[:num_active] >= active_L1, num_routed)
     else:
-        limits_L1 = torch.round(router.thresholds.to(units_NLR.dtype) * 2.0**SCORE_BITS)[:, None]
-        absent = (units_NLR < limits_L1) | absent_LR | (active_L1 == 0)
+        limits_L1 = router.thresholds.to(units_NLR.dtype)[:, None]
+        limits = limits_L1 if offset_N is None else limits_L1 - offset_N[:, None, None]
+        absent = (units_NLR < torch.round(limits * 2.0**SCORE_BITS)) | absent_LR | (active_L1 == 0)
         ids = expert_R.expand_as(units_NLR).masked_fill(absent, num_routed)
     ids = ids.sort(dim=-1).values
     return ids.masked_fill(ids == num_routed, -1)
@@ -215,9 +223,22 @@ def split_layers(x_TS: torch.Tensor, cuts: Sequence[LayerCut]) -> tuple[torch.Te
     return x_TS.split([c.num_routed for c in cuts], dim=-1)
 
 
+def margins(router: PathRouter, scores_TS: torch.Tensor) -> torch.Tensor:
+    """How far each score lies above its layer's threshold [T, S], the scores rounded (`SCORE_BITS`); -inf in a layer
+    that has no choice."""
+    limits_L = router.thresholds.to(scores_TS.dtype)
+    sizes_L = torch.tensor([c.num_routed for c in router.cuts], device=limits_L.device)
+    chooses_L = torch.tensor([0 < c.num_active < c.num_routed for c in router.cuts], device=limits_L.device)
+    limits_S = limits_L.masked_fill(~chooses_L, torch.inf).repeat_interleave(sizes_L, output_size=scores_TS.shape[-1])
+    return torch.round(scores_TS * 2.0**SCORE_BITS) / 2.0**SCORE_BITS - limits_S
+
+
 @torch.no_grad()
 def put_thresholds(router: PathRouter, scores_TS: torch.Tensor, numbers: Sequence[float]) -> None:
     """Set each layer's threshold so that its experts' mean number per token of `scores_TS` is that of `numbers`."""
     layers = zip(router.cuts, split_layers(scores_TS, router.cuts), numbers, strict=True)
     for layer, (cut, scores_TR, number) in enumerate(layers):
         router.thresholds[layer] = threshold_for(scores_TR, number) if cut.num_routed else torch.inf
+    if router.share_control is not None:
+        margins_TS = margins(router, scores_TS.double())
+        router.share_control.calibrate(margins_TS, float((margins_TS >= 0).sum()) / len(margins_TS))

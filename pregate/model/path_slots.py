@@ -4,7 +4,7 @@ A sequence has a slot; its last `window` tokens' keys and values lie there in a 
 one step moves nothing that was there before, whatever sequences it is of.
 
 Shape letters: B sequences of a step, S slots, W window, M keys and values of each block in turn, C router width, H
-heads, c = C / H, L layers, K experts of a token.
+heads, c = C / H, L layers, K experts of a token, J offsets (`share_control.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.model.path_computer import PathComputer, PathState
-from pregate.model.path_router import RouterBlock
+from pregate.model.path_router import RouterBlock, margins
 from pregate.model.paths import Paths
 
 
@@ -30,6 +30,8 @@ class PathSlots:
         self._window = config.window
         shape = (num_slots, config.window, 2 * config.num_blocks, config.dim)
         self._kept_SWMC = torch.zeros(shape, dtype=torch.float64, device=computer.device)
+        counts = (num_slots, computer.num_counts)
+        self._counts_SJ1 = torch.zeros(counts, dtype=torch.int64, device=computer.device)
         self._lengths = np.zeros(num_slots, dtype=np.int64)
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -44,6 +46,7 @@ class PathSlots:
         slot = self._free.pop()
         place = torch.arange(num_tokens - state.length, num_tokens, device=state.kept.device) % self._window
         self._kept_SWMC[slot].index_copy_(0, place, state.kept)
+        self._counts_SJ1[slot] = state.counts
         self._lengths[slot] = num_tokens
         return slot
 
@@ -54,6 +57,7 @@ class PathSlots:
     def _grow(self) -> None:
         num = len(self._lengths)
         self._kept_SWMC = torch.cat([self._kept_SWMC, torch.zeros_like(self._kept_SWMC)])
+        self._counts_SJ1 = torch.cat([self._counts_SJ1, torch.zeros_like(self._counts_SJ1)])
         self._lengths = np.concatenate([self._lengths, np.zeros(num, dtype=np.int64)])
         self._free += range(2 * num - 1, num - 1, -1)
 
@@ -73,8 +77,11 @@ class PathSlots:
         for index, block in enumerate(self._router.blocks):
             assert isinstance(block, RouterBlock)
             x_BC = self._block(block, x_BC, 2 * index, slot, place_B, distance_BW, hidden_BW)
-        outputs = self._router.heads(self._router.norm(x_BC))
-        return self._computer.paths_of(self._router.scores_of(outputs))
+        scores_BS = self._router.scores_of(self._router.heads(self._router.norm(x_BC)))
+        seen_BJ1 = self._counts_SJ1[slot]
+        if (control := self._router.share_control) is not None:
+            self._counts_SJ1[slot] = seen_BJ1 + control.counts(margins(self._router, scores_BS))
+        return self._computer.paths_of(scores_BS, seen_BJ1)
 
     def _block(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.path_computer import PathComputer
-from pregate.model.path_router import PathRouter
+from pregate.model.path_router import PathRouter, put_thresholds
 
 UNLIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(7, 1, 2, 8)]
 ALIKE = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(5, 3, 3, 8)]
@@ -24,9 +24,11 @@ class Kind:
     gate: str = "scores"
     weights: str = "one"
     selection: str = "top_k"
+    hold_share: bool = False
 
     def __str__(self) -> str:
-        return "-".join((self.heads, self.gate, self.weights, self.selection))
+        parts = (self.heads, self.gate, self.weights, self.selection, "held" * self.hold_share)
+        return "-".join(filter(None, parts))
 
     @property
     def cuts(self) -> list[LayerCut]:
@@ -34,7 +36,7 @@ class Kind:
 
     @property
     def config(self) -> PathRouterConfig:
-        return PathRouterConfig(16, 2, 4, 12, self.heads, self.gate, self.weights)
+        return PathRouterConfig(16, 2, 4, 12, self.heads, self.gate, self.weights, self.hold_share)
 
 
 KINDS = [
@@ -43,6 +45,7 @@ KINDS = [
         ("independent", "recurrent", "single"), ("scores", "dselect"), ("one", "learned"), ("top_k", "threshold")
     )
 ]
+KINDS += [replace(kind, hold_share=True) for kind in KINDS if kind.selection == "threshold" and kind.heads != "single"]
 
 
 def random_router(kind: Kind) -> PathRouter:
@@ -53,8 +56,7 @@ def random_router(kind: Kind) -> PathRouter:
         torch.nn.init.normal_(parameter, std=0.5)
     if kind.selection == "threshold":
         scores_NS = router(torch.tensor([prompt(60)]))[0][0].detach()
-        layers = scores_NS.split([c.num_routed for c in kind.cuts], dim=-1)
-        router.thresholds.copy_(torch.stack([x.median() if x.numel() else torch.zeros(()) for x in layers]))
+        put_thresholds(router, scores_NS, [c.num_routed / 2 for c in kind.cuts])
     return router
 
 

@@ -41,9 +41,9 @@ def calls_of_a_step(kind: Kind, num_sequences: int, num_layers: int) -> int:
 
 
 @pytest.mark.parametrize("weights", ["one", "learned"])
-@pytest.mark.parametrize("selection", ["top_k", "threshold"])
-def test_a_decode_step_takes_the_same_calls_whatever_its_sequences_and_layers(selection: str, weights: str):
-    kind = Kind(selection=selection, weights=weights)
+@pytest.mark.parametrize(("selection", "held"), [("top_k", False), ("threshold", False), ("threshold", True)])
+def test_a_decode_step_takes_the_same_calls_whatever_its_sequences_and_layers(selection: str, held: bool, weights: str):
+    kind = Kind(selection=selection, weights=weights, hold_share=held)
     assert calls_of_a_step(kind, 2, 2) == calls_of_a_step(kind, 33, 2) == calls_of_a_step(kind, 33, 16)
 
 
@@ -77,10 +77,10 @@ def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
     seen: list[tuple[int, str]] = []
     original = path_computer.choose_experts
 
-    def choose(router: PathRouter, scores_NS: torch.Tensor) -> Choice:
+    def choose(router: PathRouter, scores_NS: torch.Tensor, offset_N: torch.Tensor | None) -> Choice:
         seen.append((len(scores_NS), scores_NS.device.type))
         if scores_NS.device.type == "cpu":
-            return original(router, scores_NS)
+            return original(router, scores_NS, offset_N)
         return Choice(torch.empty(0, len(router.cuts), 0, dtype=torch.int64))
 
     monkeypatch.setattr(path_computer, "choose_experts", choose)

@@ -109,7 +109,7 @@ def lose_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     original = PathComputer._keep
 
     def shorter(self: PathComputer, *args: Any) -> list[PathState]:
-        return [PathState(state.kept[1:]) for state in original(self, *args)]
+        return [PathState(state.kept[1:], state.counts) for state in original(self, *args)]
 
     monkeypatch.setattr(PathComputer, "_keep", shorter)
 

@@ -40,6 +40,7 @@ class DecoupleOptions:
         Word("mass", written=False),
     ] = None
     embedding: Annotated[Literal["own", "parent"], "own, or parent: the parent's times a learned projection."] = "own"
+    hold_share: Annotated[bool, "Thresholds follow a text, so that the active share is the one asked for."] = True
     predict: Annotated[bool, "Keep the gates; the path router forecasts them."] = False
     text_field: TextField = None
     restart: Restart = False
@@ -66,6 +67,7 @@ class DecoupleOptions:
             heads=self.heads,
             gate=self.gate,
             weights=self.weights,
+            hold_share=self.hold_share,
         )
 
     def describe(self) -> dict[str, Any]:

@@ -51,7 +51,12 @@ class RunningPaths:
         kept = np.frombuffer(packed.data, dtype="<f8").reshape(packed.shape)
         if not np.isfinite(kept).all():
             raise ProtocolError("path state: a value is not finite")
-        return PathState(torch.tensor(kept, dtype=torch.float64, device=empty.device))
+        counts = packed.counts
+        wrong = len(counts) != self.computer.num_counts or min(counts, default=0) < 0
+        if wrong or (counts and counts[-1] != num_tokens):
+            raise ProtocolError(f"path state: counts {list(counts)} are not those of {num_tokens} tokens")
+        kept, counts = torch.tensor(kept, dtype=torch.float64), torch.tensor(counts, dtype=torch.int64)
+        return PathState(kept.to(empty.device), counts.to(empty.device))
 
     def extend(self, sequences: Many[Sequence]) -> Paths:
         """Fix the paths of the tokens just sampled, so that the next step is planned before its backbone starts; return

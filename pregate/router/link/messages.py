@@ -65,10 +65,11 @@ def check_prompt(token_ids: Sequence[int], *, vocab_size: int, max_context: int)
 
 @dataclass(frozen=True)
 class PackedState:
-    """A path router's `PathState`: float64 little-endian of `shape`, [P, 2 * num_blocks, C]."""
+    """A path router's `PathState`: float64 little-endian of `shape`, [P, 2 * num_blocks, C], and its counts."""
 
     data: bytes
     shape: tuple[int, int, int]
+    counts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.shape) < 0 or len(self.data) != 8 * math.prod(self.shape):

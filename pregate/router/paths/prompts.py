@@ -147,4 +147,4 @@ def pack_state(state: PathState) -> PackedState:
     """`state` for the wire."""
     num_tokens, num_parts, dim = state.kept.shape
     data = state.kept.cpu().numpy().astype("<f8", copy=False).tobytes()
-    return PackedState(data, (num_tokens, num_parts, dim))
+    return PackedState(data, (num_tokens, num_parts, dim), tuple(state.counts.tolist()))
