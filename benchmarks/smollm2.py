@@ -1,0 +1,156 @@
+"""A real language model: SmolLM2-135M converted and decoupled, beside its dense parent and every control.
+
+    python -m benchmarks.smollm2 --parent DIR --shared-folder ../shared [--cuts S3A3E8] [--seeds 0 1 2] [--part free]
+
+free: each cut by the default recipe and by CMoE's own, decoupled by the defaults, every control of `pregate evaluate`
+on WikiText-2's test text and on GSM8K's. tuned: the decoupled checkpoint tuned with LoRA, scored likewise. shares: what
+of the FFN runs on each folder of text, with thresholds that follow it and with fixed ones. report: the tables again.
+
+Calibrated and trained on fiction, nonfiction, GSM8K's training and WikiText-2's validation text. Checkpoints and
+finished rows are kept in --work, so that the same command goes on, and hours can be spread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cuts import Cut, cut_of, label
+from benchmarks.smollm2_report import write_report
+from benchmarks.surroundings import surroundings
+from pregate.convert.cut.conversion import convert
+from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
+from pregate.convert.measure.scored_text import ScoredText
+from pregate.convert.measure.scoring import load_any, score_rows
+from pregate.convert.paths.decouple import DecoupleOptions, decouple
+from pregate.convert.progress import RichProgress
+from pregate.convert.tune.options import TuneOptions
+from pregate.convert.tune.run import tune
+from pregate.model.folder import read_folder
+from pregate.model.quiet import quiet_transformers
+
+TESTS = {"WikiText-2": "wiki/wikitext-2-test.txt", "GSM8K": "math/gsm8k-test.jsonl"}
+FOLDERS = ("fiction", "math", "nonfiction", "stories", "verse", "wiki")
+
+
+class SmolLM2:
+    """Checkpoints and rows of one parent below `work`; each is made once."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.work, self.progress = args, args.work, RichProgress()
+        text = args.shared_folder / "text"
+        wiki = sorted((text / "wiki").glob("*valid*"))
+        self.text: tuple[Path, ...] = (
+            text / "fiction",
+            text / "nonfiction",
+            text / "math" / "gsm8k-train.jsonl",
+            *wiki,
+        )
+
+    def checkpoint(self, cut: Cut, kind: str, seed: int) -> Path:
+        """The folder of a checkpoint: layerwise, cmoe-paper, path or tuned."""
+        out = self.work / f"{label(cut)}-{kind}-{seed}"
+        if out.exists():
+            return out
+        experts, shared, active = cut
+        if kind in ("layerwise", "cmoe-paper"):
+            recipe: Any = "capture" if kind == "layerwise" else kind
+            convert(ConvertOptions(self.args.parent, out, experts, shared, active, self.text, recipe=recipe, seed=seed))
+        elif kind == "path":
+            source = self.checkpoint(cut, "layerwise", seed)
+            decouple(DecoupleOptions(source, out, self.text, seed=seed, **self.args.decouple), self.progress)
+        else:
+            source = self.checkpoint(cut, "path", seed)
+            fields = {"model": source, "out": out, "text": self.text, "teacher": self.args.parent, "seed": seed}
+            tune(TuneOptions(**fields | self.args.tune), self.progress)
+        return out
+
+    def row(self, cut: Cut | None, kind: str, seed: int, text: str, make: Callable[[], dict[str, Any]]) -> None:
+        path = self.work / "rows" / f"{label(cut) or 'dense'}-{kind}-{seed}-{text}-{self.args.tokens}.json"
+        if path.exists():
+            return
+        started = time.monotonic()
+        fields = {"cut": label(cut), "kind": kind, "seed": seed, "text": text, "tokens": self.args.tokens} | make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(fields | {"seconds": round(time.monotonic() - started, 1)}))
+        print(path.stem, fields["perplexity"], flush=True)
+
+    def score(self, cut: Cut, kind: str, seed: int, controls: bool) -> None:
+        for name, file in TESTS.items():
+            made = lambda file=file: evaluate(  # noqa: E731
+                EvaluateOptions(
+                    self.checkpoint(cut, kind, seed),
+                    (self.args.shared_folder / "text" / file,),
+                    max_tokens=self.args.tokens,
+                    controls=controls,
+                    parent=self.args.parent if controls else None,
+                ),
+                self.progress,
+            )
+            self.row(cut, kind, seed, name, made)
+
+    def free(self, cut: Cut, seed: int) -> None:
+        self.score(cut, "path", seed, controls=True)
+        self.score(cut, "cmoe-paper", seed, controls=False)
+
+    def tuned(self, cut: Cut, seed: int) -> None:
+        self.score(cut, "tuned", seed, controls=False)
+
+    @torch.no_grad()
+    def shares(self, cut: Cut, seed: int) -> None:
+        """The active share of each folder of text, with the thresholds that follow it and as they were set."""
+        path = self.checkpoint(cut, "path", seed)
+        model = load_any(read_folder(path))
+        for folder in FOLDERS:
+            texts = ScoredText.read(
+                read_folder(path), (self.args.shared_folder / "text" / folder,), self.args.tokens, 0
+            )
+            for kind in ("held", "fixed"):
+                computer = model.path_computer
+                if kind == "fixed":
+                    computer.router.share_control = None
+                self.row(cut, f"share-{kind}", seed, folder, lambda texts=texts: _share(model, texts))
+                model.forget_path_computer()
+
+
+def _share(model: Any, text: ScoredText) -> dict[str, Any]:
+    meter = AgreementMeter(compares=False)
+    score = score_rows(model, text.rows, meter)
+    return {"perplexity": round(score.perplexity, 4), "active_share": round(meter.active_share, 4)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parent", type=Path, required=True, help="SmolLM2-135M-Instruct as a Hugging Face folder")
+    parser.add_argument("--shared-folder", type=Path, required=True, help="folder with text")
+    parser.add_argument("--part", default="free", choices=["free", "tuned", "shares", "report"])
+    parser.add_argument("--cuts", type=cut_of, nargs="+", default=[cut_of("S3A3E8")])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokens", type=int, default=20_000, help="tokens scored of each text")
+    parser.add_argument("--decouple", type=json.loads, default={}, help="options of decouple, as JSON")
+    parser.add_argument("--tune", type=json.loads, default={}, help="options of tune, as JSON")
+    parser.add_argument("--work", type=Path, default=Path("runs/smollm2"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    quiet_transformers()
+    bench = SmolLM2(args)
+    if args.part != "report":
+        for cut in args.cuts:
+            for seed in args.seeds:
+                getattr(bench, args.part)(cut, seed)
+    rows = [json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json"))]
+    write_report(rows, surroundings("smollm2", ("transformers",)), args.out)
+
+
+if __name__ == "__main__":
+    main()
