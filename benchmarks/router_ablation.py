@@ -35,6 +35,7 @@ from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.decouple import DecoupleOptions, read_rows, routed_with, train_router
+from pregate.convert.paths.size import SMALL
 from pregate.convert.paths.targets import TargetPool, collect_targets
 from pregate.convert.progress import QUIET
 from pregate.model import RoutedForCausalLM
@@ -97,7 +98,7 @@ class Ablation:
         self.variants = VARIANTS if selection == "threshold" else FIXED
         folder = bench.work / name
         source, text = bench.subject.model, bench.subject.calibration
-        self.options = DecoupleOptions(folder / "layerwise", folder / "unused", text, steps=steps)
+        self.options = DecoupleOptions(folder / "layerwise", folder / "unused", text, **{**SMALL, "steps": steps})
         folder.mkdir(parents=True, exist_ok=True)
         if not self.options.model.exists():
             experts, shared, active = self.cut
@@ -202,7 +203,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared-folder", type=Path, required=True, help="with models/stories3M and text/stories")
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
-    parser.add_argument("--steps", type=int, default=DecoupleOptions.steps, help="training steps of every router")
+    parser.add_argument("--steps", type=int, default=SMALL["steps"], help="training steps of every router")
     parser.add_argument("--work", type=Path, default=Path("runs/router_ablation"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -212,7 +213,7 @@ def main() -> None:
     bench = Bench(subject("stories3M", args.shared_folder, work), work)
     fill(bench, args.cuts, args.steps)
     rows = rows_in(work, {bench.subject.name}, range(DEFAULT.num_seeds))
-    facts = bench.subject.facts | {"steps": args.steps, "pool_tokens": DecoupleOptions.pool_tokens}
+    facts = bench.subject.facts | {"steps": args.steps, "pool_tokens": SMALL["pool_tokens"]}
     write_report(rows, facts, surroundings("router_ablation", ["transformers"]), args.out)
     print((args.out / "router_ablation.md").read_text())
 

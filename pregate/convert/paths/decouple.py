@@ -15,6 +15,7 @@ from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.scoring import load_any, score_rows
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.options import DecoupleOptions
+from pregate.convert.paths.size import dense_flops, sized
 from pregate.convert.paths.targets import TargetPool, collect_targets
 from pregate.convert.paths.training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
 from pregate.convert.progress import QUIET, Progress
@@ -27,11 +28,10 @@ from pregate.model.factors import read_factors
 from pregate.model.file_hashes import file_sha256, short_digest
 from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.gates import RepresentativeGate
-from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_heads import check_heads
 from pregate.model.path_router import PathRouter
-from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
+from pregate.model.router_flops import MAX_SHARE, router_flops
 
 
 def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
@@ -44,6 +44,9 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
     check_new_folder(options.out)
     source = read_folder(options.model)
     config = _layerwise_config(source)
+    options = sized(options, config)
+    assert options.steps is not None
+    assert options.pool_tokens is not None
     check_heads(options.shape(), config.cuts)
     with progress.doing("reading text"):
         rows = read_rows(options, source)
@@ -97,6 +100,7 @@ def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]], progres
 
 def read_rows(options: DecoupleOptions, source: ModelFolder) -> list[list[int]]:
     """Token ids of the documents to learn on, drawn with the seed."""
+    assert options.pool_tokens is not None
     length = min(options.sequence_length, source.context_tokens)
     documents = draw_documents(read_documents(options.text, length, "--text", options.text_field), options.seed)
     rows = list(encode_pool([d.text for d in documents], source.tokenizer, length, options.pool_tokens))
@@ -132,6 +136,8 @@ def train_router(
         config = model.config
         router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
         embedding: Any = model.get_input_embeddings()
+        assert options.steps is not None
+        assert options.embedding is not None
         training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
         losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress, partial)
     router.requires_grad_(False)
@@ -141,16 +147,9 @@ def train_router(
 
 
 def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
-    """The router's operations per token and their share of the dense parent's; a warning where that is much.
-
-    The parent's parameters count, less an embedding that is only looked up in (one tied to the head is not).
-    """
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    embedding, head = (getattr(end, "weight", None) for end in ends)
-    weights = {id(p): p.numel() for n, p in model.parent.named_parameters() if not kept_float32(n)}
-    multiplied = sum(weights.values()) - (0 if embedding is head or embedding is None else embedding.numel())
+    """The router's operations per token and their share of the dense parent's; a warning where that is much."""
     flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
-    share = flops / backbone_flops(multiplied)
+    share = flops / dense_flops(model.config)
     figures = {"router_flops_per_token": flops, "router_flops_share": round(share, 5)}
     if share <= MAX_SHARE:
         return figures

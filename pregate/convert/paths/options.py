@@ -13,22 +13,25 @@ from pregate.base.options import Model, Out, Restart, Seed, TextField, Texts, Wo
 if TYPE_CHECKING:
     from pregate.model.config import PathRouterConfig
 
+BY_SIZE = Word("by the model's size", written=False)
+
 
 @options()
 class DecoupleOptions:
     """How to train a path router, its shape (`PathRouterConfig`), and the text to learn on.
 
-    `target` None: "mass", or with the gate "dselect" "captured".
+    `target` None: "mass", or with the gate "dselect" "captured". Others that are None follow the model's size
+    (`size.py`).
     """
 
     model: Model
     out: Out
     text: Annotated[Texts, "Text to train on"]
-    steps: Annotated[int, Field(ge=1), "Training steps."] = 2000
-    dim: Annotated[int, Field(ge=4, multiple_of=4), "Width of the path router."] = 128
-    blocks: Annotated[int, Field(ge=1), "Blocks of the path router."] = 1
+    steps: Annotated[int | None, Field(ge=1), "Training steps.", BY_SIZE] = None
+    dim: Annotated[int | None, Field(ge=4, multiple_of=4), "Width of the path router.", BY_SIZE] = None
+    blocks: Annotated[int | None, Field(ge=1), "Blocks of the path router.", BY_SIZE] = None
     seed: Seed = 0
-    pool_tokens: Annotated[int, Field(ge=2), "Tokens of text to learn on, at most."] = 200_000
+    pool_tokens: Annotated[int | None, Field(ge=2), "Tokens of text to learn on, at most.", BY_SIZE] = None
     sequence_length: Annotated[int, Field(ge=2), "Tokens of a document, at most."] = 512
     window: Annotated[int, Field(ge=1), "Tokens the path router looks at, this one included."] = 64
     heads: Annotated[Heads, "One per layer, a cell that runs over the layers, or one index for all."] = "independent"
@@ -39,7 +42,9 @@ class DecoupleOptions:
         "mass (regression), paper (Read-ME's loss) or captured (what is chosen).",
         Word("mass", written=False),
     ] = None
-    embedding: Annotated[Literal["own", "parent"], "own, or parent: the parent's times a learned projection."] = "own"
+    embedding: Annotated[
+        Literal["own", "parent"] | None, "own, or parent: the parent's times a learned projection.", BY_SIZE
+    ] = None
     hold_share: Annotated[bool, "Thresholds follow a text, so that the active share is the one asked for."] = True
     predict: Annotated[bool, "Keep the gates; the path router forecasts them."] = False
     text_field: TextField = None
@@ -57,9 +62,11 @@ class DecoupleOptions:
         return self.target or ("captured" if self.gate == "dselect" else "mass")
 
     def shape(self) -> PathRouterConfig:
-        """Shape of the router."""
+        """Shape of the router, of options that are `sized`."""
         from pregate.model.config import PathRouterConfig
 
+        assert self.dim is not None
+        assert self.blocks is not None
         return PathRouterConfig(
             dim=self.dim,
             num_blocks=self.blocks,

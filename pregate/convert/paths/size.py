@@ -1,0 +1,53 @@
+"""How large a path router is, and how much it learns from, where its user does not say: by the dense model's size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pregate.convert.paths.options import DecoupleOptions
+from pregate.model.config import RoutedConfig
+from pregate.model.layers import kept_float32
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
+
+#: For a model beside which a wide router costs little, and for a smaller one.
+LARGE: dict[str, Any] = {"blocks": 2, "embedding": "parent", "pool_tokens": 400_000, "steps": 3000}
+SMALL: dict[str, Any] = {"dim": 128, "blocks": 1, "embedding": "own", "pool_tokens": 200_000, "steps": 2000}
+#: Widths of a large model's router; below the last it is a small one's.
+WIDTHS = range(512, 96, -32)
+
+
+def sized(options: DecoupleOptions, config: RoutedConfig) -> DecoupleOptions:
+    """`options` with those set that are None and follow the dense model's operations per token.
+
+    The widest router of `LARGE` that costs at most `MAX_SHARE` of them; where not even the narrowest does, `SMALL`.
+    """
+    most = MAX_SHARE * dense_flops(config)
+    for each in _candidates(options):
+        if router_flops(each.shape(), config.cuts, config.selection) <= most:
+            return each
+    return _filled(options, SMALL)
+
+
+def _candidates(options: DecoupleOptions) -> Iterator[DecoupleOptions]:
+    for dim in WIDTHS:
+        yield _filled(options, LARGE | {"dim": dim})
+
+
+def _filled(options: DecoupleOptions, values: dict[str, Any]) -> DecoupleOptions:
+    return replace(options, **{name: value for name, value in values.items() if getattr(options, name) is None})
+
+
+def dense_flops(config: Any) -> int:
+    """Operations per token of the dense parent: of its parameters, less an embedding that is only looked up in (one
+    tied to the head is not)."""
+    with torch.device("meta"):
+        model = RoutedForCausalLM(config)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = (getattr(end, "weight", None) for end in ends)
+    weights = {id(p): p.numel() for n, p in model.parent.named_parameters() if not kept_float32(n)}
+    return backbone_flops(sum(weights.values()) - (0 if embedding is head or embedding is None else embedding.numel()))
