@@ -16,7 +16,7 @@ from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced, spaced_batches
 from pregate.convert.tune.forward import TuningPass, threshold_of
-from pregate.convert.tune.outputs import path_scores, run_layers
+from pregate.convert.tune.outputs import path_offsets, path_scores, run_layers
 from pregate.model.gates import RepresentativeGate
 from pregate.model.layers import RoutedMLP
 from pregate.model.modeling import RoutedForCausalLM
@@ -111,7 +111,8 @@ def calibrate(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Pro
     with progress.stage("setting thresholds (layers)", len(mlps)) as advance:
         hooks = [mlp.register_forward_hook(lambda *_: advance(1)) for mlp in mlps]
         try:
-            run_layers(model, ids_BN, TuningPass(model, real_T, scores_TS, {}, calibrate=True))
+            held_T = path_offsets(model, scores_TS, ids_BN)
+            run_layers(model, ids_BN, TuningPass(model, real_T, scores_TS, {}, held_T, calibrate=True))
         finally:
             for hook in hooks:
                 hook.remove()

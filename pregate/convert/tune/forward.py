@@ -30,7 +30,8 @@ from pregate.model.path_router import split_layers
 
 @dataclass
 class TuningPass:
-    """A `FastPath` that lives for one forward pass. `real_T` False at padding; `scores_TS` the path router's scores.
+    """A `FastPath` that lives for one forward pass. `real_T` False at padding; `scores_TS` the path router's scores,
+    `offset_T` what is added to them before a threshold chooses (`path_offsets`).
 
     Beside its output it gathers `mass` errors of the router's scores as forecasts, and `balance` terms. With
     `calibrate` the thresholds of each layer's gate and oracle are set from the tokens of the pass on its way (a path
@@ -45,6 +46,7 @@ class TuningPass:
     real_T: torch.Tensor
     scores_TS: torch.Tensor | None
     offsets: dict[int, torch.Tensor]
+    offset_T: torch.Tensor | None = None
     mass: bool = False
     balance: bool = False
     calibrate: bool = False
@@ -86,9 +88,10 @@ class TuningPass:
         # A gate's input is detached: the backbone learns from the losses, not from the router's noise.
         scores_TR = gate(x_TD.detach().float()) if self.scores_TS is None else self._split[mlp.layer]
         threshold = self._threshold(mlp, scores_TR, mass_TR)
-        chosen_TR = chosen_by(scores_TR.detach(), num_active, threshold)
+        choosing_TR = scores_TR if self.offset_T is None else scores_TR + self.offset_T[:, None]
+        chosen_TR = chosen_by(choosing_TR.detach(), num_active, threshold)
         self._note(mlp, scores_TR, chosen_TR, threshold, mass_TR)
-        weights_TR = straight_through(scores_TR, chosen_TR, num_active, threshold, self.straight_through)
+        weights_TR = straight_through(choosing_TR, chosen_TR, num_active, threshold, self.straight_through)
         if self.scores_TS is None or self._path_weights is None:
             return weights_TR
         return weights_TR * self._path_weights[mlp.layer]

@@ -27,7 +27,7 @@ from pregate.convert.tune.data import BatchOrder, TuningRows
 from pregate.convert.tune.forward import TuningPass, forecasts_masses
 from pregate.convert.tune.losses import mixed_loss, next_tokens
 from pregate.convert.tune.options import TuningSettings
-from pregate.convert.tune.outputs import Outputs, hidden_error, path_scores, run_model
+from pregate.convert.tune.outputs import Outputs, hidden_error, path_offsets, path_scores, run_model
 from pregate.convert.tune.parameters import changing_tensors, choose_trained, merge_low_rank, optimizer_of
 from pregate.convert.tune.refit import refit
 from pregate.model.modeling import RoutedForCausalLM
@@ -200,7 +200,8 @@ class Tuner:
         if not self.routed:
             return None
         scores_TS = path_scores(self.model, ids_BN)
-        return TuningPass(self.model, mask_BN.flatten().bool(), scores_TS, self.offsets, **gathered)
+        held_T = path_offsets(self.model, scores_TS, ids_BN)
+        return TuningPass(self.model, mask_BN.flatten().bool(), scores_TS, self.offsets, held_T, **gathered)
 
     def _settle(self, passes: list[TuningPass]) -> None:
         """Move thresholds and balancing biases by what the passes of a step saw."""

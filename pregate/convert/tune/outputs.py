@@ -15,6 +15,7 @@ import torch
 
 from pregate.convert.tune.forward import TuningPass
 from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.path_router import margins
 
 
 def path_scores(model: RoutedForCausalLM, ids_BN: torch.Tensor) -> torch.Tensor | None:
@@ -26,6 +27,17 @@ def path_scores(model: RoutedForCausalLM, ids_BN: torch.Tensor) -> torch.Tensor 
         return None
     with torch.autocast(ids_BN.device.type, enabled=False):
         return router(ids_BN)[0].flatten(0, 1)
+
+
+@torch.no_grad()
+def path_offsets(model: RoutedForCausalLM, scores_TS: torch.Tensor | None, ids_BN: torch.Tensor) -> torch.Tensor | None:
+    """What is added to the scores of `path_scores` before thresholds choose [T]; None where thresholds are fixed."""
+    router = model.deciding_router
+    if router is None or router.share_control is None or scores_TS is None:
+        return None
+    counts_BNJ1 = router.share_control.counts(margins(router, scores_TS)).unflatten(0, tuple(ids_BN.shape))
+    before_TJ1 = (counts_BNJ1.cumsum(dim=1) - counts_BNJ1).flatten(0, 1)
+    return router.share_control.offset(before_TJ1).to(scores_TS.dtype)
 
 
 @dataclass(frozen=True)

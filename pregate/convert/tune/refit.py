@@ -27,7 +27,7 @@ from pregate.convert.progress import Progress
 from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced_batches
 from pregate.convert.tune.forward import TuningPass
-from pregate.convert.tune.outputs import layers_by, path_scores
+from pregate.convert.tune.outputs import layers_by, path_offsets, path_scores
 from pregate.kernels.reference import gated_hidden
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
 from pregate.model.layers import RoutedMLP
@@ -54,7 +54,9 @@ class _Part:
     def of(cls, model: RoutedForCausalLM, rows: list[list[int]], layers: Sequence[nn.Module]) -> _Part:
         """Rows up to the first layer; the model is called with every layer giving its input on."""
         ids_BN, mask_BN = (t.to(model.device) for t in padded(rows))
-        routing = _RefitPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {})
+        scores_TS = path_scores(model, ids_BN)
+        held_T = path_offsets(model, scores_TS, ids_BN)
+        routing = _RefitPass(model, mask_BN.flatten().bool(), scores_TS, {}, held_T)
         entering, given = [], []
 
         def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

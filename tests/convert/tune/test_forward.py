@@ -19,7 +19,7 @@ from pregate.convert.tune.data import TuningRows, read_rows
 from pregate.convert.tune.forward import TuningPass, balance_term
 from pregate.convert.tune.loop import Tuner
 from pregate.convert.tune.options import TuningSettings
-from pregate.convert.tune.outputs import hidden_error, path_scores, run_model
+from pregate.convert.tune.outputs import hidden_error, path_offsets, path_scores, run_model
 from pregate.convert.tune.run import dense_parent
 from pregate.model.folder import read_folder
 from pregate.model.layers import weighted_mass
@@ -63,7 +63,9 @@ def model(request, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path, 
 
 
 def pass_of(model: RoutedForCausalLM, ids_BN, mask_BN, **gathered: bool) -> TuningPass:
-    return TuningPass(model, mask_BN.flatten().bool(), path_scores(model, ids_BN), {}, **gathered)
+    scores_TS = path_scores(model, ids_BN)
+    held_T = path_offsets(model, scores_TS, ids_BN)
+    return TuningPass(model, mask_BN.flatten().bool(), scores_TS, {}, held_T, **gathered)
 
 
 @torch.no_grad()
@@ -179,7 +181,9 @@ def test_thresholds_give_the_active_share(kind: str, tiny_layerwise_checkpoint: 
     ids, mask = padded(rows)
     tuning_pass = pass_of(model, ids, mask)
     run_model(model, ids, tuning_pass)
-    assert tuning_pass.active_neurons / tuning_pass.all_neurons == pytest.approx(0.5, abs=1e-3)  # S2A2E8
+    assert tuning_pass.active_neurons / tuning_pass.all_neurons == pytest.approx(
+        0.5, abs=5e-3
+    )  # S2A2E8; thresholds follow the text
 
 
 @torch.no_grad()

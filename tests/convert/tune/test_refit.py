@@ -17,7 +17,7 @@ from pregate.convert.text.batches import padded
 from pregate.convert.tune.data import spaced_batches
 from pregate.convert.tune.forward import TuningPass
 from pregate.convert.tune.options import TuneOptions
-from pregate.convert.tune.outputs import path_scores, run_layers
+from pregate.convert.tune.outputs import path_offsets, path_scores, run_layers
 from pregate.convert.tune.refit import REFIT_TOKENS, _fit_of, _solve, refit
 from pregate.convert.tune.run import tune
 from pregate.model.folder import read_folder
@@ -121,7 +121,9 @@ def test_layer_by_layer_it_is_the_fit_of_whole_passes(
         totals: list[Any] = [0.0] * 3
         for rows in batches:
             ids_BN, mask_BN = padded(rows)
-            whole = _WholePass(old, mask_BN.flatten().bool(), path_scores(old, ids_BN), {}, fitted=mlp.layer)
+            scores = path_scores(old, ids_BN)
+            held = path_offsets(old, scores, ids_BN)
+            whole = _WholePass(old, mask_BN.flatten().bool(), scores, {}, held, fitted=mlp.layer)
             run_layers(old, ids_BN, whole)
             totals = [total + found for total, found in zip(totals, whole.sums, strict=True)]
         expected.append(_solve(mlp, *totals))
