@@ -21,7 +21,7 @@ from pregate.model.modeling import RoutedForCausalLM
 
 _REFITTED = ("experts.down_proj", "shared.down_proj", "parametrizations.down_proj.original")
 #: Tensors of routers and gates that are set, not learned (or learned and set).
-_SET_PARTS = ("thresholds", "threshold", "balance_bias", "mass_threshold")
+_SET_PARTS = ("thresholds", "threshold", "balance_bias", "mass_threshold", "share_control")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def changing_tensors(model: Any, trained: Trained, refit: bool) -> dict[str, tor
         if refit:  # under LoRA these lie behind the low-rank changes
             found |= {n: p.data for n, p in model.named_parameters() if n.endswith(_REFITTED)}
         found |= {n: p.data for n, p in model.named_parameters() if _of_a_router(n) and n.endswith(".bias")}
-        found |= {n: b for n, b in model.named_buffers() if n.rpartition(".")[2] in _SET_PARTS}
+        found |= {n: b for n, b in model.named_buffers() if not set(n.split(".")).isdisjoint(_SET_PARTS)}
     return found
 
 
