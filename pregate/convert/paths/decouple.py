@@ -88,6 +88,7 @@ def _collected(
         progress.note(partial.state.going_on)
     pool = collect_targets(model, rows, progress, options.predict, partial)
     if partial.state.unit != "step":
+        assert options.steps is not None
         partial.begin("step", options.steps, {"losses": []})
     return pool
 
