@@ -38,7 +38,10 @@ from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 
 TESTS = {"WikiText-2": "wiki/wikitext-2-test.txt", "GSM8K": "math/gsm8k-test.jsonl"}
-FOLDERS = ("fiction", "math", "nonfiction", "stories", "verse", "wiki")
+#: Of each folder of text what is scored: of those with a part for training, the other.
+FOLDERS = {"math": TESTS["GSM8K"], "wiki": TESTS["WikiText-2"], "stories": "stories/ts_heldout.jsonl"} | {
+    name: name for name in ("fiction", "nonfiction", "verse")
+}
 
 
 class SmolLM2:

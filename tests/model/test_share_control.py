@@ -5,7 +5,7 @@ import torch
 from pregate.model.config import LayerCut, PathRouterConfig
 from pregate.model.path_computer import PathComputer
 from pregate.model.path_router import PathRouter, choose_experts, margins, put_thresholds
-from pregate.model.share_control import PRIOR_TOKENS, SHARES, ShareControl
+from pregate.model.share_control import GAIN, PRIOR_TOKENS, SHARES, ShareControl
 
 CUTS = [LayerCut(5, 3, 3, 8), LayerCut(0, 1, 0, 8), LayerCut(4, 1, 4, 8), LayerCut(7, 1, 2, 8)]
 CHOOSES = [0, 3]
@@ -32,9 +32,9 @@ def test_the_share_asked_for_is_held_where_a_text_scores_higher_or_lower():
     router, generator = held_router(), torch.Generator().manual_seed(1)
     for shift, spread in [(0.3, 1.0), (-0.3, 1.0), (0.0, 1.4), (0.2, 0.8)]:
         scores = (torch.randn(600, 16, generator=generator) * spread + shift).double()
-        fixed = (choose_experts(router, scores).ids[:, CHOOSES] >= 0).sum() / 600
-        assert abs(float(fixed) - 5) > 0.2, "this text would have needed no control"
-        assert abs(mean_chosen(router, scores) - 5) < 0.15
+        fixed = float((choose_experts(router, scores).ids[:, CHOOSES] >= 0).sum()) / 600
+        assert abs(fixed - 5) > 0.2, "this text would have needed no control"
+        assert abs(mean_chosen(router, scores) - 5) < 0.05 + abs(fixed - 5) / 3
 
 
 def test_on_the_text_it_was_set_on_thresholds_stay_about_where_they_are():
@@ -44,15 +44,17 @@ def test_on_the_text_it_was_set_on_thresholds_stay_about_where_they_are():
 
 
 def test_offsets_of_a_worked_example():
-    """Means 6, 7, 8, ... experts at offsets 0, 1, 2, ...; 8 are wanted; 16 tokens of each are thought to go before."""
+    """Means 4, 5, 6, ... experts at offsets 0, 1, 2, ...; 8 are wanted; 16 tokens of each are thought to go before."""
     control = ShareControl()
-    control.means.copy_(torch.arange(len(SHARES)) + 6)
+    control.means.copy_(torch.arange(len(SHARES)) + 4)
     control.wanted.fill_(8)
     none = torch.zeros(1, len(SHARES) + 1, dtype=torch.int64)
-    assert control.offset(none).tolist() == [2.0]
-    one_lower = torch.cat([torch.arange(len(SHARES)) + 5, torch.ones(1)])[None].long() * PRIOR_TOKENS
-    one_lower[:, -1] = PRIOR_TOKENS  # as many tokens again, each one expert short: half a step more
-    assert control.offset(one_lower).tolist() == [2.5]
+    assert control.offset(none).tolist() == [4.0]
+    one_lower = torch.cat([torch.arange(len(SHARES)) + 3, torch.ones(1)])[None].long() * PRIOR_TOKENS
+    one_lower[:, -1] = (
+        PRIOR_TOKENS  # as many tokens again, each one expert short: half a step more, and what was missed
+    )
+    torch.testing.assert_close(control.offset(one_lower), torch.tensor([4.0 + GAIN / 2], dtype=torch.float64))
     far = torch.zeros(1, len(SHARES) + 1, dtype=torch.int64)
     far[:, -1] = 10**6  # no expert at all, whatever the offset: the outermost
     assert control.offset(far).tolist() == [len(SHARES) - 1]
