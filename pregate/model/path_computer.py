@@ -43,6 +43,8 @@ class PathComputer:
         self.cuts, self.config = router.cuts, router.config
         self.device = router.embedding.weight.device
         copy = PathRouter(router.config, router.embedding.num_embeddings, router.cuts, router.selection)
+        if router.share_control is None:  # whatever the config says: thresholds that are tried out are fixed
+            copy.share_control = None
         self.router = copy.to(self.device, torch.float64)
         self.router.load_state_dict({k: v.double() for k, v in router.state_dict().items()})
         self.router.requires_grad_(False)

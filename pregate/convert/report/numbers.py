@@ -142,7 +142,7 @@ def with_numbers(model: RoutedForCausalLM, numbers: Numbers, limits: Limits) -> 
         thresholds = router.thresholds.clone()
         for layer, limit in limits.items():
             thresholds[layer] = limit
-        changes += [(router, "cuts", tuple(cuts)), (router, "thresholds", thresholds)]
+        changes += [(router, "cuts", tuple(cuts)), (router, "thresholds", thresholds), (router, "share_control", None)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
         _set(model, changes)
