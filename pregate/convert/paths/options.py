@@ -33,7 +33,7 @@ class DecoupleOptions:
     seed: Seed = 0
     pool_tokens: Annotated[int | None, Field(ge=2), "Tokens of text to learn on, at most.", BY_SIZE] = None
     sequence_length: Annotated[int, Field(ge=2), "Tokens of a document, at most."] = 512
-    window: Annotated[int, Field(ge=1), "Tokens the path router looks at, this one included."] = 64
+    window: Annotated[int | None, Field(ge=1), "Tokens the path router looks at, this one included.", BY_SIZE] = None
     heads: Annotated[Heads, "One per layer, a cell that runs over the layers, or one index for all."] = "independent"
     gate: Annotated[RouterGate, "scores, or DSelect-k's binary codes, trained on captured."] = "scores"
     weights: Annotated[RouterWeights, "one, or learned: a weight for each expert, 1 until it is tuned."] = "one"
@@ -67,6 +67,7 @@ class DecoupleOptions:
 
         assert self.dim is not None
         assert self.blocks is not None
+        assert self.window is not None
         return PathRouterConfig(
             dim=self.dim,
             num_blocks=self.blocks,

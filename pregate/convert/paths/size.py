@@ -15,8 +15,10 @@ from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
 
 #: For a model beside which a wide router costs little, and for a smaller one.
-LARGE: dict[str, Any] = {"blocks": 2, "embedding": "parent", "pool_tokens": 400_000, "steps": 3000}
-SMALL: dict[str, Any] = {"dim": 128, "blocks": 1, "embedding": "own", "pool_tokens": 200_000, "steps": 2000}
+LARGE: dict[str, Any] = {"blocks": 2, "window": 112, "embedding": "parent", "pool_tokens": 400_000, "steps": 4500}
+SMALL: dict[str, Any] = {
+    "dim": 128, "blocks": 1, "window": 64, "embedding": "own", "pool_tokens": 200_000, "steps": 2000,
+}  # fmt: skip
 #: Widths of a large model's router; below the last it is a small one's.
 WIDTHS = range(512, 96, -32)
 

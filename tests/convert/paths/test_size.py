@@ -42,7 +42,7 @@ def test_a_tiny_model_gets_a_small_one():
 
 
 def test_what_is_given_stays():
-    given = {"dim": 64, "blocks": 3, "embedding": "own", "pool_tokens": 777, "steps": 5}
+    given = {"dim": 64, "blocks": 3, "window": 9, "embedding": "own", "pool_tokens": 777, "steps": 5}
     for text in (REAL, TINY):
         found = sized(options(**given), config_of(text))
         assert {name: getattr(found, name) for name in given} == given
