@@ -3,7 +3,8 @@
     python -m benchmarks.cache --shared-folder ../shared [--paths CHECKPOINT ...]
 
 (a) Read-ME's setting: seven domain experts of stories3M with one index for all layers (`pregate read-me` without
-tuning: the six text folders, fiction in two halves by author), 2 to 5 of 7 whole experts held. (b) Checkpoints with a
+tuning: the six text folders, fiction in two halves by author), 2 to 5 of 7 experts held: whole ones, as
+Read-ME counts, or as many units (one expert of one layer), as hosts do. (b) Checkpoints with a
 path of their own in every layer: stories3M, converted and decoupled here, and every `--paths`; 25, 50 and 75 % of their
 units held. Arrivals and lengths are the Azure conversation trace's, lengths scaled and cut to the model's context;
 prompts and answers are pieces of all six text folders, drawn with three seeds. Writes results/cache.json, .md, .png.
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from benchmarks.surroundings import sentence, surroundings
 from pregate.cli.cache.record import Pace, record, requests_of
+from pregate.cli.cache.recording import Recording
 from pregate.cli.cache.results import Row, closed_gap, draw, replay_all
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
@@ -69,17 +71,23 @@ def make_paths(args: argparse.Namespace, work: Path) -> Path:
     return options.out
 
 
-def replay(model: Path, args: argparse.Namespace, whole: bool) -> dict[str, Any]:
-    """Rows of all policies and seeds, and what was recorded."""
+def record_all(model: Path, args: argparse.Namespace) -> list[Recording]:
+    """One recording a seed."""
     texts = tuple(args.shared_folder / "text" / name for name in FOLDERS)
     trace = args.shared_folder / "traces" / "azure2023_conv.csv"
-    found: list[dict[str, Any]] = []
+    found = []
     for seed in SEEDS:
         computer, unit_bytes, requests = requests_of(model, texts, trace, args.requests, args.length_scale, seed)
-        recording = record(computer, requests, Pace(), unit_bytes)
-        recording = recording.one_index() if whole else recording
+        found.append(record(computer, requests, Pace(), unit_bytes))
+    return found
+
+
+def replay(recordings: Sequence[Recording], capacities: Sequence[float]) -> list[dict[str, Any]]:
+    """Rows of all policies for the recording of each seed; capacities below 1 are shares."""
+    found: list[dict[str, Any]] = []
+    for seed, recording in zip(SEEDS, recordings, strict=True):
         num_units = int(recording.used_SLR.any(axis=0).sum())
-        held = [2, 3, 4, 5] if whole else [round(num_units * share) for share in (0.25, 0.5, 0.75)]
+        held = [round(num_units * c) if c < 1 else int(c) for c in capacities]
         rows = replay_all(recording, held, seed, bandwidth=None, layer_s=0.0, lead=0)
         used = recording.used_SLR.sum(axis=2)
         found.append(
@@ -93,22 +101,21 @@ def replay(model: Path, args: argparse.Namespace, whole: bool) -> dict[str, Any]
                 "closed": {num: round(closed_gap(rows, num), 4) for num in held},
             }
         )
-    return {"whole_experts": whole, "seeds": found}
+    return found
 
 
 def markdown(result: dict[str, Any]) -> str:
     lines = ["# Hit rates of caching policies", ""]
     for name, case in result["models"].items():
-        what = "whole experts" if case["whole_experts"] else "units"
-        first = case["seeds"][0]
+        first = case[0]
         lines += [f"## {name}", ""]
         lines += [
-            f"{first['steps']} steps of {first['tokens_a_step']} tokens on average (seed 0); {what}: {first['units']}, "
-            f"of which a layer uses {first['units_a_layer']} in a step. Gap closed: how much of the way from LRU to "
-            "the optimum lookahead goes.", "",
+            f"{first['steps']} steps of {first['tokens_a_step']} tokens on average (seed 0), which use "
+            f"{first['units_a_layer']} of a layer's experts; {first['units']} in all. Gap closed: how much of the way "
+            "from LRU to the optimum lookahead goes.", "",
         ]  # fmt: skip
         lines += ["| held | seed | " + " | ".join(POLICIES) + " | gap closed |", "| --: | --: |" + " --: |" * 8]
-        for seed in case["seeds"]:
+        for seed in case:
             rate = {(row["held"], row["policy"]): row["hit_rate"] for row in seed["rows"]}
             for held, closed in seed["closed"].items():
                 cells = " | ".join(f"{100 * rate[int(held), policy]:.1f}" for policy in POLICIES)
@@ -127,7 +134,7 @@ def write(models: dict[str, Any], args: argparse.Namespace) -> None:
     (args.out / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "cache.md").write_text(markdown(result))
     name = next(iter(models))
-    draw([Row(**row) for row in models[name]["seeds"][0]["rows"]], args.out / "cache.png")
+    draw([Row(**row) for row in models[name][0]["rows"]], args.out / "cache.png")
 
 
 def main() -> None:
@@ -147,13 +154,17 @@ def main() -> None:
     models: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        cases = [("stories3M, seven domain experts", args.read_me or make_read_me(args, work), True)]
-        cases += [("stories3M, a path in every layer", args.stories or make_paths(args, work), False)]
-        cases += [(f"{path.name}, a path in every layer", path, False) for path in args.paths]
-        for name, path, whole in cases:
-            begun_s = time.monotonic()
-            models[name] = replay(path, args, whole)
-            print(f"{name}: {time.monotonic() - begun_s:.0f} s", flush=True)
+        recordings = record_all(args.read_me or make_read_me(args, work), args)
+        num_layers = recordings[0].used_SLR.shape[1]
+        whole = [recording.one_index() for recording in recordings]
+        models["Seven domain experts of stories3M, whole experts held"] = replay(whole, [2, 3, 4, 5])
+        write(models, args)
+        name = f"The same, units held: an expert of one of {num_layers} layers each"
+        models[name] = replay(recordings, [num_layers * n for n in (2, 3, 4, 5)])
+        write(models, args)
+        for path in [args.stories or make_paths(args, work), *args.paths]:
+            name = f"{'stories3M' if path.name == 'paths' else path.name}, a path of its own in every layer, units held"
+            models[name] = replay(record_all(path, args), [0.25, 0.5, 0.75])
             write(models, args)
     print((args.out / "cache.md").read_text())
 

@@ -42,6 +42,9 @@ class Completion:
     `completion_tokens` counts the end-of-text token when there was one. `rows_per_host[h]`: the (token, layer, expert)
     rows that host h computed for it (empty where a stop string ended it: the front door did). `request_id` is the
     caller's, or made for them.
+
+    While it ran hosts were asked for units so often that were in their slots (`unit_hits`) and that were not, and
+    computing waited `stall_s` for these: for all requests together, and 0 where all experts are held.
     """
 
     text: str
@@ -54,3 +57,6 @@ class Completion:
     index: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    unit_hits: int = 0
+    unit_misses: int = 0
+    stall_s: float = 0.0

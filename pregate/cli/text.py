@@ -79,7 +79,7 @@ class Sampling:
 def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output) -> None:
     """Continue a text. With --target it streams from a server; with --model the reference model runs here."""
     if source.model is None:
-        with _client(source) as client:
+        with open_client(source.target, source.token_file, source.ca) as client:
             _generate_served(client, prompt.prompt, sampling, output)
         return
     result = _generate_here(source, prompt.prompt, sampling)
@@ -90,7 +90,7 @@ def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output)
 def route(prompt: Prompt, source: Source, output: Output) -> None:
     """Print the experts each token of a text will visit in every layer, without running the model."""
     if source.model is None:
-        with _client(source) as client:
+        with open_client(source.target, source.token_file, source.ca) as client:
             result = asdict(client.route(prompt.prompt))
     else:
         result = _route_here(source, prompt.prompt)
@@ -103,15 +103,14 @@ def route(prompt: Prompt, source: Source, output: Output) -> None:
 # ---- a server ----
 
 
-def _client(source: Source) -> Client:
+def open_client(target: str | None, token_file: Path | None, ca: Path | None) -> Client:
+    """A client of the server at `target`; UserError where that is not HOST:PORT."""
     from pregate.client.client import Client
 
-    assert source.target is not None
-    host, _, port = source.target.rpartition(":")
+    host, _, port = (target or "").rpartition(":")
     if not host or not port.isdecimal():
-        raise UserError.of("--target", source.target, "must be HOST:PORT")
-    token = read_tokens(source.token_file)[0] if source.token_file else None
-    return Client(source.target, token, source.ca)
+        raise UserError.of("--target", target, "must be HOST:PORT")
+    return Client(f"{host}:{port}", read_tokens(token_file)[0] if token_file else None, ca)
 
 
 def _generate_served(client: Client, prompt: str, sampling: Sampling, output: Output) -> None:

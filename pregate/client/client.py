@@ -51,6 +51,22 @@ class Route:
 
 
 @dataclass(frozen=True)
+class HostStatus:
+    """Experts of one host since it started: uses that found theirs in its slot and that did not, bytes read, of these
+    ahead, and of these for nothing; seconds waited. It holds `num_units` now and means to fetch `num_pending`."""
+
+    host_id: int
+    num_units: int
+    num_pending: int
+    hits: int
+    misses: int
+    read_bytes: int
+    prefetched_bytes: int
+    wasted_bytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a server serves, and how busy it is.
 
@@ -73,6 +89,7 @@ class ModelInfo:
     busy_with: str
     busy_s: float
     unavailable: str
+    hosts: tuple[HostStatus, ...] = ()
 
 
 class Generation(Iterator[Chunk]):
@@ -110,9 +127,10 @@ class Generation(Iterator[Chunk]):
             reply = response.complete
             counted = (reply.finish_reason, reply.prompt_tokens, reply.completion_tokens)
             ids, rows = tuple(reply.output_ids), tuple(reply.rows_per_host)
+            units = reply.unit_hits, reply.unit_misses, reply.stall_s
             logprobs = _logprobs(reply.output_logprobs), _logprobs(reply.input_logprobs)
             self.completions.append(
-                Completion(reply.text, ids, *counted, rows, reply.request_id, reply.index, *logprobs)
+                Completion(reply.text, ids, *counted, rows, reply.request_id, reply.index, *logprobs, *units)
             )
 
     def cancel(self) -> None:
@@ -241,7 +259,9 @@ class Client:
         """Return what the server serves."""
         reply = self._unary(self._stub.GetModelInfo, pb.GetModelInfoRequest(model=model))
         values = {name: getattr(reply, name) for name in ModelInfo.__dataclass_fields__}
-        return ModelInfo(**{**values, "eos_token_ids": tuple(reply.eos_token_ids)})
+        fields = HostStatus.__dataclass_fields__
+        hosts = tuple(HostStatus(**{name: getattr(host, name) for name in fields}) for host in reply.hosts)
+        return ModelInfo(**{**values, "eos_token_ids": tuple(reply.eos_token_ids), "hosts": hosts})
 
     def health(self, service: str = "") -> bool:
         """Return whether the server takes requests; raises UnavailableError when nothing answers at `target`."""

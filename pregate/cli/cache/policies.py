@@ -54,7 +54,7 @@ class _Ranked:
 
     def look(self) -> Outlook:
         never = np.full(self.distance_LR.shape, FAR)
-        return Outlook(never, self.distance_LR - self.distance_LR.min(), never)
+        return Outlook(never, self.distance_LR - self.distance_LR.min())
 
 
 class Random(_Ranked):
@@ -131,7 +131,7 @@ class Optimal:
         at_LR = self._at[step].copy()
         at_LR[: layer + 1] = self._at[step + 1, : layer + 1]
         at_LR -= step * self._num_layers + layer
-        return Outlook(at_LR, at_LR, np.zeros_like(at_LR))
+        return Outlook(at_LR, at_LR)
 
 
 #: By name, each made from a recording and a seed.

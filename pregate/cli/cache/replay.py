@@ -48,7 +48,7 @@ def count_hits(recording: Recording, policy: Policy, num_held: int) -> Counts:
             hits += int((held_LR[layer] & used_R).sum())
             held_LR[layer] |= used_R
             if held_LR.sum() > num_held:
-                distance_LR = np.where(held_LR, policy.look().distance, -1)
+                distance_LR = np.where(held_LR, policy.look().distance_LR, -1)
                 order = np.argsort(distance_LR, axis=None, kind="stable")
                 held_LR.reshape(-1)[order[len(order) - (int(held_LR.sum()) - num_held) :]] = False
     return Counts(uses, hits)

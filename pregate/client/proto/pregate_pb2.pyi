@@ -122,7 +122,7 @@ class GenerateStreamChunk(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., output_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., input_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ...) -> None: ...
 
 class GenerateComplete(_message.Message):
-    __slots__ = ("output_ids", "finish_reason", "prompt_tokens", "completion_tokens", "output_logprobs", "input_logprobs", "index", "text", "request_id", "rows_per_host")
+    __slots__ = ("output_ids", "finish_reason", "prompt_tokens", "completion_tokens", "output_logprobs", "input_logprobs", "index", "text", "request_id", "rows_per_host", "unit_hits", "unit_misses", "stall_s")
     OUTPUT_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -133,6 +133,9 @@ class GenerateComplete(_message.Message):
     TEXT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ROWS_PER_HOST_FIELD_NUMBER: _ClassVar[int]
+    UNIT_HITS_FIELD_NUMBER: _ClassVar[int]
+    UNIT_MISSES_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
     output_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reason: str
     prompt_tokens: int
@@ -143,7 +146,32 @@ class GenerateComplete(_message.Message):
     text: str
     request_id: str
     rows_per_host: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, output_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., output_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., input_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., request_id: _Optional[str] = ..., rows_per_host: _Optional[_Iterable[int]] = ...) -> None: ...
+    unit_hits: int
+    unit_misses: int
+    stall_s: float
+    def __init__(self, output_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., output_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., input_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., request_id: _Optional[str] = ..., rows_per_host: _Optional[_Iterable[int]] = ..., unit_hits: _Optional[int] = ..., unit_misses: _Optional[int] = ..., stall_s: _Optional[float] = ...) -> None: ...
+
+class HostStatus(_message.Message):
+    __slots__ = ("host_id", "num_units", "num_pending", "hits", "misses", "read_bytes", "prefetched_bytes", "wasted_bytes", "stall_s")
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
+    HITS_FIELD_NUMBER: _ClassVar[int]
+    MISSES_FIELD_NUMBER: _ClassVar[int]
+    READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WASTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STALL_S_FIELD_NUMBER: _ClassVar[int]
+    host_id: int
+    num_units: int
+    num_pending: int
+    hits: int
+    misses: int
+    read_bytes: int
+    prefetched_bytes: int
+    wasted_bytes: int
+    stall_s: float
+    def __init__(self, host_id: _Optional[int] = ..., num_units: _Optional[int] = ..., num_pending: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetched_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ("model",)
@@ -152,7 +180,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "max_context_length", "vocab_size", "eos_token_ids", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued", "version", "unavailable", "busy_with", "busy_s", "num_steps", "num_step_tokens", "num_step_units", "batching", "step_costs", "unit_hits", "unit_misses")
+    __slots__ = ("model", "max_context_length", "vocab_size", "eos_token_ids", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued", "version", "unavailable", "busy_with", "busy_s", "num_steps", "num_step_tokens", "num_step_units", "batching", "step_costs", "unit_hits", "unit_misses", "hosts")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_CONTEXT_LENGTH_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +202,7 @@ class GetModelInfoResponse(_message.Message):
     STEP_COSTS_FIELD_NUMBER: _ClassVar[int]
     UNIT_HITS_FIELD_NUMBER: _ClassVar[int]
     UNIT_MISSES_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     max_context_length: int
     vocab_size: int
@@ -195,7 +224,8 @@ class GetModelInfoResponse(_message.Message):
     step_costs: StepCosts
     unit_hits: int
     unit_misses: int
-    def __init__(self, model: _Optional[str] = ..., max_context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., routing: _Optional[str] = ..., has_path_router: bool = ..., num_layers: _Optional[int] = ..., num_hosts: _Optional[int] = ..., num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., version: _Optional[str] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., num_steps: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., num_step_units: _Optional[int] = ..., batching: _Optional[str] = ..., step_costs: _Optional[_Union[StepCosts, _Mapping]] = ..., unit_hits: _Optional[int] = ..., unit_misses: _Optional[int] = ...) -> None: ...
+    hosts: _containers.RepeatedCompositeFieldContainer[HostStatus]
+    def __init__(self, model: _Optional[str] = ..., max_context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., routing: _Optional[str] = ..., has_path_router: bool = ..., num_layers: _Optional[int] = ..., num_hosts: _Optional[int] = ..., num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., version: _Optional[str] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., num_steps: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., num_step_units: _Optional[int] = ..., batching: _Optional[str] = ..., step_costs: _Optional[_Union[StepCosts, _Mapping]] = ..., unit_hits: _Optional[int] = ..., unit_misses: _Optional[int] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ...) -> None: ...
 
 class StepCosts(_message.Message):
     __slots__ = ("row_s", "resident_byte_s", "missing_byte_s", "dispatch_s", "step_s", "token_s")

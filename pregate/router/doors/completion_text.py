@@ -63,6 +63,7 @@ class CompletionText:
             self._index,
             tuple(self._logprobs),
             self._prompt_logprobs,
+            *((0, 0, 0.0) if end is None else (end.unit_hits, end.unit_misses, end.stall_s)),
         )
 
     def _push_singly(self, token_ids: Sequence[int], stop: StopStrings) -> tuple[tuple[int, ...], str]:

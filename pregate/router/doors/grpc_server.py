@@ -299,6 +299,9 @@ def _complete(completion: Completion) -> pb.GenerateComplete:
         text=completion.text,
         request_id=completion.request_id,
         rows_per_host=completion.rows_per_host,
+        unit_hits=completion.unit_hits,
+        unit_misses=completion.unit_misses,
+        stall_s=completion.stall_s,
         index=completion.index,
         output_logprobs=_logprobs(completion.logprobs),
         input_logprobs=_logprobs(completion.prompt_logprobs),
@@ -310,6 +313,9 @@ def _model_info(info: dict[str, Any]) -> pb.GetModelInfoResponse:
     return pb.GetModelInfoResponse(
         **{name: info[name] for name in (*same, "model", "eos_token_ids", "version", "num_steps", "busy_s")},
         **{name: info.get(name, 0) for name in ("num_step_tokens", "num_step_units", "unit_hits", "unit_misses")},
+        hosts=[
+            pb.HostStatus(**{f: host[f] for f in pb.HostStatus.DESCRIPTOR.fields_by_name}) for host in info["hosts"]
+        ],
         batching=info["batching"],
         step_costs=None if info["step_costs"] is None else pb.StepCosts(**info["step_costs"]),
         max_context_length=info["max_context"],

@@ -112,6 +112,7 @@ class Engine:
             request.request_id, list(request.token_ids), num_prompt, max_tokens, sampling, seed, deadline, hosts,
             request.cache_salt, request.priority, ends, penalty,
         )  # fmt: skip
+        sequence.unit_counts = self._unit_counts()
         self.scheduler.check_room(sequence)
         if self.paths is not None:
             with out_of_memory_fails():
@@ -155,6 +156,7 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """What is served and how busy it is, in plain types."""
         scheduler, allocator = self.scheduler, self.scheduler.allocator
+        hits, misses, _ = self._unit_counts()
         return {
             "model": self.options.name or Path(self.options.model).name,
             "max_context": self.context,
@@ -172,6 +174,8 @@ class Engine:
             "num_steps": self._step_number,
             "num_step_tokens": self._step_tokens,
             "num_step_units": self._step_units,
+            "unit_hits": hits,
+            "unit_misses": misses,
             "batching": scheduler.policy if scheduler.batcher is None else "path",
             "step_costs": None if scheduler.batcher is None else asdict(scheduler.batcher.costs),
             "num_preempted": scheduler.num_preempted,
@@ -269,7 +273,7 @@ class Engine:
         late = [s for s in self._sequences.values() if s.deadline_s is not None and s.deadline_s <= now_s]
         for sequence in late:
             self._drop(sequence)
-        return [_finished(s, "deadline") for s in late]
+        return [self._finished(s, "deadline") for s in late]
 
     def _publish(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[Event]:
         """Append a sampled token; the end of a sequence frees what it holds."""
@@ -284,10 +288,18 @@ class Engine:
             events.append(TokensEvent(sequence.request_id, (), (), of_prompt))
         if stopped or sequence.num_generated >= sequence.max_tokens:
             self._drop(sequence)
-            events.append(_finished(sequence, "stop" if stopped else "length"))
+            events.append(self._finished(sequence, "stop" if stopped else "length"))
         return events
 
+    def _finished(self, sequence: Sequence, reason: str) -> FinishedEvent:
+        per_host = tuple(int(n) for n in sequence.pairs_per_host)
+        hits, misses, stall_s = (
+            now - then for now, then in zip(self._unit_counts(), sequence.unit_counts, strict=True)
+        )
+        counts = sequence.num_prompt, sequence.num_generated, per_host
+        return FinishedEvent(sequence.request_id, reason, *counts, int(hits), int(misses), stall_s)
 
-def _finished(sequence: Sequence, reason: str) -> FinishedEvent:
-    per_host = tuple(int(n) for n in sequence.pairs_per_host)
-    return FinishedEvent(sequence.request_id, reason, sequence.num_prompt, sequence.num_generated, per_host)
+    def _unit_counts(self) -> tuple[int, int, float]:
+        """Hits, misses and seconds waited for units of all hosts, as they last said."""
+        counters = [client.cache for client in self.exchange.clients]
+        return sum(c.hits for c in counters), sum(c.misses for c in counters), sum((c.stall_s for c in counters), 0.0)

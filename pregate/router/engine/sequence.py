@@ -25,7 +25,8 @@ class Sequence:
 
     `paths` has the path of every known token when paths are exact, else it is None; `path_slot` is where the path
     router's state of it lies. `arrival` numbers requests in the order they came; it can run, and
-    has been passed over, since `ready_s`. `next_rows_U` are the rows that its last token asks of each unit.
+    has been passed over, since `ready_s`. `next_rows_U` are the rows that its last token asks of each unit,
+    `unit_counts` the hosts' hits, misses and seconds waited before it came.
     """
 
     request_id: str
@@ -49,6 +50,7 @@ class Sequence:
     is_running: bool = False
     ready_s: float = 0.0
     next_rows_U: np.ndarray | None = None
+    unit_counts: tuple[int, int, float] = (0, 0, 0.0)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     _chunk_rows: tuple[int, np.ndarray] | None = None
 

@@ -168,7 +168,8 @@ class TokensEvent:
 class FinishedEvent:
     """The one last event of a request that ran; `reason` is stop, length or deadline.
 
-    `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request.
+    `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request; the rest is as in
+    `Completion`.
     """
 
     request_id: str
@@ -176,6 +177,9 @@ class FinishedEvent:
     prompt_tokens: int
     completion_tokens: int
     rows_per_host: tuple[int, ...]
+    unit_hits: int = 0
+    unit_misses: int = 0
+    stall_s: float = 0.0
 
 
 @dataclass(frozen=True)

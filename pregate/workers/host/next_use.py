@@ -8,15 +8,17 @@ Time is counted in layers: layer l of step s is at s * L + l. Shape letters: H s
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from pregate.workers.link.expected import Expected
 
 Unit = tuple[int, int]
-#: Farther than any use that is known. Units of which none is known lie there, the longest unused farthest.
+#: Farther than any use that is known.
 FAR = 1 << 40
+#: How often a unit is used is averaged over about 1 / (1 - DECAY) steps; that a running request's last path uses it has
+#: a weight of LIKELY_WEIGHT in the guess.
+DECAY, LIKELY_WEIGHT = 0.9, 0.25
 
 
 class NextUse:
@@ -28,6 +30,7 @@ class NextUse:
         self._step = -1
         self._planned_LR = np.zeros((num_layers, num_routed), dtype=bool)
         self._expected = Expected(0, np.zeros((0, num_layers, num_routed), dtype=bool), self._planned_LR)
+        self._told = False
         self._times: Times | None = None
 
     def plan(self, step: int, used_LR: np.ndarray) -> None:
@@ -38,6 +41,7 @@ class NextUse:
     def expect(self, expected: Expected) -> None:
         known_HLR = expected.known_HLR.copy()
         self._expected, self._times = Expected(expected.step, known_HLR, expected.likely_LR), None
+        self._told = True
         if self._step < 0:  # nothing has run yet: it begins there
             self.reach(expected.step, 0)
 
@@ -65,29 +69,32 @@ class NextUse:
             for step, used_LR in reversed(uses):  # the next one last, so that it counts
                 at_L = step * num_layers + self._layers
                 known = np.where(used_LR & (at_L >= self.now)[:, None], at_L[:, None], known)
-            likely_L = max(self._step + 1, ahead.step) * num_layers + self._layers
-            likely_L += (likely_L < self.now) * num_layers  # of a step that is half done
-            likely = np.where(ahead.likely_LR, likely_L[:, None], FAR)
-            self._times = Times(known - self.now, np.minimum(known, likely) - self.now)
+            turn_L = max(self._step + 1, ahead.step) * num_layers + self._layers
+            turn_L += (turn_L < self.now) * num_layers  # of a step that is half done
+            self._times = Times(known - self.now, turn_L - self.now, ahead.likely_LR, self._told)
         return self._times
 
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """int64 [L, R], in layers from the one that runs, about `FAR` where there is none: the next use that is certain,
-    and the next that is certain or likely."""
+    """In layers from the one that runs: int64 `known_LR`, the next use that is certain, about `FAR` where there is
+    none; `turn_L`, when a layer runs next in a step of which not all is known. `likely_LR` bool: units of running
+    requests' last paths; `told` says that these are all that run."""
 
     known_LR: np.ndarray
-    any_LR: np.ndarray
+    turn_L: np.ndarray
+    likely_LR: np.ndarray
+    told: bool
 
 
 class Uses:
-    """All engines of a host together, and how long ago each unit was used by any."""
+    """All engines of a host together, and how often and how long ago each unit was used by any."""
 
     def __init__(self, num_layers: int, num_routed: int) -> None:
         self._shape = (num_layers, num_routed)
         self._engines: dict[str, NextUse] = {}
         self._last_LR = np.full(self._shape, -1, dtype=np.int64)
+        self._rate_LR = np.zeros(self._shape)
         self._count = 0
 
     def of(self, engine: str) -> NextUse:
@@ -100,36 +107,41 @@ class Uses:
         """Note that these units are used now."""
         self._count += 1
         self._last_LR[layers, experts] = self._count
+        self._rate_LR[layers] *= DECAY
+        self._rate_LR[layers, experts] += 1 - DECAY
 
     def look(self) -> Outlook:
         """Return what is known at this moment."""
-        known = np.full(self._shape, FAR, dtype=np.int64)
-        soon = known
+        known = np.full(self._shape, FAR)
+        distance = FAR + self._count - self._last_LR
         for engine in self._engines.values():
             times = engine.times()
-            known, soon = np.minimum(known, times.known_LR), np.minimum(soon, times.any_LR)
-        return Outlook(known, soon, self._count - self._last_LR)
+            known = np.minimum(known, times.known_LR)
+            distance = np.minimum(distance, np.where(times.known_LR < FAR // 2, times.known_LR, self._guess(times)))
+        return Outlook(known, distance)
+
+    def _guess(self, times: Times) -> np.ndarray:
+        """Layers until a unit's next use, on average, if each step uses it as often as lately."""
+        share_LR = self._rate_LR + LIKELY_WEIGHT * (times.likely_LR - self._rate_LR)
+        steps_LR = 1 / np.maximum(share_LR, 1e-6) - 1
+        guess_LR = times.turn_L[:, None] + (len(times.turn_L) * steps_LR).astype(np.int64)
+        # Where nothing runs that could surprise, what is not known to be used comes after all that is.
+        return guess_LR + (FAR // 2 if times.told and not times.likely_LR.any() else 0)
 
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
-    """int64 [L, R]: layers until the next certain use, until the next that is certain or likely, and uses since the
-    last. It decides for a pool of slots, whose units are given as masks [L, R]."""
+    """int64 [L, R], in layers: `known_LR` until the next use that is certain, `distance_LR` until the next that is
+    certain or expected. It decides for a pool of slots, whose units are given as masks [L, R]."""
 
     known_LR: np.ndarray
-    soon_LR: np.ndarray
-    since_LR: np.ndarray
-
-    @cached_property
-    def distance(self) -> np.ndarray:
-        """What eviction goes by: next use; beyond all that is known or likely, the longest unused is farthest."""
-        return np.where(self.soon_LR < FAR // 2, self.soon_LR, FAR + self.since_LR)
+    distance_LR: np.ndarray
 
     def farthest(self, among_LR: np.ndarray) -> Unit | None:
         """Return the unit to evict among these, None where there is none."""
         if not among_LR.any():
             return None
-        return _unit(np.where(among_LR, self.distance, np.iinfo(np.int64).min).argmax(), among_LR.shape[1])
+        return _unit(np.where(among_LR, self.distance_LR, -1).argmax(), among_LR.shape[1])
 
     def fetch(
         self, absent_LR: np.ndarray, may_go_LR: np.ndarray, num_free: int, lead: int
@@ -146,7 +158,7 @@ class Outlook:
         if num_free:
             return unit, None
         leaving = self.farthest(may_go_LR)
-        if leaving is None or self.distance[leaving] <= ahead_LR[unit]:
+        if leaving is None or self.distance_LR[leaving] <= ahead_LR[unit]:
             return None
         return unit, leaving
 

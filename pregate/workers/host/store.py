@@ -407,8 +407,8 @@ class UnitStore:
 
     def _farthest(self, units: Iterable[Unit]) -> Unit:
         with self._changed:
-            distance = self.uses.look().distance
-        return max(units, key=lambda unit: distance[unit])
+            distance_LR = self.uses.look().distance_LR
+        return max(units, key=lambda unit: distance_LR[unit])
 
     def _evict(self, unit: Unit) -> None:
         layer, expert = unit

@@ -39,7 +39,7 @@ MESSAGES = [
     TokensEvent("a", (3, 4)),
     TokensEvent("a", (3, 4), LOGPROBS, LOGPROBS[:1]),
     SubmitRequest("c", (1,), SamplingParams(1, logit_bias=((5, -1.5),), stop=("x",), logprobs=2), priority=-3),
-    FinishedEvent("a", "stop", 3, 2, (10, 0)),
+    FinishedEvent("a", "stop", 3, 2, (10, 0), 5, 1, 0.25),
     FailedEvent("b", "UNAVAILABLE", "wört"),
     InfoReply("i", {"model": "m", "eos_token_ids": [2], "nested": {"x": 1.5, "y": None}}),
 ]
