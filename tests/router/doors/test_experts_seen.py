@@ -1,4 +1,4 @@
-"""What hosts say of experts that come and go arrives where people look: the answer, the model's info, `pregate status`."""
+"""What hosts say of experts that come and go arrives in the answer, in the model's info and in `pregate status`."""
 
 from pregate.cli.main import main
 from tests.router.running import door, engine_thread, socket_folder
