@@ -147,6 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--pool-tokens", type=int, default=100_000)
     parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--unit-steps", type=int, default=1000, help="steps of a recording that units are replayed for")
     parser.add_argument("--length-scale", type=float, default=0.25)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -160,11 +161,11 @@ def main() -> None:
         models["Seven domain experts of stories3M, whole experts held"] = replay(whole, [2, 3, 4, 5])
         write(models, args)
         name = f"The same, units held: an expert of one of {num_layers} layers each"
-        models[name] = replay(recordings, [num_layers * n for n in (2, 3, 4, 5)])
+        models[name] = replay([r.first(args.unit_steps) for r in recordings], [num_layers * n for n in (2, 3, 4, 5)])
         write(models, args)
-        for path in [args.stories or make_paths(args, work), *args.paths]:
+        for path in [*args.paths, args.stories or make_paths(args, work)]:
             name = f"{'stories3M' if path.name == 'paths' else path.name}, a path of its own in every layer, units held"
-            models[name] = replay(record_all(path, args), [0.25, 0.5, 0.75])
+            models[name] = replay([r.first(args.unit_steps) for r in record_all(path, args)], [0.25, 0.5, 0.75])
             write(models, args)
     print((args.out / "cache.md").read_text())
 

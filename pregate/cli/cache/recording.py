@@ -34,6 +34,11 @@ class Recording:
         """What was expected after step `step`."""
         return Expected(step + 1, self.known_SHLR[step], self.likely_SLR[step])
 
+    def first(self, num_steps: int) -> Recording:
+        """The first steps of it."""
+        parts = (self.used_SLR, self.known_SHLR, self.likely_SLR, self.tokens_S)
+        return Recording(*(part[:num_steps] for part in parts), self.unit_bytes)
+
     def one_index(self) -> Recording:
         """The same with layer 0 for all: whole experts, where one index holds for every layer."""
         first, num_bytes = slice(0, 1), self.unit_bytes * self.used_SLR.shape[1]
