@@ -20,7 +20,7 @@ class CacheOptions:
     model: Annotated[
         Path | None, Field(description="Checkpoint with exact paths; makes a recording."), Needs("model")
     ] = None
-    text: Annotated[Texts | None, Field(description="Text of its requests")] = None
+    text: Annotated[Texts, Field(description="Text of its requests", min_length=0)] = ()
     trace: Annotated[Path | None, Field(description=".csv of arrivals: arrival_s, prompt_tokens, output_tokens.")] = (
         None
     )
@@ -42,7 +42,7 @@ class CacheOptions:
     def __post_init__(self) -> None:
         if (self.recording is None) == (self.model is None):
             raise UserError.of("--recording", self.recording, "allowed: a recording, or --model, --text and --trace")
-        if self.model is not None and (self.text is None or self.trace is None):
+        if self.model is not None and (not self.text or self.trace is None):
             raise UserError.of("--model", self.model, "needs --text and --trace")
         _ = self.capacities
 
@@ -90,7 +90,7 @@ def cache(options: CacheOptions) -> None:
 def _record(options: CacheOptions):  # noqa: ANN202
     from pregate.cli.cache.record import Pace, record, requests_of
 
-    assert options.model is not None and options.text is not None and options.trace is not None
+    assert options.model is not None and options.text and options.trace is not None
     computer, unit_bytes, requests = requests_of(
         options.model, options.text, options.trace, options.requests, options.length_scale, options.seed
     )

@@ -69,8 +69,9 @@ class NextUse:
             for step, used_LR in reversed(uses):  # the next one last, so that it counts
                 at_L = step * num_layers + self._layers
                 known = np.where(used_LR & (at_L >= self.now)[:, None], at_L[:, None], known)
-            turn_L = max(self._step + 1, ahead.step) * num_layers + self._layers
-            turn_L += (turn_L < self.now) * num_layers  # of a step that is half done
+            # Without plans, where gates decide, the step that runs is one of those of which not all is known.
+            turn_L = max(self._step + 1, ahead.step, self.now // num_layers) * num_layers + self._layers
+            turn_L += (turn_L < self.now) * num_layers
             self._times = Times(known - self.now, turn_L - self.now, ahead.likely_LR, self._told)
         return self._times
 
@@ -141,7 +142,7 @@ class Outlook:
         """Return the unit to evict among these, None where there is none."""
         if not among_LR.any():
             return None
-        return _unit(np.where(among_LR, self.distance_LR, -1).argmax(), among_LR.shape[1])
+        return _unit(np.where(among_LR, self.distance_LR, np.iinfo(np.int64).min).argmax(), among_LR.shape[1])
 
     def fetch(
         self, absent_LR: np.ndarray, may_go_LR: np.ndarray, num_free: int, lead: int

@@ -73,6 +73,14 @@ def test_of_units_without_a_known_use_the_longest_unused_is_farthest():
     assert uses.look().farthest(mask()) is None
 
 
+def test_without_plans_a_layer_runs_next_in_its_turn():
+    uses = NextUse(2, 3)
+    uses.reach(7, 1)
+    assert uses.times().turn_L.tolist() == [1, 0]
+    uses.reach(8, 0)
+    assert uses.times().turn_L.tolist() == [0, 1]
+
+
 def outlook(known: list[list[int]]) -> Outlook:
     return Outlook(np.array(known), np.array(known))
 
