@@ -14,15 +14,10 @@ from typing import Any
 import typer
 
 from pregate.base.errors import PregateError, UserError
-<<<<<<< HEAD
-=======
-from pregate.cli import bench, model, read_me, report, serve, status, text
->>>>>>> f8ed394 (Say what experts that come and go cost, guess by how often a unit is used)
 
 #: Root of the argument parser's own errors (typer carries its parser within, or uses click's).
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")  # pyright: ignore[reportAssignmentType]
 
-<<<<<<< HEAD
 #: Where each command lies. Only the one that is asked for is loaded, so that what is wrong with it is said at once.
 COMMANDS = {
     **dict.fromkeys(("convert", "decouple", "tune", "evaluate", "export", "apply"), "pregate.cli.model"),
@@ -30,6 +25,7 @@ COMMANDS = {
     "report": "pregate.cli.report",
     **dict.fromkeys(("generate", "route"), "pregate.cli.text"),
     **dict.fromkeys(("serve", "doctor"), "pregate.cli.serve"),
+    "status": "pregate.cli.status",
     "bench": "pregate.cli.bench",
 }
 
@@ -51,30 +47,6 @@ def _app(names: Iterable[str]) -> typer.Typer:
             epilog = module.describe_recipes() if name == "convert" else None
             app.command(name, epilog=epilog)(getattr(module, name.replace("-", "_")))
     return app
-=======
-app = typer.Typer(
-    name="pregate",
-    help="Turn a dense language model into a mixture of experts with paths known up front, and serve it on Ray.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command(epilog=model.describe_recipes())(model.convert)
-app.command()(model.decouple)
-app.command()(model.tune)
-app.command()(model.evaluate)
-app.command("read-me")(read_me.read_me)
-app.command()(model.export)
-app.command()(model.apply)
-app.command()(report.report)
-app.command()(text.generate)
-app.command()(text.route)
-app.command()(serve.serve)
-app.command()(status.status)
-app.command()(serve.doctor)
-app.add_typer(bench.app, name="bench")
-#: Options that take several values after one another: `--calibration a.txt b.jsonl`.
-_LIST_OPTIONS = frozenset[str]().union(*(getattr(c.callback, "list_flags", ()) for c in app.registered_commands))
->>>>>>> f8ed394 (Say what experts that come and go cost, guess by how often a unit is used)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
