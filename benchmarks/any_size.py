@@ -1,14 +1,15 @@
-"""Memory and time of converting a model layer by layer, and of a conversion killed half-way and resumed.
+"""Memory and time of converting and decoupling a model layer by layer, and of a conversion killed and resumed.
 
     python -m benchmarks.any_size --shared-folder ../shared
     python -m benchmarks.any_size --shared-folder ../shared --layers 2 --out /tmp/any_size
 
 Makes a random Llama of TinyLlama's shape (1.1B parameters; bfloat16 shards, written a layer at a time), converts it
 with `pregate convert` under `/usr/bin/time -v`, then again with SIGKILL once half of its layers are done and the same
-command after that, and compares both checkpoints file by file. Beside the peak of resident memory stands the bound it
-should keep to: what an idle Python with the same imports holds, two layers, the embeddings, one layer's activations.
-The estimates for larger shapes are that formula, and the measured seconds per layer scaled by floating-point
-operations; they are estimates, not measurements. Writes any_size.json and .md.
+command after that, and compares both checkpoints file by file. Then it decouples the first with `pregate decouple` on
+a few tokens. Beside the peak of resident memory stands the bound it
+should keep to: what an idle Python with the same imports holds, layers, the embeddings, activations. The estimates for
+larger shapes are those formulas, and the measured seconds scaled by floating-point operations; they are estimates, not
+measurements. Writes any_size.json and .md.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ from transformers import LlamaConfig
 from benchmarks.surroundings import shown, surroundings
 from pregate.convert.files.partial import partial_folder, read_state
 from pregate.convert.files.shards import write_index
+from pregate.convert.measure.scoring import MOST_LOGITS
+from pregate.convert.text.batches import BATCH_TOKENS
 from pregate.convert.text.calibration import HELD_BACK_SHARE, MAX_HELD_BACK
 from pregate.model.file_hashes import file_sha256
 
@@ -102,6 +105,35 @@ class Windows:
         """Of all windows once through a layer's linear maps and attention; the unit in which time is scaled."""
         rows = (self.samples + 2 * self.held_back) * self.tokens
         return 2.0 * rows * (shape.layer_parameters + self.tokens * shape.hidden)
+
+
+@dataclass(frozen=True)
+class Decoupling:
+    """Of `pregate decouple`: tokens learned on, steps, and the width of the path router."""
+
+    pool_tokens: int
+    steps: int
+    dim: int = 128
+
+    def bound_bytes(self, shape: Shape, idle_bytes: int) -> dict[str, int]:
+        """The bound by part: a layer (and its largest tensor as stored), the embeddings, and the larger of what a
+        batch takes and the start of the path router (the parent's table twice in float64).
+
+        Of a batch: four hidden states, the hidden values of the routed experts as gate and up, and three made of them;
+        or, with the layer not there, the logits and what scoring makes of them.
+        """
+        routed = shape.width * 5 // 8
+        rows = 4 * BATCH_TOKENS * (4 * shape.hidden + 5 * routed)
+        layer = 4 * shape.layer_parameters + 2 * shape.hidden * shape.width
+        parts = {
+            "idle": idle_bytes,
+            "embeddings": 4 * shape.embedding_parameters,
+            "layer_and_batch": layer + rows,
+            "logits": 3 * 4 * min(MOST_LOGITS, BATCH_TOKENS * shape.vocabulary),
+            "router_start": 2 * 8 * shape.vocabulary * shape.hidden,
+        }
+        largest = max(parts["layer_and_batch"], parts["logits"], parts["router_start"])
+        return parts | {"total": parts["idle"] + parts["embeddings"] + largest}
 
 
 def make_model(folder: Path, shape: Shape, tokenizer_of: Path) -> None:
@@ -218,13 +250,23 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     assert state is not None and partial_folder(work / "resumed").exists()
     resumed = measured(again)
     files, others = hashes(work / "straight"), hashes(work / "resumed")
+    shutil.rmtree(work / "resumed")
+    decoupling = Decoupling(args.pool_tokens, args.steps)
+    more = {"model": work / "straight", "out": work / "decoupled", "text": text, "device": args.device}
+    more |= {"pool-tokens": decoupling.pool_tokens, "steps": decoupling.steps, "dim": decoupling.dim}
+    decouple = [sys.executable, "-m", "pregate.cli.main", "decouple"]
+    decouple += [part for name, value in more.items() for part in (f"--{name}", str(value))]
+    decoupled = measured(decouple)
     windows = Windows(args.samples, args.sequence_length)
     seconds = layer_seconds(work / "straight")
     result = {
         "shape": vars(shape) | {"parameters": shape.parameters},
         "windows": vars(windows) | {"held_back": windows.held_back},
         "convert": shlex.join(["pregate", *map(shown, command[3:])]),
+        "decouple": shlex.join(["pregate", *map(shown, decouple[3:])]),
         "runs": {"straight": vars(straight), "killed": vars(killed), "resumed": vars(resumed)},
+        "decoupled": vars(decoupled) | vars(decoupling),
+        "decouple_bound_bytes": decoupling.bound_bytes(shape, idle.peak_bytes),
         "killed_after_layers": state.layers_done,
         "same_files": files == others,
         "files": files,
@@ -232,7 +274,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "seconds_per_layer": {"median": statistics.median(seconds), "max": max(seconds), "num": len(seconds)},
         "bound_bytes": windows.bound_bytes(shape, idle.peak_bytes),
     }
-    result["estimates"] = {name: estimate(large, shape, windows, result) for name, large in LARGER.items()}
+    result["estimates"] = {
+        name: estimate(large, shape, windows, result)
+        | {"decouple_bound_bytes": decoupling.bound_bytes(large, idle.peak_bytes)}
+        for name, large in LARGER.items()
+    }
     if not args.keep:
         shutil.rmtree(work)
     return result
@@ -273,27 +319,42 @@ def markdown(result: dict[str, Any]) -> str:
     for name, row in result["runs"].items():
         share = row["peak_bytes"] / bound["total"]
         lines.append(f"| {name} | {row['peak_bytes'] / GIB:.2f} | {share:.2f} | {row['seconds']} |")
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in bound.items())
+    decoupled, decouple_bound = result["decoupled"], result["decouple_bound_bytes"]
+    share = decoupled["peak_bytes"] / decouple_bound["total"]
+    lines.append(
+        f"| decouple, {decoupled['pool_tokens']:,} tokens, {decoupled['steps']} steps"
+        f" | {decoupled['peak_bytes'] / GIB:.2f} | {share:.2f} | {decoupled['seconds']} |"
+    )
+    parts, decouple_parts = (
+        ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in sizes.items())
+        for sizes in (bound, decouple_bound)
+    )
     equal = "the same, byte for byte" if result["same_files"] else f"NOT the same: {result['differing_files']}"
     lines += [
         "",
         f"A random Llama: hidden {shape['hidden']}, FFN {shape['width']}, {shape['layers']} layers, bfloat16 shards;"
         f" {windows['samples']} windows of {windows['tokens']} tokens and {windows['held_back']} held back."
-        f" Bound in GiB: {parts}. Seconds per layer: median {seconds['median']:.1f}, most {seconds['max']:.1f}."
+        f" Bound in GiB: {parts}. Of decoupling: {decouple_parts} (the largest of the last three counts)."
+        f" Seconds per layer: median {seconds['median']:.1f}, most {seconds['max']:.1f}."
         f" Killed (SIGKILL) after {result['killed_after_layers']} layers and resumed, the checkpoint is {equal}.",
         "",
         "Estimates for larger models with the same windows, not measured: memory from the same formula, time from the"
-        " measured seconds per layer scaled by floating-point operations on the same machine.",
+        " measured seconds per layer scaled by floating-point operations on the same machine. On a GPU the same bounds,"
+        " less what an idle Python holds, are what of its memory is needed (a model that takes at most half of what is"
+        " free is held whole).",
         "",
-        "| model | float32 whole, GiB | bound, GiB | s per layer | hours |",
-        "| --- | --: | --: | --: | --: |",
+        "| model | float32 whole, GiB | convert: bound, GiB | s per layer | hours | decouple: bound, GiB | on a GPU |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
     ]
     for name, row in result["estimates"].items():
         sizes = f"{row['whole_in_float32_bytes'] / GIB:.1f} | {row['bound_bytes']['total'] / GIB:.1f}"
-        lines.append(f"| {name} | {sizes} | {row['seconds_per_layer']} | {row['hours']} |")
+        total, on_gpu = (row["decouple_bound_bytes"]["total"] - less for less in (0, bound["idle"]))
+        times = f"{row['seconds_per_layer']} | {row['hours']}"
+        lines.append(f"| {name} | {sizes} | {times} | {total / GIB:.1f} | {on_gpu / GIB:.1f} |")
     versions = ", ".join(f"{k} {v}" for k, v in around["versions"].items())
     hardware = f"{around['hardware']['cpu']}, {around['hardware']['cores']} cores, GPU: {around['hardware']['gpu']}"
-    end = f"`{around['command']}` (`{result['convert']}`), {around['date']}; {versions}; {hardware}; load average"
+    commands = f"`{result['convert']}`, `{result['decouple']}`"
+    end = f"`{around['command']}` ({commands}), {around['date']}; {versions}; {hardware}; load average"
     return "\n".join([*lines, "", f"{end} {around['load_average']:.1f} at the end."]) + "\n"
 
 
@@ -306,6 +367,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=TINY_LLAMA.layers)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--sequence-length", type=int, default=512)
+    parser.add_argument("--pool-tokens", type=int, default=8192, help="tokens that decouple learns on")
+    parser.add_argument("--steps", type=int, default=20, help="steps of the path router")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.layers < 2:

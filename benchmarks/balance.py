@@ -21,7 +21,7 @@ from benchmarks.conversion import Bench, rows_in
 from benchmarks.cuts import Cut, label
 from benchmarks.decoupling import Decoupling, tune_figures
 from benchmarks.surroundings import sentence, surroundings
-from pregate.convert.measure.scoring import load_any
+from pregate.convert.files.streamed import load_any
 from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 

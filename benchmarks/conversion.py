@@ -28,9 +28,10 @@ from benchmarks.cuts import Cut, label
 from benchmarks.surroundings import surroundings
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import RECIPES, ConvertOptions
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy, static_mask
-from pregate.convert.measure.scoring import encode_all, load_any, score_rows
+from pregate.convert.measure.scoring import encode_all, score_rows
 from pregate.convert.text.documents import read_documents
 from pregate.model.folder import read_folder
 from pregate.model.layers import RoutingPolicy

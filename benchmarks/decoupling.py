@@ -28,8 +28,8 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.run import read_me
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy
-from pregate.convert.measure.scoring import load_any
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import Progress, RichProgress
 from pregate.convert.text.documents import read_documents, text_files

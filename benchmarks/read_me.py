@@ -28,8 +28,9 @@ from pregate.convert.domains.domains import Domain, read_domains
 from pregate.convert.domains.options import ReadMeOptions
 from pregate.convert.domains.run import read_me
 from pregate.convert.files.dense import load_dense
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.control_table import control_rows
-from pregate.convert.measure.scoring import Score, load_any, score_rows
+from pregate.convert.measure.scoring import Score, score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
 from pregate.model.folder import read_folder

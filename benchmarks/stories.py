@@ -23,9 +23,9 @@ from benchmarks.cuts import label
 from benchmarks.surroundings import sentence, surroundings
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.controls import AllPolicy
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
-from pregate.convert.measure.scoring import load_any
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
 from pregate.model.folder import read_folder

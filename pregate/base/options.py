@@ -47,7 +47,7 @@ class Word:
 class Needs:
     """What must lie at a path for the work to begin."""
 
-    what: Literal["model", "nothing", "text"]
+    what: Literal["model", "dense", "nothing", "text"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import typer
 from pregate.base.options import Needs, Option, Or, Word, choices, kinds, mark, of_keys, user_options
 from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import check_new_folder
-from pregate.model.folder import read_folder
+from pregate.model.folder import is_gguf, read_folder
 
 _METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
@@ -58,7 +58,7 @@ def check_paths(options: Iterable[Option], built: Any) -> None:
         if needs.what == "text":
             text_files(paths, option.flag)
         for path in paths:
-            if needs.what == "model":
+            if needs.what == "model" or (needs.what == "dense" and not is_gguf(path)):
                 adapter = getattr(built, "adapter", None)
                 read_folder(path, option.flag if adapter is None or path != Path(adapter) else "--adapter", parent)
             elif needs.what == "nothing":

@@ -141,6 +141,11 @@ class ModelFolder:
             raise self.refuse(f"its config.json has no {key}") from error
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether this is a file of llama.cpp's format, by its name."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
 def read_folder(path: Path, option: str = "--model", parent: Path | None = None) -> ModelFolder:
     """Read and check the model folder at `path`, which `option` gave, and with an adapter its `parent`.
 
@@ -149,6 +154,8 @@ def read_folder(path: Path, option: str = "--model", parent: Path | None = None)
     """
     if not path.exists():
         raise UserError.of(option, path, "no such path")
+    if is_gguf(path):
+        raise UserError.of(option, path, "is a GGUF file, which `pregate convert` alone reads; allowed: a model folder")
     if not (path / "config.json").is_file():
         raise UserError.of(option, path, "not a model folder: it has no config.json")
     raw = _read_object(path, "config.json", option)

@@ -18,8 +18,9 @@ import torch
 from pregate.convert.cut.layer_pass import LayerPass
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.device import pick_device
-from pregate.convert.files.assembly import round_to
+from pregate.convert.files.assembly import SHARD, round_to
 from pregate.convert.files.dense import source_fields, source_of, tell_differences
+from pregate.convert.files.gguf import unpacked
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.shards import write_index
 from pregate.convert.files.skeleton import Skeleton
@@ -30,7 +31,8 @@ from pregate.convert.progress import QUIET, Advance, Progress
 from pregate.convert.text.calibration import Calibration, read_calibration
 from pregate.model.checkpoint import Manifest, check_new_folder, read_manifest, write_manifest
 from pregate.model.config import RoutedConfig
-from pregate.model.folder import read_folder
+from pregate.model.file_hashes import file_sha256
+from pregate.model.folder import is_gguf, read_folder
 
 
 def convert(options: ConvertOptions, progress: Progress = QUIET) -> Manifest:
@@ -42,7 +44,7 @@ def convert(options: ConvertOptions, progress: Progress = QUIET) -> Manifest:
     as many threads.
     """
     check_new_folder(options.out)
-    folder = read_folder(options.model)
+    folder = read_folder(unpacked(options.model, options.dtype, progress))
     skeleton = Skeleton(folder, pick_device(options.device))
     if options.dtype == "auto":
         options = replace(options, dtype=skeleton.shards.dtype)
@@ -53,6 +55,8 @@ def convert(options: ConvertOptions, progress: Progress = QUIET) -> Manifest:
     tell_differences(folder, progress)
     with progress.doing("hashing the model"):
         source = source_of(folder, skeleton.shards)
+    if is_gguf(options.model):
+        source["gguf"] = {"path": str(options.model.resolve()), "sha256": file_sha256(options.model)}
     read = source_fields(source, skeleton.shards) | {"calibration text": text.digest()}
     known = fingerprint(options.describe(), read, skeleton.device)
     with open_partial(options.out, known, len(skeleton.layers), options.restart) as partial:
@@ -120,7 +124,7 @@ def _cut_layers(layer_pass: LayerPass, partial: PartialCheckpoint, progress: Pro
 
 def shard_name(index: int, num_layers: int) -> str:
     """File of layer `index`; of what lies outside the layers for `index` = `num_layers`."""
-    return f"model-{index + 1:05d}-of-{num_layers + 1:05d}.safetensors"
+    return SHARD.format(index + 1, num_layers + 1)
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from pregate.base.choices import Gate, Selection
 from pregate.base.errors import UserError, option_name
-from pregate.base.options import Device, Dtype, Model, Out, Restart, Seed, TextField, Texts, Word, described, options
+from pregate.base.options import Device, Dtype, Needs, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 if TYPE_CHECKING:
     from pregate.model.config import LayerCut
@@ -76,7 +77,7 @@ class ConvertOptions(Recipe):
     that are not given.
     """
 
-    model: Model
+    model: Annotated[Path, Field(description="Model folder, or a GGUF file."), Needs("dense")]
     out: Out
     experts: Annotated[int, Field(ge=1), "Experts per layer, shared ones included."]
     shared: Annotated[int | None, Field(ge=0), "Experts that are always on; auto: found for each layer.", Word("auto")]
@@ -86,7 +87,9 @@ class ConvertOptions(Recipe):
         Literal["capture", "plain", "stock", "cmoe-paper"],
         "A set of defaults of how to cut; the help shows those of capture.",
     ] = "capture"
-    dtype: Annotated[Dtype | Literal["auto"], "What weights are stored as; auto: as they were."] = "auto"
+    dtype: Annotated[Dtype | Literal["auto"], "What weights are stored as; auto: as they were (GGUF: bfloat16)."] = (
+        "auto"
+    )
     device: Device = "auto"
     restart: Restart = False
     text_field: TextField = None

@@ -49,12 +49,12 @@ class Rounds:
         round_index, place = divmod(index, stages)
         run, name = ((self._train_router, "router"), (self._tune_experts, "experts"))[place]
         figures = {"round": round_index + 1, "stage": name} | run(round_index, progress)
-        perplexity = score_rows(self.model, self.held_back).perplexity
+        perplexity = score_rows(self.model, self.held_back, progress=progress).perplexity
         self.figures.append(figures | {"perplexity": round(perplexity, 4)})
 
     def _train_router(self, round_index: int, progress: Progress) -> dict[str, float]:
         """Everything but the router frozen; distillation from the targets of the dense parent."""
-        options, router, device = self.options, self.model.path_router, self.model.device
+        options, router = self.options, self.model.path_router
         assert router is not None
         settings = TrainingOptions(
             steps=options.router_steps,
@@ -66,9 +66,9 @@ class Rounds:
             weight_decay=options.weight_decay,
             warmup_share=0.0,
         )
-        router.cpu().requires_grad_(True)  # where the pool of documents and masses lies
+        router.requires_grad_(True)
         losses = train(router, None, self.pool, settings, progress)
-        router.to(device).requires_grad_(False)
+        router.requires_grad_(False)
         self.model.forget_path_computer()
         return first_and_last(losses)
 

@@ -45,7 +45,7 @@ def compare_logits(routed: Any, stock: Any, rows: Sequence[list[int]], progress:
     absolute, relative, same, before, after = [], [], 0, Score(0.0, 0), Score(0.0, 0)
     with progress.stage("comparing logits", len(rows)) as advance:
         for batch in batches(rows):
-            ids_BN, mask_BN = padded([rows[i] for i in batch])
+            ids_BN, mask_BN = (t.to(routed.device) for t in padded([rows[i] for i in batch]))
             pieces, at = (logits_in_pieces(model, ids_BN, mask_BN) for model in (routed, stock)), 0
             for ours, theirs in zip(*pieces, strict=True):
                 here, ahead = slice(at, at + ours.shape[1]), slice(at, at + ours.shape[1] + 1)
@@ -96,7 +96,7 @@ def _parting(routed: Any, stock: Any, prompt: list[int], new_tokens: int) -> dic
         return None
     at, watched = first_difference(ours, theirs), _LeastMargin()
     with routed_by(routed, watched):
-        logits = routed(torch.tensor([prompt + ours[:at]]), use_cache=False).logits[0, -1]
+        logits = routed(torch.tensor([prompt + ours[:at]], device=routed.device), use_cache=False).logits[0, -1]
     first, second = logits.topk(2).values.tolist()
     return {"token": at, "margin": rounded(first - second), "gate_margin": rounded(watched.margin)}
 
@@ -129,5 +129,5 @@ def rounded(value: float) -> float:
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     """The tokens `model` adds to a prompt."""
     settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens}
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()

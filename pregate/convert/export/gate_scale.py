@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from pregate.convert.measure.scoring import routed_by
+from pregate.convert.progress import QUIET, Progress
 from pregate.model.gates import Choice, LinearGate
 from pregate.model.layers import RoutedMLP, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
@@ -133,14 +134,21 @@ def expected_others(factor_C: torch.Tensor, others_C: torch.Tensor) -> torch.Ten
 
 @torch.no_grad()
 def measure_scales(
-    model: RoutedForCausalLM, rows: list[list[int]], max_tokens: int, dtype: torch.dtype, scale: float | None
+    model: RoutedForCausalLM,
+    rows: list[list[int]],
+    max_tokens: int,
+    dtype: torch.dtype,
+    scale: float | None,
+    progress: Progress = QUIET,
 ) -> list[GateScale]:
     """Run a routed `model` over `rows` until `max_tokens`, and find each layer's factor for an export as `dtype`."""
-    meter, left = ScaleMeter(dtype, scale), max_tokens
-    with routed_by(model, meter):
+    meter, left = ScaleMeter(dtype, scale), min(max_tokens, sum(map(len, rows)))
+    with routed_by(model, meter), progress.stage("measuring gates", left) as advance:
         for row in rows:
-            model(torch.tensor([row[:left]]), use_cache=False)
-            left -= len(row)
+            run = row[:left]
+            model(torch.tensor([run], device=model.device), use_cache=False)
+            advance(len(run))
+            left -= len(run)
             if left < 1:
                 break
     return meter.scales()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Dtype, Model, Needs, Out, Parent, TextField, Word, options
+from pregate.base.options import Device, Dtype, Model, Needs, Out, Parent, TextField, Word, options
 
 
 @options()
@@ -37,6 +37,7 @@ class ExportOptions:
     router_table: Annotated[
         Literal["exact", "int8", "projected"], "An adapter's table of the path router: exact, int8, or projected."
     ] = "exact"
+    device: Device = "auto"
     text_field: TextField = None
 
     def __post_init__(self) -> None:

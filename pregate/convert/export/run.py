@@ -13,6 +13,7 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.base.options import to_dict
+from pregate.convert.device import pick_device
 from pregate.convert.export.adapter import write_adapter
 from pregate.convert.export.check import compare_logits, compare_texts, load_stock, rounded
 from pregate.convert.export.dense import check_dense, write_dense
@@ -21,7 +22,8 @@ from pregate.convert.export.options import ExportOptions
 from pregate.convert.export.qwen2_moe import write_qwen2_moe
 from pregate.convert.export.stock_class import check_expressible, stock_config, write_stock_config
 from pregate.convert.files.routed_shards import RoutedShards
-from pregate.convert.measure.scoring import encode_all, load_any
+from pregate.convert.files.streamed import load_any
+from pregate.convert.measure.scoring import encode_all
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_scored
 from pregate.convert.text.documents import read_documents
@@ -62,14 +64,14 @@ def _export_stock(
     dtype, stock = getattr(torch, named), stock_config(source.config, named)
     context = stock.max_position_embeddings
     rows = _rows(options, model_folder, context, stock.vocab_size, progress)
-    routed = load_any(model_folder, progress)
-    with progress.doing("scaling gates"):
-        scales = measure_scales(routed, rows, SCALE_TOKENS, dtype, options.scale)
+    device = pick_device(options.device)
+    routed = load_any(model_folder, progress, device)
+    scales = measure_scales(routed, rows, SCALE_TOKENS, dtype, options.scale, progress)
     factors = [scale.factor for scale in scales]
     write_stock_config(stock, folder)
     write_qwen2_moe(source, factors, folder, dtype, progress)
     with progress.doing("loading the export"):
-        model = load_stock(folder)
+        model = load_stock(folder).to(device)
     model.generation_config = routed.generation_config  # of greedy texts; what the folder says of sampling stays there
     text = " ".join(map(str, options.text)) or None
     figures: dict[str, Any] = {
@@ -87,7 +89,7 @@ def _export_stock(
     record = {"options": to_dict(options) | {"text": text}, "source": source.manifest.source, "figures": figures}
     record |= {"layers": [asdict(s) for s in scales], "versions": {n: version(n) for n in ("pregate", "transformers")}}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    write_card(folder, source, figures)
+    write_card(folder, source, figures, device)
     return figures
 
 
@@ -127,7 +129,7 @@ token. Chosen experts have equal weight: gates are scaled so far down that the s
 (by {gate_factors}), the routed down-projections are {active} times and the shared one is 2 times the parent's (the
 shared expert's own gate is 0, which is a factor of 1/2). Layer by layer factors are in `export.json`.
 
-Measured on: {measured_on}, by transformers on a CPU, against the routed model it was made from in float32:
+Measured on: {measured_on}, by transformers on a {device}, against the routed model it was made from in float32:
 
 | figure | value |
 | --- | --- |
@@ -135,8 +137,8 @@ Measured on: {measured_on}, by transformers on a CPU, against the routed model i
 """
 
 
-def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any]) -> None:
-    """Write the README.md of `folder`."""
+def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any], device: torch.device) -> None:
+    """Write the README.md of `folder`; the figures were measured on `device`."""
     cut = source.config.cuts[0]
     measured = {k: v for k, v in figures.items() if k not in ("measured_on", "gate_factors") and v is not None}
     for name, value in measured.items():
@@ -154,5 +156,6 @@ def write_card(folder: Path, source: RoutedShards, figures: dict[str, Any]) -> N
         gate_factors=figures["gate_factors"],
         measured_on=figures["measured_on"],
         rows=rows,
+        device={"cpu": "CPU", "cuda": "GPU"}.get(device.type, device.type),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

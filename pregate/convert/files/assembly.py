@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,17 +13,18 @@ from transformers import PreTrainedModel
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import UserError
-from pregate.convert.files.shards import write_shard
+from pregate.convert.files.shards import write_index, write_shard
 from pregate.model.checkpoint import Manifest, write_manifest
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
-from pregate.model.shard_file import FACTORS
+from pregate.model.shard_file import FACTORS, weight_files
 
 #: Elements rounded at a time: bounds the copies made on the way.
 ROUND_ELEMENTS = 1 << 22
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
 
 
 def round_to(tensors: Iterable[torch.Tensor], dtype: torch.dtype, what: str) -> None:
@@ -53,6 +55,33 @@ def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None =
     model.parent = parent
     model.path_router = path_router
     return model.eval()
+
+
+def write_with_router(
+    config: RoutedConfig,
+    router: PathRouter,
+    folder: Path,
+    source: ModelFolder,
+    manifest: Manifest,
+    factors: Mapping[str, torch.Tensor],
+) -> None:
+    """Write to `folder` the checkpoint `source`, its shards as they are, with `router` in one of its own.
+
+    `config` is the one it then has, `factors` as of `write_checkpoint`.
+    """
+    shards = weight_files(source.path)
+    for number, path in enumerate(shards, start=1):
+        copied = folder / SHARD.format(number, len(shards) + 1)
+        shutil.copyfile(path, copied)
+        copied.chmod(0o644)
+    tensors = {f"path_router.{name}": tensor.cpu() for name, tensor in router.state_dict().items()}
+    write_shard(tensors, folder / SHARD.format(len(shards) + 1, len(shards) + 1))
+    write_index(folder)
+    if factors:
+        write_shard(dict(factors), folder / FACTORS)
+    config.save_pretrained(folder)
+    source.carry_over(folder)
+    write_manifest(folder, manifest)
 
 
 def write_checkpoint(

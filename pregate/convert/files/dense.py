@@ -17,7 +17,7 @@ from pregate.convert.progress import QUIET, Progress
 from pregate.model.checkpoint import read_manifest
 from pregate.model.config_fields import without_outside_pad
 from pregate.model.file_hashes import file_sha256
-from pregate.model.folder import ModelFolder
+from pregate.model.folder import ModelFolder, read_folder
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.shard_file import INDEX
 from pregate.model.tokenizer import reading_difference
@@ -50,6 +50,13 @@ def dense_config(folder: ModelFolder) -> Any:
         if isinstance(whole, int) and isinstance(parts, int) and whole % parts:
             raise folder.refuse(f"its config.json's {key} is {whole}; allowed: a multiple of {divisor}, {parts}")
     return without_outside_pad(config)
+
+
+def dense_folder(path: Path, option: str) -> ModelFolder:
+    """The folder of a dense model; UserError as of `dense_config`."""
+    folder = read_folder(path, option)
+    dense_config(folder)
+    return folder
 
 
 def load_dense(folder: ModelFolder, progress: Progress = QUIET) -> Any:

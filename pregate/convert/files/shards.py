@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, get_args
@@ -14,32 +14,28 @@ from safetensors.torch import save_file
 
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype
+from pregate.model.checkpoint import open_shards
 from pregate.model.file_hashes import short_digest
 from pregate.model.folder import ModelFolder
-from pregate.model.shard_file import INDEX, TORCH_NAMES, ShardFile, Stored, weight_files
+from pregate.model.shard_file import INDEX, TORCH_NAMES, Shard, ShardFile, Stored, weight_files
 
 
 class DenseShards:
     """The tensors of a model folder: one `model.safetensors`, or several files under an index.
 
     Only headers are read until `read` is called. UserError says what is wrong with a folder: no safetensors (pickled
-    `.bin` files are not read), a file missing or damaged, or a quantised type.
+    `.bin` files are not read), a file missing or damaged, or a quantised type. `opened`: shards to read in their place,
+    those that an adapter and its parent make.
     """
 
-    def __init__(self, folder: Path, option: str = "--model") -> None:
+    def __init__(self, folder: Path, option: str = "--model", opened: Sequence[Shard] | None = None) -> None:
         self.folder, self._option = folder, option
         self.tensors: dict[str, Stored] = {}
-        self._shards: dict[str, ShardFile] = {}
-        try:
-            #: The files that are read, and no other that lies beside them.
-            self.files = weight_files(folder)
-        except ValueError as error:
-            raise UserError.of(option, folder, str(error)) from error
-        for file in self.files:
-            try:
-                shard = ShardFile(file)
-            except (ValueError, OSError) as error:
-                raise self._unreadable(file, error) from error
+        self._shards: dict[str, Shard] = {}
+        shards = self._open() if opened is None else opened
+        #: The files that are read, and no other that lies beside them.
+        self.files = [shard.path for shard in shards]
+        for shard in shards:
             self.tensors |= shard.tensors
             self._shards |= dict.fromkeys(shard.tensors, shard)
         for name, stored in self.tensors.items():
@@ -47,9 +43,23 @@ class DenseShards:
                 allowed = f"allowed: {', '.join(TORCH_NAMES)}"
                 raise UserError.of(option, folder, f"{name} is stored as {stored.dtype}; {allowed}")
 
+    def _open(self) -> list[ShardFile]:
+        try:
+            files = weight_files(self.folder)
+        except ValueError as error:
+            raise UserError.of(self._option, self.folder, str(error)) from error
+        shards = []
+        for file in files:
+            try:
+                shards.append(ShardFile(file))
+            except (ValueError, OSError) as error:
+                raise self._unreadable(file, error) from error
+        return shards
+
     @classmethod
     def of(cls, folder: ModelFolder) -> DenseShards:
-        return cls(folder.path, folder.option)
+        opened = None if folder.parent is None else open_shards(folder.path, folder.parent)[1]
+        return cls(folder.path, folder.option, opened)
 
     def read(self, names: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
         """Copies of the named tensors on `device`; weights in float32, whatever they are stored as."""

@@ -20,6 +20,7 @@ from pregate.convert.files.dense import check_finite, dense_config
 from pregate.convert.files.shards import DenseShards
 from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import decoder_layers, find_gated_mlps
+from pregate.model.gates import LinearGate
 
 #: Tokens that run through a layer at a time, in whole windows: bounds what attention and FFN hold between.
 SLICE_TOKENS = 2048
@@ -32,24 +33,35 @@ class Skeleton:
     whose tensors are not exactly those of the module (by name and shape; a tied head may be absent).
     """
 
+    #: What the tensors' names begin with in the shards, before the model's own.
+    prefix = ""
+
     def __init__(self, folder: ModelFolder, device: torch.device) -> None:
         self.folder, self.device = folder, device
-        config = dense_config(folder)
-        with torch.device("meta"):
-            try:
-                self.model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-            except Exception as error:  # its families raise many kinds for values they cannot use
-                raise folder.refuse(f"not a causal language model ({in_one_line(error)})") from error
-        self.model.eval().requires_grad_(False)
-        self.widths = [mlp.width for mlp in find_gated_mlps(self.model)]
+        self.model: Any = self._without_weights().eval().requires_grad_(False)
         self.layers = decoder_layers(self.model)
         self.layers_name = next(name for name, module in self.model.named_modules() if module is self.layers)
-        self.shards = DenseShards(folder.path, folder.option)
+        self.shards = DenseShards.of(folder)
         self._tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self._check_names()
         make_buffers(self.model, device)
         for layer in self.layers:
             layer.forward = pass_through
+
+    def _without_weights(self) -> Any:
+        config = dense_config(self.folder)
+        with torch.device("meta"):
+            try:
+                model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            except Exception as error:  # its families raise many kinds for values they cannot use
+                raise self.folder.refuse(f"not a causal language model ({in_one_line(error)})") from error
+        self.widths = [mlp.width for mlp in find_gated_mlps(model)]
+        return model
+
+    @property
+    def whole(self) -> Any:
+        """What is to be called for logits: the model itself."""
+        return self.model
 
     def layer_names(self, index: int) -> list[str]:
         """Full names of the tensors of decoder layer `index`."""
@@ -75,14 +87,22 @@ class Skeleton:
 
         UserError for one that holds NaN or infinite values.
         """
-        tensors = self.shards.read([self._stored[name] for name in names], self.device)
-        check_finite(tensors, self.folder)
-        self._assign(tensors, names)
+        self.load(names)
         try:
             yield
         finally:
-            self._assign(None, names)
-            give_back_heap()
+            self.drop(names)
+
+    def load(self, names: Collection[str]) -> None:
+        """Hold the named tensors on the device, in float32, until they are dropped; UserError as of `loaded`."""
+        tensors = self.shards.read([self._stored[name] for name in names], self.device)
+        check_finite(tensors, self.folder)
+        self._assign(tensors, names)
+
+    def drop(self, names: Collection[str]) -> None:
+        """Let go of the named tensors."""
+        self._assign(None, names)
+        give_back_heap()
 
     def tensors(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         """The named tensors as they are now (meta where not loaded); they share the model's memory."""
@@ -113,8 +133,10 @@ class Skeleton:
         for target, source in self._tied.items():
             groups.setdefault(source, {source}).add(target)
         have = self.shards.tensors
+        start = self.prefix
         # A tied tensor may be stored under any of its names; it is read under the first that is there.
-        self._stored = {n: next((c for c in (n, *sorted(groups.get(n, ()))) if c in have), n) for n in own}
+        names = {n: [start + c for c in (n, *sorted(groups.get(n, ())))] for n in own}
+        self._stored = {n: next((c for c in those if c in have), those[0]) for n, those in names.items()}
         self._names = [name for name in own if name not in self._tied]
         for name in self._names:
             if self._stored[name] not in have:
@@ -124,7 +146,8 @@ class Skeleton:
             if have[self._stored[name]].shape != own[name]:
                 shapes = f"{list(have[self._stored[name]].shape)}, its config says {list(own[name])}"
                 raise self.folder.refuse(f"{name} has shape {shapes}")
-        self._check_rest(set(have) - set(own), {n for n in self._tied if n in have})
+        there = {n.removeprefix(start) for n in have if n.startswith(start)}
+        self._check_rest(there - set(own), there & set(self._tied))
 
     def _check_rest(self, unknown: set[str], tied: set[str]) -> None:
         """Refuse tensors the model has no place for, and tied ones that differ from what they are tied to."""
@@ -133,10 +156,10 @@ class Skeleton:
         if foreign:
             raise self.folder.refuse(f"{type(self.model).__name__} has no place for {foreign[0]}")
         for name in sorted(tied):
-            source = self._stored[self._tied[name]]
-            if source != name:
-                both = self.shards.read([name, source], torch.device("cpu"))
-                if not torch.equal(both[name], both[source]):
+            stored, source = self.prefix + name, self._stored[self._tied[name]]
+            if source != stored:
+                both = self.shards.read([stored, source], torch.device("cpu"))
+                if not torch.equal(both[stored], both[source]):
                     reason = f"its config ties {name} to {source}, but they differ; set tie_word_embeddings to false"
                     raise self.folder.refuse(reason)
 
@@ -217,6 +240,8 @@ def make_buffers(model: PreTrainedModel, device: torch.device) -> None:
     stored = set(model.state_dict())
     for path, module in model.named_modules():
         names = [n for n, _ in module.named_buffers(recurse=False) if f"{path}.{n}".lstrip(".") not in stored]
+        if isinstance(module, LinearGate) and names:  # a fixed number of experts needs none
+            module.threshold, names = torch.zeros((), device=device), []
         for name in names:
             buffer = getattr(module, name)
             if buffer.is_floating_point():

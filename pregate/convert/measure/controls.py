@@ -8,14 +8,15 @@ M expert width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
+from pregate.convert.files.skeleton import with_forward
 from pregate.convert.measure.overlap import distinct_neurons
 from pregate.kernels.reference import above, top_k
 from pregate.model.gates import Choice
-from pregate.model.layers import RoutedMLP, SharedExpert, find_routed_mlps, weighted_mass
+from pregate.model.layers import RoutedMLP, SharedExpert, weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 
 
@@ -60,14 +61,10 @@ def static_mask(model: RoutedForCausalLM) -> Iterator[None]:
 
     That is what pruning gives at the same active share, by the scores kept from the calibration text.
     """
-    mlps = find_routed_mlps(model.parent)
-    try:
-        for name, mlp in mlps.items():
-            model.parent.set_submodule(name, _pruned(mlp))
+    with ExitStack() as stack:
+        for mlp in model.routed_mlps:  # made when it runs: a layer may be read only then
+            stack.enter_context(with_forward(mlp, lambda x, mlp=mlp: _pruned(mlp)(x)))
         yield
-    finally:
-        for name, mlp in mlps.items():
-            model.parent.set_submodule(name, mlp)
 
 
 def _pruned(mlp: RoutedMLP) -> SharedExpert:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from pregate.base.errors import UserError
-from pregate.convert.files.dense import dense_of, load_dense
+from pregate.convert.device import pick_device
+from pregate.convert.files.dense import dense_folder, dense_of
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.agreement import AgreementMeter, layer_figures
 from pregate.convert.measure.control_table import control_rows
 from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.measure.scored_text import ScoredText
-from pregate.convert.measure.scoring import load_any, score_rows
+from pregate.convert.measure.scoring import score_rows
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_scored
 from pregate.model.folder import read_folder
@@ -32,10 +34,11 @@ def evaluate(options: EvaluateOptions, progress: Progress = QUIET) -> dict[str, 
     with progress.doing("reading text"):
         text = ScoredText.read(folder, options.text, options.max_tokens, options.seed or 0, options.text_field)
     check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
-    model = load_any(folder, progress)
+    device = pick_device(options.device)
+    model = load_any(folder, progress, device)
     with progress.doing("looking for the parent"):
         parent_path = dense_of(options.model, model, options.parent) if options.controls else None
-    parent = None if parent_path is None else load_dense(read_folder(parent_path, "--parent"), progress)
+    parent = None if parent_path is None else load_any(dense_folder(parent_path, "--parent"), progress, device)
     meter = AgreementMeter() if isinstance(model, RoutedForCausalLM) else None
     score = score_rows(model, text.rows, meter, progress)
     result: dict[str, Any] = {

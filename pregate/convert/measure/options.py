@@ -9,6 +9,7 @@ from pydantic import Field
 from pregate.base.errors import UserError
 from pregate.base.options import (
     Adapter,
+    Device,
     ModelOrAdapter,
     Parent,
     TextField,
@@ -35,6 +36,7 @@ class EvaluateOptions:
     controls: Annotated[bool, "Score the model by other routings as well."] = False
     parent: Parent = None
     seed: Annotated[int | None, Field(ge=0), "Seed of random routing and of what --max-tokens leaves out."] = None
+    device: Device = "auto"
     text_field: TextField = None
     adapter: Adapter = None
 

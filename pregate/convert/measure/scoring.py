@@ -19,14 +19,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from pregate.convert.files.dense import load_dense
-from pregate.convert.files.routed_shards import verified
 from pregate.convert.files.skeleton import with_forward
 from pregate.convert.measure.agreement import AgreementMeter, MeteredPolicy
 from pregate.convert.progress import QUIET, Advance, Progress
 from pregate.convert.text.batches import batches, padded
 from pregate.convert.text.calibration import encode_pool
-from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import decoder_layers
 from pregate.model.layers import GatePolicy, PathPolicy, RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
@@ -189,17 +186,6 @@ def _metered(
         return MeteredPolicy(control, meter, real_T, paths_TLK, control_name="control")
     own: RoutingPolicy = by_path if by_path is not None and model.config.routing == "path" else GatePolicy()
     return MeteredPolicy(own, meter, real_T, paths_TLK)
-
-
-def load_any(folder: ModelFolder, progress: Progress = QUIET) -> Any:
-    """Load a routed or a dense model folder in float32."""
-    if not folder.is_routed:
-        return load_dense(folder, progress)
-    if folder.parent is None:  # an adapter's files are compared with its parent's as they are opened
-        verified(folder.path, progress)
-    settings = {"parent": folder.parent, "dtype": torch.float32, "hashes": None if folder.parent else False}
-    with progress.doing(f"loading {folder.path.name}"):
-        return RoutedForCausalLM.from_pretrained(folder.path, **settings).eval()
 
 
 def encode_all(

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from pregate.base.errors import UserError
-from pregate.convert.files.assembly import assemble, write_checkpoint
+from pregate.convert.device import pick_device
+from pregate.convert.files.assembly import assemble, write_checkpoint, write_with_router
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
+from pregate.convert.files.streamed import load_any, load_whole
 from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.scoring import load_any, score_rows
+from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.paths.size import dense_flops, sized
@@ -52,13 +54,15 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
         rows = read_rows(options, source)
     check_learned(rows, options.pool_tokens, "--text", options.text, progress)
     read = {"--model": str(options.model.resolve()), "its manifest": file_sha256(options.model / MANIFEST)[:16]}
-    known = fingerprint(options.describe(), read | {"text": short_digest(rows)}, torch.device("cpu"))
+    device = pick_device(options.device)
+    known = fingerprint(options.describe(), read | {"text": short_digest(rows)}, device)
     with open_partial(options.out, known, len(rows), options.restart, "document") as partial:
-        model = load_any(source, progress)
+        renumbers = options.heads == "single"  # in place, which takes the whole model
+        model = load_whole(source, progress).to(device) if renumbers else load_any(source, progress, device)
         if not options.predict:
             _refuse_weights(model, options)
         pool = _collected(model, rows, options, partial, progress)
-        if options.heads == "single":
+        if renumbers:
             with progress.doing("aligning experts"):
                 pool = align_experts(model, pool)
         router, figures = train_router(model, pool, options, progress, partial)
@@ -70,8 +74,12 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
         figures |= _cost(options, model)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
         with writing(options.out, partial.checkpoint), progress.doing("writing the checkpoint"):
-            kept = {} if options.heads == "single" else read_factors(source.path)  # there experts were put in order
-            write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype, kept | router.factors)
+            if renumbers:
+                write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype, router.factors)
+            else:
+                written = RoutedConfig.from_dict(config.to_dict() | _added(options))  # with the types that are stored
+                factors = read_factors(source.path) | router.factors
+                write_with_router(written, router, partial.checkpoint, source, manifest, factors)
         partial.finish()
     return read_manifest(options.out)
 
@@ -140,6 +148,7 @@ def train_router(
         assert options.steps is not None
         assert options.embedding is not None
         training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
+        router.to(model.device)
         losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress, partial)
     router.requires_grad_(False)
     set_thresholds(router, pool.training(), progress)
@@ -181,6 +190,9 @@ def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
 
 def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleOptions) -> RoutedForCausalLM:
     """`model` with `router`, which decides or, with `predict`, forecasts; the parent is the same one."""
-    routing = "layerwise" if options.predict else "path"
-    fields = model.config.to_dict() | {"routing": routing, "path_router": asdict(options.shape())}
-    return assemble(RoutedConfig.from_dict(fields), model.parent, router)
+    return assemble(RoutedConfig.from_dict(model.config.to_dict() | _added(options)), model.parent, router)
+
+
+def _added(options: DecoupleOptions) -> dict[str, Any]:
+    """The fields of a config that come with a path router."""
+    return {"routing": "layerwise" if options.predict else "path", "path_router": asdict(options.shape())}

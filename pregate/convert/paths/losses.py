@@ -40,6 +40,10 @@ class MassLoss:
         """What the masses [T, S] of a document become once, before training: [T, S]."""
         return self._scale.targets(mass_TS, self._cuts, self._selection)
 
+    def to(self, device: torch.device) -> None:
+        """Have what it is computed with on `device`; targets are made where their masses are, before."""
+        self._variance = self._variance.to(device)
+
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
         """The loss, a scalar, of the heads' outputs for tokens of these targets."""
         return F.mse_loss(outputs_TO, targets_TS) / self._variance
@@ -78,6 +82,9 @@ class PaperLoss:
             parts.append(0.75 * hard_TR + 0.25 * (10 * (share_TR - 1 / max(cut.num_routed, 1))).softmax(dim=-1))
         return torch.cat(parts, dim=-1)
 
+    def to(self, device: torch.device) -> None:
+        """It is computed with nothing of its own."""
+
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
         logs = torch.cat([x.log_softmax(dim=-1) for x in split_layers(outputs_TO, self._cuts)], dim=-1)
         return -(targets_TS * logs).sum(dim=-1).mean() / self._num_layers
@@ -100,6 +107,10 @@ class StraightThroughLoss(MassLoss):
         self._places = sum(float(limit) * c.num_active for c, (_, limit) in zip(cuts, layers, strict=True))
         chosen_TS = torch.cat([hard for hard, _ in layers], dim=-1)
         self._most = (chosen_TS * targets_TS).sum(dim=-1).mean().clamp_min(1e-12)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self._limit_S, self._most = self._limit_S.to(device), self._most.to(device)
 
     def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
         layers = zip(self._cuts, split_layers(outputs_TO, self._cuts), strict=True)

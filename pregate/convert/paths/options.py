@@ -8,7 +8,7 @@ from pydantic import Field
 
 from pregate.base.choices import Heads, RouterGate, RouterTarget, RouterWeights
 from pregate.base.errors import UserError
-from pregate.base.options import Model, Out, Restart, Seed, TextField, Texts, Word, described, options
+from pregate.base.options import Device, Model, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 if TYPE_CHECKING:
     from pregate.model.config import PathRouterConfig
@@ -47,6 +47,7 @@ class DecoupleOptions:
     ] = None
     hold_share: Annotated[bool, "Thresholds follow a text, so that the active share is the one asked for."] = True
     predict: Annotated[bool, "Keep the gates; the path router forecasts them."] = False
+    device: Device = "auto"
     text_field: TextField = None
     restart: Restart = False
 

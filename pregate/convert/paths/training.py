@@ -69,12 +69,14 @@ def train(
     Returns the loss of every step.
     """
     model: Any = router
+    device = next(router.parameters()).device
     if parent_VD is not None and options.embedding == "parent":
-        model.embedding = ParentEmbedding(parent_VD, router.config.dim)
+        model.embedding = ParentEmbedding(parent_VD, router.config.dim).to(device)
     elif parent_VD is not None:
         start_from(router, parent_VD)
     loss_of = loss_for(options.target, router, torch.cat(pool.mass))
     targets = [loss_of.targets(mass) for mass in pool.mass]
+    loss_of.to(device)
     optimizer = torch.optim.AdamW(router.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay)
     named = dict(router.named_parameters())
     losses = _resumed(router, named, optimizer, partial)
@@ -88,7 +90,7 @@ def train(
                 group["lr"] = options.learning_rate * factor
             batch = next(order)
             outputs_TO = outputs_of(router, [pool.rows[i] for i in batch], options.piece_tokens)
-            loss = loss_of(outputs_TO, torch.cat([targets[i] for i in batch]))
+            loss = loss_of(outputs_TO, torch.cat([targets[i] for i in batch]).to(device))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(router.parameters(), 1.0)
             optimizer.step()
@@ -119,7 +121,7 @@ def _resumed(
     """The losses of the steps that an interrupted run has done, router and optimizer brought to where it was."""
     if partial is None or not partial.state.layers_done:
         return []
-    tensors = partial.hidden(torch.device("cpu"))
+    tensors = partial.hidden(next(router.parameters()).device)
     router.load_state_dict({name: tensors[f"now/{name}"] for name in named}, strict=False)
     put_moments(named, optimizer, tensors)
     return list(partial.state.carried["losses"])
@@ -146,7 +148,7 @@ def outputs_of(router: PathRouter, rows: list[list[int]], piece_tokens: int) -> 
 
 
 def _outputs(router: PathRouter, rows: list[list[int]]) -> torch.Tensor:
-    ids_BN, mask_BN = padded(rows)
+    ids_BN, mask_BN = (t.to(next(router.parameters()).device) for t in padded(rows))
     return router.heads(router.encode(ids_BN)[0][mask_BN.bool()])
 
 
@@ -161,10 +163,10 @@ def _endless_batches(rows: Sequence[list[int]], options: TrainingOptions) -> Ite
 @torch.no_grad()
 def set_thresholds(router: PathRouter, pool: TargetPool, progress: Progress) -> None:
     """Set each layer's threshold so that its experts' mean number per token of `pool` is `pool.mean_active`."""
-    scores = []
+    scores, device = [], router.thresholds.device
     with progress.stage("setting thresholds", len(pool.rows)) as advance:
         for row in pool.rows:
-            scores.append(router(torch.tensor([row]))[0][0])
+            scores.append(router(torch.tensor([row], device=device))[0][0])
             advance(1)
     put_thresholds(router, torch.cat(scores), pool.mean_active)
 
@@ -175,14 +177,15 @@ def hit_rate(router: PathRouter, pool: TargetPool, progress: Progress) -> dict[s
 
     In all, and layer by layer for those that have a choice.
     """
+    device = router.thresholds.device
     tallies = {n: Tally() for n, c in enumerate(router.cuts) if 0 < c.num_active < c.num_routed}
     with progress.stage("comparing choices", len(pool.rows)) as advance:
         for row, mass_TS in zip(pool.rows, pool.mass, strict=True):
-            chosen = choose_experts(router, router(torch.tensor([row]))[0][0])
+            chosen = choose_experts(router, router(torch.tensor([row], device=device))[0][0]).ids.cpu()
             masses = split_layers(mass_TS, router.cuts)
             for layer, tally in tallies.items():
                 best, num_active = masses[layer], router.cuts[layer].num_active
                 by_rank = router.selection == "top_k"
-                tally.add(chosen.ids[:, layer], top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
+                tally.add(chosen[:, layer], top_k(best, num_active) if by_rank else above(best, pool.limits[layer]))
             advance(1)
     return layer_figures(tallies)

@@ -90,7 +90,7 @@ def measure_quality(
     policies[ORACLE] = OraclePolicy()
     ladder, curves = ladders(model), []
     for name, policy in policies.items():
-        limits, shares, perplexities = thresholds_for(model, rows, ladder, of_oracle=name == ORACLE), [], []
+        limits, shares, perplexities = thresholds_for(model, rows, ladder, name == ORACLE, progress), [], []
         for step in ladder:
             if step == Numbers.of(model):
                 share, perplexity = table[name]["active_share"], table[name]["perplexity"]

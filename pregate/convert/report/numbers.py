@@ -18,6 +18,7 @@ import torch
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.measure.overlap import overlaps
 from pregate.convert.measure.scoring import score_rows
+from pregate.convert.progress import QUIET, Progress
 from pregate.kernels.reference import threshold_for
 from pregate.model.gates import Choice
 from pregate.model.layers import GatePolicy, RoutedMLP, RoutingPolicy, weighted_mass
@@ -83,7 +84,11 @@ def takes_numbers(model: RoutedForCausalLM) -> bool:
 
 @torch.no_grad()
 def thresholds_for(
-    model: RoutedForCausalLM, rows: Sequence[list[int]], ladder: Sequence[Numbers], of_oracle: bool
+    model: RoutedForCausalLM,
+    rows: Sequence[list[int]],
+    ladder: Sequence[Numbers],
+    of_oracle: bool,
+    progress: Progress = QUIET,
 ) -> dict[Numbers, Limits]:
     """Thresholds of each layer by numbers of experts, of the oracle or of the checkpoint's own router.
 
@@ -97,8 +102,10 @@ def thresholds_for(
         scores = dict(enumerate(split_layers(all_TS, router.cuts)))
     else:
         keeper = _ScoreKeeper(of_oracle)
-        for row in rows:  # one by one: no padding among the scores
-            score_rows(model, [row], control=keeper)
+        with progress.stage("finding thresholds", len(rows)) as advance:
+            for row in rows:  # one by one: no padding among the scores
+                score_rows(model, [row], control=keeper)
+                advance(1)
         scores = {layer: torch.cat(parts) for layer, parts in keeper.scores.items()}
     scores = {layer: scores_TR for layer, scores_TR in scores.items() if scores_TR.shape[1]}
     return {

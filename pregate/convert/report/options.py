@@ -11,6 +11,7 @@ from pydantic import Field
 from pregate.base.errors import UserError
 from pregate.base.options import (
     Adapter,
+    Device,
     ModelOrAdapter,
     Needs,
     Parent,
@@ -49,6 +50,7 @@ class ReportOptions:
         DEFAULT_MAX_TOKENS
     )
     seed: Seed = 0
+    device: Device = "auto"
     text_field: TextField = None
     adapter: Adapter = None
 
@@ -78,5 +80,6 @@ class ReportOptions:
         given = {"--parent": self.parent, "--tuned-parent": self.tuned_parent}
         words += [word for option, path in given.items() if path is not None for word in (option, path)]
         words += ["--max-tokens", "all" if self.max_tokens is None else self.max_tokens, "--seed", self.seed]
+        words += ["--device", self.device] if self.device != "auto" else []
         words += ["--text-field", self.text_field] if self.text_field is not None else []
         return shlex.join(map(str, words))

@@ -12,12 +12,13 @@ import torch
 
 from pregate.base.dtypes import dtype_name
 from pregate.base.errors import PregateError
+from pregate.convert.device import pick_device
 from pregate.convert.files.dense import dense_of
+from pregate.convert.files.streamed import load_any
 from pregate.convert.files.work_folder import write_whole
 from pregate.convert.measure.control_table import DENSE, nominal_share
 from pregate.convert.measure.overlap import bytes_per_row
 from pregate.convert.measure.scored_text import ScoredText
-from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import QUIET, Advance, Progress
 from pregate.convert.report.conditions import conditions_of
 from pregate.convert.report.costs import costs
@@ -78,11 +79,12 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     with progress.doing("reading text"):
         text = ScoredText.read(folder, options.text, options.max_tokens, options.seed, options.text_field)
     check_scored(text.rows, options.max_tokens, "--text", options.text, progress)
-    others = _others(options, text, progress)
-    model: RoutedForCausalLM = load_any(folder, progress)
+    device = pick_device(options.device)
+    others = _others(options, text, progress, device)
+    model: RoutedForCausalLM = load_any(folder, progress, device)
     with progress.doing("looking for the parent"):
         parent_path = dense_of(options.model, model, options.parent)
-    parent = None if parent_path is None else _load("--parent", parent_path, text, progress)
+    parent = None if parent_path is None else _load("--parent", parent_path, text, progress, device)
     quality = measure_quality(model, text.rows, text.num_bytes, parent, options.seed, progress)
     del parent
     routes = measure_routes(model, text.rows, progress)
@@ -119,16 +121,18 @@ def _routed_config(folder: ModelFolder) -> RoutedConfig:
     return config
 
 
-def _others(options: ReportOptions, text: ScoredText, progress: Progress) -> list[tuple[str, Any]]:
+def _others(
+    options: ReportOptions, text: ScoredText, progress: Progress, device: torch.device
+) -> list[tuple[str, Any]]:
     """The models to show beside it, by name; the tuned parent, where there is one, is the last."""
     names = [p.resolve().name for p in (options.model, *options.compare)]
     called = [str(path) if names.count(path.resolve().name) > 1 else path.resolve().name for path in options.compare]
     given = [(name, "--compare", path) for name, path in zip(called, options.compare, strict=True)]
     given += [("tuned dense parent", TUNED_PARENT, path) for path in [options.tuned_parent] if path]
-    return [(name, _load(option, path, text, progress)) for name, option, path in given]
+    return [(name, _load(option, path, text, progress, device)) for name, option, path in given]
 
 
-def _load(option: str, path: Path, text: ScoredText, progress: Progress) -> Any:
+def _load(option: str, path: Path, text: ScoredText, progress: Progress, device: torch.device) -> Any:
     """A model to show beside the reported one; `option` says who named it. All but those to compare are dense."""
     folder = read_folder(path, option)
     with progress.doing("comparing tokens"):
@@ -136,7 +140,7 @@ def _load(option: str, path: Path, text: ScoredText, progress: Progress) -> Any:
     if option != "--compare" and folder.is_routed:
         what = "it was made from" if option == "--parent" else "it was made from, tuned as it was"
         raise folder.refuse(f"is a routed checkpoint; allowed: the dense model {what}")
-    return load_any(folder, progress)
+    return load_any(folder, progress, device)
 
 
 def describe(

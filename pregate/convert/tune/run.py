@@ -16,8 +16,8 @@ from pregate.convert.files.assembly import round_to, write_checkpoint
 from pregate.convert.files.dense import load_dense, recorded_parent, source_of
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.shards import DenseShards
+from pregate.convert.files.streamed import load_whole
 from pregate.convert.files.work_folder import fingerprint, writing
-from pregate.convert.measure.scoring import load_any
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import ENOUGH_TO_MEASURE, ENOUGH_TO_TRAIN, LEAST_TOKENS, check_amount
 from pregate.convert.tune.data import TuningRows, read_rows
@@ -53,7 +53,7 @@ def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
         read |= {"--teacher": str(teacher_source.path.resolve()), "its shards": DenseShards.of(teacher_source).stamp}
     known = fingerprint(options.describe(), read | {"text": rows.digest()}, device)
     with open_partial(options.out, known, 0, options.restart, "step", "tuning run") as partial:
-        model = load_any(source, progress).to(device)
+        model = load_whole(source, progress).to(device)
         teacher = load_teacher(options, teacher_source, model, progress)
 
         def keep(figures: Record) -> None:
@@ -187,7 +187,7 @@ def _run(tuner: Tuner, options: TuneOptions, partial: PartialCheckpoint, progres
 def _write(tuner: Tuner, options: TuneOptions, source: ModelFolder, partial: PartialCheckpoint) -> None:
     """Write the best state to the checkpoint, measured as it is stored."""
     model = tuner.model
-    dtype = source.dtype
+    dtype = source.dtype if source.is_routed else DenseShards.of(source).dtype  # whatever a dense model's config says
     tuner.finish(dtype=getattr(torch, dtype))
     weights = [t for n, t in model.named_parameters() if not kept_float32(n)]
     round_to([t.data for t in weights], getattr(torch, dtype), "a tuned weight")

@@ -27,7 +27,7 @@ from pregate.convert.cut import layer_pass
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.layer_cut import cut_one
 from pregate.convert.cut.options import ConvertOptions
-from pregate.convert.measure.scoring import load_any
+from pregate.convert.files.streamed import load_any
 from pregate.convert.text.calibration import read_calibration
 from pregate.kernels import reference
 from pregate.model import CheckpointReader, RoutedForCausalLM

@@ -20,8 +20,9 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.layer_cut import cut_one
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.device import pick_device
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.evaluate import load_any, score_rows
+from pregate.convert.measure.evaluate import score_rows
 from pregate.convert.text.calibration import read_calibration
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import read_folder

@@ -97,7 +97,6 @@ def test_the_static_mask_is_undone(checkpoint: tuple[str, Path]):
     model = _load(checkpoint[1])
     before, mlps = score_rows(model, ROWS).nats, model.routed_mlps
     with static_mask(model):
-        assert model.routed_mlps == []
         assert score_rows(model, ROWS).nats != before
     with pytest.raises(ZeroDivisionError), static_mask(model):
         _ = 1 / 0

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeConfig, Qw
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cli.main import main
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure import scoring
 from pregate.convert.measure.agreement import AgreementMeter, Tally
 from pregate.convert.measure.controls import OraclePolicy, RandomPolicy
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scored_text import ScoredText
-from pregate.convert.measure.scoring import Score, load_any, score_logits, score_rows
+from pregate.convert.measure.scoring import Score, score_logits, score_rows
 from pregate.convert.text.batches import batches, padded
 from pregate.model import RoutedForCausalLM
 from pregate.model.folder import read_folder

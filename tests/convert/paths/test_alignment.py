@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.controls import RandomPolicy
-from pregate.convert.measure.evaluate import load_any
 from pregate.convert.paths.alignment import align_experts, aligned_orders, renumber
 from pregate.convert.paths.targets import collect_targets
 from pregate.convert.progress import QUIET

@@ -58,7 +58,10 @@ def test_the_checkpoint_is_exact_and_the_rest_of_the_model_unchanged(
 def test_two_runs_train_the_same_router(options: DecoupleOptions, tmp_path: Path):
     first, again = decouple(options), decouple(replace(options, out=tmp_path / "again"))
     other = decouple(replace(options, out=tmp_path / "other", seed=1))
-    assert first.files["model.safetensors"] == again.files["model.safetensors"] != other.files["model.safetensors"]
+    *layers, router = sorted(name for name in first.files if name.endswith(".safetensors"))
+    assert first.files[router] == again.files[router] != other.files[router]
+    source = read_manifest(options.model)
+    assert [first.files[name] for name in layers] == [source.files[n] for n in sorted(source.files) if "model-" in n]
 
 
 def test_weights_stay_in_their_type_and_the_router_in_float32(
