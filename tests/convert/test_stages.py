@@ -54,7 +54,7 @@ def test_export(stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):
     export(ExportOptions(stock_checkpoint, tmp_path / "stock", "qwen2_moe", text=(tiny_text,)), progress)
     assert progress.names == [
         "checking files (bytes)", "checking layers", "reading text", "checking files (bytes)",
-        f"loading {stock_checkpoint.name}", "scaling gates", "writing layers", "loading the export",
+        f"loading {stock_checkpoint.name}", "measuring gates", "writing layers", "loading the export",
         "comparing logits", "comparing texts",
     ]  # fmt: skip
 
