@@ -15,8 +15,8 @@ from pregate.model.modeling import RoutedForCausalLM
 NUM_LAYERS, NUM_ROUTED = 3, 5
 
 
-def make_checkpoint(folder: Path, routing: str, context: int = 4096) -> Path:
-    """A random Llama cut S3A3E8 whose tokens are single bytes."""
+def make_checkpoint(folder: Path, routing: str, context: int = 4096, *, predicted: bool = False) -> Path:
+    """A random Llama cut S3A3E8 whose tokens are single bytes; `predicted`: gates decide, a path router foretells."""
     torch.manual_seed(0)
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -34,7 +34,7 @@ def make_checkpoint(folder: Path, routing: str, context: int = 4096) -> Path:
         eos_token_id=None,
     )
     cut = {"num_routed": NUM_ROUTED, "num_shared": 3, "num_active": 3, "expert_width": 16}
-    path_router = {"dim": 16, "num_blocks": 1, "num_heads": 2, "window": 16} if routing == "path" else None
+    path_router = {"dim": 16, "num_blocks": 1, "num_heads": 2, "window": 16} if routing == "path" or predicted else None
     config = RoutedConfig(parent, [cut] * NUM_LAYERS, routing=routing, path_router=path_router)
     model = RoutedForCausalLM(config)
     for parameter in model.parameters():

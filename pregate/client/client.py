@@ -71,7 +71,8 @@ class ModelInfo:
     """What a server serves, and how busy it is.
 
     `unavailable` says why it refuses requests now, "" when it takes them. `busy_with` is what its engine computes now
-    ("": nothing), for `busy_s` already; `num_steps` counts the steps it has begun.
+    ("": nothing), for `busy_s` already; `num_steps` counts the steps it has begun, of together `num_step_tokens` tokens
+    and `num_step_units` units; `batching` is how their tokens are chosen.
     """
 
     model: str
@@ -89,6 +90,9 @@ class ModelInfo:
     busy_with: str
     busy_s: float
     unavailable: str
+    num_step_tokens: int = 0
+    num_step_units: int = 0
+    batching: str = ""
     hosts: tuple[HostStatus, ...] = ()
 
 

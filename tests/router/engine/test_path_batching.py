@@ -1,0 +1,68 @@
+"""An engine that chooses steps by path gives the texts of one that does not, and says what it measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from pregate.router.engine.engine import Engine
+from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
+from tests.random_checkpoints import make_checkpoint
+from tests.router.serving import engine_of, hosts_here
+
+PROMPTS = [tuple(range(20 + n, 30 + n * 5)) for n in range(8)]
+OPTIONS = {"step_tokens": 16, "max_running": 6, "check_steps": True, "max_batching_delay": 1e-3}
+
+
+def texts(engine: Engine) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    todo = list(enumerate(PROMPTS))
+    for _ in range(2000):
+        if todo:
+            name, prompt = todo.pop()
+            engine.submit(SubmitRequest(str(name), prompt, SamplingParams(20, ignore_eos=True)))
+        for event in engine.step():
+            if isinstance(event, TokensEvent):
+                found.setdefault(event.request_id, []).extend(event.token_ids)
+        if not todo and not engine.has_work:
+            engine.scheduler.allocator.check([])
+            return found
+    raise AssertionError("the engine did not come to an end")
+
+
+@pytest.fixture(scope="module", params=["path", "predicted", "layerwise"])
+def checkpoint(request, tmp_path_factory) -> Path:
+    routing = "path" if request.param == "path" else "layerwise"
+    folder = tmp_path_factory.mktemp(request.param) / "tiny"
+    return make_checkpoint(folder, routing, predicted=request.param == "predicted")
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_the_texts_are_those_of_first_come_first_served(checkpoint, num_hosts):
+    has_paths = checkpoint.parent.name.startswith(("path", "predicted"))
+    with engine_of(checkpoint, hosts_here(checkpoint, num_hosts), **OPTIONS) as engine:
+        expected = texts(engine)
+        assert (engine.info()["batching"], engine.info()["step_costs"]) == ("fifo", None)
+    assert len({tuple(text) for text in expected.values()}) > len(PROMPTS) // 2
+    with engine_of(checkpoint, hosts_here(checkpoint, num_hosts), batching="path", **OPTIONS) as engine:
+        assert texts(engine) == expected
+        info = engine.info()
+    assert info["batching"] == ("path" if has_paths else "fifo")
+    assert info["num_step_tokens"] >= sum(map(len, PROMPTS)) + 19 * len(PROMPTS)
+    if has_paths:
+        assert engine.scheduler.choice is not None
+        costs = info["step_costs"]
+        per_host = [costs[name] for name in ("row_s", "resident_byte_s", "missing_byte_s")]
+        assert all(len(values) == num_hosts and min(values) > 0 for values in per_host)
+        assert all(math.isfinite(costs[name]) and costs[name] >= 0 for name in ("dispatch_s", "step_s", "token_s"))
+
+
+@pytest.mark.parametrize("batching", ["decode-first", "prefill-first"])
+def test_other_policies_give_the_same_texts(path_checkpoint, batching):
+    with engine_of(path_checkpoint, hosts_here(path_checkpoint, 1), **OPTIONS) as engine:
+        expected = texts(engine)
+    with engine_of(path_checkpoint, hosts_here(path_checkpoint, 1), batching=batching, **OPTIONS) as engine:
+        assert texts(engine) == expected
+        assert engine.info()["batching"] == batching
