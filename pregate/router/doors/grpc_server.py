@@ -312,7 +312,9 @@ def _model_info(info: dict[str, Any]) -> pb.GetModelInfoResponse:
     same = ("vocab_size", "routing", "has_path_router", "num_layers", "num_hosts", "num_running", "num_queued")
     return pb.GetModelInfoResponse(
         **{name: info[name] for name in (*same, "model", "eos_token_ids", "version", "num_steps", "busy_s")},
-        **{name: info.get(name, 0) for name in ("num_step_tokens", "num_step_units", "unit_hits", "unit_misses")},
+        **{name: info[name] for name in ("num_step_tokens", "num_step_units")},
+        unit_hits=sum(host["hits"] for host in info["hosts"]),
+        unit_misses=sum(host["misses"] for host in info["hosts"]),
         hosts=[
             pb.HostStatus(**{f: host[f] for f in pb.HostStatus.DESCRIPTOR.fields_by_name}) for host in info["hosts"]
         ],
