@@ -5,8 +5,9 @@
 CHECKPOINT has exact paths; one with random weights (`benchmarks.random_cut`) has the shape and the cost of a real one.
 The engine and its one host share this process, and a thread fetches ahead. `--bandwidth` holds reads of experts to so
 many bytes a second, all threads together, like a disk that slow; without it they come from the system's cache of the
-files, or from the disk. Two kinds of work: prompts of 512 tokens, and decoding 1, 4 and 16 requests at once. A run's
-bound is the longer of what all resident took and its bytes at the bandwidth. Writes results/offload.json and .md.
+files, or from the disk. Two kinds of work: prompts of 512 tokens (one less than the context, if that is shorter), and
+decoding 1, 4 and 16 requests at once. A run's bound is the longer of what all resident took and its bytes at the
+bandwidth. Writes results/offload.json and .md.
 """
 
 from __future__ import annotations
@@ -100,11 +101,12 @@ def run(
 def measure(model: Path, share: float, lookahead: bool, args: argparse.Namespace) -> dict[str, Any]:
     engine, host = load(model, share, lookahead, args.bandwidth)
     found = {}
-    works = [(f"prefill {PROMPT_TOKENS}", args.prompts, PROMPT_TOKENS, 1)]
+    num_prompt = min(PROMPT_TOKENS, engine.context - 1)
+    works = [(f"prefill {num_prompt}", args.prompts, num_prompt, 1)]
     works += [(f"decode {n}", n, 8, args.new_tokens + 1) for n in (1, 4, 16)]
-    for name, num_requests, num_prompt, num_new in works:
+    for name, *sizes in works:
         run(engine, host, 1, 16, 2, seed=0)  # warm
-        found[name] = run(engine, host, num_requests, num_prompt, num_new, seed=1)
+        found[name] = run(engine, host, *sizes, seed=1)
     host.close()
     return found
 

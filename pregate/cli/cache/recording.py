@@ -36,8 +36,9 @@ class Recording:
 
     def first(self, num_steps: int) -> Recording:
         """The first steps of it."""
-        parts = (self.used_SLR, self.known_SHLR, self.likely_SLR, self.tokens_S)
-        return Recording(*(part[:num_steps] for part in parts), self.unit_bytes)
+        part = slice(0, num_steps)
+        used_SLR, known_SHLR, likely_SLR = self.used_SLR[part], self.known_SHLR[part], self.likely_SLR[part]
+        return Recording(used_SLR, known_SHLR, likely_SLR, self.tokens_S[part], self.unit_bytes)
 
     def one_index(self) -> Recording:
         """The same with layer 0 for all: whole experts, where one index holds for every layer."""
