@@ -35,6 +35,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 demo: install
+	$(BIN)/pip install --quiet --editable ".[gguf]" || echo "no network: the demo serves quartet"
 	$(BIN)/python examples/demo.py
 
 demo-convert: install

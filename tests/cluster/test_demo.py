@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 def test_the_demo_serves_what_ships_and_holds_it_to_the_reference():
     with tempfile.TemporaryDirectory(prefix="pg-") as folder:  # short: a socket's path has 107 bytes
-        command = [sys.executable, ROOT / "examples" / "demo.py", "--max-tokens", "4"]
+        command = [sys.executable, ROOT / "examples" / "demo.py", "--quartet", "--max-tokens", "4"]
         environment = own_environment(Path(folder))
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
