@@ -63,7 +63,7 @@ def fails(capsys, *arguments):
             "--weights learned: allowed with --predict: one",
         ),
         (["decouple", *DECOUPLE, "--window", "0"], "--window 0: allowed: 1 or more"),
-        (["decouple", *DECOUPLE, "--embedding", "none"], "--embedding none: allowed: own, parent"),
+        (["decouple", *DECOUPLE, "--embedding", "both"], "--embedding both: allowed: own, parent"),
         (["route", "--model", "TINY", "--prompt", "a"], "make one with `pregate decouple`"),
     ],
 )

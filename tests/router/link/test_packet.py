@@ -98,9 +98,18 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (packet({"kind": "submit", **SUBMIT, "sampling": {}}), "sampling: fields must be max_tokens"),
         (packet({"kind": "route_reply", **REPLY, "paths": ["x"]}), "route_reply.paths: list where"),
         (packet({"kind": "route_reply", **REPLY, "paths": [b""] * 4}), "header of another size"),
-        (packet({"kind": "route_reply", **REPLY, "state": {"data": b"", "shape": [1, 1, 1]}}), "0 bytes does not hold"),
-        (packet({"kind": "route_reply", **REPLY, "state": {"data": b"", "shape": [-1, 0, 1]}}), "does not hold"),
-        (packet({"kind": "submit", **SUBMIT, "path_state": {"data": b"", "shape": [0, 1, 1]}}), "or neither"),
+        (
+            packet({"kind": "route_reply", **REPLY, "state": {"data": b"", "shape": [1, 1, 1], "counts": []}}),
+            "0 bytes does not hold",
+        ),
+        (
+            packet({"kind": "route_reply", **REPLY, "state": {"data": b"", "shape": [-1, 0, 1], "counts": []}}),
+            "does not hold",
+        ),
+        (
+            packet({"kind": "submit", **SUBMIT, "path_state": {"data": b"", "shape": [0, 1, 1], "counts": []}}),
+            "or neither",
+        ),
     ],
 )
 def test_anything_else_is_refused_by_name(data, says):
