@@ -112,10 +112,9 @@ class SmolLM2:
         """The active share of each folder of text, with the thresholds that follow it and as they were set."""
         path = self.checkpoint(cut, "path", seed)
         model = load_any(read_folder(path))
-        for folder in FOLDERS:
-            texts = ScoredText.read(
-                read_folder(path), (self.args.shared_folder / "text" / folder,), self.args.tokens, 0
-            )
+        for folder, file in FOLDERS.items():
+            files = (self.args.shared_folder / "text" / file,)
+            texts = ScoredText.read(read_folder(path), files, self.args.tokens, 0)
             for kind in ("held", "fixed"):
                 computer = model.path_computer
                 if kind == "fixed":
