@@ -77,7 +77,7 @@ class Stage:
         self._engine = uuid.uuid4().hex
         self._step = 0
         actor: Any = ray.remote(num_cpus=0.01)(EchoActor)
-        options = [ActorOptions("", HostOptions(host_id=n), ipc_folder=f"{folder}/h") for n in range(num_hosts)]
+        options = [ActorOptions("", host=HostOptions(host_id=n), ipc_folder=f"{folder}/h") for n in range(num_hosts)]
         hosts = [actor.remote(one) for one in options]
         addresses: Any = ray.get([host.start.remote() for host in hosts], timeout=300)
         context = zmq.Context()

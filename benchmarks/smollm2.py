@@ -26,10 +26,11 @@ from benchmarks.smollm2_report import write_report
 from benchmarks.surroundings import surroundings
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.agreement import AgreementMeter
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scored_text import ScoredText
-from pregate.convert.measure.scoring import load_any, score_rows
+from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
 from pregate.convert.tune.options import TuneOptions

@@ -105,8 +105,8 @@ def _allowed(key: str, value: Any) -> str:  # noqa: PLR0911 (a table in code)
     if key == "eos_token_id" and value is not None and not _are_ids(value):
         return "a token id, a list of them, or null"
     if key == "repetition_penalty" and value is not None:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return "" if number and 0 < value < float("inf") else "a number above 0 or null"
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else 0.0
+        return "" if 0 < number < float("inf") else "a number above 0 or null"
     if key == "stop_strings" and value is not None:
         texts = value if isinstance(value, list) else [value]
         return "" if all(isinstance(t, str) and t for t in texts) else "a text, a list of them, or null"

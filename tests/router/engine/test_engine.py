@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,7 @@ def path(request, layerwise_checkpoint, path_checkpoint):
 @pytest.fixture(scope="module")
 def engine(path):
     """Two hosts in this process; two sequences may run, two wait, and 96 tokens are room for."""
-    limits = {"max_running": 2, "max_queued": 2, "kv_cache_memory": 96 * TOKEN_BYTES, "step_tokens": 16}
+    limits: Any = {"max_running": 2, "max_queued": 2, "kv_cache_memory": 96 * TOKEN_BYTES, "step_tokens": 16}
     with engine_of(path, hosts_here(path, 2), **limits) as engine:
         yield engine
 

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +39,12 @@ def logits(num_rows, seed=0):
     return torch.randn(num_rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 4
 
 
+#: transformers' own type says lists; it takes, and says it takes, a dict by tuples.
+sequence_bias: Any = SequenceBiasLogitsProcessor
+
+
 def theirs(processors, sequences, logits_BV):
-    ids = [torch.tensor([s.token_ids]) for s in sequences]
+    ids: list[Any] = [torch.tensor([s.token_ids]) for s in sequences]
     return torch.cat(
         [LogitsProcessorList(p)(i, x[None].clone()) for p, i, x in zip(processors, ids, logits_BV, strict=True)]
     )
@@ -56,8 +61,8 @@ def test_bias_penalty_and_least_length_are_transformers_own():
     ]
     processors = [
         [RepetitionPenaltyLogitsProcessor(1.3)],
-        [SequenceBiasLogitsProcessor({(3,): 2.5, (699,): -100.0}), RepetitionPenaltyLogitsProcessor(0.7)],
-        [SequenceBiasLogitsProcessor({(5,): -1.0})],
+        [sequence_bias({(3,): 2.5, (699,): -100.0}), RepetitionPenaltyLogitsProcessor(0.7)],
+        [sequence_bias({(5,): -1.0})],
         [MinNewTokensLengthLogitsProcessor(6, 10, [2, 17])],
         [MinNewTokensLengthLogitsProcessor(6, 9, [2])],
         [],
@@ -105,9 +110,8 @@ def test_what_may_be_drawn_and_how_likely_is_transformers_own():
     x_BV = logits(len(WARPERS), seed=1)
     found = chances(x_BV, params)
     for row, (p, warpers) in enumerate(WARPERS):
-        x_V = LogitsProcessorList([TemperatureLogitsWarper(p.temperature), *warpers])(
-            torch.zeros(1, 1), x_BV[row : row + 1]
-        )
+        apply: Any = LogitsProcessorList([TemperatureLogitsWarper(p.temperature), *warpers])
+        x_V = apply(torch.zeros(1, 1), x_BV[row : row + 1])
         expected = x_V.softmax(-1)[0]
         share = found[row] / found[row].sum()
         assert ((share > 0) == (expected > 0)).all(), p
@@ -118,7 +122,8 @@ def test_what_may_be_drawn_and_how_likely_is_transformers_own():
 def test_equal_logits_at_the_edge_of_top_k_are_all_kept():
     x_V = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     kept = chances(x_V, [SamplingParams(1, temperature=1.0, top_k=2)])[0] > 0
-    assert torch.equal(kept, TopKLogitsWarper(2)(torch.zeros(1, 1), x_V)[0].isfinite())
+    apply: Any = TopKLogitsWarper(2)
+    assert torch.equal(kept, apply(torch.zeros(1, 1), x_V)[0].isfinite())
 
 
 def mixed(num):

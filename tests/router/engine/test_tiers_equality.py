@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -37,7 +38,7 @@ def references(checkpoint):
 def tiered(path, num_hosts: int, share: float, trouble: dict | None = None, engine: dict | None = None, **options):
     """An engine over hosts that keep `share` of their experts; yields it, the readers and the hosts."""
     hosts_of = placement_of(path, num_hosts)
-    readers = [UnsteadyReader(CheckpointReader(path), seed=n, **(trouble or {})) for n in range(num_hosts)]
+    readers: list[Any] = [UnsteadyReader(CheckpointReader(path), seed=n, **(trouble or {})) for n in range(num_hosts)]
     resident = None if share == 1 else share
     hosts = [
         ExpertHost(reader, units_of(hosts_of, n), HostOptions(host_id=n, resident_experts=resident, **options))

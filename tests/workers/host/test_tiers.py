@@ -2,6 +2,7 @@
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ def mask(*units: tuple[int, int]) -> np.ndarray:
     return found
 
 
-def make_store(reader, resident: float, memory_bytes: int = 0, **trouble) -> tuple[UnitStore, UnsteadyReader]:
-    unsteady = UnsteadyReader(reader, **trouble)
+def make_store(reader, resident: float, memory_bytes: int = 0, **trouble) -> tuple[UnitStore, Any]:
+    unsteady: Any = UnsteadyReader(reader, **trouble)
     ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
     source = UnitSource(unsteady, memory_bytes)
     store = UnitStore(unsteady, UNITS, ffn.layout, resident=resident, source=source)
@@ -120,7 +121,7 @@ def test_waves_take_what_is_held_first_and_half_of_the_slots(reader):
 
 
 def test_a_unit_of_another_host_comes_and_goes_too(reader):
-    unsteady = UnsteadyReader(reader)
+    unsteady: Any = UnsteadyReader(reader)
     ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
     store = UnitStore(unsteady, UNITS[:6], ffn.layout, resident=0.5)
     ask(store, reader, 2, 1, 3)
