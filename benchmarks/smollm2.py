@@ -82,7 +82,8 @@ class SmolLM2:
         if path.exists():
             return
         started = time.monotonic()
-        fields = {"cut": label(cut), "kind": kind, "seed": seed, "text": text, "tokens": self.args.tokens} | make()
+        made = {name: value for name, value in make().items() if name not in ("model", "text")}  # paths of this machine
+        fields = {"cut": label(cut), "kind": kind, "seed": seed, "text": text, "tokens": self.args.tokens} | made
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(fields | {"seconds": round(time.monotonic() - started, 1)}))
         print(path.stem, fields["perplexity"], flush=True)
