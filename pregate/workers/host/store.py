@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from pregate.base.log import get_logger
 from pregate.kernels.weights import Layout
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.copies import Copies
+from pregate.workers.host.loads import Load, Room, StoreStats
 from pregate.workers.host.next_use import FAR, Outlook, Unit, Uses
 from pregate.workers.host.slots import SlotMap, SlotPool
 from pregate.workers.host.slots import Unit as Weights
@@ -32,46 +32,6 @@ READ_AHEAD = 16
 LOAD_TIMEOUT_S = 120.0
 
 _log = get_logger(__name__)
-
-
-@dataclass
-class StoreStats:
-    """Counters since the start. `read_bytes` is in the checkpoint's dtype, `held_bytes` as held in memory.
-
-    A use of a unit is a hit where it was in its slot when it was wanted, else a miss; compute waited `stall_s` for
-    those. `wasted_bytes` of the `prefetched_bytes` left again unused. `num_pending`: units to fetch, now.
-    """
-
-    num_units: int = 0
-    units_read: int = 0
-    read_bytes: int = 0
-    held_bytes: int = 0
-    hits: int = 0
-    misses: int = 0
-    evictions: int = 0
-    prefetched_bytes: int = 0
-    wasted_bytes: int = 0
-    stall_s: float = 0.0
-    num_pending: int = 0
-
-
-@dataclass(frozen=True)
-class Load:
-    """A unit on its way into a slot."""
-
-    unit: Unit
-    pool: SlotPool
-    slot: int
-    ahead: bool
-
-
-@dataclass(frozen=True, eq=False)
-class _Room:
-    """A pool, the units [L, R] whose width it is of, and how many of them it may hold: shared units have slots too."""
-
-    pool: SlotPool
-    mask_LR: np.ndarray
-    num_slots: int
 
 
 class UnitStore:
@@ -113,7 +73,7 @@ class UnitStore:
         self._at: tuple[str, int] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
         self._pools: dict[int, SlotPool] = {}
-        self._rooms: dict[int, _Room] = {}
+        self._rooms: dict[int, Room] = {}
         share = self._share(resident, units)
         #: Whether home units come and go.
         self.tiered = share < 1
@@ -131,7 +91,7 @@ class UnitStore:
             mask = np.zeros(shape, dtype=bool)
             for layer in layers:
                 mask[layer, : self._cuts[layer].num_routed] = True
-            self._rooms[width] = _Room(self._pools[width], mask, num_slots)
+            self._rooms[width] = Room(self._pools[width], mask, num_slots)
         self._num_fixed = 0 if self.tiered else len(units)
         for layer, expert in units:
             self._check_exists(layer, np.array([expert]))
@@ -370,10 +330,10 @@ class UnitStore:
             self._evict(leaving)
         return self._take(unit, ahead=False)
 
-    def _may_go(self, room: _Room) -> np.ndarray:
+    def _may_go(self, room: Room) -> np.ndarray:
         return self._held_LR & room.mask_LR & ~self._fixed_LR & ~self._in_use_LR
 
-    def _num_free(self, room: _Room) -> int:
+    def _num_free(self, room: Room) -> int:
         return room.num_slots - int(((self._held_LR | self._coming_LR) & room.mask_LR).sum())
 
     def _take(self, unit: Unit, *, ahead: bool) -> Load:
@@ -423,5 +383,5 @@ class UnitStore:
     def _pool(self, layer: int) -> SlotPool:
         return self._pools[self._cuts[layer].expert_width]
 
-    def _room(self, layer: int) -> _Room:
+    def _room(self, layer: int) -> Room:
         return self._rooms[self._cuts[layer].expert_width]

@@ -178,7 +178,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class CacheCounters:
-    """What a host's experts did since its start; see `StoreStats`."""
+    """What a host's experts did since its start; see `host/loads.py`."""
 
     num_units: int = 0
     num_pending: int = 0
