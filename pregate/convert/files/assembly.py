@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pregate.base.dtypes import dtype_name
@@ -57,6 +58,10 @@ def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None =
     return model.eval()
 
 
+#: Bytes of a checkpoint that is written as one file, its tensors being mapped meanwhile.
+MOST_IN_ONE = 2 << 30
+
+
 def write_with_router(
     config: RoutedConfig,
     router: PathRouter,
@@ -65,18 +70,24 @@ def write_with_router(
     manifest: Manifest,
     factors: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write to `folder` the checkpoint `source`, its shards as they are, with `router` in one of its own.
+    """Write to `folder` the checkpoint `source`, its shards as they are, with `router` in one of its own; a small
+    checkpoint becomes one file.
 
     `config` is the one it then has, `factors` as of `write_checkpoint`.
     """
     shards = weight_files(source.path)
-    for number, path in enumerate(shards, start=1):
-        copied = folder / SHARD.format(number, len(shards) + 1)
-        shutil.copyfile(path, copied)
-        copied.chmod(0o644)
     tensors = {f"path_router.{name}": tensor.cpu() for name, tensor in router.state_dict().items()}
-    write_shard(tensors, folder / SHARD.format(len(shards) + 1, len(shards) + 1))
-    write_index(folder)
+    if sum(path.stat().st_size for path in shards) <= MOST_IN_ONE:
+        for path in shards:
+            tensors |= load_file(path)
+        write_shard(tensors, folder / "model.safetensors")
+    else:
+        for number, path in enumerate(shards, start=1):
+            copied = folder / SHARD.format(number, len(shards) + 1)
+            shutil.copyfile(path, copied)
+            copied.chmod(0o644)
+        write_shard(tensors, folder / SHARD.format(len(shards) + 1, len(shards) + 1))
+        write_index(folder)
     if factors:
         write_shard(dict(factors), folder / FACTORS)
     config.save_pretrained(folder)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pregate.base.errors import CheckpointError
-from pregate.convert.files import streamed
+from pregate.convert.files import assembly, streamed
 from pregate.convert.files.streamed import load_any, load_whole
 from pregate.convert.measure.control_table import control_rows
 from pregate.convert.paths.decouple import decouple
@@ -64,6 +64,7 @@ def test_a_model_is_decoupled_the_same(
     tiny_layerwise_checkpoint: Path, tiny_text: Path, tmp_path: Path, more: dict, monkeypatch: pytest.MonkeyPatch
 ):
     options = DecoupleOptions(tiny_layerwise_checkpoint, tmp_path / "whole", (tiny_text,), steps=3, dim=16, **more)
+    monkeypatch.setattr(assembly, "MOST_IN_ONE", 0)
     whole = decouple(options)
     monkeypatch.setattr(streamed, "WHOLE_BYTES", 0)
     read = decouple(replace(options, out=tmp_path / "read"))
