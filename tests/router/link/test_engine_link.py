@@ -12,9 +12,8 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from pregate.base.errors import HostLostError, PregateError, QueueFullError, UnavailableError
+from pregate.base.errors import HostLostError, PregateError, UnavailableError
 from pregate.router.link.client import EngineClient, EngineClientOptions
-from pregate.router.link.inbox import Inbox, Pending
 from pregate.router.link.link import LinkOptions
 from pregate.router.link.loop_actor import LoopActor
 from pregate.router.link.messages import (
@@ -388,23 +387,3 @@ def _any_packet(rng):
         messages.append(fields)
     packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": messages}) or b"")
     return packet[: rng.randrange(len(packet))] if rng.random() < 0.1 else packet
-
-
-def test_an_inbox_is_bounded_in_bytes_and_gives_back_what_leaves_it():
-    def pending(name, num_tokens=10, num_bytes=40):
-        return Pending(SubmitRequest(name, (1,) * num_tokens, SHORT), num_bytes, 0.0)
-
-    inbox = Inbox(max_requests=10, max_bytes=100)
-    inbox.put(pending("a"))
-    inbox.put(pending("b"))
-    with pytest.raises(QueueFullError, match="2 requests of 80 bytes"):
-        inbox.put(pending("c"))
-    inbox.cancel("a")
-    inbox.put(pending("c", num_tokens=30))
-    inbox.cancel("unknown")
-    cancels, taken = inbox.take(max_tokens=15)
-    assert cancels == ["unknown"] and [p.request.request_id for p in taken] == ["b"]
-    cancels, taken = inbox.take(max_tokens=15)
-    assert cancels == [] and [p.request.request_id for p in taken] == ["c"], "one is taken in any case"
-    inbox.wait(0.01)
-    assert len(inbox) == 0
