@@ -1,6 +1,6 @@
-"""Which host is home to which unit. Pure: a snapshot in, a frozen placement out, and a checker of its invariants.
+"""Which hosts hold which units. Pure: a snapshot in, a frozen placement out, and a checker of its invariants.
 
-Letters: L layers, R the largest number of routed experts in a layer.
+Letters: L layers, R the largest number of routed experts in a layer, C the largest number of copies of a unit.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ NO_HOST = -1
 
 @dataclass(frozen=True)
 class Placement:
-    """Homes of all units. `hosts_of` int16 [L, R]: the home host of unit (layer, expert), -1 where no unit is.
+    """Who holds what. `copies` int16 [L, R, C]: the hosts that hold unit (layer, expert), its home first, then -1.
 
-    Worked example, two layers of 5 and 2 experts (R = 5) on two hosts:
+    Worked example, homes of two layers of 5 and 2 experts (R = 5) on two hosts, with -1 where no unit is:
 
         linear       [[0, 0, 0, 1, 1], [0, 1, -1, -1, -1]]
         round_robin  [[0, 1, 0, 1, 0], [1, 0, -1, -1, -1]]
@@ -29,11 +29,16 @@ class Placement:
 
     version: int
     num_hosts: int
-    hosts_of: NDArray[np.int16]
+    copies: NDArray[np.int16]
+
+    @property
+    def hosts_of(self) -> NDArray[np.int16]:
+        """Each unit's home host [L, R], -1 where no unit is."""
+        return self.copies[:, :, 0]
 
     def units_of(self, host: int) -> list[tuple[int, int]]:
-        """Units whose home is `host`, as (layer, expert), layers first."""
-        return [(int(layer), int(expert)) for layer, expert in np.argwhere(self.hosts_of == host)]
+        """Units of which `host` holds a copy, as (layer, expert), layers first."""
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere((self.copies == host).any(axis=2))]
 
 
 def place(
@@ -49,12 +54,12 @@ def place(
     UserError when a layer would leave a host without experts, or the strategy is unknown.
     """
     check_request(num_routed, num_hosts, strategy)
-    hosts_of = np.full((len(num_routed), max(num_routed, default=0)), NO_HOST, dtype=np.int16)
+    copies = np.full((len(num_routed), max(num_routed, default=0), 1), NO_HOST, dtype=np.int16)
     deal, turn = _cards if strategy == "round_robin" else _blocks, 0
     for layer, count in enumerate(num_routed):
-        hosts_of[layer, :count] = deal(count, num_hosts, turn)
+        copies[layer, :count, 0] = deal(count, num_hosts, turn)
         turn = 0 if one_index else (turn + count) % num_hosts
-    return Placement(version, num_hosts, hosts_of)
+    return Placement(version, num_hosts, copies)
 
 
 def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str) -> None:
@@ -72,13 +77,15 @@ def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str) -> N
 def check(placement: Placement, num_routed: Sequence[int], one_index: bool = False) -> None:
     """Hold the invariants of a placement; AssertionError says which is broken.
 
-    Every unit has exactly one home, no home is given where no unit is, and the hosts' shares differ by at most one
-    expert in every layer, and without `one_index` in all.
+    Every unit has a home, none has two copies on one host, nothing is held where no unit is, and the hosts' shares
+    differ by at most one expert in every layer, and without `one_index` in all.
     """
     hosts_of = placement.hosts_of
     assert hosts_of.shape == (len(num_routed), max(num_routed, default=0)), f"shape {hosts_of.shape}"
+    held = np.sort(placement.copies, axis=2)
+    assert not ((held[..., 1:] == held[..., :-1]) & (held[..., 1:] != NO_HOST)).any(), "a host has two copies of a unit"
     for layer, count in enumerate(num_routed):
-        homes, rest = hosts_of[layer, :count], hosts_of[layer, count:]
+        homes, rest = hosts_of[layer, :count], placement.copies[layer, count:]
         assert (rest == NO_HOST).all(), f"layer {layer}: a home beyond its {count} experts"
         assert ((homes >= 0) & (homes < placement.num_hosts)).all(), f"layer {layer}: an expert without a home"
         _check_even(f"layer {layer}", homes, placement.num_hosts)

@@ -56,10 +56,20 @@ def test_random_cuts_hold_the_invariants(strategy, num_hosts):
 def test_checker_sees_damage(damage, sentence):
     placement = place([5, 2], num_hosts=2)
     layer, expert, host = damage
-    hosts_of = placement.hosts_of.copy()
-    hosts_of[layer, expert] = host
+    copies = placement.copies.copy()
+    copies[layer, expert] = host
     with pytest.raises(AssertionError, match=sentence):
-        check(Placement(1, 2, hosts_of), [5, 2])
+        check(Placement(1, 2, copies), [5, 2])
+
+
+def test_a_host_holds_one_copy_of_a_unit():
+    copies = np.stack([place([5, 2], num_hosts=2).hosts_of, [[1, -1, 1, 0, -1], [-1] * 5]], axis=2).astype(np.int16)
+    placement = Placement(1, 2, copies)
+    check(placement, [5, 2])
+    assert placement.units_of(1) == [(0, 0), (0, 2), (0, 3), (0, 4), (1, 1)]
+    copies[0, 3, 1] = 1
+    with pytest.raises(AssertionError, match="two copies of a unit"):
+        check(placement, [5, 2])
 
 
 @pytest.mark.parametrize("num_hosts", [0, -1, 6])
