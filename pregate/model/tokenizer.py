@@ -133,8 +133,8 @@ def _few(ids: Sequence[int]) -> str:
 
 def _bos_token(folder: Path) -> str | None:
     """What the files say begins a text; where they say nothing, the default of the tokenizer's class."""
-    settings = _read_object(folder / "tokenizer_config.json")
-    for fields in (settings, _read_object(folder / "special_tokens_map.json")):
+    settings = read_object(folder / "tokenizer_config.json")
+    for fields in (settings, read_object(folder / "special_tokens_map.json")):
         if "bos_token" in fields:
             token = fields["bos_token"]
             return token.get("content") if isinstance(token, dict) else token
@@ -146,7 +146,7 @@ def _bos_token(folder: Path) -> str | None:
         return None
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))

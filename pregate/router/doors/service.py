@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import (
@@ -21,11 +21,14 @@ from pregate.base.errors import (
 )
 from pregate.base.sampling import MAX_SEED, check_priority
 from pregate.model.tokenizer import read_tokenizer
+from pregate.router.doors.chat import Chat, ChatTemplate
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
 
+#: What is to be continued: a text, a chat, or token ids.
+Prompt: TypeAlias = str | Chat | Sequence[int]
 #: A text above this is tokenised beside the event loop, so that other streams do not wait for it.
 _LONG_TEXT_BYTES = 4096
 #: Tokens of ordinary text have about 4 bytes: more than this on average, and its beginning is looked at first.
@@ -72,6 +75,7 @@ class DoorService:
         self.model_name = model_name
         self._engine, self._paths = engine_client, path_client
         self._tokenizer = read_tokenizer(Path(tokenizer_dir))
+        self._chat_template = ChatTemplate(Path(tokenizer_dir))
         self._options = options or ServiceOptions()
         self._num_requests = 0
         self._draining = False
@@ -106,7 +110,7 @@ class DoorService:
 
     async def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         sampling: SamplingParams,
         *,
         deadline_s: float | None = None,
@@ -140,13 +144,11 @@ class DoorService:
                 async for item in stream:
                     yield item
 
-    async def complete(self, prompt: str | Sequence[int], sampling: SamplingParams, **options: Any) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: SamplingParams, **options: Any) -> Completion:
         """Return the end of `generate`, when only that is wanted; `options` are those of `generate`."""
         return (await self.complete_all(prompt, sampling, **options))[0]
 
-    async def complete_all(
-        self, prompt: str | Sequence[int], sampling: SamplingParams, **options: Any
-    ) -> list[Completion]:
+    async def complete_all(self, prompt: Prompt, sampling: SamplingParams, **options: Any) -> list[Completion]:
         """Return all `n` completions, in order."""
         async with aclosing(self.generate(prompt, sampling, **options)) as stream:
             found = [item async for item in stream if isinstance(item, Completion)]
@@ -154,9 +156,7 @@ class DoorService:
             raise UnavailableError("the engine ended the stream early")
         return sorted(found, key=lambda completion: completion.index)
 
-    async def route(
-        self, prompt: str | Sequence[int], *, deadline_s: float | None = None, model: str = ""
-    ) -> PackedRoute:
+    async def route(self, prompt: Prompt, *, deadline_s: float | None = None, model: str = "") -> PackedRoute:
         """Return the expert path of every prompt token. Raises UserError when the checkpoint has no path router."""
         self._check_model(model)
         self._check_draining()
@@ -235,34 +235,39 @@ class DoorService:
         assert self._limits is not None
         return self._limits
 
-    async def _encode(self, prompt: str | Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    async def _encode(self, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
         """Return the prompt's ids. A text that is far too long for `max_tokens` is refused by its bytes, or by its
         beginning, before it is tokenised."""
         if isinstance(prompt, (bytes, bytearray, memoryview)):
             raise UserError.of("prompt", f"of {type(prompt).__name__}", "must be text or a list of token ids")
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, (str, Chat)):
             return tuple(prompt)
+        special = isinstance(prompt, str)  # a chat's template writes its own
+        text = prompt if isinstance(prompt, str) else self._chat_template.render(prompt)
         try:
-            num_bytes = len(prompt.encode())
+            num_bytes = len(text.encode())
         except UnicodeEncodeError:
             sentence = "must be text that UTF-8 can carry"
             raise UserError.of("prompt", "with half of a surrogate pair", sentence) from None
         if num_bytes <= _LONG_TEXT_BYTES:
-            return tuple(self._tokenizer.encode(prompt).ids)
+            return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
         most = max_tokens * self._token_bytes
         if num_bytes > most:
             sentence = f"longer than {max_tokens} tokens can hold; allowed: {most} bytes"
             raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
-        beginning = prompt[: max_tokens * _BYTES_PER_TOKEN]
-        if len(beginning) < len(prompt) and len(await self._encode_aside(beginning)) > max_tokens * 9 // 8:
+        beginning = text[: max_tokens * _BYTES_PER_TOKEN]
+        if (
+            len(beginning) < len(text)
+            and len(await self._encode_aside(beginning, special=special)) > max_tokens * 9 // 8
+        ):
             sentence = f"its first {len(beginning)} characters alone exceed the {max_tokens} tokens allowed"
             raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
-        return await self._encode_aside(prompt)
+        return await self._encode_aside(text, special=special)
 
-    async def _encode_aside(self, text: str) -> tuple[int, ...]:
+    async def _encode_aside(self, text: str, *, special: bool) -> tuple[int, ...]:
         """Tokenise in a thread. `encode` would keep Python's lock there, and with it every other stream;
         `encode_batch` gives it up."""
-        (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text])
+        (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text], add_special_tokens=special)
         return tuple(encoding.ids)
 
     def _check_model(self, model: str) -> None:
