@@ -68,7 +68,7 @@ def check_door(options: GrpcOptions) -> None:
     """Refuse a door whose access rules, files or port cannot work on this machine. UserError names the option."""
     access = options.access
     access.read_tls()
-    access.read_tokens()
+    access.open_tokens()
     family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the server will: an old connection that lingers is no hindrance, a listener is.

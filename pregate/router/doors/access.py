@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from pregate.base import log
 from pregate.base.errors import UserError
 from pregate.base.network import is_loopback
 from pregate.base.options import options
 from pregate.base.tokens import read_tokens
+
+logger = log.get_logger(__name__)
+#: A file that changed this lately may change again within the same tick of its clock.
+_SETTLED_NS = 2_000_000_000
 
 
 @options()
@@ -42,9 +49,51 @@ class AccessOptions:
             return None
         return _read_pem("--tls-cert", self.tls_cert), _read_pem("--tls-key", self.tls_key)
 
-    def read_tokens(self) -> frozenset[str]:
-        """Return the accepted tokens; empty means that none is asked for. Raises UserError for a file without any."""
-        return frozenset() if self.token_file is None else frozenset(read_tokens(self.token_file))
+    def open_tokens(self) -> TokenFile | None:
+        """Return the accepted tokens, or None where none is asked for. Raises UserError for a file without any."""
+        return None if self.token_file is None else TokenFile(self.token_file)
+
+
+class TokenFile:
+    """The bearer tokens of a file, which is looked at with every request and read again when it has changed.
+
+    Raises UserError for a file that cannot be read or holds none. One that becomes so later leaves the tokens as they
+    were, and is logged once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._seen = self._stamp()
+        self._tokens = read_tokens(path)
+        self._failure = ""
+
+    def accepts(self, header: str | None) -> bool:
+        """Return whether an `Authorization` header carries one of the tokens the file holds now."""
+        stamp = self._stamp()
+        if stamp != self._seen:
+            self._read(stamp)
+        return is_authorized(header, self._tokens)
+
+    def _read(self, stamp: tuple[int, ...] | None) -> None:
+        try:
+            tokens, failure = read_tokens(self._path), ""
+        except UserError as error:
+            tokens, failure = self._tokens, str(error)
+        if failure and not self._failure:
+            logger.error("%s; the tokens read before stay in force", failure)
+        if not failure and (self._failure or tokens != self._tokens):
+            logger.info("read %d tokens from %s", len(tokens), self._path)
+        self._seen, self._tokens, self._failure = stamp, tokens, failure
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        """What changes with the file, None where it is not there; of one that changed a moment ago, also the time."""
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return None
+        stamp = (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
+        now_ns = time.time_ns()
+        return (*stamp, now_ns) if abs(now_ns - found.st_ctime_ns) < _SETTLED_NS else stamp
 
 
 def is_authorized(header: str | None, tokens: Iterable[str]) -> bool:

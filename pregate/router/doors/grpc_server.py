@@ -19,7 +19,7 @@ from pregate.base import log
 from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.client.proto import pregate_pb2 as pb
-from pregate.router.doors.access import cache_salt, is_authorized
+from pregate.router.doors.access import TokenFile, cache_salt
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.service import DoorService
 from pregate.router.link.messages import SamplingParams
@@ -59,8 +59,8 @@ class GrpcServer:
 
     async def start(self) -> int:
         """Bind and serve; returns the port."""
-        tokens = self._options.access.read_tokens()
-        interceptors = [_TokenInterceptor(tokens)] if tokens else []
+        tokens = self._options.access.open_tokens()
+        interceptors = [_TokenInterceptor(tokens)] if tokens is not None else []
         most = max(_MIN_MESSAGE_BYTES, self._service.max_message_bytes or _MAX_MESSAGE_BYTES)
         options = (*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", most))
         server = grpc.aio.server(interceptors=interceptors, options=options)
@@ -196,7 +196,7 @@ class _Calls:
 class _TokenInterceptor(grpc.aio.ServerInterceptor):
     """Asks every call but health checks for a bearer token."""
 
-    def __init__(self, tokens: frozenset[str]) -> None:
+    def __init__(self, tokens: TokenFile) -> None:
         self._tokens = tokens
         self._refuse = grpc.unary_unary_rpc_method_handler(self._abort)
 
@@ -207,7 +207,7 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
     ) -> grpc.RpcMethodHandler:
         if handler_call_details.method.startswith(f"/{health.SERVICE_NAME}/"):
             return await continuation(handler_call_details)
-        if is_authorized(_authorization(handler_call_details.invocation_metadata), self._tokens):
+        if self._tokens.accepts(_authorization(handler_call_details.invocation_metadata)):
             return await continuation(handler_call_details)
         return self._refuse
 

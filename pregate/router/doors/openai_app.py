@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pregate.base import log
 from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.base.errors import PregateError, UserError
-from pregate.router.doors.access import cache_salt, is_authorized
+from pregate.router.doors.access import TokenFile, cache_salt
 from pregate.router.doors.service import DoorService
 from pregate.router.link.messages import SamplingParams
 
@@ -137,7 +137,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 
 
-def build_app(service: DoorService, *, tokens: frozenset[str] = frozenset(), timeout_s: float = 600.0) -> FastAPI:
+def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_s: float = 600.0) -> FastAPI:
     """Return the application. With `tokens`, all but `/health` ask for one; `timeout_s` is each request's deadline."""
     app = FastAPI(title="pregate", docs_url=None, redoc_url=None)
     app.add_exception_handler(PregateError, _on_error)
@@ -147,7 +147,7 @@ def build_app(service: DoorService, *, tokens: frozenset[str] = frozenset(), tim
     app.add_middleware(_BoundedBody, service=service)
 
     async def authorize(request: Request) -> None:
-        if tokens and not is_authorized(request.headers.get("authorization"), tokens):
+        if tokens is not None and not tokens.accepts(request.headers.get("authorization")):
             raise _UnauthenticatedError("send the header `Authorization: Bearer TOKEN` with a token this server knows")
 
     @app.get("/health")

@@ -264,7 +264,7 @@ class DoorService:
             raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
         return await self._encode_aside(text, special=special)
 
-    async def _encode_aside(self, text: str, *, special: bool) -> tuple[int, ...]:
+    async def _encode_aside(self, text: str, *, special: bool = True) -> tuple[int, ...]:
         """Tokenise in a thread. `encode` would keep Python's lock there, and with it every other stream;
         `encode_batch` gives it up."""
         (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text], add_special_tokens=special)

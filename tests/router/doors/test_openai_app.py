@@ -8,6 +8,7 @@ import httpx
 import pytest
 import uvicorn
 
+from pregate.router.doors.access import TokenFile
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
@@ -194,9 +195,10 @@ def test_without_an_engine_health_is_503_and_calls_too(tiny_dense):
         server.close()
 
 
-def test_tokens_are_asked_of_all_but_health(endpoint, tiny_path_checkpoint):
+def test_tokens_are_asked_of_all_but_health(endpoint, tiny_path_checkpoint, tmp_path):
+    (tmp_path / "tokens").write_text("alpha\n")
     service = DoorService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")
-    server = HttpServer(build_app(service, tokens=frozenset({"alpha"})))
+    server = HttpServer(build_app(service, tokens=TokenFile(tmp_path / "tokens")))
     with httpx.Client(base_url=server.url, timeout=20) as client:
         wait_for(lambda: client.get("/health").status_code == 200, what="health")
         for headers in ({}, {"Authorization": "Bearer beta"}):
