@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pregate.base.errors import UserError
+from pregate.cluster.balanced import NO_HOST, balanced
 
-STRATEGIES = ("linear", "round_robin")
-NO_HOST = -1
+STRATEGIES = ("linear", "round_robin", "balanced")
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,35 @@ class Placement:
 
 
 def place(
-    num_routed: Sequence[int], num_hosts: int, strategy: str = "linear", version: int = 1, one_index: bool = False
+    num_routed: Sequence[int],
+    num_hosts: int,
+    strategy: str = "linear",
+    version: int = 1,
+    one_index: bool = False,
+    *,
+    load_LR: NDArray[np.float64] | None = None,
+    replicas: float = 0.0,
+    node_of_host: Sequence[int] | None = None,
+    follows_LRR: NDArray[np.float64] | None = None,
 ) -> Placement:
-    """Give every routed expert of every layer one home host.
+    """Give every routed expert of every layer a home host.
 
     `num_routed`: routed experts of each layer, 0 for a dense layer. `linear` gives each host one contiguous block
-    of a layer's experts; `round_robin` deals them like cards. Where a layer's experts do not come out even, the hosts
-    with one more are those whose turn it is, layer after layer: else the first hosts would have more in every layer.
-    With `one_index`, where a token visits the experts of one number in every layer (Read-ME), nobody takes turns, so
-    that such experts have one host.
+    of a layer's experts; `round_robin` deals them like cards; `balanced` evens out load, with a share `replicas` of
+    spare copies (see `balanced`, which has the other arguments too; `load_LR` None says that all units are used alike).
+    Where a layer's experts do not come out even, the hosts with one more are those whose turn it is, layer after layer:
+    else the first hosts would have more in every layer. With `one_index`, where a token visits the experts of one
+    number in every layer (Read-ME), nobody takes turns, so that such experts have one host.
     UserError when a layer would leave a host without experts, or the strategy is unknown.
     """
-    check_request(num_routed, num_hosts, strategy)
-    copies = np.full((len(num_routed), max(num_routed, default=0), 1), NO_HOST, dtype=np.int16)
+    check_request(num_routed, num_hosts, strategy, replicas)
+    shape = (len(num_routed), max(num_routed))
+    if strategy == "balanced":
+        load_LR = np.ones(shape) if load_LR is None else load_LR
+        assert load_LR.shape == shape, f"load {load_LR.shape}, units {shape}"
+        placed = balanced(num_routed, load_LR, num_hosts, replicas, one_index, node_of_host, follows_LRR)
+        return Placement(version, num_hosts, placed)
+    copies = np.full((*shape, 1), NO_HOST, dtype=np.int16)
     deal, turn = _cards if strategy == "round_robin" else _blocks, 0
     for layer, count in enumerate(num_routed):
         copies[layer, :count, 0] = deal(count, num_hosts, turn)
@@ -62,40 +78,51 @@ def place(
     return Placement(version, num_hosts, copies)
 
 
-def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str) -> None:
+def check_request(num_routed: Sequence[int], num_hosts: int, strategy: str, replicas: float = 0.0) -> None:
     """Refuse what `place` cannot do, naming the command line's options. UserError."""
     if strategy not in STRATEGIES:
         raise UserError.of("--placement", strategy, f"allowed: {', '.join(STRATEGIES)}")
+    if replicas and strategy != "balanced":
+        raise UserError.of("--replicas", replicas, f"{strategy} places no copies; allowed: with --placement balanced")
     routed_layers = [count for count in num_routed if count > 0]
     if not routed_layers:
         raise UserError.of("--hosts", num_hosts, "the model has no routed experts to place")
-    most = min(routed_layers)
+    most, why = min(routed_layers), "each host needs an expert in every layer"
+    if strategy == "balanced":
+        most, why = sum(routed_layers), "each host needs an expert"
     if not 1 <= num_hosts <= most:
-        raise UserError.of("--hosts", num_hosts, f"allowed: 0 to {most} (each host needs an expert in every layer)")
+        raise UserError.of("--hosts", num_hosts, f"allowed: 0 to {most} ({why})")
 
 
-def check(placement: Placement, num_routed: Sequence[int], one_index: bool = False) -> None:
+def check(
+    placement: Placement, num_routed: Sequence[int], one_index: bool = False, max_units: int | None = None
+) -> None:
     """Hold the invariants of a placement; AssertionError says which is broken.
 
     Every unit has a home, none has two copies on one host, nothing is held where no unit is, and the hosts' shares
-    differ by at most one expert in every layer, and without `one_index` in all.
+    differ by at most one copy in every layer, and without `one_index` in all. With `max_units`, for placements that
+    hosts were lost of or that are on their way to another, shares need not be even, only no larger than that.
     """
-    hosts_of = placement.hosts_of
-    assert hosts_of.shape == (len(num_routed), max(num_routed, default=0)), f"shape {hosts_of.shape}"
-    held = np.sort(placement.copies, axis=2)
+    copies, num_hosts = placement.copies, placement.num_hosts
+    assert copies.shape[:2] == (len(num_routed), max(num_routed, default=0)), f"shape {copies.shape}"
+    held = np.sort(copies, axis=2)
     assert not ((held[..., 1:] == held[..., :-1]) & (held[..., 1:] != NO_HOST)).any(), "a host has two copies of a unit"
     for layer, count in enumerate(num_routed):
-        homes, rest = hosts_of[layer, :count], placement.copies[layer, count:]
+        homes, rest = copies[layer, :count, 0], copies[layer, count:]
         assert (rest == NO_HOST).all(), f"layer {layer}: a home beyond its {count} experts"
-        assert ((homes >= 0) & (homes < placement.num_hosts)).all(), f"layer {layer}: an expert without a home"
-        _check_even(f"layer {layer}", homes, placement.num_hosts)
-    if one_index:
-        return
-    _check_even("all layers", hosts_of[hosts_of != NO_HOST], placement.num_hosts)
+        assert ((homes >= 0) & (homes < num_hosts)).all(), f"layer {layer}: an expert without a home"
+        assert (copies[layer] < num_hosts).all(), f"layer {layer}: a copy on a host that is not there"
+        if max_units is None:
+            _check_even(f"layer {layer}", copies[layer], num_hosts)
+    if max_units is not None:
+        shares = np.bincount(copies[copies != NO_HOST], minlength=num_hosts)
+        assert shares.max() <= max_units, f"shares {shares.tolist()}, a host has room for {max_units}"
+    elif not one_index:
+        _check_even("all layers", copies, num_hosts)
 
 
-def _check_even(where: str, homes: NDArray[np.int16], num_hosts: int) -> None:
-    shares = np.bincount(homes, minlength=num_hosts)
+def _check_even(where: str, copies: NDArray[np.int16], num_hosts: int) -> None:
+    shares = np.bincount(copies[copies != NO_HOST], minlength=num_hosts)
     assert shares.max() - shares.min() <= 1, f"{where}: shares {shares.tolist()} differ by more than one"
 
 

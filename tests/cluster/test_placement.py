@@ -79,7 +79,7 @@ def test_too_many_hosts_names_the_option(num_hosts):
 
 
 def test_unknown_strategy_and_dense_model():
-    with pytest.raises(UserError, match="placement spread: allowed: linear, round_robin"):
+    with pytest.raises(UserError, match="placement spread: allowed: linear, round_robin, balanced"):
         place([4], 2, "spread")
     with pytest.raises(UserError, match="no routed experts"):
         place([0, 0], 2)
