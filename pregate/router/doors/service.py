@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -15,11 +16,12 @@ from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import (
     DeadlineError,
     NotFoundError,
+    PregateError,
     QueueFullError,
     UnavailableError,
     UserError,
 )
-from pregate.base.sampling import MAX_SEED, check_priority
+from pregate.base.sampling import MAX_SEED, check_ids, check_priority
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.chat import Chat, ChatTemplate
 from pregate.router.doors.completion_text import CompletionText
@@ -33,6 +35,8 @@ Prompt: TypeAlias = str | Chat | Sequence[int]
 _LONG_TEXT_BYTES = 4096
 #: Tokens of ordinary text have about 4 bytes: more than this on average, and its beginning is looked at first.
 _BYTES_PER_TOKEN = 16
+#: How long the first token may take before a door is called ready.
+_PROOF_S = 10.0
 #: What a message holds beside its prompt.
 _OTHER_FIELDS_BYTES = 64 << 10
 
@@ -78,7 +82,7 @@ class DoorService:
         self._chat_template = ChatTemplate(Path(tokenizer_dir))
         self._options = options or ServiceOptions()
         self._num_requests = 0
-        self._draining = False
+        self._draining, self._proven = False, False
         self._idle = asyncio.Event()
         self._idle.set()
         self._token_bytes = max(len(token.encode()) for token in self._tokenizer.get_vocab())
@@ -91,6 +95,23 @@ class DoorService:
         if self._draining:
             return "the server is draining"
         return self._engine.unavailable or (self._paths.unavailable if self._paths is not None else None)
+
+    @property
+    def lost(self) -> str | None:
+        """Why this door is of no use any more, or None: an engine, or path service, that cannot be reached."""
+        return self._engine.lost or (self._paths.lost if self._paths is not None else None)
+
+    async def unready(self) -> str | None:
+        """Why requests should go elsewhere now, or None: not before a token was generated here for the first time,
+        and for the first time after the engine was away."""
+        self.open()
+        if self.unavailable is None and not self._proven:
+            try:
+                await self.complete((0,), SamplingParams(max_tokens=1), deadline_s=_PROOF_S)
+            except PregateError as error:
+                return self.unavailable or f"no token could be generated: {error}"
+        self._proven = self.unavailable is None
+        return self.unavailable
 
     @property
     def max_message_bytes(self) -> int | None:
@@ -164,7 +185,7 @@ class DoorService:
         token_ids = await self._encode(prompt, max_context)
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
         reply = await (self._paths or self._engine).route(token_ids, deadline_s)
-        tokens = tuple(self._tokenizer.id_to_token(i) or "" for i in token_ids)
+        tokens = tuple(map(self.token, token_ids))
         paths = reply.paths.slice(0, reply.paths.num_tokens)
         ids = paths.ids.astype("<i2", copy=False).tobytes()
         num_tokens, num_layers, num_columns = paths.ids.shape
@@ -179,6 +200,23 @@ class DoorService:
         self._limits = int(info["vocab_size"]), int(info["max_context"])
         self._stop_strings = tuple(info["stop_strings"])
         return {**info, "model": self.model_name}
+
+    async def tokenize(self, prompt: Prompt, *, special: bool | None = None, model: str = "") -> tuple[int, ...]:
+        """Return the ids that `prompt` is sent as, more than the context holds too. `special` False keeps the tokenizer
+        from adding what it adds to a text, True makes it add that to a chat."""
+        self._check_model(model)
+        return await self._encode(prompt, sys.maxsize, special)
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
+        """Return the text of these ids, special tokens included. UserError for ids that are none."""
+        self._check_model(model)
+        vocab_size, _ = await self._get_limits()
+        check_ids("tokens", token_ids, vocab_size)
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it."""
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def word(self, token_id: int) -> str:
         """The text of one token by itself."""
@@ -235,14 +273,14 @@ class DoorService:
         assert self._limits is not None
         return self._limits
 
-    async def _encode(self, prompt: Prompt, max_tokens: int) -> tuple[int, ...]:
+    async def _encode(self, prompt: Prompt, max_tokens: int, special: bool | None = None) -> tuple[int, ...]:
         """Return the prompt's ids. A text that is far too long for `max_tokens` is refused by its bytes, or by its
         beginning, before it is tokenised."""
         if isinstance(prompt, (bytes, bytearray, memoryview)):
             raise UserError.of("prompt", f"of {type(prompt).__name__}", "must be text or a list of token ids")
         if not isinstance(prompt, (str, Chat)):
             return tuple(prompt)
-        special = isinstance(prompt, str)  # a chat's template writes its own
+        special = isinstance(prompt, str) if special is None else special  # a chat's template writes its own
         text = prompt if isinstance(prompt, str) else self._chat_template.render(prompt)
         try:
             num_bytes = len(text.encode())

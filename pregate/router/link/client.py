@@ -89,6 +89,11 @@ class EngineClient:
             return f"{self._name} has not answered yet"
         return self._lost or (self._heartbeat.unavailable if self._heartbeat else None)
 
+    @property
+    def lost(self) -> str | None:
+        """Why the engine's process cannot be reached, or None. One that answers may still be `unavailable`."""
+        return self._lost
+
     def open(self) -> None:
         """Connect, so that `unavailable` becomes true to life. Must be called inside a running event loop."""
         if self._socket is not None:
