@@ -15,15 +15,20 @@ MAX_COMPLETIONS = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_PRIORITY = 1 << 31
+#: No count of tokens that a message carries is larger.
+MAX_TOKENS = (1 << 31) - 1
 
 #: Each number's name, what holds for it, and what is allowed; None, where a number may be left out, is never asked.
 _NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
     {
         "max_tokens": (lambda v: v >= 1, "must be at least 1"),
-        "min_tokens": (lambda v: v >= 0, "must be 0 or more"),
+        "min_tokens": (lambda v: 0 <= v <= MAX_TOKENS, f"must be 0 or more, at most {MAX_TOKENS}"),
         "temperature": (lambda v: math.isfinite(v) and v >= 0, "must be 0 (greedy) or a finite number above 0"),
         "top_p": (lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
-        "top_k": (lambda v: v >= 0, "must be 0 (every token) or a number of tokens"),
+        "top_k": (
+            lambda v: 0 <= v <= MAX_TOKENS,
+            f"must be 0 (every token) or a number of tokens, at most {MAX_TOKENS}",
+        ),
         "min_p": (lambda v: 0 <= v <= 1, "must be 0 to 1"),
         "repetition_penalty": (lambda v: math.isfinite(v) and v > 0, "must be a finite number above 0"),
         "presence_penalty": (lambda v: -2 <= v <= 2, "must be -2 to 2"),

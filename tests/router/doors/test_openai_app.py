@@ -23,7 +23,7 @@ class HttpServer:
     def __init__(self, app):
         config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
         self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         wait_for(lambda: self.server.started, what="the HTTP server")
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
@@ -105,10 +105,14 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
         (400, "invalid_argument", "temperature -1.0: must be 0 (greedy) or a finite number", {"temperature": -1}),
         (400, "invalid_argument", "prompt of 256 tokens: longer than the context of 256", {"prompt": [5] * 256}),
         (400, "invalid_argument", "prompt of 0 tokens", {"prompt": []}),
-        (400, "invalid_argument", "prompt of 2 texts: must be one text", {"prompt": ["a", "b"]}),
+        (400, "invalid_argument", "prompt of 300 prompts: allowed: at most 512", {"prompt": ["a"] * 300, "n": 2}),
+        (400, "invalid_argument", "prompt", {"prompt": ["a", 3]}),
         (400, "invalid_argument", "prompt with half of a surrogate pair", {"prompt": "\ud800"}),
         (400, "invalid_argument", "best_of 2: is not supported", {"best_of": 2}),
-        (400, "invalid_argument", "echo true: is not supported", {"echo": True}),
+        (400, "invalid_argument", "top_k 1000", {"top_k": 10**30}),
+        (400, "invalid_argument", "min_tokens 1000", {"min_tokens": 10**30}),
+        (400, "invalid_argument", 'logit_bias "9999', {"logit_bias": {"9" * 5000: 1}}),
+        (404, "not_found", "model", {"model": "\ud800"}),
         (400, "invalid_argument", 'logit_bias "x": must be a token id', {"logit_bias": {"x": 1}}),
         (400, "invalid_argument", "tempersture: Extra inputs", {"tempersture": 1}),
         (400, "invalid_argument", "prompt", {"prompt": None}),
@@ -187,9 +191,10 @@ def test_without_an_engine_health_is_503_and_calls_too(tiny_dense):
         service = DoorService(EngineClient(f"ipc://{folder}/none", options=options), tiny_dense, "tiny")
         server = HttpServer(build_app(service))
         with httpx.Client(base_url=server.url, timeout=20) as client:
-            assert client.get("/health").status_code == 503
+            assert client.get("/ready").status_code == 503
             response = post(client)
             assert response.status_code == 503
+            assert client.get("/ready").status_code == client.get("/health").status_code == 503
             assert "silent" in response.json()["error"]["message"]
             assert "silent" in client.get("/health").json()["status"]
         server.close()
