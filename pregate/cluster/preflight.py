@@ -69,17 +69,23 @@ def check_door(options: GrpcOptions) -> None:
     access = options.access
     access.read_tls()
     access.open_tokens()
-    family = socket.AF_INET6 if ":" in access.host else socket.AF_INET
+    _check_port("--grpc-port", access.host, options.port)
+    if options.metrics_port is not None:
+        if options.metrics_port == options.port:
+            raise UserError.of("--metrics-port", options.metrics_port, "is --grpc-port, too; use another")
+        _check_port("--metrics-port", access.host, options.metrics_port)
+
+
+def _check_port(option: str, host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the server will: an old connection that lingers is no hindrance, a listener is.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((access.host.strip("[]"), options.port))
+            probe.bind((host.strip("[]"), port))
         except OSError as error:
-            where = f"{options.port} on {access.host}"
-            raise UserError.of(
-                "--grpc-port", where, f"cannot be listened on ({error.strerror}); use another"
-            ) from error
+            sentence = f"cannot be listened on ({error.strerror}); use another"
+            raise UserError.of(option, f"{port} on {host}", sentence) from error
 
 
 def main() -> None:

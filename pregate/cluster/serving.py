@@ -110,11 +110,17 @@ def _describe(deployment: Deployment, door: GrpcOptions, port: int) -> list[str]
         f"  {info['info']['num_layers']} layers of {experts} experts, {info['info']['routing']} routing,"
         f" {where}, placement {config.placement}, {config.dtype} on {config.device}",
         f"gRPC     {door.access.host}:{port}",
+        *_metrics(door),
         f"Ray      {deployment.ray_address}",
         f"join it  {_how_to_join(deployment.ray_address)}",
         f"try      {_how_to_try(door, port)}",
         "stop     Ctrl-C",
     ]
+
+
+def _metrics(door: GrpcOptions) -> list[str]:
+    scheme = "http" if door.access.tls_cert is None else "https"
+    return [] if door.metrics_port is None else [f"metrics  {scheme}://{door.access.host}:{door.metrics_port}/metrics"]
 
 
 def _how_to_join(address: str) -> str:

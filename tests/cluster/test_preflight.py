@@ -1,12 +1,14 @@
-"""A damaged checkpoint is refused before anything starts."""
+"""A damaged checkpoint, or a port in use, is refused before anything starts."""
 
 import shutil
+import socket
 
 import pytest
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.preflight import check_config
+from pregate.cluster.preflight import check_config, check_door
+from pregate.router.doors.grpc_options import GrpcOptions
 
 
 @pytest.fixture
@@ -33,3 +35,14 @@ def test_a_config_that_is_no_json_is_named(copy):
     (copy / "config.json").write_text("x" * size)
     with pytest.raises(UserError, match=r"config\.json"):
         check_config(ServeConfig(model=str(copy), hosts=2))
+
+
+def test_ports_in_use_are_refused_by_name():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for options in (GrpcOptions(port=port), GrpcOptions(port=0, metrics_port=port)):
+            name = "metrics_port" if options.metrics_port else "grpc_port"
+            with pytest.raises(UserError, match=f"{name} {port} on 127.0.0.1: cannot be listened on"):
+                check_door(options)
+    with pytest.raises(UserError, match=f"metrics_port {port}: is"):
+        check_door(GrpcOptions(port=port, metrics_port=port))

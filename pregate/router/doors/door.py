@@ -6,12 +6,15 @@ A plain class: the cluster package wraps it with `ray.remote`.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.service import connect_service
+
+if TYPE_CHECKING:
+    from pregate.router.doors.metrics_app import MetricsServer
 
 
 class DoorActor:
@@ -29,6 +32,7 @@ class DoorActor:
         self._options = options
         self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
         self._server = GrpcServer(self._service, options)
+        self._metrics: MetricsServer | None = None
 
     async def start(self) -> dict[str, Any]:
         """Listen; returns {"host", "port", "pid"} when the engine answers, so that health is true from the start.
@@ -36,6 +40,11 @@ class DoorActor:
         Raises UserError when the port is in use, UnavailableError without an answer from the engine.
         """
         await self._service.model_info()
+        if self._options.metrics_port is not None:
+            from pregate.router.doors.metrics_app import MetricsServer
+
+            self._metrics = MetricsServer(self._service, self._options.access)
+            await self._metrics.start(self._options.metrics_port)
         port = await self._server.start()
         return {"host": self._options.access.host, "port": port, "pid": os.getpid()}
 
@@ -45,3 +54,5 @@ class DoorActor:
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs end within `grace_s`, close."""
         await self._server.stop(grace_s)
+        if self._metrics is not None:
+            await self._metrics.stop()

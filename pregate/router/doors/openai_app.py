@@ -18,6 +18,7 @@ from pregate.router.doors.http.chat_completions import ChatShape
 from pregate.router.doors.http.completions import CompletionShape
 from pregate.router.doors.http.errors import JsonResponse, add_handlers
 from pregate.router.doors.http.guards import Authorized, BoundedBody
+from pregate.router.doors.metrics_app import metrics_route
 from pregate.router.doors.service import DoorService
 
 #: What is told to anybody.
@@ -33,6 +34,7 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
         app.add_middleware(Authorized, tokens=tokens, open_paths=OPEN_PATHS)
     _add_health(app, service)
     tools.add_routes(app, service, timeout_s)
+    app.router.routes.append(metrics_route(service))
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:

@@ -25,6 +25,7 @@ from pregate.base.sampling import MAX_SEED, check_ids, check_priority
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.chat import Chat, ChatTemplate
 from pregate.router.doors.completion_text import CompletionText
+from pregate.router.doors.request_watch import RequestMetrics, TextWatch
 from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
@@ -76,7 +77,7 @@ class DoorService:
         options: ServiceOptions | None = None,
         path_client: EngineClient | None = None,
     ) -> None:
-        self.model_name = model_name
+        self.model_name, self.metrics = model_name, RequestMetrics()
         self._engine, self._paths = engine_client, path_client
         self._tokenizer = read_tokenizer(Path(tokenizer_dir))
         self._chat_template = ChatTemplate(Path(tokenizer_dir))
@@ -146,13 +147,14 @@ class DoorService:
         early (use `contextlib.aclosing`) cancels.
         Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
         """
-        self._check_model(model)
-        check_priority(priority)
-        with self._admitted(sampling.n):
+        with self.metrics.watch(sampling.n) as watch, self._admitted(sampling.n):
+            self._check_model(model)
+            check_priority(priority)
             vocab_size, max_context = await self._get_limits()
             sampling.validate(vocab_size)
             prompt_ids = await self._encode(prompt, max_context - 1)
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
+            watch.taken(len(prompt_ids))
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
             stops = sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._stop_strings)
             alone = replace(sampling, max_tokens=max_tokens, stop=(), n=1)
@@ -160,7 +162,10 @@ class DoorService:
             request = SubmitRequest(uuid.uuid4().hex, prompt_ids, alone, deadline_s, salt, priority=priority)
             request = await self._with_paths(request)
             name = request_id or request.request_id
-            streams = [self._stream(r, stops, name, index) for index, r in enumerate(_copies(request, sampling.n))]
+            streams = [
+                self._stream(r, stops, name, index, watch.text())
+                for index, r in enumerate(_copies(request, sampling.n))
+            ]
             async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as stream:
                 async for item in stream:
                     yield item
@@ -184,7 +189,9 @@ class DoorService:
         vocab_size, max_context = await self._get_limits()
         token_ids = await self._encode(prompt, max_context)
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
+        start_s = time.monotonic()
         reply = await (self._paths or self._engine).route(token_ids, deadline_s)
+        self.metrics.record("route_seconds", time.monotonic() - start_s)
         tokens = tuple(map(self.token, token_ids))
         paths = reply.paths.slice(0, reply.paths.num_tokens)
         ids = paths.ids.astype("<i2", copy=False).tobytes()
@@ -244,18 +251,22 @@ class DoorService:
             return request
         start_s = time.monotonic()
         reply = await self._paths.route(request.token_ids, request.deadline_s, with_state=True)
-        left_s = None if request.deadline_s is None else request.deadline_s - (time.monotonic() - start_s)
+        took_s = time.monotonic() - start_s
+        self.metrics.record("route_seconds", took_s)
+        left_s = None if request.deadline_s is None else request.deadline_s - took_s
         if left_s is not None and left_s <= 0:
             raise DeadlineError("the deadline passed before the paths were there")
         return replace(request, deadline_s=left_s, paths=reply.paths, path_state=reply.state)
 
     async def _stream(
-        self, request: SubmitRequest, stop: Sequence[str], request_id: str, index: int
+        self, request: SubmitRequest, stop: Sequence[str], request_id: str, index: int, watch: TextWatch
     ) -> AsyncGenerator[Chunk | Completion, None]:
         text = CompletionText(self._tokenizer, request, stop, index)
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
                 if isinstance(event, TokensEvent):
+                    if event.token_ids:
+                        watch.tokens(len(event.token_ids))
                     chunk = text.push(event)
                 else:
                     if event.reason == "deadline":
@@ -264,7 +275,10 @@ class DoorService:
                 if chunk is not None:
                     yield chunk
                 if text.stopped or not isinstance(event, TokensEvent):
-                    yield text.completion(request_id, None if isinstance(event, TokensEvent) else event)
+                    end = None if isinstance(event, TokensEvent) else event
+                    completion = text.completion(request_id, end)
+                    watch.ended(completion.finish_reason, end)
+                    yield completion
                     return
 
     async def _get_limits(self) -> tuple[int, int]:
@@ -322,11 +336,13 @@ class DoorService:
         if self._num_requests + num > self._options.max_requests:
             raise QueueFullError(f"the server holds {self._num_requests} requests, as many as it may; try again later")
         self._num_requests += num
+        self.metrics.record("num_requests_at_door", self._num_requests)
         self._idle.clear()
         try:
             yield
         finally:
             self._num_requests -= num
+            self.metrics.record("num_requests_at_door", self._num_requests)
             if not self._num_requests:
                 self._idle.set()
 

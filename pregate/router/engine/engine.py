@@ -75,6 +75,7 @@ class Engine:
         self.stop_strings = folder.stop_strings
         self._sequences: dict[str, Sequence] = {}
         self._step_number = self._step_tokens = self._step_units = 0
+        self._step_s, self._pairs_H = 0.0, np.zeros(len(self.exchange.clients), dtype=np.int64)
 
     def batch_by_path(self, batcher: PathBatcher) -> None:
         """Choose steps by their paths from now on."""
@@ -112,13 +113,13 @@ class Engine:
             request.request_id, list(request.token_ids), num_prompt, max_tokens, sampling, seed, deadline, hosts,
             request.cache_salt, request.priority, ends, penalty,
         )  # fmt: skip
-        sequence.unit_counts = self._unit_counts()
+        sequence.unit_counts, sequence.came_s = self._unit_counts(), time.monotonic()
         self.scheduler.check_room(sequence)
         if self.paths is not None:
             with out_of_memory_fails():
                 self.paths.begin(sequence, request)
         try:
-            self.scheduler.add(sequence, time.monotonic())
+            self.scheduler.add(sequence, sequence.came_s)
         except PregateError:
             self._forget(sequence)
             raise
@@ -174,6 +175,7 @@ class Engine:
             "num_steps": self._step_number,
             "num_step_tokens": self._step_tokens,
             "num_step_units": self._step_units,
+            "step_s": self._step_s,
             "unit_hits": hits,
             "unit_misses": misses,
             "batching": scheduler.policy if scheduler.batcher is None else "path",
@@ -185,7 +187,10 @@ class Engine:
             "kv_blocks_shared": allocator.num_shared,
             "kv_blocks": allocator.num_blocks,
             "kv_bytes": self.runner.kv.nbytes,
-            "hosts": [{"host_id": h, **vars(c.stats), **vars(c.cache)} for h, c in enumerate(self.exchange.clients)],
+            "hosts": [
+                {"host_id": h, "rows": int(self._pairs_H[h]), **vars(c.stats), **vars(c.cache)}
+                for h, c in enumerate(self.exchange.clients)
+            ],
         }
 
     def idle(self) -> None:
@@ -217,6 +222,9 @@ class Engine:
         paths = None
         if self.paths is not None and self.exact:
             paths = self.paths.of_step([(p.sequence, p.num_tokens) for p in step])
+        for piece in step:
+            if piece.sequence.begun_s is None:
+                piece.sequence.begun_s = now_s
         self._look_ahead(step)
         try:
             result = self.runner.run(self._step_number, step, paths)
@@ -237,6 +245,7 @@ class Engine:
                     self._foretell(running, self.paths.extend(running))
         except PregateError as error:
             events += self._fail_step(running, error)
+        self._step_s += time.monotonic() - now_s
         return events
 
     def _look_ahead(self, step: Many[Slice]) -> None:
@@ -258,6 +267,7 @@ class Engine:
 
     def _count(self, step: Many[Slice], result: StepResult, paths: Paths | None) -> None:
         self._step_tokens += len(result.pairs_TH)
+        self._pairs_H += result.pairs_TH.sum(axis=0)
         if paths is not None:
             self._step_units += paths.num_units
         start = 0
@@ -279,6 +289,8 @@ class Engine:
         """Append a sampled token; the end of a sequence frees what it holds."""
         first, stopped = sequence.num_generated == 0, token in sequence.end_ids
         sequence.token_ids.append(token)
+        if first:
+            sequence.first_token_s = time.monotonic()
         of_prompt = tuple(sequence.prompt_logprobs) if first else ()
         events: list[Event] = []
         if not stopped:
@@ -297,7 +309,11 @@ class Engine:
             now - then for now, then in zip(self._unit_counts(), sequence.unit_counts, strict=True)
         )
         counts = sequence.num_prompt, sequence.num_generated, per_host
-        return FinishedEvent(sequence.request_id, reason, *counts, int(hits), int(misses), stall_s)
+        ended_s = time.monotonic()
+        begun_s = ended_s if sequence.begun_s is None else sequence.begun_s
+        first_s = ended_s if sequence.first_token_s is None else sequence.first_token_s
+        times = begun_s - sequence.came_s, first_s - begun_s, ended_s - first_s
+        return FinishedEvent(sequence.request_id, reason, *counts, int(hits), int(misses), stall_s, *times)
 
     def _unit_counts(self) -> tuple[int, int, float]:
         """Hits, misses and seconds waited for units of all hosts, as they last said."""

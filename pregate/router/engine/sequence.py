@@ -26,7 +26,8 @@ class Sequence:
     `paths` has the path of every known token when paths are exact, else it is None; `path_slot` is where the path
     router's state of it lies. `arrival` numbers requests in the order they came; it can run, and
     has been passed over, since `ready_s`. `next_rows_U` are the rows that its last token asks of each unit,
-    `unit_counts` the hosts' hits, misses and seconds waited before it came.
+    `unit_counts` the hosts' hits, misses and seconds waited before it came. It came at `came_s`, its first step began
+    at `begun_s`, and its first token was there at `first_token_s`, by the monotonic clock.
     """
 
     request_id: str
@@ -52,6 +53,9 @@ class Sequence:
     next_rows_U: np.ndarray | None = None
     unit_counts: tuple[int, int, float] = (0, 0, 0.0)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    came_s: float = 0.0
+    begun_s: float | None = None
+    first_token_s: float | None = None
     _chunk_rows: tuple[int, np.ndarray] | None = None
 
     @property

@@ -168,8 +168,9 @@ class TokensEvent:
 class FinishedEvent:
     """The one last event of a request that ran; `reason` is stop, length or deadline.
 
-    `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request; the rest is as in
-    `Completion`.
+    `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request. It waited `queue_s`
+    for its first step, `prefill_s` from there for its first token, and came to its end `decode_s` later; the rest is as
+    in `Completion`.
     """
 
     request_id: str
@@ -180,6 +181,9 @@ class FinishedEvent:
     unit_hits: int = 0
     unit_misses: int = 0
     stall_s: float = 0.0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True)

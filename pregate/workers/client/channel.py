@@ -154,16 +154,16 @@ class ChannelClient:
         self.stats.groups += 1
 
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
-        flight = self._flights[key]
-        deadline_s = time.monotonic() + timeout_s
+        flight, began_s = self._flights[key], time.monotonic()
         try:
             while flight.answer is None:
-                if time.monotonic() > deadline_s:
+                if time.monotonic() > began_s + timeout_s:
                     waited = f"no answer for step {key.step} layer {key.layer} within {timeout_s:g} s"
                     raise HostLostError(self.host_id, f"{waited}; {self._last_words()}")
                 self._wait()
         finally:
             self._flights.abandon(key)
+            self.stats.wait_s += time.monotonic() - began_s
         if isinstance(flight.answer, Failure):
             raise self._error_of(flight.answer)
         return from_rows(flight.answer.rows)

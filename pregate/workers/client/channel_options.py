@@ -10,7 +10,8 @@ from pregate.workers.link.transport import CurveKeys
 
 @dataclass
 class ChannelStats:
-    """Counters of one client. Bytes are whole messages as sent; an in-process client moves none."""
+    """Counters of one client. Bytes are whole messages as sent; an in-process client moves none. `wait_s` were spent
+    waiting for answers."""
 
     plans: int = 0
     groups: int = 0
@@ -20,6 +21,7 @@ class ChannelStats:
     indexed_groups: int = 0
     resent_groups: int = 0
     discarded_answers: int = 0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from pregate.router.link.messages import (
     SubmitRequest,
     TokensEvent,
 )
-from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
+from pregate.router.link.packet import MAX_PACKET_BYTES, PROTOCOL_VERSION, pack, unpack
 
 SAMPLING = SamplingParams(max_tokens=9, temperature=0.7, top_p=0.9, seed=(1 << 63) - 1, stop_token_ids=(2, 5))
 LOGPROBS = (TokenLogprob(3, -0.5), TokenLogprob(4, -1.5, ((7, -0.25), (4, -1.5))))
@@ -52,7 +52,7 @@ SUBMIT = {"request_id": "a", "token_ids": [], "sampling": vars(SAMPLING), "deadl
 SUBMIT |= {"paths": None, "path_state": None, "priority": 0}
 
 
-def packet(*messages, version=4):
+def packet(*messages, version=PROTOCOL_VERSION):
     return msgpack.packb({"version": version, "messages": list(messages)})
 
 
@@ -84,9 +84,9 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (pack(MESSAGES)[:-1], "not msgpack"),
         (pack(MESSAGES) + b"\x00", "not msgpack"),
         (b"\x91" * 100_000, "not msgpack"),
-        (msgpack.packb([1]), "version None; this side speaks 4"),
-        (packet(version=1), "version 1; this side speaks 4"),
-        (msgpack.packb({"version": 4, "messages": "x"}), "no list"),
+        (msgpack.packb([1]), "version None; this side speaks 5"),
+        (packet(version=1), "version 1; this side speaks 5"),
+        (msgpack.packb({"version": PROTOCOL_VERSION, "messages": "x"}), "no list"),
         (packet("tokens"), "unknown kind None"),
         (packet({"kind": "exec", "request_id": "a"}), "unknown kind 'exec'"),
         (packet({"kind": ["tokens"]}), "unknown kind"),
