@@ -26,7 +26,7 @@ from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import STOP_TIMEOUT_S, Doors, settle
 from pregate.cluster.local_ray import NAMESPACE
-from pregate.cluster.placement import Placement, check, place
+from pregate.cluster.placement import Placement, check
 from pregate.cluster.pulse import Pulse, look
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.cluster.supervisor import Health
@@ -75,7 +75,7 @@ class RayChildren:
         config, parts = self._config, self._parts
         parts.folder = Path(tempfile.mkdtemp(prefix="pregate-ipc-", dir=run_folder.own()))  # of Unix sockets
         experts = read_routed_experts(config.model)
-        placement = place(experts.num_routed, max(1, config.hosts), config.placement, one_index=experts.one_index)
+        placement = experts.placement(config)
         check(placement, experts.num_routed, experts.one_index)
         parts.group = await self._reserve()
         keys = CurveKeys.new()

@@ -44,9 +44,13 @@ class ServeConfig:
     model: Annotated[str, Field(description="Checkpoint folder."), Needs("model"), Or("adapter")]
     hosts: Annotated[int, Field(ge=0, description="Expert hosts; 0 keeps the experts in the engine's process.")] = 0
     name: Annotated[str, Field(description="Name of the deployment; launchers of one name share it.")] = "pregate"
-    placement: Annotated[Literal["linear", "round_robin"], Field(description="How experts are placed on hosts.")] = (
-        "linear"
-    )
+    placement: Annotated[
+        Literal["linear", "round_robin", "balanced"],
+        Field(description="How experts are placed on hosts: in blocks, dealt like cards, or by measured use."),
+    ] = "linear"
+    replicas: Annotated[
+        float, Field(ge=0, description="Spare copies with --placement balanced, a share of all experts.")
+    ] = 0.0
     device: Annotated[Literal["cpu", "cuda"], Field(description="What engine and hosts compute on.")] = "cpu"
     dtype: Annotated[Dtype, Field(description="What they compute in.")] = "float32"
     gpus_per_host: Annotated[_Gpus, Field(description="GPUs each host asks Ray for; 1 with cuda.")] = 0.0

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pregate.base.dtypes import dtype_name
 from pregate.base.memory import available_bytes
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.placement import place
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.model.checkpoint import CheckpointReader
 
@@ -46,7 +45,7 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
     experts = read_routed_experts(config.model)
-    placement = place(experts.num_routed, max(1, config.hosts), config.placement, one_index=experts.one_index)
+    placement = experts.placement(config)
     unit_bytes = [reader.unit_bytes(layer) for layer in range(len(cuts))]
     units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.

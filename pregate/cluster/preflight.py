@@ -55,8 +55,11 @@ def check_model(config: ServeConfig) -> None:
 
     reader = CheckpointReader(config.model, config.parent, hashes=True)
     read_tokenizer(Path(config.text_path))
-    if config.hosts:
-        placement.check_request([cut.num_routed for cut in reader.config.cuts], config.hosts, config.placement)
+    if config.hosts or config.replicas:
+        cuts = reader.config.cuts
+        placement.check_request(
+            [cut.num_routed for cut in cuts], max(1, config.hosts), config.placement, config.replicas
+        )
     device = torch.device(config.device)
     widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts)}
     dtype = expert_ffn.choose_dtype(config.dtype, device)

@@ -32,6 +32,7 @@ def fails(capsys, *arguments):
         (["serve", "--model", "TINY", "--hosts", "-1"], "--hosts -1"),
         (["serve", "--model", "TINY", "--hosts", "two"], "--hosts two:"),
         (["serve", "--model", "TINY", "--placement", "spread"], "--placement spread: allowed: linear, round_robin"),
+        (["serve", "--model", "TINY", "--hosts", "2", "--replicas", "0.5"], "--replicas 0.5: linear places no copies"),
         (["serve", "--model", "TINY", "--device", "cuda"], "--device cuda"),
         (["serve", "--model", "TINY", "--expert-ffn", "triton"], "--expert-ffn triton: not possible here"),
         (["serve", "--model", "TINY", "--host", "0.0.0.0"], "--host 0.0.0.0: needs --tls-cert"),

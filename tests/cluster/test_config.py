@@ -35,6 +35,7 @@ def test_text_values_are_read_by_type():
         ({"hosts": 2}, "model: missing"),
         ({"model": "/m", "hosts": -1}, "hosts -1"),
         ({"model": "/m", "hosts": 1, "placement": "spread"}, "placement spread: allowed: linear, round_robin"),
+        ({"model": "/m", "hosts": 1, "placement": "balanced", "replicas": -0.5}, "replicas -0.5: allowed: 0 or more"),
         ({"model": "/m", "hosts": 1, "device": "tpu"}, "device tpu: allowed: cpu, cuda"),
         ({"model": "/m", "hosts": 1, "dtype": "int3"}, "dtype int3"),
         ({"model": "/m", "hosts": 1, "gpus_per_host": -1}, "gpus_per_host -1"),

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import torch
 
 from pregate.convert.measure.controls import OraclePolicy
@@ -107,6 +108,21 @@ class AgreementMeter:
 
     def figures(self) -> dict[str, dict[str, float]]:
         return {name: tally.figures() for name, tally in self.tallies.items()}
+
+
+@dataclass
+class RouteMeter(AgreementMeter):
+    """An `AgreementMeter` that also keeps each token's experts: `visits` maps layer to bool [T, R] per batch."""
+
+    visits: dict[int, list[np.ndarray]] = field(default_factory=dict)
+
+    def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
+        super().count(mlp, ids_TK, real_T)
+        ids_TK, num_routed = ids_TK[real_T], mlp.cut.num_routed
+        visits_TR = torch.zeros(len(ids_TK), num_routed + 1, dtype=torch.bool, device=ids_TK.device)
+        visits_TR.scatter_(1, torch.where(ids_TK < 0, num_routed, ids_TK), True)  # padding goes to a column of its own
+        if mlp.cut.num_active:
+            self.visits.setdefault(mlp.layer, []).append(visits_TR[:, :-1].cpu().numpy())
 
 
 class MeteredPolicy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from pregate.base.errors import UserError
@@ -13,7 +14,7 @@ from pregate.convert.files.assembly import assemble, write_checkpoint, write_wit
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.streamed import load_any, load_whole
 from pregate.convert.files.work_folder import fingerprint, writing
-from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.agreement import RouteMeter
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.options import DecoupleOptions
@@ -102,9 +103,17 @@ def _collected(
 
 
 def _figures(name: str, model: RoutedForCausalLM, rows: list[list[int]], progress: Progress) -> dict[str, Any]:
-    meter = AgreementMeter()
+    """What is measured of a model on text that nothing was trained on; `expert_use` has, layer by layer, the share of
+    tokens that each routed expert gets, which `serve --placement balanced` goes by."""
+    meter = RouteMeter()
     score = score_rows(model, rows, meter, progress, name=name)
-    return {f"{name}_perplexity": round(score.perplexity, 4), f"{name}_active_share": round(meter.active_share, 4)}
+    visits = [meter.visits.get(layer) for layer in range(len(model.config.cuts))]
+    use = [[] if found is None else np.concatenate(found).mean(axis=0).round(4).tolist() for found in visits]
+    return {
+        f"{name}_perplexity": round(score.perplexity, 4),
+        f"{name}_active_share": round(meter.active_share, 4),
+        f"{name}_expert_use": use,
+    }
 
 
 def read_rows(options: DecoupleOptions, source: ModelFolder) -> list[list[int]]:

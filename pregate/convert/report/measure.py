@@ -8,13 +8,12 @@ Shape letters: T tokens, R routed experts, K experts of a token at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.agreement import AgreementMeter, RouteMeter
 from pregate.convert.measure.control_table import ORACLE, control_rows, own_name
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.measure.overlap import overlaps, rows_are_tied
@@ -24,23 +23,8 @@ from pregate.convert.report.figures import Agreement, Curve, LayerLoad, Overlap,
 from pregate.convert.report.numbers import Numbers, ladders, takes_numbers, thresholds_for, with_numbers
 from pregate.convert.report.routes import layer_load, repeats
 from pregate.convert.text.batches import batches
-from pregate.model.layers import RoutedMLP, RoutingPolicy
+from pregate.model.layers import RoutingPolicy
 from pregate.model.modeling import RoutedForCausalLM
-
-
-@dataclass
-class RouteMeter(AgreementMeter):
-    """An `AgreementMeter` that also keeps each token's experts: `visits` maps layer to bool [T, R] per batch."""
-
-    visits: dict[int, list[np.ndarray]] = field(default_factory=dict)
-
-    def count(self, mlp: RoutedMLP, ids_TK: torch.Tensor, real_T: torch.Tensor) -> None:
-        super().count(mlp, ids_TK, real_T)
-        ids_TK, num_routed = ids_TK[real_T], mlp.cut.num_routed
-        visits_TR = torch.zeros(len(ids_TK), num_routed + 1, dtype=torch.bool, device=ids_TK.device)
-        visits_TR.scatter_(1, torch.where(ids_TK < 0, num_routed, ids_TK), True)  # padding goes to a column of its own
-        if mlp.cut.num_active:
-            self.visits.setdefault(mlp.layer, []).append(visits_TR[:, :-1].cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
+from pregate.cluster.routed_experts import read_routed_experts
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
@@ -110,6 +111,8 @@ def test_routers_of_every_option_learn_and_are_written(options: DecoupleOptions,
     assert figures["loss_last"] < figures["loss_first"]
     assert figures["path_vs_oracle"]["mean_overlap"] > 0.38
     assert len(figures["path_vs_oracle"]["same_set_by_layer"]) == 3
+    use = read_routed_experts(str(options.out)).load_LR
+    assert use is not None and use.sum(axis=1) == pytest.approx([2] * 3, abs=0.5), "about two of six a token"
     model = RoutedForCausalLM.from_pretrained(options.out)
     shape = model.config.router_shape
     assert all(getattr(shape, name) == value for name, value in change.items() if name in ("heads", "gate", "weights"))
