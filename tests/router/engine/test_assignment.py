@@ -1,5 +1,7 @@
 """Units find a living host, and the same one as long as the same hosts live."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 
@@ -42,3 +44,48 @@ def test_survivors_share_what_is_lost(strategy):
             assert alive[served].all() and (hosts[layer, count:] == NO_HOST).all()
             shares = np.bincount(served, minlength=num_hosts)[alive]
             assert not count or shares.max() - shares.min() <= 1
+
+
+def slowest(copies, hosts, rows, num_hosts, unit_s, busy):
+    """When each layer's slowest host is done [L]."""
+    assert (copies == hosts[..., None]).any(axis=2)[rows > 0].all(), "a host without a copy is asked"
+    cost = np.where(rows > 0, unit_s + rows, 0.0)
+    return np.array([busy + np.bincount(h, c, num_hosts) for h, c in zip(hosts.clip(0), cost, strict=True)]).max(axis=1)
+
+
+def test_the_example_of_choosing():
+    copies = np.array([[[0, 1], [0, -1], [1, 0], [1, -1]]], dtype=np.int16)
+    rows = np.array([[5, 4, 3, 1]])
+    assert choose_hosts(copies, rows, 2).tolist() == [[1, 0, 0, 1]]
+    assert choose_hosts(copies, rows, 2, busy_H=np.array([9.0, 0])).tolist() == [[1, 0, 1, 1]], "host 0 has work"
+    load_s = np.where(copies == 1, 20.0, 0.0)  # host 1 would have to load what it holds
+    assert choose_hosts(copies, rows, 2, unit_s=load_s).tolist() == [[0, 0, 0, 1]]
+    assert choose_hosts(copies, np.zeros_like(rows), 2).tolist() == [[0, 0, 1, 1]], "nobody asks: homes"
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_chosen_hosts_are_within_a_few_per_cent_of_the_best(seed):
+    """Against every possible choice, layer by layer; homes alone are far from it."""
+    rng = np.random.default_rng(seed)
+    num_hosts, num_routed = int(rng.integers(2, 5)), int(rng.integers(5, 9))
+    load = rng.random((8, num_routed)) ** 2
+    copies = place([num_routed] * 8, num_hosts, "balanced", load_LR=load, replicas=0.5).copies
+    rows = rng.poisson(20 * load)
+    unit_s, busy = float(rng.choice([0, 4])), rng.integers(0, 6, size=num_hosts) * 1.0
+    found = slowest(copies, choose_hosts(copies, rows, num_hosts, unit_s, busy_H=busy), rows, num_hosts, unit_s, busy)
+    best = []
+    for layer in range(8):
+        some = [[h for h in hosts if h >= 0] if rows[layer, r] else hosts[:1] for r, hosts in enumerate(copies[layer])]
+        cost = np.where(rows[layer] > 0, unit_s + rows[layer], 0.0)
+        best.append(min((busy + np.bincount(h, cost, num_hosts)).max() for h in product(*some)))
+    assert found.sum() <= 1.05 * sum(best)
+    assert found.sum() <= slowest(copies, copies[..., 0], rows, num_hosts, unit_s, busy).sum() + 1e-9
+
+
+def test_layers_without_experts_and_steps_without_rows():
+    copies = place([4, 0, 3], 2, "balanced", replicas=0.5).copies
+    rows = np.array([[1, 2, 3, 4], [0] * 4, [5, 0, 0, 0]])
+    hosts = choose_hosts(copies, rows, 2)
+    assert (hosts[1] == NO_HOST).all()
+    assert slowest(copies, hosts, rows, 2, 0.0, np.zeros(2)).tolist() == [5, 0, 5]
+    assert np.array_equal(choose_hosts(copies, rows * 0, 2), copies[..., 0])
