@@ -37,7 +37,7 @@ NUM_RUNNING = 8
 
 def prompts(deployment: Deployment, count: int, num_tokens: int | None = None, room: int = 8) -> list[list[int]]:
     """So many random prompts; their length None fills the context but for `room` tokens."""
-    with Client(deployment.target, timeout_s=PATIENCE_S) as client:
+    with Client(deployment.target, timeout_s=PATIENCE_S, retry_s=0) as client:
         info = client.model_info()
     length, draw = num_tokens or info.max_context_length - room, random.Random(count)
     return [[draw.randrange(3, info.vocab_size) for _ in range(length)] for _ in range(count)]

@@ -36,7 +36,7 @@ class Health(threading.Thread):
 
     def _ask(self) -> str:
         try:
-            with Client(self._target, timeout_s=5) as client:
+            with Client(self._target, timeout_s=5, retry_s=0) as client:
                 return "SERVING" if client.health() else "NOT_SERVING"
         except PregateError as error:
             return type(error).__name__
@@ -64,7 +64,7 @@ class Busy(threading.Thread):
 
     def __init__(self, target: str) -> None:
         super().__init__(daemon=True)
-        self._client, self._ended = Client(target, timeout_s=5), threading.Event()
+        self._client, self._ended = Client(target, timeout_s=5, retry_s=0), threading.Event()
         self.longest_s = 0.0
         self.start()
 
@@ -95,7 +95,7 @@ class Request(threading.Thread):
 
     def run(self) -> None:
         try:
-            with Client(self._target, timeout_s=DEADLINE_S) as client:
+            with Client(self._target, timeout_s=DEADLINE_S, retry_s=0) as client:
                 for chunk in client.generate(self._prompt, self._max_tokens, ignore_eos=True):
                     self.num_tokens += len(chunk.token_ids)
                     self.begun.set()

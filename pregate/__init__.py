@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pregate.client.aio import AsyncClient
     from pregate.client.client import Client
 
 __version__ = "0.1.0"
-__all__ = ["Client", "__version__"]
+__all__ = ["AsyncClient", "Client", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    """Import the client on first use, so that `import pregate` loads neither grpc nor anything heavier."""
+    """Import the clients on first use, so that `import pregate` loads neither grpc nor anything heavier."""
     if name == "Client":
         from pregate.client.client import Client
 
         return Client
+    if name == "AsyncClient":
+        from pregate.client.aio import AsyncClient
+
+        return AsyncClient
     raise AttributeError(f"module 'pregate' has no attribute {name!r}")

@@ -287,6 +287,17 @@ def to_dict(given: Any) -> dict[str, Any]:
     return pydantic.TypeAdapter(type(given)).dump_python(given, mode="json")
 
 
+def shown(given: Any) -> dict[str, str]:
+    """What users can say of options, as text by name; secrets are paths in any case."""
+    found = {}
+    for key, option in user_options(type(given)).items():
+        value = to_dict(given)
+        for name in option.path:
+            value = value[name]
+        found[key] = str(value)
+    return found
+
+
 def described(given: Any, **counted: Any) -> dict[str, Any]:
     """What a manifest keeps of options: values as they `counted`, without what says nothing about the result."""
     return {name: value for name, value in (to_dict(given) | counted).items() if name not in ("restart", "recipe")}

@@ -17,7 +17,7 @@ from pregate.cli.printed import Output
 from pregate.cli.text import open_client
 
 if TYPE_CHECKING:
-    from pregate.client.client import HostStatus, ModelInfo
+    from pregate.client.answers import HostStatus, ModelInfo
 
 COLUMNS = ("host", "resident", "to fetch", "hits", "misses", "hit rate", "read", "ahead", "wasted", "waited")
 

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pregate.base.errors import UnavailableError
 from pregate.base.log import get_logger
-from pregate.base.options import from_dict
+from pregate.base.options import from_dict, shown
 from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import STOP_TIMEOUT_S, Doors, settle
@@ -177,7 +177,7 @@ class RayChildren:
         placed = {**self._options(f"door-{number}", 0, 0), "num_cpus": 0}
         folder = self._parts.folder
         paths = None if self._parts.paths is None else f"ipc://{folder}/paths"
-        arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options)
+        arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options, shown(config))
         return ray.remote(DoorActor).options(**placed).remote(*arguments)
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def main() -> None:
     pregate_pb2_grpc.add_PregateServicer_to_server(Leaving(lambda: server.stop(0)), server)
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    client, start_s = Client(f"127.0.0.1:{port}", timeout_s=10), time.monotonic()
+    client, start_s = Client(f"127.0.0.1:{port}", timeout_s=10, retry_s=0), time.monotonic()
     try:
         client.complete("x", 3) if sys.argv[1] == "generate" else client.route("x")
     except PregateError as error:

@@ -44,7 +44,7 @@ def test_it_works_without_the_heavy_packages():
 
 def test_nothing_at_the_target_is_unavailable_soon():
     start_s = time.monotonic()
-    with Client("127.0.0.1:1", timeout_s=20) as client:
+    with Client("127.0.0.1:1", timeout_s=20, retry_s=0) as client:
         with pytest.raises(UnavailableError):
             client.model_info()
         with pytest.raises(UnavailableError):

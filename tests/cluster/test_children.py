@@ -72,7 +72,7 @@ async def lose_one_after_another(children, path_checkpoint):
     completion = None
     for _ in range(100):  # a new process takes a second or two
         try:
-            with Client(target, timeout_s=30) as client:
+            with Client(target, timeout_s=30, retry_s=0) as client:
                 completion = await asyncio.to_thread(client.complete, "to be", max_tokens=2)
             break
         except UnavailableError:

@@ -174,7 +174,7 @@ def test_a_lost_host_ends_the_server_with_a_reason(layerwise_checkpoint):
     with serving("--model", layerwise_checkpoint, "--hosts", 2, "--pin-cores") as running:
         for process in (*running.children("ExpertHostActor"), *running.children("EngineActor")):
             assert any(len(cores) == 1 for cores in cores_of_threads(process))
-        with Client(running.target, timeout_s=120) as client:
+        with Client(running.target, timeout_s=120, retry_s=0) as client:
             sentence, after_s = generate_until_a_host_is_killed(running, client)
         assert "is lost" in sentence
         assert after_s < 10

@@ -67,6 +67,17 @@ def engine_thread(
         assert not thread.is_alive()
 
 
+def slow_steps(engine: Engine, seconds_s: float) -> None:
+    """The same steps, each a little later, so that a test can act in between."""
+    step = engine.step
+
+    def later():
+        time.sleep(seconds_s)
+        return step()
+
+    engine.step = later
+
+
 class LoopThread:
     """An event loop in a thread, as a door process has."""
 
@@ -159,7 +170,7 @@ def door(
         if engine_first:
             loop.call(service.model_info())
         target = f"127.0.0.1:{loop.call(server.start())}"
-        with Client(target, timeout_s=60) as client, grpc.insecure_channel(target) as channel:
+        with Client(target, timeout_s=60, retry_s=0) as client, grpc.insecure_channel(target) as channel:
             yield Door(loop, service, server, target, client, pb_grpc.PregateStub(channel))
     finally:
         loop.call(server.stop(1))

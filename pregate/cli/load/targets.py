@@ -137,7 +137,7 @@ async def opened(
     target: str, kind: str, model: str, token: str | None, ca: Path | None
 ) -> AsyncGenerator[GrpcTarget | OpenAITarget, None]:
     """The target, connected; UserError where a token would travel in clear text."""
-    from pregate.client.client import stays_here
+    from pregate.client.connection import stays_here
 
     host = target.partition("://")[2] or target
     clear = ca is None and not target.startswith("https://")

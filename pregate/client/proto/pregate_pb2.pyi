@@ -14,6 +14,20 @@ class TokenizedInput(_message.Message):
     input_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, original_text: _Optional[str] = ..., input_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class ChatMessage(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class ChatInput(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
+
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty", "max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "n", "logprobs", "prompt_logprobs", "seed", "logit_bias")
     class LogitBiasEntry(_message.Message):
@@ -78,22 +92,40 @@ class LogProbs(_message.Message):
     def __init__(self, token_logprobs: _Optional[_Iterable[float]] = ..., token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[_Union[TopLogProbs, _Mapping]]] = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "tokenized", "text", "sampling_params", "stream", "model", "priority")
+    __slots__ = ("request_id", "tokenized", "text", "chat", "sampling_params", "stream", "model", "priority", "resumes", "generated_ids")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENIZED_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     STREAM_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    RESUMES_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_IDS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tokenized: TokenizedInput
     text: str
+    chat: ChatInput
     sampling_params: SamplingParams
     stream: bool
     model: str
     priority: int
-    def __init__(self, request_id: _Optional[str] = ..., tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., text: _Optional[str] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., stream: bool = ..., model: _Optional[str] = ..., priority: _Optional[int] = ...) -> None: ...
+    resumes: bool
+    generated_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., sampling_params: _Optional[_Union[SamplingParams, _Mapping]] = ..., stream: bool = ..., model: _Optional[str] = ..., priority: _Optional[int] = ..., resumes: bool = ..., generated_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class AbortRequest(_message.Message):
+    __slots__ = ("request_ids",)
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class AbortResponse(_message.Message):
+    __slots__ = ("request_ids",)
+    REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
+    request_ids: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("chunk", "complete")
@@ -227,6 +259,78 @@ class GetModelInfoResponse(_message.Message):
     hosts: _containers.RepeatedCompositeFieldContainer[HostStatus]
     def __init__(self, model: _Optional[str] = ..., max_context_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., routing: _Optional[str] = ..., has_path_router: bool = ..., num_layers: _Optional[int] = ..., num_hosts: _Optional[int] = ..., num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., version: _Optional[str] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., num_steps: _Optional[int] = ..., num_step_tokens: _Optional[int] = ..., num_step_units: _Optional[int] = ..., batching: _Optional[str] = ..., step_costs: _Optional[_Union[StepCosts, _Mapping]] = ..., unit_hits: _Optional[int] = ..., unit_misses: _Optional[int] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ...) -> None: ...
 
+class GetServerInfoRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetServerInfoResponse(_message.Message):
+    __slots__ = ("version", "uptime_s", "model", "unavailable", "versions", "options")
+    class VersionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class OptionsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_S_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    uptime_s: float
+    model: str
+    unavailable: str
+    versions: _containers.ScalarMap[str, str]
+    options: _containers.ScalarMap[str, str]
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., unavailable: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetLoadsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetLoadsResponse(_message.Message):
+    __slots__ = ("num_running", "num_queued", "num_waiting_for_paths", "queued_bytes", "kv_blocks", "kv_blocks_free", "kv_blocks_shared", "kv_bytes", "num_preempted", "prefix_tokens", "num_requests", "unavailable", "busy_with", "busy_s", "hosts")
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    NUM_WAITING_FOR_PATHS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_FREE_FIELD_NUMBER: _ClassVar[int]
+    KV_BLOCKS_SHARED_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_PREEMPTED_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    BUSY_WITH_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    HOSTS_FIELD_NUMBER: _ClassVar[int]
+    num_running: int
+    num_queued: int
+    num_waiting_for_paths: int
+    queued_bytes: int
+    kv_blocks: int
+    kv_blocks_free: int
+    kv_blocks_shared: int
+    kv_bytes: int
+    num_preempted: int
+    prefix_tokens: int
+    num_requests: int
+    unavailable: str
+    busy_with: str
+    busy_s: float
+    hosts: _containers.RepeatedCompositeFieldContainer[HostStatus]
+    def __init__(self, num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., num_waiting_for_paths: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_shared: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_preempted: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., num_requests: _Optional[int] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ...) -> None: ...
+
 class StepCosts(_message.Message):
     __slots__ = ("row_s", "resident_byte_s", "missing_byte_s", "dispatch_s", "step_s", "token_s")
     ROW_S_FIELD_NUMBER: _ClassVar[int]
@@ -244,14 +348,16 @@ class StepCosts(_message.Message):
     def __init__(self, row_s: _Optional[_Iterable[float]] = ..., resident_byte_s: _Optional[_Iterable[float]] = ..., missing_byte_s: _Optional[_Iterable[float]] = ..., dispatch_s: _Optional[float] = ..., step_s: _Optional[float] = ..., token_s: _Optional[float] = ...) -> None: ...
 
 class RouteRequest(_message.Message):
-    __slots__ = ("tokenized", "text", "model")
+    __slots__ = ("tokenized", "text", "chat", "model")
     TOKENIZED_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     tokenized: TokenizedInput
     text: str
+    chat: ChatInput
     model: str
-    def __init__(self, tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., text: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    def __init__(self, tokenized: _Optional[_Union[TokenizedInput, _Mapping]] = ..., text: _Optional[str] = ..., chat: _Optional[_Union[ChatInput, _Mapping]] = ..., model: _Optional[str] = ...) -> None: ...
 
 class RouteResponse(_message.Message):
     __slots__ = ("token_ids", "tokens", "num_layers", "num_active", "expert_ids", "exact", "version")

@@ -39,10 +39,25 @@ class PregateStub(object):
                 request_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Abort = channel.unary_unary(
+                '/pregate.v1.Pregate/Abort',
+                request_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.AbortRequest.SerializeToString,
+                response_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.AbortResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/pregate.v1.Pregate/GetModelInfo',
                 request_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetModelInfoResponse.FromString,
+                _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/pregate.v1.Pregate/GetServerInfo',
+                request_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetServerInfoResponse.FromString,
+                _registered_method=True)
+        self.GetLoads = channel.unary_unary(
+                '/pregate.v1.Pregate/GetLoads',
+                request_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetLoadsRequest.SerializeToString,
+                response_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetLoadsResponse.FromString,
                 _registered_method=True)
         self.Route = channel.unary_unary(
                 '/pregate.v1.Pregate/Route',
@@ -62,7 +77,27 @@ class PregateServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Abort(self, request, context):
+        """Ends requests of this server with finish_reason abort, wherever they are; only those of the same bearer token (and
+        client certificate). Ids that do not run are passed over.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetModelInfo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerInfo(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLoads(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,10 +118,25 @@ def add_PregateServicer_to_server(servicer, server):
                     request_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GenerateRequest.FromString,
                     response_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GenerateResponse.SerializeToString,
             ),
+            'Abort': grpc.unary_unary_rpc_method_handler(
+                    servicer.Abort,
+                    request_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.AbortRequest.FromString,
+                    response_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.AbortResponse.SerializeToString,
+            ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
                     request_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetModelInfoRequest.FromString,
                     response_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetServerInfoResponse.SerializeToString,
+            ),
+            'GetLoads': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLoads,
+                    request_deserializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetLoadsRequest.FromString,
+                    response_serializer=pregate_dot_client_dot_proto_dot_pregate__pb2.GetLoadsResponse.SerializeToString,
             ),
             'Route': grpc.unary_unary_rpc_method_handler(
                     servicer.Route,
@@ -132,6 +182,33 @@ class Pregate(object):
             _registered_method=True)
 
     @staticmethod
+    def Abort(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pregate.v1.Pregate/Abort',
+            pregate_dot_client_dot_proto_dot_pregate__pb2.AbortRequest.SerializeToString,
+            pregate_dot_client_dot_proto_dot_pregate__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetModelInfo(request,
             target,
             options=(),
@@ -148,6 +225,60 @@ class Pregate(object):
             '/pregate.v1.Pregate/GetModelInfo',
             pregate_dot_client_dot_proto_dot_pregate__pb2.GetModelInfoRequest.SerializeToString,
             pregate_dot_client_dot_proto_dot_pregate__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pregate.v1.Pregate/GetServerInfo',
+            pregate_dot_client_dot_proto_dot_pregate__pb2.GetServerInfoRequest.SerializeToString,
+            pregate_dot_client_dot_proto_dot_pregate__pb2.GetServerInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLoads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pregate.v1.Pregate/GetLoads',
+            pregate_dot_client_dot_proto_dot_pregate__pb2.GetLoadsRequest.SerializeToString,
+            pregate_dot_client_dot_proto_dot_pregate__pb2.GetLoadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

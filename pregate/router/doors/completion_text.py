@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.router.doors.detokenize import Detokenizer
 from pregate.router.doors.stop_strings import StopStrings
-from pregate.router.link.messages import FinishedEvent, SubmitRequest, TokensEvent
+from pregate.router.link.messages import ABORTED, FinishedEvent, SubmitRequest, TokensEvent
 
 
 class CompletionText:
@@ -21,9 +21,10 @@ class CompletionText:
 
     def __init__(self, tokenizer: Tokenizer, request: SubmitRequest, stop: Sequence[str], index: int) -> None:
         self.stopped = False
-        self._detokenizer = Detokenizer(tokenizer, request.token_ids)
+        self._num_prompt = len(request.token_ids) - request.num_generated
+        self._detokenizer = Detokenizer(tokenizer, request.token_ids[: self._num_prompt])
         self._stop = StopStrings(stop) if stop else None
-        self._num_prompt, self._min_tokens = len(request.token_ids), request.sampling.min_tokens
+        self._min_tokens = request.sampling.min_tokens
         self._index = index
         self._token_ids: list[int] = []
         self._texts: list[str] = []
@@ -52,18 +53,19 @@ class CompletionText:
 
     def completion(self, request_id: str, end: FinishedEvent | None) -> Completion:
         """The whole; `end` is the engine's last event, None where a stop string came first."""
+        counted = None if end is None or end.reason == ABORTED else end
         return Completion(
             "".join(self._texts),
             tuple(self._token_ids),
             "stop" if end is None or self.stopped else end.reason,
             self._num_prompt,
-            len(self._token_ids) if end is None else end.completion_tokens,
-            () if end is None else end.rows_per_host,
+            len(self._token_ids) if counted is None else counted.completion_tokens,
+            () if counted is None else counted.rows_per_host,
             request_id,
             self._index,
             tuple(self._logprobs),
             self._prompt_logprobs,
-            *((0, 0, 0.0) if end is None else (end.unit_hits, end.unit_misses, end.stall_s)),
+            *((0, 0, 0.0) if counted is None else (counted.unit_hits, counted.unit_misses, counted.stall_s)),
         )
 
     def _push_singly(self, token_ids: Sequence[int], stop: StopStrings) -> tuple[tuple[int, ...], str]:

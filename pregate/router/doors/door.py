@@ -6,6 +6,7 @@ A plain class: the cluster package wraps it with `ray.remote`.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
@@ -27,11 +28,12 @@ class DoorActor:
         tokenizer_dir: str,
         model_name: str,
         options: GrpcOptions,
+        deployment: Mapping[str, str] | None = None,
     ) -> None:
         log.configure("door")
         self._options = options
         self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
-        self._server = GrpcServer(self._service, options)
+        self._server = GrpcServer(self._service, options, deployment)
         self._metrics: MetricsServer | None = None
 
     async def start(self) -> dict[str, Any]:

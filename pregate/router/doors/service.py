@@ -6,8 +6,8 @@ import asyncio
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,7 +17,6 @@ from pregate.base.errors import (
     DeadlineError,
     NotFoundError,
     PregateError,
-    QueueFullError,
     UnavailableError,
     UserError,
 )
@@ -25,10 +24,18 @@ from pregate.base.sampling import MAX_SEED, check_ids, check_priority
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.chat import Chat, ChatTemplate
 from pregate.router.doors.completion_text import CompletionText
+from pregate.router.doors.in_flight import InFlight, Taken
 from pregate.router.doors.request_watch import RequestMetrics, TextWatch
 from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
-from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent, check_prompt
+from pregate.router.link.messages import (
+    ABORTED,
+    FinishedEvent,
+    SamplingParams,
+    SubmitRequest,
+    TokensEvent,
+    check_prompt,
+)
 
 #: What is to be continued: a text, a chat, or token ids.
 Prompt: TypeAlias = str | Chat | Sequence[int]
@@ -81,11 +88,9 @@ class DoorService:
         self._engine, self._paths = engine_client, path_client
         self._tokenizer = read_tokenizer(Path(tokenizer_dir))
         self._chat_template = ChatTemplate(Path(tokenizer_dir))
-        self._options = options or ServiceOptions()
-        self._num_requests = 0
+        most, at_door = (options or ServiceOptions()).max_requests, "num_requests_at_door"
+        self._in_flight = InFlight(most, lambda num: self.metrics.record(at_door, num))
         self._draining, self._proven = False, False
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._token_bytes = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         self._limits: tuple[int, int] | None = None  # vocab_size, max_context
         self._stop_strings: tuple[str, ...] = ()  # the model's own
@@ -140,14 +145,21 @@ class DoorService:
         request_id: str = "",
         salt: str = "",
         priority: int = 0,
+        generated_ids: Sequence[int] = (),
+        resumes: bool = False,
     ) -> AsyncGenerator[Chunk | Completion, None]:
         """Yield chunks as they are made, then one Completion; of `n` completions, each with its index, as they come.
 
-        `max_tokens` is cut to what the context leaves. Equal prompts share work under the same `salt` alone. Leaving
-        early (use `contextlib.aclosing`) cancels.
+        `max_tokens` is cut to what the context leaves. `salt` names who asks: equal prompts of theirs share work, and
+        a `request_id` of theirs that runs is refused, unless this one `resumes` it: then the other is aborted. After
+        `generated_ids`, which it generated before, it goes on as if unbroken; the first chunk repeats them with their
+        text. Leaving early (use `contextlib.aclosing`) cancels.
         Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
         """
-        with self.metrics.watch(sampling.n) as watch, self._admitted(sampling.n):
+        request_id = request_id or uuid.uuid4().hex
+        if resumes:
+            await self.abort([request_id], salt)
+        with self.metrics.watch(sampling.n) as watch, self._admitted(salt, request_id, sampling.n) as taken:
             self._check_model(model)
             check_priority(priority)
             vocab_size, max_context = await self._get_limits()
@@ -156,19 +168,40 @@ class DoorService:
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
             watch.taken(len(prompt_ids))
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
+            known_ids = self._known_ids(generated_ids, sampling.n, max_tokens)
             stops = sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._stop_strings)
             alone = replace(sampling, max_tokens=max_tokens, stop=(), n=1)
+            if known_ids:  # they came after the prompt's
+                alone = replace(alone, prompt_logprobs=None)
             # Its own id: two callers may have chosen the same.
-            request = SubmitRequest(uuid.uuid4().hex, prompt_ids, alone, deadline_s, salt, priority=priority)
-            request = await self._with_paths(request)
-            name = request_id or request.request_id
+            known = SubmitRequest(uuid.uuid4().hex, prompt_ids + known_ids, alone, deadline_s, salt)
+            request = replace(known, priority=priority, num_generated=len(known_ids))
+            copies = _copies(await self._with_paths(request), sampling.n)
+            taken.engine_ids = [copy.request_id for copy in copies]
             streams = [
-                self._stream(r, stops, name, index, watch.text())
-                for index, r in enumerate(_copies(request, sampling.n))
+                self._stream(copy, stops, request_id, index, taken, watch.text()) for index, copy in enumerate(copies)
             ]
             async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as stream:
                 async for item in stream:
                     yield item
+
+    @property
+    def num_requests(self) -> int:
+        """Completions that were asked for here and have not ended."""
+        return self._in_flight.num_requests
+
+    async def abort(self, request_ids: Iterable[str], salt: str) -> list[str]:
+        """End requests of who has this `salt`: they give one Completion more, of finish_reason abort. Returns the ids
+        that ran."""
+        found = []
+        for request_id in request_ids:
+            taken = self._in_flight.find(salt, request_id)
+            if taken is not None and not taken.aborted:
+                taken.aborted = True
+                found.append(request_id)
+                for engine_id in taken.engine_ids:
+                    await self._engine.abort(engine_id)
+        return found
 
     async def complete(self, prompt: Prompt, sampling: SamplingParams, **options: Any) -> Completion:
         """Return the end of `generate`, when only that is wanted; `options` are those of `generate`."""
@@ -233,7 +266,7 @@ class DoorService:
         """Refuse new requests; wait for the running ones. Returns whether all ended in time."""
         self._draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            await asyncio.wait_for(self._in_flight.idle.wait(), timeout_s)
         except asyncio.TimeoutError:
             return False
         return True
@@ -259,9 +292,25 @@ class DoorService:
         return replace(request, deadline_s=left_s, paths=reply.paths, path_state=reply.state)
 
     async def _stream(
-        self, request: SubmitRequest, stop: Sequence[str], request_id: str, index: int, watch: TextWatch
+        self,
+        request: SubmitRequest,
+        stop: Sequence[str],
+        request_id: str,
+        index: int,
+        taken: Taken,
+        watch: TextWatch,
     ) -> AsyncGenerator[Chunk | Completion, None]:
         text = CompletionText(self._tokenizer, request, stop, index)
+        if request.num_generated:
+            chunk = text.push(TokensEvent(request.request_id, request.token_ids[-request.num_generated :]))
+            if chunk is not None:
+                yield chunk
+        if text.stopped or taken.aborted:
+            aborted = FinishedEvent(request.request_id, ABORTED, 0, 0, ())
+            completion = text.completion(request_id, aborted if taken.aborted else None)
+            watch.ended(completion.finish_reason, None)
+            yield completion
+            return
         async with aclosing(self._engine.generate(request)) as events:
             async for event in events:
                 if isinstance(event, TokensEvent):
@@ -277,7 +326,7 @@ class DoorService:
                 if text.stopped or not isinstance(event, TokensEvent):
                     end = None if isinstance(event, TokensEvent) else event
                     completion = text.completion(request_id, end)
-                    watch.ended(completion.finish_reason, end)
+                    watch.ended(completion.finish_reason, None if completion.finish_reason == ABORTED else end)
                     yield completion
                     return
 
@@ -322,6 +371,14 @@ class DoorService:
         (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text], add_special_tokens=special)
         return tuple(encoding.ids)
 
+    def _known_ids(self, generated_ids: Sequence[int], n: int, max_tokens: int) -> tuple[int, ...]:
+        """What to go on after: all that was generated, or all but the last of `max_tokens`, which says that it ends."""
+        assert self._limits is not None
+        if generated_ids and n > 1:
+            raise UserError.of("n", n, "allowed beside generated_ids: 1")
+        check_ids("generated token id", generated_ids, self._limits[0])
+        return tuple(generated_ids[: max_tokens - 1])
+
     def _check_model(self, model: str) -> None:
         if model and model != self.model_name:
             raise NotFoundError.of("model", model, f"is not served here; allowed: {self.model_name}")
@@ -330,21 +387,9 @@ class DoorService:
         if self._draining:
             raise UnavailableError("the server is draining")
 
-    @contextmanager
-    def _admitted(self, num: int) -> Iterator[None]:
+    def _admitted(self, salt: str, request_id: str, num: int) -> AbstractContextManager[Taken]:
         self._check_draining()
-        if self._num_requests + num > self._options.max_requests:
-            raise QueueFullError(f"the server holds {self._num_requests} requests, as many as it may; try again later")
-        self._num_requests += num
-        self.metrics.record("num_requests_at_door", self._num_requests)
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_requests -= num
-            self.metrics.record("num_requests_at_door", self._num_requests)
-            if not self._num_requests:
-                self._idle.set()
+        return self._in_flight.take(salt, request_id, num)
 
 
 def _copies(request: SubmitRequest, n: int) -> list[SubmitRequest]:

@@ -97,8 +97,10 @@ class Engine:
         check_prompt(request.token_ids, vocab_size=vocab_size, max_context=self.context)
         if request.request_id in self._sequences:
             raise UserError.of("request id", request.request_id, "is running already; use a new one")
-        num_prompt = len(request.token_ids)
+        num_prompt = len(request.token_ids) - request.num_generated
         max_tokens = min(request.sampling.max_tokens, self.context - num_prompt)
+        if not (num_prompt > 0 and 0 <= request.num_generated < max_tokens):
+            raise UserError.of("num_generated", request.num_generated, f"must be below {max_tokens}, the max_tokens")
         allocator = self.scheduler.allocator
         capacity = allocator.num_blocks * allocator.block_size
         if num_prompt + max_tokens > capacity:
@@ -111,7 +113,7 @@ class Engine:
         hosts = np.zeros(len(self.exchange.clients), dtype=np.int64)
         sequence = Sequence(
             request.request_id, list(request.token_ids), num_prompt, max_tokens, sampling, seed, deadline, hosts,
-            request.cache_salt, request.priority, ends, penalty,
+            request.cache_salt, request.priority, ends, penalty, num_resumed=request.num_generated,
         )  # fmt: skip
         sequence.unit_counts, sequence.came_s = self._unit_counts(), time.monotonic()
         self.scheduler.check_room(sequence)

@@ -90,7 +90,7 @@ class Scheduler:
 
     def check_room(self, sequence: Sequence) -> None:
         """QueueFullError when the queue is at one of its bounds."""
-        num_new = sum(s.num_generated == 0 for s in self.waiting)
+        num_new = sum(s.num_generated == s.num_resumed for s in self.waiting)
         if num_new >= self.limits.max_queued:
             raise QueueFullError(f"the queue holds {num_new} requests, its bound; try again later")
         num_tokens = sum(len(s.token_ids) for s in self.waiting)

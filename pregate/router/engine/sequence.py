@@ -21,7 +21,8 @@ class Sequence:
     """`token_ids` is the prompt and what was generated; the first `num_computed` of them are in the KV cache, in the
     blocks of `table`, of which the first `num_published` others may share.
 
-    `end_ids` end it. `prompt_logprobs` fill up while its prompt is computed, where they were asked for.
+    `end_ids` end it. `prompt_logprobs` fill up while its prompt is computed, where they were asked for. `num_resumed`
+    of the generated tokens it came with.
 
     `paths` has the path of every known token when paths are exact, else it is None; `path_slot` is where the path
     router's state of it lies. `arrival` numbers requests in the order they came; it can run, and
@@ -45,6 +46,7 @@ class Sequence:
     num_computed: int = 0
     table: list[int] = field(default_factory=list)
     num_published: int = 0
+    num_resumed: int = 0
     paths: PackedPaths | None = None
     path_slot: int | None = None
     arrival: int = -1

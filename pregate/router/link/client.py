@@ -17,6 +17,7 @@ from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolEr
 from pregate.base.log import get_logger
 from pregate.router.link.endpoint import ipc_file
 from pregate.router.link.messages import (
+    ABORTED,
     CancelRequest,
     DoorBound,
     EngineBound,
@@ -156,6 +157,12 @@ class EngineClient:
         except UnavailableError as error:
             # An engine that cannot be reached drops the request when it misses it in our keep-alives.
             logger.info("cancel of %s: %s", request_id, error)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request that `generate` runs, here and in the engine: its last event says so."""
+        if request_id in self._waiting:
+            self._waiting[request_id].put_nowait(FinishedEvent(request_id, ABORTED, 0, 0, ()))
+            await self.cancel(request_id)
 
     async def route(
         self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False

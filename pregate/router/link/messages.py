@@ -78,7 +78,8 @@ class PackedState:
 
 @dataclass(frozen=True)
 class SubmitRequest:
-    """Generate from a prompt. `deadline_s` counts from the moment the engine takes the request; what is
+    """Generate from a prompt, the last `num_generated` of whose tokens this request has generated before, on an engine
+    that is gone: it goes on as if unbroken. `deadline_s` counts from the moment the engine takes the request; what is
     computed of equal prompts is shared under the same `cache_salt`, which names who asks. Of those that wait, those of
     the lowest `priority` come first.
 
@@ -94,6 +95,7 @@ class SubmitRequest:
     paths: PackedPaths | None = None
     path_state: PackedState | None = None
     priority: int = 0
+    num_generated: int = 0
 
     def __post_init__(self) -> None:
         if (self.paths is None) != (self.path_state is None):
@@ -164,9 +166,13 @@ class TokensEvent:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
+#: The `reason` of a request that was ended from outside, by its front door.
+ABORTED = "abort"
+
+
 @dataclass(frozen=True)
 class FinishedEvent:
-    """The one last event of a request that ran; `reason` is stop, length or deadline.
+    """The one last event of a request that ran; `reason` is stop, length, deadline or ABORTED.
 
     `rows_per_host[h]` counts the (token, layer, expert) rows that host h computed for this request. It waited `queue_s`
     for its first step, `prefill_s` from there for its first token, and came to its end `decode_s` later; the rest is as

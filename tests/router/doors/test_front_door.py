@@ -15,7 +15,7 @@ from pregate.base.errors import DeadlineError, NotFoundError, QueueFullError, Un
 from pregate.client.client import Client
 from pregate.client.proto import pregate_pb2 as pb
 from pregate.model.modeling import RoutedForCausalLM
-from tests.router.running import door, engine_thread, local_engine, served, socket_folder, wait_for
+from tests.router.running import door, engine_thread, local_engine, served, slow_steps, socket_folder, wait_for
 
 PROMPTS = ["The harbour lay quiet", "How many loaves", "O wind", "In the year that followed, the town", "§ ☃ 🙂", ""]
 
@@ -156,7 +156,7 @@ def test_no_prompt_at_all_is_invalid(front):
     with pytest.raises(grpc.RpcError) as error:
         list(front[1].stub.Generate(pb.GenerateRequest(), timeout=10))
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert error.value.details() == "prompt: missing; give text or tokenized"
+    assert error.value.details() == "prompt: missing; give text, tokenized or chat"
 
 
 @pytest.mark.parametrize("method", ["Generate", "Route", "GetModelInfo"])
@@ -267,7 +267,7 @@ def steps_of(engine):
 
 @pytest.mark.parametrize("leave", ["cancel", "disconnect", "deadline"])
 def test_a_caller_who_leaves_frees_the_engine(checkpoint, leave):
-    with served(checkpoint) as (engine, front), Client(front.target, timeout_s=60) as other:
+    with served(checkpoint) as (engine, front), Client(front.target, timeout_s=60, retry_s=0) as other:
         slow_steps(engine, 0.01)
         before = steps_of(engine)
         if leave == "deadline":
@@ -282,19 +282,8 @@ def test_a_caller_who_leaves_frees_the_engine(checkpoint, leave):
         assert front.client.complete("O wind", 2, ignore_eos=True).completion_tokens == 2
 
 
-def slow_steps(engine, seconds_s):
-    """The same steps, each a little later, so that a test can act in between."""
-    step = engine.step
-
-    def later():
-        time.sleep(seconds_s)
-        return step()
-
-    engine.step = later
-
-
 def test_stop_lets_the_running_end_and_refuses_the_new(checkpoint):
-    with served(checkpoint) as (engine, front), Client(front.target, timeout_s=60) as late:
+    with served(checkpoint) as (engine, front), Client(front.target, timeout_s=60, retry_s=0) as late:
         slow_steps(engine, 0.01)
         stream = front.client.generate("O wind", 100, ignore_eos=True)
         next(stream)

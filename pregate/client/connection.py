@@ -1,0 +1,188 @@
+"""`Connection`: where servers are and how they are spoken to; sync and async channels are opened alike."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+
+from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
+from pregate.base.network import is_loopback
+from pregate.client.proto import pregate_pb2_grpc as pb_grpc
+
+#: What a plain client hears from a port that speaks TLS.
+_SIGNS_OF_TLS = ("Socket closed", "Connection reset", "recvmsg:")
+#: No `retryPolicy`: with one, gRPC 1.85 loses the end of a call whose server answers UNAVAILABLE and goes away, and the
+#: caller waits for ever, past its deadline. And it could not resume.
+_SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}]}
+#: Pings go on while nothing else does, or a server that is gone without a word would be waited for until the deadline.
+#: A channel that could not connect tries again as soon as a call may.
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+)
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
+
+
+class Connection:
+    """Channels to `targets`, opened when they are needed by `library`: grpc, or grpc.aio.
+
+    Raises UserError for files that cannot be read, and a token that would travel in clear text.
+    """
+
+    def __init__(
+        self,
+        library: Any,
+        target: str | Sequence[str],
+        token: str | None,
+        ca: str | Path | None,
+        cert: str | Path | None,
+        key: str | Path | None,
+        timeout_s: float,
+        retry_s: float,
+    ) -> None:
+        if timeout_s <= 0:
+            raise UserError.of("timeout_s", timeout_s, "must be above 0 seconds")
+        if retry_s < 0:
+            raise UserError.of("retry_s", retry_s, "must be 0 (never) or more seconds")
+        self.targets = (target,) if isinstance(target, str) else tuple(target)
+        if not self.targets:
+            raise UserError.of("target", "[]", "at least one HOST:PORT is needed")
+        far = next((t for t in self.targets if not stays_here(t)), None)
+        if token is not None and ca is None and far is not None:
+            raise UserError.of("token", f"for {far}", "would travel in clear text; give ca too")
+        self._library, self._timeout_s, self._retry_s = library, timeout_s, retry_s
+        self._credentials = _credentials(ca, cert, key)
+        self._open: dict[str, tuple[Any, Any, Any]] = {}  # channel, stubs of Pregate and Health
+        self._at = 0  # of the targets: the one that answered last
+        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+
+    @property
+    def target(self) -> str:
+        """The one that is asked now."""
+        return self.targets[self._at]
+
+    @property
+    def stub(self) -> Any:
+        return self._opened()[1]
+
+    @property
+    def health(self) -> Any:
+        return self._opened()[2]
+
+    def attempts(self, timeout_s: float | None = None) -> Attempts:
+        """Begin a call."""
+        return Attempts(self, self._timeout_s if timeout_s is None else timeout_s, self._retry_s)
+
+    def leave(self, target: str) -> None:
+        """Ask another one from now on; a call that found this out before may have done so already."""
+        if self.target == target:
+            self._at = (self._at + 1) % len(self.targets)
+
+    def take_channels(self) -> list[Any]:
+        """All channels, to be closed."""
+        opened, self._open = self._open, {}
+        return [channel for channel, _, _ in opened.values()]
+
+    def error_of(self, error: grpc.RpcError, target: str) -> PregateError:
+        """Return the typed error of a call's status; the sentence is the server's."""
+        code, details = error.code().name, error.details() or "no details"  # pyright: ignore[reportAttributeAccessIssue]
+        plain = self._credentials is None
+        if code == "UNAUTHENTICATED":
+            return UserError.of("token", "", details)
+        if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:  # gRPC's words: trying again does not help
+            return UserError(f"{target}: {details}")
+        if code == "UNAVAILABLE" and plain and any(sign in details for sign in _SIGNS_OF_TLS):
+            return UnavailableError(
+                f"{target}: {details}; if the server speaks TLS, give ca, its certificate's PEM file"
+            )
+        if code == "UNAVAILABLE" and not plain and "WRONG_VERSION_NUMBER" in details:
+            return UnavailableError(f"{target}: {details}; if the server speaks no TLS, leave ca out")
+        if code in BY_CODE and code != "INTERNAL":
+            return BY_CODE[code](details)
+        return PregateError(f"{target} answered {code}: {details}")
+
+    def _opened(self) -> tuple[Any, Any, Any]:
+        target = self.target
+        if target not in self._open:
+            # A proxy of the environment is no way to this machine, and would see a token sent in clear text.
+            options = (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if stays_here(target) else _CHANNEL_OPTIONS
+            if self._credentials is None:
+                channel = self._library.insecure_channel(target, options=options)
+            else:
+                channel = self._library.secure_channel(target, self._credentials, options=options)
+            self._open[target] = channel, pb_grpc.PregateStub(channel), health_pb2_grpc.HealthStub(channel)
+        return self._open[target]
+
+
+class Attempts:
+    """When a call that met UNAVAILABLE is sent again, and where: at once to targets that were not asked, then to all in
+    turn, with growing waits, for `retry_s` after something last came, within the call's deadline."""
+
+    def __init__(self, connection: Connection, timeout_s: float, retry_s: float) -> None:
+        self._connection, self._retry_s = connection, retry_s
+        self._deadline_s = time.monotonic() + timeout_s
+        self._num_failed, self._failing_since_s = 0, 0.0
+        self._target = connection.target
+
+    def begin(self) -> dict[str, Any]:
+        """What the call is to be given; it goes to the connection's target."""
+        self._target = self._connection.target
+        return {"timeout": self._deadline_s - time.monotonic(), "metadata": self._connection.metadata}
+
+    def succeeded(self) -> None:
+        """Something came."""
+        self._num_failed = 0
+
+    def wait_s(self, status: grpc.RpcError) -> float:
+        """How long to wait before the next attempt; raises the typed error where there is none."""
+        error, now_s = self._connection.error_of(status, self._target), time.monotonic()
+        self._failing_since_s = self._failing_since_s if self._num_failed else now_s
+        self._num_failed += 1
+        if not isinstance(error, UnavailableError) or not self._retry_s:
+            raise error from None
+        rounds = self._num_failed - len(self._connection.targets)
+        wait_s = 0.0 if rounds < 0 else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(rounds, 10))
+        wait_s *= random.uniform(0.5, 1.0)  # so that clients of one lost server do not come back all at once
+        if now_s + wait_s > min(self._failing_since_s + self._retry_s, self._deadline_s):
+            raise error from None
+        self._connection.leave(self._target)
+        return wait_s
+
+
+def stays_here(target: str) -> bool:
+    """Whether what is sent to `target` does not leave this machine."""
+    return target.startswith("unix:") or is_loopback(target.rpartition(":")[0])
+
+
+def _credentials(
+    ca: str | Path | None, cert: str | Path | None, key: str | Path | None
+) -> grpc.ChannelCredentials | None:
+    if (cert is None) != (key is None):
+        raise UserError.of("cert" if cert else "key", cert or key, "needs the other of cert and key beside it")
+    if cert is not None and ca is None:
+        raise UserError.of("cert", cert, "needs ca beside it, which turns TLS on")
+    if ca is None:
+        return None
+    parts = [None if path is None else _read(name, path) for name, path in (("ca", ca), ("key", key), ("cert", cert))]
+    return grpc.ssl_channel_credentials(*parts)
+
+
+def _read(name: str, path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError.of(name, path, f"cannot be read: {error.strerror}") from error
