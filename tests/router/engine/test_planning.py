@@ -47,7 +47,23 @@ def test_a_host_with_nothing_to_do_gets_no_plan():
 def test_no_routed_experts_at_all():
     plan = make_plan(0, np.full((3, 2, 1), -1, dtype=np.int16), np.zeros((2, 4), dtype=int), 2)
     assert plan.hosts == {}
-    assert plan.layers == ((), ())
+    assert list(plan.layers) == [(), ()]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_routed"), [(0, 4), (3, 0)])
+def test_no_tokens_and_no_experts_make_an_empty_plan(num_tokens, num_routed):
+    ids = np.full((num_tokens, 2, 1), -1, dtype=np.int16)
+    plan = make_plan(0, ids, np.zeros((2, num_routed), dtype=int), 2)
+    check_plan(plan, ids, np.zeros((2, num_routed), dtype=int))
+    assert (plan.slots_LTK == 0).all()
+
+
+def test_many_more_hosts_than_pairs():
+    rng = np.random.default_rng(0)
+    ids, hosts_of = random_paths(rng, 9, 4, 64, 2), rng.integers(0, 1000, size=(4, 64))
+    plan = make_plan(0, ids, hosts_of, 1000)
+    check_plan(plan, ids, hosts_of)
+    assert sorted(plan.hosts) == np.flatnonzero(plan.pair_counts_TH.sum(axis=0)).tolist()
 
 
 def test_a_unit_without_home_is_refused():
