@@ -25,7 +25,8 @@ _SETTLED_NS = 2_000_000_000
 
 @options()
 class AccessOptions:
-    """`host` is the interface to listen on. TLS and tokens are optional on loopback and required elsewhere.
+    """`host` is the interface to listen on. TLS, and tokens or clients' certificates, are optional on loopback and
+    required elsewhere; with both every client needs both.
 
     `token_file` holds one bearer token a line; blank lines and lines that start with `#` are skipped.
     """
@@ -33,21 +34,32 @@ class AccessOptions:
     host: Annotated[str, Field(description="Interface to listen on.")] = "127.0.0.1"
     tls_cert: Annotated[Path | None, Field(description="PEM certificate chain.")] = None
     tls_key: Annotated[Path | None, Field(description="PEM key.")] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        Field(description="PEM file of who signs clients' certificates; then each client needs one."),
+    ] = None
     token_file: Annotated[Path | None, Field(description="Bearer tokens, one a line.")] = None
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
             given, missing = ("--tls-cert", "--tls-key") if self.tls_cert else ("--tls-key", "--tls-cert")
             raise UserError.of(given, self.tls_cert or self.tls_key, f"needs {missing} beside it")
-        if not is_loopback(self.host) and (self.tls_cert is None or self.token_file is None):
-            allowed = "needs --tls-cert, --tls-key and --token-file; without them allowed: 127.0.0.1, ::1, localhost"
-            raise UserError.of("--host", self.host, allowed)
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise UserError.of("--tls-client-ca", self.tls_client_ca, "needs --tls-cert and --tls-key beside it")
+        known = self.token_file is not None or self.tls_client_ca is not None
+        if not is_loopback(self.host) and (self.tls_cert is None or not known):
+            needed = "needs --tls-cert, --tls-key and --token-file (or --tls-client-ca)"
+            raise UserError.of("--host", self.host, f"{needed}; without them allowed: 127.0.0.1, ::1, localhost")
 
-    def read_tls(self) -> tuple[bytes, bytes] | None:
-        """Return (certificate chain, key) in PEM, or None. Raises UserError naming the option of a bad file."""
+    def read_tls(self) -> tuple[bytes, bytes, bytes | None] | None:
+        """Return (certificate chain, key, clients' CA or None) in PEM, or None.
+
+        Raises UserError naming the option of a bad file.
+        """
         if self.tls_cert is None or self.tls_key is None:
             return None
-        return _read_pem("--tls-cert", self.tls_cert), _read_pem("--tls-key", self.tls_key)
+        ca = None if self.tls_client_ca is None else _read_pem("--tls-client-ca", self.tls_client_ca)
+        return _read_pem("--tls-cert", self.tls_cert), _read_pem("--tls-key", self.tls_key), ca
 
     def open_tokens(self) -> TokenFile | None:
         """Return the accepted tokens, or None where none is asked for. Raises UserError for a file without any."""

@@ -151,7 +151,9 @@ def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
 
 
 def _caller(context: Context) -> str:
-    return cache_salt(authorization(context.invocation_metadata()))
+    """A name for who calls: of their token and their certificate."""
+    identities = b" ".join(context.peer_identities() or ()).hex()
+    return cache_salt(authorization(context.invocation_metadata()) + identities)
 
 
 def _serialized(message: Message) -> bytes:

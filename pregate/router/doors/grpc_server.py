@@ -96,7 +96,8 @@ class GrpcServer:
         try:
             if tls is None:
                 return server.add_insecure_port(f"{host}:{port}")
-            credentials = grpc.ssl_server_credentials([(tls[1], tls[0])])
+            certificate, key, client_ca = tls
+            credentials = grpc.ssl_server_credentials([(key, certificate)], client_ca, client_ca is not None)
             return server.add_secure_port(f"{host}:{port}", credentials)
         except RuntimeError as error:
             sentence = "cannot be listened on: the port is in use, or the interface or certificate is not usable"

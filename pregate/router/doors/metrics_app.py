@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 
 import uvicorn
 from starlette.applications import Starlette
@@ -48,6 +49,8 @@ class MetricsServer:
                 limit_concurrency=_MAX_CONNECTIONS,
                 ssl_certfile=access.tls_cert,
                 ssl_keyfile=access.tls_key,
+                ssl_ca_certs=None if access.tls_client_ca is None else str(access.tls_client_ca),
+                ssl_cert_reqs=ssl.CERT_NONE if access.tls_client_ca is None else ssl.CERT_REQUIRED,
             )
         )
         self._task: asyncio.Task[None] | None = None

@@ -26,9 +26,10 @@ def test_loopback_needs_nothing(host):
 def test_other_interfaces_need_tls_and_tokens(host, pem):
     assert not is_loopback(host)
     for options in ({}, {"tls_cert": pem, "tls_key": pem}, {"token_file": pem}):
-        with pytest.raises(UserError, match=r"host .*: needs tls_cert, tls_key and token_file"):
+        with pytest.raises(UserError, match=r"host .*: needs tls_cert, tls_key and token_file \(or tls_client_ca\)"):
             AccessOptions(host=host, **options)
     AccessOptions(host=host, tls_cert=pem, tls_key=pem, token_file=pem)
+    AccessOptions(host=host, tls_cert=pem, tls_key=pem, tls_client_ca=pem)
 
 
 def test_half_a_tls_pair_is_refused(pem):

@@ -1,5 +1,6 @@
 """The gRPC door itself: port, TLS, tokens, health, reflection. No engine is needed: its absence is a state too."""
 
+import platform
 import shutil
 import subprocess
 import time
@@ -7,15 +8,20 @@ import time
 import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from tokenizers import Tokenizer
 
+import pregate
 from pregate.base.errors import CheckpointError, PregateError, UnavailableError, UserError
 from pregate.client.client import Client
+from pregate.client.connection import _CHANNEL_OPTIONS
+from pregate.client.proto import pregate_pb2 as pb
+from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 from pregate.router.doors.access import AccessOptions
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
-from tests.router.running import door
+from tests.router.running import door, served, slow_steps, wait_for
 
 HASTY = EngineClientOptions(keep_alive_s=0.1, silence_s=0.5, reply_timeout_s=1.0)
 
@@ -27,21 +33,43 @@ def token_file(tmp_path):
     return path
 
 
+def openssl(folder, command):
+    subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True, timeout=60)
+
+
+def certify(folder, name, days=2, ca="ca"):
+    """A key and a certificate NAME.pem of it for this machine, signed by `ca`."""
+    extensions = folder / "names.ext"
+    extensions.write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    openssl(folder, f"req -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.csr")
+    signer = f"-CA {ca}.pem -CAkey {ca}.key -CAcreateserial"
+    openssl(folder, f"x509 -req -in {name}.csr {signer} -days {days} -extfile names.ext -out {name}.pem")
+    return folder / f"{name}.pem", folder / f"{name}.key"
+
+
 @pytest.fixture(scope="session")
-def tls(tmp_path_factory):
+def authority(tmp_path_factory):
+    """A folder with two authorities, ca.pem and other.pem."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("tls")
-    names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout key.pem -out cert.pem"
-    subprocess.run([*command.split(), "-addext", names], cwd=folder, check=True, capture_output=True, timeout=60)
-    return folder / "cert.pem", folder / "key.pem"
+    for name in ("ca", "other"):
+        openssl(folder, f"req -x509 -newkey rsa:2048 -nodes -subj /CN={name} -keyout {name}.key -out {name}.pem")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tls(authority):
+    return certify(authority, "server")
 
 
 def test_without_an_engine_calls_end_unavailable_and_health_says_so(endpoint, tiny_dense):
     with door(endpoint, tiny_dense, client_options=HASTY) as front:
         assert not front.client.health()
-        assert not front.client.health("pregate.v1.Pregate")
+        assert front.client.health(""), "it lives, and looks for its engine"
+        wait_for(lambda: not front.client.health(""), what="a door of no use")
+        info = front.client.server_info()
+        assert "the engine has" in info.unavailable
         start_s = time.monotonic()
         for call in (lambda: front.client.complete("x"), front.client.model_info, lambda: front.client.route("x")):
             with pytest.raises(UnavailableError, match="the engine"):
@@ -85,21 +113,21 @@ def test_tokens_are_asked_of_every_call_but_health(endpoint, tiny_dense, token_f
             ProtoReflectionDescriptorDatabase(channel).get_services()
         assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
         for token in ("alpha", "beta"):
-            with Client(front.target, token=token) as client, pytest.raises(UnavailableError):
+            with Client(front.target, token=token, retry_s=0) as client, pytest.raises(UnavailableError):
                 client.model_info()
 
 
-def test_tls_carries_calls_and_refuses_plain_ones(endpoint, tiny_dense, tls, token_file):
+def test_tls_carries_calls_and_refuses_plain_ones(endpoint, tiny_dense, authority, tls, token_file):
     cert, key = tls
     access = AccessOptions(host="0.0.0.0", tls_cert=cert, tls_key=key, token_file=token_file)
     options = GrpcOptions(port=0, access=access)
     with door(endpoint, tiny_dense, grpc_options=options, client_options=HASTY) as front:
         port = front.target.rpartition(":")[2]
-        with Client(f"localhost:{port}", token="alpha", ca=cert) as client:
+        with Client(f"localhost:{port}", token="alpha", ca=authority / "ca.pem", retry_s=0) as client:
             assert client.health() is False
             with pytest.raises(UnavailableError, match="the engine"):
                 client.model_info()
-        with Client(f"localhost:{port}", ca=cert) as client, pytest.raises(UserError, match="token"):
+        with Client(f"localhost:{port}", ca=authority / "ca.pem") as client, pytest.raises(UserError, match="token"):
             client.model_info()
         with Client(f"127.0.0.1:{port}", timeout_s=5) as plain, pytest.raises(PregateError) as error:
             plain.health()
@@ -119,3 +147,80 @@ def test_reflection_lists_the_services(endpoint, tiny_dense):
     with door(endpoint, tiny_dense) as front, grpc.insecure_channel(front.target) as channel:
         names = set(ProtoReflectionDescriptorDatabase(channel).get_services())
     assert {"pregate.v1.Pregate", "grpc.health.v1.Health"} <= names
+
+
+def test_with_a_ca_for_clients_only_their_certificates_get_in(endpoint, tiny_dense, authority, tls):
+    cert, key = tls
+    access = AccessOptions(host="0.0.0.0", tls_cert=cert, tls_key=key, tls_client_ca=authority / "ca.pem")
+    own = certify(authority, "client")
+    wrong = certify(authority, "stranger", ca="other"), certify(authority, "expired", days=-1)
+    with door(endpoint, tiny_dense, grpc_options=GrpcOptions(port=0, access=access), client_options=HASTY) as front:
+        target = f"localhost:{front.target.rpartition(':')[2]}"
+        with Client(target, ca=authority / "ca.pem", cert=own[0], key=own[1]) as client:
+            assert client.server_info().model == "tiny"
+        for pair in ((None, None), *wrong):
+            with Client(target, ca=authority / "ca.pem", cert=pair[0], key=pair[1], timeout_s=5, retry_s=0) as client:
+                for call in (client.server_info, client.health):
+                    with pytest.raises(PregateError):
+                        call()
+    with pytest.raises(UserError, match=r"tls_client_ca .*: needs tls_cert and tls_key"):
+        AccessOptions(tls_client_ca=authority / "ca.pem")
+
+
+def test_an_expired_certificate_of_the_server_is_not_believed(endpoint, tiny_dense, authority):
+    cert, key = certify(authority, "old", days=-1)
+    options = GrpcOptions(port=0, access=AccessOptions(tls_cert=cert, tls_key=key))
+    with (
+        door(endpoint, tiny_dense, grpc_options=options) as front,
+        Client(front.target, ca=authority / "ca.pem", timeout_s=5, retry_s=0) as client,
+        pytest.raises(UnavailableError),
+    ):
+        client.server_info()
+
+
+def test_a_call_that_is_quiet_for_many_pings_is_not_cut(tiny_path_checkpoint):
+    """Servers' defaults end a connection at the third ping within five minutes that brings nothing."""
+    pings = {"grpc.keepalive_time_ms": 100, "grpc.http2.ping_timeout_ms": 5_000}
+    options = list(({**dict(_CHANNEL_OPTIONS), **pings}).items())
+    with served(tiny_path_checkpoint) as (engine, front), grpc.insecure_channel(front.target, options) as channel:
+        slow_steps(engine, 1.5)
+        sampling = pb.SamplingParams(max_tokens=2, ignore_eos=True)
+        request = pb.GenerateRequest(text="O wind", sampling_params=sampling)
+        (answer,) = pb_grpc.PregateStub(channel).Generate(request, timeout=60)
+        assert answer.complete.finish_reason == "length"
+
+
+def test_what_a_server_says_of_itself(tiny_path_checkpoint):
+    with served(tiny_path_checkpoint, num_hosts=0) as (engine, front):
+        info, loads = front.client.server_info(), front.client.loads()
+        assert (info.version, info.model, info.unavailable) == (pregate.__version__, "tiny", "")
+        assert info.versions["python"] == platform.python_version()
+        assert {"torch", "ray", "grpcio"} <= info.versions.keys()
+        assert info.options["grpc_port"] == "0"
+        assert 0 < info.uptime_s < 600
+        assert loads.kv_blocks == loads.kv_blocks_free == engine.info()["kv_blocks"]
+        slow_steps(engine, 0.02)
+        with front.client.generate("O wind", 200, ignore_eos=True) as call:
+            next(call)
+            busy = front.client.loads()
+            assert (busy.num_running, busy.num_requests) == (1, 1)
+            assert busy.kv_blocks_free < busy.kv_blocks
+            assert [host.host_id for host in busy.hosts] == [0]
+
+
+def test_a_chat_is_answered_by_the_models_template(tiny_path_checkpoint, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_path_checkpoint, folder)
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    (folder / "chat_template.jinja").write_text(template)
+    with served(folder) as (_, front):
+        messages = [{"role": "user", "content": "O wind"}]
+        answer = front.client.chat(messages, 8, ignore_eos=True)
+        text = "".join(chunk.text for chunk in answer)
+        written = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        prompt = written.encode("user: O wind\nassistant:", add_special_tokens=False).ids
+        assert text == answer.completion.text == front.client.complete(prompt, 8, ignore_eos=True).text
+        with pytest.raises(UserError, match="messages of length 0"):
+            list(front.client.chat([]))
+        with pytest.raises(UserError, match="messages: must be a list of mappings"):
+            front.client.chat("O wind")  # pyright: ignore[reportArgumentType]
