@@ -9,8 +9,9 @@ import numpy as np
 
 #: Where no host is: units that do not exist, and the end of a list of copies.
 NO_HOST = -1
-#: So often a unit of every layer's slowest host is moved: each time is a tenth of a millisecond, the first gain most.
-_ROUNDS = 4
+#: So often a unit of every layer's slowest host is moved, whole, or a part of its rows: each time is a tenth of a
+#: millisecond and more, the first gain most.
+_WHOLE_ROUNDS, _SHARED_ROUNDS = 2, 12
 
 
 def adopt(copies_LRC: np.ndarray, alive_H: np.ndarray) -> np.ndarray:
@@ -53,23 +54,55 @@ def choose_hosts(
     Example: 4 units with copies [[0, 1], [0], [1, 0], [1]] and rows [[5, 4, 3, 1]] of a second each. Units 1 and 3 have
     no choice; 5 rows are done after 6 s on host 1, not 9 on host 0; 3 after 7 s on host 0: hosts [[1, 0, 0, 1]].
     """
-    hosts_LR = copies_LRC[..., 0].copy()
     if rows_LR is None or copies_LRC.shape[2] == 1:
-        return hosts_LR
-    chosen = _Chosen(copies_LRC, rows_LR, num_hosts, unit_s, row_s, busy_H)
-    if chosen.num_open:
-        chosen.place()
-        for _ in range(_ROUNDS):
-            if not chosen.improve():
-                break
-        hosts_LR[chosen.layer_N, chosen.unit_N] = chosen.hosts()
-    return hosts_LR
+        return copies_LRC[..., 0]
+    rows_LRC = _Shares(copies_LRC, rows_LR, num_hosts, unit_s, row_s, busy_H).settle(_WHOLE_ROUNDS, whole=True)
+    return np.take_along_axis(copies_LRC, rows_LRC.argmax(axis=2)[..., None], axis=2)[..., 0]
 
 
-class _Chosen:
-    """The units that have a choice, all layers side by side: M is the most of a layer; a column beyond costs nothing.
+def share_rows(
+    copies_LRC: np.ndarray,
+    rows_LR: np.ndarray,
+    num_hosts: int,
+    unit_s: np.ndarray | float = 0.0,
+    row_s: np.ndarray | float = 1.0,
+    busy_H: np.ndarray | float = 0.0,
+) -> np.ndarray:
+    """Return how many of each unit's rows go to each of its copies, int [L, R, C]: as `choose_hosts`, but a unit's rows
+    may part where reading it twice costs less than waiting. A step of many rows is as fast as its hosts' mean
+    even where one unit has more than that.
 
-    `time_LH` is when each host is done with a layer; hosts beyond a unit's copies are never done (column H).
+    Example: rows [[9, 1]] of units with copies [[0, 1], [1]] part so that both hosts have five: [[[5, 4], [1, 0]]];
+    with 9 s for reading a unit they do not: [[[9, 0], [1, 0]]].
+    """
+    shares = _Shares(copies_LRC, rows_LR, num_hosts, unit_s, row_s, busy_H)
+    return shares.settle(_SHARED_ROUNDS, whole=False)
+
+
+def hosts_of_pairs(ids_TLK: np.ndarray, copies_LRC: np.ndarray, rows_LRC: np.ndarray) -> np.ndarray:
+    """Return the host of each token's experts int16 [T, L, K], for `make_plan`: of each unit the first tokens go to its
+    first copy, as many as `share_rows` says, and so on. -1 where a token has no expert."""
+    layers_L1 = np.arange(len(copies_LRC))[:, None]
+    copy_LR = rows_LRC.argmax(axis=2)
+    hosts_LR = np.take_along_axis(copies_LRC, copy_LR[..., None], axis=2)[..., 0]
+    hosts_TLK = np.where(ids_TLK >= 0, hosts_LR[layers_L1, ids_TLK], np.int16(NO_HOST))
+    parts_LR = (rows_LRC > 0).sum(axis=2) > 1
+    token, layer, column = np.nonzero(parts_LR[layers_L1, ids_TLK] & (ids_TLK >= 0))
+    unit = layer * copies_LRC.shape[1] + ids_TLK[token, layer, column]
+    order = np.argsort(unit, kind="stable")
+    start = np.searchsorted(unit[order], unit[order])
+    until_PC = rows_LRC.cumsum(axis=2).reshape(-1, rows_LRC.shape[2])[unit[order]]
+    copy = (np.arange(len(order)) - start >= until_PC.T).sum(axis=0)
+    parted = token[order], layer[order], column[order]
+    hosts_TLK[parted] = copies_LRC.reshape(-1, copies_LRC.shape[2])[unit[order], copy]
+    return hosts_TLK
+
+
+class _Shares:
+    """The rows of units that have a choice, all layers side by side: M is the most such units of a layer; a column
+    beyond has no rows. A copy beyond a unit's own is on host H, which is never done.
+
+    `time_LH`: when each host is done with a layer. `rows_LMC`: what each copy computes.
     """
 
     def __init__(
@@ -81,62 +114,96 @@ class _Chosen:
         row_s: np.ndarray | float,
         busy_H: np.ndarray | float,
     ) -> None:
-        num_layers = len(copies_LRC)
-        cost_LRC = np.broadcast_to(unit_s + rows_LR[..., None] * row_s, copies_LRC.shape)
-        open_LR = (copies_LRC[..., 1] >= 0) & (rows_LR > 0)
-        self.time_LH = np.zeros((num_layers, num_hosts + 1))
-        self.time_LH[:, :num_hosts] = busy_H
-        self.time_LH[:, num_hosts] = np.inf
-        layer, unit = np.nonzero((rows_LR > 0) & ~open_LR)
-        place = layer * (num_hosts + 1) + copies_LRC[layer, unit, 0]
-        self.time_LH += np.bincount(place, cost_LRC[layer, unit, 0], self.time_LH.size).reshape(self.time_LH.shape)
-        layer, unit = np.nonzero(open_LR)
-        order = np.lexsort((-cost_LRC[layer, unit, 0], layer))  # ties by number, so that equal steps are equal
-        self.layer_N, self.unit_N = layer[order], unit[order]
-        count_L = np.bincount(layer, minlength=num_layers)
-        self.num_open = int(count_L.max(initial=0))
-        self.column_N = np.arange(len(order)) - (count_L.cumsum() - count_L)[self.layer_N]
-        shape = (num_layers, self.num_open, copies_LRC.shape[2])
-        self.copies_LMC = np.full(shape, num_hosts, dtype=np.int64)
-        hosts_NC = copies_LRC[self.layer_N, self.unit_N]
-        self.copies_LMC[self.layer_N, self.column_N] = np.where(hosts_NC < 0, num_hosts, hosts_NC)
-        self.copies_LMC[..., 0][self.copies_LMC[..., 0] == num_hosts] = 0  # columns that hold no unit
-        self.cost_LMC = np.zeros(shape)
-        self.cost_LMC[self.layer_N, self.column_N] = cost_LRC[self.layer_N, self.unit_N]
-        self.copy_LM = np.zeros(shape[:2], dtype=np.int64)
+        num_layers, shape = len(copies_LRC), copies_LRC.shape
+        unit_s, row_s = np.broadcast_to(unit_s, shape), np.broadcast_to(row_s, shape)
+        open_LR = (rows_LR > 0) & (copies_LRC[..., 1] >= 0 if shape[2] > 1 else False)
+        self._rows_LRC = np.zeros(shape, dtype=np.int64)
+        self._rows_LRC[..., 0] = rows_LR
+        self._time(copies_LRC, (rows_LR > 0) & ~open_LR, unit_s, row_s, num_hosts)
+        self.time_LH[:, :num_hosts] += busy_H
         self._layers = np.arange(num_layers)
+        layer, unit = np.nonzero(open_LR)
+        order = np.lexsort((-(unit_s[..., 0] + rows_LR * row_s[..., 0])[layer, unit], layer))  # equal ones by number
+        layer, unit = layer[order], unit[order]
+        count_L = np.bincount(layer, minlength=num_layers)
+        column = np.arange(len(order)) - (count_L.cumsum() - count_L)[layer]
+        self._units, self._columns = (layer, unit), (layer, column)
+        shape = (num_layers, int(count_L.max(initial=0)), shape[2])
+        self.copies_LMC = np.full(shape, num_hosts, dtype=np.int64)
+        self.copies_LMC[..., :1] = 0
+        self.copies_LMC[self._columns] = np.where(copies_LRC[layer, unit] < 0, num_hosts, copies_LRC[layer, unit])
+        self.rows_LMC, self._unit_s_LMC, self._row_s_LMC = (
+            np.zeros(shape, dtype=np.int64),
+            np.zeros(shape),
+            np.ones(shape),
+        )
+        self.rows_LMC[..., 0][self._columns] = rows_LR[layer, unit]
+        self._unit_s_LMC[self._columns], self._row_s_LMC[self._columns] = unit_s[layer, unit], row_s[layer, unit]
 
-    def place(self) -> None:
-        """Give each unit to the host that would be done with it first, in all layers at once."""
-        layers = self._layers
-        for column in range(self.num_open):
-            hosts_LC = self.copies_LMC[:, column]
-            done_LC = self.time_LH[layers[:, None], hosts_LC] + self.cost_LMC[:, column]
-            copy_L = done_LC.argmin(axis=1)
-            self.copy_LM[:, column] = copy_L
-            self.time_LH[layers, hosts_LC[layers, copy_L]] = done_LC[layers, copy_L]
+    def _time(
+        self, copies_LRC: np.ndarray, fixed_LR: np.ndarray, unit_s: np.ndarray, row_s: np.ndarray, num_hosts: int
+    ) -> None:
+        """When hosts are done with what has no choice."""
+        layer, unit = np.nonzero(fixed_LR)
+        cost = unit_s[layer, unit, 0] + self._rows_LRC[layer, unit, 0] * row_s[layer, unit, 0]
+        place, size = layer * (num_hosts + 1) + copies_LRC[layer, unit, 0], len(copies_LRC) * (num_hosts + 1)
+        self.time_LH = np.bincount(place, cost, size).astype(np.float64).reshape(-1, num_hosts + 1)
+        self.time_LH[:, num_hosts] = np.inf
 
-    def improve(self) -> bool:
-        """Move a unit of each layer's slowest host to where both are done earlier than that host is; False where no
-        layer has one."""
+    def settle(self, rounds: int, whole: bool) -> np.ndarray:
+        """Place all and improve on it so often at most; return the rows of each copy [L, R, C]."""
+        if self.rows_LMC.size:
+            self._place()
+            for _ in range(rounds):
+                if not self._improve(whole):
+                    break
+        self._rows_LRC[self._units] = self.rows_LMC[self._columns]
+        return self._rows_LRC
+
+    def _place(self) -> None:
+        """Give unit after unit, of every layer one, to the host that would be done with it first."""
+        num_layers, num_open, num_copies = self.rows_LMC.shape
+        time, first_L = self.time_LH.reshape(-1), self._layers * num_copies
+        place_LMC = self.copies_LMC + (self._layers * self.time_LH.shape[1])[:, None, None]
+        cost_LMC = self._unit_s_LMC + self.rows_LMC[..., :1] * self._row_s_LMC
+        place_MX, cost_MX = (x.swapaxes(0, 1).reshape(num_open, -1) for x in (place_LMC, cost_LMC))
+        copy_ML = np.empty((num_open, num_layers), dtype=np.int64)
+        for place_X, cost_X, copy_L in zip(place_MX, cost_MX, copy_ML, strict=True):
+            done_X = time.take(place_X) + cost_X
+            done_X.reshape(num_layers, num_copies).argmin(axis=1, out=copy_L)
+            best_L = first_L + copy_L
+            time[place_X.take(best_L)] = done_X.take(best_L)
+        rows_LM1 = self.rows_LMC[..., :1].copy()
+        self.rows_LMC[:] = np.where(np.arange(num_copies) == copy_ML.T[..., None], rows_LM1, 0)
+
+    def _improve(self, whole: bool) -> bool:
+        """Move rows of a unit, or all of them, from each layer's slowest host to where both are done earlier than that
+        host is; False where no layer has such a unit."""
         layers, num_hosts = self._layers, self.time_LH.shape[1] - 1
         slowest_L = self.time_LH[:, :num_hosts].argmax(axis=1)
-        before_L = self.time_LH[layers, slowest_L]
-        here_LM = np.take_along_axis(self.copies_LMC, self.copy_LM[..., None], axis=2)[..., 0]
-        cost_LM = np.take_along_axis(self.cost_LMC, self.copy_LM[..., None], axis=2)[..., 0]
-        there_LMC = self.time_LH[layers[:, None, None], self.copies_LMC] + self.cost_LMC
-        there_LMC[(self.copies_LMC == here_LM[..., None]) | (here_LM != slowest_L[:, None])[..., None]] = np.inf
-        after_LMC = np.maximum(there_LMC, (before_L[:, None] - cost_LM)[..., None])
+        before_L11 = self.time_LH[layers, slowest_L][:, None, None]
+        here_LMC = (self.copies_LMC == slowest_L[:, None, None]) & (self.rows_LMC > 0)
+        has_LM1, unit_s_LM1, row_s_LM1 = (
+            np.where(here_LMC, x, 0).sum(axis=2, keepdims=True)
+            for x in (self.rows_LMC, self._unit_s_LMC, self._row_s_LMC)
+        )
+        begin_LMC = self.time_LH[layers[:, None, None], self.copies_LMC] + self._unit_s_LMC * (self.rows_LMC == 0)
+        rows_LMC = has_LM1
+        if not whole:
+            even_LMC = (before_L11 - begin_LMC) / (row_s_LM1 + self._row_s_LMC)
+            rows_LMC = np.minimum(has_LM1, even_LMC.clip(min=0)).astype(np.int64)
+        there_LMC = begin_LMC + rows_LMC * self._row_s_LMC
+        less_LMC = rows_LMC * row_s_LM1 + unit_s_LM1 * (rows_LMC == has_LM1)
+        after_LMC = np.where(here_LMC | (rows_LMC == 0), np.inf, np.maximum(there_LMC, before_L11 - less_LMC))
         flat_LN = after_LMC.reshape(len(layers), -1)
         best_L = flat_LN.argmin(axis=1)
-        moves = np.flatnonzero(flat_LN[layers, best_L] < before_L * (1 - 1e-9))
+        moves = np.flatnonzero(flat_LN[layers, best_L] < before_L11[:, 0, 0] * (1 - 1e-9))
         column, copy = np.divmod(best_L[moves], self.copies_LMC.shape[2])
-        self.time_LH[moves, slowest_L[moves]] -= cost_LM[moves, column]
-        self.time_LH[moves, self.copies_LMC[moves, column, copy]] = there_LMC[moves, column, copy]
-        self.copy_LM[moves, column] = copy
+        there = moves, column, copy
+        here = moves, column, here_LMC[moves, column].argmax(axis=1)
+        num_rows = np.broadcast_to(rows_LMC, here_LMC.shape)[there]
+        self.time_LH[moves, slowest_L[moves]] -= np.broadcast_to(less_LMC, here_LMC.shape)[there]
+        self.time_LH[moves, self.copies_LMC[there]] = there_LMC[there]
+        self.rows_LMC[there] += num_rows
+        self.rows_LMC[here] -= num_rows
         return len(moves) > 0
-
-    def hosts(self) -> np.ndarray:
-        """The hosts of the units `unit_N` of layers `layer_N`."""
-        copy_N = self.copy_LM[self.layer_N, self.column_N]
-        return self.copies_LMC[self.layer_N, self.column_N, copy_N]

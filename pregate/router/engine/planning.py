@@ -28,23 +28,27 @@ class LayerGroup:
     index: GroupIndex
 
 
-def make_plan(step: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray, num_hosts: int) -> StepPlan:
-    """Plan a step from path ids int16 [T, L, K] (-1 padding) and each unit's host int [L, R].
+def make_plan(step: int, ids_TLK: np.ndarray, hosts_of: np.ndarray, num_hosts: int, num_routed: int = 0) -> StepPlan:
+    """Plan a step from path ids int16 [T, L, K] (-1 padding) and each unit's host int [L, R], or, where units' rows
+    part, each pair's host int [T, L, K] and the largest number of experts of a layer.
 
     Example: T = 2, L = 1, ids [[[0, 1]], [[1, 2]]], hosts_of [[0, 0, 1]] gives host 0 rows [0, 1] with experts
     [0, 1], counts [1, 2], row_index [0, 0, 1]; host 1 rows [1] with expert [2], counts [1], row_index [0];
     slots [[[0, 1], [2, 3]]].
     """
-    (num_tokens, num_layers, k_max), num_routed = ids_TLK.shape, hosts_of_LR.shape[1]
+    (num_tokens, num_layers, k_max), by_unit = ids_TLK.shape, hosts_of.ndim == 2
+    num_routed = hosts_of.shape[1] if by_unit else num_routed
     # A pair is one number, from its high bits down: host, layer, expert, and its place in ids, which has its token. So
     # sorting plain numbers sorts pairs, and shifts take them apart again.
     place_bits, expert_bits = ids_TLK.size.bit_length(), max(1, num_routed).bit_length()
     layers_L1 = np.arange(num_layers)[:, None]
-    units_LR = (hosts_of_LR.astype(np.int64) * num_layers + layers_L1 << expert_bits) + np.arange(num_routed)
-    place_P, unit_P = np.arange(ids_TLK.size), (ids_TLK + layers_L1 * num_routed).reshape(-1)
+    expert_of = np.arange(num_routed) if by_unit else ids_TLK
+    units = (hosts_of.astype(np.int64) * num_layers + layers_L1 << expert_bits) + expert_of
+    place_P = np.arange(ids_TLK.size)
+    unit_P = (ids_TLK + layers_L1 * num_routed).reshape(-1) if by_unit else place_P
     if not (real := (ids_TLK >= 0).reshape(-1)).all():
         place_P, unit_P = place_P[real], unit_P[real]
-    pairs_P = (units_LR << place_bits).reshape(-1).take(unit_P) + place_P
+    pairs_P = (units << place_bits).reshape(-1).take(unit_P) + place_P
     pairs_P.sort()
     place_P, unit_P = pairs_P & (1 << place_bits) - 1, pairs_P >> place_bits
     if len(pairs_P) and unit_P[0] < 0:
@@ -226,16 +230,21 @@ class StepPlan:
         return self.groups.host_plans(self.step)
 
 
-def check_plan(plan: StepPlan, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> None:
-    """Raise AssertionError unless every pair is served exactly once, by its unit's home host, in slot order."""
+def check_plan(plan: StepPlan, ids_TLK: np.ndarray, hosts_of: np.ndarray) -> None:
+    """Raise AssertionError unless every pair is served exactly once, by its host, in slot order."""
     for layer, groups in enumerate(plan.layers):
         served: list[tuple[int, int]] = []
         for group in groups:
             assert (np.diff(group.rows) > 0).all(), "a token's row travels once to a host"
             assert (np.diff(group.index.expert_ids) > 0).all(), "units ascend"
             experts = np.repeat(group.index.expert_ids, group.index.counts)
-            assert (hosts_of_LR[layer, experts] == group.host).all(), "only the home host is asked"
-            served += zip(group.rows[group.index.row_index].tolist(), experts.tolist(), strict=True)
+            tokens = group.rows[group.index.row_index]
+            if hosts_of.ndim == 2:
+                hosts = hosts_of[layer, experts]
+            else:
+                hosts = hosts_of[tokens, layer, (ids_TLK[tokens, layer] == experts[:, None]).argmax(axis=1)]
+            assert (hosts == group.host).all(), "only the host that serves the pair is asked"
+            served += zip(tokens.tolist(), experts.tolist(), strict=True)
             sent = plan.hosts[group.host].layer(layer)
             assert np.array_equal(sent.row_index, group.index.row_index), "the host plan says the same"
         wanted = {(t, int(e)) for t, row in enumerate(ids_TLK[:, layer]) for e in row if e >= 0}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pregate.cluster.placement import place
-from pregate.router.engine.assignment import NO_HOST, adopt, choose_hosts
+from pregate.router.engine.assignment import NO_HOST, adopt, choose_hosts, hosts_of_pairs, share_rows
+from pregate.router.engine.planning import check_plan, make_plan
 
 
 def copies_of(placement) -> np.ndarray:
@@ -95,3 +96,47 @@ def test_layers_without_experts_and_steps_without_rows():
     assert (hosts[1] == NO_HOST).all()
     assert slowest(copies, hosts, rows, 2, 0.0, np.zeros(2)).tolist() == [5, 0, 5]
     assert np.array_equal(choose_hosts(copies, rows * 0, 2), copies[..., 0])
+
+
+def test_the_examples_of_sharing():
+    copies, rows = np.array([[[0, 1], [1, -1]]], dtype=np.int16), np.array([[9, 1]])
+    assert share_rows(copies, rows, 2).tolist() == [[[5, 4], [1, 0]]]
+    assert share_rows(copies, rows, 2, unit_s=9).tolist() == [[[9, 0], [1, 0]]]
+    ids = np.array([[[0]]] * 9 + [[[1]]], dtype=np.int16)
+    hosts = hosts_of_pairs(ids, copies, share_rows(copies, rows, 2))
+    assert hosts.ravel().tolist() == [0] * 5 + [1] * 4 + [1]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shared_rows_are_all_there_on_hosts_that_hold_their_unit(seed):
+    rng = np.random.default_rng(seed)
+    num_hosts, layers = int(rng.integers(2, 6)), np.arange(4)[:, None]
+    load = rng.random((4, 12)) ** 4
+    copies = place([12] * 4, num_hosts, "balanced", load_LR=load, replicas=0.5).copies
+    ids = np.where(rng.random((60, 4, 3)) < 0.2, -1, np.argsort(rng.random((60, 4, 12)) / load)[:, :, :3])
+    ids = np.sort(ids, axis=2)[:, :, ::-1].astype(np.int16)
+    rows = np.stack([np.bincount(ids[:, n][ids[:, n] >= 0], minlength=12) for n in range(4)])
+    shared = share_rows(copies, rows, num_hosts, unit_s=2.0)
+    assert (shared.sum(axis=2) == rows).all()
+    assert (shared[copies < 0] == 0).all()
+    hosts = hosts_of_pairs(ids, copies, shared)
+    assert ((hosts >= 0) == (ids >= 0)).all()
+    assert (copies[layers, ids] == hosts[..., None]).any(axis=3)[ids >= 0].all()
+    for layer, expert in np.argwhere(rows):
+        asked = np.bincount(hosts[:, layer][ids[:, layer] == expert], minlength=num_hosts)
+        hosts_C = copies[layer, expert]
+        assert (asked[hosts_C[hosts_C >= 0]] == shared[layer, expert][hosts_C >= 0]).all()
+    check_plan(make_plan(0, ids, hosts, num_hosts, 12), ids, hosts)
+
+
+def test_a_large_step_is_as_fast_as_its_hosts_mean():
+    """One unit of 64 has a fifth of the rows, hosts an eighth: seven hosts wait for it, but not where it is shared."""
+    rng = np.random.default_rng(0)
+    share = np.arange(1, 65.0) ** -1
+    rows = rng.multinomial(512, share / share.sum(), size=8)
+    copies = place([64] * 8, 8, "balanced", load_LR=np.tile(share, (8, 1)), replicas=0.25).copies
+    whole = slowest(copies, choose_hosts(copies, rows, 8, 1.0), rows, 8, 1.0, np.zeros(8)).sum()
+    shared = share_rows(copies, rows, 8, 1.0)
+    held = (copies[..., None] == np.arange(8)) & (shared > 0)[..., None]
+    parted = (held * (shared + 1.0)[..., None]).sum(axis=(1, 2))
+    assert parted.max(axis=1).sum() < 1.1 * parted.mean(axis=1).sum() < 0.8 * whole
