@@ -9,12 +9,14 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from pregate.base.errors import UserError
 from pregate.base.memory import available_bytes
+from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.cluster.finding import Finding, gigabytes
 from pregate.cluster.local_ray import OBJECT_STORE_BYTES, token_path
 
 DEFAULT_GRPC_PORT = 50051
@@ -23,20 +25,6 @@ MIN_TEMP_BYTES = 2 * 10**9
 MIN_OPEN_FILES = 4096
 _PACKAGES = ("torch", "ray", "transformers", "grpcio", "pyzmq", "safetensors", "tokenizers")
 _MARKS = {"ok": "[green]ok  [/]", "warn": "[yellow]warn[/]", "fail": "[red]FAIL[/]"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report: `state` ok, warn or fail; `mend`: what to do, where `value` does not say it."""
-
-    what: str
-    state: str
-    value: str
-    mend: str = ""
-
-    @property
-    def failed(self) -> bool:
-        return self.state == "fail"
 
 
 def print_findings(findings: list[Finding]) -> None:
@@ -52,44 +40,74 @@ def print_findings(findings: list[Finding]) -> None:
             console.print(f"     {'':<{width}}  -> {finding.mend}", markup=False)
 
 
-def examine_machine() -> Iterator[Finding]:
+def examine_machine(grpc_port: int = DEFAULT_GRPC_PORT) -> Iterator[Finding]:
     """What holds for any model: versions, devices, port, shared memory, limits, memory."""
     yield _python()
     yield from (_package(name) for name in _PACKAGES)
     yield from _devices()
-    yield _port(DEFAULT_GRPC_PORT)
+    yield _port(grpc_port)
     yield _shared_memory()
     yield _open_files()
     yield _temp_folder()
     yield _token()
-    yield Finding("memory available", "ok", _gigabytes(available_bytes()))
+    yield Finding("memory available", "ok", gigabytes(available_bytes()))
 
 
-def examine_model(model: Path, hosts: int) -> list[Finding]:
-    """Bytes of each role of serving `model` on `hosts` hosts of this machine, and whether they fit."""
+def examine_model(values: Mapping[str, Any], fits_here: bool = True) -> list[Finding]:
+    """Bytes of each role of serving by `values` of ServeConfig, and with `fits_here` whether they fit here."""
     from pregate.cluster import preflight
-    from pregate.cluster.config import ServeConfig
     from pregate.cluster.footprint import PROCESS_BYTES, measure
     from pregate.model.checkpoint import CheckpointReader
 
     try:
-        config = ServeConfig.from_dict({"model": str(model), "hosts": hosts})
+        config = ServeConfig.from_dict(values)
         preflight.check_config(config)
+        roles = measure(CheckpointReader(config.model, config.parent), config)
     except UserError as error:
         return [Finding("model", "fail", error.for_command_line)]  # the sentence says what to do
-    roles = measure(CheckpointReader(config.model, config.parent), config)
+    each = f"{gigabytes(min(roles.units_bytes))} to {gigabytes(max(roles.units_bytes))}"
+    found = [
+        Finding("backbone", "ok", gigabytes(roles.backbone_bytes)),
+        Finding("shared experts", "ok", gigabytes(roles.shared_bytes)),
+        Finding("KV cache", "ok", gigabytes(roles.kv_cache_bytes)),
+        Finding("units", "ok", f"{gigabytes(sum(roles.units_bytes))}; {each} per host"),
+        Finding("processes", "ok", f"{roles.num_processes} x {gigabytes(PROCESS_BYTES)}"),
+    ]
+    if roles.kept_bytes:
+        found.append(Finding("host memory", "ok", gigabytes(roles.kept_bytes)))
+    if not fits_here:
+        return found
     available, needed = available_bytes(), roles.total_bytes
     fits = needed <= available
-    mend = "" if fits else "fewer bytes: --dtype bfloat16 or float16 where supported, or more machines"
-    each = f"{_gigabytes(min(roles.units_bytes))} to {_gigabytes(max(roles.units_bytes))}"
-    return [
-        Finding("backbone", "ok", _gigabytes(roles.backbone_bytes)),
-        Finding("shared experts", "ok", _gigabytes(roles.shared_bytes)),
-        Finding("KV cache", "ok", _gigabytes(roles.kv_cache_bytes)),
-        Finding("units", "ok", f"{_gigabytes(sum(roles.units_bytes))}; {each} per host"),
-        Finding("processes", "ok", f"{roles.num_processes} x {_gigabytes(PROCESS_BYTES)}"),
-        Finding("all of it here", "ok" if fits else "fail", f"{_gigabytes(needed)} of {_gigabytes(available)}", mend),
-    ]
+    mend = "fewer bytes: --resident-experts, --dtype bfloat16 or float16 where supported, or more machines"
+    value = f"{gigabytes(needed)} of {gigabytes(available)}"
+    return [*found, Finding("all of it here", "ok" if fits else "fail", value, "" if fits else mend)]
+
+
+def examine_cluster(address: str, values: Mapping[str, Any]) -> list[Finding]:
+    """What the nodes of the Ray at `address` have, and whether the deployment of `values` finds room among them.
+
+    UserError and UnavailableError as of joining it.
+    """
+    import ray
+
+    from pregate.cluster import room
+    from pregate.cluster.joining import connect
+    from pregate.cluster.nodes import ask_nodes, compare, versions_here
+
+    config = ServeConfig.from_dict({"model": "", **values})
+    connect(config, RayAccess(address), lambda stage: None)
+    try:
+        reports, found = ask_nodes(config.model if values.get("model") else None, config.parent)
+        found = [*compare(versions_here(), reports, config.device), *found]
+        bundles = room.bundles_of(config, ray.util.get_node_ip_address())
+        lacks = room.lacking(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        has = room.describe(config, ray.cluster_resources(), ray.available_resources())
+    finally:
+        ray.shutdown()
+    mend = "fewer hosts, a smaller --gpus-per-host, or more nodes: it would wait for the cluster to grow"
+    room_found = Finding("room", "warn" if lacks else "ok", has, mend if lacks else "")
+    return [*found, room_found]
 
 
 def _python() -> Finding:
@@ -136,7 +154,7 @@ def _devices() -> Iterator[Finding]:
         return
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding(f"gpu {index}", "ok", f"{properties.name}, {_gigabytes(properties.total_memory)}")
+        yield Finding(f"gpu {index}", "ok", f"{properties.name}, {gigabytes(properties.total_memory)}")
     try:
         yield Finding("triton", "ok", importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
@@ -158,7 +176,7 @@ def _shared_memory() -> Finding:
     if not folder.is_dir():
         return Finding("shared memory", "ok", "no /dev/shm; Ray uses the temporary folder")
     free = shutil.disk_usage(folder).free
-    value = f"{_gigabytes(free)} free in /dev/shm, {_gigabytes(OBJECT_STORE_BYTES)} needed"
+    value = f"{gigabytes(free)} free in /dev/shm, {gigabytes(OBJECT_STORE_BYTES)} needed"
     if free >= OBJECT_STORE_BYTES:
         return Finding("shared memory", "ok", value)
     return Finding("shared memory", "warn", value, "docker run --shm-size=1g; Ray falls back to slower disk")
@@ -174,10 +192,10 @@ def _open_files() -> Finding:
 def _temp_folder() -> Finding:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
-    value = f"{_gigabytes(free)} free in {folder}"
+    value = f"{gigabytes(free)} free in {folder}"
     if free >= MIN_TEMP_BYTES:
         return Finding("temporary folder", "ok", value)
-    return Finding("temporary folder", "fail", value, f"free {_gigabytes(MIN_TEMP_BYTES)} there, or set TMPDIR")
+    return Finding("temporary folder", "fail", value, f"free {gigabytes(MIN_TEMP_BYTES)} there, or set TMPDIR")
 
 
 def _token() -> Finding:
@@ -194,7 +212,3 @@ def _token() -> Finding:
         return Finding("Ray's token", "ok", f"will be made at {path}")
     mend = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
     return Finding("Ray's token", "warn", f"{path} cannot be written", mend)
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e7 else f"{num_bytes / 1e6:.2f} MB"

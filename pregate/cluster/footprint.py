@@ -12,6 +12,7 @@ from pregate.base.memory import available_bytes
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.model.checkpoint import CheckpointReader
+from pregate.workers.host.residency import resident_share
 
 #: What a Python process with torch and transformers holds before any weight. Measured: 0.4 to 0.5 GB.
 PROCESS_BYTES = 500 * 10**6
@@ -20,13 +21,15 @@ _ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes per role. `units_bytes` has one entry per host (one for the engine's own host when hosts is 0)."""
+    """Bytes per role. `units_bytes` has one entry per host (one for the engine's own host when hosts is 0), of its
+    slots; `kept_bytes` is what all hosts keep besides (`--host-memory`)."""
 
     backbone_bytes: int
     shared_bytes: int
     kv_cache_bytes: int
     units_bytes: tuple[int, ...]
     num_processes: int
+    kept_bytes: int = 0
 
     @property
     def engine_bytes(self) -> int:
@@ -36,7 +39,7 @@ class Footprint:
     @property
     def total_bytes(self) -> int:
         """Everything, as if all processes shared one machine."""
-        return self.engine_bytes + sum(self.units_bytes) + self.num_processes * PROCESS_BYTES
+        return self.engine_bytes + sum(self.units_bytes) + self.kept_bytes + self.num_processes * PROCESS_BYTES
 
 
 def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
@@ -51,18 +54,22 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
     shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
     backbone = reader.manifest.weight_bytes - units - shared
-    if _held_whole(reader, config):
-        unit_bytes, shared = [2 * size for size in unit_bytes], 2 * shared
+    homes = [[unit_bytes[layer] for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
+    shares = [resident_share(config.host.resident_experts, sizes) for sizes in homes]
+    times = 1
+    if min(shares) == 1 and _held_whole(reader, config):
+        times, shared = 2, 2 * shared
     return Footprint(
         backbone_bytes=int(backbone * growth),
         shared_bytes=int(shared * growth),
         kv_cache_bytes=_kv_cache_bytes(reader, config),
-        units_bytes=tuple(
-            int(sum(unit_bytes[layer] for layer, _ in placement.units_of(host)) * growth)
-            for host in range(placement.num_hosts)
-        ),
+        units_bytes=tuple(int(share * sum(sizes) * growth) * times for share, sizes in zip(shares, homes, strict=True)),
         # Supervisor, engine, front door; with exact paths the path router service.
         num_processes=config.hosts + 3 + experts.exact_paths,
+        kept_bytes=sum(
+            min(config.host.host_memory, int((1 - share) * sum(sizes)))
+            for share, sizes in zip(shares, homes, strict=True)
+        ),
     )
 
 

@@ -36,3 +36,14 @@ def test_half_the_dtype_is_half_the_bytes(layerwise_checkpoint):
     whole, half = (footprint(layerwise_checkpoint, hosts=1, dtype=d) for d in ("float32", "float16"))
     assert half.units_bytes[0] * 2 == whole.units_bytes[0]
     assert half.kv_cache_bytes * 2 == whole.kv_cache_bytes
+
+
+def test_experts_that_come_and_go_count_as_the_slots_they_have(layerwise_checkpoint):
+    """Half of 8 units are 4; beside the engine no layer is held whole then. Bytes in memory count as far as used."""
+    half = footprint(layerwise_checkpoint, hosts=2, host={"resident_experts": 0.5})
+    assert half.units_bytes == (4 * UNIT, 7 * UNIT // 2)
+    assert footprint(layerwise_checkpoint, host={"resident_experts": 0.4}).units_bytes == (6 * UNIT,)
+    assert half.kept_bytes == 0
+    kept = footprint(layerwise_checkpoint, hosts=2, host={"resident_experts": 0.5, "host_memory": 10 * UNIT})
+    assert kept.kept_bytes == 4 * UNIT + 7 * UNIT // 2
+    assert kept.total_bytes - half.total_bytes == kept.kept_bytes

@@ -66,6 +66,16 @@ class Machine:
         assert not check or done.returncode == 0, f"{self.name}: {command}\n{done.stdout}\n{done.stderr}"
         return done.stdout + done.stderr
 
+    def start(self, command: str) -> "Started":
+        """Start a bash command there; it ends with the machine."""
+        log = self.folder / f"{self.name}-{time.monotonic_ns()}.out"
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                self.command(command), stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT,
+                env=self.environment(),
+            )  # fmt: skip
+        return Started(process, log)
+
     def command(self, command: str) -> list[str]:
         return ["nsenter", "--all", "--target", str(self.pid), "--", "bash", "-c", f"cd {ROOT}; {command}"]
 
@@ -73,7 +83,20 @@ class Machine:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST", "TMPDIR", "XDG_"))}
         home = os.path.expanduser("~root")
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        kept["RAY_AUTH_MODE"] = "token"
         return kept | {"HOME": home, "PATH": path, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | more
+
+
+@dataclass(frozen=True)
+class Started:
+    """A command that runs on a machine."""
+
+    process: subprocess.Popen
+    log: Path
+
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text()
 
 
 def need_machines() -> None:

@@ -8,6 +8,13 @@ from pydantic import Field
 
 from pregate.base.options import INTERNAL, Dtype, Word, options
 
+ResidentExperts = Annotated[
+    float | None,
+    Field(gt=0, description="Experts a host keeps on its device: a count, below 1 a share of its own, else bytes."),
+    Word("all", written=False),
+]
+HostMemory = Annotated[int, Field(ge=0, description="Bytes of host memory for experts that are not on the device.")]
+
 
 @options()
 class HostOptions:
@@ -21,14 +28,8 @@ class HostOptions:
     spare_slots: Annotated[
         int, Field(ge=0, description="Slots a host keeps for units of other hosts; at least what one layer may need.")
     ] = 0
-    resident_experts: Annotated[
-        float | None,
-        Field(gt=0, description="Experts a host keeps on its device: a count, below 1 a share of its own, else bytes."),
-        Word("all", written=False),
-    ] = None
-    host_memory: Annotated[
-        int, Field(ge=0, description="Bytes of host memory for experts that are not on the device.")
-    ] = 0
+    resident_experts: ResidentExperts = None
+    host_memory: HostMemory = 0
     lookahead: Annotated[
         bool, Field(description="Fetch experts before they are asked for, and keep those that are needed next.")
     ] = True

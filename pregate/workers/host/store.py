@@ -21,6 +21,7 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.copies import Copies
 from pregate.workers.host.loads import Load, Room, StoreStats
 from pregate.workers.host.next_use import FAR, Outlook, Unit, Uses
+from pregate.workers.host.residency import resident_share
 from pregate.workers.host.slots import SlotMap, SlotPool
 from pregate.workers.host.slots import Unit as Weights
 from pregate.workers.host.source import UnitSource
@@ -74,7 +75,8 @@ class UnitStore:
         self._asked: tuple[int, np.ndarray] | None = None
         self._pools: dict[int, SlotPool] = {}
         self._rooms: dict[int, Room] = {}
-        share = self._share(resident, units)
+        sizes = [reader.unit_bytes(layer) for layer, _ in units if 0 <= layer < len(self._cuts)]
+        share = resident_share(resident, sizes)
         #: Whether home units come and go.
         self.tiered = share < 1
         homes = Counter(layer for layer, _ in units)
@@ -98,24 +100,6 @@ class UnitStore:
             if not self.tiered or self._num_free(self._room(layer)):
                 self._carry_out(self._take((layer, expert), ahead=False))
                 self._fixed_LR[layer, expert] = not self.tiered
-
-    def _share(self, resident: float | None, units: Sequence[Unit]) -> float:
-        """Return which share of the home units there are slots for: 1 or more is all. A share of them is at least two;
-        UserError for a count or bytes that are less."""
-        if resident is None or not units:
-            return 1.0
-        total = len(units)
-        if resident > total:  # bytes
-            sizes = [self._reader.unit_bytes(layer) for layer, _ in units if 0 <= layer < len(self._cuts)]
-            resident = total * min(1.0, resident / sum(sizes))
-        elif resident < 1:
-            resident = max(2.0, resident * total)
-        if resident >= total:
-            return 1.0
-        if resident < min(2, total):
-            allowed = f"allowed: room for 2 experts or more, of {total} on this host"
-            raise UserError.of("--resident-experts", f"{resident:g} experts", allowed)
-        return resident / total
 
     @property
     def shape(self) -> tuple[int, int]:
