@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import operator
 import typing
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,13 +17,16 @@ from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import check_new_folder
 from pregate.model.folder import is_gguf, read_folder
 
+#: Of the file of settings, among the options.
+_FILE = "config"
 _METAVARS = {int: "INTEGER", float: "NUMBER", Path: "PATH"}
 
 
-def command(*classes: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(*classes: type[Any], settings: bool = False) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Make a function of one object of each class a command whose flags are the fields of all of them.
 
-    What the user gave is read and checked by the classes, and paths are looked at, before the function is called.
+    What the user gave is read and checked by the classes, and paths are looked at, before the function is called. With
+    `settings` a file and variables give what flags do not (`base/settings.py`), and the function is told where from.
     """
 
     def decorate(run: Callable[..., None]) -> Callable[..., None]:
@@ -29,14 +34,23 @@ def command(*classes: type[Any]) -> Callable[[Callable[..., None]], Callable[...
 
         def called(**given: Any) -> None:
             given = {key: value for key, value in given.items() if value not in (None, [])}
+            sources: list[dict[str, str]] = []
+            if settings:
+                from pregate.base.settings import gather
+
+                file = given.pop(_FILE, None)
+                given, where = gather(functools.reduce(operator.or_, known), given, file and Path(file))
+                sources.append(where)
             parts = [{key: given[key] for key in options if key in given} for options in known]
             objects = [of_keys(cls, part) for cls, part in zip(classes, parts, strict=True)]
             for options, built in zip(known, objects, strict=True):
                 check_paths(options.values(), built)
-            run(*objects)
+            run(*objects, *sources)
 
         called.__name__, called.__doc__ = run.__name__, run.__doc__
         parameters = [_parameter(option) for options in known for option in options.values()]
+        if settings:  # what is required may come from there
+            parameters = [p.replace(default=None) for p in parameters] + [_file_parameter()]
         parameters.sort(key=lambda parameter: parameter.default is None)  # those without a default first
         called.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
         called.list_flags = frozenset(o.flag for options in known for o in options.values() if o.is_list)  # pyright: ignore[reportFunctionMemberAccess]
@@ -63,6 +77,13 @@ def check_paths(options: Iterable[Option], built: Any) -> None:
                 read_folder(path, option.flag if adapter is None or path != Path(adapter) else "--adapter", parent)
             elif needs.what == "nothing":
                 check_new_folder(path, option.flag)
+
+
+def _file_parameter() -> inspect.Parameter:
+    text = "YAML file of options; flags and variables PREGATE_... come before it."
+    flag = typer.Option("--config", help=text, metavar="PATH", show_default=False)
+    annotation = Annotated[str | None, flag]
+    return inspect.Parameter(_FILE, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
 def _parameter(option: Option) -> inspect.Parameter:

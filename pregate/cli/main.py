@@ -25,6 +25,7 @@ COMMANDS = {
     "report": "pregate.cli.report",
     **dict.fromkeys(("generate", "route"), "pregate.cli.text"),
     **dict.fromkeys(("serve", "doctor"), "pregate.cli.serve"),
+    "config": "pregate.cli.config",
     "status": "pregate.cli.status",
     "bench": "pregate.cli.bench",
 }

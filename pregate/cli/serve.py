@@ -15,8 +15,8 @@ from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.workers.host.options import HostMemory, ResidentExperts
 
 
-@command(ServeConfig, GrpcOptions, RayAccess)
-def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
+@command(ServeConfig, GrpcOptions, RayAccess, settings=True)
+def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess, _sources: dict[str, str]) -> None:
     """Serve a checkpoint over gRPC from expert hosts that are Ray actors, until Ctrl-C."""
     from pregate.cluster import local_ray
 

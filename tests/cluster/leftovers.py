@@ -17,12 +17,12 @@ START_TIMEOUT_S = 240.0
 
 
 def own_environment(folder):
-    """Every process of the run carries PREGATE_TEST_MARK; its temporary files go to `folder`."""
+    """Every process of the run carries TEST_MARK_OF_PREGATE; its temporary files go to `folder`."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(folder),
-        "PREGATE_TEST_MARK": str(folder),
+        "TEST_MARK_OF_PREGATE": str(folder),
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
@@ -38,7 +38,7 @@ def processes_of(folder):
         try:
             if process.status() != psutil.STATUS_ZOMBIE:
                 sessions[process] = os.getsid(process.pid)
-                if process.environ().get("PREGATE_TEST_MARK") == str(folder):
+                if process.environ().get("TEST_MARK_OF_PREGATE") == str(folder):
                     marked.add(process)
         except (psutil.Error, ProcessLookupError):
             continue

@@ -1,0 +1,63 @@
+"""Where options come from: flags, then variables PREGATE_..., then a YAML file, then their defaults."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import create_model
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from pregate.base.errors import UserError, in_one_line
+from pregate.base.options import Option, unknown
+
+PREFIX = "PREGATE_"
+#: The variable that names the file where no flag does.
+FILE_VARIABLE = PREFIX + "CONFIG"
+#: What `pregate serve` says to the processes it starts.
+OWN_VARIABLES = frozenset({"PREGATE_RUN_DIR"})
+
+
+class _Tree(BaseSettings):
+    """Values are kept as they come: options read and check them."""
+
+    model_config = SettingsConfigDict(protected_namespaces=(), env_prefix=PREFIX, extra="allow")
+
+
+def gather(
+    known: Mapping[str, Option], flags: Mapping[str, Any], file: Path | None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what is said of options, by key, and where: what comes first in the module's line is believed.
+
+    UserError names an unknown key of the file, an unknown PREGATE_ variable, and a file that is no mapping.
+    """
+    tree = create_model("Settings", __base__=_Tree, **dict.fromkeys(known, (Any, None)))  # pyright: ignore[reportCallIssue, reportArgumentType]
+    names = {PREFIX + key.upper(): key for key in known}
+    for name in os.environ:
+        if name.startswith(PREFIX) and name not in (*names, FILE_VARIABLE, *OWN_VARIABLES):
+            raise unknown(name, "(set)", names)  # not what it says: it may be a secret
+    file = file or (Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None)
+    of_file = {} if file is None else _read(tree, file, known)
+    of_environment = EnvSettingsSource(tree, case_sensitive=False, env_prefix=PREFIX)
+    values, sources = dict(of_file), dict.fromkeys(of_file, str(file))
+    for name, key in names.items():
+        found, _, _ = of_environment.get_field_value(tree.model_fields[key], key)
+        if found is not None:
+            values[key], sources[key] = found, name
+    return {**values, **flags}, sources | {key: known[key].flag for key in flags}
+
+
+def _read(tree: type[BaseSettings], file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError.of("--config", file, "no such file")
+    try:
+        found = YamlConfigSettingsSource(tree, yaml_file=file)()
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise UserError.of("--config", file, f"is no YAML mapping of options: {in_one_line(error)}") from error
+    wrong = next((key for key in found if key not in known), None)
+    if wrong is not None:
+        raise unknown(f"{file}: {wrong}", found[wrong], known)
+    return found
