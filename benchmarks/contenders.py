@@ -36,7 +36,7 @@ def local_engine(model: str, expert_ffn: str = "auto") -> Any:
     reader = CheckpointReader(model)
     placement = place([cut.num_routed for cut in reader.config.cuts], 1)
     host = ExpertHost(reader, placement.units_of(0), HostOptions(expert_ffn=expert_ffn))
-    return build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.hosts_of)
+    return build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.copies)
 
 
 def pregate_engine(model: str) -> Run:

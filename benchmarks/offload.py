@@ -66,7 +66,7 @@ def load(model: Path, share: float, lookahead: bool, bandwidth: float | None) ->
     options = HostOptions(resident_experts=None if share == 1 else share, lookahead=lookahead)
     host = ExpertHost(reader, placement.units_of(0), options, beside_engine=True)  # pyright: ignore[reportArgumentType]
     engine_options = EngineOptions(model=str(model), prefix_sharing=False, max_running=16)
-    engine = build_engine(engine_options, [InProcessClient(host)], placement.hosts_of)
+    engine = build_engine(engine_options, [InProcessClient(host)], placement.copies)
     reader.begin()
     return engine, host
 

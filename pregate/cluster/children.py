@@ -95,7 +95,7 @@ class RayChildren:
                 _in_process, config.model, config.parent, placement.units_of(0), config.host_options(0)
             )
         started = await self._in_time(
-            parts.engine.start.remote(placement.hosts_of, make_clients), "the engine did not load"
+            parts.engine.start.remote(placement.copies, make_clients), "the engine did not load"
         )
         paths = None
         if parts.paths is not None:

@@ -134,7 +134,7 @@ def engine_of(path: Path, clients: Sequence[HostClient], parent: Path | None = N
     whole = None if parent is None else str(parent)
     try:
         built = EngineOptions(model=str(path), parent=whole, **options)
-        yield build_engine(built, clients, placement_of(path, len(clients), parent))
+        yield build_engine(built, clients, placement_of(path, len(clients), parent)[..., None])
     finally:
         for client in clients:
             client.close()

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 
-def build_engine(options: EngineOptions, clients: Sequence[HostClient], hosts_of_LR: np.ndarray) -> Engine:
-    """Load the backbone and join it to its hosts. `hosts_of_LR` int16 [L, R]: each unit's home host.
+def build_engine(options: EngineOptions, clients: Sequence[HostClient], copies_LRC: np.ndarray) -> Engine:
+    """Load the backbone and join it to its hosts. `copies_LRC` int16 [L, R, C]: the hosts that hold
+    each unit, its home first, -1 past the last.
 
     Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when one does not answer.
     """
@@ -36,12 +37,13 @@ def build_engine(options: EngineOptions, clients: Sequence[HostClient], hosts_of
     for note in folder.notes:
         logger.warning("%s: %s", folder.path, note)
     reader = CheckpointReader(options.model, parent)
-    exchange = connect(options, clients, hosts_of_LR, reader)
+    exchange = connect(options, clients, copies_LRC, reader)
     backbone = Backbone.load(options.model, exchange, options.dtype, options.device, parent)
     exchange.warm_up(options.step_tokens)
     engine = Engine(options, folder, backbone, reader.fingerprint)
     if options.batching == "path" and engine.paths is not None:
-        layout = UnitLayout(hosts_of_LR, [reader.unit_bytes(layer) for layer in range(reader.num_layers)], len(clients))
+        unit_bytes = [reader.unit_bytes(layer) for layer in range(reader.num_layers)]
+        layout = UnitLayout(copies_LRC[..., 0], unit_bytes, len(clients))
         costs = measure(backbone, engine.runner.kv, layout, reader)
         engine.batch_by_path(PathBatcher(layout, costs))
         logger.info("steps are chosen by path; measured: %s", costs)

@@ -1,4 +1,4 @@
-"""`ChannelExchange`: rows out to the expert hosts and back.
+"""`ChannelExchange`: rows out to the expert hosts and back, from others where one of them is lost meanwhile.
 
 Data on its way: x [T, D] on the engine's device -> per host its rows [n, D] -> one returned row per (token,
 expert) pair -> added to the shared expert's output in ascending expert id, so the sum does not depend on placement.
@@ -8,7 +8,7 @@ Shape letters: T tokens, D hidden width, K experts per token, L layers, R routed
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +19,12 @@ from pregate.base.errors import HostLostError
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt, SentGroup
+from pregate.router.engine.members import Members
 from pregate.router.engine.planning import StepPlan, check_plan, make_plan
 from pregate.router.engine.shared_experts import SharedExperts
+from pregate.router.engine.split import split
 from pregate.workers.client.host_client import HostClient
-from pregate.workers.link.protocol import Expected, GroupKey, HelloAck
+from pregate.workers.link.protocol import Expected, GroupKey
 
 
 @dataclass
@@ -41,22 +43,34 @@ class _Step:
 class ChannelExchange:
     """Sends a step's token groups to their hosts and puts the answers together; see `Exchange`.
 
+    A host that is lost in a step costs its groups a second way: the receipt has what it takes, and who lives reads the
+    units it lacks. The answers keep their places, so that the sum is the same to the last bit.
     The shared expert runs here while the rows are away.
     """
 
     def __init__(
         self,
         engine: str,
-        clients: Sequence[HostClient],
-        hosts_of_LR: np.ndarray,
+        members: Members,
         shared: SharedExperts,
         group_timeout_s: float = 30.0,
         check_plans: bool = False,
-        terms: Sequence[HelloAck] = (),
+        wants_lookahead: bool = False,
     ) -> None:
-        self.engine, self.clients, self.hosts_of_LR, self.shared = engine, list(clients), hosts_of_LR, shared
-        self.group_timeout_s, self.check_plans, self.terms = group_timeout_s, check_plans, tuple(terms)
-        self._step = _Step(-1, 0, np.zeros((0, len(clients)), dtype=np.int64))
+        self.engine, self.members, self.shared = engine, members, shared
+        self.group_timeout_s, self.check_plans, self.wants_lookahead = group_timeout_s, check_plans, wants_lookahead
+        self._step = _Step(-1, 0, np.zeros((0, len(self.clients)), dtype=np.int64))
+
+    @property
+    def clients(self) -> Sequence[HostClient]:
+        return self.members.clients
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        return self.members.lost
+
+    def replace(self, host: int, client: HostClient) -> None:
+        self.members.replace(host, client)
 
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         self.shared.hold(layer, gate_up, down)
@@ -66,29 +80,29 @@ class ChannelExchange:
             client.warm_up()
         self.shared.warm_up(step_tokens)
 
-    @property
-    def wants_lookahead(self) -> bool:
-        return any(terms.looks_ahead for terms in self.terms)
-
     def expect(self, expected: Expected) -> None:
         for host, client in enumerate(self.clients):
-            if self.terms[host].looks_ahead:
-                home_LR = self.hosts_of_LR == host
+            if self.wants_lookahead and host not in self.lost:
+                home_LR = self.members.hosts_of_LR == host
                 client.expect(Expected(expected.step, expected.known_HLR & home_LR, expected.likely_LR & home_LR))
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         """As the protocol says; with paths every host is sent its share of the plan, once."""
+        self.members.look_after_lost()
         for client in self.clients:
             client.abandon()  # of a step that failed
         if paths is None:
             self._step = _Step(number, num_tokens, np.zeros((num_tokens, len(self.clients)), dtype=np.int64))
             return
-        plan = self._plan(number, paths.ids, self.hosts_of_LR)
+        plan = self._plan(number, paths.ids, self.members.hosts_for(paths.ids))
         device, weights = self.shared.device, None
         if paths.weights is not None:
             weights = to_device(torch.from_numpy(paths.weights.swapaxes(0, 1)), device)
         for host, host_plan in plan.hosts.items():
-            self.clients[host].send_plan(host_plan)
+            try:
+                self.clients[host].send_plan(host_plan)
+            except HostLostError as error:
+                self.members.lose(host, error)
         slots_LTK = to_device(torch.from_numpy(plan.slots_LTK), device)
         self._step = _Step(number, num_tokens, plan.pair_counts_TH, plan, slots_LTK, weights)
 
@@ -96,7 +110,7 @@ class ChannelExchange:
         step = self._step
         if choice is not None:
             ids_T1K = choice.ids.cpu().numpy().astype(np.int16)[:, None]
-            plan = self._plan(step.number, ids_T1K, self.hosts_of_LR[layer : layer + 1])
+            plan = self._plan(step.number, ids_T1K, self.members.hosts_for(ids_T1K, layer))
             step.pair_counts_TH += plan.pair_counts_TH
             groups, weights = plan.layers[0], choice.weights
             slots = to_device(torch.from_numpy(plan.slots_LTK[0]), self.shared.device)
@@ -121,30 +135,49 @@ class ChannelExchange:
         for number, group in enumerate(groups):
             rows_ND = rows_TD[torch.from_numpy(group.rows)] if len(group.rows) < step.num_tokens else rows_TD
             key = GroupKey(self.engine, step.number, layer, number)
-            sent.append(SentGroup(self.clients[group.host], key, rows_ND, group.index))
-            sent[-1].client.send_group(key, rows_ND, None if choice is None else group.index)
+            sent.append(self._send(SentGroup(group.host, key, rows_ND, group.index), planned=choice is None))
         if out_TD is None:
             out_TD = self.shared.run(layer, x_TD)
         return Receipt(layer, out_TD, tuple(sent), slots, weights)
 
-    def send_again(self, receipt: Receipt, number: int, client: HostClient) -> Receipt:
-        """Send group `number` of a receipt that was not combined to `client`, with its index: it needs no plan.
+    def _send(self, group: SentGroup, planned: bool = False) -> SentGroup:
+        """Send a group to its host, else to others. `planned`: the host's plan says which rows visit which experts."""
+        if group.host not in self.lost:
+            try:
+                self.clients[group.host].send_group(group.key, group.rows_ND, None if planned else group.index)
+                return group
+            except HostLostError as error:
+                self.members.lose(group.host, error)
+        return self._send_elsewhere(group)
 
-        Return the receipt that waits for that answer; what the first host says is discarded.
-        """
-        group = receipt.groups[number]
-        group.client.abandon(group.key)
-        again = group._replace(client=client, key=group.key.next_attempt())
-        client.send_group(again.key, again.rows_ND, again.index)
-        groups = (*receipt.groups[:number], again, *receipt.groups[number + 1 :])
-        return receipt._replace(groups=groups)
+    def _send_elsewhere(self, group: SentGroup) -> SentGroup:
+        """Send a group of a lost host to those that serve its units now, with its index: it needs no plan."""
+        key, parts = group.key.next_attempt(), []
+        for part in split(group.index, self.members.hosts_of_LR[key.layer]):
+            rows_ND = group.rows_ND[torch.from_numpy(part.rows)]
+            parts.append((part.pairs, self._send(SentGroup(part.host, key, rows_ND, part.index))))
+        return group._replace(parts=tuple(parts))
+
+    def _receive(self, group: SentGroup) -> torch.Tensor:
+        """Wait for a group's answer [P, D], from whoever gives it."""
+        if not group.parts and group.host not in self.lost:
+            try:
+                return self.clients[group.host].receive(group.key, self.group_timeout_s)
+            except HostLostError as error:
+                self.members.lose(group.host, error)
+        if not group.parts:
+            group = self._send_elsewhere(group)
+        y_PD = group.rows_ND.new_empty(group.index.num_pairs, group.rows_ND.shape[1])
+        for pairs, part in group.parts:
+            y_PD[torch.from_numpy(pairs)] = self._receive(part)
+        return y_PD
 
     def combine(self, receipt: Receipt) -> torch.Tensor:
         out_TD = receipt.out_TD
         if not receipt.groups:
             return out_TD
         assert receipt.slots_TK is not None
-        answers = [group.client.receive(group.key, self.group_timeout_s) for group in receipt.groups]
+        answers = [self._receive(group) for group in receipt.groups]
         spare_1D = torch.zeros(1, out_TD.shape[1], dtype=out_TD.dtype)
         rows_PD = to_device(torch.cat([*answers, spare_1D]), self.shared.device)
         weights_TK = None if receipt.weights_TK is None else receipt.weights_TK.to(rows_PD)
@@ -157,14 +190,7 @@ class ChannelExchange:
         return self._step.pair_counts_TH
 
     def poll(self) -> None:
-        lost = None
-        for client in self.clients:
-            try:
-                client.poll()
-            except HostLostError as error:
-                lost = lost or error
-        if lost is not None:
-            raise lost
+        self.members.poll()
 
     def _plan(self, number: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> StepPlan:
         plan = make_plan(number, ids_TLK, hosts_of_LR, len(self.clients))

@@ -33,6 +33,7 @@ from pregate.router.engine.running_paths import RunningPaths
 from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, check_step
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
+from pregate.workers.client.host_client import HostClient
 
 logger = get_logger(__name__)
 Event = TokensEvent | FinishedEvent | FailedEvent
@@ -190,14 +191,34 @@ class Engine:
             "kv_blocks": allocator.num_blocks,
             "kv_bytes": self.runner.kv.nbytes,
             "hosts": [
-                {"host_id": h, "rows": int(self._pairs_H[h]), **vars(c.stats), **vars(c.cache)}
+                {
+                    "host_id": h,
+                    "lost": self.exchange.lost.get(h, ""),
+                    "rows": int(self._pairs_H[h]),
+                    **vars(c.stats),
+                    **vars(c.cache),
+                }
                 for h, c in enumerate(self.exchange.clients)
             ],
         }
 
     def idle(self) -> None:
-        """Take in heartbeats while there is no work; HostLostError when a host is gone."""
+        """Take in heartbeats while there is no work; HostLostError while no host answers."""
         self.exchange.poll()
+
+    def replace_host(self, host: int, client: HostClient) -> None:
+        """Let another process be a host from now on."""
+        self.exchange.replace(host, client)
+
+    def expire(self, error: PregateError | None = None) -> list[Event]:
+        """End the requests whose deadline has passed: as such, or with an error that says why they had to wait."""
+        now_s = time.monotonic()
+        late = [s for s in self._sequences.values() if s.deadline_s is not None and s.deadline_s <= now_s]
+        if error is not None:
+            return self._fail(late, error)
+        for sequence in late:
+            self._drop(sequence)
+        return [self._finished(s, "deadline") for s in late]
 
     def fail_all(self, error: PregateError) -> list[Event]:
         """End every request with `error`; the engine stays usable."""
@@ -211,13 +232,14 @@ class Engine:
     def step(self) -> list[Event]:
         """Run one step; returns its events. A failure ends the requests in it and no others.
 
-        Raises HostLostError when a host does not answer: then nothing can be computed.
+        Raises HostLostError while no host answers. Then nothing has happened, and the step can be tried again.
         """
+        if late := self.expire():
+            return late
         now_s = time.monotonic()
-        events = self._expire(now_s)
         step = self.scheduler.next_step(now_s)
         if not step:
-            return events
+            return []
         if self.options.check_steps:
             check_step(step, self.scheduler)
         self._step_number += 1
@@ -233,11 +255,12 @@ class Engine:
         except HostLostError:
             raise
         except PregateError as error:
-            return events + self._fail_step([p.sequence for p in step], error)
+            return self._fail_step([p.sequence for p in step], error)
         self._count(step, result, paths)
         self.scheduler.complete(step)
         for sequence, logprob in result.prompt_logprobs:
             sequence.prompt_logprobs.append(logprob)
+        events: list[Event] = []
         for sequence, token, logprob in zip(result.sampled, result.tokens, result.logprobs, strict=True):
             events += self._publish(sequence, token, logprob)
         running = [s for s in result.sampled if s.request_id in self._sequences]
@@ -280,12 +303,6 @@ class Engine:
     def _fail_step(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
         logger.error("step %d failed: %s", self._step_number, error)
         return self._fail(sequences, error)
-
-    def _expire(self, now_s: float) -> list[Event]:
-        late = [s for s in self._sequences.values() if s.deadline_s is not None and s.deadline_s <= now_s]
-        for sequence in late:
-            self._drop(sequence)
-        return [self._finished(s, "deadline") for s in late]
 
     def _publish(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[Event]:
         """Append a sampled token; the end of a sequence frees what it holds."""

@@ -9,6 +9,7 @@ Shape letters: T tokens, D hidden width, K experts per token, H hosts, N rows of
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,12 +22,16 @@ from pregate.workers.link.protocol import Expected, GroupIndex, GroupKey
 
 
 class SentGroup(NamedTuple):
-    """Rows that are away: whom to ask for them under which key, and all it takes to send them to another host."""
+    """Rows that are away: whom to ask for them under which key, and all it takes to send them to other hosts.
 
-    client: HostClient
+    `parts`: where they were sent to others after all, of these the places of their answers in the group's, [P] each.
+    """
+
+    host: int
     key: GroupKey
     rows_ND: torch.Tensor
     index: GroupIndex
+    parts: tuple[tuple[np.ndarray, SentGroup], ...] = ()
 
 
 class Receipt(NamedTuple):
@@ -47,7 +52,20 @@ class Exchange(Protocol):
     """Runs the FFNs of a step, layer after layer, for one engine thread, on tensors that are on its device."""
 
     engine: str
-    clients: list[HostClient]
+
+    @property
+    def clients(self) -> Sequence[HostClient]:
+        """The hosts, in order."""
+        ...
+
+    @property
+    def lost(self) -> Mapping[int, str]:
+        """Hosts that do not answer, and why they are held for lost; others serve their units meanwhile."""
+        ...
+
+    def replace(self, host: int, client: HostClient) -> None:
+        """Let another process be a host; it serves from when it has answered a greeting."""
+        ...
 
     @property
     def wants_lookahead(self) -> bool:
@@ -75,7 +93,10 @@ class Exchange(Protocol):
         ...
 
     def combine(self, receipt: Receipt) -> torch.Tensor:
-        """Return the layer's output [T, D]. Raises HostLostError, and what a host failed with."""
+        """Return the layer's output [T, D]; what a lost host had is sent to others.
+
+        Raises HostLostError where there are no others, and what a host failed with.
+        """
         ...
 
     def end_step(self) -> np.ndarray:
@@ -83,5 +104,5 @@ class Exchange(Protocol):
         ...
 
     def poll(self) -> None:
-        """Take in heartbeats of every host, without blocking; HostLostError while one has been silent too long."""
+        """Take in heartbeats of every host, without blocking; HostLostError while no host answers."""
         ...

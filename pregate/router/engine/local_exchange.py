@@ -41,6 +41,7 @@ class LocalExchange:
 
     def __init__(self, engine: str, client: HostClient, local: LocalUnits, shared: SharedExperts) -> None:
         self.engine, self.clients, self.shared = engine, [client], shared
+        self.lost: dict[int, str] = {}
         self._local, self._ffn, self._cuts = local, local.ffn, shared.config.cuts
         self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(self._cuts) if cut.num_active}
         self._segments: dict[int, Any] = {}
@@ -56,6 +57,9 @@ class LocalExchange:
         else:
             self.shared.hold(layer, gate_up, down)
         self._whole.hold(layer, (gate_up, down))
+
+    def replace(self, host: int, client: HostClient) -> None:
+        raise AssertionError("a host in the engine's own process lives as long as the engine")
 
     @torch.inference_mode()
     def warm_up(self, step_tokens: int) -> None:

@@ -17,6 +17,8 @@ from pregate.router.link.loop_actor import LoopActor
 if TYPE_CHECKING:
     import numpy as np
 
+    from pregate.router.engine.engine import Engine
+    from pregate.router.link.server import EngineServer
     from pregate.workers.client.host_client import HostClient
 
 
@@ -32,12 +34,14 @@ class EngineActor(LoopActor):
         log.configure("engine")
         self._options = options
         self._endpoint = endpoint
-        self._clients: Sequence[HostClient] = ()
+        self._engine: Engine | None = None
+        self._engine_server: EngineServer | None = None
 
-    def start(self, hosts_of_LR: np.ndarray, make_clients: Callable[[], Sequence[HostClient]]) -> dict[str, Any]:
+    def start(self, copies_LRC: np.ndarray, make_clients: Callable[[], Sequence[HostClient]]) -> dict[str, Any]:
         """Load the backbone, join the hosts, serve; returns {"endpoint", "info", "pid"} when doors may connect.
 
-        `hosts_of_LR` int16: each unit's home. `make_clients` connects to the hosts, or builds one in this process.
+        `copies_LRC` int16: who holds each unit, its home first. `make_clients` connects to the hosts, or builds one in
+        this process.
         """
         from pregate.model.quiet import quiet_transformers
         from pregate.router.engine.build import build_engine
@@ -47,17 +51,24 @@ class EngineActor(LoopActor):
         quiet_transformers()
         if self._options.pin_cores:
             pin(0, self._options.threads)
-        self._clients = make_clients()
-        engine = build_engine(self._options, self._clients, hosts_of_LR)
+        self._engine = engine = build_engine(self._options, make_clients(), copies_LRC)
         link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)
-        self.serve(EngineServer(engine, self._endpoint, options=EngineServerOptions(link)), "engine")
+        self._engine_server = EngineServer(engine, self._endpoint, options=EngineServerOptions(link))
+        self.serve(self._engine_server, "engine")
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
+
+    def replace_host(self, host: int, make_client: Callable[[], HostClient]) -> None:
+        """Let another process be a host; it serves as soon as it answers. `make_client` connects to it."""
+        assert self._engine is not None and self._engine_server is not None, "start comes first"
+        engine = self._engine
+        self._engine_server.call(lambda: engine.replace_host(host, make_client()))
 
     def stop(self) -> None:
         """As of `LoopActor`; and leave the hosts."""
         super().stop()
         if self.status()["running"]:  # it may be using the clients' sockets; the process is about to be ended
             return
-        for client in self._clients:
-            client.close()
-        self._clients = ()
+        if self._engine is not None:
+            for client in self._engine.exchange.clients:
+                client.close()
+        self._engine = None

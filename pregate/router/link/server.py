@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from threading import Event as StopEvent
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,8 +29,8 @@ IDLE_POLL_S = 0.1
 class Engine(Protocol):
     """What the server needs of an engine. Only the compute thread calls it, but for `info`, which only reads.
 
-    `step` and `idle` raise HostLostError when an expert host is gone. Any other failure of a step is an event of each
-    request that was in it.
+    `step` and `idle` raise HostLostError while no expert host answers; a step can be tried again then. Any other
+    failure of a step is an event of each request that was in it.
     """
 
     @property
@@ -40,19 +41,20 @@ class Engine(Protocol):
     def info(self) -> dict[str, Any]: ...
     def step(self) -> Sequence[Event]: ...
     def idle(self) -> None: ...
+    def expire(self, error: PregateError | None = None) -> Sequence[Event]: ...
     def fail_all(self, error: PregateError) -> object: ...
 
 
 @dataclass(frozen=True)
 class EngineServerOptions:
     """`prompt_tokens_per_turn` bounds the prompts taken between two steps (one is taken in any case): their paths are
-    computed on the compute thread. A lost host counts as back after `recovery_s` without a complaint.
+    computed on the compute thread. While no expert host answers requests wait, at most `host_patience_s`.
     """
 
     link: LinkOptions = field(default_factory=LinkOptions)
     idle_poll_s: float = IDLE_POLL_S
     prompt_tokens_per_turn: int = 512
-    recovery_s: float = 1.0
+    host_patience_s: float = 60.0
 
 
 class LoopServer:
@@ -115,7 +117,12 @@ class EngineServer(LoopServer):
         self._engine = engine
         self._options = options or EngineServerOptions()
         super().__init__(EngineLink(endpoint, engine.info, self._options.link, context))
-        self._lost_s: float | None = None  # when a host was last found lost
+        self._lost_s: float | None = None  # since when no host answers
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have the compute thread call a function between two steps, from any thread."""
+        self._calls.put(function)
 
     @property
     def has_work(self) -> bool:
@@ -128,6 +135,8 @@ class EngineServer(LoopServer):
 
     def _turn(self) -> None:
         inbox, activity = self._link.inbox, self._link.activity
+        while not self._calls.empty():
+            self._calls.get()()
         if self._lost_s is not None or not self._engine.has_work:
             inbox.wait(self._options.idle_poll_s)
         cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)
@@ -146,7 +155,7 @@ class EngineServer(LoopServer):
             self._engine.idle()
             self._recover()
         except HostLostError as error:
-            self._lose(error)
+            return self._wait_for_hosts(error)
         except PregateError as error:
             logger.error("requests fail: %s", error)
             self._engine.fail_all(error)
@@ -167,17 +176,20 @@ class EngineServer(LoopServer):
         self._engine.submit(request)
         return ()
 
-    def _lose(self, error: HostLostError) -> None:
-        """Refuse from now on: without the host nothing can be computed. `_recover` takes requests again."""
-        self._lost_s = time.monotonic()
-        if self._link.refusing is None:
-            logger.error("%s; requests are refused until it answers again", error)
-            self._engine.fail_all(error)
+    def _wait_for_hosts(self, error: HostLostError) -> Sequence[Event]:
+        """Nothing can be computed: what runs waits, to its deadline or our patience; new requests are refused."""
+        if self._lost_s is None:
+            self._lost_s = time.monotonic()
+            logger.error("%s, and no other is left; requests wait until one answers", error)
             self._link.refuse(str(error))
+        if self._engine.has_work and time.monotonic() - self._lost_s > self._options.host_patience_s:
+            logger.error("no expert host for %.0f s; requests fail", self._options.host_patience_s)
+            self._engine.fail_all(error)
             self._link.fail_requests(error)
+        return self._engine.expire(error)
 
     def _recover(self) -> None:
-        if self._lost_s is not None and time.monotonic() - self._lost_s > self._options.recovery_s:
-            logger.info("every expert host answers again; requests are taken")
+        if self._lost_s is not None:
+            logger.warning("an expert host answers again after %.1f s; requests go on", time.monotonic() - self._lost_s)
             self._lost_s = None
             self._link.refuse(None)

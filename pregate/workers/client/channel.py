@@ -18,11 +18,13 @@ import zmq
 from pregate.base.errors import BY_CODE, HostLostError, PregateError, ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.workers.client.channel_options import ChannelOptions, ChannelStats
+from pregate.workers.client.connection import Connection
 from pregate.workers.client.flights import Flight, Flights
 from pregate.workers.client.sent_plans import SentPlans
 from pregate.workers.client.silence import Silence
 from pregate.workers.link import transport
 from pregate.workers.link.protocol import (
+    DATA_LOSS,
     Buffer,
     Bye,
     CacheCounters,
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 _WAIT_SLICE_S = 0.2
 #: Heartbeats are taken in at least this often, also while answers come without a pause.
 _CONTROL_EVERY_S = 0.5
+#: Messages in a row that cannot be read, ours or the host's, before it counts as lost: one may be damaged on its way.
+_MAX_DAMAGED = 3
 
 _log = get_logger(__name__)
 
@@ -63,7 +67,7 @@ class ChannelClient:
 
     A host that was silent for too long, or does not know us any more (its connection was cut), is greeted again until
     it answers; then it serves again, and what it did not hear is sent again. Another incarnation in its place is taken
-    where it holds as many units, under the same terms.
+    where it holds as many units, under the same terms. What is damaged or lost on its way is sent again, too.
     """
 
     def __init__(
@@ -87,11 +91,13 @@ class ChannelClient:
         self._plans = SentPlans()
         self._flights = Flights()
         self._greeted_s, self._greet_every_s = 0.0, self._options.host_timeout_s / 6
+        self._fenced, self._num_damaged = False, 0
         self._silence = Silence(self._options.host_timeout_s / 3)
         self._looked_at_control_s = time.monotonic()
         # Named by us, so that the host knows us again after a broken connection.
         self._id = uuid.uuid4().bytes
         self._control = self._connect(address.endpoint, transport.control_id(self._id))
+        self._connection = Connection(self._control)
         self._data: zmq.Socket | None = None
 
     def _connect(self, endpoint: str, routing_id: bytes) -> zmq.Socket:
@@ -108,9 +114,7 @@ class ChannelClient:
         return socket
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
-        self._engine, self._hello = engine, Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
-        self._dtype = dtype
-        self._greeting = self._terms = None
+        self.fence(Hello(engine, fingerprint, dtype_name(dtype), width, max_rows))
         self._greet()
         deadline_s = time.monotonic() + self._options.hello_timeout_s
         while self._greeting is None:
@@ -120,7 +124,32 @@ class ChannelClient:
             self._take(self._control, 0)
         if isinstance(self._greeting, Refused):
             raise UserError(f"expert host {self.host_id} refused: {self._greeting.reason}")
+        self._fenced = False
         return self._greeting
+
+    def fence(self, hello: Hello | None = None) -> None:
+        if hello is not None:
+            self._engine, self._hello, self._terms = hello.engine, hello, None
+            self._dtype = getattr(torch, hello.dtype)
+        self._flights.abandon()
+        self._fenced, self._greeting, self._num_damaged = True, None, 0
+
+    def returned(self) -> bool:
+        if not self._fenced:
+            return True
+        try:
+            self._connection.look()
+            for socket in (self._control, self._data):
+                if socket is not None:
+                    self._drain(socket)
+        except PregateError as error:
+            _log.warning("host %d cannot be taken back: %s", self.host_id, error)
+            self._greeting = None
+        if isinstance(self._greeting, HelloAck):
+            self._fenced = False
+        else:
+            self._greet(self._greet_every_s)
+        return not self._fenced
 
     def _greet(self, pause_s: float = 0.0) -> None:
         """Say hello, unless that was less than `pause_s` ago."""
@@ -185,6 +214,7 @@ class ChannelClient:
         if self._terms is not None:
             with contextlib.suppress(HostLostError):
                 self._send(self._control, encode(Bye(self._engine)))
+        self._connection.close()
         for socket in (self._control, self._data):
             if socket is not None:
                 socket.close()
@@ -234,12 +264,33 @@ class ChannelClient:
         except zmq.Again:
             return False
         self._silence.end()
-        self._handle(decode([f.buffer for f in frames]), sum(map(len, frames)))
+        try:
+            message = decode([f.buffer for f in frames])
+        except ProtocolError as error:
+            self._damaged(str(error))
+        else:
+            self._handle(message, sum(map(len, frames)))
         return True
+
+    def _damaged(self, reason: str) -> None:
+        """A message could not be read, by us or by the host: whatever is not answered goes again."""
+        self._num_damaged += 1
+        if self._terms is None or self._num_damaged > _MAX_DAMAGED:
+            raise HostLostError(self.host_id, f"{self._num_damaged} messages could not be read: {reason}")
+        _log.warning("host %d: a message could not be read: %s", self.host_id, reason)
+        for flight in self._flights.to_send_again(True):
+            self._send_again(flight)
 
     def _check_alive(self) -> None:
         silent_s, patience_s = self._silence.count(), self._options.host_timeout_s
-        if self._terms is None or silent_s < patience_s / 2:
+        if self._terms is None:
+            return
+        if self._connection.look():
+            self._greet()  # what was on its way may be lost
+        cut_s = self._connection.cut_s
+        if cut_s > self._options.cut_timeout_s:
+            raise HostLostError(self.host_id, f"it closed its connection {cut_s:.1f} s ago; {self._last_words()}")
+        if silent_s < patience_s / 2:
             return
         self._greet(self._greet_every_s)  # a host that forgot us sends no heartbeats, but answers to this
         if silent_s > patience_s:
@@ -257,7 +308,9 @@ class ChannelClient:
             if isinstance(message, NeedHello):
                 self._flights.mark_unheard(message.key)
         elif isinstance(message, Heartbeat):
-            self.last_heartbeat = message
+            last, self.last_heartbeat = self.last_heartbeat, message
+            for flight in self._flights.missed(not message.busy_with and message.progress == (last and last.progress)):
+                self._send_again(flight)
         elif isinstance(message, NeedHello):
             self._flights.mark_unheard(message.key)
             self._greet(self._greet_every_s)
@@ -281,7 +334,7 @@ class ChannelClient:
                 self._data.close()
             self._data = self._connect(answer.data_endpoint, transport.data_id(self._id))
         self._incarnation, self._terms = answer.incarnation, answer
-        for flight in self._flights.to_send_again(replaced):
+        for flight in self._flights.to_send_again(replaced or self._connection.take_cut()):
             self._send_again(flight)
 
     def _send_again(self, flight: Flight) -> None:
@@ -291,7 +344,11 @@ class ChannelClient:
 
     def _answered(self, message: RowsMessage | NeedPlan | Failure, num_bytes: int) -> None:
         if isinstance(message, Failure) and message.key is None:
-            raise self._error_of(message)
+            if message.code != DATA_LOSS:
+                raise self._error_of(message)
+            self._damaged(message.text)
+            return
+        self._num_damaged = 0
         flight = self._flights.waiting_for(message.key)
         if flight is None:
             self.stats.discarded_answers += 1

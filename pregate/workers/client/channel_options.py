@@ -26,10 +26,11 @@ class ChannelStats:
 
 @dataclass(frozen=True)
 class ChannelOptions:
-    """`host_timeout_s` without a sign of life and a host counts as lost. `keys` are needed where the server has a
-    public key."""
+    """`host_timeout_s` without a sign of life and a host counts as lost, and so it does when its connection is closed
+    and does not come back for `cut_timeout_s`. `keys` are needed where the server has a public key."""
 
     host_timeout_s: float = 3.0
+    cut_timeout_s: float = 0.5
     hello_timeout_s: float = 10.0
     keys: CurveKeys | None = None
 

@@ -16,13 +16,14 @@ from pregate.workers.link.protocol import Failure, GroupIndex, GroupKey, RowsMes
 @dataclass
 class Flight:
     """A group on its way: the identity it was last sent under, what to send again, and its answer. `unheard`: the host
-    did not know us and looked at none of it."""
+    did not know us and looked at none of it. `idle_beats`: heartbeats since then of a host with nothing to do."""
 
     key: GroupKey
     rows_ND: torch.Tensor
     index: GroupIndex | None
     answer: RowsMessage | Failure | None = None
     unheard: bool = False
+    idle_beats: int = 0
 
 
 class Flights:
@@ -49,6 +50,16 @@ class Flights:
         """The host looked at nothing of the group last sent under `key`."""
         for flight in self._by_key.values():
             flight.unheard |= flight.key == key
+
+    def missed(self, idle: bool) -> list[Flight]:
+        """Take in a heartbeat. Return groups without an answer that a host with nothing to do seems never to have got,
+        or whose answer was lost: after two heartbeats, then four, eight, for large ones may be long on their way."""
+        late = []
+        for flight in self._by_key.values():
+            flight.idle_beats = flight.idle_beats + 1 if idle and flight.answer is None else 0
+            if flight.idle_beats > 1 << (flight.key.attempt + 1):
+                late.append(flight)
+        return late
 
     def to_send_again(self, to_another: bool) -> Iterator[Flight]:
         """Groups without an answer that the host did not hear: where it is another one, all of them."""

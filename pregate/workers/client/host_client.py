@@ -51,6 +51,15 @@ class HostClient(Protocol):
         """Agree on terms. Raises UserError with the host's reason when it refuses, HostLostError without an answer."""
         ...
 
+    def fence(self, hello: Hello | None = None) -> None:
+        """Give up a lost host: groups on their way are forgotten, whatever it still says is discarded until it has been
+        greeted anew (`returned`), under the terms of `hello` where it was never greeted before."""
+        ...
+
+    def returned(self) -> bool:
+        """Greet a host that is fenced, without waiting; True once it has answered, or where it was not fenced."""
+        ...
+
     def warm_up(self) -> None:
         """Let a host in this process compile its kernels; one in a process of its own did when it started."""
         ...
@@ -110,6 +119,12 @@ class InProcessClient:
         self._engine = engine
         hello = Hello(engine, fingerprint, dtype_name(dtype), width, max_rows)
         return self._host.accept(hello, heartbeat_s=0.0, data_endpoint="")
+
+    def fence(self, hello: Hello | None = None) -> None:
+        self._groups = {}
+
+    def returned(self) -> bool:
+        return True
 
     def warm_up(self) -> None:
         self._host.warm_up()

@@ -14,6 +14,7 @@ from pregate.workers.host.host import Host
 from pregate.workers.host.plan_shelf import NeedPlanError
 from pregate.workers.link import transport
 from pregate.workers.link.protocol import (
+    DATA_LOSS,
     ExpectedMessage,
     Failure,
     GroupKey,
@@ -92,6 +93,10 @@ class ComputeThread:
         incarnation = self._host.incarnation
         try:
             message = decode([frame.buffer for frame in frames])
+        except ProtocolError as error:
+            _log.warning("host %d could not read a message: %s", self._host.options.host_id, error)
+            return Failure(None, incarnation, DATA_LOSS, str(error))
+        try:
             key = message.key if isinstance(message, GroupMessage) else None
             self._busy = (message, time.monotonic())
             return self._ask(peer, message)

@@ -12,7 +12,7 @@ from pregate.base.log import get_logger
 from pregate.workers.host.compute import ComputeThread
 from pregate.workers.host.host import Host
 from pregate.workers.link import transport
-from pregate.workers.link.protocol import Bye, Failure, Hello, HelloAck, Message, Refused
+from pregate.workers.link.protocol import DATA_LOSS, Bye, Failure, Hello, HelloAck, Message, Refused
 from pregate.workers.link.wire import decode, encode
 
 #: Longest sleep on the socket before the thread looks whether it should end.
@@ -65,12 +65,18 @@ class ControlThread:
 
     def _receive(self) -> None:
         peer, *frames = self._socket.recv_multipart(copy=False)
+        incarnation = self._host.incarnation
         try:
             message = decode([frame.buffer for frame in frames])
-            answer = self._answer(transport.client_of(peer.bytes), message)
-        except (ProtocolError, UserError) as error:
-            _log.warning("host %d refused a message: %s", self._host.options.host_id, error)
-            answer = Failure(None, self._host.incarnation, error.code, str(error))
+        except ProtocolError as error:
+            _log.warning("host %d could not read a message: %s", self._host.options.host_id, error)
+            answer = Failure(None, incarnation, DATA_LOSS, str(error))
+        else:
+            try:
+                answer = self._answer(transport.client_of(peer.bytes), message)
+            except (ProtocolError, UserError) as error:
+                _log.warning("host %d refused a message: %s", self._host.options.host_id, error)
+                answer = Failure(None, incarnation, error.code, str(error))
         if answer is not None:
             transport.send(self._socket, peer.bytes, encode(answer))
 

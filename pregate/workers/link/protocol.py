@@ -14,6 +14,7 @@ from pregate.workers.link.expected import Expected
 from pregate.workers.link.host_plans import GroupIndex, GroupKey, HostPlan
 
 __all__ = [
+    "DATA_LOSS",
     "DTYPE_BYTES",
     "KINDS",
     "MAX_HEADER_BYTES",
@@ -46,6 +47,8 @@ PROTOCOL_VERSION = 4
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
+#: Code of a `Failure` without a key that answers a message which could not be read.
+DATA_LOSS = "DATA_LOSS"
 #: What rows may travel as.
 DTYPE_BYTES: Mapping[str, int] = MappingProxyType({"float32": 4, "bfloat16": 2, "float16": 2})
 

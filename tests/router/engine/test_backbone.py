@@ -13,6 +13,7 @@ from pregate.model.paths import Paths
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.channel_exchange import ChannelExchange
 from pregate.router.engine.kv_cache import PagedKV
+from pregate.router.engine.members import Members
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 from tests.router.serving import hosts_here, placement_of
@@ -33,7 +34,7 @@ class Run:
             self.wanted = [self.model(torch.tensor([text]), use_cache=False).logits[0] for text in TEXTS]
         clients, reader = hosts_here(path, NUM_HOSTS), CheckpointReader(path)
         shared = SharedExperts(reader.config, torch.device("cpu"), torch.float32)
-        self.exchange = ChannelExchange("engine", clients, placement_of(path, NUM_HOSTS), shared)
+        self.exchange = ChannelExchange("engine", Members(clients, placement_of(path, NUM_HOSTS)[..., None]), shared)
         for client in clients:
             terms = {"dtype": torch.float32, "width": reader.hidden_size, "max_rows": 64}
             client.hello(engine="engine", fingerprint=reader.fingerprint, **terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -232,24 +233,28 @@ def test_a_prompt_whose_paths_find_no_memory_is_refused_and_leaves_nothing(engin
     assert run(engine) == {"a": alone["a"]}
 
 
-def test_a_lost_host_is_said_and_taken_back(engine, alone, monkeypatch):
-    """The step raises, requests end with it, and when the host answers again the same engine serves."""
-    client = engine.exchange.clients[0]
+def test_a_step_without_hosts_raises_and_is_run_again_when_they_are_back(engine, alone, monkeypatch):
+    """The requests wait; those whose deadline comes first end with the reason."""
 
     def lost(*_):
         raise HostLostError(0, "silent for 3.1 s")
 
     submit(engine, "a")
     with monkeypatch.context() as patch:
-        patch.setattr(client, "receive", lost)
-        patch.setattr(client, "poll", lost)
-        with pytest.raises(HostLostError) as caught:
-            engine.step()
-        assert [e.code for e in engine.fail_all(caught.value)] == ["UNAVAILABLE"]
+        for client in engine.exchange.clients:
+            patch.setattr(client, "receive", lost)
+            patch.setattr(client, "poll", lost)
+            patch.setattr(client, "returned", lambda: False)
+        for _ in range(2):
+            with pytest.raises(HostLostError) as caught:
+                engine.step()
         with pytest.raises(HostLostError):
             engine.idle()
+        submit(engine, "b", deadline_s=0.01)
+        time.sleep(0.05)
+        assert [(e.request_id, e.code) for e in engine.expire(caught.value)] == [("b", "UNAVAILABLE")]
+    time.sleep(0.3)
     engine.idle()
-    submit(engine, "a")
     assert run(engine) == {"a": alone["a"]}
 
 

@@ -1,16 +1,19 @@
 """Rows out to hosts and back, with hosts in this process: who gets which rows, and in which order answers are added."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from pregate.base.errors import PregateError
+from pregate.base.errors import HostLostError, PregateError
 from pregate.cluster.placement import place
 from pregate.kernels import reference
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.channel_exchange import ChannelExchange
+from pregate.router.engine.members import Members
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.host.host import ExpertHost
@@ -54,7 +57,7 @@ def exchange_of(path, num_hosts: int, shared_TD: torch.Tensor | None = None) -> 
     clients = [WatchedClient(ExpertHost(reader, units_of(hosts_of, o.host_id), o)) for o in options]
     shared = GivenShared(reader.config, torch.device("cpu"), torch.float32)
     shared.out_TD = random(2) if shared_TD is None else shared_TD
-    exchange = ChannelExchange("engine", clients, hosts_of, shared)
+    exchange = ChannelExchange("engine", Members(clients, hosts_of[..., None]), shared)
     for client in clients:
         terms = {"dtype": torch.float32, "width": HIDDEN, "max_rows": 64}
         client.hello(engine="engine", fingerprint=reader.fingerprint, **terms)
@@ -144,7 +147,7 @@ def test_a_receipt_names_who_was_sent_what(layerwise_checkpoint):
     exchange.begin_step(5, TOKENS, paths())
     receipt = exchange.dispatch(0, random(1))
     assert receipt.layer == 0 and torch.equal(receipt.out_TD, random(2))
-    assert [(g.client.host_id, g.key) for g in receipt.groups] == [(n, GroupKey("engine", 5, 0, n)) for n in range(3)]
+    assert [(g.host, g.key) for g in receipt.groups] == [(n, GroupKey("engine", 5, 0, n)) for n in range(3)]
     for client, rows in zip(exchange.clients, ([0, 1], [0, 1, 2], [1]), strict=True):
         assert isinstance(client, WatchedClient)
         assert [torch.equal(sent, random(1)[rows]) for sent in client.sent.values()] == [True]
@@ -165,7 +168,9 @@ def test_layers_may_be_away_at_once(layerwise_checkpoint):
 
 def test_a_host_without_rows_is_sent_nothing(layerwise_checkpoint):
     exchange = exchange_of(layerwise_checkpoint, 2)
-    exchange.hosts_of_LR = place([ROUTED] * LAYERS, 2, "linear", one_index=True).hosts_of  # experts 3 and 4 on the last
+    exchange.members.hosts_of_LR = place(
+        [ROUTED] * LAYERS, 2, "linear", one_index=True
+    ).hosts_of  # experts 3 and 4 on the last
     exchange.begin_step(1, TOKENS, paths(np.array([[0, 2]] * TOKENS, dtype=np.int16)))
     for layer in range(LAYERS):
         exchange.combine(exchange.dispatch(layer, random(1)))
@@ -181,7 +186,9 @@ def test_a_host_without_rows_is_sent_nothing(layerwise_checkpoint):
 
 def test_pairs_are_counted_by_host(layerwise_checkpoint):
     exchange = exchange_of(layerwise_checkpoint, 2)
-    exchange.hosts_of_LR = place([ROUTED] * LAYERS, 2, "linear", one_index=True).hosts_of  # experts 3 and 4 on the last
+    exchange.members.hosts_of_LR = place(
+        [ROUTED] * LAYERS, 2, "linear", one_index=True
+    ).hosts_of  # experts 3 and 4 on the last
     exchange.begin_step(1, TOKENS, paths())
     assert exchange.end_step().tolist() == [[LAYERS, 2 * LAYERS], [2 * LAYERS, LAYERS], [0, LAYERS], [0, 0]]
     exchange.begin_step(2, TOKENS, None)
@@ -203,21 +210,96 @@ def test_a_step_that_failed_leaves_nothing_behind(layerwise_checkpoint):
     assert torch.equal(found, step(exchange_of(layerwise_checkpoint, 2), paths()))
 
 
+LOST = HostLostError(0, "it is gone")
+
+
+class LostClient(WatchedClient):
+    """Falls silent after `num_answers` answers, and takes no rows once it is known to be lost."""
+
+    num_answers = 0
+
+    def receive(self, key, timeout_s):
+        if self.num_answers <= 0:
+            raise LOST
+        self.num_answers -= 1
+        return super().receive(key, timeout_s)
+
+    def returned(self):
+        return False
+
+
+def with_lost(exchange: ChannelExchange, num_answers: int = 0, host: int = 0) -> LostClient:
+    lost = LostClient(exchange.clients[host]._host)  # type: ignore[attr-defined]
+    lost.num_answers = num_answers
+    lost._engine = "engine"
+    exchange.members.clients[host] = lost
+    return lost
+
+
+@pytest.mark.parametrize("num_answers", range(4))
 @pytest.mark.parametrize("planned", [True, False])
-def test_a_group_can_be_sent_again_to_another_host(layerwise_checkpoint, planned):
-    """Before the first has answered: the other host, home to none of the units, reads them and answers."""
-    exchange = exchange_of(layerwise_checkpoint, 2)
-    given = None if planned else Choice(torch.from_numpy(IDS_TK[:2].repeat(2, axis=0).astype(np.int64)))
+@pytest.mark.parametrize("num_hosts", [2, 3])
+def test_what_a_lost_host_had_is_answered_by_the_others_to_the_last_bit(
+    layerwise_checkpoint, planned, num_hosts, num_answers
+):
+    """Lost before the first layer's answer, or a later one's; those who live are home to none of its units."""
+    given = None if planned else Choice(torch.from_numpy(IDS_TK.repeat(2, axis=0)[:TOKENS].astype(np.int64)))
     ids = paths() if planned else None
-    exchange.begin_step(1, TOKENS, ids)
-    wanted = exchange.combine(exchange.dispatch(1, random(1), given))
-    exchange.begin_step(2, TOKENS, ids)
-    receipt = exchange.dispatch(1, random(1), given)
-    first, second = exchange.clients
-    assert isinstance(first, WatchedClient) and isinstance(second, WatchedClient)
-    again = exchange.send_again(receipt, 0, second)
-    assert not first._groups, "the first host's answer is waited for no more"
-    assert [g.key.attempt for g in again.groups] == [1, 0]
-    asked = first._host.status()["num_groups"]
-    assert torch.equal(exchange.combine(again), wanted)
-    assert first._host.status()["num_groups"] == asked and second._host.status()["misses"] > 0
+
+    def layers(exchange: ChannelExchange, number: int) -> list[torch.Tensor]:
+        exchange.begin_step(number, TOKENS, ids)
+        found = []
+        for layer in range(LAYERS):
+            found.append(exchange.combine(exchange.dispatch(layer, random(layer), given)))
+        return found
+
+    wanted = layers(exchange_of(layerwise_checkpoint, num_hosts), 1)
+    exchange = exchange_of(layerwise_checkpoint, num_hosts)
+    lost = with_lost(exchange, num_answers)
+    assert all(map(torch.equal, layers(exchange, 1), wanted))
+    assert (exchange.lost == {0: LOST.reason}) == (num_answers < LAYERS)
+    num_groups, num_plans = lost.stats.groups, lost.stats.plans
+    assert all(map(torch.equal, layers(exchange, 2), wanted))
+    if num_answers < LAYERS:
+        assert (lost.stats.groups, lost.stats.plans) == (num_groups, num_plans), "a lost host is sent nothing"
+        assert sum(client._host.status()["misses"] for client in exchange.clients[1:]) > 0  # type: ignore[attr-defined]
+
+
+def test_two_of_three_hosts_may_go_at_once_and_come_back(layerwise_checkpoint):
+    wanted = step(exchange_of(layerwise_checkpoint, 3), paths())
+    exchange = exchange_of(layerwise_checkpoint, 3)
+    gone = [with_lost(exchange, host=host) for host in (0, 2)]
+    assert torch.equal(step(exchange, paths()), wanted)
+    assert sorted(exchange.lost) == [0, 2]
+    for client in gone:
+        client.num_answers = 100
+        client.returned = lambda: True  # type: ignore[method-assign]
+    time.sleep(0.3)
+    assert torch.equal(step(exchange, paths()), wanted)
+    assert not exchange.lost and all(client.num_answers == 99 for client in gone)
+
+
+def test_without_a_living_host_the_step_is_lost_and_can_be_tried_again(layerwise_checkpoint):
+    wanted = step(exchange_of(layerwise_checkpoint, 2), paths())
+    exchange = exchange_of(layerwise_checkpoint, 2)
+    gone = [with_lost(exchange, host=host) for host in (0, 1)]
+    with pytest.raises(HostLostError, match="it is gone"):
+        step(exchange, paths())
+    with pytest.raises(HostLostError):
+        exchange.poll()
+    gone[1].num_answers, gone[1].returned = 100, lambda: True  # type: ignore[method-assign]
+    time.sleep(0.3)
+    assert torch.equal(step(exchange, paths()), wanted)
+    assert sorted(exchange.lost) == [0]
+
+
+def test_a_host_that_is_lost_again_and_again_waits_longer_each_time():
+    members = Members([InProcessClient.__new__(InProcessClient) for _ in range(2)], np.array([[[0], [1]]]))
+    pauses = []
+    for _ in range(10):
+        members.lose(0, LOST)
+        pauses.append(members._pause_s[0])
+        members._lost_s[0] -= pauses[-1]
+        members.look_after_lost()
+        assert not members.lost
+    assert pauses == [min(0.25 * 2**n, 30.0) for n in range(10)]

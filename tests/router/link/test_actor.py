@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +30,8 @@ def actor(monkeypatch):
 
 def test_hosts_are_left_only_when_the_loop_has_ended(actor):
     client, step = Client(), threading.Event()
-    actor._clients, actor._thread = [client], threading.Thread(target=step.wait, daemon=True)
+    actor._engine = SimpleNamespace(exchange=SimpleNamespace(clients=[client]))
+    actor._thread = threading.Thread(target=step.wait, daemon=True)
     actor._thread.start()
     actor.stop()
     assert not client.closed

@@ -37,7 +37,7 @@ from tests.router.running import LoopThread, RawDoor, engine_thread, socket_fold
 PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
-QUICK = EngineServerOptions(LinkOptions(heartbeat_s=0.05), recovery_s=0.3)
+QUICK = EngineServerOptions(LinkOptions(heartbeat_s=0.05), host_patience_s=0.5)
 
 
 class Gate:
@@ -258,7 +258,7 @@ def test_a_failed_step_ends_its_own_requests_and_the_engine_goes_on(engine, endp
     assert not engine.has_work
 
 
-def test_a_lost_host_refuses_until_it_answers_again(engine, endpoint, monkeypatch):
+def test_without_hosts_requests_wait_and_fail_when_patience_ends(engine, endpoint, monkeypatch):
     away, forward, poll = threading.Event(), engine.runner.run, engine.exchange.poll
 
     def or_lost(call):
@@ -273,6 +273,10 @@ def test_a_lost_host_refuses_until_it_answers_again(engine, endpoint, monkeypatc
     monkeypatch.setattr(engine.exchange, "poll", or_lost(poll))
     with engine_thread(engine, endpoint, QUICK), RawDoor(endpoint) as door:
         door.send(SubmitRequest("a", PROMPT, LONG))
+        door.receive(TokensEvent)
+        away.set()
+        wait_for(lambda: door.receive(Heartbeat).unavailable, what="an engine that refuses")
+        away.clear()
         door.receive(TokensEvent)
         away.set()
         failed = door.receive(FailedEvent)

@@ -69,9 +69,9 @@ def process(processes):
     client.close()
 
 
-def lost_after_s(wait) -> float:
+def lost_after_s(wait, how: str = "silent for") -> float:
     started_s = time.monotonic()
-    with pytest.raises(HostLostError, match="expert host 0 is lost: silent for"):
+    with pytest.raises(HostLostError, match=f"expert host 0 is lost: {how}"):
         wait()
     return time.monotonic() - started_s
 
@@ -121,10 +121,12 @@ def test_a_host_that_pauses_while_idle_is_taken_back_when_it_wakes(process):
 
 
 @pytest.mark.slow
-def test_a_killed_host_is_noticed_within_the_timeout(process):
+def test_a_killed_host_is_noticed_by_its_closed_connection(process):
     host, client = process
     os.kill(host.pid, signal.SIGKILL)
     key = KEY._replace(step=2)
     client.send_group(key, torch.ones(1, 8))
-    assert lost_after_s(lambda: client.receive(key, 60.0)) < HOST_TIMEOUT_S + 1.0
-    assert lost_after_s(lambda: poll_until_it_raises(client)) < HOST_TIMEOUT_S + 1.0
+    assert lost_after_s(lambda: client.receive(key, 60.0), "it closed its connection") < 60
+    assert lost_after_s(lambda: poll_until_it_raises(client), "it closed its connection") < 30
+    client.fence()
+    assert not client.returned()

@@ -11,6 +11,7 @@ from pregate.model.paths import Paths
 from pregate.router.engine.channel_exchange import ChannelExchange
 from pregate.router.engine.exchange import Exchange
 from pregate.router.engine.local_exchange import LocalExchange
+from pregate.router.engine.members import Members
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.client.local import LocalUnits
@@ -44,7 +45,7 @@ def exchange_of(host: ExpertHost, reader: CheckpointReader, local: bool = True) 
     client.hello(engine="e", fingerprint=reader.fingerprint, dtype=torch.float32, width=WIDTH, max_rows=64)
     shared = ThousandFold(reader.config, CPU, torch.float32)
     if not local:
-        return ChannelExchange("e", [client], HOSTS_OF, shared)
+        return ChannelExchange("e", Members([client], HOSTS_OF[..., None]), shared)
     units = client.local_units(CPU, torch.float32)
     assert isinstance(units, LocalUnits)
     return LocalExchange("e", client, units, shared)

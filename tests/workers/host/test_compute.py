@@ -135,7 +135,7 @@ def test_what_fails_is_answered_and_its_neighbours_served(bench):
     assert [(f.key.step if f.key else None, f.code) for f in failed] == [
         (2, "INTERNAL"),
         (3, "INVALID_ARGUMENT"),
-        (None, "INTERNAL"),
+        (None, "DATA_LOSS"),
         (DEFECT_STEP, "INTERNAL"),
         (None, "INTERNAL"),
     ]

@@ -2,6 +2,7 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 import zmq
 
 from benchmarks.echo import EchoHost
-from pregate.base.errors import HostLostError, ProtocolError, UserError
+from pregate.base.errors import HostLostError, UserError
 from pregate.workers.client.channel import ChannelClient
 from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.options import HostOptions
@@ -251,16 +252,22 @@ def test_answers_of_other_attempts_engines_and_incarnations_are_discarded(tmp_pa
         client.close()
 
 
-def test_a_damaged_answer_is_a_protocol_error(tmp_path):
-    with ScriptedHost(tmp_path) as host:
-        client = host.client()
+@pytest.mark.parametrize("num_damaged", [1, 3, 4])
+def test_a_damaged_answer_is_asked_for_again_and_a_host_that_gives_none_other_is_lost(tmp_path, num_damaged):
+    with ScriptedHost(tmp_path) as host, closing(host.client()) as client:
         client.send_group(KEY, torch.zeros(1, 4))
-        host.take_group()
-        frames = [bytes(f) for f in encode(rows_message(1.0))]
-        host.data.socket.send_multipart([host.peer, frames[0], b"\1" + frames[1][1:]])
-        with pytest.raises(ProtocolError, match="checksum"):
-            client.receive(KEY, 5.0)
-        client.close()
+        for attempt in range(num_damaged):
+            assert host.take_group().key.attempt == attempt
+            frames = [bytes(f) for f in encode(rows_message(1.0, KEY._replace(attempt=attempt)))]
+            host.data.socket.send_multipart([host.peer, frames[0], b"\1" + frames[1][1:]])
+            if attempt < 3:
+                wait_until(lambda sent=attempt: client.poll() is None and client.stats.resent_groups > sent)
+        if num_damaged == 4:
+            with pytest.raises(HostLostError, match="4 messages could not be read: message fails its checksum"):
+                client.receive(KEY, 5.0)
+            return
+        host.say(rows_message(2.0, host.take_group().key))
+        assert client.receive(KEY, 5.0).tolist() == [[2.0] * 4]
 
 
 class HoldingHost(EchoHost):

@@ -1,0 +1,107 @@
+"""`Members`: the hosts of an exchange, which of them answer, and who serves each unit meanwhile.
+
+Shape letters: H hosts, L layers, R routed experts, C copies of a unit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from pregate.base.errors import HostLostError
+from pregate.base.log import get_logger
+from pregate.router.engine.assignment import adopt, choose_hosts
+from pregate.workers.client.host_client import HostClient
+from pregate.workers.link.protocol import Hello
+
+_log = get_logger(__name__)
+
+#: A host that is lost again within `STEADY_S` of its return waits twice as long as before, at most `MAX_PAUSE_S`.
+FIRST_PAUSE_S, MAX_PAUSE_S, STEADY_S = 0.25, 30.0, 60.0
+
+
+class Members:
+    """`copies_LRC` int16: hosts that hold each unit, its home first, -1 past the last. Used by the engine's one thread.
+
+    A lost host is fenced: its units are served by those that live, which read what they lack, until it has been greeted
+    anew. `hosts_of_LR` int16: who is each unit's home now.
+    """
+
+    def __init__(self, clients: Sequence[HostClient], copies_LRC: np.ndarray, hello: Hello | None = None) -> None:
+        self.clients, self.copies_LRC, self._hello = list(clients), copies_LRC, hello
+        #: Why hosts that are lost are lost.
+        self.lost: dict[int, str] = {}
+        self._lost_s, self._returned_s, self._pause_s = {}, {}, dict.fromkeys(range(len(self.clients)), FIRST_PAUSE_S)
+        self._settle()
+
+    def _settle(self) -> None:
+        alive_H = np.array([host not in self.lost for host in range(len(self.clients))])
+        self._living_LRC = adopt(self.copies_LRC, alive_H) if alive_H.any() else self.copies_LRC
+        self.hosts_of_LR = choose_hosts(self._living_LRC)
+
+    def hosts_for(self, ids_TLK: np.ndarray, first_layer: int = 0) -> np.ndarray:
+        """Return int16 [L, R]: who serves each unit in a step whose tokens visit these experts of layers from
+        `first_layer` on, -1 past a token's last; of units with copies the one that lets the slowest host be fast."""
+        layers = slice(first_layer, first_layer + ids_TLK.shape[1])
+        living_LRC = self._living_LRC[layers]
+        if living_LRC.shape[2] == 1:
+            return self.hosts_of_LR[layers]
+        num_layers, num_routed = living_LRC.shape[:2]
+        _, layer, _ = np.nonzero(ids_TLK >= 0)
+        units = layer * num_routed + ids_TLK[ids_TLK >= 0]
+        rows_LR = np.bincount(units, minlength=num_layers * num_routed).reshape(num_layers, num_routed)
+        return choose_hosts(living_LRC, rows_LR, len(self.clients))
+
+    def lose(self, host: int, error: HostLostError) -> None:
+        """Fence a host; HostLostError where no other lives."""
+        if host not in self.lost:
+            now_s = time.monotonic()
+            steady = now_s - self._returned_s.get(host, -STEADY_S) >= STEADY_S
+            self._pause_s[host] = FIRST_PAUSE_S if steady else min(2 * self._pause_s[host], MAX_PAUSE_S)
+            self.lost[host], self._lost_s[host] = error.reason, now_s
+            self.clients[host].fence()
+            self._settle()
+            _log.warning("%s; %d of %d hosts serve on", error, self.num_alive, len(self.clients))
+        self.check()
+
+    @property
+    def num_alive(self) -> int:
+        return len(self.clients) - len(self.lost)
+
+    def check(self) -> None:
+        """HostLostError where nobody lives."""
+        if not self.num_alive:
+            host = next(reversed(self.lost))
+            raise HostLostError(host, self.lost[host])
+
+    def look_after_lost(self) -> None:
+        """Take back who answers again, without waiting. HostLostError while nobody does."""
+        for host in [h for h in self.lost if time.monotonic() - self._lost_s[h] >= self._pause_s[h]]:
+            if self.clients[host].returned():
+                self._returned_s[host] = time.monotonic()
+                del self.lost[host]
+                self._settle()
+                _log.warning("expert host %d is back after %.1f s", host, self._returned_s[host] - self._lost_s[host])
+        self.check()
+
+    def poll(self) -> None:
+        """Take in what hosts say, without waiting; find who has fallen silent. HostLostError while nobody lives."""
+        for host, client in enumerate(self.clients):
+            if host not in self.lost:
+                try:
+                    client.poll()
+                except HostLostError as error:
+                    self.lose(host, error)
+        self.look_after_lost()
+
+    def replace(self, host: int, client: HostClient) -> None:
+        """Let another process be this host from now on. It serves when it has been greeted."""
+        self.clients[host].close()
+        self.clients[host] = client
+        client.fence(self._hello)
+        if host not in self.lost:
+            self.lost[host], self._lost_s[host] = "it was replaced", time.monotonic()
+            self._settle()
+        self._pause_s[host] = 0.0
