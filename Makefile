@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install install-dev demo demo-convert test check format bench proto clean
+.PHONY: install install-dev demo demo-convert test check format docs bench proto clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -52,6 +52,10 @@ check: install-dev
 format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Into build/site; a broken link is an error.
+docs: install-dev
+	$(BIN)/mkdocs build --strict
 
 bench: install-dev
 	$(BIN)/python -m benchmarks.dispatch
