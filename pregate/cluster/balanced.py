@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 NO_HOST = -1
 #: Hosts whose loads differ by less than this share of a host's mean are equally good; what else speaks for one decides.
 _NEAR = 0.02
+#: A step's rows of one unit part no further to any use, and choosing takes longer with each copy.
+MOST_COPIES = 8
 #: Of the least loaded hosts so many are tried as partners of a swap.
 _PARTNERS = 8
 
@@ -66,13 +68,16 @@ def num_copies(
     num_routed: Sequence[int], load_LR: NDArray[np.float64], num_hosts: int, replicas: float
 ) -> NDArray[np.int64]:
     """How many copies each unit gets [L, R]: one, and of `replicas` times all units one more each time for the unit
-    with the most load a copy. At most one a host. Example: load [[8, 3, 1]], two spare: [[3, 1, 1]], as 8 / 2 > 3."""
+    with the most load a copy. At most one a host, and `MOST_COPIES`.
+
+    Example: load [[8, 3, 1]], two spare: [[3, 1, 1]], as 8 / 2 > 3.
+    """
     counts_LR = (np.arange(load_LR.shape[1]) < np.asarray(num_routed)[:, None]).astype(np.int64)
     # Of equally loaded units, those of low number in all layers: so every layer has its share.
     hottest = [(-load_LR[layer, expert], expert, layer) for layer, expert in np.argwhere(counts_LR)]
     heapq.heapify(hottest)
     for _ in range(int(counts_LR.sum() * replicas + 1e-9)):
-        while hottest and counts_LR[hottest[0][2], hottest[0][1]] >= num_hosts:
+        while hottest and counts_LR[hottest[0][2], hottest[0][1]] >= min(num_hosts, MOST_COPIES):
             heapq.heappop(hottest)
         if not hottest:
             break

@@ -12,6 +12,7 @@ NO_HOST = -1
 #: So often a unit of every layer's slowest host is moved, whole, or a part of its rows: each time is a tenth of a
 #: millisecond and more, the first gain most.
 _WHOLE_ROUNDS, _SHARED_ROUNDS = 2, 12
+_LEAST_GAIN = 0.003
 
 
 def adopt(copies_LRC: np.ndarray, alive_H: np.ndarray) -> np.ndarray:
@@ -154,9 +155,9 @@ class _Shares:
         """Place all and improve on it so often at most; return the rows of each copy [L, R, C]."""
         if self.rows_LMC.size:
             self._place()
-            for _ in range(rounds):
-                if not self._improve(whole):
-                    break
+        for _ in range(rounds if self.rows_LMC.size else 0):
+            if self._improve(whole) < _LEAST_GAIN:
+                break
         self._rows_LRC[self._units] = self.rows_LMC[self._columns]
         return self._rows_LRC
 
@@ -176,34 +177,38 @@ class _Shares:
         rows_LM1 = self.rows_LMC[..., :1].copy()
         self.rows_LMC[:] = np.where(np.arange(num_copies) == copy_ML.T[..., None], rows_LM1, 0)
 
-    def _improve(self, whole: bool) -> bool:
+    def _improve(self, whole: bool) -> float:
         """Move rows of a unit, or all of them, from each layer's slowest host to where both are done earlier than that
-        host is; False where no layer has such a unit."""
-        layers, num_hosts = self._layers, self.time_LH.shape[1] - 1
-        slowest_L = self.time_LH[:, :num_hosts].argmax(axis=1)
-        before_L11 = self.time_LH[layers, slowest_L][:, None, None]
-        here_LMC = (self.copies_LMC == slowest_L[:, None, None]) & (self.rows_LMC > 0)
-        has_LM1, unit_s_LM1, row_s_LM1 = (
-            np.where(here_LMC, x, 0).sum(axis=2, keepdims=True)
-            for x in (self.rows_LMC, self._unit_s_LMC, self._row_s_LMC)
-        )
-        begin_LMC = self.time_LH[layers[:, None, None], self.copies_LMC] + self._unit_s_LMC * (self.rows_LMC == 0)
-        rows_LMC = has_LM1
+        host was. Return the share of the time that this is thought to gain."""
+        time_LH = self.time_LH[:, :-1]
+        slowest_L = time_LH.argmax(axis=1)
+        before_L = time_LH[self._layers, slowest_L]
+        # Of each layer's slowest host the units that have a choice: layer, column, and which copy it is.
+        layer, column, here = np.nonzero((self.copies_LMC == slowest_L[:, None, None]) & (self.rows_LMC > 0))
+        if not len(layer):
+            return 0.0
+        unit, number_N = (layer, column), np.arange(len(layer))
+        hosts_NC, rows_NC, row_s_NC = self.copies_LMC[unit], self.rows_LMC[unit], self._row_s_LMC[unit]
+        before_N1, has_N1 = before_L[layer][:, None], rows_NC[number_N, here][:, None]
+        begin_NC = self.time_LH[layer[:, None], hosts_NC] + self._unit_s_LMC[unit] * (rows_NC == 0)
+        row_s_N1, unit_s_N1 = row_s_NC[number_N, here][:, None], self._unit_s_LMC[unit][number_N, here][:, None]
+        moved_NC = np.broadcast_to(has_N1, hosts_NC.shape)
         if not whole:
-            even_LMC = (before_L11 - begin_LMC) / (row_s_LM1 + self._row_s_LMC)
-            rows_LMC = np.minimum(has_LM1, even_LMC.clip(min=0)).astype(np.int64)
-        there_LMC = begin_LMC + rows_LMC * self._row_s_LMC
-        less_LMC = rows_LMC * row_s_LM1 + unit_s_LM1 * (rows_LMC == has_LM1)
-        after_LMC = np.where(here_LMC | (rows_LMC == 0), np.inf, np.maximum(there_LMC, before_L11 - less_LMC))
-        flat_LN = after_LMC.reshape(len(layers), -1)
-        best_L = flat_LN.argmin(axis=1)
-        moves = np.flatnonzero(flat_LN[layers, best_L] < before_L11[:, 0, 0] * (1 - 1e-9))
-        column, copy = np.divmod(best_L[moves], self.copies_LMC.shape[2])
-        there = moves, column, copy
-        here = moves, column, here_LMC[moves, column].argmax(axis=1)
-        num_rows = np.broadcast_to(rows_LMC, here_LMC.shape)[there]
-        self.time_LH[moves, slowest_L[moves]] -= np.broadcast_to(less_LMC, here_LMC.shape)[there]
-        self.time_LH[moves, self.copies_LMC[there]] = there_LMC[there]
-        self.rows_LMC[there] += num_rows
-        self.rows_LMC[here] -= num_rows
-        return len(moves) > 0
+            even_NC = (before_N1 - begin_NC) / (row_s_N1 + row_s_NC)
+            moved_NC = np.minimum(has_N1, even_NC.clip(min=0)).astype(np.int64)
+        there_NC = begin_NC + moved_NC * row_s_NC
+        less_NC = moved_NC * row_s_N1 + unit_s_N1 * (moved_NC == has_N1)
+        after_NC = np.maximum(there_NC, before_N1 - less_NC)
+        after_NC[(moved_NC == 0) | (np.arange(hosts_NC.shape[1]) == here[:, None])] = np.inf
+        copy_N = after_NC.argmin(axis=1)
+        after_N = after_NC[number_N, copy_N]
+        order = np.lexsort((after_N, layer))
+        best = order[np.flatnonzero(np.diff(layer, prepend=-1))]  # of each layer; layers lie in order in both
+        best = best[after_N[best] < before_L[layer[best]] * (1 - 1e-9)]
+        layer, column, here, there = layer[best], column[best], here[best], copy_N[best]
+        self.time_LH[layer, slowest_L[layer]] -= less_NC[best, there]
+        self.time_LH[layer, hosts_NC[best, there]] = there_NC[best, there]
+        self.rows_LMC[layer, column, there] += moved_NC[best, there]
+        self.rows_LMC[layer, column, here] -= moved_NC[best, there]
+        slowest_s = float(before_L.sum())
+        return (slowest_s - float(time_LH.max(axis=1).sum())) / slowest_s

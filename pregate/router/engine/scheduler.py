@@ -151,12 +151,14 @@ class Scheduler:
 
     def _turn(self, now_s: float) -> tuple[list[Sequence], int]:
         """Who is to run, in order, and with how many tokens at most."""
+        if self.policy == "fifo" and self.batcher is None:
+            return [*self.running, *self.waiting], self.limits.step_tokens
         decodes = [s for s in self.running if s.num_pending == 1]
         prompts = [*(s for s in self.running if s.num_pending > 1), *self.waiting]
         if self.batcher is not None:
             return self._cheapest(self.batcher, decodes, now_s)
         by_policy = {"decode-first": [*decodes, *prompts], "prefill-first": [*prompts, *decodes]}
-        return by_policy.get(self.policy, [*self.running, *self.waiting]), self.limits.step_tokens
+        return by_policy[self.policy], self.limits.step_tokens
 
     def _cheapest(self, batcher: PathBatcher, decodes: list[Sequence], now_s: float) -> tuple[list[Sequence], int]:
         """Who makes the cheapest step, of those who can run; all in order of arrival where somebody has no paths."""
