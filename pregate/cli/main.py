@@ -26,7 +26,8 @@ COMMANDS = {
     **dict.fromkeys(("generate", "route"), "pregate.cli.text"),
     **dict.fromkeys(("serve", "doctor"), "pregate.cli.serve"),
     "config": "pregate.cli.config",
-    "status": "pregate.cli.status",
+    **dict.fromkeys(("status", "top"), "pregate.cli.status"),
+    "chat": "pregate.cli.chat",
     "bench": "pregate.cli.bench",
 }
 

@@ -1,70 +1,86 @@
-"""`pregate status`: what a server is at, and how its hosts' experts come and go; a live table on a terminal."""
+"""`pregate status`: what a server is and what it is at, once; `pregate top`: its load and its hosts' experts, live."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from pregate.base.errors import UnavailableError
 from pregate.base.options import options
 from pregate.cli.flags import command
 from pregate.cli.printed import Output
-from pregate.cli.text import open_client
+from pregate.cli.target import Target, open_client
 
 if TYPE_CHECKING:
-    from pregate.client.answers import HostStatus, ModelInfo
+    from pregate.client.answers import HostStatus, Loads
 
 COLUMNS = ("host", "resident", "to fetch", "hits", "misses", "hit rate", "read", "ahead", "wasted", "waited")
 
 
 @options()
-class StatusOptions:
-    """Which server, and how often it is asked."""
+class TopOptions:
+    """How often a server is asked."""
 
-    target: Annotated[str, Field(description="HOST:PORT of a server.")]
-    token_file: Annotated[Path | None, Field(description="File with the server's bearer token.")] = None
-    ca: Annotated[Path | None, Field(description="PEM file to check the server's TLS certificate with.")] = None
-    every: Annotated[float, Field(gt=0, description="Seconds between looks, on a terminal.")] = 1.0
+    every: Annotated[float, Field(gt=0, description="Seconds between looks.")] = 1.0
 
 
-@command(StatusOptions, Output)
-def status(options: StatusOptions, output: Output) -> None:
-    """Show what a server is at: requests, and its hosts' experts; on a terminal until Ctrl-C."""
-    from rich.console import Console
+@command(Target, Output)
+def status(target: Target, output: Output) -> None:
+    """Show what a server is, and what it is at now."""
+    with open_client(target.target, target, retry_s=0) as client:
+        server, model, loads = client.server_info(), client.model_info(), client.loads()
+    if output.json:
+        print(json.dumps({"server": asdict(server), "model": asdict(model), "loads": asdict(loads)}))
+        return
+    routing = f"{model.num_layers} layers, {model.routing} routing, {model.num_hosts} hosts"
+    print(f"{model.model}: {routing}, context {model.max_context_length}, up {_duration(server.uptime_s)}")
+    print(f"pregate {server.version}: {', '.join(f'{name} {v}' for name, v in sorted(server.versions.items()))}")
+    print(loads.unavailable or "takes requests")
+    _console().print(table(loads))
+
+
+@command(Target, TopOptions)
+def top(target: Target, options: TopOptions) -> None:
+    """Show a server's load until Ctrl-C; without a terminal, once."""
     from rich.live import Live
 
-    with open_client(options.target, options.token_file, options.ca) as client:
-        if output.json:
-            print(json.dumps(asdict(client.model_info())))
-        elif not sys.stdout.isatty():
-            Console(width=120).print(table(client.model_info()))
-        else:
-            with Live(table(client.model_info()), auto_refresh=False) as live:
-                while True:
-                    time.sleep(options.every)
-                    live.update(table(client.model_info()), refresh=True)
+    with open_client(target.target, target, retry_s=0) as client:
+        if not sys.stdout.isatty():
+            _console().print(table(client.loads()))
+            return
+        with Live(table(client.loads()), auto_refresh=False, screen=True) as live:
+            while True:
+                time.sleep(options.every)
+                try:
+                    live.update(table(client.loads()), refresh=True)
+                except UnavailableError as error:  # it may come back
+                    live.update(f"{target.target}: {error}", refresh=True)
 
 
-def table(info: ModelInfo) -> Any:
-    """Return a table of the hosts, their sum in the last row where there are several."""
+def table(loads: Loads) -> Any:
+    """Return a table of the hosts, their sum in the last row where there are several, under what is asked of them."""
     from rich.table import Table
 
-    doing = info.unavailable or info.busy_with or "idle"
-    title = f"{info.model}: {info.num_running} running, {info.num_queued} queued, {info.num_steps} steps; {doing}"
-    made = Table(*COLUMNS, title=title)
-    for host in info.hosts:
+    used = 1 - loads.kv_blocks_free / max(1, loads.kv_blocks)
+    waiting = f"{loads.num_queued} queued, {loads.num_waiting_for_paths} waiting for paths"
+    cache = f"KV {used:.0%} of {loads.kv_bytes / 1e6:.0f} MB, {loads.num_preempted} preempted"
+    doing = loads.unavailable or loads.busy_with or "idle"
+    made = Table(*COLUMNS, title=f"{loads.num_running} running, {waiting}; {cache}; {doing}")
+    for host in loads.hosts:
         made.add_row(str(host.host_id), *row([host]))
-    if len(info.hosts) > 1:
-        made.add_row("all", *row(info.hosts))
+    if len(loads.hosts) > 1:
+        made.add_row("all", *row(loads.hosts))
     return made
 
 
-def row(hosts: list[HostStatus] | tuple[HostStatus, ...]) -> list[str]:
+def row(hosts: Sequence[HostStatus]) -> list[str]:
     """Return the cells of hosts together."""
     total = {name: sum(getattr(host, name) for host in hosts) for name in asdict(hosts[0])}
     uses = total["hits"] + total["misses"]
@@ -72,3 +88,13 @@ def row(hosts: list[HostStatus] | tuple[HostStatus, ...]) -> list[str]:
     sizes = [f"{total[name] / 1e6:.1f} MB" for name in ("read_bytes", "prefetched_bytes", "wasted_bytes")]
     counts = [str(total[name]) for name in ("num_units", "num_pending", "hits", "misses")]
     return [*counts, rate, *sizes, f"{total['stall_s']:.2f} s"]
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

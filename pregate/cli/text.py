@@ -13,9 +13,9 @@ from pydantic import Field
 from pregate.base.errors import UserError
 from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
 from pregate.base.sampling import MAX_SEED
-from pregate.base.tokens import read_tokens
 from pregate.cli.flags import command
 from pregate.cli.printed import Output, progress_bars
+from pregate.cli.target import SERVERS, Credentials, open_client
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -24,16 +24,14 @@ if TYPE_CHECKING:
     from pregate.model.folder import ModelFolder
 
 
-@options()
-class Source:
+@options(kw_only=True)
+class Source(Credentials):
     """Where the model runs: a checkpoint folder in this process, or a server."""
 
     model: Annotated[Path | None, Field(description="Checkpoint, run in this process."), Needs("model")] = None
     adapter: Adapter = None
     parent: Annotated[Path | None, Field(description="The dense model of --adapter."), Needs("model")] = None
-    target: Annotated[str | None, Field(description="HOST:PORT of a server.")] = None
-    token_file: Annotated[Path | None, Field(description="File with the server's bearer token.")] = None
-    ca: Annotated[Path | None, Field(description="PEM file to check the server's TLS certificate with.")] = None
+    target: Annotated[str | None, Field(description=SERVERS)] = None
 
     follow = staticmethod(follow_adapter)
 
@@ -78,8 +76,8 @@ class Sampling:
 @command(Prompt, Source, Sampling, Output)
 def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output) -> None:
     """Continue a text. With --target it streams from a server; with --model the reference model runs here."""
-    if source.model is None:
-        with open_client(source.target, source.token_file, source.ca) as client:
+    if source.target is not None:
+        with open_client(source.target, source) as client:
             _generate_served(client, prompt.prompt, sampling, output)
         return
     result = _generate_here(source, prompt.prompt, sampling)
@@ -89,8 +87,8 @@ def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output)
 @command(Prompt, Source, Output)
 def route(prompt: Prompt, source: Source, output: Output) -> None:
     """Print the experts each token of a text will visit in every layer, without running the model."""
-    if source.model is None:
-        with open_client(source.target, source.token_file, source.ca) as client:
+    if source.target is not None:
+        with open_client(source.target, source) as client:
             result = asdict(client.route(prompt.prompt))
     else:
         result = _route_here(source, prompt.prompt)
@@ -101,16 +99,6 @@ def route(prompt: Prompt, source: Source, output: Output) -> None:
 
 
 # ---- a server ----
-
-
-def open_client(target: str | None, token_file: Path | None, ca: Path | None) -> Client:
-    """A client of the server at `target`; UserError where that is not HOST:PORT."""
-    from pregate.client.client import Client
-
-    host, _, port = (target or "").rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError.of("--target", target, "must be HOST:PORT")
-    return Client(f"{host}:{port}", read_tokens(token_file)[0] if token_file else None, ca)
 
 
 def _generate_served(client: Client, prompt: str, sampling: Sampling, output: Output) -> None:

@@ -92,9 +92,11 @@ class Client:
 
     `ca` (a PEM file) turns TLS on, `cert` and `key` show the server a certificate, `token` is sent with every call,
     `timeout_s` is each call's deadline. A call that meets UNAVAILABLE is sent again, elsewhere where there are several
-    targets, until it has met nothing else for `retry_s` (0: never); a broken stream goes on where it was. Methods raise
-    the errors of pregate.base.errors: UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError,
-    PregateError. Threads may share a client. Close it, or use it in a `with` block. For asyncio there is `AsyncClient`.
+    targets, until it has met nothing else for `retry_s` (0: each target once); a broken stream goes on where it was.
+
+    Methods raise the errors of pregate.base.errors: UserError, NotFoundError, QueueFullError, UnavailableError,
+    DeadlineError, PregateError. Threads may share a client. Close it, or use it in a `with` block. For asyncio there is
+    `AsyncClient`.
     """
 
     def __init__(

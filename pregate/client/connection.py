@@ -57,7 +57,7 @@ class Connection:
         if timeout_s <= 0:
             raise UserError.of("timeout_s", timeout_s, "must be above 0 seconds")
         if retry_s < 0:
-            raise UserError.of("retry_s", retry_s, "must be 0 (never) or more seconds")
+            raise UserError.of("retry_s", retry_s, "must be 0 (each target once) or more seconds")
         self.targets = (target,) if isinstance(target, str) else tuple(target)
         if not self.targets:
             raise UserError.of("target", "[]", "at least one HOST:PORT is needed")
@@ -152,12 +152,13 @@ class Attempts:
         error, now_s = self._connection.error_of(status, self._target), time.monotonic()
         self._failing_since_s = self._failing_since_s if self._num_failed else now_s
         self._num_failed += 1
-        if not isinstance(error, UnavailableError) or not self._retry_s:
-            raise error from None
         rounds = self._num_failed - len(self._connection.targets)
+        if not isinstance(error, UnavailableError) or (rounds >= 0 and not self._retry_s):
+            raise error from None
         wait_s = 0.0 if rounds < 0 else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(rounds, 10))
         wait_s *= random.uniform(0.5, 1.0)  # so that clients of one lost server do not come back all at once
-        if now_s + wait_s > min(self._failing_since_s + self._retry_s, self._deadline_s):
+        until_s = self._deadline_s if rounds < 0 else min(self._failing_since_s + self._retry_s, self._deadline_s)
+        if now_s + wait_s > until_s:
             raise error from None
         self._connection.leave(self._target)
         return wait_s
