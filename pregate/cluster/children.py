@@ -11,7 +11,7 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Awaitable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +26,9 @@ from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import STOP_TIMEOUT_S, Doors, settle
 from pregate.cluster.local_ray import NAMESPACE
+from pregate.cluster.part import Part
 from pregate.cluster.placement import Placement, check
-from pregate.cluster.pulse import Pulse, look
+from pregate.cluster.pulse import look
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.cluster.supervisor import Health
 from pregate.router.doors.door import DoorActor
@@ -39,23 +40,13 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
 from pregate.workers.link.transport import CurveKeys
 
+#: How long the engine has to take note of something.
+ASK_TIMEOUT_S = 30.0
 #: How often the cluster is asked what room it has.
 ROOM_EVERY_S = 2.0
 
 logger = get_logger(__name__)
 T = TypeVar("T")
-
-
-@dataclass
-class _Parts:
-    """What exists at the moment; `stop` takes down exactly this."""
-
-    group: PlacementGroup | None = None
-    folder: Path | None = None
-    hosts: list[Any] = field(default_factory=list)
-    engine: Any = None
-    paths: Any = None  # where the checkpoint has exact ones
-    pulses: dict[str, Pulse] = field(default_factory=dict)
 
 
 class RayChildren:
@@ -64,48 +55,79 @@ class RayChildren:
     def __init__(self, config: ServeConfig) -> None:
         self.stage = "starting"
         self._config = config
-        self._parts = _Parts()
-        self._doors = Doors(self._make_door, config.start_timeout_s)
+        self._group: PlacementGroup | None = None
+        self._folder: Path | None = None
+        self._keys = CurveKeys.new()
+        self._bundles: list[int] = []  # of the placement group, host by host
+        self._placement: Placement | None = None
+        timeout_s = config.start_timeout_s
+        self._hosts = [
+            Part(f"host {n}", functools.partial(self._make_host, n), _start, self._replace_host, timeout_s, None)
+            for n in range(config.hosts)
+        ]
+        self._addresses: list[HostAddress] = []
+        self._engine = Part("the engine", self._make_engine, self._start_engine, self._know, timeout_s)
+        self._paths: Part | None = None  # where the checkpoint has exact ones
+        self._info: dict[str, Any] = {}
+        self._doors = Doors(self._make_door, timeout_s)
         self._stopping: asyncio.Task[None] | None = None
-        self._deadline_s = asyncio.get_running_loop().time() + config.start_timeout_s
+        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
         self._node_ip = ray.util.get_node_ip_address()
 
     async def start(self) -> dict[str, Any]:
         """Place and start hosts, then the engine. Raises what a part failed with, or UnavailableError in time."""
-        config, parts = self._config, self._parts
-        parts.folder = Path(tempfile.mkdtemp(prefix="pregate-ipc-", dir=run_folder.own()))  # of Unix sockets
+        config = self._config
+        self._folder = Path(tempfile.mkdtemp(prefix="pregate-ipc-", dir=run_folder.own()))  # of Unix sockets
         experts = read_routed_experts(config.model)
-        placement = experts.placement(config)
+        self._placement = placement = experts.placement(config)
         check(placement, experts.num_routed, experts.one_index)
-        parts.group = await self._reserve()
-        keys = CurveKeys.new()
+        self._group = await self._reserve()
+        self._bundles = _host_bundles_by_node(self._group)
         self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
-        parts.engine = self._make_engine()  # its process comes up while the hosts load
-        parts.paths = self._make_paths() if experts.exact_paths else None
-        for host, (bundle, node) in enumerate(_host_bundles_by_node(parts.group)):
-            parts.hosts.append(self._make_host(host, bundle, node, placement, keys))
-        addresses: list[HostAddress] = await self._in_time(
-            asyncio.gather(*(host.start.remote() for host in parts.hosts)), "the hosts did not load"
-        )
+        self._engine.make()  # its process comes up while the hosts load
+        if experts.exact_paths:
+            paths = Part("the path service", self._make_paths, _start, self._know, config.start_timeout_s)
+            paths.make()
+            self._paths = paths
+        loading = asyncio.gather(*(host.start() for host in self._hosts))
+        self._addresses = list(await self._in_time(loading, "the hosts did not load"))
         self.stage = "loading the engine"
-        if config.hosts:
-            make_clients = functools.partial(_connect, addresses, keys)
+        started = await self._in_time(self._engine.start(), "the engine did not load")
+        paths_info = None
+        if self._paths is not None:
+            paths_info = await self._in_time(self._paths.start(), "the path service did not load")
+        self.stage = "ready"
+        hosts = [_describe(address) for address in self._addresses]
+        self._info = {**started, "node_ip": self._node_ip, "model_name": config.model_name}
+        self._info |= {"hosts": hosts, "paths": paths_info}
+        return self._info
+
+    async def _start_engine(self, actor: Any) -> dict[str, Any]:
+        config, placement = self._config, self._placement
+        assert placement is not None, "the engine starts after the hosts"
+        if self._hosts:
+            make_clients = functools.partial(_connect, tuple(self._addresses), self._keys)
         else:
             make_clients = functools.partial(
                 _in_process, config.model, config.parent, placement.units_of(0), config.host_options(0)
             )
-        started = await self._in_time(
-            parts.engine.start.remote(placement.copies, make_clients), "the engine did not load"
-        )
-        paths = None
-        if parts.paths is not None:
-            paths = await self._in_time(parts.paths.start.remote(), "the path service did not load")
-        self.stage = "ready"
-        named = {f"host {i}": host for i, host in enumerate(parts.hosts)} | {"the engine": parts.engine}
-        named |= {"the path service": parts.paths} if parts.paths is not None else {}
-        parts.pulses = {name: Pulse(actor) for name, actor in named.items()}
-        hosts = [{"host_id": a.host_id, "endpoint": a.endpoint, "pid": a.pid, "node_ip": a.node_ip} for a in addresses]
-        return {**started, "node_ip": self._node_ip, "model_name": config.model_name, "hosts": hosts, "paths": paths}
+        return await actor.start.remote(placement.copies, make_clients)
+
+    async def _know(self, started: dict[str, Any]) -> None:
+        """Take note of an engine or path service that was started again: it listens where the last one did."""
+        if "info" in started:
+            self._info |= started
+        else:
+            self._info["paths"] = started
+
+    async def _replace_host(self, address: HostAddress) -> None:
+        """Tell the engine where a host is that was started again; one that starts itself reads it then."""
+        self._addresses[address.host_id] = address
+        self._info["hosts"][address.host_id] = _describe(address)
+        if self._engine.pulse is not None:
+            make_client = functools.partial(_connect_one, address, self._keys)
+            told = self._engine.actor.replace_host.remote(address.host_id, make_client)
+            await asyncio.wait_for(told, ASK_TIMEOUT_S)
 
     # ---- making parts ----
 
@@ -113,7 +135,7 @@ class RayChildren:
         """Wait for room, saying what is waited for. UserError at once where there never will be any."""
         config, bundles = self._config, room.bundles_of(self._config, self._node_ip)
         group = placement_group(bundles, strategy="PACK", name=f"pregate:{config.name}")
-        self._parts.group = group  # from here on `stop` removes it
+        self._group = group  # from here on `stop` removes it
         self.stage = f"reserving room for {config.hosts} hosts and the engine"
         ready = asyncio.ensure_future(_wait(group.ready()))
         while not ready.done():
@@ -130,7 +152,7 @@ class RayChildren:
         return group
 
     def _options(self, role: str, bundle: int, num_gpus: float) -> dict[str, Any]:
-        assert self._parts.group is not None
+        assert self._group is not None
         return {
             "name": f"{self._config.name}/{role}",
             "namespace": NAMESPACE,
@@ -138,45 +160,54 @@ class RayChildren:
             "num_gpus": num_gpus,
             "max_restarts": 0,
             "max_task_retries": 0,
-            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._parts.group, bundle),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, bundle),
         }
 
-    def _make_host(self, host: int, bundle: int, node: str, placement: Placement, keys: CurveKeys) -> Any:
-        """A host beside the engine speaks over a Unix socket; one elsewhere over TCP, encrypted with the keys."""
-        config, folder = self._config, self._parts.folder
+    def _make_host(self, host: int, num_before: int) -> Any:
+        """A host beside the engine speaks over a Unix socket; one elsewhere over TCP, encrypted with the keys.
+
+        On a CPU, where memory is taken when it is written, there is room for its share of another host's experts.
+        """
+        config, folder, placement, group = self._config, self._folder, self._placement, self._group
+        assert placement is not None and group is not None, "hosts are made after they are placed"
+        bundle, units = self._bundles[host], tuple(placement.units_of(host))
+        node = placement_group_table(group)["bundles_to_node_id"][bundle]
+        host_options = config.host_options(host)
+        if host_options.spare_slots is None and config.device == "cpu" and config.hosts > 1:
+            host_options = replace(host_options, spare_slots=-(-len(units) // (config.hosts - 1)))
         beside = node == ray.get_runtime_context().get_node_id()
         options = ActorOptions(
-            host=config.host_options(host),
+            host=host_options,
             checkpoint=config.model,
             parent=config.parent,
-            units=tuple(placement.units_of(host)),
+            units=units,
             transport="ipc" if beside else "tcp",
             ipc_folder=str(folder) if beside else None,
-            allowed_client_keys=() if beside else (keys.public,),
+            allowed_client_keys=() if beside else (self._keys.public,),
             num_threads=config.host_threads,
             first_core=config.engine.threads + host * config.host_threads if config.engine.pin_cores else None,
         )
-        actor_options = self._options(f"host-{host}", bundle, config.gpus_per_host)
+        actor_options = self._options(_named(f"host-{host}", num_before), bundle, config.gpus_per_host)
         return ray.remote(ExpertHostActor).options(**actor_options).remote(options)
 
-    def _make_engine(self) -> Any:
-        config, folder = self._config, self._parts.folder
-        options = self._options("engine", 0, config.engine_gpus)
+    def _make_engine(self, num_before: int) -> Any:
+        config, folder = self._config, self._folder
+        options = self._options(_named("engine", num_before), 0, config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         return remote.remote(config.engine_options, f"ipc://{folder}/engine")
 
-    def _make_paths(self) -> Any:
+    def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
-        options = {**self._options("paths", 0, 0), "num_cpus": 0}
+        options = {**self._options(_named("paths", num_before), 0, 0), "num_cpus": 0}
         remote = ray.remote(PathActor).options(**options, max_concurrency=4)
-        return remote.remote(self._config.path_options, f"ipc://{self._parts.folder}/paths")
+        return remote.remote(self._config.path_options, f"ipc://{self._folder}/paths")
 
     def _make_door(self, number: int, options: GrpcOptions) -> Any:
         """A door beside the engine."""
         config = self._config
         placed = {**self._options(f"door-{number}", 0, 0), "num_cpus": 0}
-        folder = self._parts.folder
-        paths = None if self._parts.paths is None else f"ipc://{folder}/paths"
+        folder = self._folder
+        paths = None if self._paths is None else f"ipc://{folder}/paths"
         arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options, shown(config))
         return ray.remote(DoorActor).options(**placed).remote(*arguments)
 
@@ -191,12 +222,15 @@ class RayChildren:
     # ---- life and death ----
 
     async def check(self) -> Health:
-        """Look after every part at once; a front door that died is started again."""
-        pulses = self._parts.pulses
-        (lost_doors, notes), _ = await asyncio.gather(self._doors.check(), look(pulses.values()))
-        lost = {name: pulse.lost for name, pulse in pulses.items() if pulse.lost}
-        notes += [f"{name}: {news}" for name, pulse in sorted(pulses.items()) if (news := pulse.news())]
-        return Health({**lost, **lost_doors}, notes)
+        """Look after every part at once; whatever died is started again."""
+        pulses = [part.pulse for part in self._parts if part.pulse is not None]
+        (lost, notes), _ = await asyncio.gather(self._doors.check(), look(pulses))
+        notes += [note for part in self._parts for note in part.check()]
+        return Health({**{part.name: part.lost for part in self._parts if part.lost}, **lost}, notes)
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [*self._hosts, self._engine, *([] if self._paths is None else [self._paths])]
 
     async def stop(self, grace_s: float) -> None:
         """Drain and stop everything there is; what has not come up is killed. Repeating it waits for the first."""
@@ -206,21 +240,17 @@ class RayChildren:
 
     async def _stop(self, grace_s: float) -> None:
         came_up, self.stage = self.stage == "ready", "stopping"
-        parts, self._parts = self._parts, _Parts()
         await self._doors.stop(grace_s)
-        if came_up:
-            if parts.paths is not None:  # the doors have drained: nobody asks for paths any more
-                await settle(parts.paths.stop.remote(), STOP_TIMEOUT_S)
-            await settle(parts.engine.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
-            await settle(parts.engine.stop.remote(), STOP_TIMEOUT_S)
-            await asyncio.gather(*(settle(host.stop.remote(), STOP_TIMEOUT_S) for host in parts.hosts))
-        for actor in (parts.engine, parts.paths, *parts.hosts):
-            if actor is not None:
-                ray.kill(actor)
-        if parts.group is not None:
-            remove_placement_group(parts.group)
-        if parts.folder is not None:
-            shutil.rmtree(parts.folder, ignore_errors=True)
+        if self._paths is not None:  # the doors have drained: nobody asks for paths any more
+            await self._paths.stop(STOP_TIMEOUT_S, came_up)
+        if came_up and self._engine.pulse is not None:
+            await settle(self._engine.actor.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
+        await self._engine.stop(STOP_TIMEOUT_S, came_up)
+        await asyncio.gather(*(host.stop(STOP_TIMEOUT_S, came_up) for host in self._hosts))
+        if self._group is not None:
+            remove_placement_group(self._group)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _in_time(self, work: Awaitable[T], otherwise: str) -> T:
         left_s = self._deadline_s - asyncio.get_running_loop().time()
@@ -234,21 +264,37 @@ async def _wait(reference: Any) -> None:
     await reference
 
 
-def _host_bundles_by_node(group: PlacementGroup) -> list[tuple[int, str]]:
-    """Bundles of the hosts as (index, node id), those of one node side by side, so that host ids follow nodes."""
+async def _start(actor: Any) -> Any:
+    return await actor.start.remote()
+
+
+def _named(role: str, num_before: int) -> str:
+    """The actor's name: those before may still be dying under theirs."""
+    return f"{role}-again-{num_before}" if num_before else role
+
+
+def _host_bundles_by_node(group: PlacementGroup) -> list[int]:
+    """Bundles of the hosts, those of one node side by side, so that host ids follow nodes."""
     nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(((index, node) for index, node in nodes.items() if index), key=lambda pair: (pair[1], pair[0]))
+    return sorted(filter(None, nodes), key=lambda index: (nodes[index], index))
+
+
+def _describe(address: HostAddress) -> dict[str, Any]:
+    return {"host_id": address.host_id, "endpoint": address.endpoint, "pid": address.pid, "node_ip": address.node_ip}
 
 
 def _connect(addresses: Sequence[HostAddress], keys: CurveKeys) -> list[Any]:
     """One channel per host, in the order of the addresses. Runs in the engine's process."""
+    return [_connect_one(address, keys) for address in addresses]
+
+
+def _connect_one(address: HostAddress, keys: CurveKeys) -> Any:
     import zmq
 
     from pregate.workers.client.channel import ChannelClient
     from pregate.workers.client.channel_options import ChannelOptions
 
-    context = zmq.Context()
-    return [ChannelClient(address, ChannelOptions(keys=keys), context) for address in addresses]
+    return ChannelClient(address, ChannelOptions(keys=keys), zmq.Context.instance())
 
 
 def _in_process(model: str, parent: str | None, units: Sequence[tuple[int, int]], options: HostOptions) -> list[Any]:

@@ -126,7 +126,7 @@ class ExpertHost:
             resident=options.resident_experts,
             source=UnitSource(reader, options.host_memory, pinned=self._device.type == "cuda"),
             copies=Copies(self._device),
-            spare_slots=options.spare_slots,
+            spare_slots=options.spare_slots or 0,
             reserve_shared=reserve,
         )
         self._looks_ahead = options.lookahead and self._store.tiered

@@ -26,8 +26,10 @@ class HostOptions:
     expert_ffn: Annotated[str, Field(description="How hosts run experts: auto, or one by name.")] = "auto"
     num_plans: Annotated[int, Field(ge=1, description="Plans of steps that a host keeps for an engine.")] = 4
     spare_slots: Annotated[
-        int, Field(ge=0, description="Slots a host keeps for units of other hosts; at least what one layer may need.")
-    ] = 0
+        int | None,
+        Field(ge=0, description="Slots a host keeps for units of other hosts; at least what one layer may need."),
+        Word("auto", written=False),
+    ] = None
     resident_experts: ResidentExperts = None
     host_memory: HostMemory = 0
     lookahead: Annotated[

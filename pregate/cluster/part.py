@@ -1,0 +1,106 @@
+"""`Part`: one actor of a deployment, which is started again when it dies or freezes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from pregate.base.log import get_logger
+from pregate.cluster.pulse import Pulse
+
+#: A part that gives no answer for this long is frozen: it is killed, and another takes its place.
+FROZEN_S = 20.0
+#: Before it is started again: nothing the first time, then this, doubled up to `MAX_PAUSE_S`; from the beginning after
+#: one that ran for `STEADY_S`.
+FIRST_PAUSE_S, MAX_PAUSE_S, STEADY_S = 1.0, 60.0, 60.0
+
+logger = get_logger(__name__)
+
+
+class Part:
+    """`make_actor` makes its actor, given how many it had before; `start_actor` brings it up and returns what others
+    need to know of it, and `came_back` tells them when that is another one than at first.
+
+    After `max_restarts` attempts since it last ran steadily it is `lost` for good, and says why.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make_actor: Callable[[int], Any],
+        start_actor: Callable[[Any], Awaitable[Any]],
+        came_back: Callable[[Any], Awaitable[None]],
+        start_timeout_s: float,
+        max_restarts: int | None = 3,
+    ) -> None:
+        self.name, self.lost = name, ""
+        self._make_actor, self._start_actor, self._came_back = make_actor, start_actor, came_back
+        self._start_timeout_s, self._max_restarts = start_timeout_s, max_restarts
+        self._num_made = self._restarts = 0
+        self._restarting: asyncio.Task[None] | None = None
+        self._started_s = 0.0
+        self.actor: Any = None
+        #: None while it does not run.
+        self.pulse: Pulse | None = None
+
+    def make(self) -> None:
+        """Make its actor; the process comes up by itself meanwhile."""
+        self.actor, self._num_made = self._make_actor(self._num_made), self._num_made + 1
+
+    async def start(self) -> Any:
+        """Bring it up. Raises what it failed with, or asyncio.TimeoutError."""
+        if self.actor is None:
+            self.make()
+        started = await asyncio.wait_for(self._start_actor(self.actor), self._start_timeout_s)
+        self.pulse, self._started_s = Pulse(self.actor), time.monotonic()
+        return started
+
+    def check(self) -> list[str]:
+        """Read what its pulse says; start it again where that is bad. Returns what happened, a sentence each."""
+        pulse = self.pulse
+        if pulse is None or self._restarting is not None:
+            return []
+        notes = [f"{self.name}: {news}"] if (news := pulse.news()) else []
+        reason = pulse.lost or (f"no answer for {FROZEN_S:.0f} s" if pulse.silent_s > FROZEN_S else "")
+        if reason:
+            notes.append(f"{self.name}: {reason}; a new one is started")
+            self._restarts = 0 if time.monotonic() - self._started_s > STEADY_S else self._restarts
+            self.pulse, self._restarting = None, asyncio.ensure_future(self._restart(reason))
+        return notes
+
+    async def _restart(self, reason: str) -> None:
+        """Try again and again, with longer and longer pauses."""
+        while self._max_restarts is None or self._restarts < self._max_restarts:
+            ray.kill(self.actor)
+            if self._restarts:
+                await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (self._restarts - 1), MAX_PAUSE_S))
+            self._restarts += 1
+            try:
+                self.make()
+                await self._came_back(await self.start())
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may do better
+                self.pulse, cause = None, getattr(error, "cause", None) or error
+                reason = f"it did not start again: {type(cause).__name__}: {cause}".splitlines()[0]
+                logger.warning("%s: %s", self.name, reason)
+                continue
+            logger.warning("%s runs again", self.name)
+            self._restarting = None
+            return
+        self.lost = reason
+
+    async def stop(self, timeout_s: float, kindly: bool = True) -> None:
+        """Let it end by itself, where it runs, and kill it in any case."""
+        if self._restarting is not None:
+            self._restarting.cancel()
+        if self.actor is None:
+            return
+        if kindly and self.pulse is not None:
+            with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
+                await asyncio.wait_for(self.actor.stop.remote(), timeout_s)
+        ray.kill(self.actor)
