@@ -91,6 +91,10 @@ def test_texts_and_routes_equal_the_reference(tiny_path_checkpoint, endpoint, mo
             for completion, reference in zip(call(all_at_once()), references, strict=True):
                 assert list(completion.token_ids) == reference.tokens
             assert len(brought) == len(PROMPTS) and None not in brought
+            for prompt, reference in zip(PROMPTS, references, strict=True):  # the paths of what was generated come too
+                known = reference.tokens[:5]
+                resumed = call(door.complete(prompt, sampling, deadline_s=60, generated_ids=known))
+                assert list(resumed.token_ids) == reference.tokens
             assert [call(door.route(prompt)).ids for prompt in PROMPTS] == routes
             assert call(door.model_info())["num_waiting_for_paths"] == 0
 
