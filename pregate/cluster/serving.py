@@ -137,6 +137,8 @@ def _how_to_try(door: GrpcOptions, port: int) -> str:
         names = _certified_names(access.tls_cert)
         host = host if host in names else next(iter(names), "NAME")
         options += f" --ca {access.tls_cert}"
+    if access.tls_client_ca is not None:
+        options += " --cert CLIENT.pem --key CLIENT.key"
     if access.token_file is not None:
         options += f" --token-file {access.token_file}"
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
