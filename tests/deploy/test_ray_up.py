@@ -76,8 +76,8 @@ def test_serve_over_two_nodes(cluster):
     texts = [head.run(ask), head.run(ask)]
     assert texts[0] == texts[1]
     assert texts[0].strip()
-    info = json.loads(head.run("pregate status --target 127.0.0.1:50051 --json").splitlines()[-1])
-    assert len(info["hosts"]) == 2
+    status = json.loads(head.run("pregate status --target 127.0.0.1:50051 --json").splitlines()[-1])
+    assert status["model"]["num_hosts"] == 2
     assert "ExpertHostActor" in worker.run("ps aux"), "no host on the worker"
     head.run("pkill -INT -f '^[^ ]*python[^ ]* [^ ]*/pregate serve'")  # of this machine; not the shell that runs it
     _wait_for(lambda: served.process.poll() is not None, "the end of pregate serve", 60, served)
