@@ -161,8 +161,12 @@ def _rows() -> dict[str, list[tuple[str, str, list[_Query]]]]:
                 ],
             ),
             (
-                "Hosts; 1 where paths are exact", "short",
-                [(now("num_expert_hosts"), "hosts"), (now("path_exact"), "paths are exact")],
+                "Hosts; 1: it is up, paths are exact", "short",
+                [
+                    (now("num_expert_hosts"), "hosts"),
+                    (now("path_exact"), "paths are exact"),
+                    (now("expert_host_up", "host"), "host {{host}} is up"),
+                ],
             ),
         ],
     }  # fmt: skip

@@ -102,6 +102,7 @@ _OF_ENGINE = (
     Metric("num_expert_hosts", "gauge", "Expert hosts the engine works with.", read=lambda info: len(info["hosts"])),
 )  # fmt: skip
 _OF_HOSTS = (
+    Metric("expert_host_up", "gauge", "0 while the host is lost.", ("host",), read=lambda host: not host["lost"]),
     _host("gauge", "expert_resident", "num_units", "Experts in the host's slots."),
     _host("gauge", "expert_pending", "num_pending", "Experts the host means to fetch."),
     _host("counter", "expert_cache_hits_total", "hits", "Uses that found their expert in its slot."),

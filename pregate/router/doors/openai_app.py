@@ -18,11 +18,12 @@ from pregate.router.doors.http.chat_completions import ChatShape
 from pregate.router.doors.http.completions import CompletionShape
 from pregate.router.doors.http.errors import JsonResponse, add_handlers
 from pregate.router.doors.http.guards import Authorized, BoundedBody
+from pregate.router.doors.http.live_page import add_page
 from pregate.router.doors.metrics_app import metrics_route
 from pregate.router.doors.service import DoorService
 
 #: What is told to anybody.
-OPEN_PATHS = frozenset({"/health", "/ready", "/version"})
+OPEN_PATHS = frozenset({"/", "/health", "/ready", "/version"})
 
 
 def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_s: float = 600.0) -> FastAPI:
@@ -35,6 +36,7 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
     _add_health(app, service)
     tools.add_routes(app, service, timeout_s)
     app.router.routes.append(metrics_route(service))
+    add_page(app)
 
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:

@@ -66,6 +66,10 @@ class ChannelExchange:
         return self.members.clients
 
     @property
+    def placement(self) -> list[list[int]]:
+        return self.members.hosts_of_LR.tolist()
+
+    @property
     def lost(self) -> Mapping[int, str]:
         return self.members.lost
 

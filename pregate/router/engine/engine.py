@@ -190,6 +190,7 @@ class Engine:
             "kv_blocks_shared": allocator.num_shared,
             "kv_blocks": allocator.num_blocks,
             "kv_bytes": self.runner.kv.nbytes,
+            "placement": self.exchange.placement,
             "hosts": [
                 {
                     "host_id": h,

@@ -59,6 +59,11 @@ class Exchange(Protocol):
         ...
 
     @property
+    def placement(self) -> list[list[int]]:
+        """Who is each routed expert's home now, layer by layer; -1 past a layer's last."""
+        ...
+
+    @property
     def lost(self) -> Mapping[int, str]:
         """Hosts that do not answer, and why they are held for lost; others serve their units meanwhile."""
         ...

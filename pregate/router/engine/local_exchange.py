@@ -51,6 +51,10 @@ class LocalExchange:
         #: What gates chose in the layers run so far.
         self._chosen_TK: list[torch.Tensor] = []
 
+    @property
+    def placement(self) -> list[list[int]]:
+        return [[0] * cut.num_routed for cut in self._cuts]
+
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         if self._ffn.shared_in_segments and layer in self._sizes:
             self._local.hold_shared(layer, gate_up, down)

@@ -57,7 +57,7 @@ def add_routes(app: FastAPI, service: DoorService, timeout_s: float) -> None:
     async def experts() -> JsonResponse:
         """Which unit lives on which host, and what the hosts count, as the engine tells it."""
         info = await service.model_info()
-        names = ("num_hosts", "num_layers", "num_experts", "routing", "version", "hosts")
+        names = ("num_hosts", "num_layers", "num_experts", "routing", "version", "placement", "hosts")
         return JsonResponse({"model": info["model"], **{name: info[name] for name in names}})
 
 
