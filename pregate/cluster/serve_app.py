@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import inspect
 import os
 import shutil
 import tempfile
@@ -23,15 +24,19 @@ import ray
 import ray._private.worker
 from pydantic import Field
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from pregate.base import log
-from pregate.base.errors import PregateError, UnavailableError
+from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.base.network import is_loopback
 from pregate.base.options import of_keys, options
 from pregate.cluster import preflight
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
 from pregate.router.doors import openai_app
+from pregate.router.doors.access import TokenFile
+from pregate.router.doors.http.errors import RETRY_AFTER_S
 from pregate.router.doors.service import connect_service
 from pregate.router.link.endpoint import ipc_file
 
@@ -39,19 +44,48 @@ logger = log.get_logger(__name__)
 
 
 _Limit = Annotated[int, Field(ge=1)]
+_OptionalLimit = Annotated[int | None, Field(ge=1)]
+#: Requests that a replica has in flight before Serve adds another, where it may.
+_TARGET_ONGOING = 64
 
 
 @options()
 class AppOptions:
     """What `key=value` arguments may say: the deployment as for `pregate serve`, and Serve's own limits.
 
-    Serve's defaults (5 ongoing, an unbounded queue) do not suit a language model.
+    Serve's defaults (5 ongoing, an unbounded queue, no deadline) do not suit a language model. With `max_replicas`
+    Serve chooses how many replicas there are, by `target_ongoing_requests` for each. `token_file`: as for `pregate
+    serve`, read by every replica; without one Serve must listen on loopback.
     """
 
     deployment: ServeConfig
     num_replicas: _Limit = 1
+    min_replicas: _OptionalLimit = None
+    max_replicas: _OptionalLimit = None
+    target_ongoing_requests: Annotated[float | None, Field(gt=0)] = None
     max_ongoing_requests: _Limit = 256
     max_queued_requests: _Limit = 256
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    token_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_replicas is None:
+            for name in ("min_replicas", "target_ongoing_requests"):
+                if getattr(self, name) is not None:
+                    raise UserError.of(name, getattr(self, name), "needs max_replicas beside it")
+        elif self.num_replicas != 1:
+            raise UserError.of("num_replicas", self.num_replicas, "give it or max_replicas, not both")
+        elif (self.min_replicas or 1) > self.max_replicas:
+            raise UserError.of("min_replicas", self.min_replicas, f"with max_replicas {self.max_replicas} too large")
+
+    @property
+    def scale(self) -> dict[str, Any]:
+        """How many replicas there are, in Serve's words."""
+        if self.max_replicas is None:
+            return {"num_replicas": self.num_replicas}
+        target = self.target_ongoing_requests or _TARGET_ONGOING
+        scaling = {"min_replicas": self.min_replicas or 1, "max_replicas": self.max_replicas}
+        return {"autoscaling_config": {**scaling, "target_ongoing_requests": target}}
 
 
 class _Refusal(click.ClickException):
@@ -71,22 +105,45 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         asked = of_keys(AppOptions, args)
         config = asked.deployment
         preflight.check_config(config)
+        door = {
+            "token_file": asked.token_file and str(asked.token_file.resolve()),
+            "timeout_s": asked.request_timeout_s,
+        }
+        _open_tokens(door["token_file"])
     except PregateError as error:
         if not on_command_line:
             raise
         raise _Refusal(str(error)) from error
     if on_command_line and not ray.is_initialized():
         _leave_nothing_behind()
+    # With a replica more before one less a changed configuration drops no lease of the deployment, and no request.
+    wished = {
+        "max_surge_percent": 100,
+        "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+    }
+    known = inspect.signature(serve.deployment).parameters  # older Serves have not both
     deployment = serve.deployment(
         _replica_class(),
         name="pregate",
-        num_replicas=asked.num_replicas,
         max_ongoing_requests=asked.max_ongoing_requests,
         max_queued_requests=asked.max_queued_requests,
         graceful_shutdown_timeout_s=config.drain_s + 10,
         ray_actor_options={"num_cpus": 0.1},
+        **asked.scale,
+        **{name: value for name, value in wished.items() if name in known},
     )
-    return deployment.bind(config.to_dict())
+    return deployment.bind(config.to_dict(), door)
+
+
+def _open_tokens(token_file: str | None) -> TokenFile | None:
+    """The tokens to ask for. UserError for a bad file, and for none where Serve, if it runs, listens to others."""
+    if token_file is not None:
+        return TokenFile(Path(token_file))
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    host = client.http_config.host if client is not None else None
+    if host and not is_loopback(host):
+        raise UserError(f"token_file: missing; Serve's HTTP host is {host}; without a file allowed: 127.0.0.1")
+    return None
 
 
 def _leave_nothing_behind() -> None:
@@ -121,8 +178,11 @@ class Replica:
 
     app: Any = None
 
-    async def __init__(self, config_values: Mapping[str, Any], mount: Callable[[Any], None]) -> None:
+    async def __init__(
+        self, config_values: Mapping[str, Any], door: Mapping[str, Any], mount: Callable[[Any], None]
+    ) -> None:
         log.configure("http door")
+        tokens = await asyncio.to_thread(_open_tokens, door["token_file"])
         config = ServeConfig.from_dict(config_values)
         self._deployment: Deployment = await asyncio.to_thread(launch, config, None, logger.info)
         endpoint = self._deployment.info["endpoint"]
@@ -133,7 +193,7 @@ class Replica:
         paths = self._deployment.info["paths"]
         self._service = connect_service(endpoint, paths and paths["endpoint"], config.text_path, config.model_name)
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
-        mount(openai_app.build_app(self._service))
+        mount(openai_app.build_app(self._service, tokens=tokens, timeout_s=door["timeout_s"]))
 
     def check_health(self) -> None:
         """Serve restarts a replica whose deployment or engine is gone; a new one joins or launches it again."""
@@ -168,7 +228,7 @@ def _replica_class() -> type:
         return mount
 
     class PregateReplica(Replica):
-        async def __init__(self, config_values: Mapping[str, Any]) -> None:
-            await super().__init__(config_values, mount.set)
+        async def __init__(self, config_values: Mapping[str, Any], door: Mapping[str, Any]) -> None:
+            await super().__init__(config_values, door, mount.set)
 
     return serve.ingress(asgi)(PregateReplica)

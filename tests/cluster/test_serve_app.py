@@ -1,6 +1,8 @@
 """The Serve application: what it takes, its health, and what `serve run` leaves (with `serve`: test_life_cycle.py)."""
 
+import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,17 +16,76 @@ from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from tests.cluster.leftovers import (
     ROOT,
+    launched,
     listening_ports,
     processes_of,
     shared_memory,
     started,
     still_listening,
+    wait_for,
 )
 from tests.router.running import LoopThread, engine_thread, local_engine, socket_folder
 from tests.router.running import wait_for as eventually
 
 PROMPT = "to be or not"
 SERVE_RUN = ["-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
+
+
+#: Deploys an application twice, the second time another one, under load all the while; says what became of it.
+REDEPLOY = """
+import json, sys, threading, time
+import httpx, psutil, ray
+from ray import serve
+from pregate.cluster.local_ray import prepare_environment
+from pregate.cluster.serve_app import build_app
+
+prepare_environment()
+model, tokens, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False)
+serve.start(http_options={"port": port})
+args = {"model": model, "hosts": "2", "token_file": tokens}
+key = {"Authorization": "Bearer sk-alpha"}
+url = f"http://127.0.0.1:{port}"
+
+
+def parts():
+    lines = {p.pid: " ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)}
+    mine = sorted(pid for pid, line in lines.items() if "ExpertHostActor" in line or "EngineActor" in line)
+    return mine, sorted(pid for pid, line in lines.items() if "ServeReplica" in line)
+
+
+def load(stream):
+    with httpx.Client(base_url=url, headers=key, timeout=120) as client:
+        while not done.is_set():
+            body = {"prompt": "to be", "max_tokens": 40, "temperature": 0, "ignore_eos": True, "stream": stream}
+            try:
+                answer = client.post("/v1/completions", json=body)
+                ok = answer.status_code == 200 and ("[DONE]" in answer.text) == stream and "error" not in answer.text
+                results.append("" if ok else f"{answer.status_code} {answer.text[-300:]}")
+            except httpx.HTTPError as error:
+                results.append(repr(error))
+
+
+done, results = threading.Event(), []
+serve.run(build_app(args))
+told = {"unauthorized": httpx.post(f"{url}/v1/completions", json={}).status_code}
+told |= {path: httpx.get(url + path, timeout=30).status_code for path in ("/health", "/ready", "/version")}
+told["before"], told["replica"] = parts()
+threads = [threading.Thread(target=load, args=(stream,)) for stream in (True, False)]
+[thread.start() for thread in threads]
+time.sleep(2)
+told["num_before"] = len(results)
+serve.run(build_app(args | {"num_replicas": 2, "max_ongoing_requests": 64}))
+told["num_during"] = len(results) - told["num_before"]
+time.sleep(2)
+done.set()
+[thread.join() for thread in threads]
+told["num"], told["failed"] = len(results), [r for r in results if r]
+told["after"], told["replicas"] = parts()
+print("told " + json.dumps(told), flush=True)
+serve.shutdown()
+ray.shutdown()
+"""
 
 
 @pytest.mark.parametrize(
@@ -36,6 +97,12 @@ SERVE_RUN = ["-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_
         ({"model": "TINY", "hosts": "6"}, "hosts 6: allowed: 0 to 5"),
         ({"model": "TINY", "max_queued_requests": "0"}, "max_queued_requests 0: allowed: 1 or more"),
         ({"model": "/no/such"}, "model /no/such: no such folder"),
+        ({"model": "TINY", "max_queued_request": "9"}, "max_queued_request 9: .*; nearest: max_queued_requests"),
+        ({"model": "TINY", "min_replicas": "2"}, "min_replicas 2: needs max_replicas"),
+        ({"model": "TINY", "max_replicas": "2", "num_replicas": "2"}, "num_replicas 2: give it or max_replicas"),
+        ({"model": "TINY", "max_replicas": "2", "min_replicas": "3"}, "min_replicas 3: with max_replicas 2 too large"),
+        ({"model": "TINY", "token_file": "/no/such"}, "token_file /no/such: cannot be read"),
+        ({"model": "TINY", "request_timeout_s": "0"}, "request_timeout_s 0: allowed: above 0"),
     ],
 )
 def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
@@ -43,6 +110,19 @@ def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
 
     with pytest.raises(UserError, match=sentence):
         build_app({k: str(layerwise_checkpoint) if v == "TINY" else v for k, v in args.items()})
+
+
+def test_what_is_asked_reaches_serve_in_its_words(layerwise_checkpoint):
+    from pregate.cluster.serve_app import build_app
+
+    model = {"model": str(layerwise_checkpoint)}
+    config = build_app(model)._bound_deployment._deployment_config
+    assert (config.num_replicas, config.max_ongoing_requests, config.max_queued_requests) == (1, 256, 256)
+    assert config.backpressure_config.status_code == 429
+    assert config.max_surge_percent == 100
+    scaled = build_app(model | {"min_replicas": 2, "max_replicas": "4", "target_ongoing_requests": "32"})
+    scaling = scaled._bound_deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 4, 32)
 
 
 def test_on_serves_command_line_a_bad_argument_is_one_sentence(layerwise_checkpoint):
@@ -73,6 +153,43 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
         assert app.wait_nothing_left(20) == []
         assert still_listening(ports) == set()
         assert shared_memory() <= before
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpoint, tmp_path):
+    (tmp_path / "keys").write_text("sk-alpha\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with launched("-c", REDEPLOY, path_checkpoint, tmp_path / "keys", port) as running:
+        wait_for(running.log, "told ", running.process)
+        running.process.wait(120)
+        (line,) = [x for x in running.log.read_text().splitlines() if x.startswith("told ")]
+    told = json.loads(line.removeprefix("told "))
+    assert told["unauthorized"] == 401
+    assert [told[path] for path in ("/health", "/ready", "/version")] == [200, 200, 200]
+    assert told["num_before"] > 0 and told["num_during"] > 0
+    assert told["failed"] == []
+    assert len(told["before"]) == 3 and told["after"] == told["before"], "an engine and two hosts, as they were"
+    assert len(set(told["replicas"]) - set(told["replica"])) == 2, "and other replicas"
+
+
+@pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])
+def test_an_open_port_asks_for_tokens(layerwise_checkpoint, tmp_path, monkeypatch, host, refused):
+    from pregate.cluster import serve_app
+
+    (tmp_path / "keys").write_text("sk-alpha\n")
+    serving = SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr(serve_app, "_get_global_client", lambda **_: serving)
+    monkeypatch.setattr(serve_app.ray, "is_initialized", lambda: True)
+    args = {"model": str(layerwise_checkpoint)}
+    if refused:
+        with pytest.raises(UserError, match=f"token_file: missing; Serve's HTTP host is {host}"):
+            serve_app.build_app(args)
+    else:
+        serve_app.build_app(args)
+    serve_app.build_app(args | {"token_file": str(tmp_path / "keys")})
 
 
 def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):
