@@ -24,7 +24,8 @@ from pregate.client.proto import pregate_pb2 as pb
 from pregate.client.proto.plain import chunk_message, complete_message, given_fields, to_message
 from pregate.router.doors.access import cache_salt
 from pregate.router.doors.chat import Chat
-from pregate.router.doors.service import DoorService, Prompt
+from pregate.router.doors.prompt_reader import Prompt
+from pregate.router.doors.service import DoorService
 from pregate.router.link.messages import SamplingParams
 
 logger = log.get_logger(__name__)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import (
@@ -22,9 +22,10 @@ from pregate.base.errors import (
 )
 from pregate.base.sampling import MAX_SEED, check_ids, check_priority
 from pregate.model.tokenizer import read_tokenizer
-from pregate.router.doors.chat import Chat, ChatTemplate
+from pregate.router.doors.chat import ChatTemplate
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.in_flight import InFlight, Taken
+from pregate.router.doors.prompt_reader import Prompt, PromptReader
 from pregate.router.doors.request_watch import RequestMetrics, TextWatch
 from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
@@ -37,12 +38,6 @@ from pregate.router.link.messages import (
     check_prompt,
 )
 
-#: What is to be continued: a text, a chat, or token ids.
-Prompt: TypeAlias = str | Chat | Sequence[int]
-#: A text above this is tokenised beside the event loop, so that other streams do not wait for it.
-_LONG_TEXT_BYTES = 4096
-#: Tokens of ordinary text have about 4 bytes: more than this on average, and its beginning is looked at first.
-_BYTES_PER_TOKEN = 16
 #: How long the first token may take before a door is called ready.
 _PROOF_S = 10.0
 #: What a message holds beside its prompt.
@@ -87,11 +82,10 @@ class DoorService:
         self.model_name, self.metrics = model_name, RequestMetrics()
         self._engine, self._paths = engine_client, path_client
         self._tokenizer = read_tokenizer(Path(tokenizer_dir))
-        self._chat_template = ChatTemplate(Path(tokenizer_dir))
+        self._prompts = PromptReader(self._tokenizer, ChatTemplate(Path(tokenizer_dir)))
         most, at_door = (options or ServiceOptions()).max_requests, "num_requests_at_door"
         self._in_flight = InFlight(most, lambda num: self.metrics.record(at_door, num))
         self._draining, self._proven = False, False
-        self._token_bytes = max(len(token.encode()) for token in self._tokenizer.get_vocab())
         self._limits: tuple[int, int] | None = None  # vocab_size, max_context
         self._stop_strings: tuple[str, ...] = ()  # the model's own
 
@@ -127,7 +121,7 @@ class DoorService:
         """
         if self._limits is None:
             return None
-        return self._limits[1] * max(3 * self._token_bytes, 10) + _OTHER_FIELDS_BYTES
+        return self._limits[1] * max(3 * self._prompts.token_bytes, 10) + _OTHER_FIELDS_BYTES
 
     def open(self) -> None:
         """Connect to the engine. Must be called inside a running event loop; `generate` and others do it too."""
@@ -164,7 +158,7 @@ class DoorService:
             check_priority(priority)
             vocab_size, max_context = await self._get_limits()
             sampling.validate(vocab_size)
-            prompt_ids = await self._encode(prompt, max_context - 1)
+            prompt_ids = await self._prompts.encode(prompt, max_context - 1)
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
             watch.taken(len(prompt_ids))
             max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
@@ -220,7 +214,7 @@ class DoorService:
         self._check_model(model)
         self._check_draining()
         vocab_size, max_context = await self._get_limits()
-        token_ids = await self._encode(prompt, max_context)
+        token_ids = await self._prompts.encode(prompt, max_context)
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
         start_s = time.monotonic()
         reply = await (self._paths or self._engine).route(token_ids, deadline_s)
@@ -245,7 +239,7 @@ class DoorService:
         """Return the ids that `prompt` is sent as, more than the context holds too. `special` False keeps the tokenizer
         from adding what it adds to a text, True makes it add that to a chat."""
         self._check_model(model)
-        return await self._encode(prompt, sys.maxsize, special)
+        return await self._prompts.encode(prompt, sys.maxsize, special)
 
     async def detokenize(self, token_ids: Sequence[int], *, model: str = "") -> str:
         """Return the text of these ids, special tokens included. UserError for ids that are none."""
@@ -335,41 +329,6 @@ class DoorService:
             await self.model_info()
         assert self._limits is not None
         return self._limits
-
-    async def _encode(self, prompt: Prompt, max_tokens: int, special: bool | None = None) -> tuple[int, ...]:
-        """Return the prompt's ids. A text that is far too long for `max_tokens` is refused by its bytes, or by its
-        beginning, before it is tokenised."""
-        if isinstance(prompt, (bytes, bytearray, memoryview)):
-            raise UserError.of("prompt", f"of {type(prompt).__name__}", "must be text or a list of token ids")
-        if not isinstance(prompt, (str, Chat)):
-            return tuple(prompt)
-        special = isinstance(prompt, str) if special is None else special  # a chat's template writes its own
-        text = prompt if isinstance(prompt, str) else self._chat_template.render(prompt)
-        try:
-            num_bytes = len(text.encode())
-        except UnicodeEncodeError:
-            sentence = "must be text that UTF-8 can carry"
-            raise UserError.of("prompt", "with half of a surrogate pair", sentence) from None
-        if num_bytes <= _LONG_TEXT_BYTES:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
-        most = max_tokens * self._token_bytes
-        if num_bytes > most:
-            sentence = f"longer than {max_tokens} tokens can hold; allowed: {most} bytes"
-            raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
-        beginning = text[: max_tokens * _BYTES_PER_TOKEN]
-        if (
-            len(beginning) < len(text)
-            and len(await self._encode_aside(beginning, special=special)) > max_tokens * 9 // 8
-        ):
-            sentence = f"its first {len(beginning)} characters alone exceed the {max_tokens} tokens allowed"
-            raise UserError.of("prompt", f"of {num_bytes} bytes", sentence)
-        return await self._encode_aside(text, special=special)
-
-    async def _encode_aside(self, text: str, *, special: bool = True) -> tuple[int, ...]:
-        """Tokenise in a thread. `encode` would keep Python's lock there, and with it every other stream;
-        `encode_batch` gives it up."""
-        (encoding,) = await asyncio.to_thread(self._tokenizer.encode_batch, [text], add_special_tokens=special)
-        return tuple(encoding.ids)
 
     def _known_ids(self, generated_ids: Sequence[int], n: int, max_tokens: int) -> tuple[int, ...]:
         """What to go on after: all that was generated, or all but the last of `max_tokens`, which says that it ends."""

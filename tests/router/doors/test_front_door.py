@@ -195,7 +195,7 @@ def test_a_text_is_tokenised_without_holding_up_the_event_loop(front):
     loop, service = front[1].loop, front[1].service
 
     async def ticks_meanwhile():
-        task, ticks = asyncio.ensure_future(service._encode_aside("word, " * 100_000)), 0
+        task, ticks = asyncio.ensure_future(service._prompts._encode_aside("word, " * 100_000)), 0
         while not task.done():
             await asyncio.sleep(0.001)
             ticks += 1
