@@ -12,7 +12,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install install-dev demo demo-convert test check format docs bench proto clean
+.PHONY: install install-dev demo demo-convert test chaos check format docs bench proto clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -43,6 +43,10 @@ demo-convert: install
 
 test: check
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+# Kills hosts 50 times of each kind, and writes how long nobody was served meanwhile.
+chaos: install-dev
+	PREGATE_CHAOS_KILLS=50 PREGATE_CHAOS_RESULTS=benchmarks/results/chaos.json $(BIN)/python -m pytest -s tests/chaos
 
 check: install-dev
 	$(BIN)/ruff check .

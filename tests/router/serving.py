@@ -47,7 +47,7 @@ def units_of(hosts_of_LR: np.ndarray, host: int) -> list[tuple[int, int]]:
     return [(int(layer), int(expert)) for layer, expert in np.argwhere(hosts_of_LR == host)]
 
 
-def _host_process(orders, ready) -> None:
+def host_process(orders, ready) -> None:
     """Be the host each order describes until the next one comes; None ends the process."""
     actor = None
     while True:
@@ -79,7 +79,7 @@ class HostProcesses:
         spawn = multiprocessing.get_context("spawn")
         self._ready, self._orders = spawn.Queue(), [spawn.Queue() for _ in range(num_hosts)]
         self._processes = [
-            spawn.Process(target=_host_process, args=(orders, self._ready), daemon=True) for orders in self._orders
+            spawn.Process(target=host_process, args=(orders, self._ready), daemon=True) for orders in self._orders
         ]
         for process in self._processes:
             process.start()
@@ -173,6 +173,10 @@ class Recorder:
         self._layers: dict[int, np.ndarray] = {}
         engine.runner.run = self._watch_run
         engine.exchange.dispatch = self._watch_dispatch
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self.engine.runner.run, self.engine.exchange.dispatch = self._run, self._dispatch
 
     def _watch_dispatch(self, layer, x_TD, choice=None):
         if choice is not None:

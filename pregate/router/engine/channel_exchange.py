@@ -156,6 +156,7 @@ class ChannelExchange:
 
     def _send_elsewhere(self, group: SentGroup) -> SentGroup:
         """Send a group of a lost host to those that serve its units now, with its index: it needs no plan."""
+        self.members.check()
         key, parts = group.key.next_attempt(), []
         for part in split(group.index, self.members.hosts_of_LR[key.layer]):
             rows_ND = group.rows_ND[torch.from_numpy(part.rows)]

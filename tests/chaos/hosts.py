@@ -1,0 +1,122 @@
+"""Expert hosts in processes of their own that are killed, stopped and replaced while an engine serves over them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pregate.base.errors import HostLostError
+from pregate.router.engine.engine import Engine
+from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
+from pregate.workers.client.channel import ChannelClient
+from pregate.workers.client.channel_options import ChannelOptions
+from pregate.workers.host.actor import ActorOptions
+from pregate.workers.host.options import HostOptions
+from pregate.workers.link.protocol import HostAddress
+from tests.router.serving import Recorder, Served, host_process
+
+QUICK = ChannelOptions(host_timeout_s=1.5, cut_timeout_s=0.3)
+
+
+class Cluster:
+    """One process a host, and one spare that takes the place of the next that is killed: starting one takes seconds.
+
+    `copies_LRC`: who holds which units. `addresses` and `pids` are of the hosts now.
+    """
+
+    def __init__(self, path: Path, copies_LRC: np.ndarray, folder: Path, **options) -> None:
+        self._path, self._copies_LRC, self._folder, self._options = path, copies_LRC, folder, options
+        self._spawn = multiprocessing.get_context("spawn")
+        self._ready = self._spawn.Queue()
+        self.num_hosts = int(copies_LRC.max()) + 1
+        self._all: list = []
+        self._spares = [self._process() for _ in range(self.num_hosts + 1)]
+        self.processes: list = [None] * self.num_hosts
+        self.addresses: list[HostAddress] = [self.start(host) for host in range(self.num_hosts)]
+
+    def _process(self):
+        orders = self._spawn.Queue()
+        process = self._spawn.Process(target=host_process, args=(orders, self._ready), daemon=True)
+        process.start()
+        self._all.append(process)
+        return process, orders
+
+    def start(self, host: int) -> HostAddress:
+        """Let the spare process be a host; returns where it listens."""
+        process, orders = self._spares.pop(0)
+        held_LR = (self._copies_LRC == host).any(axis=2)
+        units = tuple((int(layer), int(expert)) for layer, expert in np.argwhere(held_LR))
+        spare_slots = -(-len(units) // max(1, self.num_hosts - 1))
+        orders.put(
+            ActorOptions(
+                host=HostOptions(host_id=host, spare_slots=spare_slots, **self._options),
+                checkpoint=str(self._path),
+                units=units,
+                ipc_folder=str(self._folder),
+                heartbeat_s=0.2,
+            )
+        )
+        address = self._ready.get(timeout=240)
+        assert address.host_id == host and address.pid == process.pid
+        self.processes[host] = process
+        return address
+
+    def kill(self, host: int) -> None:
+        """SIGKILL; returns when the process is dead."""
+        process = self.processes[host]
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+
+    def replace(self, host: int, engine: Engine) -> None:
+        """Start a host that was killed again, as another process, and tell the engine."""
+        self._spares.append(self._process())
+        self.addresses[host] = self.start(host)
+        engine.replace_host(host, self.client(host))
+
+    def client(self, host: int) -> ChannelClient:
+        return ChannelClient(self.addresses[host], QUICK)
+
+    def close(self) -> None:
+        for process in self._all:
+            process.kill()
+            process.join(10)
+
+
+def serve_all(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[Served, float]:
+    """Serve all prompts at once, through whatever happens; returns what came and the longest time without a token."""
+    recorder = Recorder(engine)
+    for index, prompt in enumerate(prompts):
+        engine.submit(SubmitRequest(str(index), tuple(prompt), SamplingParams(num_tokens, ignore_eos=True)))
+    give_up_s, last_s, longest_s = time.monotonic() + 300, time.monotonic(), 0.0
+    try:
+        while engine.has_work:
+            assert time.monotonic() < give_up_s, "the engine did not come to an end"
+            try:
+                events = engine.step()
+            except HostLostError:  # nobody is left: the step is tried again, as the engine's server does
+                time.sleep(0.05)
+                continue
+            for event in events:
+                if isinstance(event, TokensEvent):
+                    recorder.served.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                    longest_s, last_s = max(longest_s, time.monotonic() - last_s), time.monotonic()
+    finally:
+        recorder.stop()
+    return recorder.served, longest_s
+
+
+def until_all_serve(engine: Engine, timeout_s: float = 60.0) -> None:
+    """Look after the hosts, as an idle engine does, until every one of them serves."""
+    give_up_s = time.monotonic() + timeout_s
+    while engine.exchange.lost:
+        assert time.monotonic() < give_up_s, engine.exchange.lost
+        with contextlib.suppress(HostLostError):
+            engine.idle()
+        time.sleep(0.02)
