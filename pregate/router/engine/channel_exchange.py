@@ -197,8 +197,8 @@ class ChannelExchange:
     def poll(self) -> None:
         self.members.poll()
 
-    def _plan(self, number: int, ids_TLK: np.ndarray, hosts_of_LR: np.ndarray) -> StepPlan:
-        plan = make_plan(number, ids_TLK, hosts_of_LR, len(self.clients))
+    def _plan(self, number: int, ids_TLK: np.ndarray, hosts_of: np.ndarray) -> StepPlan:
+        plan = make_plan(number, ids_TLK, hosts_of, len(self.clients), self.members.hosts_of_LR.shape[1])
         if self.check_plans:
-            check_plan(plan, ids_TLK, hosts_of_LR)
+            check_plan(plan, ids_TLK, hosts_of)
         return plan

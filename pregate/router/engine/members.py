@@ -12,9 +12,12 @@ import numpy as np
 
 from pregate.base.errors import HostLostError
 from pregate.base.log import get_logger
-from pregate.router.engine.assignment import adopt, choose_hosts
+from pregate.router.engine.assignment import adopt, choose_hosts, hosts_of_pairs, share_rows
 from pregate.workers.client.host_client import HostClient
 from pregate.workers.link.protocol import Hello
+
+#: Rows that are computed in the time in which a unit is read (benchmarks/results/scale.json).
+UNIT_ROWS = 12.0
 
 _log = get_logger(__name__)
 
@@ -42,8 +45,9 @@ class Members:
         self.hosts_of_LR = choose_hosts(self._living_LRC)
 
     def hosts_for(self, ids_TLK: np.ndarray, first_layer: int = 0) -> np.ndarray:
-        """Return int16 [L, R]: who serves each unit in a step whose tokens visit these experts of layers from
-        `first_layer` on, -1 past a token's last; of units with copies the one that lets the slowest host be fast."""
+        """Return who serves a step whose tokens visit these experts of layers from `first_layer` on, -1 past a token's
+        last: the host of each unit int16 [L, R], or, where units have copies, of each token's experts int16 [T, L, K],
+        so that the slowest host is fast."""
         layers = slice(first_layer, first_layer + ids_TLK.shape[1])
         living_LRC = self._living_LRC[layers]
         if living_LRC.shape[2] == 1:
@@ -52,7 +56,8 @@ class Members:
         _, layer, _ = np.nonzero(ids_TLK >= 0)
         units = layer * num_routed + ids_TLK[ids_TLK >= 0]
         rows_LR = np.bincount(units, minlength=num_layers * num_routed).reshape(num_layers, num_routed)
-        return choose_hosts(living_LRC, rows_LR, len(self.clients))
+        rows_LRC = share_rows(living_LRC, rows_LR, len(self.clients), UNIT_ROWS)
+        return hosts_of_pairs(ids_TLK, living_LRC, rows_LRC)
 
     def lose(self, host: int, error: HostLostError) -> None:
         """Fence a host; HostLostError where no other lives."""

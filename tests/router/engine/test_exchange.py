@@ -303,3 +303,28 @@ def test_a_host_that_is_lost_again_and_again_waits_longer_each_time():
         members.look_after_lost()
         assert not members.lost
     assert pauses == [min(0.25 * 2**n, 30.0) for n in range(10)]
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_copies_share_the_rows_and_the_sum_is_the_same(layerwise_checkpoint, planned):
+    """Many rows of one expert that two hosts hold go to both; where one of them is lost, to the other."""
+    many = 40
+    ids_TK = np.zeros((many, 1), dtype=np.int16)
+    x_TD = torch.randn(many, HIDDEN, generator=torch.Generator().manual_seed(5))
+    given = None if planned else Choice(torch.from_numpy(ids_TK.astype(np.int64)))
+
+    def run(exchange: ChannelExchange) -> torch.Tensor:
+        exchange.begin_step(1, many, Paths(np.repeat(ids_TK[:, None], LAYERS, axis=1)) if planned else None)
+        return exchange.combine(exchange.dispatch(0, x_TD, given))
+
+    shared_TD = torch.zeros(many, HIDDEN)
+    wanted = run(exchange_of(layerwise_checkpoint, 2, shared_TD))
+    exchange = exchange_of(layerwise_checkpoint, 2, shared_TD)
+    homes_LR = exchange.members.hosts_of_LR
+    members = Members(exchange.clients, np.stack([homes_LR, 1 - homes_LR], axis=2))
+    exchange = ChannelExchange("engine", members, exchange.shared, check_plans=True)
+    torch.testing.assert_close(run(exchange), wanted)
+    rows = [sum(len(sent) for sent in client.sent.values()) for client in exchange.clients]  # type: ignore[attr-defined]
+    assert rows == [many // 2, many // 2]
+    members.lose(0, LOST)
+    torch.testing.assert_close(run(exchange), wanted)
