@@ -44,9 +44,9 @@ demo-convert: install
 test: check
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-# Kills hosts 50 times of each kind, and writes how long nobody was served meanwhile.
+# Kills hosts 50 times of each kind, and writes how long nobody was served meanwhile; `ray up` on machines of its own.
 chaos: install-dev
-	PREGATE_CHAOS_KILLS=50 PREGATE_CHAOS_RESULTS=benchmarks/results/chaos.json $(BIN)/python -m pytest -s tests/chaos
+	PREGATE_CHAOS_KILLS=50 PREGATE_CHAOS_RESULTS=benchmarks/results/chaos.json $(BIN)/python -m pytest -s tests/chaos tests/deploy/test_ray_up.py
 
 check: install-dev
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ The machines are namespaces of this one (machines.py), each with an ssh server; 
 """
 
 import json
+import os
 import re
 import sys
 import time
@@ -16,6 +17,9 @@ from tests.deploy.machines import ROOT, machines, need_machines
 
 QUARTET = ROOT / "examples" / "quartet-paths"
 PROMPT = "Once upon a time"
+pytestmark = pytest.mark.skipif(
+    "PREGATE_CHAOS_KILLS" not in os.environ, reason="takes minutes; run by `make chaos`, where sshd and rsync are"
+)
 
 
 @pytest.fixture(scope="module")
