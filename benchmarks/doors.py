@@ -1,0 +1,169 @@
+"""What the doors add: the same texts through the service alone, through gRPC, and through Ray Serve's HTTP.
+
+    python -m benchmarks.doors --model examples/quartet-paths
+
+One deployment, one client process, contenders in turn. The service is what stands behind every door (it asks the path
+service and the engine, and makes text); called in the client's own process it has no wire.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.surroundings import sentence, surroundings
+from pregate.base.completion import Chunk
+from pregate.cli.load.targets import Target, opened
+from pregate.router.doors.service import DoorService, connect_service
+from pregate.router.link.messages import SamplingParams
+from tests.cluster.leftovers import ROOT, Running, own_environment, serving, wait_for
+
+RESULTS = Path(__file__).parent / "results" / "doors"
+SERVICE = "service, no wire"
+#: `serve run`, with the application's own settings.
+APP = """
+import signal, sys, threading
+import ray
+from ray import serve
+from pregate.cluster.serve_app import build_app
+address, port, model = sys.argv[1:]
+ray.init(address=address, log_to_driver=False)
+serve.start(http_options={"port": int(port)})
+serve.run(build_app({"model": model}))
+stop = threading.Event()
+signal.signal(signal.SIGINT, lambda *_: stop.set())
+print("app ready", flush=True)
+stop.wait()
+serve.shutdown()
+"""
+
+
+class ServiceTarget:
+    """The service in this process, as a `Target`."""
+
+    def __init__(self, service: DoorService) -> None:
+        self._service = service
+
+    async def info(self) -> dict[str, Any]:
+        return await self._service.model_info()
+
+    async def generate(self, prompt_ids: Sequence[int], num_tokens: int, timeout_s: float) -> AsyncGenerator[int, None]:
+        sampling = SamplingParams(num_tokens, ignore_eos=True)
+        async for item in self._service.generate(prompt_ids, sampling, deadline_s=timeout_s):
+            if isinstance(item, Chunk) and item.token_ids:
+                yield len(item.token_ids)
+
+
+async def burst(target: Target, prompts: Sequence[Sequence[int]], num_tokens: int) -> tuple[float, float]:
+    """Ask all prompts at once; returns the median seconds to the first token, and tokens a second of all."""
+    begun_s, first_s, num_seen = time.perf_counter(), [], 0
+
+    async def one(prompt: Sequence[int]) -> None:
+        nonlocal num_seen
+        asked_s, first = time.perf_counter(), True
+        async for count in target.generate(prompt, num_tokens, 600.0):
+            if first:
+                first_s.append(time.perf_counter() - asked_s)
+            first, num_seen = False, num_seen + count
+
+    await asyncio.gather(*(one(prompt) for prompt in prompts))
+    assert num_seen == num_tokens * len(prompts), f"{num_seen} tokens came"
+    return median(first_s), num_seen / (time.perf_counter() - begun_s)
+
+
+async def measure(args: argparse.Namespace, running: Running, port: int) -> dict[str, dict[str, dict[str, float]]]:
+    engine, paths = (f"ipc://{next(running.folder.rglob(name))}" for name in ("engine", "paths"))
+    service = connect_service(engine, paths, args.model, args.model.name)
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    async with AsyncExitStack() as stack:
+        grpc = await stack.enter_async_context(opened(running.target, "grpc", "", None, None))
+        http = await stack.enter_async_context(opened(f"http://127.0.0.1:{port}", "openai", "", None, None))
+        targets: dict[str, Target] = {SERVICE: ServiceTarget(service), "gRPC": grpc, "Serve HTTP": http}
+        vocab_size = int((await targets[SERVICE].info())["vocab_size"])
+        await http.info()
+        rng, names = np.random.default_rng(0), list(targets)
+        for number in range(-1, args.rounds):  # the first warms up
+            for num_requests in args.requests:
+                for name in names:
+                    # New prompts each time: none has a beginning that is known already.
+                    prompts = rng.integers(3, vocab_size, size=(num_requests, args.prompt_tokens)).tolist()
+                    figures = await burst(targets[name], prompts, args.tokens)
+                    if number >= 0:
+                        found.setdefault(str(num_requests), {}).setdefault(name, []).append(figures)
+            names = names[1:] + names[:1]
+    await service.close()
+    return {
+        num_requests: {
+            name: {
+                "first_token_ms": median(first for first, _ in runs) * 1000,
+                "tokens_per_s": median(rate for _, rate in runs),
+            }
+            for name, runs in of_names.items()
+        }
+        for num_requests, of_names in found.items()
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| requests | through | first token, ms | more | tokens/s | share |",
+        "| --: | --- | --: | --: | --: | --: |",
+    ]
+    for num_requests, of_names in results["found"].items():
+        base = of_names[SERVICE]
+        for name, figures in of_names.items():
+            more = figures["first_token_ms"] - base["first_token_ms"]
+            share = figures["tokens_per_s"] / base["tokens_per_s"]
+            lines.append(
+                f"| {num_requests} | {name} | {figures['first_token_ms']:.1f} | {more:+.1f} |"
+                f" {figures['tokens_per_s']:.0f} | {share:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    args = parser.parse_args()
+    args.model = args.model.resolve()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    around = surroundings("doors", ("grpcio", "ray", "fastapi"))
+    with serving("--model", args.model) as running:
+        environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
+        command = [sys.executable, "-c", APP, running.ray_address, str(port), str(args.model)]
+        log = running.folder / "app.log"
+        with log.open("w") as file:
+            app = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+        wait_for(log, "app ready", app)
+        found = asyncio.run(measure(args, running, port))
+    results = {"around": around, "model": args.model.name, "rounds": args.rounds, "found": found}
+    RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    what = (
+        f"{args.model.name}, experts in the engine's process, prompts of {args.prompt_tokens} ids, {args.tokens} tokens"
+    )
+    how = f"each, medians of {args.rounds} rounds in turn. {sentence(around)}."
+    text = f"# What the doors add\n\n{what} {how}\n\n{table(results)}\n"
+    RESULTS.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
