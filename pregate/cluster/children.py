@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import ray.exceptions
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -66,6 +67,7 @@ class RayChildren:
             for n in range(config.hosts)
         ]
         self._addresses: list[HostAddress] = []
+        self._told: tuple[HostAddress, ...] = ()  # those the engine knew at its start
         self._engine = Part("the engine", self._make_engine, self._start_engine, self._know, timeout_s)
         self._paths: Part | None = None  # where the checkpoint has exact ones
         self._info: dict[str, Any] = {}
@@ -105,8 +107,11 @@ class RayChildren:
     async def _start_engine(self, actor: Any) -> dict[str, Any]:
         config, placement = self._config, self._placement
         assert placement is not None, "the engine starts after the hosts"
+        while self._hosts and not any(host.pulse for host in self._hosts):  # they died with the engine
+            await asyncio.sleep(ROOM_EVERY_S / 10)
+        self._told = tuple(self._addresses)
         if self._hosts:
-            make_clients = functools.partial(_connect, tuple(self._addresses), self._keys)
+            make_clients = functools.partial(_connect, self._told, self._keys)
         else:
             make_clients = functools.partial(
                 _in_process, config.model, config.parent, placement.units_of(0), config.host_options(0)
@@ -117,17 +122,25 @@ class RayChildren:
         """Take note of an engine or path service that was started again: it listens where the last one did."""
         if "info" in started:
             self._info |= started
+            for address in set(self._addresses) - set(self._told):  # back while the engine started
+                await self._tell(address)
         else:
             self._info["paths"] = started
 
     async def _replace_host(self, address: HostAddress) -> None:
-        """Tell the engine where a host is that was started again; one that starts itself reads it then."""
+        """Take note of a host that was started again, and tell the engine; one that starts is told afterwards."""
         self._addresses[address.host_id] = address
         self._info["hosts"][address.host_id] = _describe(address)
         if self._engine.pulse is not None:
-            make_client = functools.partial(_connect_one, address, self._keys)
+            await self._tell(address)
+
+    async def _tell(self, address: HostAddress) -> None:
+        make_client = functools.partial(_connect_one, address, self._keys)
+        try:
             told = self._engine.actor.replace_host.remote(address.host_id, make_client)
             await asyncio.wait_for(told, ASK_TIMEOUT_S)
+        except (ray.exceptions.RayError, asyncio.TimeoutError) as error:  # a new engine will hear of it
+            logger.warning("host %d: the engine could not be told: %s", address.host_id, type(error).__name__)
 
     # ---- making parts ----
 
@@ -225,6 +238,8 @@ class RayChildren:
         """Look after every part at once; whatever died is started again."""
         pulses = [part.pulse for part in self._parts if part.pulse is not None]
         (lost, notes), _ = await asyncio.gather(self._doors.check(), look(pulses))
+        if self._stopping is not None:
+            return Health()
         notes += [note for part in self._parts for note in part.check()]
         return Health({**{part.name: part.lost for part in self._parts if part.lost}, **lost}, notes)
 

@@ -13,12 +13,16 @@ import ray.exceptions
 
 from pregate.base.log import get_logger
 from pregate.cluster.pulse import Pulse
+from pregate.workers.client.silence import Silence
 
 #: A part that gives no answer for this long is frozen: it is killed, and another takes its place.
 FROZEN_S = 20.0
 #: Before it is started again: nothing the first time, then this, doubled up to `MAX_PAUSE_S`; from the beginning after
 #: one that ran for `STEADY_S`.
 FIRST_PAUSE_S, MAX_PAUSE_S, STEADY_S = 1.0, 60.0, 60.0
+
+#: So much of the time between two looks counts as silence at most.
+MOST_S = 3.0
 
 logger = get_logger(__name__)
 
@@ -45,6 +49,7 @@ class Part:
         self._num_made = self._restarts = 0
         self._restarting: asyncio.Task[None] | None = None
         self._started_s = 0.0
+        self._silence = Silence(MOST_S)  # time in which we ourselves were stopped is not its fault
         self.actor: Any = None
         #: None while it does not run.
         self.pulse: Pulse | None = None
@@ -59,6 +64,7 @@ class Part:
             self.make()
         started = await asyncio.wait_for(self._start_actor(self.actor), self._start_timeout_s)
         self.pulse, self._started_s = Pulse(self.actor), time.monotonic()
+        self._silence.end()
         return started
 
     def check(self) -> list[str]:
@@ -67,7 +73,10 @@ class Part:
         if pulse is None or self._restarting is not None:
             return []
         notes = [f"{self.name}: {news}"] if (news := pulse.news()) else []
-        reason = pulse.lost or (f"no answer for {FROZEN_S:.0f} s" if pulse.silent_s > FROZEN_S else "")
+        if not pulse.silent_s:
+            self._silence.end()
+        frozen = pulse.silent_s > 0 and self._silence.count() > FROZEN_S
+        reason = pulse.lost or (f"no answer for {FROZEN_S:.0f} s" if frozen else "")
         if reason:
             notes.append(f"{self.name}: {reason}; a new one is started")
             self._restarts = 0 if time.monotonic() - self._started_s > STEADY_S else self._restarts
@@ -79,7 +88,7 @@ class Part:
         while self._max_restarts is None or self._restarts < self._max_restarts:
             ray.kill(self.actor)
             if self._restarts:
-                await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** (self._restarts - 1), MAX_PAUSE_S))
+                await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** min(self._restarts - 1, 10), MAX_PAUSE_S))
             self._restarts += 1
             try:
                 self.make()
@@ -100,7 +109,8 @@ class Part:
             self._restarting.cancel()
         if self.actor is None:
             return
-        if kindly and self.pulse is not None:
+        runs, self.pulse = self.pulse is not None, None
+        if kindly and runs:
             with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
                 await asyncio.wait_for(self.actor.stop.remote(), timeout_s)
         ray.kill(self.actor)

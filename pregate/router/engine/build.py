@@ -29,7 +29,7 @@ def build_engine(options: EngineOptions, clients: Sequence[HostClient], copies_L
     """Load the backbone and join it to its hosts. `copies_LRC` int16 [L, R, C]: the hosts that hold
     each unit, its home first, -1 past the last.
 
-    Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when one does not answer.
+    Raises CheckpointError for a bad folder, UserError when a host refuses, HostLostError when none answers.
     """
     torch.set_num_threads(options.threads)
     parent = Path(options.parent) if options.parent else None

@@ -8,6 +8,7 @@ Shape letters: T tokens, D hidden width, K experts per token, L layers, R routed
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,8 @@ class ChannelExchange:
         self.engine, self.members, self.shared = engine, members, shared
         self.group_timeout_s, self.check_plans, self.wants_lookahead = group_timeout_s, check_plans, wants_lookahead
         self._step = _Step(-1, 0, np.zeros((0, len(self.clients)), dtype=np.int64))
+        #: Parts of groups have numbers of their own, so that no two that a host is asked for are called the same.
+        self._part_numbers = itertools.count(1 << 16)
 
     @property
     def clients(self) -> Sequence[HostClient]:
@@ -157,8 +160,9 @@ class ChannelExchange:
     def _send_elsewhere(self, group: SentGroup) -> SentGroup:
         """Send a group of a lost host to those that serve its units now, with its index: it needs no plan."""
         self.members.check()
-        key, parts = group.key.next_attempt(), []
-        for part in split(group.index, self.members.hosts_of_LR[key.layer]):
+        parts = []
+        for part in split(group.index, self.members.hosts_of_LR[group.key.layer]):
+            key = group.key._replace(group=next(self._part_numbers), attempt=0)
             rows_ND = group.rows_ND[torch.from_numpy(part.rows)]
             parts.append((part.pairs, self._send(SentGroup(part.host, key, rows_ND, part.index))))
         return group._replace(parts=tuple(parts))

@@ -326,7 +326,8 @@ class Engine:
     def _finished(self, sequence: Sequence, reason: str) -> FinishedEvent:
         per_host = tuple(int(n) for n in sequence.pairs_per_host)
         hits, misses, stall_s = (
-            now - then for now, then in zip(self._unit_counts(), sequence.unit_counts, strict=True)
+            max(0, now - then)  # a host that was replaced counts from the beginning
+            for now, then in zip(self._unit_counts(), sequence.unit_counts, strict=True)
         )
         counts = sequence.num_prompt, sequence.num_generated, per_host
         ended_s = time.monotonic()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pregate.base.errors import HostLostError
+from pregate.base.errors import HostLostError, PregateError
 from pregate.base.log import get_logger
 from pregate.router.engine.assignment import adopt, choose_hosts, hosts_of_pairs, share_rows
 from pregate.workers.client.host_client import HostClient
@@ -36,7 +36,9 @@ class Members:
         self.clients, self.copies_LRC, self._hello = list(clients), copies_LRC, hello
         #: Why hosts that are lost are lost.
         self.lost: dict[int, str] = {}
-        self._lost_s, self._returned_s, self._pause_s = {}, {}, dict.fromkeys(range(len(self.clients)), FIRST_PAUSE_S)
+        self._lost_s: dict[int, float] = {}
+        self._returned_s: dict[int, float] = {}
+        self._pause_s = dict.fromkeys(range(len(self.clients)), FIRST_PAUSE_S)
         self._settle()
 
     def _settle(self) -> None:
@@ -64,7 +66,9 @@ class Members:
         if host not in self.lost:
             now_s = time.monotonic()
             steady = now_s - self._returned_s.get(host, -STEADY_S) >= STEADY_S
-            self._pause_s[host] = FIRST_PAUSE_S if steady else min(2 * self._pause_s[host], MAX_PAUSE_S)
+            self._pause_s[host] = (
+                FIRST_PAUSE_S if steady else min(max(2 * self._pause_s[host], FIRST_PAUSE_S), MAX_PAUSE_S)
+            )
             self.lost[host], self._lost_s[host] = error.reason, now_s
             self.clients[host].fence()
             self._settle()
@@ -99,6 +103,8 @@ class Members:
                     client.poll()
                 except HostLostError as error:
                     self.lose(host, error)
+                except PregateError as error:  # it says what we do not understand
+                    self.lose(host, HostLostError(host, str(error)))
         self.look_after_lost()
 
     def replace(self, host: int, client: HostClient) -> None:
@@ -110,3 +116,4 @@ class Members:
             self.lost[host], self._lost_s[host] = "it was replaced", time.monotonic()
             self._settle()
         self._pause_s[host] = 0.0
+        self._returned_s.pop(host, None)

@@ -118,6 +118,7 @@ class EngineServer(LoopServer):
         self._options = options or EngineServerOptions()
         super().__init__(EngineLink(endpoint, engine.info, self._options.link, context))
         self._lost_s: float | None = None  # since when no host answers
+        self._stuck_s: float | None = None  # since when no step came to its end for want of hosts
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
 
     def call(self, function: Callable[[], None]) -> None:
@@ -136,7 +137,10 @@ class EngineServer(LoopServer):
     def _turn(self) -> None:
         inbox, activity = self._link.inbox, self._link.activity
         while not self._calls.empty():
-            self._calls.get()()
+            try:
+                self._calls.get()()
+            except (PregateError, zmq.ZMQError) as error:
+                logger.error("a call between two steps failed: %s", error)
         if self._lost_s is not None or not self._engine.has_work:
             inbox.wait(self._options.idle_poll_s)
         cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)
@@ -151,7 +155,9 @@ class EngineServer(LoopServer):
         try:
             if self._lost_s is None and self._engine.has_work:
                 with self._link.activity.doing("a step"):
-                    return self._engine.step()
+                    events = self._engine.step()
+                self._stuck_s = None
+                return events
             self._engine.idle()
             self._recover()
         except HostLostError as error:
@@ -182,10 +188,12 @@ class EngineServer(LoopServer):
             self._lost_s = time.monotonic()
             logger.error("%s, and no other is left; requests wait until one answers", error)
             self._link.refuse(str(error))
-        if self._engine.has_work and time.monotonic() - self._lost_s > self._options.host_patience_s:
+        self._stuck_s = self._stuck_s or self._lost_s
+        if self._engine.has_work and time.monotonic() - self._stuck_s > self._options.host_patience_s:
             logger.error("no expert host for %.0f s; requests fail", self._options.host_patience_s)
             self._engine.fail_all(error)
             self._link.fail_requests(error)
+            self._stuck_s = None
         return self._engine.expire(error)
 
     def _recover(self) -> None:

@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 _WAIT_SLICE_S = 0.2
 #: Heartbeats are taken in at least this often, also while answers come without a pause.
 _CONTROL_EVERY_S = 0.5
+#: A host that gets on, reading experts for one that is lost say, has its time again and again, so often at most.
+_MAX_TIMEOUTS = 4
 #: Messages in a row that cannot be read, ours or the host's, before it counts as lost: one may be damaged on its way.
 _MAX_DAMAGED = 3
 
@@ -92,6 +94,7 @@ class ChannelClient:
         self._flights = Flights()
         self._greeted_s, self._greet_every_s = 0.0, self._options.host_timeout_s / 6
         self._fenced, self._num_damaged = False, 0
+        self._fenced_beat: Heartbeat | None = None
         self._silence = Silence(self._options.host_timeout_s / 3)
         self._looked_at_control_s = time.monotonic()
         # Named by us, so that the host knows us again after a broken connection.
@@ -133,6 +136,7 @@ class ChannelClient:
             self._dtype = getattr(torch, hello.dtype)
         self._flights.abandon()
         self._fenced, self._greeting, self._num_damaged = True, None, 0
+        self._fenced_beat = self.last_heartbeat
 
     def returned(self) -> bool:
         if not self._fenced:
@@ -145,11 +149,19 @@ class ChannelClient:
         except PregateError as error:
             _log.warning("host %d cannot be taken back: %s", self.host_id, error)
             self._greeting = None
-        if isinstance(self._greeting, HelloAck):
+        if isinstance(self._greeting, HelloAck) and not self._connection.cut_s and not self._is_stuck():
             self._fenced = False
         else:
-            self._greet(self._greet_every_s)
+            with contextlib.suppress(HostLostError):  # as many greetings wait for it as may
+                self._greet(self._greet_every_s)
         return not self._fenced
+
+    def _is_stuck(self) -> bool:
+        """Whether the host's compute thread is still at what it was at when it was given up: its I/O thread answers."""
+        then, now = self._fenced_beat, self.last_heartbeat
+        if then is None or now is None or not now.busy_with:
+            return False
+        return (now.incarnation, now.progress) == (then.incarnation, then.progress)
 
     def _greet(self, pause_s: float = 0.0) -> None:
         """Say hello, unless that was less than `pause_s` ago."""
@@ -178,16 +190,20 @@ class ChannelClient:
         if hello is None or rows_ND.dtype != self._dtype or rows_ND.shape[0] > hello.max_rows:
             got, agreed = f"{rows_ND.shape[0]} rows of {rows_ND.dtype}", hello and f"{hello.max_rows} of {self._dtype}"
             raise ProtocolError(f"group of {got}; agreed: at most {agreed}")
+        self._drain(self._control)  # heartbeats of the time before say nothing of this group
         self._flights.add(flight := Flight(key, rows_ND, index))
         self._send_flight(flight)
         self.stats.groups += 1
 
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
         flight, began_s = self._flights[key], time.monotonic()
+        moved_s, done = began_s, self._work_done()
         try:
             while flight.answer is None:
-                if time.monotonic() > began_s + timeout_s:
-                    waited = f"no answer for step {key.step} layer {key.layer} within {timeout_s:g} s"
+                now_s, before, done = time.monotonic(), done, self._work_done()
+                moved_s = now_s if done != before else moved_s
+                if now_s > moved_s + timeout_s or now_s > began_s + _MAX_TIMEOUTS * timeout_s:
+                    waited = f"no answer for step {key.step} layer {key.layer} within {now_s - began_s:.0f} s"
                     raise HostLostError(self.host_id, f"{waited}; {self._last_words()}")
                 self._wait()
         finally:
@@ -196,6 +212,11 @@ class ChannelClient:
         if isinstance(flight.answer, Failure):
             raise self._error_of(flight.answer)
         return from_rows(flight.answer.rows)
+
+    def _work_done(self) -> tuple[int, int]:
+        """What changes while the host gets on: messages done, bytes of experts read."""
+        beat = self.last_heartbeat
+        return (0, 0) if beat is None else (beat.progress, beat.cache.read_bytes)
 
     def abandon(self, key: GroupKey | None = None) -> None:
         self._flights.abandon(key)
@@ -334,11 +355,12 @@ class ChannelClient:
                 self._data.close()
             self._data = self._connect(answer.data_endpoint, transport.data_id(self._id))
         self._incarnation, self._terms = answer.incarnation, answer
-        for flight in self._flights.to_send_again(replaced or self._connection.take_cut()):
+        was_cut = self._connection.take_cut()
+        for flight in self._flights.to_send_again(replaced or was_cut):
             self._send_again(flight)
 
     def _send_again(self, flight: Flight) -> None:
-        flight.key, flight.unheard = flight.key.next_attempt(), False
+        flight.key, flight.unheard, flight.idle_beats = flight.key.next_attempt(), False, 0
         self._send_flight(flight)
         self.stats.resent_groups += 1
 
@@ -348,7 +370,6 @@ class ChannelClient:
                 raise self._error_of(message)
             self._damaged(message.text)
             return
-        self._num_damaged = 0
         flight = self._flights.waiting_for(message.key)
         if flight is None:
             self.stats.discarded_answers += 1
@@ -357,7 +378,7 @@ class ChannelClient:
             self.send_plan(self._plans.get(flight.key.step))
             self._send_again(flight)
         else:
-            flight.answer = message
+            flight.answer, self._num_damaged = message, 0
             self.stats.reply_bytes += num_bytes
 
     def _error_of(self, failure: Failure) -> PregateError:

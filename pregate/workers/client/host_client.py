@@ -79,7 +79,7 @@ class HostClient(Protocol):
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
         """Wait for one group's answer [P, D]. Every sent group is received once.
 
-        Raises HostLostError when the host falls silent or `timeout_s` passes, and what the host failed with.
+        Raises HostLostError when the host falls silent or does not get on for `timeout_s`, and what it failed with.
         """
         ...
 

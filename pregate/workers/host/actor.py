@@ -94,7 +94,8 @@ class ExpertHostActor:
     def status(self) -> dict[str, Any]:
         """Return the host's counters and facts; UnavailableError before `start` and after `stop`."""
         host, server = self._running()
-        return {**host.status(), "endpoint": server.endpoint, "num_clients": server.num_clients}
+        own = {"endpoint": server.endpoint, "num_clients": server.num_clients, "running": server.is_alive}
+        return {**host.status(), **own}
 
     def drain(self, timeout_s: float = 10.0) -> bool:
         """Refuse new engines and finish what has been asked for; False if `timeout_s` passes first."""

@@ -55,6 +55,10 @@ class ComputeThread:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self, timeout_s: float) -> bool:
         """Ask the thread to end after the message it is at; True if it has ended within `timeout_s`."""
         self._stopping.set()

@@ -42,6 +42,10 @@ class ControlThread:
     def start(self) -> None:
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def stop(self, timeout_s: float) -> None:
         self._stopping.set()
         self._thread.join(timeout_s)

@@ -65,6 +65,11 @@ class HostServer:
         return self._keys.public if self._keys else None
 
     @property
+    def is_alive(self) -> bool:
+        """Whether both threads run: a defect of ours may have ended one."""
+        return self._compute.is_alive and self._control.is_alive
+
+    @property
     def num_clients(self) -> int:
         return len(self._clients)
 

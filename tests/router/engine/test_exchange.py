@@ -328,3 +328,14 @@ def test_copies_share_the_rows_and_the_sum_is_the_same(layerwise_checkpoint, pla
     assert rows == [many // 2, many // 2]
     members.lose(0, LOST)
     torch.testing.assert_close(run(exchange), wanted)
+
+
+def test_parts_of_groups_that_are_sent_again_have_names_of_their_own(layerwise_checkpoint):
+    """Two hosts lost one after the other in one layer: the third is asked for parts of both, no two called the same."""
+    exchange = exchange_of(layerwise_checkpoint, 3)
+    wanted = step(exchange_of(layerwise_checkpoint, 3), paths())
+    for host in (0, 1):
+        with_lost(exchange, host=host)
+    assert torch.equal(step(exchange, paths()), wanted)
+    keys = list(exchange.clients[2].sent)  # type: ignore[attr-defined]
+    assert len(keys) > 2 and len({(key.step, key.layer, key.group) for key in keys}) == len(keys)

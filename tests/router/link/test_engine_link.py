@@ -391,3 +391,17 @@ def _any_packet(rng):
         messages.append(fields)
     packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": messages}) or b"")
     return packet[: rng.randrange(len(packet))] if rng.random() < 0.1 else packet
+
+
+def test_a_step_that_never_ends_for_want_of_hosts_fails_its_requests(engine, endpoint, monkeypatch):
+    """Hosts answer between the steps, and die of each: patience adds up."""
+
+    def lost(*_arguments):
+        raise HostLostError(1, "it died of these rows")
+
+    monkeypatch.setattr(engine.runner, "run", lost)
+    with engine_thread(engine, endpoint, QUICK), RawDoor(endpoint) as door:
+        door.send(SubmitRequest("a", PROMPT, LONG))
+        failed = door.receive(FailedEvent)
+        assert (failed.request_id, failed.code) == ("a", "UNAVAILABLE")
+        assert "it died of these rows" in failed.message

@@ -13,6 +13,7 @@ from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import GroupIndex, GroupKey, HostAddress, HostPlan
+from pregate.workers.link.transport import SEND_QUEUE
 
 WIDTH = 512
 KEY = GroupKey("e", 5, 0, 0)
@@ -261,3 +262,41 @@ def test_a_client_has_no_thread_of_its_own(serve):
     client.send_group(KEY, rows(64))
     client.receive(KEY, 5.0)
     assert threading.active_count() == before
+
+
+def test_a_host_that_hangs_is_not_taken_back_before_it_gets_on(serve):
+    """Its I/O thread answers greetings all the while."""
+    client = serve(SlowHost(1.5), heartbeat_s=0.05).client()
+    client.send_group(KEY, rows(1))
+    with pytest.raises(HostLostError, match="no answer"):
+        client.receive(KEY, 0.3)
+    client.fence()
+    end_s = time.monotonic() + 0.7
+    while time.monotonic() < end_s:
+        assert not client.returned()
+        time.sleep(0.02)
+    while not client.returned():
+        assert time.monotonic() < end_s + 30, "the host was never taken back"
+        time.sleep(0.02)
+    again = KEY._replace(step=6)
+    client.send_group(again, rows(1, seed=1))
+    assert torch.equal(client.receive(again, 10.0), rows(1, seed=1))
+
+
+def test_a_host_that_gets_on_has_its_time_again(serve):
+    """Four groups of 0.3 s each, with 0.5 s for one: the last is answered after 1.2 s."""
+    client = serve(SlowHost(0.3), heartbeat_s=0.05).client()
+    keys = [KEY._replace(group=n) for n in range(4)]
+    for key in keys:
+        client.send_group(key, rows(1))
+    assert torch.equal(client.receive(keys[-1], 0.5), rows(1))
+
+
+def test_a_host_may_be_dead_for_as_long_as_it_likes(serve):
+    """More greetings than its queue takes (about eight minutes of them) are no error of the others'."""
+    host = serve(EchoHost(HostOptions()))
+    client = host.client()
+    host.server.stop()
+    client.fence()
+    client._greet_every_s = 0.0
+    assert not any(client.returned() for _ in range(2 * SEND_QUEUE))
