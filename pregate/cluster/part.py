@@ -49,6 +49,7 @@ class Part:
         self._num_made = self._restarts = 0
         self._restarting: asyncio.Task[None] | None = None
         self._started_s = 0.0
+        self._back: list[str] = []
         self._silence = Silence(MOST_S)  # time in which we ourselves were stopped is not its fault
         self.actor: Any = None
         #: None while it does not run.
@@ -69,10 +70,10 @@ class Part:
 
     def check(self) -> list[str]:
         """Read what its pulse says; start it again where that is bad. Returns what happened, a sentence each."""
-        pulse = self.pulse
+        pulse, (back, self._back) = self.pulse, (self._back, [])
         if pulse is None or self._restarting is not None:
-            return []
-        notes = [f"{self.name}: {news}"] if (news := pulse.news()) else []
+            return back
+        notes = [*back, f"{self.name}: {news}"] if (news := pulse.news()) else back
         if not pulse.silent_s:
             self._silence.end()
         frozen = pulse.silent_s > 0 and self._silence.count() > FROZEN_S
@@ -98,7 +99,7 @@ class Part:
                 reason = f"it did not start again: {type(cause).__name__}: {cause}".splitlines()[0]
                 logger.warning("%s: %s", self.name, reason)
                 continue
-            logger.warning("%s runs again", self.name)
+            self._back.append(f"{self.name}: runs again")
             self._restarting = None
             return
         self.lost = reason
