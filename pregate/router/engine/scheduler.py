@@ -127,7 +127,7 @@ class Scheduler:
         their contexts in one view does.
         """
         turn, most = self._turn(now_s)
-        pieces = self._slices(turn, most) or self._slices([*self.running, *self.waiting], self.limits.step_tokens)
+        pieces = self._slices(turn, most) or self._slices(self._longest_first(now_s), self.limits.step_tokens)
         if not pieces and len(self.running) > 1:
             # Prompts that have all begun and none of which gets another block: the youngest makes room.
             self._preempt(self.running[-1])
@@ -148,6 +148,14 @@ class Scheduler:
                 place = sequence.num_published
                 self.allocator.publish(sequence.table, place, sequence.token_ids, sequence.salt)
                 sequence.num_published += 1
+
+    def _longest_first(self, now_s: float) -> list[Sequence]:
+        """All in order of arrival, but with a batcher whoever is overdue first: none of those it chose found blocks."""
+        everybody = [*self.running, *self.waiting]
+        if self.batcher is not None:
+            oldest_s = now_s - self.limits.max_batching_delay_s
+            everybody.sort(key=lambda s: s.ready_s if s.ready_s < oldest_s else math.inf)
+        return everybody
 
     def _turn(self, now_s: float) -> tuple[list[Sequence], int]:
         """Who is to run, in order, and with how many tokens at most."""
