@@ -26,11 +26,11 @@ from pregate.client.options import (
     generate_request,
     prompt_field,
 )
-from pregate.client.progress import Progress
+from pregate.client.progress import Progress, Running
 from pregate.client.proto import pregate_pb2 as pb
 
 
-class AsyncGeneration(AsyncIterator[Chunk]):
+class AsyncGeneration(Running, AsyncIterator[Chunk]):
     """`Generation` for asyncio: `async for` gives its chunks, and its names mean the same."""
 
     def __init__(self, connection: Connection, request: pb.GenerateRequest, timeout_s: float | None) -> None:
@@ -39,20 +39,6 @@ class AsyncGeneration(AsyncIterator[Chunk]):
         self._cancelled = False
         self._call = self._send()
         self._responses = aiter(self._call)
-
-    @property
-    def request_id(self) -> str:
-        """What `AsyncClient.abort` ends it by."""
-        return self._progress.request.request_id
-
-    @property
-    def completion(self) -> Completion | None:
-        """The first completion, None while it runs."""
-        return self._progress.completion
-
-    @property
-    def completions(self) -> list[Completion]:
-        return self._progress.completions
 
     async def __anext__(self) -> Chunk:
         while not self._cancelled:

@@ -25,13 +25,13 @@ from pregate.client.options import (
     generate_request,
     prompt_field,
 )
-from pregate.client.progress import Progress
+from pregate.client.progress import Progress, Running
 from pregate.client.proto import pregate_pb2 as pb
 
 READINESS = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
 
 
-class Generation(Iterator[Chunk]):
+class Generation(Running, Iterator[Chunk]):
     """A running request: iterate for its chunks; `completion` is set when the iteration has ended, of `n` the first,
     and `completions` are all, in the order they ended.
 
@@ -43,20 +43,6 @@ class Generation(Iterator[Chunk]):
         self._progress = Progress(request)
         self._cancelled = threading.Event()
         self._call = self._send()
-
-    @property
-    def request_id(self) -> str:
-        """What `Client.abort` ends it by."""
-        return self._progress.request.request_id
-
-    @property
-    def completion(self) -> Completion | None:
-        """The first completion, None while it runs."""
-        return self._progress.completion
-
-    @property
-    def completions(self) -> list[Completion]:
-        return self._progress.completions
 
     def __next__(self) -> Chunk:
         while True:

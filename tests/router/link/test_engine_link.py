@@ -258,39 +258,6 @@ def test_a_failed_step_ends_its_own_requests_and_the_engine_goes_on(engine, endp
     assert not engine.has_work
 
 
-def test_without_hosts_requests_wait_and_fail_when_patience_ends(engine, endpoint, monkeypatch):
-    away, forward, poll = threading.Event(), engine.runner.run, engine.exchange.poll
-
-    def or_lost(call):
-        def checked(*arguments):
-            if away.is_set():
-                raise HostLostError(1, "silent for 3.0 s")
-            return call(*arguments)
-
-        return checked
-
-    monkeypatch.setattr(engine.runner, "run", or_lost(forward))
-    monkeypatch.setattr(engine.exchange, "poll", or_lost(poll))
-    with engine_thread(engine, endpoint, QUICK), RawDoor(endpoint) as door:
-        door.send(SubmitRequest("a", PROMPT, LONG))
-        door.receive(TokensEvent)
-        away.set()
-        wait_for(lambda: door.receive(Heartbeat).unavailable, what="an engine that refuses")
-        away.clear()
-        door.receive(TokensEvent)
-        away.set()
-        failed = door.receive(FailedEvent)
-        assert (failed.request_id, failed.code) == ("a", "UNAVAILABLE")
-        assert failed.message == "expert host 1 is lost: silent for 3.0 s"
-        door.send(SubmitRequest("b", PROMPT, SHORT), InfoRequest("i"))
-        assert door.receive(FailedEvent).message == failed.message
-        assert door.receive(InfoReply).info["unavailable"] == failed.message
-        away.clear()
-        wait_for(lambda: door.receive(Heartbeat).unavailable is None, what="an engine that takes requests again")
-        door.send(SubmitRequest("c", PROMPT, SHORT))
-        assert door.receive(FinishedEvent).request_id == "c"
-
-
 def test_the_end_of_the_loop_by_a_bug_is_told_at_once(engine, endpoint, monkeypatch):
     monkeypatch.setattr(engine, "idle", lambda: 1 // 0)
     loop, client = LoopThread(), EngineClient(endpoint)
@@ -391,17 +358,3 @@ def _any_packet(rng):
         messages.append(fields)
     packet = bytes(msgpack.packb({"version": PROTOCOL_VERSION, "messages": messages}) or b"")
     return packet[: rng.randrange(len(packet))] if rng.random() < 0.1 else packet
-
-
-def test_a_step_that_never_ends_for_want_of_hosts_fails_its_requests(engine, endpoint, monkeypatch):
-    """Hosts answer between the steps, and die of each: patience adds up."""
-
-    def lost(*_arguments):
-        raise HostLostError(1, "it died of these rows")
-
-    monkeypatch.setattr(engine.runner, "run", lost)
-    with engine_thread(engine, endpoint, QUICK), RawDoor(endpoint) as door:
-        door.send(SubmitRequest("a", PROMPT, LONG))
-        failed = door.receive(FailedEvent)
-        assert (failed.request_id, failed.code) == ("a", "UNAVAILABLE")
-        assert "it died of these rows" in failed.message
