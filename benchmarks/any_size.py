@@ -15,6 +15,7 @@ measurements. Writes any_size.json and .md.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -210,7 +211,8 @@ def _kill_when_done(process: subprocess.Popen, out: Path, num_layers: int) -> No
         state = read_state(out)
         if state is not None and state.layers_done >= num_layers:
             for child in psutil.Process(process.pid).children():  # `time` itself lives on, to report
-                child.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
             return
         time.sleep(0.01)
     raise SystemExit(f"the conversion was not seen to reach {num_layers} layers")

@@ -1,12 +1,11 @@
 """What a deployment may leave behind, and a `pregate serve` of one's own to leave it."""
 
+import contextlib
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,14 +66,16 @@ def shared_memory():
     return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(("plasma", "ray", "pregate"))}
 
 
+def connections_of(process):
+    """Its TCP sockets; none when it has just ended."""
+    try:
+        return process.net_connections("tcp")
+    except psutil.Error:
+        return []
+
+
 def listening_ports(processes):
-    ports = set()
-    for process in processes:
-        try:
-            ports |= {c.laddr[1] for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-        except psutil.Error:
-            continue
-    return ports
+    return {c.laddr[1] for p in processes for c in connections_of(p) if c.status == psutil.CONN_LISTEN}
 
 
 def still_listening(ports):
@@ -118,7 +119,7 @@ class Running:
         return left
 
 
-@contextmanager
+@contextlib.contextmanager
 def launched(*command):
     """Run a Python command in a folder of its own; kills whatever is left at the end."""
     with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp", ignore_cleanup_errors=True) as name:
@@ -137,11 +138,12 @@ def launched(*command):
             yield Running(process, folder, log)
         finally:
             for left in processes_of(folder):
-                left.send_signal(signal.SIGKILL)
+                with contextlib.suppress(psutil.NoSuchProcess):  # it may end by itself meanwhile
+                    left.kill()
             process.wait(10)
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(*command, until):
     """`launched`, as soon as the command says `until`."""
     with launched(*command) as running:

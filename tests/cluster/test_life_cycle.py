@@ -17,6 +17,7 @@ import pytest
 from pregate.client.client import Client
 from tests.cluster.leftovers import (
     ROOT,
+    connections_of,
     listening_ports,
     own_environment,
     processes_of,
@@ -65,7 +66,7 @@ def check_light(pids):
 def open_urls(processes):
     """What Ray's processes serve over HTTP, if they do, beyond loopback."""
     for process in processes:
-        for connection in process.net_connections("tcp"):
+        for connection in connections_of(process):
             if connection.status == psutil.CONN_LISTEN and not connection.laddr.ip.startswith("127."):
                 yield f"http://{connection.laddr.ip.replace('0.0.0.0', '127.0.0.1')}:{connection.laddr.port}/metrics"
 
@@ -172,7 +173,7 @@ def test_a_stream_does_not_notice_that_a_host_died(layerwise_checkpoint):
 
 def test_the_loss_of_ray_ends_a_start_at_once(path_checkpoint):
     with serving("--model", path_checkpoint, until="loading the engine") as running:
-        next(p for p in processes_of(running.folder) if p.name() == "gcs_server").kill()
+        running.children("gcs_server")[0].kill()
         assert running.process.wait(20) == 1
         last = running.log.read_text().splitlines()[-1]
         assert last.startswith("pregate: Ray is lost: its control service at "), last

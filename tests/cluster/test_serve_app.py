@@ -38,6 +38,7 @@ import httpx, psutil, ray
 from ray import serve
 from pregate.cluster.local_ray import prepare_environment
 from pregate.cluster.serve_app import build_app
+from tests.cluster.leftovers import command_of
 
 prepare_environment()
 model, tokens, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -49,7 +50,7 @@ url = f"http://127.0.0.1:{port}"
 
 
 def parts():
-    lines = {p.pid: " ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)}
+    lines = {p.pid: command_of(p) for p in psutil.Process().children(recursive=True)}
     mine = sorted(pid for pid, line in lines.items() if "ExpertHostActor" in line or "EngineActor" in line)
     return mine, sorted(pid for pid, line in lines.items() if "ServeReplica" in line)
 
