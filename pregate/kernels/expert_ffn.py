@@ -14,6 +14,7 @@ from pregate.base.errors import UserError
 from pregate.base.log import get_logger
 from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.cpu import ffn as cpu_ffn
+from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
 from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
 
@@ -35,9 +36,16 @@ _log = get_logger(__name__)
 
 
 def choose(
-    implementation: str, device: torch.device, dtype: torch.dtype, *, act: str, widths: Iterable[int]
+    implementation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    act: str,
+    widths: Iterable[int],
+    fits_fp16: bool = False,
 ) -> ExpertFFN:
-    """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet.
+    """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet,
+    `fits_fp16` says that fp16 holds the weights as they are (`cpu.packed.fits_fp16`).
 
     Raises UserError when the named implementation is unknown or cannot run here, and for a dtype that this CPU has no
     instructions for; only "auto" chooses.
@@ -52,7 +60,7 @@ def choose(
         _refuse_slow(dtype)
     widths = tuple(widths)
     if implementation == "auto":
-        name, reason = _best(device, dtype, act, widths)
+        name, reason = _best(device, dtype, act, widths, fits_fp16)
     else:
         name, reason = implementation, "asked for by name"
         if hindrance := why_not(name, device, dtype, act, widths):
@@ -99,12 +107,16 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, width
     return _CPU[name].why_not(dtype, widths)
 
 
-def _best(device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> tuple[str, str]:
+def _best(
+    device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...], fits_fp16: bool
+) -> tuple[str, str]:
     """Return the implementation that "auto" means, and why."""
     if device.type == "cuda":
         if hindrance := why_not("triton", device, dtype, act, widths):
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
+    if fits_fp16 and dtype == torch.float32 and not cpu_packed.why_no_fp16():
+        return "packed", "fp16 holds the weights: half the bytes to read"
     unpacked = "" if cpu_ffn.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"
     if min(widths) * max(widths) < MIN_PACKED_VALUES:
         unpacked = unpacked or "experts this small do not gain from packed weights"

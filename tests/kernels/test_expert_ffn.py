@@ -31,6 +31,15 @@ def test_auto_takes_the_fastest_of_this_machine_and_says_why(log, monkeypatch):
     assert "loop (without AVX-512" in log[3] and "rows of 43" in log[3]
 
 
+def test_auto_packs_what_fp16_holds_on_any_cpu(log, monkeypatch):
+    monkeypatch.setattr(cpu_ffn, "has_avx512", lambda: False)
+    monkeypatch.setattr(cpu_packed, "why_no_fp16", lambda: "")
+    assert choose("auto", CPU, torch.float32, act="silu", widths=LARGE, fits_fp16=True).name == "packed"
+    assert "packed (fp16 holds the weights" in log[0]
+    monkeypatch.setattr(cpu_packed, "why_no_fp16", lambda: "no FBGEMM")
+    assert choose("auto", CPU, torch.float32, act="silu", widths=LARGE, fits_fp16=True).name == "grouped"
+
+
 def test_a_named_implementation_is_taken_or_refused():
     names = ["loop", "grouped", "packed", *([] if HINDRANCE else ["int8"])]
     for name in names:
@@ -52,7 +61,7 @@ def test_no_packed_product_in_this_torch_leaves_the_others(monkeypatch):
         raise AttributeError("no such operation")
 
     monkeypatch.setattr(cpu_ffn, "has_avx512", lambda: True)
-    monkeypatch.setattr(cpu_packed, "pack_linear", missing)
+    monkeypatch.setattr(cpu_packed, "onednn_product", missing)
     assert pick("auto", widths=LARGE).name == "grouped"
     with pytest.raises(UserError, match="no packed linear"):
         pick("packed")

@@ -1,4 +1,6 @@
 import importlib.util
+from functools import partial
+from inspect import getclosurevars
 from typing import Any
 
 import pytest
@@ -70,7 +72,10 @@ def test_a_shared_expert_is_the_sum_of_its_slices():
 
 
 def outside_any_graph(part: Any) -> bool:
-    """True where no gradient's graph reaches from `part` to what it was made of; a packed int8 matrix has a tensor."""
+    """True where no gradient's graph reaches from `part` to what it was made of; a product holds a packed matrix, one
+    of int8 an object that has a tensor."""
+    if callable(part):
+        part = part.keywords["packed"] if isinstance(part, partial) else getclosurevars(part).nonlocals["packed"]
     tensor = part if isinstance(part, torch.Tensor) else part.unpack()[0]
     return tensor.grad_fn is None and not tensor.requires_grad
 

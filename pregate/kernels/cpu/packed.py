@@ -1,8 +1,9 @@
-"""The expert FFN on a CPU with weights packed at load: oneDNN products in fp32 or bf16, and dynamic int8.
+"""The expert FFN on a CPU with weights packed at load: products in fp32 or bf16, and dynamic int8.
 
-With AVX2 `grouped_mm` wins from two rows up and the loop for one; packing wins only between 2 and 16. With AVX-512
-packing wins everywhere: MKL, which the others run on, leaves half of it unused (benchmarks/results/kernels.json,
-docs/measurements.md).
+A matrix whose values fp16 holds is kept in fp16 and multiplied in fp32 by FBGEMM: weights of checkpoints in 16 bits
+lose nothing, take half the bytes, and at a few rows, where reading weights is the cost, half the time. Others are
+packed for oneDNN. With AVX2 `grouped_mm` on unpacked weights wins over oneDNN from two rows up, the loop for one; with
+AVX-512 packing always wins: MKL, which the others run on, leaves half of it unused (docs/measurements.md).
 
 Shape letters: T tokens, N rows of an expert, D hidden width, M expert width, K columns of any weight matrix.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,10 +21,15 @@ import torch
 from pregate.kernels.cpu.ffn import LoopFFN, fault_of
 from pregate.kernels.weights import Layout, quantise_rows
 
+#: x [T, K] -> [T, N], with the weights [N, K] inside.
+Product = Callable[[torch.Tensor], torch.Tensor]
+#: How far fp16 may move a value, over the matrix's largest: as far as sums of fp32 differ by their order.
+FP16_TOLERANCE = 2.0**-20
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeights:
-    """Experts in a form that only their product can read: lists over slots, None where nothing was put."""
+    """Experts as products: lists over slots, None where nothing was put. `slot_bytes` is what a slot takes at most."""
 
     gate_up: list[Any]
     down: list[Any]
@@ -34,9 +41,9 @@ class PackedWeights:
 
 
 class PackedLayout(Layout):
-    """Each matrix packed by `pack`, `item_bytes` per value."""
+    """Each matrix made a product by `pack`, `item_bytes` per value."""
 
-    def __init__(self, pack: Callable[[torch.Tensor], Any], item_bytes: int) -> None:
+    def __init__(self, pack: Callable[[torch.Tensor], Product], item_bytes: int) -> None:
         self._pack, self._item_bytes = pack, item_bytes
 
     def allocate(self, num_slots: int, width: int, hidden: int) -> PackedWeights:
@@ -51,25 +58,24 @@ class PackedLayout(Layout):
 
 
 class PackedFFN(LoopFFN):
-    """oneDNN products whose weights were reordered at load: one product per expert and half."""
+    """Weights reordered at load: one product per expert and half."""
 
     name = "packed"
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(act, dtype)
-        self.layout = PackedLayout(lambda matrix: pack_linear(matrix.to(dtype)), dtype.itemsize)
+        self.layout = PackedLayout(lambda matrix: product_of(matrix.to(dtype)), dtype.itemsize)
 
     @classmethod
     def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
-        ones = torch.ones(8, 8, dtype=dtype)
-        return fault_of(f"packed linear for {dtype}", lambda: packed_linear(ones, pack_linear(ones)))
+        ones = _ones(dtype)
+        return fault_of(f"packed linear for {dtype}", lambda: onednn_product(ones)(ones))
 
     def _expert(self, x_ND: torch.Tensor, weights: PackedWeights, slot: int) -> torch.Tensor:
-        h_NM = self._gated(packed_linear(x_ND, weights.gate_up[slot]))
-        return packed_linear(h_NM, weights.down[slot])
+        return weights.down[slot](self._gated(weights.gate_up[slot](x_ND)))
 
 
-class Int8FFN(LoopFFN):
+class Int8FFN(PackedFFN):
     """int8 weights and int8 rows, each with a scale of its own: a row's answer is the same bits whatever is beside it.
 
     Never chosen by "auto": it costs perplexity (benchmarks/results/quantised.json).
@@ -79,7 +85,7 @@ class Int8FFN(LoopFFN):
 
     def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(act, dtype)
-        self.layout = PackedLayout(pack_int8, 1)
+        self.layout = PackedLayout(lambda matrix: partial(int8_linear, packed=pack_int8(matrix)), 1)
 
     @classmethod
     def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
@@ -88,19 +94,60 @@ class Int8FFN(LoopFFN):
         ones = torch.ones(8, 8)
         return fault_of("dynamic int8 linear", lambda: torch.ops.quantized.linear_dynamic(ones, pack_int8(ones)))
 
-    def _expert(self, x_ND: torch.Tensor, weights: PackedWeights, slot: int) -> torch.Tensor:
-        h_NM = self._gated(int8_linear(x_ND, weights.gate_up[slot]))
-        return int8_linear(h_NM, weights.down[slot])
+
+def product_of(weight_NK: torch.Tensor) -> Product:
+    """Return the fastest exact product of a weight for this CPU; it holds a copy."""
+    if weight_NK.dtype == torch.float32 and not why_no_fp16() and fits_fp16(weight_NK):
+        return fp16_product(weight_NK)
+    return onednn_product(weight_NK)
 
 
-def pack_linear(weight: torch.Tensor) -> torch.Tensor:
-    """Return [N, K] in the order oneDNN likes best; opaque, a copy. What torch's compiler freezes linears to."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+def fits_fp16(weight: torch.Tensor) -> bool:
+    """Whether fp16 holds a weight as well as its products need: bf16 values of the usual size, fp16 values."""
+    moved, largest = (weight - weight.half()).abs().amax(), weight.abs().amax()
+    return bool(moved <= FP16_TOLERANCE * largest) and bool(largest.isfinite())
 
 
-def packed_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Return x [T, K] through weights of `pack_linear`: [T, N]."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+def onednn_product(weight_NK: torch.Tensor) -> Product:
+    """A weight in the order oneDNN likes best. What torch's compiler freezes linears to."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous())
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x_TK: multiply(x_TK, packed, None, "none", [], "")
+
+
+def fp16_product(weight_NK: torch.Tensor) -> Product:
+    """A weight in fp16, in the order FBGEMM reads; rows and sums are fp32."""
+    pack, multiply = _fbgemm()
+    packed = pack(weight_NK.contiguous())
+    return lambda x_TK: multiply(x_TK, packed)
+
+
+@cache
+def why_no_fp16() -> str:
+    """Why this torch and CPU cannot multiply by fp16 weights; empty if they can."""
+    return fault_of("product with fp16 weights", lambda: fp16_product(_ones())(_ones()))
+
+
+@cache
+def _fbgemm() -> tuple[Callable[[torch.Tensor], Any], Callable[[torch.Tensor, Any], torch.Tensor]]:
+    """FBGEMM's packing and product. AttributeError, RuntimeError or NotImplementedError where torch has neither form.
+
+    The older one costs a tenth to call; torch says that it will go.
+    """
+    quantised = torch.ops.quantized
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said at the first call only
+        try:
+            pack: Any = torch.fbgemm_pack_gemm_matrix_fp16
+            multiply: Any = torch.fbgemm_linear_fp16_weight_fp32_activation
+            multiply(_ones(), pack(_ones()), None)
+        except (AttributeError, RuntimeError, TypeError):
+            return lambda weight: quantised.linear_prepack_fp16(weight, None), quantised.linear_dynamic_fp16
+    return pack, lambda x_TK, packed: multiply(x_TK, packed, None)
+
+
+def _ones(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(8, 8, dtype=dtype)
 
 
 def pack_int8(weight: torch.Tensor) -> Any:

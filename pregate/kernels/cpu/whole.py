@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from pregate.kernels.contract import Pair
-from pregate.kernels.cpu.packed import PackedFFN, pack_linear, packed_linear
+from pregate.kernels.cpu.packed import PackedFFN, product_of
 from pregate.kernels.reference import activation
 
 #: Experts of more values per matrix than this are wide enough for products of their own.
@@ -33,7 +33,7 @@ class WholeLayer:
                 parts.insert(0, part.to(dtype))
             self._first = shared[1].shape[1]
         self._act, self.num_routed = activation(act), len(down_RDM)
-        self._gate_up, self._down = pack_linear(torch.cat(gates + ups)), pack_linear(torch.cat(downs, dim=1))
+        self._gate_up, self._down = product_of(torch.cat(gates + ups)), product_of(torch.cat(downs, dim=1))
 
     @staticmethod
     def why_not(width: int, hidden: int, dtype: torch.dtype) -> str:
@@ -49,14 +49,14 @@ class WholeLayer:
 
     def run(self, x_TD: torch.Tensor, absent_TR: torch.Tensor, weights_TR: torch.Tensor | None) -> torch.Tensor:
         """Return [T, D], the sum over each token's units; `absent_TR` is true where it has not chosen an expert."""
-        gate, up = packed_linear(x_TD, self._gate_up).chunk(2, dim=-1)
+        gate, up = self._gate_up(x_TD).chunk(2, dim=-1)
         h_TM = self._act(gate).mul_(up)
         routed_TRM = h_TM[:, self._first :].unflatten(1, (self.num_routed, -1))
         if weights_TR is not None:
             routed_TRM.mul_(weights_TR[..., None])
         # Not times 0: what overflows in an expert that was not chosen must not be seen.
         routed_TRM.masked_fill_(absent_TR[..., None], 0.0)
-        return packed_linear(h_TM, self._down)
+        return self._down(h_TM)
 
 
 def absent(ids_TLK: np.ndarray, num_routed: int) -> torch.Tensor:

@@ -6,29 +6,29 @@ Shape letters: T tokens, N outputs, K inputs, D width that is normed.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pregate.kernels.cpu.packed import PackedFFN, pack_linear, packed_linear
+from pregate.kernels.cpu.packed import PackedFFN, Product, product_of
 
 Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Linear:
-    """x [T, K] -> [T, N]. On a CPU whose oneDNN takes the dtype the weight is held packed, and nothing else of it."""
+    """x [T, K] -> [T, N]. On a CPU that has packed products for the dtype the weight is held packed, and nothing else
+    of it."""
 
     def __init__(self, weight_NK: torch.Tensor, bias_N: torch.Tensor | None = None) -> None:
         weight_NK = weight_NK.detach()
         self.bias_N = None if bias_N is None else bias_N.detach().clone()
-        self.is_packed = weight_NK.device.type == "cpu" and not PackedFFN.why_not(weight_NK.dtype, weight_NK.shape)
-        self.weight = pack_linear(weight_NK) if self.is_packed else weight_NK.clone()
+        packed = weight_NK.device.type == "cpu" and not PackedFFN.why_not(weight_NK.dtype, weight_NK.shape)
+        self._product: Product = product_of(weight_NK) if packed else partial(F.linear, weight=weight_NK.clone())
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
-        if not self.is_packed:
-            return F.linear(x_TK, self.weight, self.bias_N)
-        y_TN = packed_linear(x_TK, self.weight)
+        y_TN = self._product(x_TK)
         return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 
     @classmethod

@@ -5,13 +5,14 @@ Shape letters: T tokens, D hidden width, S shared experts of M neurons.
 
 from __future__ import annotations
 
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
 
 from pregate.kernels import expert_ffn
 from pregate.kernels.contract import ExpertFFN
+from pregate.kernels.cpu.packed import fits_fp16
 from pregate.kernels.tools.warm_up import warm_up_dense
 from pregate.kernels.units import SharedFFN
 from pregate.model.config import RoutedConfig
@@ -23,16 +24,16 @@ class SharedExperts:
     def __init__(self, config: RoutedConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
         self.hidden_size = int(config.text_config.hidden_size)
+        self._ffn: ExpertFFN | None = None
         self._weights: dict[int, Any] = {}
         self._runs: dict[int, SharedFFN] = {}
 
-    @cached_property
-    def _ffn(self) -> ExpertFFN:
-        widths = {self.hidden_size, *(cut.shared_width for cut in self.config.cuts if cut.num_shared)}
-        return expert_ffn.choose("auto", self.device, self.dtype, act=self.config.hidden_act, widths=widths)
-
     def hold(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Take a layer's shared expert: `gate_up` [2 S M, D], `down` [D, S M]."""
+        if self._ffn is None:
+            widths = {self.hidden_size, *(cut.shared_width for cut in self.config.cuts if cut.num_shared)}
+            act, fits = self.config.hidden_act, fits_fp16(gate_up)
+            self._ffn = expert_ffn.choose("auto", self.device, self.dtype, act=act, widths=widths, fits_fp16=fits)
         self._weights[layer] = weights = self._ffn.stack(gate_up[None], down[None])
         self._runs[layer] = partial(self._ffn.dense, weights=weights)
 
@@ -53,6 +54,6 @@ class SharedExperts:
     def warm_up(self, step_tokens: int) -> None:
         """Compile the kernels of steps of up to `step_tokens` tokens, once per width."""
         of_width = {self.config.cuts[layer].shared_width: weights for layer, weights in self._weights.items()}
-        if of_width and self._ffn.compiles:
+        if self._ffn is not None and self._ffn.compiles:
             for weights in of_width.values():
                 warm_up_dense(self._ffn, weights, self.row(), step_tokens)

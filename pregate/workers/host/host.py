@@ -18,6 +18,7 @@ import torch
 from pregate.base.errors import ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.kernels import expert_ffn
+from pregate.kernels.cpu.packed import fits_fp16
 from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
@@ -114,8 +115,10 @@ class ExpertHost:
         self._device = torch.device(options.device)
         self._dtype = expert_ffn.choose_dtype(options.dtype, self._device)
         widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
+        routed = next((layer for layer, cut in enumerate(reader.config.cuts) if cut.num_routed), None)
+        fits = routed is not None and fits_fp16(reader.read_unit(routed, 0)[0])
         self._ffn = expert_ffn.choose(
-            options.expert_ffn, self._device, self._dtype, act=reader.hidden_act, widths=widths
+            options.expert_ffn, self._device, self._dtype, act=reader.hidden_act, widths=widths, fits_fp16=fits
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
         reserve = beside_engine and self._ffn.shared_in_segments

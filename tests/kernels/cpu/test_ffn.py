@@ -9,13 +9,24 @@ from pregate.kernels import reference
 from pregate.kernels.cpu import ffn as cpu
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
-from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
+from pregate.kernels.cpu.packed import Int8FFN, PackedFFN, PackedLayout, fits_fp16, fp16_product, onednn_product
 from pregate.kernels.cpu.segments import CpuSegments
 from pregate.kernels.units import GroupRows, LayerUnits
 from tests.int8 import needs_int8
 
 D, M, S = 32, 24, 5
-EXACT = [LoopFFN, GroupedFFN, PackedFFN]
+
+
+class OneDnnFFN(PackedFFN):
+    """What packed weights are that fp16 does not hold; those of these tests it holds."""
+
+    def __init__(self, act: str, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(act, dtype)
+        self.layout = PackedLayout(onednn_product, 4)
+
+
+EXACT = [LoopFFN, GroupedFFN, PackedFFN, OneDnnFFN]
+needs_fp16 = pytest.mark.skipif(bool(cpu_packed.why_no_fp16()), reason=cpu_packed.why_no_fp16())
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +40,11 @@ def poisoned_outputs():
 
 
 def random_experts(num_slots: int = S, width: int = M, seed: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of a checkpoint in bf16."""
     generator = torch.Generator().manual_seed(seed)
     gate_up = torch.randn(num_slots, 2 * width, D, generator=generator) / D**0.5
-    return gate_up, torch.randn(num_slots, D, width, generator=generator) / width**0.5
+    down = torch.randn(num_slots, D, width, generator=generator) / width**0.5
+    return gate_up.bfloat16().float(), down.bfloat16().float()
 
 
 def expected(x_ND, rows: GroupRows, gate_up, down, act):
@@ -186,8 +199,49 @@ def test_unaligned_rows_are_refused_with_the_width():
 
 
 def test_a_product_that_answers_wrongly_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu_packed, "packed_linear", lambda x, packed: x)
+    monkeypatch.setattr(cpu_packed, "onednn_product", lambda weight: lambda x: x)
     assert "wrong answers" in PackedFFN.why_not(torch.float32, ())
+
+
+@needs_fp16
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 70])
+def test_fp16_weights_lose_nothing(num_rows):
+    """Against float64, as near as a product in fp32; so also what lies below fp16's normal numbers."""
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = (torch.randn(48, 96, generator=generator) * 0.02).bfloat16().float()
+    weight[::7] *= 2.0**-9
+    x = torch.randn(num_rows, 96, generator=generator)
+    assert fits_fp16(weight)
+    wanted = x.double() @ weight.double().t()
+    error = (fp16_product(weight)(x).double() - wanted).abs().max()
+    assert error < 2 * (x @ weight.t() - wanted).abs().max() + 1e-7
+
+
+@needs_fp16
+def test_only_what_fp16_holds_is_kept_in_it(monkeypatch):
+    """Any of: values of fp32, too large, infinite, no number, all of them below what fp16 tells apart."""
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    rounded = weight.bfloat16().float()
+    lost = [weight, rounded * 1e5, rounded * 1e-7, rounded / 0, rounded * float("nan")]
+    assert [fits_fp16(w) for w in (rounded, weight.half().float(), torch.zeros(2, 2), *lost)] == [True] * 3 + [
+        False
+    ] * 5
+    taken = []
+    for name in ("fp16_product", "onednn_product"):
+        monkeypatch.setattr(cpu_packed, name, lambda weight, name=name: taken.append(name))
+    for w in (rounded, weight):
+        cpu_packed.product_of(w)
+    assert taken == ["fp16_product", "onednn_product"]
+
+
+@needs_fp16
+def test_the_newer_form_of_the_fp16_product_is_used_where_the_older_is_gone(monkeypatch):
+    weight, x = torch.randn(8, 16).half().float(), torch.randn(3, 16)
+    wanted = fp16_product(weight)(x)
+    monkeypatch.delattr(torch, "fbgemm_pack_gemm_matrix_fp16")
+    cpu_packed._fbgemm.cache_clear()
+    torch.testing.assert_close(fp16_product(weight)(x), wanted)
+    cpu_packed._fbgemm.cache_clear()
 
 
 def test_half_precision_needs_native_instructions(monkeypatch):

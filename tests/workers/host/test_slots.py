@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pregate.kernels.cpu.packed import PackedFFN, packed_linear
+from pregate.kernels.cpu.packed import PackedFFN
 from pregate.kernels.weights import PaddedLayout, PlainLayout
 from pregate.workers.host.slots import SlotMap, SlotPool, Unit
 
@@ -90,7 +90,7 @@ def test_packed_units_keep_theirs_when_the_pool_grows():
     pool.grow(1)
     pool.put(0, 0, unit_of(0, 0, 9))
     pool.check()
-    found = packed_linear(torch.eye(HIDDEN), pool.weights.gate_up[slot_map.slots[0, 1]])
+    found = pool.weights.gate_up[slot_map.slots[0, 1]](torch.eye(HIDDEN))
     assert torch.equal(found.t(), unit_of(0, 1, 7)[0])
 
 
