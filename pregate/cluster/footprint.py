@@ -47,6 +47,7 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     cuts = reader.config.cuts
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
+    expert_growth = 1.0 if _kept_in_fp16(stored, config) else growth
     experts = read_routed_experts(config.model)
     placement = experts.placement(config)
     unit_bytes = [reader.unit_bytes(layer) for layer in range(len(cuts))]
@@ -61,9 +62,11 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
         times, shared = 2, 2 * shared
     return Footprint(
         backbone_bytes=int(backbone * growth),
-        shared_bytes=int(shared * growth),
+        shared_bytes=int(shared * expert_growth),
         kv_cache_bytes=_kv_cache_bytes(reader, config),
-        units_bytes=tuple(int(share * sum(sizes) * growth) * times for share, sizes in zip(shares, homes, strict=True)),
+        units_bytes=tuple(
+            int(share * sum(sizes) * expert_growth) * times for share, sizes in zip(shares, homes, strict=True)
+        ),
         # Supervisor, engine, front door; with exact paths the path router service.
         num_processes=config.hosts + 3 + experts.exact_paths,
         kept_bytes=sum(
@@ -71,6 +74,15 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
             for share, sizes in zip(shares, homes, strict=True)
         ),
     )
+
+
+def _kept_in_fp16(stored: str, config: ServeConfig) -> bool:
+    """Whether experts that are computed in fp32 take no more than their 16 bits (`kernels/cpu/packed.py`). So do the
+    backbone's products, but not its embedding: its estimate is one from above."""
+    from pregate.kernels.cpu.packed import why_no_fp16
+
+    on_cpu = config.device == "cpu" and config.host.expert_ffn in ("auto", "packed")
+    return on_cpu and config.dtype == "float32" and _ITEM_BYTES[stored] == 2 and not why_no_fp16()
 
 
 def _held_whole(reader: CheckpointReader, config: ServeConfig) -> bool:

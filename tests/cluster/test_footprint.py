@@ -2,7 +2,9 @@ import pytest
 
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.footprint import measure
+from pregate.kernels.cpu.packed import why_no_fp16
 from pregate.model.checkpoint import CheckpointReader
+from tests.cluster.leftovers import ROOT
 
 HIDDEN, WIDTH, LAYERS, ROUTED, SHARED = 64, 16, 3, 5, 3
 UNIT = 3 * HIDDEN * WIDTH * 4
@@ -47,3 +49,11 @@ def test_experts_that_come_and_go_count_as_the_slots_they_have(layerwise_checkpo
     kept = footprint(layerwise_checkpoint, hosts=2, host={"resident_experts": 0.5, "host_memory": 10 * UNIT})
     assert kept.kept_bytes == 4 * UNIT + 7 * UNIT // 2
     assert kept.total_bytes - half.total_bytes == kept.kept_bytes
+
+
+@pytest.mark.skipif(bool(why_no_fp16()), reason=why_no_fp16())
+def test_experts_stored_in_16_bits_stay_in_them_on_a_cpu():
+    quartet = ROOT / "examples" / "quartet-paths"
+    packed, loop = (footprint(quartet, hosts=1, host={"expert_ffn": name}) for name in ("auto", "loop"))
+    assert 2 * packed.units_bytes[0] == loop.units_bytes[0]
+    assert packed.kv_cache_bytes == loop.kv_cache_bytes
