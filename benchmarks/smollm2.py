@@ -2,12 +2,14 @@
 
     python -m benchmarks.smollm2 --parent DIR --shared-folder ../shared [--cuts S3A3E8] [--seeds 0 1 2] [--part free]
 
-free: each cut by the default recipe and by CMoE's own, decoupled by the defaults, every control of `pregate evaluate`
-on WikiText-2's test text and on GSM8K's. tuned: the decoupled checkpoint tuned with LoRA, scored likewise. shares: what
-of the FFN runs on each folder of text, with thresholds that follow it and with fixed ones. report: the tables again.
+free: each cut by the default recipe, decoupled by the defaults, with every control of `pregate evaluate`, on the test
+text of WikiText-2 and of GSM8K. gates: the cut by gates alone, with the controls for seed 0. paper: CMoE's own recipe.
+tuned: the decoupled checkpoint tuned, with the controls. shares: what of the FFN runs on each folder of text, with
+thresholds that follow it and with fixed ones. report: the tables again.
 
-Calibrated and trained on fiction, nonfiction, GSM8K's training and WikiText-2's validation text. Checkpoints and
-finished rows are kept in --work, so that the same command goes on, and hours can be spread.
+Calibrated, trained and tuned on fiction, nonfiction, GSM8K's training and WikiText-2's validation text, tuned on as
+many characters of each. Checkpoints and finished rows are kept in --work, so that the same command goes on, and hours
+can be spread.
 """
 
 from __future__ import annotations
@@ -28,13 +30,16 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.agreement import AgreementMeter
+from pregate.convert.measure.control_table import LINEAR, ORACLE, PAPER, PATH, RANDOM, STATIC, control_rows, own_name
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scored_text import ScoredText
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
+from pregate.convert.text.documents import draw_documents, read_documents
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
+from pregate.model.checkpoint import read_manifest
 from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 
@@ -73,9 +78,24 @@ class SmolLM2:
             decouple(DecoupleOptions(source, out, self.text, seed=seed, **self.args.decouple), self.progress)
         else:
             source = self.checkpoint(cut, "path", seed)
-            fields = {"model": source, "out": out, "text": self.text, "teacher": self.args.parent, "seed": seed}
+            text = (self.tuning_text(seed),)
+            fields = {"model": source, "out": out, "text": text, "teacher": self.args.parent, "seed": seed}
             tune(TuneOptions(**fields | self.args.tune), self.progress)
         return out
+
+    def tuning_text(self, seed: int) -> Path:
+        """A folder with --tune-chars of each source: `tune` takes text as it comes, of which books are nine tenths."""
+        folder = self.work / f"tuning-{seed}-{self.args.tune_chars}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for source in self.text:
+            left, lines = self.args.tune_chars, []
+            for document in draw_documents(read_documents((source,), 512, "--shared-folder"), seed):
+                if left <= 0:
+                    break
+                lines.append(json.dumps({"text": document.text}) + "\n")
+                left -= len(document.text)
+            (folder / f"{source.stem}.jsonl").write_text("".join(lines))
+        return folder
 
     def row(self, cut: Cut | None, kind: str, seed: int, text: str, make: Callable[[], dict[str, Any]]) -> None:
         path = self.work / "rows" / f"{label(cut) or 'dense'}-{kind}-{seed}-{text}-{self.args.tokens}.json"
@@ -88,7 +108,7 @@ class SmolLM2:
         path.write_text(json.dumps(fields | {"seconds": round(time.monotonic() - started, 1)}))
         print(path.stem, fields["perplexity"], flush=True)
 
-    def score(self, cut: Cut, kind: str, seed: int, controls: bool) -> None:
+    def score(self, cut: Cut, kind: str, seed: int, controls: bool = False) -> None:
         for name, file in TESTS.items():
             made = lambda file=file: evaluate(  # noqa: E731
                 EvaluateOptions(
@@ -104,10 +124,33 @@ class SmolLM2:
 
     def free(self, cut: Cut, seed: int) -> None:
         self.score(cut, "path", seed, controls=True)
-        self.score(cut, "cmoe-paper", seed, controls=False)
+
+    def gates(self, cut: Cut, seed: int) -> None:
+        if seed:
+            self.score(cut, "layerwise", seed)
+        else:
+            self.beside(cut, "layerwise", seed, (STATIC, RANDOM, PAPER, LINEAR, ORACLE))
+
+    def paper(self, cut: Cut, seed: int) -> None:
+        self.score(cut, "cmoe-paper", seed)
 
     def tuned(self, cut: Cut, seed: int) -> None:
-        self.score(cut, "tuned", seed, controls=False)
+        self.beside(cut, "tuned", seed, (LINEAR, PATH, ORACLE))
+
+    @torch.no_grad()
+    def beside(self, cut: Cut, kind: str, seed: int, controls: tuple[str, ...]) -> None:
+        """Rows of a checkpoint beside its dense parent and these controls alone: every one is a pass over the text."""
+        folder = read_folder(self.checkpoint(cut, kind, seed))
+        model, parent = load_any(folder), load_any(read_folder(self.args.parent))
+        for name, file in TESTS.items():
+            text = ScoredText.read(folder, (self.args.shared_folder / "text" / file,), self.args.tokens, 0)
+
+            def made(text: ScoredText = text) -> dict[str, Any]:
+                table = control_rows(model, text.rows, text.num_bytes, parent, 0, self.progress, controls)
+                own: dict[str, Any] = dict(table[own_name(model)])
+                return own | {"routing": model.config.routing, "num_documents": len(text.rows), "controls": table}
+
+            self.row(cut, kind, seed, name, made)
 
     @torch.no_grad()
     def shares(self, cut: Cut, seed: int) -> None:
@@ -131,15 +174,24 @@ def _share(model: Any, text: ScoredText) -> dict[str, Any]:
     return {"perplexity": round(score.perplexity, 4), "active_share": round(meter.active_share, 4)}
 
 
+def _tuning(path: Path) -> dict[str, Any]:
+    """What a tuned checkpoint's manifest says of its tuning; the texts it names are of this machine."""
+    manifest = read_manifest(path)
+    return {
+        "options": {k: v for k, v in manifest.options["tune"].items() if k not in ("model", "out", "text", "teacher")}
+    } | {k: v for k, v in manifest.figures["tune"].items() if "imbalance" not in k}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", type=Path, required=True, help="SmolLM2-135M-Instruct as a Hugging Face folder")
     parser.add_argument("--shared-folder", type=Path, required=True, help="folder with text")
-    parser.add_argument("--part", default="free", choices=["free", "tuned", "shares", "report"])
+    parser.add_argument("--part", default="free", choices=["free", "gates", "paper", "tuned", "shares", "report"])
     parser.add_argument("--cuts", type=cut_of, nargs="+", default=[cut_of("S3A3E8")])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens scored of each text")
     parser.add_argument("--decouple", type=json.loads, default={}, help="options of decouple, as JSON")
+    parser.add_argument("--tune-chars", type=int, default=1_000_000, help="characters of each source to tune on")
     parser.add_argument("--tune", type=json.loads, default={}, help="options of tune, as JSON")
     parser.add_argument("--work", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -153,6 +205,9 @@ def main() -> None:
             for seed in args.seeds:
                 getattr(bench, args.part)(cut, seed)
     rows = [json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json"))]
+    for row in rows:
+        if row["kind"] == "tuned":
+            row["tuning"] = _tuning(args.work / f"{row['cut']}-tuned-{row['seed']}")
     write_report(rows, surroundings("smollm2", ("transformers",)), args.out)
 
 

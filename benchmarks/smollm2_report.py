@@ -21,30 +21,58 @@ def write_report(rows: Rows, around: dict[str, Any], out: Path) -> None:
     (out / "smollm2.json").write_text(json.dumps({"rows": rows, "surroundings": around}, indent=1) + "\n")
     parts = ["# A real language model: SmolLM2-135M", ""]
     parts += ["Perplexity, in brackets over the dense parent and the share of the FFN that ran.", ""]
-    for text, tokens in dict.fromkeys((r["text"], r["tokens"]) for r in rows if r["kind"] == "path"):
+    tuned = {r["cut"]: r["tuning"] for r in rows if "tuning" in r}
+    parts += [f"Tuned {cut}: {_tuning(found)}." for cut, found in tuned.items()] + [""] * bool(tuned)
+    for text, tokens in dict.fromkeys((r["text"], r["tokens"]) for r in rows if "controls" in r):
         of_text = [r for r in rows if (r["text"], r["tokens"]) == (text, tokens)]
         parts += [f"## {text}, {tokens} tokens", "", *_table(of_text), ""]
     parts += [*_shares([r for r in rows if r["kind"].startswith("share-")]), "", f"{sentence(around)}.", ""]
     (out / "smollm2.md").write_text("\n".join(parts))
-    _picture([r for r in rows if r["kind"] == "path"], out / "smollm2.png")
+    _picture([r for r in rows if "controls" in r], out / "smollm2.png")
 
 
 def _pick(rows: Rows, **fields: Any) -> Rows:
     return [r for r in rows if all(r[k] == v for k, v in fields.items())]
 
 
+def _tuning(found: dict[str, Any]) -> str:
+    """How a checkpoint was tuned and what became of its validation text."""
+    options, before = found["options"], found["validation_perplexity_before"]
+    fitted = found.get("refit", {}).get("validation_perplexity")
+    steps = f"{found['steps']} steps of {options['batch_tokens']} tokens"
+    parts = [f"{found['num_trained_parameters'] / 1e6:.0f} M parameters", f"{found['tokens']} tokens in {steps}"]
+    parts += [f"KL share {options['kl_share']:g}"]
+    parts += [f"{found['cpu_seconds'] / 60:.0f} CPU minutes on {found['threads']} thread"]
+    after = f"{before:.2f} before" + (f", {fitted:.2f} after the closed-form fit" if fitted else "")
+    return (
+        ", ".join(parts)
+        + f"; perplexity of validation text {after}, {found['validation_perplexity_after']:.2f} after tuning"
+    )
+
+
 def _table(rows: Rows) -> list[str]:
-    names = (*CONTROLS, "CMoE's recipe", "tuned")
-    parts = ["| cut | seeds | dense | " + " | ".join(names) + " |", "| --- |" + " --: |" * (len(names) + 2)]
+    """A line for each cut, and one for it tuned."""
+    names = (*CONTROLS, "CMoE's recipe")
+    parts = ["| cut | dense | " + " | ".join(names) + " |", "| --- |" + " --: |" * (len(names) + 1)]
     for cut in sorted({r["cut"] for r in rows}, key=in_order):
-        path = _pick(rows, cut=cut, kind="path")
-        if not path:
-            continue
-        dense = path[0]["controls"]["dense parent"]["perplexity"]
-        cells = [_cell([r["controls"][name] for r in path if name in r["controls"]], dense) for name in CONTROLS]
-        cells += [_cell(_pick(rows, cut=cut, kind=kind), dense) for kind in ("cmoe-paper", "tuned")]
-        parts.append(f"| {cut} | {len(path)} | {dense:.2f} | " + " | ".join(cells) + " |")
+        for name, kinds in ((cut, ("path", "layerwise")), (f"{cut}, tuned", ("tuned",))):
+            found = [r for r in _pick(rows, cut=cut) if r["kind"] in kinds]
+            by_name = {control: _of_control(found, control) for control in ("dense parent", *CONTROLS)}
+            if not by_name["dense parent"]:
+                continue
+            dense = by_name.pop("dense parent")[0]["perplexity"]
+            paper = _pick(rows, cut=cut, kind="cmoe-paper") if name == cut else []
+            cells = [_cell(f, dense) for f in (*by_name.values(), paper)]
+            parts.append(f"| {name} | {dense:.2f} | " + " | ".join(cells) + " |")
     return parts
+
+
+def _of_control(rows: Rows, name: str) -> Rows:
+    """A control's figures, one for each calibration seed; of gates the rows without controls too."""
+    by_seed = {r["seed"]: r["controls"][name] for r in rows if name in r.get("controls", {})}
+    if name == "linear gate":
+        by_seed = {r["seed"]: r for r in rows if r["routing"] == "layerwise"} | by_seed
+    return list(by_seed.values())
 
 
 def _cell(found: Rows, dense: float) -> str:
@@ -52,7 +80,7 @@ def _cell(found: Rows, dense: float) -> str:
         return ""
     perplexity, share = (mean(r[name] for r in found) for name in ("perplexity", "active_share"))
     spread = sorted(r["perplexity"] for r in found)
-    several = f", {spread[0]:.2f} to {spread[-1]:.2f}" if len(found) > 1 else ""
+    several = f"; {len(found)} seeds, {spread[0]:.2f} to {spread[-1]:.2f}" if len(found) > 1 else ""
     return f"{perplexity:.2f} ({perplexity / dense:.3f}; {share:.3f}{several})"
 
 
@@ -73,27 +101,26 @@ def _shares(rows: Rows) -> list[str]:
 
 
 def _picture(rows: Rows, path: Path) -> None:
-    """Ratio to dense of every control, a group of bars for each cut and text."""
+    """Ratio to dense of every control, a group of bars for each text, cut and tuning; more than 3 is cut off."""
     plt = pyplot()
     if plt is None or not rows:
         return
-    groups = list(dict.fromkeys((r["cut"], r["text"], r["tokens"]) for r in rows))
+    groups: dict[str, Rows] = {}
+    for row in sorted(rows, key=lambda r: (r["text"], r["tokens"], in_order(r["cut"]), r["kind"] == "tuned")):
+        name = f"{row['cut']}{', tuned' if row['kind'] == 'tuned' else ''}\n{row['text']}, {row['tokens']}"
+        groups.setdefault(name, []).append(row)
     shown = [name for name in CONTROLS if name != "random routing"]
-    figure, axes = plt.subplots(figsize=(1.5 + 2 * len(groups), 4))
+    figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(groups), 4))
     for at, name in enumerate(shown):
-        found = [
-            [
-                r["controls"][name]["ratio_to_dense"]
-                for r in _pick(rows, cut=c, text=t, tokens=n)
-                if name in r["controls"]
-            ]
-            for c, t, n in groups
+        ratios = [
+            [c["ratio_to_dense"] for c in _of_control(found, name) if "ratio_to_dense" in c]
+            for found in groups.values()
         ]
         places = [g + (at - len(shown) / 2) * 0.16 for g in range(len(groups))]
-        axes.bar(places, [mean(f) if f else 0 for f in found], 0.15, label=name)
-    axes.set_xticks(range(len(groups)), [f"{cut}\n{text}" for cut, text, _ in groups])
+        axes.bar(places, [mean(found) if found else 0 for found in ratios], 0.15, label=name)
+    axes.set_xticks(range(len(groups)), list(groups), fontsize=7)
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_ylim(0.9, None)
+    axes.set_ylim(0.9, 3)
     axes.set_ylabel("perplexity over dense")
     axes.legend(fontsize=8)
     figure.tight_layout()

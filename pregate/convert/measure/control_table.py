@@ -6,7 +6,7 @@ figures: perplexity, ratio to dense, bits per byte, active share measured, and h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from pregate.convert.measure.agreement import AgreementMeter
@@ -36,10 +36,12 @@ def control_rows(
     parent: Any = None,
     seed: int = 0,
     progress: Progress = QUIET,
+    only: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
 
     `parent` is the dense model; None: `model` with every expert on, which must be the same (`parent.dense_of`).
+    `only`: the controls wanted beside the dense parent (None: all).
     Where no layer has a representative gate (Read-ME's cut has none) the paper's gate is left out. A control's
     agreement with the oracle is that on the hidden states its own routing leads to; a control that takes a fixed
     number of experts is compared with an oracle that takes as many.
@@ -49,11 +51,14 @@ def control_rows(
         dense = score_rows(model, rows, None, progress, AllPolicy(), DENSE)
     else:
         dense = score_rows(parent, rows, None, progress, name=DENSE)
-    with static_mask(model):
-        static = score_rows(model, rows, progress=progress, name=STATIC)
     table = {DENSE: _figures(dense, dense, num_bytes) | {"active_share": 1.0}}
-    table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": nominal_share(model)}
+    if only is None or STATIC in only:
+        with static_mask(model):
+            static = score_rows(model, rows, progress=progress, name=STATIC)
+        table[STATIC] = _figures(static, dense, num_bytes) | {"active_share": nominal_share(model)}
     for name, policy in _policies(model, seed).items():
+        if only is not None and name not in only:
+            continue
         # Policies that always take the same number are held to an oracle that does.
         meter = AgreementMeter(fixed_number=name in FIXED)
         score = score_rows(model, rows, meter, progress, policy, name)

@@ -53,6 +53,11 @@ def _own_names(kind: str) -> list[str]:
     return [*BEFORE, *(["path router"] if kind == "path" else []), *AFTER]
 
 
+def test_only_what_is_asked_for_is_scored(checkpoint: tuple[str, Path], table: dict, tiny_dense: Path):
+    some = control_rows(_load(checkpoint[1]), ROWS, NUM_BYTES, _dense(tiny_dense), only=("oracle", "random routing"))
+    assert some == {name: table[name] for name in ("dense parent", "random routing", "oracle")}
+
+
 def test_names_and_order(checkpoint: tuple[str, Path], table: dict):
     assert list(table) == _own_names(checkpoint[0])
     for name, row in table.items():
