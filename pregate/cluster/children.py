@@ -25,9 +25,9 @@ from pregate.base.log import get_logger
 from pregate.base.options import from_dict, shown
 from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.doors import STOP_TIMEOUT_S, Doors, settle
+from pregate.cluster.doors import Doors
 from pregate.cluster.local_ray import NAMESPACE
-from pregate.cluster.part import Part
+from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import Placement, check
 from pregate.cluster.pulse import look
 from pregate.cluster.routed_experts import read_routed_experts
@@ -236,16 +236,15 @@ class RayChildren:
 
     async def check(self) -> Health:
         """Look after every part at once; whatever died is started again."""
-        pulses = [part.pulse for part in self._parts if part.pulse is not None]
-        (lost, notes), _ = await asyncio.gather(self._doors.check(), look(pulses))
+        await look(part.pulse for part in self._parts if part.pulse is not None)
         if self._stopping is not None:
             return Health()
-        notes += [note for part in self._parts for note in part.check()]
-        return Health({**{part.name: part.lost for part in self._parts if part.lost}, **lost}, notes)
+        notes = [note for part in self._parts for note in part.check()]
+        return Health({part.name: part.lost for part in self._parts if part.lost}, notes)
 
     @property
     def _parts(self) -> list[Part]:
-        return [*self._hosts, self._engine, *([] if self._paths is None else [self._paths])]
+        return [*self._hosts, self._engine, *([] if self._paths is None else [self._paths]), *self._doors.parts]
 
     async def stop(self, grace_s: float) -> None:
         """Drain and stop everything there is; what has not come up is killed. Repeating it waits for the first."""

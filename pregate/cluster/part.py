@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import ray
 import ray.exceptions
 
+from pregate.base.backoff import Backoff
 from pregate.base.log import get_logger
 from pregate.cluster.pulse import Pulse
 from pregate.workers.client.silence import Silence
 
 #: A part that gives no answer for this long is frozen: it is killed, and another takes its place.
 FROZEN_S = 20.0
-#: Before it is started again: nothing the first time, then this, doubled up to `MAX_PAUSE_S`; from the beginning after
-#: one that ran for `STEADY_S`.
-FIRST_PAUSE_S, MAX_PAUSE_S, STEADY_S = 1.0, 60.0, 60.0
+#: Before it is started again: nothing the first time, then this, doubled up to `MAX_PAUSE_S`.
+FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
+#: How long one that is asked to stop may take besides what it drains.
+STOP_TIMEOUT_S = 10.0
 
 #: So much of the time between two looks counts as silence at most.
 MOST_S = 3.0
@@ -39,16 +42,15 @@ class Part:
         name: str,
         make_actor: Callable[[int], Any],
         start_actor: Callable[[Any], Awaitable[Any]],
-        came_back: Callable[[Any], Awaitable[None]],
+        came_back: Callable[[Any], Awaitable[None]] | None,
         start_timeout_s: float,
         max_restarts: int | None = 3,
     ) -> None:
         self.name, self.lost = name, ""
         self._make_actor, self._start_actor, self._came_back = make_actor, start_actor, came_back
-        self._start_timeout_s, self._max_restarts = start_timeout_s, max_restarts
-        self._num_made = self._restarts = 0
+        self._start_timeout_s, self._num_made = start_timeout_s, 0
+        self._backoff = Backoff(FIRST_PAUSE_S, MAX_PAUSE_S, num_free=1, most=max_restarts)
         self._restarting: asyncio.Task[None] | None = None
-        self._started_s = 0.0
         self._back: list[str] = []
         self._silence = Silence(MOST_S)  # time in which we ourselves were stopped is not its fault
         self.actor: Any = None
@@ -64,7 +66,8 @@ class Part:
         if self.actor is None:
             self.make()
         started = await asyncio.wait_for(self._start_actor(self.actor), self._start_timeout_s)
-        self.pulse, self._started_s = Pulse(self.actor), time.monotonic()
+        self.pulse = Pulse(self.actor)
+        self._backoff.runs(time.monotonic())
         self._silence.end()
         return started
 
@@ -80,23 +83,24 @@ class Part:
         reason = pulse.lost or (f"no answer for {FROZEN_S:.0f} s" if frozen else "")
         if reason:
             notes.append(f"{self.name}: {reason}; a new one is started")
-            self._restarts = 0 if time.monotonic() - self._started_s > STEADY_S else self._restarts
             self.pulse, self._restarting = None, asyncio.ensure_future(self._restart(reason))
         return notes
 
     async def _restart(self, reason: str) -> None:
         """Try again and again, with longer and longer pauses."""
-        while self._max_restarts is None or self._restarts < self._max_restarts:
+        while (pause_s := self._backoff.failed(time.monotonic())) < math.inf:
             ray.kill(self.actor)
-            if self._restarts:
-                await asyncio.sleep(min(FIRST_PAUSE_S * 2 ** min(self._restarts - 1, 10), MAX_PAUSE_S))
-            self._restarts += 1
+            await asyncio.sleep(pause_s)
             try:
                 self.make()
-                await self._came_back(await self.start())
+                started = await self.start()
+                if self._came_back is not None:
+                    await self._came_back(started)
             except Exception as error:  # noqa: BLE001 - whatever it is, the next attempt may do better
                 self.pulse, cause = None, getattr(error, "cause", None) or error
-                reason = f"it did not start again: {type(cause).__name__}: {cause}".splitlines()[0]
+                late = isinstance(error, asyncio.TimeoutError)
+                said = f"not within {self._start_timeout_s:.0f} s" if late else f"{type(cause).__name__}: {cause}"
+                reason = f"it did not start again: {said}".splitlines()[0]
                 logger.warning("%s: %s", self.name, reason)
                 continue
             self._back.append(f"{self.name}: runs again")
@@ -104,14 +108,19 @@ class Part:
             return
         self.lost = reason
 
-    async def stop(self, timeout_s: float, kindly: bool = True) -> None:
-        """Let it end by itself, where it runs, and kill it in any case."""
+    async def stop(self, timeout_s: float, kindly: bool = True, *arguments: Any) -> None:
+        """Let it end by itself, where it runs, and kill it in any case. `arguments` are for its own `stop`."""
         if self._restarting is not None:
             self._restarting.cancel()
         if self.actor is None:
             return
         runs, self.pulse = self.pulse is not None, None
         if kindly and runs:
-            with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
-                await asyncio.wait_for(self.actor.stop.remote(), timeout_s)
+            await settle(self.actor.stop.remote(*arguments), timeout_s)
         ray.kill(self.actor)
+
+
+async def settle(ended: Awaitable[Any], timeout_s: float) -> None:
+    """Wait for an actor to do what ends it; whether it does or not, it is killed afterwards."""
+    with contextlib.suppress(ray.exceptions.RayError, asyncio.TimeoutError):
+        await asyncio.wait_for(ended, timeout_s)

@@ -15,7 +15,7 @@ from pregate.base.errors import UnavailableError, UserError
 from pregate.base.options import to_dict
 from pregate.client.client import Client
 from pregate.cluster import children as module
-from pregate.cluster import pulse, run_folder
+from pregate.cluster import part, pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
@@ -42,11 +42,10 @@ async def check_until(children, wanted):
     """Look as the supervisor does, until `wanted` of what was found so far; returns lost parts and all notes."""
     notes = []
     for _ in range(100):
-        found = await children.check()
-        lost, some = found if isinstance(found, tuple) else (found.lost, found.notes)
-        notes += some
-        if wanted(lost, notes):
-            return lost, notes
+        health = await children.check()
+        notes += health.notes
+        if wanted(health.lost, notes):
+            return health.lost, notes
         await asyncio.sleep(0.1)
     raise AssertionError(notes)
 
@@ -129,11 +128,12 @@ def test_whatever_dies_comes_back_and_a_pause_is_told(local_ray, path_checkpoint
     asyncio.run(main())
 
 
-def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray):
+def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray, path_checkpoint, monkeypatch):
     """No status to ask for; a door that cannot be made again."""
+    monkeypatch.setattr(part, "FIRST_PAUSE_S", 0.1)
 
     @ray.remote(num_cpus=0)
-    class Part:
+    class Door:
         def start(self):
             return {"host": "127.0.0.1", "port": 1}
 
@@ -141,13 +141,14 @@ def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray):
             pass
 
     async def main():
-        made = [Part.remote()]
-        doors = Doors(lambda number, options: made.pop(), 10.0)
-        await doors.add("me", GrpcOptions(port=0))
-        lost, notes = await check_until(doors, lambda lost, notes: lost)
+        made = [Door.remote()]
+        children = RayChildren(config(path_checkpoint))
+        children._doors = Doors(lambda number, options: made.pop(), 10.0)
+        await children.add_door("me", to_dict(GrpcOptions(port=0)))
+        lost, notes = await check_until(children, lambda lost, notes: lost)
         assert "door on port 1: it gave no status (AttributeError" in notes[0]
-        assert lost == {"door on port 1": "IndexError: pop from empty list"}
-        await doors.stop(0)
+        assert lost == {"door on port 1": "it did not start again: IndexError: pop from empty list"}
+        await children.stop(0)
 
     asyncio.run(main())
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pregate.base.backoff import Backoff
 from pregate.base.errors import HostLostError, PregateError
 from pregate.base.log import get_logger
 from pregate.router.engine.assignment import adopt, choose_hosts, hosts_of_pairs, share_rows
@@ -21,8 +22,8 @@ UNIT_ROWS = 12.0
 
 _log = get_logger(__name__)
 
-#: A host that is lost again within `STEADY_S` of its return waits twice as long as before, at most `MAX_PAUSE_S`.
-FIRST_PAUSE_S, MAX_PAUSE_S, STEADY_S = 0.25, 30.0, 60.0
+#: A lost host waits so long before it is taken back, twice as long when it is lost again soon.
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 30.0
 
 
 class Members:
@@ -37,8 +38,8 @@ class Members:
         #: Why hosts that are lost are lost.
         self.lost: dict[int, str] = {}
         self._lost_s: dict[int, float] = {}
-        self._returned_s: dict[int, float] = {}
-        self._pause_s = dict.fromkeys(range(len(self.clients)), FIRST_PAUSE_S)
+        self._pause_s: dict[int, float] = {}
+        self._backoffs = [Backoff(FIRST_PAUSE_S, MAX_PAUSE_S) for _ in clients]
         self._settle()
 
     def _settle(self) -> None:
@@ -65,10 +66,7 @@ class Members:
         """Fence a host; HostLostError where no other lives."""
         if host not in self.lost:
             now_s = time.monotonic()
-            steady = now_s - self._returned_s.get(host, -STEADY_S) >= STEADY_S
-            self._pause_s[host] = (
-                FIRST_PAUSE_S if steady else min(max(2 * self._pause_s[host], FIRST_PAUSE_S), MAX_PAUSE_S)
-            )
+            self._pause_s[host] = self._backoffs[host].failed(now_s)
             self.lost[host], self._lost_s[host] = error.reason, now_s
             self.clients[host].fence()
             self._settle()
@@ -87,12 +85,13 @@ class Members:
 
     def look_after_lost(self) -> None:
         """Take back who answers again, without waiting. HostLostError while nobody does."""
-        for host in [h for h in self.lost if time.monotonic() - self._lost_s[h] >= self._pause_s[h]]:
+        now_s = time.monotonic()
+        for host in [h for h in self.lost if now_s - self._lost_s[h] >= self._pause_s[h]]:
             if self.clients[host].returned():
-                self._returned_s[host] = time.monotonic()
+                self._backoffs[host].runs(now_s)
                 del self.lost[host]
                 self._settle()
-                _log.warning("expert host %d is back after %.1f s", host, self._returned_s[host] - self._lost_s[host])
+                _log.warning("expert host %d is back after %.1f s", host, now_s - self._lost_s[host])
         self.check()
 
     def poll(self) -> None:
@@ -115,5 +114,4 @@ class Members:
         if host not in self.lost:
             self.lost[host], self._lost_s[host] = "it was replaced", time.monotonic()
             self._settle()
-        self._pause_s[host] = 0.0
-        self._returned_s.pop(host, None)
+        self._pause_s[host], self._backoffs[host] = 0.0, Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)
