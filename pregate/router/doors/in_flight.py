@@ -51,7 +51,7 @@ class InFlight:
         try:
             yield taken
         finally:
-            if self._named[name] is taken:
+            if self._named.get(name) is taken:
                 del self._named[name]
             self.num_requests -= num
             self._on_change(self.num_requests)
