@@ -15,7 +15,7 @@ def markdown(made: dict[str, Any]) -> str:
         "",
         f"{sentence(made['around'])}.",
         "",
-        "Times of scheduling, choosing and planning are real, of this machine, measured beside other work on it:",
+        "Times of scheduling, choosing and planning are real, seconds of one thread's processor beside other work:",
         "medians, and the least in brackets. Hosts are simulated: an expert of {} x {} ({:.1f} MB, fp32) takes".format(
             *costs["shape"], costs["unit_bytes"] / 1e6
         ),

@@ -1,6 +1,6 @@
 """Long loads on a `pregate serve` of one's own: does its memory stay flat, its queue bounded, its text the same?
 
-    python -m benchmarks.soak overload --model examples/quartet
+    python -m benchmarks.soak overload --model examples/quartet-paths
     python -m benchmarks.soak tiers --model examples/quartet-paths
 
 overload: a trace's requests, lengths clipped to the context, for `--minutes` at each of `--loads` times the capacity,

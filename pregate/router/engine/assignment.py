@@ -83,20 +83,22 @@ def share_rows(
 def hosts_of_pairs(ids_TLK: np.ndarray, copies_LRC: np.ndarray, rows_LRC: np.ndarray) -> np.ndarray:
     """Return the host of each token's experts int16 [T, L, K], for `make_plan`: of each unit the first tokens go to its
     first copy, as many as `share_rows` says, and so on. -1 where a token has no expert."""
-    layers_L1 = np.arange(len(copies_LRC))[:, None]
-    copy_LR = rows_LRC.argmax(axis=2)
-    hosts_LR = np.take_along_axis(copies_LRC, copy_LR[..., None], axis=2)[..., 0]
-    hosts_TLK = np.where(ids_TLK >= 0, hosts_LR[layers_L1, ids_TLK], np.int16(NO_HOST))
-    parts_LR = (rows_LRC > 0).sum(axis=2) > 1
-    token, layer, column = np.nonzero(parts_LR[layers_L1, ids_TLK] & (ids_TLK >= 0))
-    unit = layer * copies_LRC.shape[1] + ids_TLK[token, layer, column]
-    order = np.argsort(unit, kind="stable")
-    start = np.searchsorted(unit[order], unit[order])
-    until_PC = rows_LRC.cumsum(axis=2).reshape(-1, rows_LRC.shape[2])[unit[order]]
-    copy = (np.arange(len(order)) - start >= until_PC.T).sum(axis=0)
-    parted = token[order], layer[order], column[order]
-    hosts_TLK[parted] = copies_LRC.reshape(-1, copies_LRC.shape[2])[unit[order], copy]
-    return hosts_TLK
+    num_layers, num_routed, num_copies = copies_LRC.shape
+    copies_X, rows_X = copies_LRC.reshape(-1), rows_LRC.reshape(-1)
+    asked_N = np.flatnonzero(rows_X)  # copies that have rows, of one unit side by side
+    unit_N = asked_N // num_copies
+    hosts_U = copies_LRC[..., 0].reshape(-1).copy()
+    hosts_U[unit_N] = copies_X[asked_N]
+    parted_U = np.zeros(len(hosts_U), dtype=bool)
+    parted_U[unit_N[1:][unit_N[1:] == unit_N[:-1]]] = True
+    unit_P = (ids_TLK + (np.arange(num_layers) * num_routed)[:, None]).reshape(-1)
+    real_P = (ids_TLK >= 0).reshape(-1)
+    hosts_P, parted_P = hosts_U.take(unit_P), parted_U.take(unit_P) & real_P
+    hosts_P[~real_P] = NO_HOST
+    pairs = np.flatnonzero(parted_P)
+    parts_N = asked_N[parted_U[unit_N]]
+    hosts_P[pairs[np.argsort(unit_P[pairs], kind="stable")]] = np.repeat(copies_X[parts_N], rows_X[parts_N])
+    return hosts_P.reshape(ids_TLK.shape)
 
 
 class _Shares:
@@ -115,41 +117,37 @@ class _Shares:
         row_s: np.ndarray | float,
         busy_H: np.ndarray | float,
     ) -> None:
-        num_layers, shape = len(copies_LRC), copies_LRC.shape
-        unit_s, row_s = np.broadcast_to(unit_s, shape), np.broadcast_to(row_s, shape)
-        open_LR = (rows_LR > 0) & (copies_LRC[..., 1] >= 0 if shape[2] > 1 else False)
-        self._rows_LRC = np.zeros(shape, dtype=np.int64)
-        self._rows_LRC[..., 0] = rows_LR
-        self._time(copies_LRC, (rows_LR > 0) & ~open_LR, unit_s, row_s, num_hosts)
+        num_layers, num_routed, num_copies = self._shape = copies_LRC.shape
+        unit_s, row_s = np.broadcast_to(unit_s, self._shape), np.broadcast_to(row_s, self._shape)
+        used_N = np.flatnonzero(rows_LR)
+        layer_N, unit_N, rows_N = used_N // num_routed, used_N % num_routed, rows_LR.reshape(-1)[used_N]
+        cost_N = unit_s[layer_N, unit_N, 0] + rows_N * row_s[layer_N, unit_N, 0]
+        copies_NC = copies_LRC.reshape(-1, num_copies)[used_N]
+        open_N = copies_NC[:, 1] >= 0 if num_copies > 1 else np.zeros(len(used_N), dtype=bool)
+        only = ~open_N
+        self._fixed = used_N[only] * num_copies, rows_N[only]
+        place, size = layer_N[only] * (num_hosts + 1) + copies_NC[only, 0], num_layers * (num_hosts + 1)
+        self.time_LH = np.bincount(place, cost_N[only], size).astype(np.float64).reshape(-1, num_hosts + 1)
         self.time_LH[:, :num_hosts] += busy_H
+        self.time_LH[:, num_hosts] = np.inf
         self._layers = np.arange(num_layers)
-        layer, unit = np.nonzero(open_LR)
-        order = np.lexsort((-(unit_s[..., 0] + rows_LR * row_s[..., 0])[layer, unit], layer))  # equal ones by number
-        layer, unit = layer[order], unit[order]
+        order = np.flatnonzero(open_N)
+        order = order[np.lexsort((-cost_N[order], layer_N[order]))]  # equal ones by number
+        layer, unit, rows = layer_N[order], unit_N[order], rows_N[order]
         count_L = np.bincount(layer, minlength=num_layers)
         column = np.arange(len(order)) - (count_L.cumsum() - count_L)[layer]
-        self._units, self._columns = (layer, unit), (layer, column)
-        shape = (num_layers, int(count_L.max(initial=0)), shape[2])
+        self._units, self._columns = used_N[order], (layer, column)
+        shape = (num_layers, int(count_L.max(initial=0)), num_copies)
         self.copies_LMC = np.full(shape, num_hosts, dtype=np.int64)
         self.copies_LMC[..., :1] = 0
-        self.copies_LMC[self._columns] = np.where(copies_LRC[layer, unit] < 0, num_hosts, copies_LRC[layer, unit])
+        self.copies_LMC[self._columns] = np.where(copies_NC[order] < 0, num_hosts, copies_NC[order])
         self.rows_LMC, self._unit_s_LMC, self._row_s_LMC = (
             np.zeros(shape, dtype=np.int64),
             np.zeros(shape),
             np.ones(shape),
         )
-        self.rows_LMC[..., 0][self._columns] = rows_LR[layer, unit]
+        self.rows_LMC[..., 0][self._columns] = rows
         self._unit_s_LMC[self._columns], self._row_s_LMC[self._columns] = unit_s[layer, unit], row_s[layer, unit]
-
-    def _time(
-        self, copies_LRC: np.ndarray, fixed_LR: np.ndarray, unit_s: np.ndarray, row_s: np.ndarray, num_hosts: int
-    ) -> None:
-        """When hosts are done with what has no choice."""
-        layer, unit = np.nonzero(fixed_LR)
-        cost = unit_s[layer, unit, 0] + self._rows_LRC[layer, unit, 0] * row_s[layer, unit, 0]
-        place, size = layer * (num_hosts + 1) + copies_LRC[layer, unit, 0], len(copies_LRC) * (num_hosts + 1)
-        self.time_LH = np.bincount(place, cost, size).astype(np.float64).reshape(-1, num_hosts + 1)
-        self.time_LH[:, num_hosts] = np.inf
 
     def settle(self, rounds: int, whole: bool) -> np.ndarray:
         """Place all and improve on it so often at most; return the rows of each copy [L, R, C]."""
@@ -158,8 +156,11 @@ class _Shares:
         for _ in range(rounds if self.rows_LMC.size else 0):
             if self._improve(whole) < _LEAST_GAIN:
                 break
-        self._rows_LRC[self._units] = self.rows_LMC[self._columns]
-        return self._rows_LRC
+        rows_LRC = np.zeros(self._shape, dtype=np.int64)
+        at, rows_N = self._fixed
+        rows_LRC.reshape(-1)[at] = rows_N
+        rows_LRC.reshape(-1, self._shape[2])[self._units] = self.rows_LMC[self._columns]
+        return rows_LRC
 
     def _place(self) -> None:
         """Give unit after unit, of every layer one, to the host that would be done with it first."""

@@ -36,31 +36,29 @@ def make_plan(step: int, ids_TLK: np.ndarray, hosts_of: np.ndarray, num_hosts: i
     [0, 1], counts [1, 2], row_index [0, 0, 1]; host 1 rows [1] with expert [2], counts [1], row_index [0];
     slots [[[0, 1], [2, 3]]].
     """
-    (num_tokens, num_layers, k_max), by_unit = ids_TLK.shape, hosts_of.ndim == 2
-    num_routed = hosts_of.shape[1] if by_unit else num_routed
-    # A pair is one number, from its high bits down: host, layer, expert, and its place in ids, which has its token. So
-    # sorting plain numbers sorts pairs, and shifts take them apart again.
+    num_layers, k_max = ids_TLK.shape[1:]
+    num_routed = hosts_of.shape[1] if hosts_of.ndim == 2 else num_routed
+    group_P, expert_P, place_P = _pairs(ids_TLK, hosts_of)
+    # Pairs in the order in which hosts are asked. One number each, from its high bits down: group, which is host and
+    # layer, then expert, then its place in ids: so sorting plain numbers sorts pairs, and shifts take them apart again.
     place_bits, expert_bits = ids_TLK.size.bit_length(), max(1, num_routed).bit_length()
-    layers_L1 = np.arange(num_layers)[:, None]
-    expert_of = np.arange(num_routed) if by_unit else ids_TLK
-    units = (hosts_of.astype(np.int64) * num_layers + layers_L1 << expert_bits) + expert_of
-    place_P = np.arange(ids_TLK.size)
-    unit_P = (ids_TLK + layers_L1 * num_routed).reshape(-1) if by_unit else place_P
-    if not (real := (ids_TLK >= 0).reshape(-1)).all():
-        place_P, unit_P = place_P[real], unit_P[real]
-    pairs_P = (units << place_bits).reshape(-1).take(unit_P) + place_P
-    pairs_P.sort()
-    place_P, unit_P = pairs_P & (1 << place_bits) - 1, pairs_P >> place_bits
-    if len(pairs_P) and unit_P[0] < 0:
+    asked_P = group_P << expert_bits
+    asked_P += expert_P
+    asked_P <<= place_bits
+    asked_P += place_P
+    asked_P.sort()
+    unit_P = asked_P >> place_bits
+    asked_P &= (1 << place_bits) - 1
+    if len(unit_P) and unit_P[0] < 0:
         layer, expert = (unit_P[0] >> expert_bits) % num_layers, unit_P[0] & (1 << expert_bits) - 1
         raise ValueError(f"placement: unit ({layer}, {expert}) has no host")
-    unit_start_U, unit_end_U = _runs(unit_P)
-    group_U = unit_P[unit_start_U] >> expert_bits
-    unit_start_G, _ = _runs(group_U)
-    pair_start_G = np.append(unit_start_U, len(pairs_P))[np.append(unit_start_G, len(group_U))]
-    group_P = np.repeat(np.arange(len(unit_start_G)), np.diff(pair_start_G))
-    token_P = place_P // (num_layers * k_max)
-    rows_N, row_start_G, row_index_P = _rows(group_P, token_P, pair_start_G)
+    unit_start_U = _starts_of_runs(unit_P)
+    unit_U = unit_P[unit_start_U]
+    group_U = unit_U >> expert_bits
+    unit_start_G = _starts_of_runs(group_U)
+    pair_start_G = np.append(unit_start_U[unit_start_G], len(unit_P))
+    number_P = np.repeat(np.arange(len(unit_start_G)), np.diff(pair_start_G))  # of each pair's group
+    rows_N, row_start_G, row_of_place = _rows(group_P, place_P, ids_TLK.shape, number_P, pair_start_G)
     groups = _Groups(
         id_G=group_U[unit_start_G],
         num_layers=num_layers,
@@ -68,44 +66,77 @@ def make_plan(step: int, ids_TLK: np.ndarray, hosts_of: np.ndarray, num_hosts: i
         row_start=row_start_G,
         unit_start=np.append(unit_start_G, len(group_U)),
         rows=rows_N,
-        experts=(unit_P[unit_start_U] & (1 << expert_bits) - 1).astype(np.int32),
-        counts=(unit_end_U - unit_start_U).astype(np.int32),
-        row_index=row_index_P,
+        experts=(unit_U & (1 << expert_bits) - 1).astype(np.int32),
+        counts=np.diff(unit_start_U, append=len(unit_P)).astype(np.int32),
+        row_index=row_of_place.take(asked_P),
     )
-    first_G, num_pairs_L = groups.first_answers()
-    slots_TLK = np.empty((num_tokens, num_layers, k_max), dtype=np.int64)
-    slots_TLK[:] = num_pairs_L[:, None]
-    slots_TLK.reshape(-1)[place_P] = (first_G - pair_start_G[:-1])[group_P] + np.arange(len(pairs_P))
-    host_P = (groups.id_G // num_layers)[group_P]
-    return StepPlan(step, num_hosts, groups, np.ascontiguousarray(slots_TLK.swapaxes(0, 1)), token_P, host_P)
+    token_P = asked_P // max(1, num_layers * k_max)
+    slots_LTK = _slots(groups, asked_P, token_P, number_P, ids_TLK.shape)
+    return StepPlan(step, num_hosts, groups, slots_LTK, token_P)
+
+
+def _pairs(ids_TLK: np.ndarray, hosts_of: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs in the order of ids: group (host * L + layer, below 0 without a host), expert, place in ids."""
+    num_layers, k_max = ids_TLK.shape[1:]
+    expert_P, place_P = ids_TLK.reshape(-1), np.arange(ids_TLK.size)
+    layer_P = np.tile(np.repeat(np.arange(num_layers), k_max), len(ids_TLK))
+    if not (real_P := expert_P >= 0).all():
+        expert_P, place_P, layer_P = expert_P[real_P], place_P[real_P], layer_P[real_P]
+    where_P = place_P if hosts_of.ndim == 3 else layer_P * hosts_of.shape[1] + expert_P
+    group_P = hosts_of.reshape(-1)[where_P] * np.int64(num_layers)
+    group_P += layer_P
+    return group_P, expert_P, place_P
 
 
 def _rows(
-    group_P: np.ndarray, token_P: np.ndarray, pair_start_G: np.ndarray
+    group_P: np.ndarray, place_P: np.ndarray, shape: tuple[int, ...], number_P: np.ndarray, pair_start_G: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The rows of each group, its pairs' tokens, each once and ascending; where each group's begin [G + 1]; and which
-    row of its group each pair has."""
-    num_pairs, token_bits = len(group_P), int(token_P.max(initial=0)).bit_length()
-    place_bits, number_P = num_pairs.bit_length(), np.arange(num_pairs)
-    by_token_P = group_P << token_bits  # in place from here: half of the time is fresh memory
-    by_token_P += token_P
-    by_token_P <<= place_bits
-    by_token_P += number_P
-    by_token_P.sort()
-    place_P = by_token_P & (1 << place_bits) - 1
-    by_token_P >>= place_bits
-    start_N, end_N = _runs(by_token_P)
-    row_P = number_P if len(start_N) == num_pairs else np.repeat(number_P[: len(start_N)], end_N - start_N)
-    row_start_G = np.append(row_P, len(start_N))[pair_start_G]
-    row_index_P = np.empty(num_pairs, dtype=np.int32)
-    row_index_P[place_P] = row_P - row_start_G[group_P]
-    return (by_token_P[start_N] & (1 << token_bits) - 1).astype(np.int32), row_start_G, row_index_P
+    row of its group the pair of each place has. `number_P`, `pair_start_G`: groups of pairs sorted by group. Writes
+    over `group_P`."""
+    size, num_layers, k_max = shape[0] * shape[1] * shape[2], shape[1], shape[2]
+    place_bits = size.bit_length()
+    if int(group_P.max(initial=0)) < 1 << 31 - place_bits:
+        group_P = group_P.astype(np.int32)  # sorted in half of the time
+    group_P <<= place_bits
+    group_P += place_P
+    group_P.sort()
+    place_P = group_P & (1 << place_bits) - 1
+    token_P = place_P // max(1, k_max)  # token * L + layer: a group is of one layer
+    new_P = np.empty(len(place_P), dtype=bool)
+    np.not_equal(token_P[1:], token_P[:-1], out=new_P[1:])
+    new_P[pair_start_G[:-1]] = True
+    until_P = np.concatenate([[0], np.cumsum(new_P)])
+    row_start_G = until_P.take(pair_start_G)
+    row_of_place = np.empty(size, dtype=np.int32)
+    row_of_place[place_P] = until_P[1:] - (row_start_G + 1).take(number_P)
+    return (token_P[new_P] // max(1, num_layers)).astype(np.int32), row_start_G, row_of_place
 
 
-def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the runs of equal values begin, and where they end."""
-    starts = np.flatnonzero(np.concatenate([[len(values) > 0], values[1:] != values[:-1]])[: len(values)])
-    return starts, np.append(starts[1:], len(values))[: len(starts)]
+def _slots(
+    groups: _Groups, asked_P: np.ndarray, token_P: np.ndarray, number_P: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Where tokens find their experts' rows int64 [L, T, K]: `StepPlan.slots_LTK`. Writes over `asked_P`."""
+    num_tokens, num_layers, k_max = shape
+    first_G, num_pairs_L = groups.first_answers()
+    slots_LTK = np.empty((num_layers, num_tokens, k_max), dtype=np.int64)
+    if len(asked_P) < slots_LTK.size:
+        slots_LTK[:] = num_pairs_L[:, None, None]
+    asked_P += token_P * (k_max - num_layers * k_max)  # from places in [T, L, K] to places in [L, T, K]
+    asked_P += (groups.id_G % max(1, num_layers) * (num_tokens * k_max - k_max)).take(number_P)
+    slot_P = (first_G - groups.pair_start[:-1]).take(number_P)
+    slot_P += np.arange(len(slot_P))
+    slots_LTK.reshape(-1)[asked_P] = slot_P
+    return slots_LTK
+
+
+def _starts_of_runs(values: np.ndarray) -> np.ndarray:
+    """Where the runs of equal values begin."""
+    if not len(values):
+        return np.zeros(0, dtype=np.int64)
+    starts = np.flatnonzero(values[1:] != values[:-1])
+    starts += 1
+    return np.concatenate([[0], starts])
 
 
 @dataclass(frozen=True)
@@ -153,7 +184,8 @@ class _Groups:
     def host_plans(self, step: int) -> dict[int, HostPlan]:
         """What each host that is asked for anything is sent up front."""
         host_G, layer_G = np.divmod(self.id_G, self.num_layers)
-        first_A, end_A = _runs(host_G)
+        first_A = _starts_of_runs(host_G)
+        end_A = np.append(first_A[1:], len(host_G))[: len(first_A)]
         at_G = np.repeat(np.arange(len(first_A)), end_A - first_A), layer_G
         counts_3AL = np.zeros((3, len(first_A), self.num_layers), dtype=np.int32)
         for counts_AL, starts in zip(counts_3AL, (self.row_start, self.unit_start, self.pair_start), strict=True):
@@ -203,7 +235,8 @@ class StepPlan:
     """One step: every layer's groups (`layers`), and what goes to each host.
 
     `slots_LTK` int64: where each token finds its experts' rows, in ascending id, in the layer's answers laid end to
-    end; the row after the last one where it has fewer than K experts. `token_P`, `host_P`: of all pairs.
+    end; the row after the last one where it has fewer than K experts. `token_P`: of all pairs,
+    group after group.
     """
 
     step: int
@@ -211,7 +244,6 @@ class StepPlan:
     groups: _Groups
     slots_LTK: np.ndarray
     token_P: np.ndarray
-    host_P: np.ndarray
 
     @cached_property
     def layers(self) -> Sequence[tuple[LayerGroup, ...]]:
@@ -221,7 +253,8 @@ class StepPlan:
     def pair_counts_TH(self) -> np.ndarray:  # noqa: N802
         """Pairs per token and host int64 [T, H]."""
         num_tokens = self.slots_LTK.shape[1]
-        counts = np.bincount(self.token_P * self.num_hosts + self.host_P, minlength=num_tokens * self.num_hosts)
+        host_P = np.repeat(self.groups.id_G // self.groups.num_layers, np.diff(self.groups.pair_start))
+        counts = np.bincount(self.token_P * self.num_hosts + host_P, minlength=num_tokens * self.num_hosts)
         return counts.reshape(num_tokens, self.num_hosts)
 
     @cached_property

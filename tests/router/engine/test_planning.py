@@ -37,6 +37,8 @@ def test_invariants_over_random_paths(num_hosts):
         plan = make_plan(0, ids, hosts_of, num_hosts)
         check_plan(plan, ids, hosts_of)
         assert plan.pair_counts_TH.sum() == (ids >= 0).sum()
+        of_pairs = np.where(ids >= 0, rng.integers(0, num_hosts, size=ids.shape), -1)
+        check_plan(make_plan(0, ids, of_pairs, num_hosts, int(num_routed)), ids, of_pairs)
 
 
 def test_a_host_with_nothing_to_do_gets_no_plan():
