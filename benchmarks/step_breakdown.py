@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_breakdown --model ROUTED_CHECKPOINT
 
-One thread, one host in the engine's process. "one by one" names the implementation of experts, so that layers are not
-held whole (`WholeLayers`); the two take turns. Operations are timed by torch's profiler, which costs about a tenth
+One thread, one host in the engine's process. Contenders, in turn: experts in fp32 (`grouped`) and what "auto" takes.
+Operations are timed by torch's profiler, which costs about a tenth
 itself; what it does not see is Python.
 """
 
@@ -26,8 +26,9 @@ from pregate.model.paths import Paths
 from pregate.router.engine.engine import Engine
 from pregate.router.link.messages import SamplingParams, SubmitRequest
 
+FP16_PRODUCT = "aten::fbgemm_linear_fp16_weight_fp32_activation"
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::_grouped_mm", "mkldnn::_linear_pointwise", "aten::linear"),
+    "products": ("aten::mm", "aten::_grouped_mm", "mkldnn::_linear_pointwise", "aten::linear", FP16_PRODUCT),
     "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::scaled_dot_product_attention"),
     "cache": ("aten::index_copy_", "aten::nan_to_num"),
 }
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     args = parser.parse_args()
-    engines = {"one by one": local_engine(str(args.model), "grouped"), "whole": local_engine(str(args.model))}
+    engines = {"grouped": local_engine(str(args.model), "grouped"), "auto": local_engine(str(args.model))}
     step_ms: dict[str, Any] = {}
     for batch in args.batches:
         taken = {name: [] for name in engines}

@@ -57,16 +57,11 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     backbone = reader.manifest.weight_bytes - units - shared
     homes = [[unit_bytes[layer] for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
     shares = [resident_share(config.host.resident_experts, sizes) for sizes in homes]
-    times = 1
-    if min(shares) == 1 and _held_whole(reader, config):
-        times, shared = 2, 2 * shared
     return Footprint(
         backbone_bytes=int(backbone * growth),
         shared_bytes=int(shared * expert_growth),
         kv_cache_bytes=_kv_cache_bytes(reader, config),
-        units_bytes=tuple(
-            int(share * sum(sizes) * expert_growth) * times for share, sizes in zip(shares, homes, strict=True)
-        ),
+        units_bytes=tuple(int(share * sum(sizes) * expert_growth) for share, sizes in zip(shares, homes, strict=True)),
         # Supervisor, engine, front door; with exact paths the path router service.
         num_processes=config.hosts + 3 + experts.exact_paths,
         kept_bytes=sum(
@@ -83,17 +78,6 @@ def _kept_in_fp16(stored: str, config: ServeConfig) -> bool:
 
     on_cpu = config.device == "cpu" and config.host.expert_ffn in ("auto", "packed")
     return on_cpu and config.dtype == "float32" and _ITEM_BYTES[stored] == 2 and not why_no_fp16()
-
-
-def _held_whole(reader: CheckpointReader, config: ServeConfig) -> bool:
-    """Whether the engine holds its layers a second time, for steps of few rows (`WholeLayers`)."""
-    import torch
-
-    from pregate.router.engine.whole_layers import max_rows
-
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    may = not config.hosts and config.host.expert_ffn == "auto"
-    return max_rows(reader.config.cuts, reader.hidden_size, device, dtype, may) > 1
 
 
 def _kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

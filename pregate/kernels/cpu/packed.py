@@ -74,6 +74,14 @@ class PackedFFN(LoopFFN):
     def _expert(self, x_ND: torch.Tensor, weights: PackedWeights, slot: int) -> torch.Tensor:
         return weights.down[slot](self._gated(weights.gate_up[slot](x_ND)))
 
+    def _run(self, x_PD: torch.Tensor, slots: list[int], counts: list[int], weights: PackedWeights) -> torch.Tensor:
+        """All experts' rows are gated at once: for few rows three small operations cost as much as a product."""
+        if len(slots) == 1:
+            return self._expert(x_PD, weights, slots[0])
+        gate_up = [weights.gate_up[n](x_ND) for n, x_ND in zip(slots, x_PD.split(counts), strict=True)]
+        h_PM = self._gated(torch.cat(gate_up))
+        return torch.cat([weights.down[n](h_NM) for n, h_NM in zip(slots, h_PM.split(counts), strict=True)])
+
 
 class Int8FFN(PackedFFN):
     """int8 weights and int8 rows, each with a scale of its own: a row's answer is the same bits whatever is beside it.

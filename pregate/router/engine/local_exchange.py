@@ -20,7 +20,6 @@ from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt
 from pregate.router.engine.lookahead import used_units
 from pregate.router.engine.shared_experts import SharedExperts
-from pregate.router.engine.whole_layers import WholeLayers
 from pregate.workers.client.host_client import HostClient, LocalUnits
 from pregate.workers.link.protocol import Expected
 
@@ -46,7 +45,6 @@ class LocalExchange:
         self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(self._cuts) if cut.num_active}
         self._segments: dict[int, Any] = {}
         self._paths: Paths | None = None
-        self._whole = WholeLayers(shared, local)
         self._num_tokens, self._number = 0, -1
         #: What gates chose in the layers run so far.
         self._chosen_TK: list[torch.Tensor] = []
@@ -60,7 +58,6 @@ class LocalExchange:
             self._local.hold_shared(layer, gate_up, down)
         else:
             self.shared.hold(layer, gate_up, down)
-        self._whole.hold(layer, (gate_up, down))
 
     def replace(self, host: int, client: HostClient) -> None:
         raise AssertionError("a host in the engine's own process lives as long as the engine")
@@ -97,7 +94,7 @@ class LocalExchange:
         self._number = number
         if paths is not None and self.wants_lookahead:
             self._local.plan(self.engine, number, used_units(paths.ids, max(cut.num_routed for cut in self._cuts)))
-        if paths is not None and not self._whole.begin_step(num_tokens, paths):
+        if paths is not None:
             self.route(torch.from_numpy(paths.ids), None if paths.weights is None else torch.from_numpy(paths.weights))
 
     def open_step(self, num_tokens: int, paths: Paths | None) -> None:
@@ -114,8 +111,6 @@ class LocalExchange:
             return Receipt(layer, self.shared.run(layer, x_TD))
         if choice is not None:
             self._chosen_TK.append(choice.ids)
-        if (out_TD := self._whole.run(layer, x_TD, choice)) is not None:
-            return Receipt(layer, out_TD)
         if choice is not None:
             weights_T1K = None if choice.weights is None else choice.weights[:, None]
             segment = self._ffn.segments(choice.ids[:, None], *self._sizes[layer], weights_T1K).layer(0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from pregate.kernels.contract import ExpertFFN, Pair
+from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.units import LayerUnits, SharedFFN
 from pregate.kernels.weights import split_shared
 from pregate.model.config import LayerCut
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 class LocalUnits:
     """What a host holds and computes with, shared with one engine. `count` is called with layers, rows of each and
-    pairs. `ffn_is_ours` says that nobody asked for `ffn` by name, `looks_ahead` that units come before they are asked
-    for."""
+    pairs. `looks_ahead` says that units come before they are asked for."""
 
     def __init__(
         self,
@@ -29,10 +28,9 @@ class LocalUnits:
         store: UnitStore,
         cuts: Sequence[LayerCut],
         count: Callable[[int, int, int], None],
-        ffn_is_ours: bool,
         looks_ahead: bool = False,
     ) -> None:
-        self.ffn, self.count, self.ffn_is_ours, self.looks_ahead = ffn, count, ffn_is_ours, looks_ahead
+        self.ffn, self.count, self.looks_ahead = ffn, count, looks_ahead
         self._store, self._cuts = store, cuts
         self._units: dict[int, tuple[int, LayerUnits]] = {}
 
@@ -44,12 +42,6 @@ class LocalUnits:
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Hold a layer's shared expert, stored as one FFN `gate_up` [2 S M, D] and `down` [D, S M], as S units."""
         self._store.hold_shared(layer, split_shared(gate_up, down, self._cuts[layer].num_shared))
-
-    def stored(self, layer: int) -> Pair:
-        """Return a layer's routed units as the checkpoint has them: [R, 2M, D] and [R, D, M]. Reads them again."""
-        units = [self._store.stored(layer, expert) for expert in range(self._cuts[layer].num_routed)]
-        gate_up, down = (torch.stack(parts) for parts in zip(*units, strict=True))
-        return gate_up, down
 
     def plan(self, engine: str, step: int, used_LR: np.ndarray) -> None:
         """Take in which units bool [L, R] the next step uses."""

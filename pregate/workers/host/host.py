@@ -213,8 +213,7 @@ class ExpertHost:
             return f"{self._ffn.name}: {self._ffn.why_no_layers}"
         if self._store.tiered and self._store.most_units < max(c.num_routed for c in self._reader.config.cuts):
             return "there is not room for the experts of two layers"
-        ours = self.options.expert_ffn == "auto"
-        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count, ours, self._looks_ahead)
+        return LocalUnits(self._ffn, self._store, self._reader.config.cuts, self._count, self._looks_ahead)
 
     def _index_of(
         self, key: GroupKey, num_rows: int, index: GroupIndex | None, prepared: PreparedPlan | None

@@ -143,10 +143,6 @@ class UnitStore:
         """Return the routed units held, in order."""
         return [(int(layer), int(expert)) for layer, expert in np.argwhere(self._held_LR)]
 
-    def stored(self, layer: int, expert: int) -> Weights:
-        """Return a unit as the checkpoint has it; reads it, and does not keep it."""
-        return self._reader.read_unit(layer, expert)
-
     def hold_shared(self, layer: int, shared: Sequence[Weights]) -> None:
         """Put a layer's shared units beside its routed ones, once. They do not count as units of this host."""
         if self._map.slots[layer, 0] >= 0:

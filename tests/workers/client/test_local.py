@@ -136,29 +136,3 @@ def test_the_host_counts_what_ran(reader, gated):
 )
 def test_why_they_are_not_offered(reader, make, reason):
     assert reason in make(reader)
-
-
-def test_narrow_layers_are_held_whole_unless_an_implementation_is_named(path_checkpoint):
-    """A step of a few rows then runs each layer as one product; its sums are those of the experts one by one."""
-    reader = CheckpointReader(path_checkpoint)
-    cuts, found = reader.config.cuts, {}
-    units = [(layer, expert) for layer, cut in enumerate(cuts) for expert in range(cut.num_routed)]
-    x_TD = torch.randn(4, reader.hidden_size, generator=torch.Generator().manual_seed(1))
-    ids = np.stack([[np.arange(cut.num_active) for cut in cuts] for _ in range(4)]).astype(np.int16)
-    for name in ("auto", "loop"):
-        host = make_host(reader, units, expert_ffn=name)
-        client = InProcessClient(host)
-        client.hello(engine="e", fingerprint=reader.fingerprint, dtype=torch.float32, width=len(x_TD[0]), max_rows=64)
-        local = client.local_units(CPU, torch.float32)
-        assert isinstance(local, LocalUnits)
-        exchange = LocalExchange("e", client, local, SharedExperts(reader.config, CPU, torch.float32))
-        for layer, cut in enumerate(cuts):
-            shape = (2 * cut.shared_width, reader.hidden_size)
-            gate_up = torch.randn(shape, generator=torch.Generator().manual_seed(layer)) / 10
-            exchange.hold_shared(layer, gate_up, gate_up[: cut.shared_width].t().contiguous())
-        exchange.begin_step(1, 4, Paths(ids))
-        found[name] = exchange.combine(exchange.dispatch(1, x_TD))
-        assert bool(exchange._segments) == (name == "loop"), "segments are for layers run expert by expert"
-        assert exchange.end_step().sum() == 4 * sum(cut.num_active for cut in cuts)
-    torch.testing.assert_close(found["auto"], found["loop"], rtol=1e-4, atol=1e-4)
-    assert not torch.equal(found["auto"], found["loop"]), "sums in another order differ in the last bits"
