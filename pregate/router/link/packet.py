@@ -77,7 +77,7 @@ def unpack(packet: bytes) -> list[Message]:
         raise ProtocolError(f"packet of {len(packet)} bytes is not msgpack: {error}") from error
     if not isinstance(outer, dict) or outer.get("version") != PROTOCOL_VERSION:
         version = outer.get("version") if isinstance(outer, dict) else None
-        raise ProtocolError(f"packet of protocol version {version}; this side speaks {PROTOCOL_VERSION}")
+        raise ProtocolError(f"packet of protocol version {version!r:.100}; this side speaks {PROTOCOL_VERSION}")
     body = outer.get("messages")
     if not isinstance(body, list):
         raise ProtocolError("packet holds no list of messages")
@@ -92,7 +92,7 @@ def _check_size(packet: bytes) -> None:
 def _read_message(fields: object) -> Message:
     kind = fields.pop("kind", None) if isinstance(fields, dict) else None
     if not isinstance(kind, str) or kind not in _KINDS:
-        raise ProtocolError(f"message of unknown kind {kind!r}")
+        raise ProtocolError(f"message of unknown kind {kind!r:.100}")
     return _read_fields(_KINDS[kind], fields, kind)
 
 

@@ -81,6 +81,10 @@ class ControlThread:
             except (ProtocolError, UserError) as error:
                 _log.warning("host %d refused a message: %s", self._host.options.host_id, error)
                 answer = Failure(None, incarnation, error.code, str(error))
+            except Exception as error:  # noqa: BLE001 (it is logged and answered)
+                # As in the compute thread: a defect of ours in one message must not end what all engines hear.
+                _log.exception("host %d failed at a message", self._host.options.host_id)
+                answer = Failure(None, incarnation, "INTERNAL", f"{type(error).__name__}: {error}")
         if answer is not None:
             transport.send(self._socket, peer.bytes, encode(answer))
 

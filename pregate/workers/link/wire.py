@@ -35,6 +35,8 @@ from pregate.workers.link.protocol import (
 
 _PREFIX = struct.Struct("<4sIQ")
 _MAGIC = b"pgw\0"
+#: No array may have a longer side, not one without elements either.
+_MOST_ROWS = 1 << 31
 Reader: TypeAlias = Callable[[str, Any, Iterator[Buffer]], Any]
 
 
@@ -81,12 +83,17 @@ def decode(frames: Sequence[Buffer], max_bytes: int = MAX_MESSAGE_BYTES) -> Mess
     fields = _open(frames, max_bytes)
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in _SCHEMA:
-        raise ProtocolError(f"message kind {kind!r}: unknown")
+        raise ProtocolError(f"message kind {kind!r:.100}: unknown")
     cls, schema = _SCHEMA[kind]
     if len(fields) != len(schema) or any(name not in fields for name, _ in schema):
-        raise ProtocolError(f"{kind} message: fields {sorted(map(str, fields))}, expected {[n for n, _ in schema]}")
+        raise ProtocolError(
+            f"{kind} message: fields {sorted(map(str, fields))!s:.200}, expected {[n for n, _ in schema]}"
+        )
     rest = iter(frames[1:])
-    message = cls(*[read(kind, fields[name], rest) for name, read in schema])
+    try:
+        message = cls(*[read(kind, fields[name], rest) for name, read in schema])
+    except (ValueError, TypeError, OverflowError) as error:  # NumPy's, of shapes that it cannot make
+        raise ProtocolError(f"{kind} message: {error}") from error
     if next(rest, None) is not None:
         raise ProtocolError(f"{kind} message: more frames than its header names")
     return message
@@ -119,7 +126,7 @@ def _open(frames: Sequence[Buffer], max_bytes: int) -> dict[str, Any]:
 def _scalar(allowed: type) -> Reader:
     def read(kind: str, value: Any, _: Iterator[Buffer]) -> Any:
         if type(value) is not allowed:
-            raise ProtocolError(f"{kind} message: {value!r} is not {allowed.__name__}")
+            raise ProtocolError(f"{kind} message: {value!r:.100} is not {allowed.__name__}")
         return value
 
     return read
@@ -135,7 +142,7 @@ def _key(kind: str, value: Any, _: Iterator[Buffer]) -> GroupKey:
         # Spelled out: this runs for every group, and a generator costs more than all of it.
         if type(engine) is str and type(step) is type(layer) is type(group) is type(attempt) is int:
             return GroupKey(engine, step, layer, group, attempt)
-    raise ProtocolError(f"{kind} message: {value!r} is not a group key")
+    raise ProtocolError(f"{kind} message: {value!r:.100} is not a group key")
 
 
 def _frame(kind: str, num_bytes: int, rest: Iterator[Buffer]) -> Buffer:
@@ -149,22 +156,22 @@ def _frame(kind: str, num_bytes: int, rest: Iterator[Buffer]) -> Buffer:
 def _rows(kind: str, value: Any, rest: Iterator[Buffer]) -> Rows:
     if type(value) is list and len(value) == 3 and value[0] in DTYPE_BYTES:
         dtype, num_rows, width = value
-        if type(num_rows) is type(width) is int and num_rows >= 0 and width >= 0:
+        if type(num_rows) is type(width) is int and 0 <= num_rows < _MOST_ROWS and 0 <= width < _MOST_ROWS:
             frame = _frame(kind, num_rows * width * DTYPE_BYTES[dtype], rest)
             return Rows(dtype, (num_rows, width), frame)
-    raise ProtocolError(f"{kind} message: {value!r} does not describe rows")
+    raise ProtocolError(f"{kind} message: {value!r:.100} does not describe rows")
 
 
 def _array(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
     if type(value) is not int or value < 0:
-        raise ProtocolError(f"{kind} message: {value!r} is not an array length")
+        raise ProtocolError(f"{kind} message: {value!r:.100} is not an array length")
     return np.frombuffer(_frame(kind, 4 * value, rest), dtype="<i4")
 
 
 def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
     """One bit a unit: of each step, then of the likely ones."""
     if type(value) is not list or len(value) != 4 or any(type(n) is not int or n < 0 for n in value):
-        raise ProtocolError(f"{kind} message: {value!r} does not describe expected units")
+        raise ProtocolError(f"{kind} message: {value!r:.100} does not describe expected units")
     step, horizon, *shape = value
     count = (horizon + 1) * shape[0] * shape[1]
     bits = np.unpackbits(np.frombuffer(_frame(kind, -(-count // 8), rest), dtype=np.uint8), count=count)
@@ -175,7 +182,7 @@ def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
 def _record(cls: type, *readers: Reader) -> Reader:
     def read(kind: str, value: Any, rest: Iterator[Buffer]) -> Any:
         if not isinstance(value, list) or len(value) != len(readers):
-            raise ProtocolError(f"{kind} message: {value!r} is not a {cls.__name__}")
+            raise ProtocolError(f"{kind} message: {value!r:.100} is not a {cls.__name__}")
         return cls(*[r(kind, v, rest) for r, v in zip(readers, value, strict=True)])
 
     return read
