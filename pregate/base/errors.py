@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 
@@ -18,6 +19,8 @@ def in_one_line(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+#: To look for what each was meant to be takes time, and a client chooses how many there are.
+_MOST_NAMED = 8
 #: An option in a message, or a command, which stays as it is.
 _FLAG = re.compile(r"`[^`]*`|(?<![\w/-])--[a-z][a-z0-9-]*")
 
@@ -52,6 +55,16 @@ class UserError(PregateError, ValueError):
     def of(cls, option: str, value: object, allowed: str) -> UserError:
         """Build the house sentence, e.g. `--active 6: with --shared 3 it exceeds --experts 8; allowed: 0 to 5`."""
         return cls(f"{option} {value}: {allowed}")
+
+    @classmethod
+    def of_unknown(cls, given: Mapping[str, object], allowed: Iterable[str]) -> UserError:
+        """The error of names that are no options: each with the one it was probably meant to be, then all there are."""
+        names, parts = list(allowed), []
+        for name, value in list(given.items())[:_MOST_NAMED]:
+            near = difflib.get_close_matches(name.rpartition(" ")[2].lstrip("-").replace("-", "_"), names, 1)
+            parts.append(f"{name} {value}: unknown option" + (f"; nearest: {near[0]}" if near else ""))
+        more = f"; {len(given) - _MOST_NAMED} more" if len(given) > _MOST_NAMED else ""
+        return cls(f"{'; '.join(parts)}{more}; allowed: {', '.join(names)}")
 
 
 class CheckpointError(UserError):

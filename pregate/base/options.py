@@ -7,11 +7,10 @@ or `Needs` where it has more to say. Only what reads options imports this file: 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -181,7 +180,8 @@ def _sentence(cls: Any, error: pydantic.ValidationError) -> UserError:
         return raised
     name, value = str(first["loc"][0]), first["input"]
     if first["type"] == "unexpected_keyword_argument":
-        return unknown(option_name(name), value, fields_of(cls))
+        wrong = {option_name(str(e["loc"][0])): e["input"] for e in error.errors() if e["type"] == first["type"]}
+        return UserError.of_unknown(wrong, fields_of(cls))
     info = fields_of(cls)[name]
     option = option_name(key_of(name, info))
     if first["type"] == "missing":
@@ -193,14 +193,6 @@ def _sentence(cls: Any, error: pydantic.ValidationError) -> UserError:
         what = " files, folders or patterns of text" if mark(info, Needs) else ""
         return UserError(f"{option}: {len(value)} given; allowed: {least} or more{what}")
     return _not_allowed(name, info, value)
-
-
-def unknown(name: str, value: object, allowed: Iterable[str]) -> UserError:
-    """The error of a name that is no option; says which it was probably meant to be."""
-    names = list(allowed)
-    near = difflib.get_close_matches(name.rpartition(" ")[2].lstrip("-").replace("-", "_"), names, 1)
-    nearest = f"; nearest: {near[0]}" if near else ""
-    return UserError.of(name, value, f"unknown option; allowed: {', '.join(names)}{nearest}")
 
 
 def follow_adapter(given: dict[str, Any]) -> dict[str, Any]:
@@ -263,12 +255,12 @@ def user_options(cls: Any) -> dict[str, Option]:
 
 
 def of_keys(cls: type[T], values: Mapping[str, Any]) -> T:
-    """Build `cls` from what users say, by key; strings are read as the fields' types. UserError for an unknown key."""
+    """Build `cls` from what users say, by key; strings are read as the fields' types. UserError for unknown keys."""
     known = user_options(cls)
     nested: dict[str, Any] = {}
+    if wrong := {key: value for key, value in values.items() if key not in known}:
+        raise UserError.of_unknown(wrong, known)
     for key, value in values.items():
-        if key not in known:
-            raise unknown(key, value, known)
         inner = nested
         for name in known[key].path[:-1]:
             inner = inner.setdefault(name, {})

@@ -12,7 +12,7 @@ from pydantic import create_model
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
 from pregate.base.errors import UserError, in_one_line
-from pregate.base.options import Option, unknown
+from pregate.base.options import Option
 
 PREFIX = "PREGATE_"
 #: The variable that names the file where no flag does.
@@ -32,13 +32,13 @@ def gather(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return what is said of options, by key, and where: what comes first in the module's line is believed.
 
-    UserError names an unknown key of the file, an unknown PREGATE_ variable, and a file that is no mapping.
+    UserError names unknown keys of the file, unknown PREGATE_ variables, and a file that is no mapping.
     """
     tree = create_model("Settings", __base__=_Tree, **dict.fromkeys(known, (Any, None)))  # pyright: ignore[reportCallIssue, reportArgumentType]
     names = {PREFIX + key.upper(): key for key in known}
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in (*names, FILE_VARIABLE, *OWN_VARIABLES):
-            raise unknown(name, "(set)", names)  # not what it says: it may be a secret
+    known_names = {*names, FILE_VARIABLE, *OWN_VARIABLES}
+    if wrong := [name for name in os.environ if name.startswith(PREFIX) and name not in known_names]:
+        raise UserError.of_unknown(dict.fromkeys(wrong, "(set)"), names)  # not what they say: it may be a secret
     file = file or (Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None)
     of_file = {} if file is None else _read(tree, file, known)
     of_environment = EnvSettingsSource(tree, case_sensitive=False, env_prefix=PREFIX)
@@ -57,7 +57,6 @@ def _read(tree: type[BaseSettings], file: Path, known: Mapping[str, Option]) -> 
         found = YamlConfigSettingsSource(tree, yaml_file=file)()
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise UserError.of("--config", file, f"is no YAML mapping of options: {in_one_line(error)}") from error
-    wrong = next((key for key in found if key not in known), None)
-    if wrong is not None:
-        raise unknown(f"{file}: {wrong}", found[wrong], known)
+    if wrong := {f"{file}: {key}": value for key, value in found.items() if key not in known}:
+        raise UserError.of_unknown(wrong, known)
     return found

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pregate.base.errors import PregateError
-from pregate.base.options import options
+from pregate.base.options import Word, options
 from pregate.base.sampling import MAX_SEED
 from pregate.cli.flags import command
-from pregate.cli.target import Target, open_client
+from pregate.cli.target import Patience, Target, open_client
 
 if TYPE_CHECKING:
     from pregate.client.client import Client
@@ -22,7 +22,11 @@ class ChatOptions:
     """How the model answers."""
 
     system: Annotated[str | None, Field(description="What the model is told before the conversation.")] = None
-    max_tokens: Annotated[int, Field(ge=1, description="Tokens of an answer at most.")] = 512
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="Tokens of an answer at most."),
+        Word("512, or what the context leaves", written=False),
+    ] = None
     temperature: Annotated[float, Field(ge=0, description="0 is greedy.")] = 0.7
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
@@ -30,14 +34,14 @@ class ChatOptions:
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Makes answers repeatable.")] = None
 
 
-@command(Target, ChatOptions)
-def chat(target: Target, options: ChatOptions) -> None:
+@command(Target, Patience, ChatOptions)
+def chat(target: Target, patience: Patience, options: ChatOptions) -> None:
     """Chat with a served model. Ctrl-C stops an answer, Ctrl-D leaves, /new begins anew. Piped lines are messages."""
     beginning = [{"role": "system", "content": options.system}] if options.system else []
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 - `input` edits lines, and remembers them, once this is loaded
-    with open_client(target.target, target) as client:
+    with open_client(target.target, target, patience.retry_s) as client:
         messages = list(beginning)
         while (said := _next_message(interactive)) is not None:
             if said == "/new":

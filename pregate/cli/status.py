@@ -19,9 +19,9 @@ from pregate.cli.printed import Output
 from pregate.cli.target import Target, open_client
 
 if TYPE_CHECKING:
-    from pregate.client.answers import HostStatus, Loads
+    from pregate.client.answers import HostStatus, Loads, ModelInfo, ServerInfo
 
-COLUMNS = ("host", "resident", "to fetch", "hits", "misses", "hit rate", "read", "ahead", "wasted", "waited")
+COLUMNS = ("host", "state", "resident", "to fetch", "hits", "misses", "hit rate", "read", "ahead", "wasted", "waited")
 
 
 @options()
@@ -35,14 +35,33 @@ class TopOptions:
 def status(target: Target, output: Output) -> None:
     """Show what a server is, and what it is at now."""
     with open_client(target.target, target, retry_s=0) as client:
-        server, model, loads = client.server_info(), client.model_info(), client.loads()
+        server, model, loads, reason = client.server_info(), None, None, ""
+        try:
+            model, loads = client.model_info(), client.loads()
+        except UnavailableError as error:
+            reason = str(error)
     if output.json:
-        print(json.dumps({"server": asdict(server), "model": asdict(model), "loads": asdict(loads)}))
-        return
-    routing = f"{model.num_layers} layers, {model.routing} routing, {model.num_hosts} hosts"
-    print(f"{model.model}: {routing}, context {model.max_context_length}, up {_duration(server.uptime_s)}")
+        parts = {"server": server, "model": model, "loads": loads}
+        print(json.dumps({name: part and asdict(part) for name, part in parts.items()} | {"error": reason}))
+    else:
+        _print_status(server, model, loads)
+    if reason:
+        raise UnavailableError(reason)
+
+
+def _print_status(server: ServerInfo, model: ModelInfo | None, loads: Loads | None) -> None:
+    shape = ""
+    if model is not None:
+        shape = f"{model.num_layers} layers, {model.routing} routing, {model.num_hosts} hosts, "
+        shape += f"context {model.max_context_length}, "
+    print(f"{server.model}: {shape}up {_duration(server.uptime_s)}")
     print(f"pregate {server.version}: {', '.join(f'{name} {v}' for name, v in sorted(server.versions.items()))}")
-    print(loads.unavailable or "takes requests")
+    if loads is None:
+        return
+    print(f"refuses requests: {loads.unavailable}" if loads.unavailable else "takes requests")
+    for host in loads.hosts:
+        if host.lost:
+            print(f"host {host.host_id} is lost for {_duration(host.lost_s)}: {host.lost}")
     _console().print(table(loads))
 
 
@@ -74,15 +93,16 @@ def table(loads: Loads) -> Any:
     doing = loads.unavailable or loads.busy_with or "idle"
     made = Table(*COLUMNS, title=f"{loads.num_running} running, {waiting}; {cache}; {doing}")
     for host in loads.hosts:
-        made.add_row(str(host.host_id), *row([host]))
+        state = f"lost {_duration(host.lost_s)}" if host.lost else "serves"
+        made.add_row(str(host.host_id), state, *row([host]))
     if len(loads.hosts) > 1:
-        made.add_row("all", *row(loads.hosts))
+        made.add_row("all", "", *row(loads.hosts))
     return made
 
 
 def row(hosts: Sequence[HostStatus]) -> list[str]:
     """Return the cells of hosts together."""
-    total = {name: sum(getattr(host, name) for host in hosts) for name in asdict(hosts[0])}
+    total = {name: sum(getattr(host, name) for host in hosts) for name in asdict(hosts[0]) if name != "lost"}
     uses = total["hits"] + total["misses"]
     rate = f"{total['hits'] / uses:.1%}" if uses else "-"
     sizes = [f"{total[name] / 1e6:.1f} MB" for name in ("read_bytes", "prefetched_bytes", "wasted_bytes")]

@@ -27,6 +27,15 @@ class Credentials:
     key: Annotated[Path | None, Field(description="PEM key of --cert.")] = None
 
 
+@options()
+class Patience:
+    """How long a server that is away is waited for."""
+
+    retry_s: Annotated[
+        float, Field(ge=0, description="Seconds a server that is away, or starts again, is asked again.")
+    ] = 60.0
+
+
 @options(kw_only=True)
 class Target(Credentials):
     """A server, or several that serve the same."""
@@ -34,7 +43,7 @@ class Target(Credentials):
     target: Annotated[str, Field(description=SERVERS)]
 
 
-def open_client(target: str, credentials: Credentials, retry_s: float = 10.0) -> Client:
+def open_client(target: str, credentials: Credentials, retry_s: float) -> Client:
     """A client of the servers at `target`; UserError where that is not HOST:PORT."""
     from pregate.client.client import Client
 

@@ -15,7 +15,7 @@ from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_ada
 from pregate.base.sampling import MAX_SEED
 from pregate.cli.flags import command
 from pregate.cli.printed import Output, progress_bars
-from pregate.cli.target import SERVERS, Credentials, open_client
+from pregate.cli.target import SERVERS, Credentials, Patience, open_client
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -54,7 +54,11 @@ class Prompt:
 class Sampling:
     """How to pick tokens."""
 
-    max_tokens: Annotated[int, Field(ge=1, description="New tokens at most.")] = 64
+    max_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="New tokens at most."),
+        Word("64, or what the context leaves", written=False),
+    ] = None
     temperature: Annotated[float, Field(ge=0, description="0 is greedy.")] = 0.0
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
@@ -73,22 +77,22 @@ class Sampling:
     stop: Annotated[tuple[str, ...], Field(description="Texts before the first of which it ends.")] = ()
 
 
-@command(Prompt, Source, Sampling, Output)
-def generate(prompt: Prompt, source: Source, sampling: Sampling, output: Output) -> None:
+@command(Prompt, Source, Patience, Sampling, Output)
+def generate(prompt: Prompt, source: Source, patience: Patience, sampling: Sampling, output: Output) -> None:
     """Continue a text. With --target it streams from a server; with --model the reference model runs here."""
     if source.target is not None:
-        with open_client(source.target, source) as client:
+        with open_client(source.target, source, patience.retry_s) as client:
             _generate_served(client, prompt.prompt, sampling, output)
         return
     result = _generate_here(source, prompt.prompt, sampling)
     typer.echo(json.dumps(result) if output.json else result["text"])
 
 
-@command(Prompt, Source, Output)
-def route(prompt: Prompt, source: Source, output: Output) -> None:
+@command(Prompt, Source, Patience, Output)
+def route(prompt: Prompt, source: Source, patience: Patience, output: Output) -> None:
     """Print the experts each token of a text will visit in every layer, without running the model."""
     if source.target is not None:
-        with open_client(source.target, source) as client:
+        with open_client(source.target, source, patience.retry_s) as client:
             result = asdict(client.route(prompt.prompt))
     else:
         result = _route_here(source, prompt.prompt)
@@ -129,6 +133,10 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     context = model.config.context_tokens
     if not 0 < len(ids) < context:
         raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
+    max_tokens, left = sampling.max_tokens or min(64, context - len(ids)), context - len(ids)
+    if max_tokens > left:
+        sentence = f"with a prompt of {len(ids)} tokens exceeds the context of {context}; allowed: 1 to {left}"
+        raise UserError.of("--max-tokens", max_tokens, sentence)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     picking: dict[str, Any] = {"do_sample": False}
@@ -139,7 +147,7 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
         picking["repetition_penalty"] = sampling.repetition_penalty
     if sampling.min_tokens:
         picking["min_new_tokens"] = sampling.min_tokens
-    params = SamplingParams(sampling.max_tokens, min_tokens=sampling.min_tokens)
+    params = SamplingParams(max_tokens, min_tokens=sampling.min_tokens)
     text = CompletionText(tokenizer, SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings), 0)
 
     def ended(ids_BN: torch.Tensor, _scores: object) -> torch.Tensor:
@@ -152,7 +160,7 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     output = model.generate(
         ids_BN,
         attention_mask=torch.ones_like(ids_BN),
-        max_new_tokens=min(sampling.max_tokens, context - len(ids)),
+        max_new_tokens=max_tokens,
         pad_token_id=0,  # one sequence: nothing is padded
         stopping_criteria=StoppingCriteriaList([ended]),
         **picking,

@@ -46,7 +46,7 @@ class AsyncGeneration(Running, AsyncIterator[Chunk]):
                 chunk = self._progress.take(await anext(self._responses))
             except grpc.RpcError as status:
                 if not self._cancelled:
-                    await asyncio.sleep(self._attempts.wait_s(status))
+                    await asyncio.sleep(await asyncio.to_thread(self._attempts.wait_s, status))
                 if not self._cancelled:
                     self._progress.resume()
                     self._call = self._send()
@@ -88,19 +88,26 @@ class AsyncClient:
         *,
         cert: str | Path | None = None,
         key: str | Path | None = None,
-        retry_s: float = 10.0,
+        retry_s: float = 60.0,
     ) -> None:
         self._connection = Connection(grpc.aio, target, token, ca, cert, key, timeout_s, retry_s)
 
-    def generate(self, prompt: Prompt, max_tokens: int = 64, **options: Unpack[GenerateOptions]) -> AsyncGeneration:
-        """Start a request and return its chunks as they arrive. `prompt` is text or token ids."""
+    def generate(
+        self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGeneration:
+        """Start a request and return its chunks as they arrive. `prompt` is text or token ids. Without `max_tokens` a
+        text has up to 64, and a chat's answer 512, or what the context leaves; more than that leaves is a UserError."""
         return self._start(prompt_field(prompt), max_tokens, options)
 
-    def chat(self, messages: Messages, max_tokens: int = 64, **options: Unpack[GenerateOptions]) -> AsyncGeneration:
+    def chat(
+        self, messages: Messages, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGeneration:
         """`generate` the answer to messages, each with a `role` and a `content`, by the model's chat template."""
         return self._start(chat_field(messages), max_tokens, options)
 
-    async def complete(self, prompt: Prompt, max_tokens: int = 64, **options: Unpack[GenerateOptions]) -> Completion:
+    async def complete(
+        self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
         """Generate and wait for the whole."""
         options["stream"] = False
         async with self.generate(prompt, max_tokens, **options) as generation:
@@ -140,7 +147,8 @@ class AsyncClient:
         try:
             reply = await self._connection.health.Check(request, **attempts.begin())
         except grpc.RpcError as status:
-            raise self._connection.error_of(status, self._connection.target) from None
+            error = await asyncio.to_thread(self._connection.error_of, status, self._connection.target)
+            raise error from None
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def close(self) -> None:
@@ -154,7 +162,7 @@ class AsyncClient:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def _start(self, given: dict[str, Any], max_tokens: int, options: GenerateOptions) -> AsyncGeneration:
+    def _start(self, given: dict[str, Any], max_tokens: int | None, options: GenerateOptions) -> AsyncGeneration:
         request = generate_request(given, max_tokens, options)
         return AsyncGeneration(self._connection, request, options.get("timeout_s"))
 
@@ -164,4 +172,4 @@ class AsyncClient:
             try:
                 return await getattr(self._connection.stub, method)(request, **attempts.begin())
             except grpc.RpcError as status:
-                await asyncio.sleep(attempts.wait_s(status))
+                await asyncio.sleep(await asyncio.to_thread(attempts.wait_s, status))

@@ -32,7 +32,8 @@ class Route:
 @dataclass(frozen=True)
 class HostStatus:
     """Experts of one host since it started: uses that found theirs in its slot and that did not, bytes read, of these
-    ahead, and of these for nothing; seconds waited. It holds `num_units` now and means to fetch `num_pending`."""
+    ahead, and of these for nothing; seconds waited. It holds `num_units` now and means to fetch `num_pending`. `lost`
+    says why it does not serve ("": it does), for `lost_s` already."""
 
     host_id: int
     num_units: int
@@ -43,6 +44,8 @@ class HostStatus:
     prefetched_bytes: int
     wasted_bytes: int
     stall_s: float
+    lost: str = ""
+    lost_s: float = 0.0
 
 
 @dataclass(frozen=True)

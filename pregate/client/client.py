@@ -78,7 +78,8 @@ class Client:
 
     `ca` (a PEM file) turns TLS on, `cert` and `key` show the server a certificate, `token` is sent with every call,
     `timeout_s` is each call's deadline. A call that meets UNAVAILABLE is sent again, elsewhere where there are several
-    targets, until it has met nothing else for `retry_s` (0: each target once); a broken stream goes on where it was.
+    targets, until it has met nothing else for `retry_s` (0: each target once), which is logged; a broken stream goes on
+    where it was.
 
     Methods raise the errors of pregate.base.errors: UserError, NotFoundError, QueueFullError, UnavailableError,
     DeadlineError, PregateError. Threads may share a client. Close it, or use it in a `with` block. For asyncio there is
@@ -94,19 +95,20 @@ class Client:
         *,
         cert: str | Path | None = None,
         key: str | Path | None = None,
-        retry_s: float = 10.0,
+        retry_s: float = 60.0,
     ) -> None:
         self._connection = Connection(grpc, target, token, ca, cert, key, timeout_s, retry_s)
 
-    def generate(self, prompt: Prompt, max_tokens: int = 64, **options: Unpack[GenerateOptions]) -> Generation:
-        """Start a request and return its chunks as they arrive. `prompt` is text or token ids."""
+    def generate(self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]) -> Generation:
+        """Start a request and return its chunks as they arrive. `prompt` is text or token ids. Without `max_tokens` a
+        text has up to 64, and a chat's answer 512, or what the context leaves; more than that leaves is a UserError."""
         return self._start(prompt_field(prompt), max_tokens, options)
 
-    def chat(self, messages: Messages, max_tokens: int = 64, **options: Unpack[GenerateOptions]) -> Generation:
+    def chat(self, messages: Messages, max_tokens: int | None = None, **options: Unpack[GenerateOptions]) -> Generation:
         """`generate` the answer to messages, each with a `role` and a `content`, by the model's chat template."""
         return self._start(chat_field(messages), max_tokens, options)
 
-    def complete(self, prompt: Prompt, max_tokens: int = 64, **options: Unpack[GenerateOptions]) -> Completion:
+    def complete(self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """Generate and wait for the whole."""
         options["stream"] = False
         with self.generate(prompt, max_tokens, **options) as generation:
@@ -160,7 +162,7 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, given: dict[str, Any], max_tokens: int, options: GenerateOptions) -> Generation:
+    def _start(self, given: dict[str, Any], max_tokens: int | None, options: GenerateOptions) -> Generation:
         request = generate_request(given, max_tokens, options)
         return Generation(self._connection, request, options.get("timeout_s"))
 

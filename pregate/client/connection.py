@@ -13,16 +13,28 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc
 
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
+from pregate.base.log import get_logger
 from pregate.base.network import is_loopback
+from pregate.client.handshake import trouble_with
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 
-#: What a plain client hears from a port that speaks TLS.
-_SIGNS_OF_TLS = ("Socket closed", "Connection reset", "recvmsg:")
+logger = get_logger(__name__)
+#: What gRPC itself says where no connection comes about.
+_SIGNS_OF_NONE = (
+    "failed to connect",
+    "backends failing",
+    "Socket closed",
+    "Connection reset",
+    "recvmsg:",
+    "andshak",
+    "SSL",
+    "Broken pipe",
+)
 #: No `retryPolicy`: with one, gRPC 1.85 loses the end of a call whose server answers UNAVAILABLE and goes away, and the
 #: caller waits for ever, past its deadline. And it could not resume.
 _SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}]}
 #: Pings go on while nothing else does, or a server that is gone without a word would be waited for until the deadline.
-#: A channel that could not connect tries again as soon as a call may.
+#: A channel that could not connect tries again soon; to connect may take as long as on a busy machine, or a far one.
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.max_send_message_length", 64 << 20),
@@ -30,7 +42,7 @@ _CHANNEL_OPTIONS = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 3_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
@@ -65,9 +77,11 @@ class Connection:
         if token is not None and ca is None and far is not None:
             raise UserError.of("token", f"for {far}", "would travel in clear text; give ca too")
         self._library, self._timeout_s, self._retry_s = library, timeout_s, retry_s
+        self._files = ca, cert, key
         self._credentials = _credentials(ca, cert, key)
         self._open: dict[str, tuple[Any, Any, Any]] = {}  # channel, stubs of Pregate and Health
         self._at = 0  # of the targets: the one that answered last
+        self._has_token = token is not None
         self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
 
     @property
@@ -97,20 +111,18 @@ class Connection:
         opened, self._open = self._open, {}
         return [channel for channel, _, _ in opened.values()]
 
-    def error_of(self, error: grpc.RpcError, target: str) -> PregateError:
-        """Return the typed error of a call's status; the sentence is the server's."""
+    def error_of(self, error: grpc.RpcError, target: str, *, asks: bool = True) -> PregateError:
+        """Return the typed error of a call's status; the sentence is the server's. Where there was no connection the
+        target `asks` for TLS or a certificate, perhaps, which takes a moment to find out."""
         code, details = error.code().name, error.details() or "no details"  # pyright: ignore[reportAttributeAccessIssue]
-        plain = self._credentials is None
         if code == "UNAUTHENTICATED":
-            return UserError.of("token", "", details)
+            what = "is not one that it knows" if self._has_token else "is missing"
+            return UserError(f"{target} asks for a bearer token: token (`--token-file` of a command) {what}")
         if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:  # gRPC's words: trying again does not help
             return UserError(f"{target}: {details}")
-        if code == "UNAVAILABLE" and plain and any(sign in details for sign in _SIGNS_OF_TLS):
-            return UnavailableError(
-                f"{target}: {details}; if the server speaks TLS, give ca, its certificate's PEM file"
-            )
-        if code == "UNAVAILABLE" and not plain and "WRONG_VERSION_NUMBER" in details:
-            return UnavailableError(f"{target}: {details}; if the server speaks no TLS, leave ca out")
+        if code == "UNAVAILABLE" and any(sign in details for sign in _SIGNS_OF_NONE):
+            known = trouble_with(target, *self._files) if asks else None
+            return known or UnavailableError(f"{target}: {details}")
         if code in BY_CODE and code != "INTERNAL":
             return BY_CODE[code](details)
         return PregateError(f"{target} answered {code}: {details}")
@@ -149,7 +161,8 @@ class Attempts:
 
     def wait_s(self, status: grpc.RpcError) -> float:
         """How long to wait before the next attempt; raises the typed error where there is none."""
-        error, now_s = self._connection.error_of(status, self._target), time.monotonic()
+        error = self._connection.error_of(status, self._target, asks=not self._num_failed)
+        now_s = time.monotonic()
         self._failing_since_s = self._failing_since_s if self._num_failed else now_s
         self._num_failed += 1
         rounds = self._num_failed - len(self._connection.targets)
@@ -160,6 +173,8 @@ class Attempts:
         until_s = self._deadline_s if rounds < 0 else min(self._failing_since_s + self._retry_s, self._deadline_s)
         if now_s + wait_s > until_s:
             raise error from None
+        if not rounds:
+            logger.warning("%s; asking again for %.0f s", error, until_s - now_s)
         self._connection.leave(self._target)
         return wait_s
 

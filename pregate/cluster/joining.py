@@ -6,11 +6,14 @@ import logging
 import os
 import re
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+import ray._private.worker
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import local_ray
@@ -34,6 +37,8 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
         address = kept.address
     else:
         check_address(address)
+    # What Ray prints of each process that dies has a thousand characters; the deployment says itself which part it was.
+    ray._private.worker.print_to_stdstream = print_shortened
     try:
         with _own_signals():
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
@@ -42,6 +47,14 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
             kept.wait_gone(STOP_MARGIN_S)
         raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
     return kept
+
+
+def print_shortened(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Print the first sentence of each of Ray's messages, on stderr; Ray's logs have the whole."""
+    for message in data["lines"]:
+        sentence, _, rest = str(message).strip().partition(". ")
+        sys.stderr.write(f"  Ray: {sentence[:160]}{' (more in its logs)' if rest else ''}\n")
+    sys.stderr.flush()
 
 
 def check_address(address: str) -> None:

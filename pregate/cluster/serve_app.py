@@ -24,6 +24,7 @@ import ray
 import ray._private.worker
 from pydantic import Field
 from ray import serve
+from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
 from pregate.base import log
@@ -114,8 +115,10 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         if not on_command_line:
             raise
         raise _Refusal(str(error)) from error
-    if on_command_line and not ray.is_initialized():
-        _leave_nothing_behind()
+    if on_command_line:
+        click.echo(_how_to_try(asked.token_file), err=True)
+        if not ray.is_initialized():
+            _leave_nothing_behind()
     # With a replica more before one less a changed configuration drops no lease of the deployment, and no request.
     wished = {
         "max_surge_percent": 100,
@@ -144,6 +147,16 @@ def _open_tokens(token_file: str | None) -> TokenFile | None:
     if host and not is_loopback(host):
         raise UserError(f"token_file: missing; Serve's HTTP host is {host}; without a file allowed: 127.0.0.1")
     return None
+
+
+def _how_to_try(token_file: Path | None) -> str:
+    """Where it will answer, and a command that asks it, with a token where it wants one."""
+    client = _get_global_client(raise_if_no_controller_running=False) if ray.is_initialized() else None
+    http = HTTPOptions() if client is None else client.http_config
+    asks = "" if token_file is None else f" -H \"Authorization: Bearer $(grep -m1 '^[^#]' {token_file})\""
+    url, body = f"http://{http.host}:{http.port}", '{"prompt": "Once upon a time", "max_tokens": 32}'
+    json = "-H 'Content-Type: application/json'"
+    return f"  answers at {url}/ when the model is loaded\n  try  curl {url}/v1/completions{asks} {json} -d '{body}'"
 
 
 def _leave_nothing_behind() -> None:

@@ -81,6 +81,10 @@ def test_a_default_follows_what_is_given_and_yields_to_it():
         ({"inner_threads": "two"}, "--inner-threads two: allowed: 1 or more"),
         ({"colour": "red"}, "colour red: unknown option; allowed: model, share, between, width, most, kind, big"),
         ({"number": 1}, "number 1: unknown option"),
+        (
+            {"colour": 1, "widht": 2},
+            "colour 1: unknown option; widht 2: unknown option; nearest: width; allowed: model",
+        ),
     ],
 )
 def test_what_is_not_allowed_is_named_with_what_is(given, sentence):

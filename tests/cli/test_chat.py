@@ -1,6 +1,5 @@
-"""`pregate chat`, `top` and `status` against a server; the chat through a pipe and on a terminal."""
+"""`pregate chat` against a server, through a pipe and on a terminal."""
 
-import json
 import os
 import pty
 import re
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from pregate.cli.main import main
 from tests.router.running import served, slow_steps, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,20 +90,3 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_leaves(server):
     assert process.wait(30) == 0
     os.close(terminal)
     os.close(controller)
-
-
-def test_status_and_top_say_what_the_server_is_at(server, capsys):
-    _, front = server
-    assert main(["status", "--target", front.target]) == 0
-    printed = capsys.readouterr().out
-    assert "takes requests" in printed
-    assert re.search(r"up 0:\d\d:\d\d", printed)
-    assert main(["status", "--target", front.target, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found.keys() == {"server", "model", "loads"}
-    assert found["loads"]["kv_blocks"] == found["loads"]["kv_blocks_free"] > 0
-    assert main(["top", "--target", "127.0.0.1:1"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-    assert main(["top", "--target", f"127.0.0.1:1,{front.target}"]) == 0
-    assert "0 running, 0 queued" in capsys.readouterr().out
-    assert main(["top", "--target", "nowhere"]) == 2

@@ -28,7 +28,7 @@ def test_text_values_are_read_by_type():
     ("values", "sentence"),
     [
         ({"model": "/m", "hosts": 2, "host": {"colour": 1}}, r"colour 1: unknown option; allowed: host_id"),
-        ({"model": "/m", "hosts": 2, "modle": "x"}, "modle x: unknown option; allowed: model, hosts"),
+        ({"model": "/m", "hosts": 2, "modle": "x"}, "modle x: unknown option; nearest: model; allowed: model, hosts"),
         ({"model": "/m", "hosts": "two"}, "hosts two: allowed: 0 or more"),
         ({"model": "/m", "hosts": 2.5}, "hosts 2.5: allowed: 0 or more"),
         ({"model": "/m", "hosts": True}, "hosts True: allowed: 0 or more"),

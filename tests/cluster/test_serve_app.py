@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 from pregate.base.errors import UnavailableError, UserError
@@ -98,7 +99,10 @@ ray.shutdown()
         ({"model": "TINY", "hosts": "6"}, "hosts 6: allowed: 0 to 5"),
         ({"model": "TINY", "max_queued_requests": "0"}, "max_queued_requests 0: allowed: 1 or more"),
         ({"model": "/no/such"}, "model /no/such: no such folder"),
-        ({"model": "TINY", "max_queued_request": "9"}, "max_queued_request 9: .*; nearest: max_queued_requests"),
+        (
+            {"model": "TINY", "max_queued_request": "9"},
+            "max_queued_request 9: unknown option; nearest: max_queued_requests; allowed: ",
+        ),
         ({"model": "TINY", "min_replicas": "2"}, "min_replicas 2: needs max_replicas"),
         ({"model": "TINY", "max_replicas": "2", "num_replicas": "2"}, "num_replicas 2: give it or max_replicas"),
         ({"model": "TINY", "max_replicas": "2", "min_replicas": "3"}, "min_replicas 3: with max_replicas 2 too large"),
@@ -191,6 +195,23 @@ def test_an_open_port_asks_for_tokens(layerwise_checkpoint, tmp_path, monkeypatc
     else:
         serve_app.build_app(args)
     serve_app.build_app(args | {"token_file": str(tmp_path / "keys")})
+
+
+def test_serve_run_says_where_it_will_answer_and_how_to_ask(layerwise_checkpoint, tmp_path, capsys, monkeypatch):
+    from pregate.cluster import serve_app
+
+    monkeypatch.setattr(serve_app, "_leave_nothing_behind", lambda: None)
+    (tmp_path / "keys").write_text("# mine\nsk-alpha\n")
+    args = {"model": str(layerwise_checkpoint)}
+    with click.Context(click.Command("run")):
+        serve_app.build_app(args)
+        assert "try  curl http://127.0.0.1:8000/v1/completions -H 'Content" in capsys.readouterr().err
+        serve_app.build_app(args | {"token_file": str(tmp_path / "keys")})
+    said = capsys.readouterr().err
+    assert "answers at http://127.0.0.1:8000/" in said and "sk-alpha" not in said
+    command = said.partition("try  ")[2].replace("curl", "printf '%s\\n'")
+    shown = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True, timeout=10).stdout
+    assert "Authorization: Bearer sk-alpha" in shown.splitlines()
 
 
 def test_a_replica_is_as_healthy_as_its_engine(tiny_path_checkpoint):

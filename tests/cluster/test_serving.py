@@ -1,5 +1,6 @@
 """What `pregate serve` says and ends with; the whole of it runs in test_life_cycle.py."""
 
+import inspect
 import os
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import threading
 
 import pytest
+import ray._private.worker
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import joining, launch, serving
@@ -123,3 +125,12 @@ def test_the_command_to_try_is_one_that_works(certificate, tmp_path):
     files = f"--ca {certificate} --token-file {tmp_path / 'tokens'}"
     assert command("0.0.0.0", **secured).startswith(f"pregate generate --target models.example.com:50051 {files} ")
     assert command("127.0.0.1", **secured).startswith(f"pregate generate --target 127.0.0.1:50051 {files} ")
+
+
+def test_what_ray_says_of_a_death_is_one_short_line(capsys):
+    """Ray's own printer is the one it looks up by this name."""
+    assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)
+    death = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the "
+    joining.print_shortened({"lines": [death + "problem, check the logs. " * 40, "short"], "pid": "raylet"}, False)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"  Ray: {death.partition('.')[0]} (more in its logs)", "  Ray: short"]

@@ -184,7 +184,7 @@ class GenerateComplete(_message.Message):
     def __init__(self, output_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., output_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., input_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., request_id: _Optional[str] = ..., rows_per_host: _Optional[_Iterable[int]] = ..., unit_hits: _Optional[int] = ..., unit_misses: _Optional[int] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class HostStatus(_message.Message):
-    __slots__ = ("host_id", "num_units", "num_pending", "hits", "misses", "read_bytes", "prefetched_bytes", "wasted_bytes", "stall_s")
+    __slots__ = ("host_id", "num_units", "num_pending", "hits", "misses", "read_bytes", "prefetched_bytes", "wasted_bytes", "stall_s", "lost", "lost_s")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +194,8 @@ class HostStatus(_message.Message):
     PREFETCHED_BYTES_FIELD_NUMBER: _ClassVar[int]
     WASTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     STALL_S_FIELD_NUMBER: _ClassVar[int]
+    LOST_FIELD_NUMBER: _ClassVar[int]
+    LOST_S_FIELD_NUMBER: _ClassVar[int]
     host_id: int
     num_units: int
     num_pending: int
@@ -203,7 +205,9 @@ class HostStatus(_message.Message):
     prefetched_bytes: int
     wasted_bytes: int
     stall_s: float
-    def __init__(self, host_id: _Optional[int] = ..., num_units: _Optional[int] = ..., num_pending: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetched_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., stall_s: _Optional[float] = ...) -> None: ...
+    lost: str
+    lost_s: float
+    def __init__(self, host_id: _Optional[int] = ..., num_units: _Optional[int] = ..., num_pending: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetched_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., stall_s: _Optional[float] = ..., lost: _Optional[str] = ..., lost_s: _Optional[float] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ("model",)

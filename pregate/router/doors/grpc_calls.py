@@ -30,7 +30,8 @@ from pregate.router.link.messages import SamplingParams
 
 logger = log.get_logger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
-DEFAULT_MAX_TOKENS = 64
+#: What the proto says of an absent `max_tokens`: of a text, and of a chat.
+DEFAULT_MAX_TOKENS, CHAT_MAX_TOKENS = 64, 512
 _REQUEST_ID = re.compile(r"[\w.:@/-]{1,128}", re.ASCII)
 #: Of what an operator compares between nodes.
 _PACKAGES = ("torch", "transformers", "tokenizers", "ray", "grpcio", "protobuf", "pyzmq")
@@ -73,7 +74,7 @@ class Calls:
             log.request_id.set(request_id)  # each call runs in a task, and so in a context, of its own
             stream = self._service.generate(
                 _prompt(request),
-                _sampling(request.sampling_params),
+                _sampling(request),
                 deadline_s=_deadline_s(context),
                 model=request.model,
                 request_id=request_id,
@@ -81,6 +82,7 @@ class Calls:
                 priority=request.priority,
                 generated_ids=tuple(request.generated_ids),
                 resumes=request.resumes,
+                cut=not request.sampling_params.HasField("max_tokens"),
             )
             async with aclosing(stream):
                 async for item in stream:
@@ -183,11 +185,12 @@ def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:
     return request.text if kind == "text" else tuple(request.tokenized.input_ids)
 
 
-def _sampling(given: pb.SamplingParams) -> SamplingParams:
+def _sampling(request: pb.GenerateRequest) -> SamplingParams:
     """What is not given is as SamplingParams has it, and the default of a field without presence is that, too."""
-    named = given_fields(given)
+    named = given_fields(request.sampling_params)
     bias = tuple(sorted(named.pop("logit_bias", {}).items()))
-    return SamplingParams(**{"max_tokens": DEFAULT_MAX_TOKENS, "logit_bias": bias, **named})
+    most = CHAT_MAX_TOKENS if request.WhichOneof("input") == "chat" else DEFAULT_MAX_TOKENS
+    return SamplingParams(**{"max_tokens": most, "logit_bias": bias, **named})
 
 
 def _deadline_s(context: Context) -> float | None:

@@ -72,7 +72,8 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
 
 def _asked(body: SamplingBody, request: Request, timeout_s: float) -> dict[str, Any]:
     salt = cache_salt(request.headers.get("authorization"))
-    return {"deadline_s": timeout_s, "model": body.model, "priority": body.priority, "salt": salt}
+    known = {"deadline_s": timeout_s, "model": body.model, "priority": body.priority, "salt": salt}
+    return {**known, "cut": not body.names_max_tokens}
 
 
 def _add_health(app: FastAPI, service: DoorService) -> None:

@@ -141,13 +141,14 @@ class DoorService:
         priority: int = 0,
         generated_ids: Sequence[int] = (),
         resumes: bool = False,
+        cut: bool = False,
     ) -> AsyncGenerator[Chunk | Completion, None]:
         """Yield chunks as they are made, then one Completion; of `n` completions, each with its index, as they come.
 
-        `max_tokens` is cut to what the context leaves. `salt` names who asks: equal prompts of theirs share work, and
-        a `request_id` of theirs that runs is refused, unless this one `resumes` it: then the other is aborted. After
-        `generated_ids`, which it generated before, it goes on as if unbroken; the first chunk repeats them with their
-        text. Leaving early (use `contextlib.aclosing`) cancels.
+        A `max_tokens` above what the context leaves is refused, or `cut`, for who named none. `salt` names who asks:
+        equal prompts of theirs share work, and a `request_id` of theirs that runs is refused, unless this one `resumes`
+        it: then the other is aborted. After `generated_ids`, which it generated before, it goes on as if unbroken; the
+        first chunk repeats them with their text. Leaving early (use `contextlib.aclosing`) cancels.
         Raises UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError.
         """
         request_id = request_id or uuid.uuid4().hex
@@ -161,7 +162,7 @@ class DoorService:
             prompt_ids = await self._prompts.encode(prompt, max_context - 1)
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
             watch.taken(len(prompt_ids))
-            max_tokens = min(sampling.max_tokens, max_context - len(prompt_ids))
+            max_tokens = _most_tokens(sampling.max_tokens, len(prompt_ids), max_context, cut=cut)
             known_ids = self._known_ids(generated_ids, sampling.n, max_tokens)
             stops = sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._stop_strings)
             alone = replace(sampling, max_tokens=max_tokens, stop=(), n=1)
@@ -349,6 +350,14 @@ class DoorService:
     def _admitted(self, salt: str, request_id: str, num: int) -> AbstractContextManager[Taken]:
         self._check_draining()
         return self._in_flight.take(salt, request_id, num)
+
+
+def _most_tokens(asked: int, num_prompt: int, max_context: int, *, cut: bool) -> int:
+    left = max_context - num_prompt
+    if asked > left and not cut:
+        sentence = f"with a prompt of {num_prompt} tokens exceeds the context of {max_context}; allowed: 1 to {left}"
+        raise UserError.of("--max-tokens", asked, sentence)
+    return min(asked, left)
 
 
 def _copies(request: SubmitRequest, n: int) -> list[SubmitRequest]:

@@ -76,6 +76,10 @@ class ChannelExchange:
     def lost(self) -> Mapping[int, str]:
         return self.members.lost
 
+    @property
+    def lost_at_s(self) -> Mapping[int, float]:
+        return self.members.lost_at_s
+
     def replace(self, host: int, client: HostClient) -> None:
         self.members.replace(host, client)
 

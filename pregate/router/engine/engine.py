@@ -161,6 +161,7 @@ class Engine:
         """What is served and how busy it is, in plain types."""
         scheduler, allocator = self.scheduler, self.scheduler.allocator
         hits, misses, _ = self._unit_counts()
+        lost, now_s = dict(self.exchange.lost), time.monotonic()
         return {
             "model": self.options.name or Path(self.options.model).name,
             "max_context": self.context,
@@ -194,7 +195,8 @@ class Engine:
             "hosts": [
                 {
                     "host_id": h,
-                    "lost": self.exchange.lost.get(h, ""),
+                    "lost": lost.get(h, ""),
+                    "lost_s": now_s - self.exchange.lost_at_s.get(h, now_s) if h in lost else 0.0,
                     "rows": int(self._pairs_H[h]),
                     **vars(c.stats),
                     **vars(c.cache),

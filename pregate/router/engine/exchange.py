@@ -68,6 +68,11 @@ class Exchange(Protocol):
         """Hosts that do not answer, and why they are held for lost; others serve their units meanwhile."""
         ...
 
+    @property
+    def lost_at_s(self) -> Mapping[int, float]:
+        """And since when (monotonic)."""
+        ...
+
     def replace(self, host: int, client: HostClient) -> None:
         """Let another process be a host; it serves from when it has answered a greeting."""
         ...

@@ -41,6 +41,7 @@ class LocalExchange:
     def __init__(self, engine: str, client: HostClient, local: LocalUnits, shared: SharedExperts) -> None:
         self.engine, self.clients, self.shared = engine, [client], shared
         self.lost: dict[int, str] = {}
+        self.lost_at_s: dict[int, float] = {}
         self._local, self._ffn, self._cuts = local, local.ffn, shared.config.cuts
         self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(self._cuts) if cut.num_active}
         self._segments: dict[int, Any] = {}

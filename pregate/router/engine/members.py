@@ -37,7 +37,8 @@ class Members:
         self.clients, self.copies_LRC, self._hello = list(clients), copies_LRC, hello
         #: Why hosts that are lost are lost.
         self.lost: dict[int, str] = {}
-        self._lost_s: dict[int, float] = {}
+        #: And since when (monotonic).
+        self.lost_at_s: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
         self._backoffs = [Backoff(FIRST_PAUSE_S, MAX_PAUSE_S) for _ in clients]
         self._settle()
@@ -67,7 +68,7 @@ class Members:
         if host not in self.lost:
             now_s = time.monotonic()
             self._pause_s[host] = self._backoffs[host].failed(now_s)
-            self.lost[host], self._lost_s[host] = error.reason, now_s
+            self.lost[host], self.lost_at_s[host] = error.reason, now_s
             self.clients[host].fence()
             self._settle()
             _log.warning("%s; %d of %d hosts serve on", error, self.num_alive, len(self.clients))
@@ -78,20 +79,21 @@ class Members:
         return len(self.clients) - len(self.lost)
 
     def check(self) -> None:
-        """HostLostError where nobody lives."""
+        """HostLostError where nobody lives; it says of every host why."""
         if not self.num_alive:
-            host = next(reversed(self.lost))
-            raise HostLostError(host, self.lost[host])
+            *others, host = self.lost
+            reasons = [self.lost[host], *(f"so is host {other}: {self.lost[other]}" for other in reversed(others))]
+            raise HostLostError(host, "; ".join(reasons))
 
     def look_after_lost(self) -> None:
         """Take back who answers again, without waiting. HostLostError while nobody does."""
         now_s = time.monotonic()
-        for host in [h for h in self.lost if now_s - self._lost_s[h] >= self._pause_s[h]]:
+        for host in [h for h in self.lost if now_s - self.lost_at_s[h] >= self._pause_s[h]]:
             if self.clients[host].returned():
                 self._backoffs[host].runs(now_s)
                 del self.lost[host]
                 self._settle()
-                _log.warning("expert host %d is back after %.1f s", host, now_s - self._lost_s[host])
+                _log.warning("expert host %d is back after %.1f s", host, now_s - self.lost_at_s[host])
         self.check()
 
     def poll(self) -> None:
@@ -112,6 +114,6 @@ class Members:
         self.clients[host] = client
         client.fence(self._hello)
         if host not in self.lost:
-            self.lost[host], self._lost_s[host] = "it was replaced", time.monotonic()
+            self.lost[host], self.lost_at_s[host] = "it was replaced", time.monotonic()
             self._settle()
         self._pause_s[host], self._backoffs[host] = 0.0, Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)

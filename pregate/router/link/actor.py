@@ -28,9 +28,9 @@ class EngineActor(LoopActor):
     stop_timeout_s = 30.0  # one step
 
     def __init__(self, options: EngineOptions, endpoint: str) -> None:
+        super().__init__(endpoint)
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
-        super().__init__()
         log.configure("engine")
         self._options = options
         self._endpoint = endpoint

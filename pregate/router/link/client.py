@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
+import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import zmq.asyncio
 
 from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, UnavailableError
 from pregate.base.log import get_logger
-from pregate.router.link.endpoint import ipc_file
+from pregate.router.link.endpoint import ipc_file, starting_file
 from pregate.router.link.messages import (
     ABORTED,
     CancelRequest,
@@ -266,8 +267,16 @@ class EngineClient:
             self._silent_ticks += 1
             silent_s = self._silent_ticks * self._options.keep_alive_s
             if silent_s > (self._options.frozen_s if self._connected else self._options.silence_s):
-                self._answered, self._lost = True, f"{self._name} has been silent for {silent_s:.0f} s"
+                self._answered, self._lost = True, self._why_silent(silent_s)
                 self._fail_waiting(UnavailableError(self._lost))
+
+    def _why_silent(self, silent_s: float) -> str:
+        file = starting_file(self._endpoint)
+        with contextlib.suppress(OSError):  # there is none, or not any more
+            since_s = time.time() - file.stat().st_mtime if file is not None else -1
+            if since_s >= 0:
+                return f"{self._name} starts again, for {since_s:.0f} s already"
+        return f"{self._name} has been silent for {silent_s:.0f} s"
 
     def _fail_waiting(self, error: PregateError) -> None:
         for request_id, queue in self._waiting.items():

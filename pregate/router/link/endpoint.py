@@ -26,6 +26,12 @@ def ipc_file(endpoint: str) -> Path | None:
     return Path(address)
 
 
+def starting_file(endpoint: str) -> Path | None:
+    """The file that is there while who serves an `ipc://` endpoint starts."""
+    file = ipc_file(endpoint)
+    return None if file is None else file.with_name(file.name + ".starting")
+
+
 def bind(context: zmq.Context, endpoint: str, max_unsent_packets: int) -> zmq.Socket:
     """The engine's socket, bound; only this user may open its file. UserError for an endpoint that cannot be bound."""
     file = ipc_file(endpoint)

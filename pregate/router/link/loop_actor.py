@@ -8,6 +8,8 @@ import time
 from threading import Event as StopEvent
 from typing import Any, Protocol
 
+from pregate.router.link.endpoint import starting_file
+
 _POLL_S = 0.05
 
 
@@ -25,7 +27,11 @@ class LoopActor:
 
     stop_timeout_s = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, endpoint: str) -> None:
+        self._starting = starting_file(endpoint)
+        if self._starting is not None:  # front doors that miss the one before can say so
+            self._starting.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._starting.touch()
         self._stop_event = threading.Event()
         self._server: Server | None = None
         self._thread: threading.Thread | None = None
@@ -33,6 +39,8 @@ class LoopActor:
     def serve(self, server: Server, name: str) -> None:
         """Start the loop, in a thread of this name."""
         self._server = server
+        if self._starting is not None:
+            self._starting.unlink(missing_ok=True)
         self._thread = threading.Thread(target=server.run, args=(self._stop_event,), name=name, daemon=True)
         self._thread.start()
 

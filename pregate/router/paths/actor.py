@@ -17,7 +17,7 @@ class PathActor(LoopActor):
     """The path router of a checkpoint and its server in one process; it holds no other weights."""
 
     def __init__(self, options: PathOptions, endpoint: str) -> None:
-        super().__init__()
+        super().__init__(endpoint)
         log.configure("path service")
         self._options, self._endpoint = options, endpoint
 

@@ -310,7 +310,7 @@ class ChannelClient:
             self._greet()  # what was on its way may be lost
         cut_s = self._connection.cut_s
         if cut_s > self._options.cut_timeout_s:
-            raise HostLostError(self.host_id, f"it closed its connection {cut_s:.1f} s ago; {self._last_words()}")
+            raise HostLostError(self.host_id, f"it closed its connection; {self._last_words()}")
         if silent_s < patience_s / 2:
             return
         self._greet(self._greet_every_s)  # a host that forgot us sends no heartbeats, but answers to this

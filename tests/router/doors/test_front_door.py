@@ -90,13 +90,6 @@ def test_stop_token_ends_the_text_before_itself(client):
     assert cut.token_ids == free.token_ids[: free.token_ids.index(stop)]
 
 
-def test_what_does_not_fit_the_context_is_cut(client):
-    info = client.model_info()
-    prompt = [5] * (info.max_context_length - 3)
-    done = client.complete(prompt, 1000, ignore_eos=True)
-    assert (done.finish_reason, done.completion_tokens) == ("length", 3)
-
-
 def test_model_info_tells_what_is_served(client, checkpoint):
     config = RoutedForCausalLM.from_pretrained(checkpoint).config
     info = client.model_info()
@@ -129,6 +122,12 @@ def test_route_of_a_layerwise_checkpoint_names_the_remedy(tiny_layerwise_checkpo
     [
         (UserError, "max_tokens 0: must be at least 1", "x", {"max_tokens": 0}),
         (UserError, "max_tokens -1: must be at least 1", "x", {"max_tokens": -1}),
+        (
+            UserError,
+            "max_tokens 253: with a prompt of 4 tokens exceeds the context of 256; allowed: 1 to 252",
+            [5] * 4,
+            {"max_tokens": 253},
+        ),
         (UserError, r"temperature -1.0: must be 0 \(greedy\)", "x", {"temperature": -1.0}),
         (UserError, "top_p 0.0: must be above 0", "x", {"top_p": 0.0}),
         (UserError, "top_p 1.5: must be above 0", "x", {"top_p": 1.5}),
@@ -150,6 +149,13 @@ def test_bad_input_is_refused_with_the_sentence_of_the_command_line(client, erro
         client.complete(prompt, **options)
     assert type(caught.value) is error
     assert idle(client)
+
+
+def test_who_names_no_max_tokens_gets_what_the_context_leaves(client):
+    done = client.complete([5] * 250, ignore_eos=True)
+    assert (done.completion_tokens, done.finish_reason) == (6, "length")
+    assert client.complete([5] * 250, 6, ignore_eos=True).token_ids == done.token_ids
+    assert client.complete([5] * 4, ignore_eos=True).completion_tokens == 64
 
 
 def test_no_prompt_at_all_is_invalid(front):

@@ -237,7 +237,7 @@ def test_penalties_and_bias(client):
         (openai.BadRequestError, "messages", "at least one is needed", {"messages": []}),
         (openai.BadRequestError, "messages.0.content.0", "allowed", {
             "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}),
-        (openai.BadRequestError, "tempersture", "Extra inputs", {"extra_body": {"tempersture": 1}}),
+        (openai.BadRequestError, "tempersture", "nearest: temperature", {"extra_body": {"tempersture": 1}}),
         (openai.NotFoundError, None, "is not served here; allowed: quartet", {"model": "gpt"}),
     ],
 )  # fmt: skip

@@ -283,7 +283,7 @@ def test_without_a_living_host_the_step_is_lost_and_can_be_tried_again(layerwise
     wanted = step(exchange_of(layerwise_checkpoint, 2), paths())
     exchange = exchange_of(layerwise_checkpoint, 2)
     gone = [with_lost(exchange, host=host) for host in (0, 1)]
-    with pytest.raises(HostLostError, match="it is gone"):
+    with pytest.raises(HostLostError, match=r"expert host [01] is lost: it is gone; so is host [01]: it is gone"):
         step(exchange, paths())
     with pytest.raises(HostLostError):
         exchange.poll()
@@ -299,7 +299,7 @@ def test_a_host_that_is_lost_again_and_again_waits_longer_each_time():
     for _ in range(10):
         members.lose(0, LOST)
         pauses.append(members._pause_s[0])
-        members._lost_s[0] -= pauses[-1]
+        members.lost_at_s[0] -= pauses[-1]
         members.look_after_lost()
         assert not members.lost
     assert pauses == [min(0.25 * 2**n, 30.0) for n in range(10)]

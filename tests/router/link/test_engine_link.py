@@ -94,7 +94,7 @@ def test_a_step_that_outlasts_every_patience_is_busy_not_dead(engine, endpoint, 
 
 def test_the_status_of_its_process_says_what_it_does_and_why_it_refuses(engine, endpoint, gate, monkeypatch):
     """It said that a thread lives, and no more."""
-    actor = LoopActor()
+    actor = LoopActor("inproc://engine")
     assert actor.status()["running"] is False
     actor.serve(EngineServer(engine, endpoint, options=QUICK), "engine")
     with RawDoor(endpoint) as door:

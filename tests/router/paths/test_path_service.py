@@ -132,7 +132,7 @@ def test_the_status_of_its_process_says_what_it_does(tiny_path_checkpoint, endpo
     reader = CheckpointReader(tiny_path_checkpoint)
     computer, inside, go_on = PathComputer(load_router(reader)), threading.Event(), threading.Event()
     prompts = Prompts(computer, PathOptions(), reader.config.context_tokens, reader.fingerprint)
-    turn, actor = prompts.turn, LoopActor()
+    turn, actor = prompts.turn, LoopActor("inproc://paths")
     prompts.turn = lambda: (inside.set(), go_on.wait(20), turn())[2]
     actor.serve(PathServer(prompts, endpoint), "paths")
     with RawDoor(endpoint) as door:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from pregate.base.errors import UserError
 from pregate.base.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS
@@ -22,17 +22,29 @@ _DEFAULT_MAX_TOKENS = 16
 _Neutral = Mapping[str, tuple[Any, ...]]
 
 
-class Body(BaseModel):
+class _Strict(BaseModel):
     """JSON as it is: true is no 1, nor is "1"."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, given: Any) -> Any:
+        names = given if isinstance(given, dict) else {}
+        if wrong := {name[:80]: json.dumps(names[name])[:80] for name in names if name not in cls.model_fields}:
+            raise UserError.of_unknown(wrong, cls.model_fields)
+        return given
+
+
+class Body(_Strict):
+    """What every body may name."""
+
     model: str = ""
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(_Strict):
     """`include_usage`: a last event carries the counts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     include_usage: bool | None = False
     include_obfuscation: bool | None = None
 
@@ -61,6 +73,11 @@ class SamplingBody(Body):
     user: str | None = None
     #: What is refused, and the values that ask for nothing.
     neutral: ClassVar[_Neutral] = {}
+
+    @property
+    def names_max_tokens(self) -> bool:
+        """Whether the client says how long a text may be."""
+        return self.max_tokens is not None
 
     @property
     def wants_usage(self) -> bool:
@@ -176,6 +193,10 @@ class ChatBody(SamplingBody):
         "reasoning_effort": (None,),
         "verbosity": (None,),
     }
+
+    @property
+    def names_max_tokens(self) -> bool:
+        return self.max_tokens is not None or self.max_completion_tokens is not None
 
     def chat(self) -> Chat:
         """Return the prompt."""

@@ -14,7 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from pregate.base import log
-from pregate.base.errors import PregateError
+from pregate.base.errors import PregateError, UserError
 
 logger = log.get_logger(__name__)
 RETRY_AFTER_S = 1
@@ -89,5 +89,7 @@ async def _on_http(_: Request, error: Exception) -> Response:
 async def _on_invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if isinstance(ours := first.get("ctx", {}).get("error"), UserError):
+        return response(error_of(ours))
     field = ".".join(str(part) for part in first["loc"] if part != "body")
     return response(error_body("INVALID_ARGUMENT", f"{field or 'body'}: {first['msg']}", field or None))

@@ -1,0 +1,98 @@
+"""`pregate status` and `top` against a server: as it is, with lost hosts, without its engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from pregate.cli.main import main
+from pregate.router.link.client import EngineClientOptions
+from pregate.router.link.endpoint import starting_file
+from tests.router.running import door, engine_thread, local_engine, served, socket_folder, wait_for
+
+HASTY = EngineClientOptions(keep_alive_s=0.05, silence_s=0.3)
+
+
+@pytest.fixture(scope="module")
+def server(tiny_path_checkpoint):
+    with served(tiny_path_checkpoint) as (engine, front):
+        yield engine, front
+
+
+def test_status_and_top_say_what_the_server_is_at(server, capsys):
+    _, front = server
+    assert main(["status", "--target", front.target]) == 0
+    printed = capsys.readouterr().out
+    assert "takes requests" in printed
+    assert re.search(r"up 0:\d\d:\d\d", printed)
+    assert main(["status", "--target", front.target, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"server", "model", "loads", "error"}
+    assert found["loads"]["kv_blocks"] == found["loads"]["kv_blocks_free"] > 0
+    assert main(["top", "--target", "127.0.0.1:1"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert main(["top", "--target", f"127.0.0.1:1,{front.target}"]) == 0
+    assert "0 running, 0 queued" in capsys.readouterr().out
+    assert main(["top", "--target", "nowhere"]) == 2
+
+
+def test_every_lost_host_is_named_with_its_age_now(server, capsys, monkeypatch):
+    engine, front = server
+    monkeypatch.setattr(engine.exchange, "lost", {0: "it closed its connection"})
+    monkeypatch.setattr(engine.exchange, "lost_at_s", {0: time.monotonic() - 100})
+    ages = []
+    for _ in range(2):
+        assert main(["status", "--target", front.target, "--json"]) == 0
+        (host,) = json.loads(capsys.readouterr().out)["loads"]["hosts"]
+        assert host["lost"] == "it closed its connection"
+        ages.append(host["lost_s"])
+        time.sleep(0.05)
+    assert 100 < ages[0] < ages[1]
+    assert main(["status", "--target", front.target]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"host 0 is lost for 0:01:\d\d: it closed its connection", printed)
+    assert re.search(r"0 +. lost 0:01:\d\d", printed), "in the table, too"
+
+
+def test_without_its_engine_the_server_is_described_and_the_reason_said(tiny_path_checkpoint, capsys):
+    """Silent at first; then another engine's process is there, and loads."""
+    with (
+        socket_folder() as folder,
+        door(f"ipc://{folder}/engine", tiny_path_checkpoint, client_options=HASTY) as front,
+    ):
+        wait_for(lambda: front.service.lost, what="the silence")
+        assert main(["status", "--target", front.target]) == 1
+        printed = capsys.readouterr()
+        assert "tiny: up 0:00:" in printed.out and "torch" in printed.out
+        assert re.fullmatch(r"pregate: the engine has been silent for \d+ s\n", printed.err)
+        starting_file(f"ipc://{folder}/engine").touch()
+        wait_for(lambda: "starts again" in front.service.lost, what="the start")
+        assert main(["status", "--target", front.target, "--json"]) == 1
+        found = json.loads(capsys.readouterr().out)
+        assert re.fullmatch(r"the engine starts again, for \d+ s already", found["error"])
+        assert (found["model"], found["server"]["model"]) == (None, "tiny")
+
+
+def test_generate_waits_for_a_server_that_starts_again_as_long_as_it_is_told_to(tiny_path_checkpoint, capsys):
+    with (
+        local_engine(tiny_path_checkpoint) as engine,
+        socket_folder() as folder,
+        door(f"ipc://{folder}/engine", tiny_path_checkpoint, client_options=HASTY) as front,
+    ):
+        wait_for(lambda: front.service.lost, what="the silence")
+        asked = ["generate", "--target", front.target, "--prompt", "O wind", "--max-tokens", "2"]
+        assert main([*asked, "--retry-s", "0"]) == 1
+        assert "the engine" in capsys.readouterr().err
+        start = threading.Timer(1.0, lambda: stack.enter_context(engine_thread(engine, f"ipc://{folder}/engine")))
+        with ExitStack() as stack:
+            start.start()
+            try:
+                assert main(asked) == 0
+            finally:
+                start.join()
+        assert len(capsys.readouterr().out) > 1
