@@ -1,6 +1,6 @@
 """What /health, /ready, gRPC's health and a request say in each state of a deployment: the table of docs/operate.md.
 
-With PREGATE_WRITE_DOCS set the table is written there.
+With WRITE_DOCS set the table is written there.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def test_the_document_says_what_was_seen(table):
     order = sorted(table, key=ORDER.index)
     lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ["---"] * len(HEAD), *((s, *table[s]) for s in order))]
     print("\n" + "\n".join(lines))
-    if "PREGATE_WRITE_DOCS" in os.environ:
+    if "WRITE_DOCS" in os.environ:
         DOCS.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
     else:
         assert set(lines) <= set(written.splitlines())
