@@ -196,15 +196,15 @@ class ChannelClient:
         self.stats.groups += 1
 
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
-        flight, began_s = self._flights[key], time.monotonic()
-        moved_s, done = began_s, self._work_done()
+        flight, began_s, done = self._flights[key], time.monotonic(), self._work_done()
+        waited, idle = Silence(timeout_s / 3), Silence(timeout_s / 3)
         try:
             while flight.answer is None:
-                now_s, before, done = time.monotonic(), done, self._work_done()
-                moved_s = now_s if done != before else moved_s
-                if now_s > moved_s + timeout_s or now_s > began_s + _MAX_TIMEOUTS * timeout_s:
-                    waited = f"no answer for step {key.step} layer {key.layer} within {now_s - began_s:.0f} s"
-                    raise HostLostError(self.host_id, f"{waited}; {self._last_words()}")
+                if done != (done := self._work_done()):
+                    idle.end()
+                if idle.count() > timeout_s or waited.count() > _MAX_TIMEOUTS * timeout_s:
+                    late = f"no answer for step {key.step} layer {key.layer} within {waited.seconds:.0f} s"
+                    raise HostLostError(self.host_id, f"{late}; {self._last_words()}")
                 self._wait()
         finally:
             self._flights.abandon(key)

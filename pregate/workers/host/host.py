@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -279,8 +279,7 @@ class ExpertHost:
             raise ProtocolError(f"group asks for an answer of {answer_bytes} bytes; allowed: {MAX_MESSAGE_BYTES // 2}")
 
     def cache_counters(self) -> CacheCounters:
-        stats = self._store.stats
-        return CacheCounters(**{f.name: getattr(stats, f.name) for f in fields(CacheCounters)})
+        return replace(self._store.stats)
 
     def status(self) -> dict[str, Any]:
         return {

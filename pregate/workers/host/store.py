@@ -19,13 +19,14 @@ from pregate.base.log import get_logger
 from pregate.kernels.weights import Layout
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.copies import Copies
-from pregate.workers.host.loads import Load, Room, StoreStats
+from pregate.workers.host.loads import Load, Room
 from pregate.workers.host.next_use import FAR, Outlook, Unit, Uses
 from pregate.workers.host.residency import resident_share
 from pregate.workers.host.slots import SlotMap, SlotPool
 from pregate.workers.host.slots import Unit as Weights
 from pregate.workers.host.source import UnitSource
 from pregate.workers.link.expected import Expected
+from pregate.workers.link.protocol import CacheCounters
 
 #: Units that the system is asked to read ahead of those that are loaded.
 READ_AHEAD = 16
@@ -65,7 +66,7 @@ class UnitStore:
         self._first_L = np.array([cut.num_shared for cut in self._cuts])  # of the routed units, in the map
         self._routed_L = np.array([cut.num_routed for cut in self._cuts])
         self._map = SlotMap.empty(len(self._cuts), max(self._first_L + self._routed_L, default=0))
-        self.versions, self.stats = self._map.versions, StoreStats()
+        self.versions, self.stats = self._map.versions, CacheCounters()
         shape = (len(self._cuts), int(self._routed_L.max(initial=0)))
         self.uses, self._changed = Uses(*shape), threading.Condition()
         self._held_LR, self._coming_LR, self._fresh_LR, self._in_use_LR, self._fixed_LR, self._failed_LR = (

@@ -6,7 +6,7 @@ The annotations are the schema that `wire.py` reads and writes. Nothing here dep
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -43,7 +43,7 @@ __all__ = [
     "RowsMessage",
 ]
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
@@ -179,23 +179,25 @@ class Failure:
     text: str
 
 
-@dataclass(frozen=True)
+@dataclass
 class CacheCounters:
-    """What a host's experts did since its start; see `host/loads.py`."""
+    """What a host's experts did since its start. `read_bytes` is in the checkpoint's dtype, `held_bytes` as in memory.
+
+    A use of a unit is a hit where it was in its slot when it was wanted, else a miss; compute waited `stall_s` for
+    those. `wasted_bytes` of the `prefetched_bytes` left again unused. `num_pending`: units to fetch, now.
+    """
 
     num_units: int = 0
     num_pending: int = 0
+    units_read: int = 0
     hits: int = 0
     misses: int = 0
+    evictions: int = 0
     read_bytes: int = 0
+    held_bytes: int = 0
     prefetched_bytes: int = 0
     wasted_bytes: int = 0
     stall_s: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of uses that found their expert in its slot; 1 before the first."""
-        return self.hits / max(self.hits + self.misses, 1) if self.misses else 1.0
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Heartbeat:
     progress: int
     busy_with: str
     busy_since_s: float
-    cache: CacheCounters = CacheCounters()
+    cache: CacheCounters = field(default_factory=CacheCounters)
 
     def describe(self) -> str:
         """For a message about a host of which nothing more is heard."""

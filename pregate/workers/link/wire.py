@@ -199,7 +199,7 @@ _READERS: Mapping[str, Reader] = MappingProxyType(
         "GroupKey | None": _optional(_key),
         "Rows": _rows,
         "GroupIndex | None": _optional(_INDEX),
-        "CacheCounters": _record(CacheCounters, *[_INT] * 7, _scalar(float)),
+        "CacheCounters": _record(CacheCounters, *[_INT] * 10, _scalar(float)),
         "Expected": _expected,
         "HostPlan": _record(HostPlan, _INT, _array, _array, _array, _array, _array, _array),
     }
