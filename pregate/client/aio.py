@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -15,27 +14,21 @@ from typing_extensions import Unpack
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import PregateError
 from pregate.client.answers import Loads, ModelInfo, Route, ServerInfo, read, read_route
+from pregate.client.caller import Caller, Running
 from pregate.client.client import READINESS
-from pregate.client.connection import Connection
 from pregate.client.options import (
     GenerateOptions,
-    Messages,
     Prompt,
     build,
-    chat_field,
-    generate_request,
     prompt_field,
 )
-from pregate.client.progress import Progress, Running
 from pregate.client.proto import pregate_pb2 as pb
 
 
 class AsyncGeneration(Running, AsyncIterator[Chunk]):
     """`Generation` for asyncio: `async for` gives its chunks, and its names mean the same."""
 
-    def __init__(self, connection: Connection, request: pb.GenerateRequest, timeout_s: float | None) -> None:
-        self._connection, self._attempts = connection, connection.attempts(timeout_s)
-        self._progress = Progress(request)
+    def _begin(self) -> None:
         self._cancelled = False
         self._call = self._send()
         self._responses = aiter(self._call)
@@ -66,9 +59,6 @@ class AsyncGeneration(Running, AsyncIterator[Chunk]):
         self._cancelled = True
         self._call.cancel()
 
-    def _send(self) -> Any:
-        return self._connection.stub.Generate(self._progress.request, **self._attempts.begin())
-
     async def __aenter__(self) -> AsyncGeneration:
         return self
 
@@ -76,34 +66,10 @@ class AsyncGeneration(Running, AsyncIterator[Chunk]):
         self.cancel()
 
 
-class AsyncClient:
+class AsyncClient(Caller[AsyncGeneration]):
     """`Client` for asyncio: its arguments and its methods, to be awaited; for one event loop, in which it is used."""
 
-    def __init__(
-        self,
-        target: str | Sequence[str],
-        token: str | None = None,
-        ca: str | Path | None = None,
-        timeout_s: float = 600.0,
-        *,
-        cert: str | Path | None = None,
-        key: str | Path | None = None,
-        retry_s: float = 60.0,
-    ) -> None:
-        self._connection = Connection(grpc.aio, target, token, ca, cert, key, timeout_s, retry_s)
-
-    def generate(
-        self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncGeneration:
-        """Start a request and return its chunks as they arrive. `prompt` is text or token ids. Without `max_tokens` a
-        text has up to 64, and a chat's answer 512, or what the context leaves; more than that leaves is a UserError."""
-        return self._start(prompt_field(prompt), max_tokens, options)
-
-    def chat(
-        self, messages: Messages, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
-    ) -> AsyncGeneration:
-        """`generate` the answer to messages, each with a `role` and a `content`, by the model's chat template."""
-        return self._start(chat_field(messages), max_tokens, options)
+    _library, _generation = grpc.aio, AsyncGeneration
 
     async def complete(
         self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]
@@ -161,10 +127,6 @@ class AsyncClient:
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    def _start(self, given: dict[str, Any], max_tokens: int | None, options: GenerateOptions) -> AsyncGeneration:
-        request = generate_request(given, max_tokens, options)
-        return AsyncGeneration(self._connection, request, options.get("timeout_s"))
 
     async def _unary(self, method: str, request: Any) -> Any:
         attempts = self._connection.attempts()

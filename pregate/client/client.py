@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -15,17 +14,13 @@ from typing_extensions import Unpack
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import PregateError
 from pregate.client.answers import Loads, ModelInfo, Route, ServerInfo, read, read_route
-from pregate.client.connection import Connection
+from pregate.client.caller import Caller, Running
 from pregate.client.options import (
     GenerateOptions,
-    Messages,
     Prompt,
     build,
-    chat_field,
-    generate_request,
     prompt_field,
 )
-from pregate.client.progress import Progress, Running
 from pregate.client.proto import pregate_pb2 as pb
 
 READINESS = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
@@ -38,9 +33,7 @@ class Generation(Running, Iterator[Chunk]):
     A stream that breaks is resumed; nothing comes twice. `cancel`, or leaving a `with` block, gives the request up.
     """
 
-    def __init__(self, connection: Connection, request: pb.GenerateRequest, timeout_s: float | None) -> None:
-        self._connection, self._attempts = connection, connection.attempts(timeout_s)
-        self._progress = Progress(request)
+    def _begin(self) -> None:
         self._cancelled = threading.Event()
         self._call = self._send()
 
@@ -63,9 +56,6 @@ class Generation(Running, Iterator[Chunk]):
         self._cancelled.set()
         self._call.cancel()
 
-    def _send(self) -> Any:
-        return self._connection.stub.Generate(self._progress.request, **self._attempts.begin())
-
     def __enter__(self) -> Generation:
         return self
 
@@ -73,7 +63,7 @@ class Generation(Running, Iterator[Chunk]):
         self.cancel()
 
 
-class Client:
+class Client(Caller[Generation]):
     """Talks to a pregate server at `target` (`HOST:PORT`), or to the first of several that answers.
 
     `ca` (a PEM file) turns TLS on, `cert` and `key` show the server a certificate, `token` is sent with every call,
@@ -86,27 +76,7 @@ class Client:
     `AsyncClient`.
     """
 
-    def __init__(
-        self,
-        target: str | Sequence[str],
-        token: str | None = None,
-        ca: str | Path | None = None,
-        timeout_s: float = 600.0,
-        *,
-        cert: str | Path | None = None,
-        key: str | Path | None = None,
-        retry_s: float = 60.0,
-    ) -> None:
-        self._connection = Connection(grpc, target, token, ca, cert, key, timeout_s, retry_s)
-
-    def generate(self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]) -> Generation:
-        """Start a request and return its chunks as they arrive. `prompt` is text or token ids. Without `max_tokens` a
-        text has up to 64, and a chat's answer 512, or what the context leaves; more than that leaves is a UserError."""
-        return self._start(prompt_field(prompt), max_tokens, options)
-
-    def chat(self, messages: Messages, max_tokens: int | None = None, **options: Unpack[GenerateOptions]) -> Generation:
-        """`generate` the answer to messages, each with a `role` and a `content`, by the model's chat template."""
-        return self._start(chat_field(messages), max_tokens, options)
+    _library, _generation = grpc, Generation
 
     def complete(self, prompt: Prompt, max_tokens: int | None = None, **options: Unpack[GenerateOptions]) -> Completion:
         """Generate and wait for the whole."""
@@ -161,10 +131,6 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _start(self, given: dict[str, Any], max_tokens: int | None, options: GenerateOptions) -> Generation:
-        request = generate_request(given, max_tokens, options)
-        return Generation(self._connection, request, options.get("timeout_s"))
 
     def _unary(self, method: str, request: Any) -> Any:
         attempts = self._connection.attempts()

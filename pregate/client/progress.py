@@ -83,23 +83,3 @@ class Progress:
     def completion(self) -> Completion | None:
         """The first completion, None while it runs."""
         return next((c for c in self.completions if c.index == 0), None)
-
-
-class Running:
-    """A running request, whoever waits for it: what its `_progress` says."""
-
-    _progress: Progress
-
-    @property
-    def request_id(self) -> str:
-        """What `Client.abort` ends it by."""
-        return self._progress.request.request_id
-
-    @property
-    def completion(self) -> Completion | None:
-        """The first completion, None while it runs."""
-        return self._progress.completion
-
-    @property
-    def completions(self) -> list[Completion]:
-        return self._progress.completions

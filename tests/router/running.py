@@ -23,12 +23,17 @@ from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.service import DoorService, ServiceOptions
 from pregate.router.engine.engine import Engine
 from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.link import LinkOptions
 from pregate.router.link.messages import Message
 from pregate.router.link.packet import pack, unpack
 from pregate.router.link.server import EngineServer, EngineServerOptions
 from tests.router.serving import engine_over, expert_hosts
 
 _T = TypeVar("_T")
+
+#: A prompt of any of the tests' checkpoints, and an engine's server that soon loses patience.
+PROMPT = (1, 5, 6, 7)
+QUICK = EngineServerOptions(LinkOptions(heartbeat_s=0.05), host_patience_s=0.5)
 
 
 def wait_for(condition: Callable[[], Any], timeout_s: float = 10.0, what: str = "the condition") -> float:

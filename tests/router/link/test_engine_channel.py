@@ -25,9 +25,8 @@ from pregate.router.link.messages import (
     TokensEvent,
 )
 from pregate.router.link.server import EngineServer, EngineServerOptions
-from tests.router.running import LoopThread, RawDoor, engine_thread, socket_folder, wait_for
+from tests.router.running import PROMPT, LoopThread, RawDoor, engine_thread, socket_folder, wait_for
 
-PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=240, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=40, ignore_eos=True)
 

@@ -32,12 +32,10 @@ from pregate.router.link.messages import (
 )
 from pregate.router.link.packet import PROTOCOL_VERSION
 from pregate.router.link.server import EngineServer, EngineServerOptions
-from tests.router.running import LoopThread, RawDoor, engine_thread, socket_folder, wait_for
+from tests.router.running import PROMPT, QUICK, LoopThread, RawDoor, engine_thread, socket_folder, wait_for
 
-PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
-QUICK = EngineServerOptions(LinkOptions(heartbeat_s=0.05), host_patience_s=0.5)
 
 
 class Gate:
@@ -124,7 +122,7 @@ import sys
 from pathlib import Path
 from pregate.router.link.link import LinkOptions
 from pregate.router.link.server import EngineServerOptions
-from tests.router.running import engine_thread, local_engine
+from tests.router.running import PROMPT, QUICK, engine_thread, local_engine
 options = EngineServerOptions(LinkOptions(heartbeat_s=0.1, peer_silence_s=1.0))
 with local_engine(Path(sys.argv[1])) as engine, engine_thread(engine, sys.argv[2], options):
     sys.stdin.read()

@@ -3,7 +3,6 @@
 import threading
 
 from pregate.base.errors import HostLostError
-from pregate.router.link.link import LinkOptions
 from pregate.router.link.messages import (
     FailedEvent,
     FinishedEvent,
@@ -14,13 +13,10 @@ from pregate.router.link.messages import (
     SubmitRequest,
     TokensEvent,
 )
-from pregate.router.link.server import EngineServerOptions
-from tests.router.running import RawDoor, engine_thread, wait_for
+from tests.router.running import PROMPT, QUICK, RawDoor, engine_thread, wait_for
 
-PROMPT = (1, 5, 6, 7)
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
-QUICK = EngineServerOptions(LinkOptions(heartbeat_s=0.05), host_patience_s=0.5)
 
 
 def test_without_hosts_requests_wait_and_fail_when_patience_ends(engine, endpoint, monkeypatch):
