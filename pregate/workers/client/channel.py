@@ -197,7 +197,7 @@ class ChannelClient:
 
     def receive(self, key: GroupKey, timeout_s: float) -> torch.Tensor:
         flight, began_s, done = self._flights[key], time.monotonic(), self._work_done()
-        waited, idle = Silence(timeout_s / 3), Silence(timeout_s / 3)
+        waited, idle = (Silence(self._options.host_timeout_s / 3) for _ in range(2))
         try:
             while flight.answer is None:
                 if done != (done := self._work_done()):
