@@ -5,17 +5,26 @@ Shape letters: T tokens, D hidden width, M expert width, R routed experts, K exp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch.nn import functional as F
-from transformers.activations import ACT2FN
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+#: By transformers' names. The others are transformers' own: importing those takes a host longer than torch does.
+_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+)
 
 
 def activation(name: str) -> Activation:
     """Return the gate activation a transformers config calls `name` (silu, gelu_pytorch_tanh, ...)."""
+    if name in _ACTIVATIONS:
+        return _ACTIVATIONS[name]
+    from transformers.activations import ACT2FN
+
     return ACT2FN[name]
 
 

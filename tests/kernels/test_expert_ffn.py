@@ -2,8 +2,10 @@ import importlib.util
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
 from pregate.base.errors import UserError
+from pregate.kernels import reference
 from pregate.kernels.cpu import ffn as cpu_ffn
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, why_not
@@ -118,3 +120,9 @@ def test_dtype_is_float32_on_a_cpu_unless_it_can_do_better(monkeypatch):
     assert compute_dtype(torch.bfloat16, CPU) is torch.bfloat16
     assert compute_dtype(torch.float16, torch.device("cuda")) is torch.float16
     assert choose("auto", CPU, torch.bfloat16, act="silu", widths=(64, 32)).name in ("packed", "grouped", "loop")
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "relu", "gelu_new"])
+def test_activations_are_transformers_own_to_the_last_bit(name):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 4
+    assert torch.equal(reference.activation(name)(x), ACT2FN[name](x))
