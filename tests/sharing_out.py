@@ -11,7 +11,14 @@ DEPLOYMENTS = "deployments"
 #: Files that go together. Tests that start deployments or look for what one left run one after another, whatever runs
 #: beside them; those of families share the checkpoints that are made of them.
 TOGETHER = {
-    DEPLOYMENTS: ("tests/cluster", "tests/cli", "tests/workers/host/test_actor", "tests/deploy", "tests/docs"),
+    DEPLOYMENTS: (
+        "tests/cluster",
+        "tests/chaos/test_scaling",
+        "tests/cli",
+        "tests/workers/host/test_actor",
+        "tests/deploy",
+        "tests/docs",
+    ),
     "families": (
         "tests/convert/test_families",
         "tests/router/engine/test_served_families",

@@ -26,6 +26,7 @@ COMMANDS = {
     **dict.fromkeys(("generate", "route"), "pregate.cli.text"),
     **dict.fromkeys(("serve", "doctor"), "pregate.cli.serve"),
     "config": "pregate.cli.config",
+    "scale": "pregate.cli.scale",
     **dict.fromkeys(("status", "top"), "pregate.cli.status"),
     "chat": "pregate.cli.chat",
     "bench": "pregate.cli.bench",

@@ -55,6 +55,23 @@ class ServeConfig:
     dtype: Annotated[Dtype, Field(description="What they compute in.")] = "float32"
     gpus_per_host: Annotated[_Gpus, Field(description="GPUs each host asks Ray for; 1 with cuda.")] = 0.0
     engine_gpus: Annotated[_Gpus, Field(description="GPUs the engine asks Ray for; 1 with cuda.")] = 0.0
+    max_hosts: Annotated[
+        int | None,
+        Field(ge=1, description="Add hosts while they compute for more of the time than --host-load, so many at most."),
+    ] = None
+    min_hosts: Annotated[
+        int, Field(ge=1, description="With --max-hosts: hosts that stay when there is little to do.")
+    ] = 1
+    host_load: Annotated[
+        float, Field(gt=0, le=1, description="With --max-hosts: the share of the time that hosts are to compute.")
+    ] = 0.5
+    rebalance_s: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Seconds between looks at where use asks for experts, with --placement balanced; 0: never.",
+        ),
+    ] = 30.0
     host_threads: Annotated[int, Field(ge=1, description="Threads of each host.")] = 1
     start_timeout_s: Annotated[float, Field(gt=0, description="Seconds the start may take.")] = 600.0
     drain_s: Annotated[float, Field(ge=0, description="Seconds that running requests get at the end.")] = 10.0
@@ -83,6 +100,9 @@ class ServeConfig:
             raise UserError.of(
                 "--gpus-per-host", 0, f"all {self.hosts} hosts would compute on one GPU; allowed: above 0, say 0.5"
             )
+        if self.max_hosts is not None and not self.min_hosts <= self.hosts <= self.max_hosts:
+            least = f"{self.min_hosts} (--min-hosts) to {self.max_hosts} (--max-hosts)"
+            raise UserError.of("--hosts", self.hosts, f"allowed: {least}")
         _ = self.engine_options, self.host_options(0)  # their own checks, now rather than in another process
 
     @property

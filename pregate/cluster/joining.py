@@ -18,7 +18,7 @@ import ray._private.worker
 from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import local_ray
 from pregate.cluster.config import RayAccess, ServeConfig
-from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, LocalRay
+from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.stage import stage as long_stage
 
 #: How long a --ray-address may take to prove that a gRPC server is there.
@@ -40,13 +40,32 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
     # What Ray prints of each process that dies has a thousand characters; the deployment says itself which part it was.
     ray._private.worker.print_to_stdstream = print_shortened
     try:
+        _join(address)
+    except UnavailableError:
+        if kept is not None:
+            kept.wait_gone(STOP_MARGIN_S)
+        raise
+    return kept
+
+
+def find(name: str, ray_access: RayAccess) -> Any:
+    """The supervisor of a deployment that runs, at --ray-address or on this machine. UnavailableError without one."""
+    address = ray_access.address or "auto"
+    if not ray.is_initialized():
+        check_address(address)
+        _join(address)
+    try:
+        return ray.get_actor(SUPERVISOR_PREFIX + name, NAMESPACE)
+    except ValueError:
+        raise UnavailableError(f"no deployment {name!r} runs on the Ray at {address}") from None
+
+
+def _join(address: str) -> None:
+    try:
         with _own_signals():
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        if kept is not None:
-            kept.wait_gone(STOP_MARGIN_S)
         raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
-    return kept
 
 
 def print_shortened(data: Mapping[str, Any], ignore_prefix: bool) -> None:

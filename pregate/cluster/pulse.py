@@ -24,6 +24,8 @@ class Pulse:
         self._asked_s = 0.0
         self._silent = False
         self.lost = ""
+        #: What it last said of itself.
+        self.status: Mapping[str, Any] = {}
 
     @property
     def silent_s(self) -> float:
@@ -55,14 +57,14 @@ class Pulse:
 
     async def _answer(self) -> str:
         try:
-            status: Mapping[str, Any] = await self._actor.status.remote()
+            self.status = await self._actor.status.remote()
         except ray.exceptions.ActorUnavailableError:
             return ""  # it may come back; its death is another error
         except ray.exceptions.RayTaskError as error:
             return str(error.cause)
         except ray.exceptions.RayError as error:
             return f"its process died ({type(error).__name__})"
-        return "" if status.get("running", True) else "its loop has ended"
+        return "" if self.status.get("running", True) else "its loop has ended"
 
 
 async def look(pulses: Iterable[Pulse]) -> None:

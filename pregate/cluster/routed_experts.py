@@ -28,14 +28,17 @@ class RoutedExperts:
     exact_paths: bool = False
     load_LR: NDArray[np.float64] | None = None
 
-    def placement(self, config: ServeConfig) -> Placement:
-        """Where `config` puts them; all in one process's hands without hosts. UserError where it cannot."""
+    def placement(
+        self, config: ServeConfig, num_hosts: int | None = None, load_LR: NDArray[np.float64] | None = None
+    ) -> Placement:
+        """Where `config` puts them, on so many hosts where they are not its own number, by another load where one was
+        measured; all in one process's hands without hosts. UserError where it cannot."""
         return place(
             self.num_routed,
-            max(1, config.hosts),
+            max(1, config.hosts) if num_hosts is None else num_hosts,
             config.placement,
             one_index=self.one_index,
-            load_LR=self.load_LR,
+            load_LR=self.load_LR if load_LR is None else load_LR,
             replicas=config.replicas,
         )
 

@@ -55,6 +55,10 @@ class Children(Protocol):
         """Drain and stop a launcher's doors."""
         ...
 
+    async def scale(self, hosts: int) -> dict[str, Any]:
+        """Have so many hosts; returns how many there are when that is reached, or superseded."""
+        ...
+
     async def check(self) -> Health:
         """Look after every part; what can be started again is."""
         ...
@@ -146,6 +150,16 @@ class Supervisor:
         await asyncio.wait([task])
         error = task.exception()
         return self._refusal(error) if error is not None else task.result()
+
+    async def scale(self, hosts: int) -> dict[str, Any]:
+        """Have so many hosts. Returns {"hosts"}, how many there are, once that is reached; with "superseded_by" once
+        another call asked for another number; or {"failure"}."""
+        if self._state != "ready" or self._children is None:
+            return self._refusal(UnavailableError(f"deployment {self._name!r} is {self._state}"))
+        try:
+            return await self._children.scale(hosts)
+        except Exception as error:  # noqa: BLE001 - it crosses Ray as what it says
+            return self._refusal(error)
 
     async def status(self) -> dict[str, Any]:
         """State, stage of the start, the failure if any, what happened lately, and what `Children.start` returned."""

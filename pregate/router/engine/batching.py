@@ -14,7 +14,7 @@ of one layer on one host, T tokens, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -59,6 +59,13 @@ class UnitLayout:
     @property
     def num_units(self) -> int:
         return len(self.layer_U)
+
+    def placed(self, hosts_of_LR: np.ndarray, num_hosts: int) -> tuple[UnitLayout, np.ndarray]:
+        """The layout when the same units lie elsewhere, and where each of its units is in this one, int [U]."""
+        bytes_L = np.zeros(len(hosts_of_LR), dtype=np.int64)
+        bytes_L[self.layer_U] = self.bytes_U
+        layout = UnitLayout(hosts_of_LR, bytes_L.tolist(), num_hosts)
+        return layout, self.unit_of_LR[layout.layer_U, layout.expert_U]
 
     def rows(self, ids_TLK: np.ndarray) -> np.ndarray:
         """How many rows of tokens with these paths (-1 where none) each unit computes, uint16 [U]."""
@@ -105,6 +112,17 @@ class PathBatcher:
             (np.asarray(byte_s)[layout.host_U] * layout.bytes_U).astype(np.float32)
             for byte_s in (costs.resident_byte_s, costs.missing_byte_s)
         )
+
+    def placed(self, hosts_of_LR: np.ndarray, num_hosts: int) -> tuple[PathBatcher, np.ndarray]:
+        """The batcher when units lie elsewhere, and where each unit was in this one, int [U]. A host that is new is
+        thought to be as fast as the first."""
+        layout, was_U = self.layout.placed(hosts_of_LR, num_hosts)
+        row_s, resident_byte_s, missing_byte_s = (
+            (*times[:num_hosts], *times[:1] * (num_hosts - len(times)))
+            for times in (self.costs.row_s, self.costs.resident_byte_s, self.costs.missing_byte_s)
+        )
+        costs = replace(self.costs, row_s=row_s, resident_byte_s=resident_byte_s, missing_byte_s=missing_byte_s)
+        return PathBatcher(layout, costs), was_U
 
     def unit_s(self) -> np.ndarray:
         """Seconds that each unit takes where it is asked for [U]."""

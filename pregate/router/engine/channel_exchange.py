@@ -73,6 +73,10 @@ class ChannelExchange:
         return self.members.hosts_of_LR.tolist()
 
     @property
+    def rows_LR(self) -> np.ndarray:  # noqa: N802
+        return self.members.rows_LR
+
+    @property
     def lost(self) -> Mapping[int, str]:
         return self.members.lost
 
@@ -82,6 +86,9 @@ class ChannelExchange:
 
     def replace(self, host: int, client: HostClient) -> None:
         self.members.replace(host, client)
+
+    def place(self, copies_LRC: np.ndarray, num_hosts: int) -> None:
+        self.members.place(copies_LRC, num_hosts)
 
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         self.shared.hold(layer, gate_up, down)

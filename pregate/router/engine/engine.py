@@ -197,7 +197,7 @@ class Engine:
                     "host_id": h,
                     "lost": lost.get(h, ""),
                     "lost_s": now_s - self.exchange.lost_at_s.get(h, now_s) if h in lost else 0.0,
-                    "rows": int(self._pairs_H[h]),
+                    "rows": int(self._pairs_H[h]) if h < len(self._pairs_H) else 0,
                     **vars(c.stats),
                     **vars(c.cache),
                 }
@@ -210,8 +210,17 @@ class Engine:
         self.exchange.poll()
 
     def replace_host(self, host: int, client: HostClient) -> None:
-        """Let another process be a host from now on."""
+        """Let another process be a host from now on, or the next one."""
         self.exchange.replace(host, client)
+
+    def place(self, copies_LRC: np.ndarray, num_hosts: int) -> None:
+        """Let so many hosts serve these units from the next step on; those beyond are left."""
+        self.exchange.place(copies_LRC, num_hosts)
+        if (batcher := self.scheduler.batcher) is not None:
+            self.scheduler.batcher, was_U = batcher.placed(copies_LRC[..., 0], num_hosts)
+            for sequence in self._sequences.values():
+                if sequence.next_rows_U is not None:
+                    sequence.next_rows_U = sequence.next_rows_U[was_U]
 
     def expire(self, error: PregateError | None = None) -> list[Event]:
         """End the requests whose deadline has passed: as such, or with an error that says why they had to wait."""
@@ -295,12 +304,13 @@ class Engine:
 
     def _count(self, step: Many[Slice], result: StepResult, paths: Paths | None) -> None:
         self._step_tokens += len(result.pairs_TH)
-        self._pairs_H += result.pairs_TH.sum(axis=0)
+        self._pairs_H = _added(self._pairs_H, result.pairs_TH)
         if paths is not None:
             self._step_units += paths.num_units
         start = 0
         for piece in step:
-            piece.sequence.pairs_per_host += result.pairs_TH[start : start + piece.num_tokens].sum(axis=0)
+            sequence, pairs_TH = piece.sequence, result.pairs_TH[start : start + piece.num_tokens]
+            sequence.pairs_per_host = _added(sequence.pairs_per_host, pairs_TH)
             start += piece.num_tokens
 
     def _fail_step(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
@@ -342,3 +352,11 @@ class Engine:
         """Hits, misses and seconds waited for units of all hosts, as they last said."""
         counters = [client.cache for client in self.exchange.clients]
         return sum(c.hits for c in counters), sum(c.misses for c in counters), sum((c.stall_s for c in counters), 0.0)
+
+
+def _added(sum_H: np.ndarray, pairs_TH: np.ndarray) -> np.ndarray:
+    """Add a step's pairs to those of each host, of which there may be more now, or fewer."""
+    added_H = np.zeros(max(len(sum_H), pairs_TH.shape[1]), dtype=np.int64)
+    added_H[: len(sum_H)] = sum_H
+    added_H[: pairs_TH.shape[1]] += pairs_TH.sum(axis=0)
+    return added_H

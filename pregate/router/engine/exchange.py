@@ -64,6 +64,11 @@ class Exchange(Protocol):
         ...
 
     @property
+    def rows_LR(self) -> np.ndarray:  # noqa: N802
+        """How many rows each routed unit was asked for, int64 [L, R]; nothing where one host has them all."""
+        ...
+
+    @property
     def lost(self) -> Mapping[int, str]:
         """Hosts that do not answer, and why they are held for lost; others serve their units meanwhile."""
         ...
@@ -74,7 +79,11 @@ class Exchange(Protocol):
         ...
 
     def replace(self, host: int, client: HostClient) -> None:
-        """Let another process be a host; it serves from when it has answered a greeting."""
+        """Let another process be a host, or the next one; it serves from when it has answered a greeting."""
+        ...
+
+    def place(self, copies_LRC: np.ndarray, num_hosts: int) -> None:
+        """Let so many hosts serve these units, int16 [L, R, C], from the next step on; hosts beyond are left."""
         ...
 
     @property

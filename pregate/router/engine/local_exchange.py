@@ -42,6 +42,7 @@ class LocalExchange:
         self.engine, self.clients, self.shared = engine, [client], shared
         self.lost: dict[int, str] = {}
         self.lost_at_s: dict[int, float] = {}
+        self.rows_LR = np.zeros((0, 0), dtype=np.int64)
         self._local, self._ffn, self._cuts = local, local.ffn, shared.config.cuts
         self._sizes = {n: (cut.num_routed, cut.num_shared) for n, cut in enumerate(self._cuts) if cut.num_active}
         self._segments: dict[int, Any] = {}
@@ -62,6 +63,9 @@ class LocalExchange:
 
     def replace(self, host: int, client: HostClient) -> None:
         raise AssertionError("a host in the engine's own process lives as long as the engine")
+
+    def place(self, copies_LRC: np.ndarray, num_hosts: int) -> None:
+        raise AssertionError("a host in the engine's own process holds all units")
 
     @torch.inference_mode()
     def warm_up(self, step_tokens: int) -> None:

@@ -35,12 +35,14 @@ class Members:
 
     def __init__(self, clients: Sequence[HostClient], copies_LRC: np.ndarray, hello: Hello | None = None) -> None:
         self.clients, self.copies_LRC, self._hello = list(clients), copies_LRC, hello
+        #: How many rows each unit was asked for.
+        self.rows_LR = np.zeros(copies_LRC.shape[:2], dtype=np.int64)
         #: Why hosts that are lost are lost.
         self.lost: dict[int, str] = {}
         #: And since when (monotonic).
         self.lost_at_s: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
-        self._backoffs = [Backoff(FIRST_PAUSE_S, MAX_PAUSE_S) for _ in clients]
+        self._backoffs = {host: Backoff(FIRST_PAUSE_S, MAX_PAUSE_S) for host in range(len(clients))}
         self._settle()
 
     def _settle(self) -> None:
@@ -54,12 +56,12 @@ class Members:
         so that the slowest host is fast."""
         layers = slice(first_layer, first_layer + ids_TLK.shape[1])
         living_LRC = self._living_LRC[layers]
+        num_layers, num_routed = living_LRC.shape[:2]
+        units = (ids_TLK + num_routed * np.arange(num_layers)[:, None])[ids_TLK >= 0]
+        rows_LR = np.bincount(units, minlength=num_layers * num_routed).reshape(num_layers, num_routed)
+        self.rows_LR[layers] += rows_LR
         if living_LRC.shape[2] == 1:
             return self.hosts_of_LR[layers]
-        num_layers, num_routed = living_LRC.shape[:2]
-        _, layer, _ = np.nonzero(ids_TLK >= 0)
-        units = layer * num_routed + ids_TLK[ids_TLK >= 0]
-        rows_LR = np.bincount(units, minlength=num_layers * num_routed).reshape(num_layers, num_routed)
         rows_LRC = share_rows(living_LRC, rows_LR, len(self.clients), UNIT_ROWS)
         return hosts_of_pairs(ids_TLK, living_LRC, rows_LRC)
 
@@ -108,12 +110,26 @@ class Members:
                     self.lose(host, HostLostError(host, str(error)))
         self.look_after_lost()
 
+    def place(self, copies_LRC: np.ndarray, num_hosts: int) -> None:
+        """Let these hosts serve these units from now on, between two steps; those beyond `num_hosts` are left."""
+        assert copies_LRC.max() < num_hosts <= len(self.clients), "units go to hosts that there are"
+        for client in self.clients[num_hosts:]:
+            client.close()
+        del self.clients[num_hosts:]
+        self.lost = {host: why for host, why in self.lost.items() if host < num_hosts}
+        self.copies_LRC = copies_LRC
+        self._settle()
+
     def replace(self, host: int, client: HostClient) -> None:
-        """Let another process be this host from now on. It serves when it has been greeted."""
-        self.clients[host].close()
-        self.clients[host] = client
+        """Let another process be this host from now on, or the next one. It serves when it has been greeted."""
+        assert host <= len(self.clients), "hosts are added one after another"
+        if host == len(self.clients):
+            self.clients.append(client)
+        else:
+            self.clients[host].close()
+            self.clients[host] = client
         client.fence(self._hello)
         if host not in self.lost:
-            self.lost[host], self.lost_at_s[host] = "it was replaced", time.monotonic()
+            self.lost[host], self.lost_at_s[host] = "it has not answered yet", time.monotonic()
             self._settle()
         self._pause_s[host], self._backoffs[host] = 0.0, Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from pregate.workers.client.host_client import HostClient
 
 
+#: Longest wait for a step to end.
+CALL_TIMEOUT_S = 30.0
+
+
 class EngineActor(LoopActor):
     """An engine and its server in one process; the loop has a thread of its own that owns the device."""
 
@@ -58,10 +62,26 @@ class EngineActor(LoopActor):
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
 
     def replace_host(self, host: int, make_client: Callable[[], HostClient]) -> None:
-        """Let another process be a host; it serves as soon as it answers. `make_client` connects to it."""
+        """Let another process be a host, or the next one; it serves as soon as it answers. `make_client` connects."""
+        self._call(lambda engine: engine.replace_host(host, make_client()))
+
+    def place(self, copies_LRC: np.ndarray, num_hosts: int) -> None:
+        """Let so many hosts serve these units from the next step on; those beyond are left."""
+        self._call(lambda engine: engine.place(copies_LRC, num_hosts))
+
+    def lost_hosts(self) -> list[str]:
+        """Why each host does not serve; "" where it does."""
+        return self._call(lambda engine: [host["lost"] for host in engine.info()["hosts"]])
+
+    def unit_rows(self) -> np.ndarray:
+        """How many rows each unit was asked for so far, int64 [L, R]."""
+        return self._call(lambda engine: engine.exchange.rows_LR.copy())
+
+    def _call(self, function: Callable[[Engine], Any]) -> Any:
+        """Have the thread that owns the engine do something between two steps, and wait for it."""
         assert self._engine is not None and self._engine_server is not None, "start comes first"
         engine = self._engine
-        self._engine_server.call(lambda: engine.replace_host(host, make_client()))
+        return self._engine_server.call(lambda: function(engine)).result(CALL_TIMEOUT_S)
 
     def stop(self) -> None:
         """As of `LoopActor`; and leave the hosts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from threading import Event as StopEvent
 from typing import TYPE_CHECKING, Any, Protocol
@@ -119,11 +120,13 @@ class EngineServer(LoopServer):
         super().__init__(EngineLink(endpoint, engine.info, self._options.link, context))
         self._lost_s: float | None = None  # since when no host answers
         self._stuck_s: float | None = None  # since when no step came to its end for want of hosts
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
 
-    def call(self, function: Callable[[], None]) -> None:
+    def call(self, function: Callable[[], Any]) -> Future[Any]:
         """Have the compute thread call a function between two steps, from any thread."""
-        self._calls.put(function)
+        called: Future[Any] = Future()
+        self._calls.put((function, called))
+        return called
 
     @property
     def has_work(self) -> bool:
@@ -137,10 +140,12 @@ class EngineServer(LoopServer):
     def _turn(self) -> None:
         inbox, activity = self._link.inbox, self._link.activity
         while not self._calls.empty():
+            function, called = self._calls.get()
             try:
-                self._calls.get()()
-            except (PregateError, zmq.ZMQError) as error:
-                logger.error("a call between two steps failed: %s", error)
+                called.set_result(function())
+            except Exception as error:
+                logger.error("a call between two steps failed", exc_info=error)
+                called.set_exception(error)
         if self._lost_s is not None or not self._engine.has_work:
             inbox.wait(self._options.idle_poll_s)
         cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)

@@ -122,6 +122,7 @@ class InProcessClient:
 
     def fence(self, hello: Hello | None = None) -> None:
         self._groups = {}
+        self._engine = self._engine if hello is None else hello.engine
 
     def returned(self) -> bool:
         return True

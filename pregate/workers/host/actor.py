@@ -6,6 +6,8 @@ That process does not load torch: what computes is imported by `start`.
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
 
 if TYPE_CHECKING:
-    from pregate.workers.host.host import Host
+    from pregate.workers.host.host import ExpertHost
     from pregate.workers.host.server import HostServer
 
 TRANSPORTS = ("ipc", "tcp")
@@ -58,7 +60,8 @@ class ExpertHostActor:
 
     def __init__(self, options: ActorOptions) -> None:
         self._options = options
-        self._host: Host | None = None
+        self._host: ExpertHost | None = None
+        self._holding = threading.Lock()
         self._server: HostServer | None = None
         self._address: HostAddress | None = None
 
@@ -95,7 +98,12 @@ class ExpertHostActor:
         """Return the host's counters and facts; UnavailableError before `start` and after `stop`."""
         host, server = self._running()
         own = {"endpoint": server.endpoint, "num_clients": server.num_clients, "running": server.is_alive}
-        return {**host.status(), **own}
+        return {**host.status(), **own, "compute_s": server.compute_s}
+
+    def hold(self, units: Sequence[tuple[int, int]]) -> None:
+        """Be home to these units from now on, and to no others; returns when all are read, serving meanwhile."""
+        with self._holding:
+            self._running()[0].hold(units)
 
     def drain(self, timeout_s: float = 10.0) -> bool:
         """Refuse new engines and finish what has been asked for; False if `timeout_s` passes first."""
@@ -109,12 +117,12 @@ class ExpertHostActor:
             self._host.close()
         self._server = self._host = self._address = None
 
-    def _running(self) -> tuple[Host, HostServer]:
+    def _running(self) -> tuple[ExpertHost, HostServer]:
         if self._host is None or self._server is None:
             raise UnavailableError(f"expert host {self._options.host.host_id} is not running")
         return self._host, self._server
 
-    def _make_host(self) -> Host:
+    def _make_host(self) -> ExpertHost:
         from pregate.model.checkpoint import CheckpointReader
         from pregate.workers.host.host import ExpertHost
 
@@ -122,7 +130,7 @@ class ExpertHostActor:
             CheckpointReader(self._options.checkpoint, self._options.parent), self._options.units, self._options.host
         )
 
-    def _endpoint(self, host: Host) -> str:
+    def _endpoint(self, host: ExpertHost) -> str:
         if self._options.transport == "ipc":
             # The incarnation is in the name: a restarted host never listens where its forerunner did.
             return f"ipc://{self._options.ipc_folder}/host-{host.options.host_id}-{host.incarnation[:8]}.sock"

@@ -49,6 +49,8 @@ class ComputeThread:
         self._stopping = threading.Event()
         self._busy: tuple[Message | None, float] = (None, 0.0)
         self._progress = 0
+        #: Seconds in which messages were handled, so far.
+        self.compute_s = 0.0
         self._quiet = False
         self._thread = threading.Thread(target=self._run, name="pregate-compute", daemon=True)
 
@@ -88,6 +90,7 @@ class ComputeThread:
             if answer is not None:
                 transport.send(self._socket, peer.bytes, encode(answer))
             self._progress += 1
+            self.compute_s += time.monotonic() - self._busy[1] if self._busy[0] else 0.0
             self._busy = (None, 0.0)
         self._socket.close()
 

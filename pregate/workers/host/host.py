@@ -6,6 +6,7 @@ Shape letters: N rows of a group, P (row, expert) pairs, D hidden width.
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -135,6 +136,7 @@ class ExpertHost:
         self._looks_ahead = options.lookahead and self._store.tiered
         self._prefetcher = Prefetcher(self._store) if self._looks_ahead else None
         self._plans = PlanShelf(options.num_plans)
+        self._turn = threading.Lock()  # of a group, or of a change of what this host is home to
         self._num_groups = 0
         self._num_rows = 0
         self._num_pairs = 0
@@ -186,6 +188,20 @@ class ExpertHost:
         self._plans.forget(engine)
         self._store.forget(engine)
 
+    def hold(self, units: Iterable[tuple[int, int]]) -> None:
+        """Be home to these units from now on, and to no others; returns when all are read. From any one thread, while
+        another computes. Raises what a unit could not be read for, when all others have been."""
+        failed: Exception | None = None
+        with self._turn:
+            loads = self._store.rehome(units)
+        for load in loads:
+            try:
+                self._store.carry_out(load)
+            except Exception as error:  # noqa: BLE001 - raised below: the other slots are to be filled first
+                failed = error
+        if failed is not None:
+            raise failed
+
     def close(self) -> None:
         if self._prefetcher is not None:
             self._prefetcher.stop()
@@ -197,7 +213,7 @@ class ExpertHost:
         y_PD = rows_ND.new_empty(0, rows_ND.shape[1])
         if index.num_pairs:
             x_ND = rows_ND.to(self._device, self._dtype)
-            with torch.no_grad():
+            with self._turn, torch.no_grad():
                 if self._store.tiered:
                     y_PD = self._compute_in_waves(key, x_ND, index)
                 else:

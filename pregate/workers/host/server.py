@@ -70,6 +70,11 @@ class HostServer:
         return self._compute.is_alive and self._control.is_alive
 
     @property
+    def compute_s(self) -> float:
+        """For how long groups and plans were computed so far."""
+        return self._compute.compute_s
+
+    @property
     def num_clients(self) -> int:
         return len(self._clients)
 

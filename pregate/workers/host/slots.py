@@ -89,11 +89,13 @@ class SlotPool:
 
     def grow(self, num_slots: int) -> None:
         """Add slots. A stack is one piece of memory, so all that is held is copied, slot by slot, and for a while held
-        twice: for the start, where an engine brings its shared units, not for a miss."""
-        old, held = self.weights, self.weights.num_slots
-        self.weights = self._layout.allocate(held + num_slots, self._width, self._hidden)
-        for slot, (layer, _) in self._owner.items():
-            self._layout.move(old, slot, self.weights, slot)
+        twice: for the start, where an engine brings its shared units, and for new homes, not for a miss."""
+        held = self.weights.num_slots
+        grown = self._layout.allocate(held + num_slots, self._width, self._hidden)
+        for slot in self._owner:
+            self._layout.move(self.weights, slot, grown, slot)
+        self.weights = grown
+        for layer, _ in self._owner.values():
             self._map.versions[layer] += 1
         self._free = [*range(held, held + num_slots)[::-1], *self._free]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class UnitStore:
         self._asked: tuple[int, np.ndarray] | None = None
         self._pools: dict[int, SlotPool] = {}
         self._rooms: dict[int, Room] = {}
+        self._spare_slots = spare_slots
         sizes = [reader.unit_bytes(layer) for layer, _ in units if 0 <= layer < len(self._cuts)]
         share = resident_share(resident, sizes)
         #: Whether home units come and go.
@@ -83,12 +85,10 @@ class UnitStore:
         homes = Counter(layer for layer, _ in units)
         for width in dict.fromkeys(cut.expert_width for cut in self._cuts if cut.num_routed):
             layers = [n for n, cut in enumerate(self._cuts) if cut.num_routed and cut.expert_width == width]
-            foreign = [self._cuts[n].num_routed - homes[n] for n in layers]
-            num_slots = sum(homes[n] for n in layers)
             if self.tiered:
-                num_slots = max(2, int(share * num_slots + 1e-6))
+                num_slots = max(2, int(share * sum(homes[n] for n in layers) + 1e-6))
             else:
-                num_slots += min(max(spare_slots, *foreign, 0), sum(foreign))
+                num_slots = self._num_slots(layers, homes)
             shared = sum(self._cuts[n].num_shared for n in layers) * reserve_shared
             self._pools[width] = SlotPool(layout, width, reader.hidden_size, num_slots + shared, self._map)
             mask = np.zeros(shape, dtype=bool)
@@ -99,8 +99,39 @@ class UnitStore:
         for layer, expert in units:
             self._check_exists(layer, np.array([expert]))
             if not self.tiered or self._num_free(self._room(layer)):
-                self._carry_out(self._take((layer, expert), ahead=False))
+                self.carry_out(self._take((layer, expert), ahead=False))
                 self._fixed_LR[layer, expert] = not self.tiered
+
+    def _num_slots(self, layers: Iterable[int], homes: Mapping[int, int]) -> int:
+        """How many slots layers of one width want that have so many units at home here: those, and guests."""
+        foreign = [int(self._routed_L[n]) - homes[n] for n in layers]
+        return sum(homes[n] for n in layers) + min(max(self._spare_slots, *foreign, 0), sum(foreign))
+
+    def rehome(self, units: Iterable[Unit]) -> list[Load]:
+        """Be home to these units from now on, and to no others: those leave. Between two uses of what is held.
+
+        Returns what is to be read, each for `carry_out`. Slots are added where they are too few, never taken away;
+        where home units come and go there are as many as before, and nothing is read ahead.
+        """
+        if self.tiered:
+            return []
+        wanted_LR = np.zeros(self.shape, dtype=bool)
+        for layer, expert in units:
+            self._check_exists(layer, np.array([expert]))
+            wanted_LR[layer, expert] = True
+        with self._changed:
+            for layer, expert in np.argwhere(self._fixed_LR & self._held_LR & ~wanted_LR).tolist():
+                self._evict((layer, expert))
+            self._fixed_LR, self._num_fixed = wanted_LR, int(wanted_LR.sum())
+            homes = dict(enumerate(wanted_LR.sum(axis=1).tolist()))
+            for width, room in self._rooms.items():
+                more = self._num_slots(np.flatnonzero(room.mask_LR.any(axis=1)).tolist(), homes) - room.num_slots
+                if more > 0:
+                    room.pool.grow(more)
+                    self._rooms[width] = replace(room, num_slots=room.num_slots + more)
+            absent = np.argwhere(wanted_LR & ~self._held_LR & ~self._coming_LR).tolist()
+            loads = [self._make_room((layer, expert)) for layer, expert in absent]
+        return [load for load in loads if load is not None]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -266,7 +297,7 @@ class UnitStore:
     def finish(self, load: Load) -> None:
         """Load ahead, and let it be found. A failure is left to whoever asks for the unit."""
         try:
-            self._carry_out(load)
+            self.carry_out(load)
         except PregateError as error:
             _log.warning("%s", error)
             self._failed_LR[load.unit] = True
@@ -298,7 +329,7 @@ class UnitStore:
                     if time.monotonic() > deadline_s:
                         raise PregateError(f"unit {unit} has not come within {LOAD_TIMEOUT_S:g} s")
                     self._changed.wait(LOAD_TIMEOUT_S)
-        self._carry_out(load)
+        self.carry_out(load)
         self._failed_LR[unit] = False
 
     def _make_room(self, unit: Unit) -> Load | None:
@@ -324,7 +355,8 @@ class UnitStore:
         self._fresh_LR[unit] = ahead and not self._in_use_LR[unit]
         return Load(unit, pool, pool.take(layer, int(self._first_L[layer]) + expert), ahead)
 
-    def _carry_out(self, load: Load) -> None:
+    def carry_out(self, load: Load) -> None:
+        """Read a unit into the slot that was taken for it, and let it be found."""
         try:
             weights = self._source.read(load.unit, self._farthest)
             with self._copies.copying():

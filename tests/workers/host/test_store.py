@@ -140,3 +140,21 @@ def test_a_shard_that_changed_is_refused_and_what_is_held_stays(unit_checkpoint,
     assert (store.stats.num_units, store.versions.tolist()) == (4, [2, 0, 2])
     assert store.lookup(0, i32(1, 4))[0].tolist() == [0, 1]
     hold(store, CheckpointReader(unit_checkpoint), 0, [1, 4])
+
+
+def test_new_homes_get_slots_and_old_ones_leave_theirs(reader):
+    store = make_store(reader)
+    store.lookup(0, i32(5))  # a guest
+    for load in store.rehome([*((0, n) for n in range(6)), *((2, n) for n in range(5))]):
+        store.carry_out(load)
+    hold(store, reader, 0, [0, 1, 2, 3, 4, 5])
+    hold(store, reader, 2, [0, 1, 2, 3, 4])
+    store.lookup(0, i32(0, 1, 2, 3, 4, 5))
+    assert (store.stats.misses, store.complete) == (1, True)
+    assert store.rehome([(0, 1), (2, 0)]) == []
+    hold(store, reader, 0, [1])
+    hold(store, reader, 2, [0])
+    store.lookup(0, i32(0, 3))  # guests again, one of which leaves for a home
+    (load,) = store.rehome([(0, 1), (0, 0), (2, 0), (2, 1)])
+    store.carry_out(load)
+    hold(store, reader, 2, [0, 1])

@@ -1,0 +1,171 @@
+"""More hosts and fewer, on a real Ray, while clients ask: no request fails, and every text is the reference's."""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from pregate.base.options import to_dict
+from pregate.cli.main import main
+from pregate.client.client import Client
+from pregate.cluster import host_load
+from pregate.cluster.calls import call
+from pregate.cluster.children import RayChildren
+from pregate.cluster.config import ServeConfig
+from pregate.cluster.launch import launch
+from pregate.cluster.ray_start import init_local
+from pregate.model.modeling import RoutedForCausalLM
+from pregate.router.doors.grpc_options import GrpcOptions
+from tests.equality import Tally, reference_texts
+from tests.router.running import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+NUM_PROMPTS, NUM_TOKENS, NUM_CLIENTS, NUM_CALLS = 8, 24, 4, 100
+#: In `make test` up and down once, in `make chaos` over and over.
+ROUNDS = int(os.environ.get("PREGATE_CHAOS_KILLS", "1")) // 10 or 1
+
+
+@pytest.fixture(scope="module")
+def references(tiny_path_checkpoint):
+    reference = RoutedForCausalLM.from_pretrained(tiny_path_checkpoint).eval()
+    rng = np.random.default_rng(11)
+    vocab_size = reference.config.text_config.vocab_size
+    prompts = [[1, *rng.integers(3, vocab_size, size=n).tolist()] for n in rng.integers(4, 60, size=NUM_PROMPTS)]
+    return reference_texts(reference, prompts, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def deployment(tiny_path_checkpoint):
+    """One host, a supervisor and a door, on a Ray of the tests' own."""
+    folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
+    init_local(Path(folder) / "ray", 8, namespace="pregate")
+    made = launch(ServeConfig.from_dict({"model": str(tiny_path_checkpoint), "hosts": 1, "drain_s": 1.0}))
+    host, port = made.add_door(GrpcOptions(port=0))
+    yield made, f"{host}:{port}"
+    made.close()
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Load:
+    """Clients that ask for one text after another, and hold each to its reference."""
+
+    def __init__(self, target, references) -> None:
+        self.tally, self.num_texts, self.failures = Tally(), 0, []
+        self._target, self._references, self._stopping = target, references, threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(NUM_CLIENTS)]
+
+    def _ask(self, first: int) -> None:
+        with Client(self._target, timeout_s=120, retry_s=0) as client:
+            number = first
+            while not self._stopping.is_set():
+                reference = self._references[number % NUM_PROMPTS]
+                try:
+                    made = client.complete(reference.prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
+                except Exception as error:  # noqa: BLE001 - the test fails with it
+                    self.failures.append(error)
+                    return
+                self.tally.compare_text(f"prompt {number % NUM_PROMPTS}", reference, made.token_ids)
+                self.num_texts += 1
+                number += NUM_CLIENTS
+
+    def __enter__(self):
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join(120)
+        assert not self.failures, self.failures[0]
+        self.tally.check()
+
+
+def hosts_that_serve(target):
+    with Client(target, timeout_s=60) as client:
+        return [host.num_units for host in client.loads().hosts]
+
+
+def host_processes():
+    return [p for p in psutil.Process().children(recursive=True) if "ExpertHostActor" in " ".join(p.cmdline())]
+
+
+def test_up_and_down_under_load(deployment, references, capsys):
+    """As `pregate scale` does it; hosts hold what they serve and no more, and those taken away are gone."""
+    _, target = deployment
+    with Load(target, references) as load:
+        for _ in range(ROUNDS):
+            for hosts in (4, 2):
+                before = load.num_texts
+                assert main(["scale", "--hosts", str(hosts), "--ray-address", "auto"]) == 0
+                assert f"{hosts} hosts serve pregate" in capsys.readouterr().out
+                wait_for(lambda: sum(hosts_that_serve(target)) == 18, what="units counted once")
+                assert len(hosts_that_serve(target)) == hosts
+                assert min(hosts_that_serve(target)) == 18 // hosts
+                wait_for(lambda: load.num_texts > before + NUM_CLIENTS, what="texts with so many hosts")  # noqa: B023
+        wait_for(lambda: len(host_processes()) == 2, what="the end of hosts that were taken away")
+    assert load.num_texts > 8
+
+
+def test_of_100_calls_at_once_the_last_wins(deployment, references):
+    """Each is answered: with its number where that is reached, else with the number that superseded it."""
+    made, target = deployment
+    supervisor = made._supervisor
+    wanted = [int(n) for n in np.random.default_rng(5).integers(1, 5, size=NUM_CALLS)]
+    with Load(target, references):
+        answers = ray.get([supervisor.scale.remote(hosts) for hosts in wanted], timeout=300)
+        assert all("failure" not in answer for answer in answers), answers
+        reached = [(n, a["hosts"]) for n, a in zip(wanted, answers, strict=True) if "superseded_by" not in a]
+        assert reached and all(number == hosts for number, hosts in reached)
+        assert answers[-1] == {"hosts": wanted[-1]}
+        assert len(hosts_that_serve(target)) == wanted[-1] and len(host_processes()) == wanted[-1]
+        wait_for(lambda: sum(hosts_that_serve(target)) == 18, what="units counted once")
+
+
+def test_a_number_that_cannot_be_is_refused_and_nothing_changes(deployment):
+    made, target = deployment
+    before = len(hosts_that_serve(target))
+    reply = call(made._supervisor, "scale", 7)
+    assert reply["failure"]["message"].startswith("--hosts 7: allowed: 0 to 6")
+    assert len(hosts_that_serve(target)) == before
+
+
+def test_by_load_and_by_use(tiny_path_checkpoint, references, monkeypatch):
+    """More hosts while clients ask, units to where one text wants them, fewer hosts when nobody asks any more."""
+    monkeypatch.setattr(host_load, "UP_S", 1.0)
+    monkeypatch.setattr(host_load, "DOWN_S", 3.0)
+    bounds = {"hosts": 2, "min_hosts": 1, "max_hosts": 3, "host_load": 0.01, "rebalance_s": 1.0}
+    values = {"model": str(tiny_path_checkpoint), "name": "elastic", "placement": "balanced", "drain_s": 1.0, **bounds}
+
+    async def main():
+        children, notes = RayChildren(ServeConfig.from_dict(values)), []
+
+        async def until(wanted):
+            give_up_s = time.monotonic() + 120
+            while not wanted(" ".join(notes)):
+                assert time.monotonic() < give_up_s, notes
+                health = await children.check()
+                assert not health.lost
+                notes.extend(health.notes)
+                await asyncio.sleep(0.2)
+
+        try:
+            await children.start()
+            door = await children.add_door("me", to_dict(GrpcOptions(port=0)))
+            with Load(f"127.0.0.1:{door['port']}", references[:1] * NUM_PROMPTS):
+                await until(lambda said: "scaled from 2 to 3 hosts" in said and "units were moved" in said)
+            await until(lambda said: "to 1 hosts" in said)
+            assert len(children._info["hosts"]) == 1
+        finally:
+            await children.stop(1.0)
+
+    asyncio.run(main())
