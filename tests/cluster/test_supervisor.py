@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import ray
 
-from pregate.base.errors import CheckpointError
+from pregate.base.errors import CheckpointError, UserError
 from pregate.cluster import run_folder, supervisor
 from pregate.cluster.supervisor import Health, Supervisor
 
@@ -36,6 +36,11 @@ class Children:
 
     async def drop_doors(self, owner, grace_s):
         self.dropped.append(owner)
+
+    async def scale(self, hosts):
+        if hosts > 6:
+            raise UserError.of("--hosts", hosts, "allowed: 0 to 6")
+        return {"hosts": hosts}
 
     async def check(self):
         if self.fault is not None:
@@ -160,6 +165,18 @@ def test_a_start_that_fails_says_why_in_its_own_words(run, tmp_path):
     assert status["failure"] == {"code": "INVALID_ARGUMENT", "message": "config.json: damaged"}
     assert stopped_with == [0]
     assert list(tmp_path.iterdir())
+
+
+def test_a_deployment_is_scaled_while_it_serves_and_a_refusal_crosses_ray(run):
+    async def scenario(one, children):
+        before = await one.scale(2)
+        await start(one)
+        return before, await one.scale(2), await one.scale(7)
+
+    (before, reached, refused), _ = run(scenario)
+    assert before["failure"] == {"code": "UNAVAILABLE", "message": "deployment 'one' is new"}
+    assert reached == {"hosts": 2}
+    assert refused["failure"] == {"code": "INVALID_ARGUMENT", "message": "--hosts 7: allowed: 0 to 6"}
 
 
 def test_a_lapsed_lease_stops_what_nobody_else_wants(run):
