@@ -30,7 +30,8 @@ from tests.router.running import wait_for
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_PROMPTS, NUM_TOKENS, NUM_CLIENTS, NUM_CALLS = 8, 24, 4, 100
 #: In `make test` up and down once, in `make chaos` over and over.
-ROUNDS = int(os.environ.get("PREGATE_CHAOS_KILLS", "1")) // 10 or 1
+CHAOS = "PREGATE_CHAOS_KILLS" in os.environ
+ROUNDS = 5 if CHAOS else 1
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,7 @@ def test_a_number_that_cannot_be_is_refused_and_nothing_changes(deployment):
     assert len(hosts_that_serve(target)) == before
 
 
+@pytest.mark.skipif(not CHAOS, reason="make chaos: what it decides by is tested in tests/cluster")
 def test_by_load_and_by_use(tiny_path_checkpoint, references, monkeypatch):
     """More hosts while clients ask, units to where one text wants them, fewer hosts when nobody asks any more."""
     monkeypatch.setattr(host_load, "UP_S", 1.0)

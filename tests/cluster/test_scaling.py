@@ -103,7 +103,7 @@ def test_what_fails_in_passing_is_done_again_and_what_cannot_be_is_said(monkeypa
         with pytest.raises(UnavailableError, match="no room for another host"):
             await scale.to(6)
         assert len(hosts.parts) == 4
-        with pytest.raises(UserError, match="--hosts 9: allowed: 0 to 8"):
+        with pytest.raises(UserError, match="hosts 9: allowed: 0 to 8"):
             await scale.to(9)
         assert await scale.to(1) == {"hosts": 1}
 
@@ -140,7 +140,7 @@ def test_units_follow_use_and_stay_when_little_would_be_gained():
 
 def test_a_number_beyond_those_of_the_deployment_is_refused():
     async def scenario(scale, hosts, rows_LR):
-        with pytest.raises(UserError, match=r"--hosts 5: allowed in this deployment: 2 \(--min-hosts\) to 4"):
+        with pytest.raises(UserError, match=r"hosts 5: allowed in this deployment: 2 \(min_hosts\) to 4"):
             await scale.to(5)
 
     run(scenario, min_hosts=2, max_hosts=4)
