@@ -123,13 +123,15 @@ class Members:
     def replace(self, host: int, client: HostClient) -> None:
         """Let another process be this host from now on, or the next one. It serves when it has been greeted."""
         assert host <= len(self.clients), "hosts are added one after another"
+        reason = "it was replaced"
         if host == len(self.clients):
             self.clients.append(client)
+            reason = "it was added"
         else:
             self.clients[host].close()
             self.clients[host] = client
         client.fence(self._hello)
         if host not in self.lost:
-            self.lost[host], self.lost_at_s[host] = "it has not answered yet", time.monotonic()
+            self.lost[host], self.lost_at_s[host] = reason, time.monotonic()
             self._settle()
         self._pause_s[host], self._backoffs[host] = 0.0, Backoff(FIRST_PAUSE_S, MAX_PAUSE_S)
