@@ -159,7 +159,7 @@ class Scaling:
                     await hosts.move(some)
                     give_up_s = time.monotonic() + self._config.start_timeout_s
                     continue
-            except (ray.exceptions.RayError, asyncio.TimeoutError) as error:
+            except (ray.exceptions.RayError, asyncio.TimeoutError, UnavailableError) as error:
                 logger.warning("units could not be moved, and will be again: %s", f"{type(error).__name__}: {error}")
             if time.monotonic() > give_up_s:
                 raise UnavailableError(f"units could not be moved for {self._config.start_timeout_s:.0f} s")

@@ -122,7 +122,8 @@ class InProcessClient:
 
     def fence(self, hello: Hello | None = None) -> None:
         self._groups = {}
-        self._engine = self._engine if hello is None else hello.engine
+        if hello is not None:
+            self._engine = hello.engine
 
     def returned(self) -> bool:
         return True
