@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +31,20 @@ from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.files.streamed import load_any
 from pregate.convert.measure.agreement import AgreementMeter
-from pregate.convert.measure.control_table import LINEAR, ORACLE, PAPER, PATH, RANDOM, STATIC, control_rows, own_name
+from pregate.convert.measure.control_table import (
+    DENSE,
+    LINEAR,
+    ORACLE,
+    PAPER,
+    PATH,
+    RANDOM,
+    STATIC,
+    control_rows,
+    own_name,
+)
 from pregate.convert.measure.evaluate import EvaluateOptions, evaluate
 from pregate.convert.measure.scored_text import ScoredText
-from pregate.convert.measure.scoring import score_rows
+from pregate.convert.measure.scoring import Score, score_rows
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.convert.progress import RichProgress
 from pregate.convert.text.documents import draw_documents, read_documents
@@ -141,16 +152,25 @@ class SmolLM2:
     def beside(self, cut: Cut, kind: str, seed: int, controls: tuple[str, ...]) -> None:
         """Rows of a checkpoint beside its dense parent and these controls alone: every one is a pass over the text."""
         folder = read_folder(self.checkpoint(cut, kind, seed))
-        model, parent = load_any(folder), load_any(read_folder(self.args.parent))
+        model = load_any(folder)
         for name, file in TESTS.items():
             text = ScoredText.read(folder, (self.args.shared_folder / "text" / file,), self.args.tokens, 0)
 
-            def made(text: ScoredText = text) -> dict[str, Any]:
-                table = control_rows(model, text.rows, text.num_bytes, parent, 0, self.progress, controls)
+            def made(name: str = name, text: ScoredText = text) -> dict[str, Any]:
+                dense = self._parent(name, text.num_tokens)
+                table = control_rows(model, text.rows, text.num_bytes, dense, 0, self.progress, controls)
                 own: dict[str, Any] = dict(table[own_name(model)])
                 return own | {"routing": model.config.routing, "num_documents": len(text.rows), "controls": table}
 
             self.row(cut, kind, seed, name, made)
+
+    def _parent(self, name: str, num_tokens: int) -> Any:
+        """What the dense parent scored of a text, where a row says it already; else the parent."""
+        for path in (self.work / "rows").glob(f"*-{name}-{self.args.tokens}.json"):
+            found = json.loads(path.read_text())
+            if "controls" in found:
+                return Score(math.log(found["controls"][DENSE]["perplexity"]) * num_tokens, num_tokens)
+        return load_any(read_folder(self.args.parent))
 
     @torch.no_grad()
     def shares(self, cut: Cut, seed: int) -> None:

@@ -40,13 +40,16 @@ def control_rows(
 ) -> dict[str, dict[str, float]]:
     """Score `rows` by every routing `model` can be compared with; name -> figures, in the order of a table.
 
-    `parent` is the dense model; None: `model` with every expert on, which must be the same (`parent.dense_of`).
+    `parent` is the dense model, or what it scored before; None: `model` with every expert on, which must be the same
+    (`parent.dense_of`).
     `only`: the controls wanted beside the dense parent (None: all).
     Where no layer has a representative gate (Read-ME's cut has none) the paper's gate is left out. A control's
     agreement with the oracle is that on the hidden states its own routing leads to; a control that takes a fixed
     number of experts is compared with an oracle that takes as many.
     """
-    if parent is None:
+    if isinstance(parent, Score):
+        dense = parent
+    elif parent is None:
         assert model.is_partition, "not its own parent"
         dense = score_rows(model, rows, None, progress, AllPolicy(), DENSE)
     else:

@@ -55,6 +55,9 @@ def _own_names(kind: str) -> list[str]:
 
 def test_only_what_is_asked_for_is_scored(checkpoint: tuple[str, Path], table: dict, tiny_dense: Path):
     some = control_rows(_load(checkpoint[1]), ROWS, NUM_BYTES, _dense(tiny_dense), only=("oracle", "random routing"))
+    assert control_rows(_load(checkpoint[1]), ROWS, NUM_BYTES, score_rows(_dense(tiny_dense), ROWS), only=()) == {
+        "dense parent": table["dense parent"]
+    }
     assert some == {name: table[name] for name in ("dense parent", "random routing", "oracle")}
 
 
