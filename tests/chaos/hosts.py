@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import time
@@ -19,6 +18,7 @@ from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.actor import ActorOptions
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
+from tests.processes import PROCESSES
 from tests.router.serving import Recorder, Served, host_process
 
 QUICK = ChannelOptions(host_timeout_s=1.5, cut_timeout_s=0.3)
@@ -32,8 +32,7 @@ class Cluster:
 
     def __init__(self, path: Path, copies_LRC: np.ndarray, folder: Path, **options) -> None:
         self._path, self._copies_LRC, self._folder, self._options = path, copies_LRC, folder, options
-        self._spawn = multiprocessing.get_context("spawn")
-        self._ready = self._spawn.Queue()
+        self._ready = PROCESSES.Queue()
         self.num_hosts = int(copies_LRC.max()) + 1
         self._all: list = []
         self._spares = [self._process() for _ in range(self.num_hosts + 1)]
@@ -41,8 +40,8 @@ class Cluster:
         self.addresses: list[HostAddress] = [self.start(host) for host in range(self.num_hosts)]
 
     def _process(self):
-        orders = self._spawn.Queue()
-        process = self._spawn.Process(target=host_process, args=(orders, self._ready), daemon=True)
+        orders = PROCESSES.Queue()
+        process = PROCESSES.Process(target=host_process, args=(orders, self._ready), daemon=True)
         process.start()
         self._all.append(process)
         return process, orders

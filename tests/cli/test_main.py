@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from pregate.cli.main import _spread, main
+from pregate.client import connection
 from pregate.convert.cut.options import RECIPES
 
 DECOUPLE = ("--model", "TINY", "--out", "/no/such", "--text", "/no/such")
@@ -93,7 +94,9 @@ def test_a_damaged_checkpoint_names_the_file(capsys, layerwise_checkpoint, tmp_p
     assert "manifest.json: missing" in fails(capsys, "serve", "--model", folder)
 
 
-def test_an_unreachable_target_is_a_failure_not_bad_input(capsys):
+def test_an_unreachable_target_is_a_failure_not_bad_input(capsys, monkeypatch):
+    for name in ("_FIRST_WAIT_S", "_LONGEST_WAIT_S"):  # longer than it is tried for: no second attempt
+        monkeypatch.setattr(connection, name, 100.0)
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         assert main(["generate", "--target", f"127.0.0.1:{nobody.getsockname()[1]}", "--prompt", "a"]) == 1

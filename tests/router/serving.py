@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,6 +27,7 @@ from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
 from tests.equality import ReferenceText, Tally
+from tests.processes import PROCESSES
 
 
 def weigh_experts(source: Path, path: Path) -> None:
@@ -76,10 +76,9 @@ class HostProcesses:
 
     def __init__(self, num_hosts: int, folder: Path) -> None:
         self._folder = folder
-        spawn = multiprocessing.get_context("spawn")
-        self._ready, self._orders = spawn.Queue(), [spawn.Queue() for _ in range(num_hosts)]
+        self._ready, self._orders = PROCESSES.Queue(), [PROCESSES.Queue() for _ in range(num_hosts)]
         self._processes = [
-            spawn.Process(target=host_process, args=(orders, self._ready), daemon=True) for orders in self._orders
+            PROCESSES.Process(target=host_process, args=(orders, self._ready), daemon=True) for orders in self._orders
         ]
         for process in self._processes:
             process.start()

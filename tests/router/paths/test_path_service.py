@@ -1,7 +1,6 @@
 """The path service beside an engine, behind a front door: the same answers, and an end for every prompt."""
 
 import asyncio
-import multiprocessing
 import threading
 import time
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pregate.router.paths.options import PathOptions
 from pregate.router.paths.prompts import Prompts
 from pregate.router.paths.server import PathServer
 from tests.equality import reference_texts
+from tests.processes import PROCESSES
 from tests.router.running import LoopThread, RawDoor, engine_thread, local_engine, wait_for
 
 PROMPTS = [[1, *np.random.default_rng(n).integers(3, 200, n).tolist()] for n in (4, 30, 60)]
@@ -155,9 +155,8 @@ def run_actor(model, endpoint, ready):
 
 def test_its_death_is_seen_within_five_seconds(tiny_path_checkpoint, endpoint, engine):
     """By those that wait, and by health."""
-    spawn = multiprocessing.get_context("spawn")
-    ready = spawn.Queue()
-    process = spawn.Process(target=run_actor, args=(str(tiny_path_checkpoint), endpoint + "p", ready), daemon=True)
+    ready = PROCESSES.Queue()
+    process = PROCESSES.Process(target=run_actor, args=(str(tiny_path_checkpoint), endpoint + "p", ready), daemon=True)
     process.start()
     try:
         ready.get(timeout=120)

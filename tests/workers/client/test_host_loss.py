@@ -1,6 +1,5 @@
 """Hosts in processes of their own that are killed, or stopped and woken again."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -14,6 +13,7 @@ from pregate.workers.client.channel import ChannelClient
 from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.actor import ActorOptions
 from pregate.workers.link.protocol import GroupKey
+from tests.processes import PROCESSES
 
 HOST_TIMEOUT_S = 1.0
 KEY = GroupKey("e", 1, 0, 0)
@@ -36,9 +36,8 @@ class HostProcess:
     def ensure(self):
         """Return the process and the address it serves at."""
         if self._process is None or not self._process.is_alive():
-            spawn = multiprocessing.get_context("spawn")
-            addresses = spawn.Queue()
-            self._process = spawn.Process(target=serve_forever, args=(self._folder, addresses), daemon=True)
+            addresses = PROCESSES.Queue()
+            self._process = PROCESSES.Process(target=serve_forever, args=(self._folder, addresses), daemon=True)
             self._process.start()
             self._address = addresses.get(timeout=240)
         return self._process, self._address
