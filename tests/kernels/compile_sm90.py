@@ -135,9 +135,10 @@ def configurations() -> Iterator[Config]:
                 continue
             yield replace(plain, element="fp16", act="gelu", weighted=True)
             yield replace(plain, act="gelu_pytorch_tanh", weighted=True)
-        for block_m in {16, 128} & set(rows) if not plain.is_decode else ():
+        for block_m in sorted({16, 128} & set(rows)) if not plain.is_decode else ():
             yield Config(kernel, block_m, table.sizes(kernel, block_m), tma=False)
-        yield from (Config(kernel, m, sizes, quant=quant) for m, sizes in rows.items() for quant in QUANTISED)
+        ends = {min(rows), max(rows)}
+        yield from (Config(kernel, m, rows[m], quant=quant) for m in sorted(ends) for quant in QUANTISED)
         yield from (Config(kernel, m, FP32_SIZES, element="fp32") for m in rows)
     yield Config("gate_up", 128, FP32_SIZES, element="fp32", act="gelu", weighted=True)
     yield from cut_configurations(table)
