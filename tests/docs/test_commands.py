@@ -5,8 +5,6 @@ import importlib
 import importlib.util
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -151,11 +149,17 @@ def test_links_lead_somewhere(page: Path):
             assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, target
 
 
-def run(words: list[str], timeout_s: float = 120) -> str:
-    command = [sys.executable, "-m", "pregate.cli.main", *words[1:]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, cwd=ROOT)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run a command of ours in this process, which has imported all it needs; returns what it prints."""
+    monkeypatch.chdir(ROOT)
+
+    def run(words: list[str]) -> str:
+        code, said = cli.main(words[1:]), capsys.readouterr()
+        assert code == 0, f"{words}\n{said.out}\n{said.err}"
+        return said.out
+
+    return run
 
 
 def on_quartet(words: list[str], **changed: str) -> list[str]:
@@ -169,7 +173,7 @@ def on_quartet(words: list[str], **changed: str) -> list[str]:
 
 
 @pytest.mark.parametrize("verb", ["route", "doctor"])
-def test_what_is_cheap_runs(verb):
+def test_what_is_cheap_runs(verb, run):
     """The first command of README with that verb, on the model that ships."""
     words = next(w for b, w in COMMANDS if b.page == "README.md" and w[:2] == ["pregate", verb])
     assert run(on_quartet(words))
@@ -177,7 +181,7 @@ def test_what_is_cheap_runs(verb):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_what_is_said_to_a_server_runs():
+def test_what_is_said_to_a_server_runs(run):
     """`pregate serve` as README has it, and against it every Python block and every command that takes --target."""
     serve = next(w for b, w in COMMANDS if b.page == "README.md" and w[:3] == ["pregate", "serve", "--model"])
     with serving(*on_quartet(serve)[2:]) as running:
