@@ -126,7 +126,7 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         expected = list(completion.token_ids)
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
         assert streamed_ids(ask(port, stream=True)) == expected
-        running.process.send_signal(signal.SIGINT)
+        running.process.terminate()  # the demo ends with SIGINT
         assert running.process.wait(60) == 0
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
         app.send_signal(signal.SIGINT)
@@ -150,8 +150,8 @@ def cores_of_threads(process):
     return {tuple(os.sched_getaffinity(thread.id)) for thread in process.threads()}
 
 
-def test_a_stream_does_not_notice_that_a_host_died(layerwise_checkpoint):
-    """Nor does the next one: a new host takes its place, and the launcher's screen says so."""
+def test_a_stream_does_not_notice_that_a_host_died_and_the_supervisors_death_takes_all_it_owns(layerwise_checkpoint):
+    """Nor does the next stream: a new host takes its place, and the launcher's screen says so."""
     with serving("--model", layerwise_checkpoint, "--hosts", 2, "--pin-cores") as running:
         for process in (*running.children("ExpertHostActor"), *running.children("EngineActor")):
             assert any(len(cores) == 1 for cores in cores_of_threads(process))
@@ -166,9 +166,11 @@ def test_a_stream_does_not_notice_that_a_host_died(layerwise_checkpoint):
             eventually(lambda: len(running.children("ExpertHostActor")) == 2, what="another host")
             assert client.complete(PROMPT, max_tokens=300).token_ids == whole.token_ids
         assert re.search(r"host [01]: its process died .*a new one is started", running.log.read_text())
-        running.process.terminate()
-        assert running.process.wait(60) == 0
-        assert running.wait_nothing_left(10) == []
+        running.children("Supervisor")[0].kill()
+        assert running.process.wait(60) == 1
+        assert "the supervisor of the deployment is gone" in running.log.read_text()
+        shutil.rmtree(running.kept_logs.parent)
+        assert running.wait_nothing_left(30) == []
 
 
 def test_the_loss_of_ray_ends_a_start_at_once(path_checkpoint):
@@ -182,17 +184,8 @@ def test_the_loss_of_ray_ends_a_start_at_once(path_checkpoint):
 
 
 def test_the_launchers_own_death_leaves_nothing(path_checkpoint):
-    with serving("--model", path_checkpoint) as running:
+    with serving("--model", path_checkpoint, "--hosts", 0) as running:
         ports = listening_ports(processes_of(running.folder))
         running.process.kill()
         assert running.wait_nothing_left(60) == []
         assert still_listening(ports) == set()
-
-
-def test_the_supervisors_death_takes_all_it_owns(path_checkpoint):
-    with serving("--model", path_checkpoint) as running:
-        running.children("Supervisor")[0].kill()
-        assert running.process.wait(60) == 1
-        assert "the supervisor of the deployment is gone" in running.log.read_text()
-        shutil.rmtree(running.kept_logs.parent)
-        assert running.wait_nothing_left(30) == []

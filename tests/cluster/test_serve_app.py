@@ -148,7 +148,7 @@ def test_on_serves_command_line_a_bad_argument_is_one_sentence(layerwise_checkpo
 @pytest.mark.slow
 def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
     before = shared_memory()
-    with started(*SERVE_RUN, f"model={path_checkpoint}", until="is ready at") as app:
+    with started(*SERVE_RUN, f"model={path_checkpoint}", "hosts=0", until="is ready at") as app:
         ports = listening_ports(processes_of(app.folder))
         # Once, of many runs, the signal was lost: Serve prints that line a moment before it waits for one, and
         # callbacks of Ray swallow what is raised in them.
