@@ -54,18 +54,6 @@ class Paths:
         weights = None if self.weights is None else self.weights[rows]
         return Paths(self.ids[rows], weights, self.exact)
 
-    def __setitem__(self, rows: slice, paths: Paths) -> None:
-        assert (self.weights is None) == (paths.weights is None), "all rows have weights or none has"
-        self.ids[rows] = paths.ids
-        if self.weights is not None:
-            self.weights[rows] = paths.weights
-
-    def with_room(self, num_tokens: int) -> Paths:
-        """Return a copy of `num_tokens` rows, these first; the others are padding until they are set."""
-        rest = ((0, num_tokens - self.num_tokens), (0, 0), (0, 0))
-        weights = None if self.weights is None else np.pad(self.weights, rest)
-        return Paths(np.pad(self.ids, rest, constant_values=-1), weights, self.exact)
-
     @staticmethod
     def concatenate(parts: Sequence[Paths]) -> Paths:
         """Join paths of the same layers token-wise; ValueError unless all or none have weights."""

@@ -48,18 +48,3 @@ def test_joining_keeps_weights_and_refuses_to_drop_them():
     assert Paths.concatenate([plain, plain]).weights is None
     with pytest.raises(ValueError, match="1 of 2 parts have weights"):
         Paths.concatenate([plain, weighted])
-
-
-def test_rows_are_set_one_after_the_other_where_there_is_room():
-    plain = _paths([0, 3], [4, -1])
-    for weights in (None, np.array([[[0.5, 2.0], [0.25, 0.0]]], dtype=np.float32)):
-        one = Paths(plain.ids, weights)
-        grown = one.with_room(3)
-        grown[1:2] = one
-        assert grown.num_tokens == 3
-        assert (grown.ids == np.concatenate([one.ids, one.ids, np.full_like(one.ids, -1)])).all()
-        if weights is None:
-            assert grown.weights is None
-        else:
-            assert (grown.weights == np.concatenate([weights, weights, np.zeros_like(weights)])).all()
-        assert one.num_tokens == 1
