@@ -18,7 +18,6 @@ from pregate.cluster import children as module
 from pregate.cluster import part, pulse, run_folder
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.doctor import examine_cluster
 from pregate.cluster.doors import Doors
 from pregate.cluster.ray_start import init_local
 from pregate.router.doors.grpc_options import GrpcOptions
@@ -200,10 +199,3 @@ def test_no_room_in_a_cluster_is_waited_for_with_a_word_and_an_end(local_ray, pa
         await children.stop(0)
 
     asyncio.run(main())
-
-
-def test_doctor_asks_the_nodes_of_a_cluster(local_ray, path_checkpoint):
-    """The last of this file: it disconnects from Ray."""
-    address = ray.get_runtime_context().gcs_address
-    found = examine_cluster(address, {"model": str(path_checkpoint), "hosts": 2})
-    assert {f.what.split()[0]: f.state for f in found} == {"node": "ok", "room": "ok"}, found

@@ -1,10 +1,15 @@
-"""What `pregate doctor --ray-address` says of nodes; of real ones: test_children.py, tests/deploy/test_ray_up.py."""
+"""What `pregate doctor --ray-address` says of nodes; over real ones: tests/deploy/test_ray_up.py."""
 
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import ray
 
+from pregate.cluster.doctor import examine_cluster
 from pregate.cluster.nodes import NodeReport, compare, report_node, versions_here
+from pregate.cluster.ray_start import init_local, stop_ray
 
 HERE = {"python": "3.11.2", "ray": "2.60.0", "torch": "2.13.0", "transformers": "5.23.0", "pregate": "0.1.0"}
 WELL = NodeReport("10.0.0.1", "one", HERE, 10**9, 10**10, fingerprint="a")
@@ -46,3 +51,16 @@ def test_a_report_of_this_machine(path_checkpoint, tmp_path):
     assert report.fingerprint
     assert not report.model_error
     assert "no such" in report_node("10.0.0.1", 0.0, str(tmp_path / "none"), None).model_error.lower()
+
+
+@pytest.mark.ray
+def test_doctor_asks_the_nodes_of_a_cluster(path_checkpoint):
+    with tempfile.TemporaryDirectory(prefix="pgd-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        init_local(Path(folder), num_cpus=2)
+        try:
+            address = ray.get_runtime_context().gcs_address
+            found = examine_cluster(address, {"model": str(path_checkpoint), "hosts": 2})
+        finally:
+            stop_ray()
+    states = {f.what.split()[0]: f.state for f in found}
+    assert states == {"node": "ok", "room": "ok"}, found
