@@ -131,6 +131,6 @@ def _set_some_field(message: Any, rng: random.Random) -> None:
 def _packed(value: Any) -> bytes | None:
     """None for what msgpack cannot say."""
     try:
-        return bytes(msgpack.packb(value))
+        return msgpack.packb(value)
     except (OverflowError, ValueError, TypeError):
         return None

@@ -165,7 +165,7 @@ def test_cancels(target):
                     await call.read()
                 if number % 4 == 1:
                     await abort(pb.AbortRequest(request_ids=[f"r{number}"]).SerializeToString())
-                    while await call.read() is not grpc.aio.EOF:
+                    while await call.read() is not grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
                         pass
                 else:
                     call.cancel()
@@ -414,10 +414,11 @@ def test_nonsense_is_a_protocol_error_on_either_side():
     others = [index, beat, channel.NeedPlan(index.key, "i"), channel.Failure(None, "i", "INTERNAL", "x")]
     frames = [[bytes(f) for f in encode(message)] for message in (*to_host("e", "f", 4), *others)]
     for _ in range(NUM_MESSAGES):
-        for read, data in (
+        attempts: list[tuple[Callable[[Any], object], object]] = [
             (unpack, mutate_packet(pack([rng.choice((*TO_ENGINE, *TO_DOOR))]), rng)),
             (decode, mutate_frames(rng.choice(frames), rng)),
-        ):
+        ]
+        for read, data in attempts:
             try:
                 read(data)
                 told["read"] += 1

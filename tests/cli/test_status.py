@@ -71,7 +71,7 @@ def test_without_its_engine_the_server_is_described_and_the_reason_said(tiny_pat
         assert "tiny: up 0:00:" in printed.out and "torch" in printed.out
         assert re.fullmatch(r"pregate: the engine has been silent for \d+ s\n", printed.err)
         starting_file(f"ipc://{folder}/engine").touch()
-        wait_for(lambda: "starts again" in front.service.lost, what="the start")
+        wait_for(lambda: "starts again" in (front.service.lost or ""), what="the start")
         assert main(["status", "--target", front.target, "--json"]) == 1
         found = json.loads(capsys.readouterr().out)
         assert re.fullmatch(r"the engine starts again, for \d+ s already", found["error"])

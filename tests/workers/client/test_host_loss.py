@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.actor import ActorOptions
 from pregate.workers.link.protocol import GroupKey
 from tests.processes import PROCESSES
+from tests.router.running import wait_for
 
 HOST_TIMEOUT_S = 1.0
 KEY = GroupKey("e", 1, 0, 0)
@@ -23,6 +25,14 @@ def serve_forever(folder: str, addresses) -> None:
     actor = EchoActor(ActorOptions("", ipc_folder=folder, heartbeat_s=0.1))
     addresses.put(actor.start())
     time.sleep(300)
+
+
+def stop(host) -> None:
+    """SIGSTOP; returns when every thread stands still: until then one may still answer."""
+    os.kill(host.pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{host.pid}/task")
+    stands = lambda task: (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"  # noqa: E731
+    wait_for(lambda: all(map(stands, tasks.iterdir())), what="the stop")
 
 
 class HostProcess:
@@ -85,8 +95,7 @@ def poll_until_it_raises(client) -> None:
 @pytest.mark.slow
 def test_a_stopped_host_is_noticed_and_its_answer_discarded_when_it_wakes(process):
     host, client = process
-    os.kill(host.pid, signal.SIGSTOP)
-    os.waitpid(host.pid, os.WUNTRACED)  # until then one of its threads may still answer
+    stop(host)
     key = KEY._replace(step=2)
     client.send_group(key, torch.zeros(1, 8))
     assert lost_after_s(lambda: client.receive(key, 60.0)) < HOST_TIMEOUT_S + 1.0
@@ -100,8 +109,7 @@ def test_a_stopped_host_is_noticed_and_its_answer_discarded_when_it_wakes(proces
 @pytest.mark.slow
 def test_a_host_that_pauses_while_idle_is_taken_back_when_it_wakes(process):
     host, client = process
-    os.kill(host.pid, signal.SIGSTOP)
-    os.waitpid(host.pid, os.WUNTRACED)
+    stop(host)
     lost_after_s(lambda: poll_until_it_raises(client))
     time.sleep(2 * HOST_TIMEOUT_S)
     with pytest.raises(HostLostError):
