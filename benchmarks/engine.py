@@ -26,11 +26,13 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import AutoConfig
 
 from benchmarks.deployment import Deployment, deployed
 from benchmarks.engine_report import write_report
 from benchmarks.random_cut import random_cut
 from benchmarks.surroundings import ROOT, surroundings
+from pregate.kernels.cpu.packed import why_no_fp16
 
 #: (share of the FFN that runs in percent, shared, active) of 8 experts.
 CUTS = ((100, 3, 5), (75, 3, 3), (50, 2, 2), (25, 1, 1))
@@ -97,6 +99,29 @@ def measured_bounds() -> dict[str, float]:
     read = min(_seconds(data.sum) for _ in range(5))
     product = min(_seconds(lambda: square @ square) for _ in range(5))
     return {"bytes_per_s": data.nbytes / read, "flops_per_s": 2 * 2048**3 / product}
+
+
+def decode_bounds(parent: Path, shares: Sequence[int], counts: Sequence[int], machine: dict[str, float]) -> Any:
+    """New tokens per second by cut and count that reading weights and multiplying allow: no prefill, cache or Python.
+
+    Weights take 2 bytes where fp16 products run. Of its routed experts a step of T tokens reads 1 - (1 - active)^T.
+    """
+    config = AutoConfig.from_pretrained(parent)
+    width, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    attention = 2 * width * (heads + groups) * (getattr(config, "head_dim", None) or width // heads)
+    ffn, head = 3 * width * config.intermediate_size, width * config.vocab_size
+    found: dict[str, dict[str, float]] = {}
+    for share, shared, active in CUTS:
+        routed = 8 - shared
+        for count in counts if share in shares else ():
+            visited = (shared + routed * (1 - (1 - active / routed) ** count)) / 8
+            read, used = (config.num_hidden_layers * (attention + ffn * part) + head for part in (visited, share / 100))
+            taken_s = (
+                read * (4 if why_no_fp16() else 2) / machine["bytes_per_s"],
+                2 * count * used / machine["flops_per_s"],
+            )
+            found.setdefault(f"engine, {share} %", {})[str(count)] = count / max(taken_s)
+    return found
 
 
 def _seconds(call: Any) -> float:
@@ -197,6 +222,7 @@ def main() -> None:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         results: dict[str, Any] = {"bounds": measured_bounds(), "lean_step": lean_step(args.lean_step)}
         results |= {"stages_s": {}, "held_bytes": {}}
+        results["decode_bounds"] = decode_bounds(args.parent, args.shares, args.counts, results["bounds"])
         running, speeds = contenders(args, work, stack), Results(prompts, args)
         for contender in running:
             stack.callback(contender.close)

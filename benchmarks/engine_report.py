@@ -34,7 +34,15 @@ def write_report(results: dict[str, Any], out: Path) -> None:
     lines += [
         "",
         f"One thread of this machine reads {bounds['bytes_per_s'] / 1e9:.1f} GB/s and multiplies at "
-        f"{bounds['flops_per_s'] / 1e9:.0f} GFLOP/s (fp32, measured in the same run).",
+        f"{bounds['flops_per_s'] / 1e9:.0f} GFLOP/s (fp32, measured in the same run). That allows of decoding alone,",
+        "without prefill, cache, sampling and Python, whichever is less:",
+        "",
+        "| bound | " + " | ".join(counts) + " |",
+        "| --- | " + "--: | " * len(counts),
+        *(
+            f"| {name} | " + " | ".join(f"{row[c]:.0f}" for c in counts) + " |"
+            for name, row in results["decode_bounds"].items()
+        ),
     ]
     for name, roles in results["held_bytes"].items():
         held = ", ".join(f"{role} {held / 1e6:.0f}" for role, held in sorted(roles.items(), key=lambda item: -item[1]))
