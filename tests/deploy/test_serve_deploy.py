@@ -43,16 +43,8 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def call(self, config: dict | None = None) -> dict:
-        """What `serve deploy` puts, or `serve status` gets; each of them takes seconds."""
-        body, method = (None, "GET") if config is None else (json.dumps(config).encode(), "PUT")
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.address}/api/serve/applications/", body, headers, method=method)
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.loads(reply.read() or "{}")
-
     def application(self) -> dict:
-        return self.call().get("applications", {}).get("pregate", {"status": "NOT_STARTED"})
+        return yaml.safe_load(self.serve("status"))["applications"].get("pregate", {"status": "NOT_STARTED"})
 
     def wait(self, status: str) -> dict:
         give_up_s = time.monotonic() + TIMEOUT_S
@@ -63,7 +55,7 @@ class Cluster:
         return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster():
     port = free_port()
     with launched("-c", RAY, port) as running:
@@ -96,9 +88,11 @@ def test_deployed_changed_and_shut_down(cluster):
     assert first
 
     args["max_queued_requests"] = 17
-    cluster.call(config)
+    file.write_text(yaml.safe_dump(config))
+    cluster.serve("deploy", file)
     time.sleep(2)
-    assert cluster.wait("RUNNING")["deployed_app_config"]["args"]["max_queued_requests"] == 17
+    found = cluster.wait("RUNNING")
+    assert "17" in json.dumps(cluster.serve("config")), found
     assert ask(port, **body)["choices"][0]["text"] == first
 
     cluster.serve("shutdown", "--yes")
@@ -116,5 +110,7 @@ def test_an_unknown_key_is_named_in_the_status(cluster):
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     config["http_options"]["port"] = free_port()
     config["applications"][0]["args"] |= {"model": str(ROOT / "examples" / "quartet-paths"), "hostz": 2}
-    cluster.call(config)
+    file = cluster.folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(config))
+    cluster.serve("deploy", file)
     assert "hostz 2: unknown option" in cluster.wait("DEPLOY_FAILED")["message"]
