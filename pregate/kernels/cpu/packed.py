@@ -125,9 +125,7 @@ def onednn_product(weight_NK: torch.Tensor) -> Product:
 
 def fp16_product(weight_NK: torch.Tensor) -> Product:
     """A weight in fp16, in the order FBGEMM reads; rows and sums are fp32."""
-    pack, multiply = _fbgemm()
-    packed = pack(weight_NK.contiguous())
-    return lambda x_TK: multiply(x_TK, packed)
+    return _fbgemm()(weight_NK.contiguous())
 
 
 @cache
@@ -137,21 +135,29 @@ def why_no_fp16() -> str:
 
 
 @cache
-def _fbgemm() -> tuple[Callable[[torch.Tensor], Any], Callable[[torch.Tensor, Any], torch.Tensor]]:
-    """FBGEMM's packing and product. AttributeError, RuntimeError or NotImplementedError where torch has neither form.
+def _fbgemm() -> Callable[[torch.Tensor], Product]:
+    """What makes a product of FBGEMM. AttributeError, RuntimeError or NotImplementedError where torch has neither form.
 
     The older one costs a tenth to call; torch says that it will go.
     """
-    quantised = torch.ops.quantized
+
+    def older(weight_NK: torch.Tensor) -> Product:
+        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight_NK)
+        multiply: Any = torch.fbgemm_linear_fp16_weight_fp32_activation
+        return lambda x_TK: multiply(x_TK, packed, None)
+
+    def newer(weight_NK: torch.Tensor) -> Product:
+        packed = torch.ops.quantized.linear_prepack_fp16(weight_NK, None)
+        multiply = torch.ops.quantized.linear_dynamic_fp16
+        return lambda x_TK: multiply(x_TK, packed)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said at the first call only
         try:
-            pack: Any = torch.fbgemm_pack_gemm_matrix_fp16
-            multiply: Any = torch.fbgemm_linear_fp16_weight_fp32_activation
-            multiply(_ones(), pack(_ones()), None)
+            older(_ones())(_ones())
         except (AttributeError, RuntimeError, TypeError):
-            return lambda weight: quantised.linear_prepack_fp16(weight, None), quantised.linear_dynamic_fp16
-    return pack, lambda x_TK, packed: multiply(x_TK, packed, None)
+            return newer
+    return older
 
 
 def _ones(dtype: torch.dtype = torch.float32) -> torch.Tensor:
