@@ -78,3 +78,13 @@ def check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
     outside = next((i for i in token_ids if not 0 <= i < vocab_size), None)
     if outside is not None:
         raise UserError.of(name, outside, f"must be 0 to {vocab_size - 1}")
+
+
+def most_tokens(asked: int, num_prompt: int, max_context: int, *, cut: bool) -> int:
+    """Return how many tokens follow a prompt: those `asked`, `cut` to what the context leaves; UserError for more than
+    that where they are not to be cut."""
+    left = max_context - num_prompt
+    if asked > left and not cut:
+        sentence = f"with a prompt of {num_prompt} tokens exceeds the context of {max_context}; allowed: 1 to {left}"
+        raise UserError.of("--max-tokens", asked, sentence)
+    return min(asked, left)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
-from pregate.base.sampling import MAX_SEED
+from pregate.base.sampling import MAX_SEED, most_tokens
 from pregate.cli.flags import command
 from pregate.cli.printed import Output, progress_bars
 from pregate.cli.target import SERVERS, Credentials, Patience, open_client
@@ -133,10 +133,7 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     context = model.config.context_tokens
     if not 0 < len(ids) < context:
         raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
-    max_tokens, left = sampling.max_tokens or min(64, context - len(ids)), context - len(ids)
-    if max_tokens > left:
-        sentence = f"with a prompt of {len(ids)} tokens exceeds the context of {context}; allowed: 1 to {left}"
-        raise UserError.of("--max-tokens", max_tokens, sentence)
+    max_tokens = most_tokens(sampling.max_tokens or 64, len(ids), context, cut=sampling.max_tokens is None)
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     picking: dict[str, Any] = {"do_sample": False}

@@ -58,9 +58,8 @@ class Scaling:
         if config.max_hosts is not None and not config.min_hosts <= num_hosts <= config.max_hosts:
             bounds = f"{config.min_hosts} (--min-hosts) to {config.max_hosts} (--max-hosts)"
             raise UserError.of("--hosts", num_hosts, f"allowed in this deployment: {bounds}")
-        waited_for = self._answer is not None and not self._answer.done()
-        if self._answer is None or not (waited_for and num_hosts == self._wanted):
-            if self._answer is not None and waited_for:
+        if self._answer is None or self._answer.done() or num_hosts != self._wanted:
+            if self._answer is not None and not self._answer.done():
                 self._answer.set_result({"hosts": len(self._hosts.parts), "superseded_by": num_hosts})
             self._wanted, self._answer = num_hosts, asyncio.get_running_loop().create_future()
         if self._task is None or self._task.done():

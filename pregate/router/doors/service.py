@@ -20,7 +20,7 @@ from pregate.base.errors import (
     UnavailableError,
     UserError,
 )
-from pregate.base.sampling import MAX_SEED, check_ids, check_priority
+from pregate.base.sampling import MAX_SEED, check_ids, check_priority, most_tokens
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.chat import ChatTemplate
 from pregate.router.doors.completion_text import CompletionText
@@ -162,7 +162,7 @@ class DoorService:
             prompt_ids = await self._prompts.encode(prompt, max_context - 1)
             check_prompt(prompt_ids, vocab_size=vocab_size, max_context=max_context)
             watch.taken(len(prompt_ids))
-            max_tokens = _most_tokens(sampling.max_tokens, len(prompt_ids), max_context, cut=cut)
+            max_tokens = most_tokens(sampling.max_tokens, len(prompt_ids), max_context, cut=cut)
             known_ids = self._known_ids(generated_ids, sampling.n, max_tokens)
             stops = sampling.stop if sampling.ignore_eos else (*sampling.stop, *self._stop_strings)
             alone = replace(sampling, max_tokens=max_tokens, stop=(), n=1)
@@ -350,14 +350,6 @@ class DoorService:
     def _admitted(self, salt: str, request_id: str, num: int) -> AbstractContextManager[Taken]:
         self._check_draining()
         return self._in_flight.take(salt, request_id, num)
-
-
-def _most_tokens(asked: int, num_prompt: int, max_context: int, *, cut: bool) -> int:
-    left = max_context - num_prompt
-    if asked > left and not cut:
-        sentence = f"with a prompt of {num_prompt} tokens exceeds the context of {max_context}; allowed: 1 to {left}"
-        raise UserError.of("--max-tokens", asked, sentence)
-    return min(asked, left)
 
 
 def _copies(request: SubmitRequest, n: int) -> list[SubmitRequest]:
