@@ -85,7 +85,8 @@ def _describe(error: Any, given: Sequence[str]) -> str:
 
 def _list_options(app: typer.Typer) -> frozenset[str]:
     """Options that take several values after one another: `--calibration a.txt b.jsonl`."""
-    return frozenset().union(*(getattr(c.callback, "list_flags", ()) for c in app.registered_commands))
+    apps = [app, *(group.typer_instance for group in app.registered_groups if group.typer_instance)]
+    return frozenset().union(*(getattr(c.callback, "list_flags", ()) for a in apps for c in a.registered_commands))
 
 
 def _spread(arguments: Sequence[str], list_options: Collection[str]) -> list[str]:

@@ -69,6 +69,7 @@ def _print_status(server: ServerInfo, model: ModelInfo | None, loads: Loads | No
 def top(target: Target, options: TopOptions) -> None:
     """Show a server's load until Ctrl-C; without a terminal, once."""
     from rich.live import Live
+    from rich.text import Text
 
     with open_client(target.target, target, retry_s=0) as client:
         if not sys.stdout.isatty():
@@ -80,18 +81,19 @@ def top(target: Target, options: TopOptions) -> None:
                 try:
                     live.update(table(client.loads()), refresh=True)
                 except UnavailableError as error:  # it may come back
-                    live.update(f"{target.target}: {error}", refresh=True)
+                    live.update(Text(f"{target.target}: {error}"), refresh=True)
 
 
 def table(loads: Loads) -> Any:
     """Return a table of the hosts, their sum in the last row where there are several, under what is asked of them."""
     from rich.table import Table
+    from rich.text import Text
 
     used = 1 - loads.kv_blocks_free / max(1, loads.kv_blocks)
     waiting = f"{loads.num_queued} queued, {loads.num_waiting_for_paths} waiting for paths"
     cache = f"KV {used:.0%} of {loads.kv_bytes / 1e6:.0f} MB, {loads.num_preempted} preempted"
     doing = loads.unavailable or loads.busy_with or "idle"
-    made = Table(*COLUMNS, title=f"{loads.num_running} running, {waiting}; {cache}; {doing}")
+    made = Table(*COLUMNS, title=Text(f"{loads.num_running} running, {waiting}; {cache}; {doing}"))
     for host in loads.hosts:
         state = f"lost {_duration(host.lost_s)}" if host.lost else "serves"
         made.add_row(str(host.host_id), state, *row([host]))

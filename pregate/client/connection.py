@@ -15,6 +15,7 @@ from grpc_health.v1 import health_pb2_grpc
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.log import get_logger
 from pregate.base.network import is_loopback
+from pregate.base.pem import read_pem
 from pregate.client.handshake import trouble_with
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 
@@ -193,12 +194,7 @@ def _credentials(
         raise UserError.of("cert", cert, "needs ca beside it, which turns TLS on")
     if ca is None:
         return None
-    parts = [None if path is None else _read(name, path) for name, path in (("ca", ca), ("key", key), ("cert", cert))]
+    parts = [
+        None if path is None else read_pem(name, path) for name, path in (("ca", ca), ("key", key), ("cert", cert))
+    ]
     return grpc.ssl_channel_credentials(*parts)
-
-
-def _read(name: str, path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError.of(name, path, f"cannot be read: {error.strerror}") from error

@@ -213,9 +213,6 @@ def _notes(raw: Mapping[str, Any], fields: Mapping[str, Any], generation: Mappin
         obeyed = OBEYED_KEYS if file == GENERATION else ()
         if ignored := {k: v for k, v in ignored_settings(found).items() if k not in obeyed}:
             names = ", ".join(f"{key} {json.dumps(value)}"[:60] for key, value in ignored.items())
-            reason = (
-                "pregate takes from generation_config.json what ends a text and the repetition penalty, and how to pick"
-            )
-            reason += " to pick tokens from each request"
-            notes.append(f"{file}'s {names}: not obeyed by generate or serve; {reason}")
+            reason = "what ends a text and the repetition penalty come from generation_config.json"
+            notes.append(f"{file}'s {names}: not obeyed by generate or serve; {reason}, all else from each request")
     return notes

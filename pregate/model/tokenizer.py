@@ -115,10 +115,10 @@ def reading_difference(model: Path, ours: TextTokenizer) -> str:
     """
     try:
         theirs = _auto_tokenizer(tokenizer_folder(model), "--model", model)
-    except UserError:
+        reads = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES]
+    except Exception:  # noqa: BLE001 (it goes by the folder's settings, whatever they hold)
         return ""
-    for text in _PROBES:
-        read = theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for text, read in zip(_PROBES, reads, strict=True):
         if read != (ids := ours.backend.encode(text, add_special_tokens=False).ids):
             return (
                 f"transformers' AutoTokenizer reads {text[:_SHOWN_CHARS]!r} as {_few(read)}, tokenizer.json as"
@@ -137,7 +137,12 @@ def _bos_token(folder: Path) -> str | None:
     for fields in (settings, read_object(folder / "special_tokens_map.json")):
         if "bos_token" in fields:
             token = fields["bos_token"]
-            return token.get("content") if isinstance(token, dict) else token
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str | None):
+                raise CheckpointError(
+                    f"{folder}: its tokenizer's bos_token is {json.dumps(token)}; allowed: a text or null"
+                )
+            return token
     if settings.get("tokenizer_class") in _PLAIN_CLASSES:
         return None
     try:
@@ -147,12 +152,16 @@ def _bos_token(folder: Path) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+    """A JSON object; empty where there is no such file. CheckpointError for a file that is something else."""
+    if not path.is_file():
+        return {}
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise CheckpointError(f"{path}: is not a JSON object")
+    return fields
 
 
 def _auto_tokenizer(folder: Path, option: str, model: Path) -> Any:

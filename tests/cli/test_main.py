@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from pregate.cli.main import _spread, main
+from pregate.cli.main import _app, _list_options, _spread, main
 from pregate.client import connection
 from pregate.convert.cut.options import RECIPES
 
@@ -139,7 +139,8 @@ def test_generate_in_this_process_and_help_stay_light(path_checkpoint):
 
 
 def test_list_options_take_several_values():
-    lists = {"--text", "--calibration"}
+    lists = _list_options(_app(["convert", "bench"]))
+    assert {"--calibration", "--text"} <= lists
     assert _spread(["--text", "a", "b", "--seed", "1"], lists) == ["--text", "a", "--text", "b", "--seed", "1"]
     repeated = ["--calibration", "a", "--calibration", "b"]
     assert _spread(repeated, lists) == repeated

@@ -7,10 +7,13 @@ import re
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from pregate.cli.main import main
+from pregate.cli.status import table
 from pregate.router.link.client import EngineClientOptions
 from pregate.router.link.endpoint import starting_file
 from tests.router.running import door, engine_thread, local_engine, served, socket_folder, wait_for
@@ -39,6 +42,12 @@ def test_status_and_top_say_what_the_server_is_at(server, capsys):
     assert main(["top", "--target", f"127.0.0.1:1,{front.target}"]) == 0
     assert "0 running, 0 queued" in capsys.readouterr().out
     assert main(["top", "--target", "nowhere"]) == 2
+
+
+def test_a_reason_in_brackets_is_no_markup(server, capsys):
+    loads = replace(server[1].client.loads(), unavailable="the engine at [/tmp/e] is lost")
+    Console(width=160).print(table(loads))
+    assert "the engine at [/tmp/e] is lost" in capsys.readouterr().out
 
 
 def test_every_lost_host_is_named_with_its_age_now(server, capsys, monkeypatch):

@@ -118,7 +118,8 @@ def test_what_is_not_obeyed_is_said(folder: Path):
     found = read_folder(folder)
     assert (found.repetition_penalty, found.stop_strings) == (1.3, ("\n\n",))
     (note,) = found.notes
-    assert note.startswith("generation_config.json's temperature 0.5: not obeyed")
+    obeyed = "what ends a text and the repetition penalty come from generation_config.json, all else from each request"
+    assert note == f"generation_config.json's temperature 0.5: not obeyed by generate or serve; {obeyed}"
     change(folder, "generation_config.json", temperature=None)
     (note,) = read_folder(change(folder, no_repeat_ngram_size=3)).notes
     assert note.startswith("config.json's no_repeat_ngram_size 3")
@@ -236,6 +237,27 @@ def test_a_folder_without_any_tokenizer_is_refused(folder: Path):
         _ = read_folder(folder).tokenizer
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file"):
         read_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"{", "tokenizer_config.json: is not JSON"),
+        ('{"bos_token": "<s>"}'.encode("utf-16"), "tokenizer_config.json: is not JSON"),
+        (b"[]", "tokenizer_config.json: is not a JSON object"),
+        (b'{"bos_token": 7}', "bos_token is 7; allowed: a text or null"),
+    ],
+)
+def test_settings_of_a_tokenizer_that_cannot_be_read_are_refused(content: bytes, sentence: str, folder: Path):
+    """They were taken for none: the begin-of-text they name was left out, from calibration to serving."""
+    (folder / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=sentence):
+        _ = read_folder(folder).tokenizer
+
+
+def test_settings_that_transformers_alone_stumbles_over_are_no_matter(folder: Path):
+    change(folder, "tokenizer_config.json", model_max_length="x")
+    assert reading_difference(folder, read_folder(folder).tokenizer) == ""
 
 
 def test_another_reading_of_the_same_tokenizer_is_named(folder: Path):

@@ -77,7 +77,7 @@ def _arrivals(options: LoadOptions, context: int | None) -> tuple[list[load.Arri
 def _prompts(options: LoadOptions, due: Sequence[load.Arrival], vocab_size: int) -> list[list[int]]:
     """Prompts of the lengths that are due: pieces of the text, or random ids."""
     rng = random.Random(options.seed)
-    if options.text is None or options.tokenizer is None:
+    if options.tokenizer is None:
         last = (options.vocab_size or vocab_size) - 1
         return [[rng.randint(min(_FIRST_ID, last), last) for _ in range(a.prompt_tokens)] for a in due]
     from pregate.convert.text.documents import read_documents
@@ -85,13 +85,13 @@ def _prompts(options: LoadOptions, due: Sequence[load.Arrival], vocab_size: int)
 
     tokenizer = read_tokenizer(options.tokenizer)
     ids: list[int] = []
-    for document in read_documents([options.text], 1 << 12, "--text"):
+    for document in read_documents(options.text, 1 << 12, "--text"):
         ids += tokenizer.encode(document.text, add_special_tokens=False).ids
         if len(ids) > 1 << 20:
             break
     longest = max(a.prompt_tokens for a in due)
     if len(ids) < longest:
-        raise UserError.of("--text", options.text, f"of {len(ids)} tokens: the longest prompt has {longest}")
+        raise UserError.of("--text", options.text[0], f"of {len(ids)} tokens: the longest prompt has {longest}")
     starts = [rng.randrange(len(ids) - a.prompt_tokens + 1) for a in due]
     return [ids[start : start + a.prompt_tokens] for start, a in zip(starts, due, strict=True)]
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Needs, Word, options
+from pregate.base.options import Needs, Texts, Word, options
 
 
 @options()
@@ -38,7 +38,9 @@ class LoadOptions:
         Field(ge=2, description="Tokens of prompt and answer together."),
         Word("the server's", written=False),
     ] = None
-    text: Annotated[Path | None, Field(description="Text that prompts are cut from; else they are random ids.")] = None
+    text: Annotated[
+        Texts, Field(description="Text that prompts are cut from; else they are random ids", min_length=0)
+    ] = ()
     tokenizer: Annotated[
         Path | None, Field(description="Model folder whose tokenizer cuts --text."), Needs("model")
     ] = None
@@ -59,7 +61,7 @@ class LoadOptions:
             raise UserError("--trace, --rate: give one of them, a file of arrivals or requests a second")
         if self.trace is not None and not self.trace.is_file():
             raise UserError.of("--trace", self.trace, "no such file")
-        if (self.text is None) != (self.tokenizer is None):
+        if (not self.text) != (self.tokenizer is None):
             raise UserError("--text, --tokenizer: give both or neither")
 
     @property

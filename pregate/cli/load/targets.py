@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
+from pregate.base.pem import read_pem
 
 #: What a status of HTTP is called over gRPC.
 _CODES = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 404: "NOT_FOUND", 413: "INVALID_ARGUMENT"}
@@ -149,7 +150,7 @@ async def opened(
         import aiohttp
 
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        context = ssl.create_default_context(cafile=None if ca is None else str(ca))
+        context = ssl.create_default_context(cadata=None if ca is None else read_pem("--ca", ca).decode())
         connector = aiohttp.TCPConnector(limit=0, ssl=context)
         async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
             yield OpenAITarget(session, target, model)
@@ -160,6 +161,6 @@ async def opened(
     if ca is None:
         channel = grpc.aio.insecure_channel(target, options=options)
     else:
-        channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(ca.read_bytes()), options=options)
+        channel = grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(read_pem("--ca", ca)), options=options)
     async with channel:
         yield GrpcTarget(channel, model, token)

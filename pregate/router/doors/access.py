@@ -16,6 +16,7 @@ from pregate.base import log
 from pregate.base.errors import UserError
 from pregate.base.network import is_loopback
 from pregate.base.options import options
+from pregate.base.pem import read_pem
 from pregate.base.tokens import read_tokens
 
 logger = log.get_logger(__name__)
@@ -58,8 +59,8 @@ class AccessOptions:
         """
         if self.tls_cert is None or self.tls_key is None:
             return None
-        ca = None if self.tls_client_ca is None else _read_pem("--tls-client-ca", self.tls_client_ca)
-        return _read_pem("--tls-cert", self.tls_cert), _read_pem("--tls-key", self.tls_key), ca
+        ca = None if self.tls_client_ca is None else read_pem("--tls-client-ca", self.tls_client_ca)
+        return read_pem("--tls-cert", self.tls_cert), read_pem("--tls-key", self.tls_key), ca
 
     def open_tokens(self) -> TokenFile | None:
         """Return the accepted tokens, or None where none is asked for. Raises UserError for a file without any."""
@@ -119,13 +120,3 @@ def cache_salt(header: str | None) -> str:
     """Return a name for whoever sends this `Authorization` header that does not give their token away: what is computed
     of one's prompts is shared with nobody else, who could tell by the time what others ask."""
     return hashlib.sha256(header.encode()).hexdigest()[:32] if header else ""
-
-
-def _read_pem(option: str, path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError.of(option, path, f"cannot be read: {error.strerror}") from error
-    if b"-----BEGIN " not in data:
-        raise UserError.of(option, path, "is not a PEM file")
-    return data

@@ -63,9 +63,13 @@ def test_refusals_are_counted_by_name_and_the_table_shows_them(targets, capsys):
     assert "RESOURCE EXHAUSTED" in shown and "time to first token" in shown
 
 
-def test_prompts_are_cut_from_text(targets, tiny_text: Path, tiny_path_checkpoint: Path, capsys):
+def test_prompts_are_cut_from_all_text_that_is_given(
+    targets, tiny_text: Path, tiny_path_checkpoint: Path, tmp_path: Path, capsys
+):
     load = ["--rate", "50", "--requests", "3", "--prompt-tokens", "30", "--output-tokens", "2", "--json"]
-    text = ["--text", str(tiny_text), "--tokenizer", str(tiny_path_checkpoint)]
+    few = tmp_path / "few.txt"
+    few.write_text("the harbour")
+    text = ["--tokenizer", str(tiny_path_checkpoint), "--text", str(few), str(tiny_text)]
     assert main(["bench", "serve", "--target", targets["grpc"], *load, *text]) == 0
     assert json.loads(capsys.readouterr().out)["mean_prompt_tokens"] == 30
 
@@ -77,10 +81,13 @@ def test_prompts_are_cut_from_text(targets, tiny_text: Path, tiny_path_checkpoin
         (["--rate", "1", "--text", "x.txt"], "--text, --tokenizer: give both or neither"),
         (["--trace", "/no/such"], "--trace /no/such: no such file"),
         (["--rate", "0"], "--rate 0"),
+        (["--rate", "1", "--text", "/no/such", __file__, "--tokenizer", "x"], "--text /no/such: no such path"),
+        (["--rate", "1", "--ca", "/no/such"], "--ca /no/such: cannot be read"),
     ],
 )
-def test_what_cannot_be_is_said(arguments, sentence, capsys):
-    assert main(["bench", "serve", "--target", "127.0.0.1:1", *arguments]) == 2
+@pytest.mark.parametrize("target", ["127.0.0.1:1", "https://127.0.0.1:1"])
+def test_what_cannot_be_is_said(target, arguments, sentence, capsys):
+    assert main(["bench", "serve", "--target", target, *arguments]) == 2
     assert sentence in capsys.readouterr().err
 
 
