@@ -47,6 +47,9 @@ class EchoHost:
     def cache_counters(self) -> CacheCounters:
         return CacheCounters()
 
+    def held_units(self) -> None:
+        return None
+
     def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
         self._num_groups += 1
         return rows_ND

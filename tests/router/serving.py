@@ -60,17 +60,6 @@ def host_process(orders, ready) -> None:
         ready.put(actor.start())
 
 
-def _actor_options(path: Path, hosts_of_LR: np.ndarray, host: int, folder: Path, parent: Path | None) -> ActorOptions:
-    return ActorOptions(
-        host=HostOptions(host_id=host),
-        checkpoint=str(path),
-        parent=None if parent is None else str(parent),
-        units=tuple(units_of(hosts_of_LR, host)),
-        ipc_folder=str(folder),
-        bind_address="127.0.0.1",
-    )
-
-
 class HostProcesses:
     """Processes that are the expert hosts of one checkpoint after another, over ipc: starting them costs seconds."""
 
@@ -83,11 +72,24 @@ class HostProcesses:
         for process in self._processes:
             process.start()
 
-    def serve(self, path: Path, parent: Path | None = None) -> list[HostAddress]:
-        """Hold the units of the checkpoint at `path`, each host its own of a linear placement; drop those before."""
-        hosts_of = placement_of(path, len(self._orders), parent)
+    def serve(
+        self, path: Path, parent: Path | None = None, copies_LRC: np.ndarray | None = None, **options
+    ) -> list[HostAddress]:
+        """Hold the units of the checkpoint at `path`, each host its own of a linear placement, or what `copies_LRC`
+        says; drop those before. `options` are the hosts'."""
+        if copies_LRC is None:
+            copies_LRC = placement_of(path, len(self._orders), parent)[..., None]
         for host, orders in enumerate(self._orders):
-            orders.put(_actor_options(path, hosts_of, host, self._folder, parent))
+            actor = ActorOptions(
+                host=HostOptions(host_id=host, **options),
+                checkpoint=str(path),
+                parent=None if parent is None else str(parent),
+                units=tuple(units_of((copies_LRC == host).any(axis=2), True)),
+                ipc_folder=str(self._folder),
+                bind_address="127.0.0.1",
+                heartbeat_s=0.1,
+            )
+            orders.put(actor)
         try:
             addresses = [self._ready.get(timeout=300) for _ in self._orders]
         except queue.Empty as error:
@@ -102,11 +104,13 @@ class HostProcesses:
 
 
 @contextmanager
-def expert_hosts(path: Path, num_hosts: int, folder: Path, parent: Path | None = None) -> Iterator[list[HostAddress]]:
-    """Start `num_hosts` host processes over ipc, each with its own units of a linear placement."""
+def expert_hosts(
+    path: Path, num_hosts: int, folder: Path, parent: Path | None = None, **options
+) -> Iterator[list[HostAddress]]:
+    """Start `num_hosts` host processes over ipc; `options` as `HostProcesses.serve` takes them."""
     processes = HostProcesses(num_hosts, folder)
     try:
-        yield processes.serve(path, parent)
+        yield processes.serve(path, parent, **options)
     finally:
         processes.close()
 
@@ -128,12 +132,19 @@ def hosts_here(path: Path, num_hosts: int, parent: Path | None = None, **options
 
 
 @contextmanager
-def engine_of(path: Path, clients: Sequence[HostClient], parent: Path | None = None, **options) -> Iterator[Engine]:
-    """An engine in this process over these hosts, which it leaves at the end."""
-    whole = None if parent is None else str(parent)
+def engine_of(
+    path: Path,
+    clients: Sequence[HostClient],
+    parent: Path | None = None,
+    copies_LRC: np.ndarray | None = None,
+    **options,
+) -> Iterator[Engine]:
+    """An engine in this process over these hosts, which it leaves at the end; units as in `HostProcesses.serve`."""
+    if copies_LRC is None:
+        copies_LRC = placement_of(path, len(clients), parent)[..., None]
     try:
-        built = EngineOptions(model=str(path), parent=whole, **options)
-        yield build_engine(built, clients, placement_of(path, len(clients), parent)[..., None])
+        built = EngineOptions(model=str(path), parent=None if parent is None else str(parent), **options)
+        yield build_engine(built, clients, copies_LRC)
     finally:
         for client in clients:
             client.close()

@@ -102,7 +102,7 @@ class Choice:
 
 
 class PathBatcher:
-    """Chooses steps for one placement. `resident_U` says which units need not be loaded; who knows better sets it."""
+    """Chooses steps for one placement. `resident_U` says which units need not be loaded (`hold`)."""
 
     def __init__(self, layout: UnitLayout, costs: StepCosts) -> None:
         self.layout, self.costs = layout, costs
@@ -123,6 +123,11 @@ class PathBatcher:
         )
         costs = replace(self.costs, row_s=row_s, resident_byte_s=resident_byte_s, missing_byte_s=missing_byte_s)
         return PathBatcher(layout, costs), was_U
+
+    def hold(self, held_LR: np.ndarray | None) -> None:
+        """Take in which units are held, bool [L, R]; None: all of them."""
+        layout = self.layout
+        self.resident_U = np.ones_like(self.resident_U) if held_LR is None else held_LR[layout.layer_U, layout.expert_U]
 
     def unit_s(self) -> np.ndarray:
         """Seconds that each unit takes where it is asked for [U]."""

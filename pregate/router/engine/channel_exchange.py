@@ -99,10 +99,15 @@ class ChannelExchange:
         self.shared.warm_up(step_tokens)
 
     def expect(self, expected: Expected) -> None:
+        first_LR = self.members.first_LR()
         for host, client in enumerate(self.clients):
             if self.wants_lookahead and host not in self.lost:
-                home_LR = self.members.hosts_of_LR == host
-                client.expect(Expected(expected.step, expected.known_HLR & home_LR, expected.likely_LR & home_LR))
+                here_LR = first_LR == host
+                client.expect(Expected(expected.step, expected.known_HLR & here_LR, expected.likely_LR & here_LR))
+
+    def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        held_LRC = self.members.held_LRC()
+        return None if held_LRC is None else np.logical_or.reduce(held_LRC, axis=2)
 
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         """As the protocol says; with paths every host is sent its share of the plan, once."""

@@ -249,7 +249,7 @@ class Engine:
         if late := self.expire():
             return late
         now_s = time.monotonic()
-        step = self.scheduler.next_step(now_s)
+        step = self._next_step(now_s)
         if not step:
             return []
         if self.options.check_steps:
@@ -284,6 +284,11 @@ class Engine:
             events += self._fail_step(running, error)
         self._step_s += time.monotonic() - now_s
         return events
+
+    def _next_step(self, now_s: float) -> list[Slice]:
+        if (batcher := self.scheduler.batcher) is not None:
+            batcher.hold(self.exchange.held_LR())
+        return self.scheduler.next_step(now_s)
 
     def _look_ahead(self, step: Many[Slice]) -> None:
         """Say what comes after `step`, which runs next; where gates decide, also what it itself may need."""

@@ -92,7 +92,11 @@ class Exchange(Protocol):
         ...
 
     def expect(self, expected: Expected) -> None:
-        """Say what later steps are expected to use; every host is sent what it is home to."""
+        """Say what later steps are expected to use; every host is sent what it will be asked for."""
+        ...
+
+    def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        """Which units some host has in a slot or is loading, bool [L, R], as hosts last said; None where all are."""
         ...
 
     def hold_shared(self, layer: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:

@@ -94,6 +94,9 @@ class LocalExchange:
     def expect(self, expected: Expected) -> None:
         self._local.expect(self.engine, expected)
 
+    def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        return self.clients[0].held_LR
+
     def begin_step(self, number: int, num_tokens: int, paths: Paths | None) -> None:
         self.open_step(num_tokens, paths)
         self._number = number

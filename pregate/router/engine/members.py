@@ -19,6 +19,8 @@ from pregate.workers.link.protocol import Hello
 
 #: Rows that are computed in the time in which a unit is read (benchmarks/results/scale.json).
 UNIT_ROWS = 12.0
+#: And in which one is loaded into its slot: measured on one CPU, units of 1.3 MB from the system's cache of the file.
+LOAD_ROWS = 500.0
 
 _log = get_logger(__name__)
 
@@ -50,10 +52,32 @@ class Members:
         self._living_LRC = adopt(self.copies_LRC, alive_H) if alive_H.any() else self.copies_LRC
         self.hosts_of_LR = choose_hosts(self._living_LRC)
 
+    def held_LRC(self) -> np.ndarray | None:  # noqa: N802
+        """Which of each unit's copies are in a slot or on their way there, bool [L, R, C], as hosts last said; None
+        where all are."""
+        copies_LRC, held_LRC = self._living_LRC, None
+        for host, client in enumerate(self.clients):
+            held_LR = None if host in self.lost else client.held_LR
+            if held_LR is not None and held_LR.shape != copies_LRC.shape[:2]:
+                self.lose(host, HostLostError(host, f"it says what it holds of {held_LR.shape} units"))
+                return self.held_LRC()
+            if held_LR is not None:
+                held_LRC = copies_LRC >= 0 if held_LRC is None else held_LRC
+                held_LRC &= held_LR[..., None] | (copies_LRC != host)
+        return held_LRC
+
+    def first_LR(self) -> np.ndarray:  # noqa: N802
+        """Whom to tell what is expected of a unit, int16 [L, R]: of its copies the first that is held or on its way,
+        else its home."""
+        held_LRC = self.held_LRC() if self._living_LRC.shape[2] > 1 else None
+        if held_LRC is None:
+            return self.hosts_of_LR
+        return np.take_along_axis(self._living_LRC, held_LRC.argmax(axis=2)[..., None], axis=2)[..., 0]
+
     def hosts_for(self, ids_TLK: np.ndarray, first_layer: int = 0) -> np.ndarray:
         """Return who serves a step whose tokens visit these experts of layers from `first_layer` on, -1 past a token's
         last: the host of each unit int16 [L, R], or, where units have copies, of each token's experts int16 [T, L, K],
-        so that the slowest host is fast."""
+        so that the slowest host is fast. A copy that must be loaded first takes its time for that."""
         layers = slice(first_layer, first_layer + ids_TLK.shape[1])
         living_LRC = self._living_LRC[layers]
         num_layers, num_routed = living_LRC.shape[:2]
@@ -62,7 +86,9 @@ class Members:
         self.rows_LR[layers] += rows_LR
         if living_LRC.shape[2] == 1:
             return self.hosts_of_LR[layers]
-        rows_LRC = share_rows(living_LRC, rows_LR, len(self.clients), UNIT_ROWS)
+        held_LRC = self.held_LRC()
+        unit_rows = UNIT_ROWS if held_LRC is None else np.where(held_LRC[layers], UNIT_ROWS, LOAD_ROWS)
+        rows_LRC = share_rows(living_LRC, rows_LR, len(self.clients), unit_rows)
         return hosts_of_pairs(ids_TLK, living_LRC, rows_LRC)
 
     def lose(self, host: int, error: HostLostError) -> None:

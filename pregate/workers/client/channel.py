@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import zmq
 
@@ -172,6 +173,10 @@ class ChannelClient:
     @property
     def cache(self) -> CacheCounters:
         return CacheCounters() if self.last_heartbeat is None else self.last_heartbeat.cache
+
+    @property
+    def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        return None if self.last_heartbeat is None else self.last_heartbeat.held_LR
 
     def warm_up(self) -> None:
         pass

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from pregate.base.errors import PregateError
@@ -45,6 +46,11 @@ class HostClient(Protocol):
     @property
     def cache(self) -> CacheCounters:
         """What the host's experts did, as it last said."""
+        ...
+
+    @property
+    def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        """Which units the host holds or is loading, bool [L, R], as it last said; None where it holds all its own."""
         ...
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
@@ -114,6 +120,10 @@ class InProcessClient:
     @property
     def cache(self) -> CacheCounters:
         return self._host.cache_counters()
+
+    @property
+    def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        return self._host.held_units()
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
         self._engine = engine

@@ -76,7 +76,8 @@ class ComputeThread:
         """Return what the thread has finished and what it is at; called from the I/O thread."""
         message, since_s = self._busy
         busy = ("", 0.0) if message is None else (describe(message), time.monotonic() - since_s)
-        return Heartbeat(self._host.incarnation, self._progress, *busy, self._host.cache_counters())
+        host = self._host
+        return Heartbeat(host.incarnation, self._progress, *busy, host.cache_counters(), host.held_units())
 
     def _run(self) -> None:
         while not self._stopping.is_set():

@@ -90,6 +90,11 @@ class Host(Protocol):
         """Return what experts that come and go have cost so far. May be called from any thread."""
         ...
 
+    def held_units(self) -> np.ndarray | None:
+        """Return which units are held or on their way, bool [L, R]; None where all of this host's are, and stay. May be
+        called from any thread."""
+        ...
+
     def status(self) -> dict[str, Any]:
         """Return plain counters and facts, for people and metrics."""
         ...
@@ -296,6 +301,9 @@ class ExpertHost:
 
     def cache_counters(self) -> CacheCounters:
         return replace(self._store.stats)
+
+    def held_units(self) -> np.ndarray | None:
+        return self._store.held
 
     def status(self) -> dict[str, Any]:
         return {

@@ -85,10 +85,8 @@ class UnitStore:
         homes = Counter(layer for layer, _ in units)
         for width in dict.fromkeys(cut.expert_width for cut in self._cuts if cut.num_routed):
             layers = [n for n, cut in enumerate(self._cuts) if cut.num_routed and cut.expert_width == width]
-            if self.tiered:
-                num_slots = max(2, int(share * sum(homes[n] for n in layers) + 1e-6))
-            else:
-                num_slots = self._num_slots(layers, homes)
+            most = max(2, int(share * sum(homes[n] for n in layers) + 1e-6))
+            num_slots = most if self.tiered else self._num_slots(layers, homes)
             shared = sum(self._cuts[n].num_shared for n in layers) * reserve_shared
             self._pools[width] = SlotPool(layout, width, reader.hidden_size, num_slots + shared, self._map)
             mask = np.zeros(shape, dtype=bool)
@@ -137,6 +135,11 @@ class UnitStore:
     def shape(self) -> tuple[int, int]:
         """[L, R] of the masks and tables of units."""
         return self._held_LR.shape  # type: ignore[return-value]
+
+    @property
+    def held(self) -> np.ndarray | None:
+        """Bool [L, R], the units that are held or on their way; None where home units do not come and go."""
+        return self._held_LR | self._coming_LR if self.tiered else None
 
     @property
     def complete(self) -> bool:
@@ -218,12 +221,11 @@ class UnitStore:
 
         Then a wave takes half of them, so that the next wave's units can come meanwhile; what is held goes first.
         """
-        places, num_slots = np.arange(len(expert_ids)), self._room(layer).num_slots
-        if not self.tiered or len(places) <= num_slots:
-            return [places]
+        num_slots, size = self._room(layer).num_slots, len(expert_ids)
+        if not self.tiered or size <= num_slots:
+            return [np.arange(size)]
+        ordered = np.argsort(~self._held_LR[layer, expert_ids], kind="stable")
         size = max(1, num_slots // 2)
-        held = self._held_LR[layer, expert_ids]
-        ordered = np.concatenate([places[held], places[~held]])
         return [np.sort(ordered[at : at + size]) for at in range(0, len(ordered), size)]
 
     def lookup(self, layer: int, expert_ids: np.ndarray) -> tuple[np.ndarray, Any]:
@@ -283,8 +285,7 @@ class UnitStore:
         self._read_ahead(outlook, absent_LR)
         chosen: list[tuple[int, Unit, Unit | None]] = []
         for room in self._rooms.values():
-            free = self._num_free(room)
-            found = outlook.fetch(absent_LR & room.mask_LR, self._may_go(room), free, lead)
+            found = outlook.fetch(absent_LR & room.mask_LR, self._may_go(room), self._num_free(room), lead)
             if found is not None:
                 chosen.append((int(outlook.known_LR[found[0]]), *found))
         if not chosen:
@@ -317,9 +318,8 @@ class UnitStore:
 
     def _bring(self, unit: Unit) -> None:
         """Return when a unit that is in use is held: load it, or wait for the thread that does."""
-        deadline_s = time.monotonic() + LOAD_TIMEOUT_S
+        deadline_s, load = time.monotonic() + LOAD_TIMEOUT_S, None
         with self._changed:
-            load = None
             while load is None:
                 if self._held_LR[unit]:
                     return

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
+
 from pregate.workers.link.expected import Expected
 from pregate.workers.link.host_plans import GroupIndex, GroupKey, HostPlan
 
@@ -43,7 +45,7 @@ __all__ = [
     "RowsMessage",
 ]
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
@@ -200,16 +202,20 @@ class CacheCounters:
     stall_s: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heartbeat:
     """From the host's I/O thread: `progress` counts what the compute thread has finished; `busy_with` names what it
-    is at (empty: nothing) and `busy_since_s` for how many seconds already."""
+    is at (empty: nothing) and `busy_since_s` for how many seconds already.
+
+    `held_LR` bool [L, R]: the units that it holds or is loading; None where it holds all that it is home to.
+    """
 
     incarnation: str
     progress: int
     busy_with: str
     busy_since_s: float
     cache: CacheCounters = field(default_factory=CacheCounters)
+    held_LR: np.ndarray | None = None
 
     def describe(self) -> str:
         """For a message about a host of which nothing more is heard."""

@@ -7,6 +7,7 @@ fields; each array or block of rows is one further raw frame, its dtype and shap
 from __future__ import annotations
 
 import dataclasses
+import math
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -52,6 +53,9 @@ def _pack(value: Any, frames: list[Buffer]) -> Any:
         return [value.step, *value.known_HLR.shape]
     if isinstance(value, (GroupIndex, HostPlan, CacheCounters)):
         return [_pack(getattr(value, f.name), frames) for f in dataclasses.fields(value)]
+    if value.dtype == bool:
+        frames.append(np.packbits(value).data)
+        return list(value.shape)
     frames.append(np.ascontiguousarray(value, dtype="<i4").data.cast("B"))
     return value.shape[0]
 
@@ -173,10 +177,21 @@ def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
     if type(value) is not list or len(value) != 4 or any(type(n) is not int or n < 0 for n in value):
         raise ProtocolError(f"{kind} message: {value!r:.100} does not describe expected units")
     step, horizon, *shape = value
-    count = (horizon + 1) * shape[0] * shape[1]
-    bits = np.unpackbits(np.frombuffer(_frame(kind, -(-count // 8), rest), dtype=np.uint8), count=count)
-    units = bits.astype(bool).reshape(horizon + 1, *shape)
+    units = _flags(kind, (horizon + 1, *shape), rest)
     return Expected(step, units[:-1], units[-1])
+
+
+def _held(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
+    """One bit a unit of a table [L, R]."""
+    if type(value) is not list or len(value) != 2 or any(type(n) is not int or n < 0 for n in value):
+        raise ProtocolError(f"{kind} message: {value!r:.100} does not describe a table of units")
+    return _flags(kind, tuple(value), rest)
+
+
+def _flags(kind: str, shape: tuple[int, ...], rest: Iterator[Buffer]) -> np.ndarray:
+    count = math.prod(shape)
+    bits = np.unpackbits(np.frombuffer(_frame(kind, -(-count // 8), rest), dtype=np.uint8), count=count)
+    return bits.view(bool).reshape(shape)
 
 
 def _record(cls: type, *readers: Reader) -> Reader:
@@ -201,6 +216,7 @@ _READERS: Mapping[str, Reader] = MappingProxyType(
         "GroupIndex | None": _optional(_INDEX),
         "CacheCounters": _record(CacheCounters, *[_INT] * 10, _scalar(float)),
         "Expected": _expected,
+        "np.ndarray | None": _optional(_held),
         "HostPlan": _record(HostPlan, _INT, _array, _array, _array, _array, _array, _array),
     }
 )

@@ -112,11 +112,12 @@ def test_predicted_paths_fetch_ahead_and_gates_correct_them(tiny_layerwise_check
 
 
 @pytest.mark.slow
-def test_texts_are_the_references_with_hosts_in_processes_of_their_own(tiny_path_checkpoint, tmp_path, monkeypatch):
-    path, options = tiny_path_checkpoint, HostOptions
-    model = RoutedForCausalLM.from_pretrained(path).eval()
-    monkeypatch.setattr("tests.router.serving.HostOptions", lambda **o: options(**o, resident_experts=0.4))
-    with expert_hosts(path, 2, tmp_path) as addresses, engine_over(path, addresses, step_tokens=24) as engine:
+def test_texts_are_the_references_with_hosts_in_processes_of_their_own(tiny_path_checkpoint, tmp_path):
+    path, model = tiny_path_checkpoint, RoutedForCausalLM.from_pretrained(tiny_path_checkpoint).eval()
+    with (
+        expert_hosts(path, 2, tmp_path, resident_experts=0.4) as addresses,
+        engine_over(path, addresses, step_tokens=24) as engine,
+    ):
         assert engine.exchange.wants_lookahead
         hold(engine, "two processes", reference_texts(model, PROMPTS, 8), together=(True,))
 

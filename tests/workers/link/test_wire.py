@@ -52,6 +52,7 @@ MESSAGES = [
     Failure(KEY, "h1", "INTERNAL", "broken"),
     Failure(None, "h1", "INTERNAL", "broken"),
     Heartbeat("h1", 9, "step 1", 0.25, CacheCounters(5, 1, 6, 70, 3, 2, 4096, 4096, 2048, 0, 0.5)),
+    Heartbeat("h1", 9, "", 0.0, CacheCounters(), np.eye(3, 5, dtype=bool)),
 ]
 
 
