@@ -17,7 +17,7 @@ from pregate.base.errors import UserError
 from pregate.base.memory import available_bytes
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.finding import Finding, gigabytes
-from pregate.cluster.local_ray import OBJECT_STORE_BYTES, token_path
+from pregate.cluster.local_ray import OBJECT_STORE_BYTES, TOKEN_WAY_OUT, token_path
 
 DEFAULT_GRPC_PORT = 50051
 #: Ray keeps logs, sockets and spilled objects there.
@@ -200,7 +200,10 @@ def _temp_folder() -> Finding:
 
 def _token() -> Finding:
     """Whether Ray's token can be kept: a home that cannot be written is usual in containers."""
-    path = token_path()
+    try:
+        path = token_path()
+    except UserError:
+        return Finding("Ray's token", "warn", "this user has no home folder to keep it in", TOKEN_WAY_OUT)
     if path is None or os.access(path, os.R_OK):
         return Finding("Ray's token", "ok", "in RAY_AUTH_TOKEN" if path is None else str(path))
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -210,5 +213,4 @@ def _token() -> Finding:
         pass
     else:
         return Finding("Ray's token", "ok", f"will be made at {path}")
-    mend = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
-    return Finding("Ray's token", "warn", f"{path} cannot be written", mend)
+    return Finding("Ray's token", "warn", f"{path} cannot be written", TOKEN_WAY_OUT)

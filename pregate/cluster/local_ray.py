@@ -43,6 +43,7 @@ STOP_MARGIN_S = 30.0
 POLL_S = 0.5
 #: A GCS that takes no connection for this long, or this often in a row, is gone.
 GCS_CONNECT_TIMEOUT_S = 2.0
+TOKEN_WAY_OUT = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
 
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -123,11 +124,17 @@ def start(num_cpus: int, timeout_s: float = START_TIMEOUT_S) -> LocalRay:
 
 
 def token_path() -> Path | None:
-    """The file of the user's Ray token; None where the environment holds the token itself."""
+    """The file of the user's Ray token; None where the environment holds the token itself.
+
+    UserError for a user without a home folder, as a container's may be.
+    """
     if "RAY_AUTH_TOKEN" in os.environ:
         return None
     given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Path(given) if given else Path.home() / ".ray" / "auth_token"
+    try:
+        return Path(given) if given else Path.home() / ".ray" / "auth_token"
+    except RuntimeError:
+        raise UserError(f"HOME: not set, and user {os.getuid()} has no home folder; {TOKEN_WAY_OUT}") from None
 
 
 def ensure_token() -> None:
@@ -146,8 +153,8 @@ def ensure_token() -> None:
             with contextlib.suppress(FileExistsError):  # another process was first; its token stands
                 os.link(file.name, path)  # whole at once: who finds the file finds the token in it
     except OSError as error:
-        way_out = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
-        raise UserError.of("HOME", Path.home(), f"{path} cannot be written ({error.strerror}); {way_out}") from error
+        home = os.environ.get("HOME", "")
+        raise UserError.of("HOME", home, f"{path} cannot be written ({error.strerror}); {TOKEN_WAY_OUT}") from error
 
 
 def gcs_answers(address: str) -> bool:

@@ -34,8 +34,10 @@ def file_sha256(path: Path, advance: Callable[[int], None] | None = None) -> str
 
 def cache_file() -> Path:
     """Where hashes are kept: below XDG_CACHE_HOME, else ~/.cache. Removing it costs nothing but hashing again."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "pregate" / "sha256.json"
+    home = os.path.expanduser("~")
+    if home == "~":  # a user without one: below a file nothing can be kept
+        home = os.devnull
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")) / "pregate" / "sha256.json"
 
 
 def has_sha256(path: Path, digest: str, advance: Callable[[int], None] | None = None) -> bool:

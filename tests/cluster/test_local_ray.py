@@ -10,6 +10,7 @@ import pytest
 
 from pregate.base.errors import UserError
 from pregate.cluster import local_ray
+from pregate.cluster.doctor import _token
 
 
 def session_of(process):
@@ -52,6 +53,14 @@ def test_a_home_that_cannot_be_written_is_one_sentence(monkeypatch, no_token):
     monkeypatch.setenv("HOME", "/proc/nowhere")
     with pytest.raises(UserError, match=r"HOME /proc/nowhere: .*cannot be written.*RAY_AUTH_TOKEN_PATH"):
         local_ray.ensure_token()
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch, no_token):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)  # in no /etc/passwd, as in many containers
+    with pytest.raises(UserError, match=r"^HOME: not set, and user 54321 has no home .*RAY_AUTH_TOKEN_PATH to a file$"):
+        local_ray.ensure_token()
+    assert "no home folder" in _token().value
 
 
 def test_a_port_that_nobody_listens_on_does_not_answer():

@@ -53,12 +53,19 @@ def test_a_damaged_entry_of_the_cache_condemns_no_file(hashed: list[Path], tmp_p
     assert len(hashed) == 2  # and it is mended
 
 
-def test_where_nothing_can_be_kept_it_is_hashed_every_time(hashed: list[Path], tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("why", ["a file is in the way", "the user has no home"])
+def test_where_nothing_can_be_kept_it_is_hashed_every_time(hashed: list[Path], tmp_path: Path, monkeypatch, why: str):
     (tmp_path / "file").write_text("in the way of a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    if why == "the user has no home":
+        for name in ("XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(os, "getuid", lambda: 54321)
+        monkeypatch.chdir(tmp_path)
     for _ in range(2):
         assert has_sha256(tmp_path / "file", hashlib.sha256(b"in the way of a folder").hexdigest())
     assert len(hashed) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_changed_just_before_a_long_hashing_is_not_remembered(hashed: list[Path], tmp_path: Path, monkeypatch):
