@@ -6,11 +6,13 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from pregate.base.errors import HostLostError
+from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.engine import Engine
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from pregate.workers.client.channel import ChannelClient
@@ -18,8 +20,9 @@ from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.actor import ActorOptions
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
+from tests.equality import ReferenceText, Tally, reference_texts
 from tests.processes import PROCESSES
-from tests.router.serving import Recorder, Served, host_process
+from tests.router.serving import Recorder, Served, compare, host_process
 
 QUICK = ChannelOptions(host_timeout_s=1.5, cut_timeout_s=0.3)
 
@@ -88,6 +91,14 @@ class Cluster:
             process.join(10)
 
 
+def random_references(path: Path, seed: int, num_prompts: int, num_tokens: int) -> list[ReferenceText]:
+    """What the reference makes of prompts of chance, of 5 to 60 tokens."""
+    reference, rng = RoutedForCausalLM.from_pretrained(path).eval(), np.random.default_rng(seed)
+    vocab_size = reference.config.text_config.vocab_size
+    prompts = [[1, *rng.integers(3, vocab_size, size=n).tolist()] for n in rng.integers(4, 60, size=num_prompts)]
+    return reference_texts(reference, prompts, num_tokens)
+
+
 def serve_all(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tuple[Served, float]:
     """Serve all prompts at once, through whatever happens; returns what came and the longest time without a token."""
     recorder = Recorder(engine)
@@ -119,3 +130,35 @@ def until_all_serve(engine: Engine, timeout_s: float = 60.0) -> None:
         with contextlib.suppress(HostLostError):
             engine.idle()
         time.sleep(0.02)
+
+
+def hold_round(engine: Engine, references: list[ReferenceText], name: str) -> float:
+    """Serve every prompt once, hold the texts to the reference; returns the longest pause between two tokens."""
+    num_tokens = len(references[0].tokens)
+    found, longest_s = serve_all(engine, [reference.prompt for reference in references], num_tokens)
+    assert all(len(found.tokens[str(n)]) == num_tokens for n in range(len(references))), "a request ended early"
+    tally = Tally()
+    compare(tally, name, references, found)
+    tally.check()
+    return longest_s
+
+
+class At:
+    """Does something before the n-th layer of what follows is dispatched: between two layers, in prefill or decode."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._dispatch = engine, engine.exchange.dispatch
+        self.num_seen, self._plans = 0, {}
+        engine.exchange.dispatch = self._watch
+
+    def do(self, number: int, what: Callable[[], object]) -> None:
+        self._plans[self.num_seen + number] = what
+
+    def _watch(self, layer, x_TD, choice=None):
+        self.num_seen += 1
+        if what := self._plans.pop(self.num_seen, None):
+            what()
+        return self._dispatch(layer, x_TD, choice)
+
+    def stop(self) -> None:
+        self._engine.exchange.dispatch = self._dispatch

@@ -22,9 +22,9 @@ from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import launch
 from pregate.cluster.ray_start import init_local
-from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.doors.grpc_options import GrpcOptions
-from tests.equality import Tally, reference_texts
+from tests.chaos.hosts import random_references
+from tests.equality import Tally
 from tests.router.running import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -36,11 +36,7 @@ ROUNDS = 5 if CHAOS else 1
 
 @pytest.fixture(scope="module")
 def references(tiny_path_checkpoint):
-    reference = RoutedForCausalLM.from_pretrained(tiny_path_checkpoint).eval()
-    rng = np.random.default_rng(11)
-    vocab_size = reference.config.text_config.vocab_size
-    prompts = [[1, *rng.integers(3, vocab_size, size=n).tolist()] for n in rng.integers(4, 60, size=NUM_PROMPTS)]
-    return reference_texts(reference, prompts, NUM_TOKENS)
+    return random_references(tiny_path_checkpoint, 11, NUM_PROMPTS, NUM_TOKENS)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -53,8 +52,6 @@ from pregate.workers.link.wire import decode, encode
 if TYPE_CHECKING:
     from pregate.workers.client.local import LocalUnits
 
-#: Longest sleep while waiting for an answer, before the heartbeats' age is looked at again.
-_WAIT_SLICE_S = 0.2
 #: Heartbeats are taken in at least this often, also while answers come without a pause.
 _CONTROL_EVERY_S = 0.5
 #: A host that gets on, reading experts for one that is lost say, has its time again and again, so often at most.
@@ -68,9 +65,10 @@ _log = get_logger(__name__)
 class ChannelClient:
     """A host behind its sockets. `context` may be shared by all clients of an engine.
 
-    A host that was silent for too long, or does not know us any more (its connection was cut), is greeted again until
-    it answers; then it serves again, and what it did not hear is sent again. Another incarnation in its place is taken
-    where it holds as many units, under the same terms. What is damaged or lost on its way is sent again, too.
+    Where a connection is cut, or nothing comes through, or what comes is damaged, or the host does not know us any
+    more, both sockets are made anew, the host is greeted, and what has no answer is sent again. A host that was silent
+    for too long is greeted until it answers; then it serves again. Another incarnation in its place is taken where it
+    holds as many units, under the same terms.
     """
 
     def __init__(
@@ -94,44 +92,34 @@ class ChannelClient:
         self._plans = SentPlans()
         self._flights = Flights()
         self._greeted_s, self._greet_every_s = 0.0, self._options.host_timeout_s / 6
+        self._round_trip_s = 0.0
         self._fenced, self._num_damaged = False, 0
         self._fenced_beat: Heartbeat | None = None
         self._silence = Silence(self._options.host_timeout_s / 3)
         self._looked_at_control_s = time.monotonic()
-        # Named by us, so that the host knows us again after a broken connection.
-        self._id = uuid.uuid4().bytes
-        self._control = self._connect(address.endpoint, transport.control_id(self._id))
-        self._connection = Connection(self._control)
-        self._data: zmq.Socket | None = None
-
-    def _connect(self, endpoint: str, routing_id: bytes) -> zmq.Socket:
-        socket = transport.open_socket(self._context, zmq.DEALER)
-        socket.setsockopt(zmq.ROUTING_ID, routing_id)
-        # A receive with a timeout costs less than a poll and a receive.
-        slice_s = min(_WAIT_SLICE_S, self._options.host_timeout_s / 4)
-        socket.setsockopt(zmq.RCVTIMEO, max(1, int(slice_s * 1000)))
-        if self._address.server_public_key is not None and self._options.keys is not None:
-            socket.curve_serverkey = self._address.server_public_key.encode()
-            socket.curve_publickey = self._options.keys.public.encode()
-            socket.curve_secretkey = self._options.keys.secret.encode()
-        socket.connect(endpoint)
-        return socket
+        self._connection = Connection(self._context, address, self._options)
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
         self.fence(Hello(engine, fingerprint, dtype_name(dtype), width, max_rows))
         self._greet()
         deadline_s = time.monotonic() + self._options.hello_timeout_s
-        while self._greeting is None:
+        while self._greeting is None or (isinstance(self._greeting, HelloAck) and not self._connection.up):
             if time.monotonic() > deadline_s:
                 where = f"{self._options.hello_timeout_s:g} s at {self._address.endpoint}"
                 raise HostLostError(self.host_id, f"no answer to hello within {where}")
-            self._take(self._control, 0)
+            if self._greeting is None:
+                self._take(self._connection.control, 0)
+            else:
+                time.sleep(0.001)
+            self._connection.look()
         if isinstance(self._greeting, Refused):
             raise UserError(f"expert host {self.host_id} refused: {self._greeting.reason}")
         self._fenced = False
         return self._greeting
 
     def fence(self, hello: Hello | None = None) -> None:
+        if self._hello is not None:  # a socket that led to nobody may do so for good
+            self._connection.renew()
         if hello is not None:
             self._engine, self._hello, self._terms = hello.engine, hello, None
             self._dtype = getattr(torch, hello.dtype)
@@ -143,14 +131,13 @@ class ChannelClient:
         if not self._fenced:
             return True
         try:
-            self._connection.look()
-            for socket in (self._control, self._data):
-                if socket is not None:
-                    self._drain(socket)
+            if self._connection.look():
+                self._renew()
+            self._drain_all()
         except PregateError as error:
             _log.warning("host %d cannot be taken back: %s", self.host_id, error)
             self._greeting = None
-        if isinstance(self._greeting, HelloAck) and not self._connection.cut_s and not self._is_stuck():
+        if isinstance(self._greeting, HelloAck) and self._connection.up and not self._is_stuck():
             self._fenced = False
         else:
             with contextlib.suppress(HostLostError):  # as many greetings wait for it as may
@@ -168,7 +155,13 @@ class ChannelClient:
         """Say hello, unless that was less than `pause_s` ago."""
         if self._hello is not None and time.monotonic() - self._greeted_s >= pause_s:
             self._greeted_s = time.monotonic()
-            self._send(self._control, encode(self._hello))
+            self._send(self._connection.control, encode(self._hello))
+
+    def _renew(self) -> None:
+        """Talk on new sockets: greet, and when the host has answered send again what has no answer."""
+        self.stats.renewals += 1
+        self._connection.renew()
+        self._greet()
 
     @property
     def cache(self) -> CacheCounters:
@@ -183,19 +176,19 @@ class ChannelClient:
 
     def send_plan(self, plan: HostPlan) -> None:
         self._plans.put(plan)
-        self.stats.plan_bytes += self._send(self._data, encode(PlanMessage(self._engine, plan)))
+        self.stats.plan_bytes += self._send(self._connection.data, encode(PlanMessage(self._engine, plan)))
         self.stats.plans += 1
 
     def expect(self, expected: Expected) -> None:
         with contextlib.suppress(HostLostError):  # whoever sends rows next hears of it
-            self.stats.plan_bytes += self._send(self._data, encode(ExpectedMessage(self._engine, expected)))
+            self.stats.plan_bytes += self._send(self._connection.data, encode(ExpectedMessage(self._engine, expected)))
 
     def send_group(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None = None) -> None:
         hello = self._hello
         if hello is None or rows_ND.dtype != self._dtype or rows_ND.shape[0] > hello.max_rows:
             got, agreed = f"{rows_ND.shape[0]} rows of {rows_ND.dtype}", hello and f"{hello.max_rows} of {self._dtype}"
             raise ProtocolError(f"group of {got}; agreed: at most {agreed}")
-        self._drain(self._control)  # heartbeats of the time before say nothing of this group
+        self._drain(self._connection.control)  # heartbeats of the time before say nothing of this group
         self._flights.add(flight := Flight(key, rows_ND, index))
         self._send_flight(flight)
         self.stats.groups += 1
@@ -230,32 +223,29 @@ class ChannelClient:
         return "the host is another process"
 
     def poll(self) -> None:
-        heard = self._drain(self._control)
-        if self._data is not None:
-            heard |= self._drain(self._data)
-        if not heard:
+        if not self._drain_all():
             self._check_alive()
 
     def close(self) -> None:
         if self._terms is not None:
             with contextlib.suppress(HostLostError):
-                self._send(self._control, encode(Bye(self._engine)))
+                self._send(self._connection.control, encode(Bye(self._engine)))
         self._connection.close()
-        for socket in (self._control, self._data):
-            if socket is not None:
-                socket.close()
         if self._own_context:
             self._context.term()
 
     def _send_flight(self, flight: Flight) -> None:
         message = GroupMessage(flight.key, to_rows(flight.rows_ND), flight.index)
-        self.stats.group_bytes += self._send(self._data, encode(message))
+        self.stats.group_bytes += self._send(self._connection.data, encode(message))
         self.stats.indexed_groups += flight.index is not None
 
     def _send(self, socket: zmq.Socket | None, frames: Sequence[Buffer]) -> int:
-        """Hand a message to a socket; returns its bytes."""
+        """Hand a message to a socket; returns its bytes. Where the host is yet to answer on new sockets it is dropped:
+        what has no answer is sent then, and a plan when it is asked for."""
         if socket is None:
-            raise ProtocolError(f"expert host {self.host_id} has not been greeted: say hello first")
+            if self._terms is None:
+                raise ProtocolError(f"expert host {self.host_id} has not been greeted: say hello first")
+            return 0
         try:
             # Copied: pyzmq's zero-copy sends need a Python thread to release each buffer.
             socket.send_multipart(frames, zmq.NOBLOCK)
@@ -267,19 +257,23 @@ class ChannelClient:
 
     def _wait(self) -> None:
         """Take one message from the data socket, waiting a slice of time for it; look after the host meanwhile."""
-        assert self._data is not None
-        heard = self._take(self._data, 0)
+        heard = self._take(self._connection.data or self._connection.control, 0)
         if heard and self._silence.looked_s - self._looked_at_control_s < _CONTROL_EVERY_S:
             return
-        if not self._drain(self._control) and not heard:
+        if not self._drain(self._connection.control) and not heard:
             self._check_alive()
+
+    def _drain_all(self) -> bool:
+        heard = self._drain(self._connection.control)
+        data = self._connection.data
+        return heard if data is None else self._drain(data) or heard
 
     def _drain(self, socket: zmq.Socket) -> bool:
         """Take what is there, without waiting; True if anything was."""
         heard = False
-        while self._take(socket, zmq.NOBLOCK):
+        while not socket.closed and self._take(socket, zmq.NOBLOCK):
             heard = True
-        if socket is self._control:
+        if socket is self._connection.control:
             self._looked_at_control_s = time.monotonic()
         return heard
 
@@ -299,23 +293,21 @@ class ChannelClient:
         return True
 
     def _damaged(self, reason: str) -> None:
-        """A message could not be read, by us or by the host: whatever is not answered goes again."""
+        """A message could not be read, by us or by the host, and what follows it may be in the wrong place."""
         self._num_damaged += 1
         if self._terms is None or self._num_damaged > _MAX_DAMAGED:
             raise HostLostError(self.host_id, f"{self._num_damaged} messages could not be read: {reason}")
         _log.warning("host %d: a message could not be read: %s", self.host_id, reason)
-        for flight in self._flights.to_send_again(True):
-            self._send_again(flight)
+        self._renew()
 
     def _check_alive(self) -> None:
         silent_s, patience_s = self._silence.count(), self._options.host_timeout_s
         if self._terms is None:
             return
         if self._connection.look():
-            self._greet()  # what was on its way may be lost
-        cut_s = self._connection.cut_s
-        if cut_s > self._options.cut_timeout_s:
-            raise HostLostError(self.host_id, f"it closed its connection; {self._last_words()}")
+            self._renew()
+        if self._connection.cut_s > self._options.cut_timeout_s or self._connection.opening_s > patience_s:
+            raise HostLostError(self.host_id, f"its connection is cut; {self._last_words()}")
         if silent_s < patience_s / 2:
             return
         self._greet(self._greet_every_s)  # a host that forgot us sends no heartbeats, but answers to this
@@ -331,15 +323,13 @@ class ChannelClient:
             # Another process answers where our host was: its rows are not ours, and it knows nothing of us.
             self.stats.discarded_answers += not isinstance(message, Heartbeat)
             self._greet(self._greet_every_s)
-            if isinstance(message, NeedHello):
-                self._flights.mark_unheard(message.key)
         elif isinstance(message, Heartbeat):
             last, self.last_heartbeat = self.last_heartbeat, message
-            for flight in self._flights.missed(not message.busy_with and message.progress == (last and last.progress)):
-                self._send_again(flight)
+            idle = not message.busy_with and message.progress == (last and last.progress)
+            if self._flights.missed(idle, 2 * self._round_trip_s):
+                self._renew()
         elif isinstance(message, NeedHello):
-            self._flights.mark_unheard(message.key)
-            self._greet(self._greet_every_s)
+            self._renew()
         else:
             self._answered(message, num_bytes)
 
@@ -355,17 +345,15 @@ class ChannelClient:
             wanted = "" if terms is None else f" which holds {answer.num_units} units, not {terms.num_units}"
             where = f"{self._address.endpoint} answers with another incarnation{wanted}"
             raise HostLostError(self.host_id, f"it was replaced: {where}")
-        if self._data is None or terms is None or answer.data_endpoint != terms.data_endpoint:
-            if self._data is not None:
-                self._data.close()
-            self._data = self._connect(answer.data_endpoint, transport.data_id(self._id))
         self._incarnation, self._terms = answer.incarnation, answer
-        was_cut = self._connection.take_cut()
-        for flight in self._flights.to_send_again(replaced or was_cut):
-            self._send_again(flight)
+        self._round_trip_s = time.monotonic() - self._greeted_s
+        if replaced or self._connection.data is None:
+            self._connection.open_data(answer.data_endpoint)
+            for flight in self._flights.unanswered:
+                self._send_again(flight)
 
     def _send_again(self, flight: Flight) -> None:
-        flight.key, flight.unheard, flight.idle_beats = flight.key.next_attempt(), False, 0
+        flight.key, flight.idle_beats, flight.sent_s = flight.key.next_attempt(), 0, time.monotonic()
         self._send_flight(flight)
         self.stats.resent_groups += 1
 

@@ -10,8 +10,8 @@ from pregate.workers.link.transport import CurveKeys
 
 @dataclass
 class ChannelStats:
-    """Counters of one client. Bytes are whole messages as sent; an in-process client moves none. `wait_s` were spent
-    waiting for answers."""
+    """Counters of one client. Bytes are whole messages as sent; an in-process client moves none. `renewals`: times
+    both sockets were made anew. `wait_s` were spent waiting for answers."""
 
     plans: int = 0
     groups: int = 0
@@ -21,12 +21,13 @@ class ChannelStats:
     indexed_groups: int = 0
     resent_groups: int = 0
     discarded_answers: int = 0
+    renewals: int = 0
     wait_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class ChannelOptions:
-    """`host_timeout_s` without a sign of life and a host counts as lost, and so it does when its connection is closed
+    """`host_timeout_s` without a sign of life and a host counts as lost, and so it does when its connection is cut
     and does not come back for `cut_timeout_s`. `keys` are needed where the server has a public key."""
 
     host_timeout_s: float = 3.0

@@ -5,8 +5,8 @@ Shape letters: N rows of a group, D hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,15 +15,15 @@ from pregate.workers.link.protocol import Failure, GroupIndex, GroupKey, RowsMes
 
 @dataclass
 class Flight:
-    """A group on its way: the identity it was last sent under, what to send again, and its answer. `unheard`: the host
-    did not know us and looked at none of it. `idle_beats`: heartbeats since then of a host with nothing to do."""
+    """A group on its way: the identity it was last sent under, what to send again, and its answer. `idle_beats`:
+    heartbeats since then of a host with nothing to do. `sent_s` is monotonic."""
 
     key: GroupKey
     rows_ND: torch.Tensor
     index: GroupIndex | None
     answer: RowsMessage | Failure | None = None
-    unheard: bool = False
     idle_beats: int = 0
+    sent_s: float = field(default_factory=time.monotonic)
 
 
 class Flights:
@@ -46,21 +46,15 @@ class Flights:
         """The group that was last sent under `key` and has no answer."""
         return next((f for f in self._by_key.values() if f.key == key and f.answer is None), None)
 
-    def mark_unheard(self, key: GroupKey | None) -> None:
-        """The host looked at nothing of the group last sent under `key`."""
-        for flight in self._by_key.values():
-            flight.unheard |= flight.key == key
+    def missed(self, idle: bool, after_s: float) -> bool:
+        """Take in a heartbeat. Return whether a host with nothing to do seems never to have got a group that was sent
+        `after_s` ago, or its answer was lost: after two heartbeats, then four, eight, for large ones may be long on
+        their way."""
+        for flight in self.unanswered:
+            flight.idle_beats = flight.idle_beats + 1 if idle else 0
+        late = [f for f in self.unanswered if time.monotonic() - f.sent_s > after_s]
+        return any(flight.idle_beats > 1 << (flight.key.attempt + 1) for flight in late)
 
-    def missed(self, idle: bool) -> list[Flight]:
-        """Take in a heartbeat. Return groups without an answer that a host with nothing to do seems never to have got,
-        or whose answer was lost: after two heartbeats, then four, eight, for large ones may be long on their way."""
-        late = []
-        for flight in self._by_key.values():
-            flight.idle_beats = flight.idle_beats + 1 if idle and flight.answer is None else 0
-            if flight.idle_beats > 1 << (flight.key.attempt + 1):
-                late.append(flight)
-        return late
-
-    def to_send_again(self, to_another: bool) -> Iterator[Flight]:
-        """Groups without an answer that the host did not hear: where it is another one, all of them."""
-        return (f for f in self._by_key.values() if f.answer is None and (to_another or f.unheard))
+    @property
+    def unanswered(self) -> list[Flight]:
+        return [flight for flight in self._by_key.values() if flight.answer is None]

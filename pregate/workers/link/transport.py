@@ -21,6 +21,10 @@ from pregate.workers.link.protocol import MAX_MESSAGE_BYTES, Buffer
 MAX_IPC_PATH_BYTES = 105
 #: Messages a socket holds for a peer that does not read; what comes after is dropped.
 SEND_QUEUE = 1000
+#: ZeroMQ asks a peer of which it hears nothing so often whether it is there, and gives the connection up when no answer
+#: comes for so long: an answer may stand behind a large message. A greeting has less time.
+PING_S, PONG_S = 2.0, 10.0
+_HANDSHAKE_S = 5.0
 #: How long a message is looked for before the thread sleeps; a layer takes about as long.
 _SPIN_S = 0.002
 
@@ -50,13 +54,21 @@ class AllowedKeys:
         return key.decode() in self._keys
 
 
-def open_socket(context: zmq.Context, kind: int) -> zmq.Socket:
-    """Return a socket with the bounds both sides share."""
+def open_socket(context: zmq.Context, kind: int, ping_s: float = PING_S, pong_s: float = PONG_S) -> zmq.Socket:
+    """Return a socket with the bounds both sides share.
+
+    It notices a connection on which nothing comes through within `ping_s` + `pong_s`; so does a peer without heartbeats
+    of its own.
+    """
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 100)
     socket.setsockopt(zmq.SNDHWM, SEND_QUEUE)
     socket.setsockopt(zmq.RCVHWM, SEND_QUEUE)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, max(1, int(ping_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, max(1, int(pong_s * 1000)))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, int((PING_S + PONG_S) * 1000))
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(_HANDSHAKE_S * 1000))
     return socket
 
 

@@ -236,7 +236,7 @@ def test_unsent_messages_are_bounded(tmp_path):
     """Nobody reads at the other end: the client says so instead of waiting or piling up without end."""
     address = HostAddress(0, f"ipc://{tmp_path}/nobody", "h1", os.getpid(), "127.0.0.1")
     client = ChannelClient(address)
-    client._data = client._connect(f"ipc://{tmp_path}/nobody.d", b"d1")
+    client._connection.open_data(f"ipc://{tmp_path}/nobody.d")
     plan = plan_of(1)
     with pytest.raises(HostLostError, match="1000 messages to it are unsent"):
         send_plans(client, plan, 1100)

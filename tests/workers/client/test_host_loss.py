@@ -78,7 +78,7 @@ def process(processes):
     client.close()
 
 
-def lost_after_s(wait, how: str = "silent for") -> float:
+def lost_after_s(wait, how: str = "(silent for|its connection is cut)") -> float:
     started_s = time.monotonic()
     with pytest.raises(HostLostError, match=f"expert host 0 is lost: {how}"):
         wait()
@@ -93,7 +93,7 @@ def poll_until_it_raises(client) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_host_is_noticed_and_its_answer_discarded_when_it_wakes(process):
+def test_a_stopped_host_is_noticed_and_its_answer_reaches_nobody_when_it_wakes(process):
     host, client = process
     stop(host)
     key = KEY._replace(step=2)
@@ -103,7 +103,7 @@ def test_a_stopped_host_is_noticed_and_its_answer_discarded_when_it_wakes(proces
     again = key.next_attempt()
     client.send_group(again, torch.full((1, 8), 7.0))
     assert torch.equal(client.receive(again, 30.0), torch.full((1, 8), 7.0))
-    assert client.stats.discarded_answers == 1
+    assert client.stats.renewals and not client.stats.discarded_answers
 
 
 @pytest.mark.slow
@@ -133,7 +133,7 @@ def test_a_killed_host_is_noticed_by_its_closed_connection(process):
     os.kill(host.pid, signal.SIGKILL)
     key = KEY._replace(step=2)
     client.send_group(key, torch.ones(1, 8))
-    assert lost_after_s(lambda: client.receive(key, 60.0), "it closed its connection") < 60
-    assert lost_after_s(lambda: poll_until_it_raises(client), "it closed its connection") < 30
+    assert lost_after_s(lambda: client.receive(key, 60.0), "its connection is cut") < 60
+    assert lost_after_s(lambda: poll_until_it_raises(client), "its connection is cut") < 30
     client.fence()
     assert not client.returned()

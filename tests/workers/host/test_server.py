@@ -129,7 +129,7 @@ def test_engines_that_leave_or_vanish_are_forgotten(serve):
     first.close()
     wait_until(lambda: served.server.num_clients == 1)
     assert host.forgotten == (), "the engine still has a connection"
-    second._control.close(0)  # no Bye
+    second._connection.close(0)  # no Bye
     wait_until(lambda: served.server.num_clients == 0)
     wait_until(lambda: host.forgotten == ("e",))
     served._clients.clear()
@@ -213,6 +213,12 @@ class ScriptedHost:
             greeting.result(10)
         return client
 
+    def greet(self, client: ChannelClient) -> None:
+        """Answer the client, which greets on new sockets and then sends again."""
+        self._greet()
+        sent = client.stats.resent_groups
+        wait_until(lambda: client.poll() is None and client.stats.resent_groups > sent)
+
     def _greet(self) -> None:
         peer, *frames = self.control.socket.recv_multipart()
         assert decode(frames) == HELLO
@@ -261,7 +267,8 @@ def test_a_damaged_answer_is_asked_for_again_and_a_host_that_gives_none_other_is
             frames = [bytes(f) for f in encode(rows_message(1.0, KEY._replace(attempt=attempt)))]
             host.data.socket.send_multipart([host.peer, frames[0], b"\1" + frames[1][1:]])
             if attempt < 3:
-                wait_until(lambda sent=attempt: client.poll() is None and client.stats.resent_groups > sent)
+                wait_until(lambda sent=attempt: client.poll() is None and client.stats.renewals > sent)
+                host.greet(client)
         if num_damaged == 4:
             with pytest.raises(HostLostError, match="4 messages could not be read: message fails its checksum"):
                 client.receive(KEY, 5.0)
@@ -322,9 +329,10 @@ def test_another_incarnation_with_fewer_units_is_not(replaced):
 
 def cut(served, client) -> None:
     """Break the connection of the client's control socket until the host has forgotten it."""
-    client._control.disconnect(served.server.endpoint)
+    control = client._connection.control
+    control.disconnect(served.server.endpoint)
     # What has arrived must be read before ZeroMQ lets go of the connection.
-    wait_until(lambda: not client._drain(client._control) and served.server.num_clients == 0)
+    wait_until(lambda: not client._drain(control) and served.server.num_clients == 0)
 
 
 def test_a_client_that_was_cut_off_greets_again_and_its_group_is_sent_again(serve):
@@ -332,7 +340,7 @@ def test_a_client_that_was_cut_off_greets_again_and_its_group_is_sent_again(serv
     client = served.client()
     cut(served, client)
     client.send_group(KEY, torch.ones(2, WIDTH))
-    client._control.connect(served.server.endpoint)
+    client._connection.control.connect(served.server.endpoint)
     assert torch.equal(client.receive(KEY, 10.0), torch.ones(2, WIDTH))
     assert served.server.num_clients == 1
     assert client.stats.resent_groups >= 1
@@ -343,5 +351,5 @@ def test_a_client_that_was_cut_off_while_idle_greets_again(serve):
     served = serve(EchoHost(HostOptions()), heartbeat_s=0.05)
     client = served.client(host_timeout_s=1.0)
     cut(served, client)
-    client._control.connect(served.server.endpoint)
+    client._connection.control.connect(served.server.endpoint)
     wait_until(lambda: client.poll() is None and served.server.num_clients == 1)
