@@ -78,9 +78,13 @@ class NotFoundError(UserError):
 
 
 class QueueFullError(PregateError):
-    """The bounded queue holds as many requests as it may; try again later."""
+    """The bounded queue holds as many requests as it may; try again after `retry_after_s`.
+
+    That is the shortest time HTTP can say: a place is free when any request ends, which nobody can foretell.
+    """
 
     code = "RESOURCE_EXHAUSTED"
+    retry_after_s = 1
 
 
 class UnavailableError(PregateError):

@@ -25,6 +25,14 @@ from pregate.base.errors import UserError, option_name
 
 T = TypeVar("T")
 #: A class is not built before it is used: one command of many is.
+#: What a value is called, and what several are.
+_NAMES = {
+    bool: ("true or false", "values true or false"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    Path: ("a path", "paths"),
+}
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
@@ -142,6 +150,16 @@ def kinds(info: FieldInfo) -> list[Any]:
     return [kind for kind in members if kind is not type(None)]
 
 
+def named(hint: Any, many: bool = False) -> str:
+    """Return what a type of values is called. Example: "a list of whole numbers" of list[int]."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(named(kind, many) for kind in inner if kind is not type(None))
+    if origin in (list, tuple):
+        return f"{'lists' if many else 'a list'} of {named(inner[0], many=True)}"
+    return _NAMES.get(hint, ("an object", "objects"))[many]
+
+
 def choices(info: FieldInfo) -> list[str]:
     """Return the values of a field that takes only some; else nothing."""
     return [str(v) for kind in kinds(info) if typing.get_origin(kind) is Literal for v in typing.get_args(kind)]
@@ -163,8 +181,7 @@ def allowed(info: FieldInfo) -> str:
     elif low is not None:
         words = [f"{low} or more" if high is None else f"{low} to {high}"]
     elif not words:
-        names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
-        words = [names.get(kind, "a list") for kind in kinds(info)[:1]]
+        words = [named(info.annotation)]
     word = mark(info, Word)
     return ", ".join(words) + (f", or {word.text}" if word and word.written else "")
 

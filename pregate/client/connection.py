@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 
+from pregate.base.backoff import Backoff
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.log import get_logger
 from pregate.base.network import is_loopback
@@ -148,7 +149,9 @@ class Attempts:
     def __init__(self, connection: Connection, timeout_s: float, retry_s: float) -> None:
         self._connection, self._retry_s = connection, retry_s
         self._deadline_s = time.monotonic() + timeout_s
-        self._num_failed, self._failing_since_s = 0, 0.0
+        num_free = len(connection.targets) - 1
+        self._backoff = Backoff(_FIRST_WAIT_S, _LONGEST_WAIT_S, steady_s=0.0, num_free=num_free)
+        self._failing_since_s = 0.0
         self._target = connection.target
 
     def begin(self) -> dict[str, Any]:
@@ -158,18 +161,18 @@ class Attempts:
 
     def succeeded(self) -> None:
         """Something came."""
-        self._num_failed = 0
+        self._backoff.runs(time.monotonic())
 
     def wait_s(self, status: grpc.RpcError) -> float:
         """How long to wait before the next attempt; raises the typed error where there is none."""
-        error = self._connection.error_of(status, self._target, asks=not self._num_failed)
         now_s = time.monotonic()
-        self._failing_since_s = self._failing_since_s if self._num_failed else now_s
-        self._num_failed += 1
-        rounds = self._num_failed - len(self._connection.targets)
+        wait_s = self._backoff.failed(now_s)
+        is_first = self._backoff.attempts == 1
+        self._failing_since_s = now_s if is_first else self._failing_since_s
+        error = self._connection.error_of(status, self._target, asks=is_first)
+        rounds = self._backoff.attempts - len(self._connection.targets)
         if not isinstance(error, UnavailableError) or (rounds >= 0 and not self._retry_s):
             raise error from None
-        wait_s = 0.0 if rounds < 0 else min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2 ** min(rounds, 10))
         wait_s *= random.uniform(0.5, 1.0)  # so that clients of one lost server do not come back all at once
         until_s = self._deadline_s if rounds < 0 else min(self._failing_since_s + self._retry_s, self._deadline_s)
         if now_s + wait_s > until_s:

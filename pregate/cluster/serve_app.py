@@ -28,7 +28,7 @@ from ray.serve.config import HTTPOptions
 from ray.serve.context import _get_global_client
 
 from pregate.base import log
-from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.base.errors import PregateError, QueueFullError, UnavailableError, UserError
 from pregate.base.network import is_loopback
 from pregate.base.options import of_keys, options
 from pregate.cluster import preflight
@@ -37,7 +37,6 @@ from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
 from pregate.router.doors import openai_app
 from pregate.router.doors.access import TokenFile
-from pregate.router.doors.http.errors import RETRY_AFTER_S
 from pregate.router.doors.service import connect_service
 from pregate.router.link.endpoint import ipc_file
 
@@ -122,7 +121,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     # With a replica more before one less a changed configuration drops no lease of the deployment, and no request.
     wished = {
         "max_surge_percent": 100,
-        "backpressure_config": {"status_code": 429, "retry_after_s": RETRY_AFTER_S},
+        "backpressure_config": {"status_code": 429, "retry_after_s": QueueFullError.retry_after_s},
     }
     known = inspect.signature(serve.deployment).parameters  # older Serves have not both
     deployment = serve.deployment(

@@ -48,9 +48,9 @@ def test_a_variable_names_the_file_and_says_none(said, file):
 
 
 def test_what_is_printed_is_a_file_that_says_the_same(said, file, tmp_path, capsys):
-    _, found, _ = said("--retry-after-s", 7, file=file)
+    _, found, _ = said("--health-poll-s", 7, file=file)
     again = tmp_path / "again.yaml"
-    assert main(["config", "--config", str(file), "--retry-after-s", "7"]) == 0
+    assert main(["config", "--config", str(file), "--health-poll-s", "7"]) == 0
     again.write_text(capsys.readouterr().out)
     _, repeated, _ = said(file=again)
     assert {key: value for key, (value, _) in repeated.items()} == {key: value for key, (value, _) in found.items()}

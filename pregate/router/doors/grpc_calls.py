@@ -42,11 +42,11 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 class Calls:
     """The service's calls. They take bytes: gRPC's own word for a message that cannot be decoded is UNKNOWN.
 
-    `options` are what GetServerInfo says of them, `retry_after_s` what a full queue does.
+    `options` are what GetServerInfo says of them.
     """
 
-    def __init__(self, service: DoorService, options: Mapping[str, str], retry_after_s: int) -> None:
-        self._service, self._options, self._retry_after_s = service, options, retry_after_s
+    def __init__(self, service: DoorService, options: Mapping[str, str]) -> None:
+        self._service, self._options = service, options
         self._started_s = time.monotonic()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -140,7 +140,7 @@ class Calls:
         except PregateError as error:
             trailing = ()
             if isinstance(error, QueueFullError):
-                trailing = (("retry-after", str(self._retry_after_s)),)
+                trailing = (("retry-after", str(error.retry_after_s)),)
             await context.abort(grpc.StatusCode[error.code], str(error), trailing)
         except Exception:
             logger.exception("a call failed by a bug")

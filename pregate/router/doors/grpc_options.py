@@ -13,8 +13,7 @@ from pregate.router.doors.access import AccessOptions
 
 @options()
 class GrpcOptions:
-    """Port 0 picks a free one. `retry_after_s` goes into the trailing metadata when the queue is full. `/metrics` is
-    served on the same interface under the same rules of access."""
+    """Port 0 picks a free one. `/metrics` is served on the same interface under the same rules of access."""
 
     port: Annotated[
         int, Field(ge=0, le=65535, description="Port of the gRPC server; 0 picks a free one."), Key("grpc_port")
@@ -24,6 +23,3 @@ class GrpcOptions:
     ] = None
     access: AccessOptions = field(default_factory=AccessOptions)
     health_poll_s: Annotated[float, Field(gt=0, description="Seconds between looks at the engine's health.")] = 0.25
-    retry_after_s: Annotated[
-        int, Field(ge=0, description="Seconds after which a client refused by a full queue may ask again.")
-    ] = 1

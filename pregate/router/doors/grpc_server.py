@@ -58,7 +58,7 @@ class GrpcServer:
         most = max(_MIN_MESSAGE_BYTES, self._service.max_message_bytes or _MAX_MESSAGE_BYTES)
         options = (*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", most))
         server = grpc.aio.server(interceptors=interceptors, options=options)
-        calls = Calls(self._service, self._shown, self._options.retry_after_s)
+        calls = Calls(self._service, self._shown)
         server.add_generic_rpc_handlers((calls.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -112,7 +112,7 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
         (400, "invalid_argument", "prompt of 256 tokens: longer than the context of 256", {"prompt": [5] * 256}),
         (400, "invalid_argument", "prompt of 0 tokens", {"prompt": []}),
         (400, "invalid_argument", "prompt of 300 prompts: allowed: at most 512", {"prompt": ["a"] * 300, "n": 2}),
-        (400, "invalid_argument", "prompt", {"prompt": ["a", 3]}),
+        (400, "invalid_argument", 'prompt ["a", 3]: allowed: text or', {"prompt": ["a", 3]}),
         (400, "invalid_argument", "prompt with half of a surrogate pair", {"prompt": "\ud800"}),
         (400, "invalid_argument", "best_of 2: is not supported", {"best_of": 2}),
         (400, "invalid_argument", "top_k 1000", {"top_k": 10**30}),
@@ -134,10 +134,17 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
             {"stream_options": {"include_usages": True}},
         ),
         (400, "invalid_argument", "a0 1: unknown option; a1 1: ", {f"a{n}": 1 for n in range(4000)}),
-        (400, "invalid_argument", "prompt", {"prompt": None}),
-        (400, "invalid_argument", "prompt", {"prompt": [True, 3]}),
-        (400, "invalid_argument", "max_tokens: Input should be a valid integer", {"max_tokens": True}),
-        (400, "invalid_argument", "stop_token_ids.0: Input should be a valid integer", {"stop_token_ids": [True]}),
+        (400, "invalid_argument", "prompt null: allowed: text or a list of whole numbers or ", {"prompt": None}),
+        (400, "invalid_argument", "prompt [true, 3]: allowed: text or a list of", {"prompt": [True, 3]}),
+        (400, "invalid_argument", "max_tokens true: allowed: a whole number", {"max_tokens": True}),
+        (
+            400,
+            "invalid_argument",
+            "stop_token_ids [true]: allowed: a list of whole numbers",
+            {"stop_token_ids": [True]},
+        ),
+        (400, "invalid_argument", 'temperature "0": allowed: a number', {"temperature": "0"}),
+        (400, "invalid_argument", 'stream_options "x": allowed: an object', {"stream_options": "x"}),
         (400, "invalid_argument", "prompt of 60000 bytes: longer than 255 tokens", {"prompt": "word, " * 10_000}),
         (400, "invalid_argument", "stop_token_ids -1: must be 0 to 511", {"stop_token_ids": [-1]}),
         (400, "invalid_argument", "stop_token_ids 512: must be 0 to 511", {"stop_token_ids": [512]}),
@@ -166,10 +173,28 @@ def test_a_body_larger_than_the_context_can_need_is_refused(http, chunked):
     assert response.json()["error"]["message"].endswith("allowed: 71680")
 
 
-def test_a_body_that_is_no_json_is_invalid(http):
-    response = http.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+@pytest.mark.parametrize(
+    ("path", "content", "sentence"),
+    [
+        ("completions", b"{", "body: must be a JSON object"),
+        ("completions", b"[]", "body: must be a JSON object"),
+        ("completions", b"{}", "prompt: missing"),
+        ("chat/completions", b'{"messages": "hi"}', 'messages "hi": allowed: a list of objects'),
+        ("chat/completions", b'{"messages": [5]}', "messages [5]: allowed: a list of objects"),
+        ("chat/completions", b'{"messages": [{"content": "hi"}]}', "role: missing"),
+        (
+            "chat/completions",
+            b'{"messages": [{"role": "user", "content": 5}]}',
+            "content 5: allowed: text or a list of",
+        ),
+    ],
+)
+def test_a_body_that_is_none_of_ours_is_invalid(http, path, content, sentence):
+    response = http.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
     assert response.status_code == 400
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["message"].startswith(sentence)
 
 
 def test_full_queue_is_429_with_retry_after(http, engine, monkeypatch):

@@ -9,9 +9,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, ValidationError, model_validator
+from typing_extensions import Self
 
 from pregate.base.errors import UserError
+from pregate.base.options import allowed
 from pregate.base.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS
 from pregate.router.doors.chat import Chat
 from pregate.router.link.messages import SamplingParams
@@ -23,17 +25,28 @@ _Neutral = Mapping[str, tuple[Any, ...]]
 
 
 class _Strict(BaseModel):
-    """JSON as it is: true is no 1, nor is "1"."""
+    """JSON as it is: true is no 1, nor is "1". What is wrong is said in the house's words."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _known(cls, given: Any) -> Any:
+    def _checked(cls, given: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
         names = given if isinstance(given, dict) else {}
-        if wrong := {name[:80]: json.dumps(names[name])[:80] for name in names if name not in cls.model_fields}:
+        unknown = () if cls.model_config.get("extra") == "allow" else names.keys() - cls.model_fields.keys()
+        if wrong := {name[:80]: json.dumps(names[name])[:80] for name in names if name in unknown}:
             raise UserError.of_unknown(wrong, cls.model_fields)
-        return given
+        try:
+            return read(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            if not first["loc"] or isinstance(first.get("ctx", {}).get("error"), UserError):
+                raise
+            name = str(first["loc"][0])
+            if name not in names:
+                raise UserError(f"{name}: missing") from None
+            takes = allowed(cls.model_fields[name])
+            raise UserError.of(name, json.dumps(names[name])[:80], f"allowed: {takes}") from None
 
 
 class Body(_Strict):
@@ -150,10 +163,10 @@ class CompletionBody(SamplingBody):
         return bool(self.echo) and self.max_tokens == 0
 
 
-class Message(BaseModel):
+class Message(_Strict):
     """One of a chat. What it holds beside goes to the model's template."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow")
     role: str
     content: str | list[dict[str, Any]] | None = None
 

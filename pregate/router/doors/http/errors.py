@@ -14,10 +14,9 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from pregate.base import log
-from pregate.base.errors import PregateError, UserError
+from pregate.base.errors import PregateError, QueueFullError, UserError
 
 logger = log.get_logger(__name__)
-RETRY_AFTER_S = 1
 #: Status of ours -> HTTP status, and what OpenAI calls the kind of error.
 _HTTP: Mapping[str, tuple[int, str]] = MappingProxyType(
     {
@@ -62,7 +61,7 @@ def response(body: dict[str, Any], status: int | None = None, headers: Mapping[s
     """Return the response of an error's body, with the headers that belong to it."""
     code = body["error"]["code"].upper()
     extra = {
-        "RESOURCE_EXHAUSTED": {"Retry-After": str(RETRY_AFTER_S)},
+        "RESOURCE_EXHAUSTED": {"Retry-After": str(QueueFullError.retry_after_s)},
         "UNAUTHENTICATED": {"WWW-Authenticate": "Bearer"},
     }
     return JsonResponse(body, status or _HTTP[code][0], {**(headers or {}), **extra.get(code, {})})
@@ -91,5 +90,4 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if isinstance(ours := first.get("ctx", {}).get("error"), UserError):
         return response(error_of(ours))
-    field = ".".join(str(part) for part in first["loc"] if part != "body")
-    return response(error_body("INVALID_ARGUMENT", f"{field or 'body'}: {first['msg']}", field or None))
+    return response(error_of(UserError("body: must be a JSON object")))
