@@ -9,6 +9,8 @@ from typing import Any
 
 from pregate.base.errors import UserError
 
+#: Of who names no max_tokens, over gRPC (the proto says so too) and on the command line.
+DEFAULT_MAX_TOKENS = 64
 MAX_SEED = (1 << 63) - 1
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETIONS = 128

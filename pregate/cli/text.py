@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
-from pregate.base.sampling import MAX_SEED, most_tokens
+from pregate.base.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, most_tokens
 from pregate.cli.flags import command
 from pregate.cli.printed import Output, progress_bars
 from pregate.cli.target import SERVERS, Credentials, Patience, open_client
@@ -57,7 +57,7 @@ class Sampling:
     max_tokens: Annotated[
         int | None,
         Field(ge=1, description="New tokens at most."),
-        Word("64, or what the context leaves", written=False),
+        Word(f"{DEFAULT_MAX_TOKENS}, or what the context leaves", written=False),
     ] = None
     temperature: Annotated[float, Field(ge=0, description="0 is greedy.")] = 0.0
     top_p: Annotated[
@@ -133,7 +133,9 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     context = model.config.context_tokens
     if not 0 < len(ids) < context:
         raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
-    max_tokens = most_tokens(sampling.max_tokens or 64, len(ids), context, cut=sampling.max_tokens is None)
+    max_tokens = most_tokens(
+        sampling.max_tokens or DEFAULT_MAX_TOKENS, len(ids), context, cut=sampling.max_tokens is None
+    )
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     picking: dict[str, Any] = {"do_sample": False}

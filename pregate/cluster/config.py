@@ -100,10 +100,14 @@ class ServeConfig:
             raise UserError.of(
                 "--gpus-per-host", 0, f"all {self.hosts} hosts would compute on one GPU; allowed: above 0, say 0.5"
             )
-        if self.max_hosts is not None and not self.min_hosts <= self.hosts <= self.max_hosts:
-            least = f"{self.min_hosts} (--min-hosts) to {self.max_hosts} (--max-hosts)"
-            raise UserError.of("--hosts", self.hosts, f"allowed: {least}")
+        self.check_hosts(self.hosts)
         _ = self.engine_options, self.host_options(0)  # their own checks, now rather than in another process
+
+    def check_hosts(self, num_hosts: int) -> None:
+        """UserError for a number of hosts outside the bounds of scaling by load."""
+        if self.max_hosts is not None and not self.min_hosts <= num_hosts <= self.max_hosts:
+            bounds = f"{self.min_hosts} (--min-hosts) to {self.max_hosts} (--max-hosts)"
+            raise UserError.of("--hosts", num_hosts, f"allowed: {bounds}")
 
     @property
     def model_name(self) -> str:

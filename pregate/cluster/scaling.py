@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray.exceptions
 
-from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.base.errors import PregateError, UnavailableError
 from pregate.base.log import get_logger
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.host_load import HostLoad
@@ -55,9 +55,7 @@ class Scaling:
         the model's experts cannot be placed on; else what kept it from being reached."""
         config = self._config
         check_request(self._experts.num_routed, num_hosts, config.placement, config.replicas)
-        if config.max_hosts is not None and not config.min_hosts <= num_hosts <= config.max_hosts:
-            bounds = f"{config.min_hosts} (--min-hosts) to {config.max_hosts} (--max-hosts)"
-            raise UserError.of("--hosts", num_hosts, f"allowed in this deployment: {bounds}")
+        config.check_hosts(num_hosts)
         if self._answer is None or self._answer.done() or num_hosts != self._wanted:
             if self._answer is not None and not self._answer.done():
                 self._answer.set_result({"hosts": len(self._hosts.parts), "superseded_by": num_hosts})

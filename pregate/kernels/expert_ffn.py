@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,10 +42,10 @@ def choose(
     *,
     act: str,
     widths: Iterable[int],
-    fits_fp16: bool = False,
+    fits_fp16: Callable[[], bool] = lambda: False,
 ) -> ExpertFFN:
     """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet,
-    `fits_fp16` says that fp16 holds the weights as they are (`cpu.packed.fits_fp16`).
+    `fits_fp16` says whether fp16 holds the weights as they are (`cpu.packed.fits_fp16`), asked only where that matters.
 
     Raises UserError when the named implementation is unknown or cannot run here, and for a dtype that this CPU has no
     instructions for; only "auto" chooses.
@@ -108,14 +108,14 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, width
 
 
 def _best(
-    device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...], fits_fp16: bool
+    device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...], fits_fp16: Callable[[], bool]
 ) -> tuple[str, str]:
     """Return the implementation that "auto" means, and why."""
     if device.type == "cuda":
         if hindrance := why_not("triton", device, dtype, act, widths):
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
-    if fits_fp16 and dtype == torch.float32 and not cpu_packed.why_no_fp16():
+    if dtype == torch.float32 and not cpu_packed.why_no_fp16() and fits_fp16():
         return "packed", "fp16 holds the weights: half the bytes to read"
     unpacked = "" if cpu_ffn.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"
     if min(widths) * max(widths) < MIN_PACKED_VALUES:

@@ -27,9 +27,13 @@ class FastExperts:
         self.device, self.dtype = device, dtype
         widths = {mlps[0].hidden_size, *(mlp.cut.expert_width for mlp in mlps)}
         self._compute_dtype = expert_ffn.compute_dtype(dtype, device)
-        fits = dtype in (torch.bfloat16, torch.float16)
         self._ffn = expert_ffn.choose(
-            implementation, device, self._compute_dtype, act=mlps[0].act_name, widths=widths, fits_fp16=fits
+            implementation,
+            device,
+            self._compute_dtype,
+            act=mlps[0].act_name,
+            widths=widths,
+            fits_fp16=lambda: dtype in (torch.bfloat16, torch.float16),
         )
         self._units = {}
         for mlp in mlps:

@@ -140,7 +140,7 @@ def test_units_follow_use_and_stay_when_little_would_be_gained():
 
 def test_a_number_beyond_those_of_the_deployment_is_refused():
     async def scenario(scale, hosts, rows_LR):
-        with pytest.raises(UserError, match=r"hosts 5: allowed in this deployment: 2 \(min_hosts\) to 4"):
+        with pytest.raises(UserError, match=r"hosts 5: allowed: 2 \(min_hosts\) to 4"):
             await scale.to(5)
 
     run(scenario, min_hosts=2, max_hosts=4)

@@ -36,10 +36,20 @@ def test_auto_takes_the_fastest_of_this_machine_and_says_why(log, monkeypatch):
 def test_auto_packs_what_fp16_holds_on_any_cpu(log, monkeypatch):
     monkeypatch.setattr(cpu_ffn, "has_avx512", lambda: False)
     monkeypatch.setattr(cpu_packed, "why_no_fp16", lambda: "")
-    assert choose("auto", CPU, torch.float32, act="silu", widths=LARGE, fits_fp16=True).name == "packed"
+    assert choose("auto", CPU, torch.float32, act="silu", widths=LARGE, fits_fp16=lambda: True).name == "packed"
     assert "packed (fp16 holds the weights" in log[0]
     monkeypatch.setattr(cpu_packed, "why_no_fp16", lambda: "no FBGEMM")
-    assert choose("auto", CPU, torch.float32, act="silu", widths=LARGE, fits_fp16=True).name == "grouped"
+    assert choose("auto", CPU, torch.float32, act="silu", widths=LARGE, fits_fp16=lambda: True).name == "grouped"
+
+
+def test_weights_are_looked_at_only_where_it_matters(monkeypatch):
+    """A host reads a unit for it, which on a GPU, or by a name, nobody needs."""
+    looked: list[bool] = []
+    given = {"act": "silu", "widths": LARGE, "fits_fp16": lambda: bool(looked.append(True))}
+    choose("loop", CPU, torch.float32, **given)
+    monkeypatch.setattr(cpu_packed, "why_no_fp16", lambda: "no FBGEMM")
+    choose("auto", CPU, torch.float32, **given)
+    assert looked == []
 
 
 def test_a_named_implementation_is_taken_or_refused():

@@ -20,6 +20,7 @@ from pregate import __version__
 from pregate.base import log
 from pregate.base.completion import Completion
 from pregate.base.errors import PregateError, QueueFullError, UserError
+from pregate.base.sampling import DEFAULT_MAX_TOKENS
 from pregate.client.proto import pregate_pb2 as pb
 from pregate.client.proto.plain import chunk_message, complete_message, given_fields, to_message
 from pregate.router.doors.access import cache_salt
@@ -30,8 +31,8 @@ from pregate.router.link.messages import SamplingParams
 
 logger = log.get_logger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
-#: What the proto says of an absent `max_tokens`: of a text, and of a chat.
-DEFAULT_MAX_TOKENS, CHAT_MAX_TOKENS = 64, 512
+#: What the proto says of an absent `max_tokens` of a chat.
+CHAT_MAX_TOKENS = 512
 _REQUEST_ID = re.compile(r"[\w.:@/-]{1,128}", re.ASCII)
 #: Of what an operator compares between nodes.
 _PACKAGES = ("torch", "transformers", "tokenizers", "ray", "grpcio", "protobuf", "pyzmq")

@@ -13,30 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.completion import Chunk, Completion
-from pregate.base.errors import (
-    DeadlineError,
-    NotFoundError,
-    PregateError,
-    UnavailableError,
-    UserError,
-)
-from pregate.base.sampling import MAX_SEED, check_ids, check_priority, most_tokens
+from pregate.base.errors import DeadlineError, NotFoundError, PregateError, UnavailableError, UserError
+from pregate.base.sampling import check_ids, check_priority, most_tokens
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.chat import ChatTemplate
+from pregate.router.doors.completion_stream import completion_stream, copies_of
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.in_flight import InFlight, Taken
 from pregate.router.doors.prompt_reader import Prompt, PromptReader
-from pregate.router.doors.request_watch import RequestMetrics, TextWatch
+from pregate.router.doors.request_watch import RequestMetrics
 from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
-from pregate.router.link.messages import (
-    ABORTED,
-    FinishedEvent,
-    SamplingParams,
-    SubmitRequest,
-    TokensEvent,
-    check_prompt,
-)
+from pregate.router.link.messages import SamplingParams, SubmitRequest, check_prompt
 
 #: How long the first token may take before a door is called ready.
 _PROOF_S = 10.0
@@ -171,10 +159,12 @@ class DoorService:
             # Its own id: two callers may have chosen the same.
             known = SubmitRequest(uuid.uuid4().hex, prompt_ids + known_ids, alone, deadline_s, salt)
             request = replace(known, priority=priority, num_generated=len(known_ids))
-            copies = _copies(await self._with_paths(request), sampling.n)
+            copies = copies_of(await self._with_paths(request), sampling.n)
             taken.engine_ids = [copy.request_id for copy in copies]
+            texts = [CompletionText(self._tokenizer, copy, stops, index) for index, copy in enumerate(copies)]
             streams = [
-                self._stream(copy, stops, request_id, index, taken, watch.text()) for index, copy in enumerate(copies)
+                completion_stream(self._engine, copy, text, request_id, taken, watch.text())
+                for copy, text in zip(copies, texts, strict=True)
             ]
             async with aclosing(streams[0] if len(streams) == 1 else together(streams)) as stream:
                 async for item in stream:
@@ -286,45 +276,6 @@ class DoorService:
             raise DeadlineError("the deadline passed before the paths were there")
         return replace(request, deadline_s=left_s, paths=reply.paths, path_state=reply.state)
 
-    async def _stream(
-        self,
-        request: SubmitRequest,
-        stop: Sequence[str],
-        request_id: str,
-        index: int,
-        taken: Taken,
-        watch: TextWatch,
-    ) -> AsyncGenerator[Chunk | Completion, None]:
-        text = CompletionText(self._tokenizer, request, stop, index)
-        if request.num_generated:
-            chunk = text.push(TokensEvent(request.request_id, request.token_ids[-request.num_generated :]))
-            if chunk is not None:
-                yield chunk
-        if text.stopped or taken.aborted:
-            aborted = FinishedEvent(request.request_id, ABORTED, 0, 0, ())
-            completion = text.completion(request_id, aborted if taken.aborted else None)
-            watch.ended(completion.finish_reason, None)
-            yield completion
-            return
-        async with aclosing(self._engine.generate(request)) as events:
-            async for event in events:
-                if isinstance(event, TokensEvent):
-                    if event.token_ids:
-                        watch.tokens(len(event.token_ids))
-                    chunk = text.push(event)
-                else:
-                    if event.reason == "deadline":
-                        raise DeadlineError("the deadline passed before the answer was complete")
-                    chunk = text.flush()
-                if chunk is not None:
-                    yield chunk
-                if text.stopped or not isinstance(event, TokensEvent):
-                    end = None if isinstance(event, TokensEvent) else event
-                    completion = text.completion(request_id, end)
-                    watch.ended(completion.finish_reason, None if completion.finish_reason == ABORTED else end)
-                    yield completion
-                    return
-
     async def _get_limits(self) -> tuple[int, int]:
         if self._limits is None:
             await self.model_info()
@@ -350,19 +301,6 @@ class DoorService:
     def _admitted(self, salt: str, request_id: str, num: int) -> AbstractContextManager[Taken]:
         self._check_draining()
         return self._in_flight.take(salt, request_id, num)
-
-
-def _copies(request: SubmitRequest, n: int) -> list[SubmitRequest]:
-    """The request n times, each with an id of its own and, where a seed is given, the next seed."""
-    seed = request.sampling.seed
-    return [request] + [
-        replace(
-            request,
-            request_id=uuid.uuid4().hex,
-            sampling=request.sampling if seed is None else replace(request.sampling, seed=(seed + i) & MAX_SEED),
-        )
-        for i in range(1, n)
-    ]
 
 
 def connect_service(

@@ -32,7 +32,7 @@ class SharedExperts:
         """Take a layer's shared expert: `gate_up` [2 S M, D], `down` [D, S M]."""
         if self._ffn is None:
             widths = {self.hidden_size, *(cut.shared_width for cut in self.config.cuts if cut.num_shared)}
-            act, fits = self.config.hidden_act, fits_fp16(gate_up)
+            act, fits = self.config.hidden_act, partial(fits_fp16, gate_up)
             self._ffn = expert_ffn.choose("auto", self.device, self.dtype, act=act, widths=widths, fits_fp16=fits)
         self._weights[layer] = weights = self._ffn.stack(gate_up[None], down[None])
         self._runs[layer] = partial(self._ffn.dense, weights=weights)

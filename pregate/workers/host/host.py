@@ -121,10 +121,14 @@ class ExpertHost:
         self._device = torch.device(options.device)
         self._dtype = expert_ffn.choose_dtype(options.dtype, self._device)
         widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
-        routed = next((layer for layer, cut in enumerate(reader.config.cuts) if cut.num_routed), None)
-        fits = routed is not None and fits_fp16(reader.read_unit(routed, 0)[0])
+        some = [layer for layer, cut in enumerate(reader.config.cuts) if cut.num_routed][:1]
         self._ffn = expert_ffn.choose(
-            options.expert_ffn, self._device, self._dtype, act=reader.hidden_act, widths=widths, fits_fp16=fits
+            options.expert_ffn,
+            self._device,
+            self._dtype,
+            act=reader.hidden_act,
+            widths=widths,
+            fits_fp16=lambda: any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some),
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
         reserve = beside_engine and self._ffn.shared_in_segments
