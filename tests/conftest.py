@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from pregate.base import log
 from pregate.cluster import local_ray
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
@@ -150,3 +152,14 @@ def layerwise_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def path_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("path") / "tiny", "path")
+
+
+@pytest.fixture
+def own_log():
+    """For a test that calls `log.configure`: afterwards what is logged goes where it went before."""
+    logger = logging.getLogger("pregate")
+    before = logger.handlers, logger.propagate, logger.level
+    yield
+    logger.handlers, logger.propagate = before[:2]
+    logger.setLevel(before[2])
+    log.request_id.set("")

@@ -166,13 +166,13 @@ class RayChildren:
         config, folder = self._config, self._folder
         options = self._options(named("engine", num_before), config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
-        return remote.remote(config.engine_options, f"ipc://{folder}/engine")
+        return remote.remote(config.engine_options, f"ipc://{folder}/engine", config.log_format)
 
     def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
         options = {**self._options(named("paths", num_before)), "num_cpus": 0}
         remote = ray.remote(PathActor).options(**options, max_concurrency=4)
-        return remote.remote(self._config.path_options, f"ipc://{self._folder}/paths")
+        return remote.remote(self._config.path_options, f"ipc://{self._folder}/paths", self._config.log_format)
 
     def _make_door(self, number: int, options: GrpcOptions) -> Any:
         """A door beside the engine."""
@@ -181,7 +181,7 @@ class RayChildren:
         folder = self._folder
         paths = None if self._paths is None else f"ipc://{folder}/paths"
         arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options, shown(config))
-        return ray.remote(DoorActor).options(**placed).remote(*arguments)
+        return ray.remote(DoorActor).options(**placed).remote(*arguments, config.log_format)
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
         """Start a gRPC door for a launcher. Raises UserError when its port is taken."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from pregate.base.errors import UserError
+from pregate.base.log import Form
 from pregate.base.options import (
     Dtype,
     Key,
@@ -73,6 +74,7 @@ class ServeConfig:
         ),
     ] = 30.0
     host_threads: Annotated[int, Field(ge=1, description="Threads of each host.")] = 1
+    log_format: Annotated[Form, Field(description="How every process logs: lines of text, or of JSON.")] = "text"
     start_timeout_s: Annotated[float, Field(gt=0, description="Seconds the start may take.")] = 600.0
     drain_s: Annotated[float, Field(ge=0, description="Seconds that running requests get at the end.")] = 10.0
     adapter: Annotated[str | None, Field(description="Adapter folder in place of --model."), Needs("model")] = None

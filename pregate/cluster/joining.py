@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,11 +15,13 @@ import ray
 import ray._private.worker
 
 from pregate.base.errors import UnavailableError, UserError
+from pregate.base.log import get_logger
 from pregate.cluster import local_ray
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.stage import stage as long_stage
 
+logger = get_logger(__name__)
 #: How long a --ray-address may take to prove that a gRPC server is there.
 ADDRESS_TIMEOUT_S = 5.0
 
@@ -69,11 +70,10 @@ def _join(address: str) -> None:
 
 
 def print_shortened(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """Print the first sentence of each of Ray's messages, on stderr; Ray's logs have the whole."""
+    """Log the first sentence of each of Ray's messages; Ray's logs have the whole."""
     for message in data["lines"]:
         sentence, _, rest = str(message).strip().partition(". ")
-        sys.stderr.write(f"  Ray: {sentence[:160]}{' (more in its logs)' if rest else ''}\n")
-    sys.stderr.flush()
+        logger.warning("Ray: %s%s", sentence[:160], " (more in its logs)" if rest else "")
 
 
 def check_address(address: str) -> None:

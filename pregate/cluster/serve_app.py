@@ -193,9 +193,9 @@ class Replica:
     async def __init__(
         self, config_values: Mapping[str, Any], door: Mapping[str, Any], mount: Callable[[Any], None]
     ) -> None:
-        log.configure("http door")
-        tokens = await asyncio.to_thread(_open_tokens, door["token_file"])
         config = ServeConfig.from_dict(config_values)
+        log.configure("http door", config.log_format)
+        tokens = await asyncio.to_thread(_open_tokens, door["token_file"])
         self._deployment: Deployment = await asyncio.to_thread(launch, config, None, logger.info)
         endpoint = self._deployment.info["endpoint"]
         file = ipc_file(endpoint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import ssl
@@ -11,6 +10,7 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from pregate.base import log
 from pregate.base.errors import UnavailableError
 from pregate.base.memory import give_back_heap
 from pregate.cluster import preflight
@@ -22,6 +22,9 @@ from pregate.router.doors.grpc_options import GrpcOptions
 
 #: How often the waiting launcher looks whether the deployment still is.
 LOOK_S = 0.5
+logger = log.get_logger(__name__)
+#: A line of the screen, where lines are text.
+SCREEN = "  %(message)s"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -36,6 +39,7 @@ def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None
 
 
 def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
+    log.configure("launcher", config.log_format, text=SCREEN)
     preflight.check_door(door)
     with stage(_say, "checking the model"):
         preflight.check_config(config)
@@ -64,8 +68,8 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> Non
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that is gone, as after SIGHUP, must not keep us from cleaning up
-        print(f"  {text}", file=sys.stderr, flush=True)
+    """On a terminal that is gone, as after SIGHUP, it is lost: logging sees to that."""
+    logger.info("%s", text)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

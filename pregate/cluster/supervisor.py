@@ -124,6 +124,7 @@ class Supervisor:
         self._leases.release(CREATOR)
         if self._config is None:
             self._config, self._state = config, "starting"
+            log.configure(f"supervisor {self._name}", config.log_format)
             self._children = self._make_children(config)
             self._start_task = self._spawn(self._start(self._children))
         return await self.status()
@@ -197,6 +198,7 @@ class Supervisor:
         error = start.exception()
         if error is None:
             self._info, self._state = start.result(), "ready"
+            logger.info("the deployment is ready")
             return
         logger.error("the deployment did not start", exc_info=error)
         self._failure, self._state = Failure.of(error), "failed"

@@ -38,7 +38,7 @@ from pregate.cluster.serve_app import build_app
 address, port, model = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 serve.start(http_options={"port": int(port)})
-serve.run(build_app({"model": model, "hosts": "2"}))
+serve.run(build_app({"model": model, "hosts": "2", "log_format": "json"}))
 stop = threading.Event()
 signal.signal(signal.SIGINT, lambda *_: stop.set())  # last: Ray puts handlers of its own in place
 print("app ready", flush=True)
@@ -101,13 +101,13 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     before = shared_memory()
-    with serving("--model", path_checkpoint, "--hosts", 2) as running:
+    with serving("--model", path_checkpoint, "--hosts", 2, "--log-format", "json") as running:
         with Client(running.target, timeout_s=60) as client:
             assert client.health()
             completion = client.complete(PROMPT, max_tokens=8)
         assert len(completion.rows_per_host) == 2
         assert min(completion.rows_per_host) > 0
-        other = join(running, path_checkpoint, "--hosts", 1)
+        other = join(running, path_checkpoint, "--hosts", 1, "--log-format", "json")
         assert other.returncode == 2
         assert other.stderr.splitlines()[-1].startswith("pregate: --hosts 1: deployment 'pregate' is running with 2")
         processes = processes_of(running.folder)
@@ -126,6 +126,7 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         expected = list(completion.token_ids)
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
         assert streamed_ids(ask(port, stream=True)) == expected
+        check_logs(running, completion.request_id)
         running.process.terminate()  # the demo ends with SIGINT
         assert running.process.wait(60) == 0
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
@@ -135,6 +136,20 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         assert running.wait_nothing_left(60) == []
         assert still_listening(ports) == set()
         assert shared_memory() <= before
+
+
+def check_logs(running, request_id):
+    """Every process logs objects; door, path service and engine say when a request began and how it ended."""
+    files = [running.log, *running.folder.rglob("session_2*/logs/worker-*.err")]
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.startswith("{")]
+    roles = {"launcher", "supervisor pregate", "engine", "path service", "host 0", "host 1", "door", "http door"}
+    assert {line["role"] for line in lines} == roles
+    said = {line["role"]: [] for line in lines}
+    for line in lines:
+        if line.get("request_id") == request_id:
+            said[line["role"]].append(line["message"].partition(":")[0])
+    assert said["door"] == ["taken", "text ended"]
+    assert said["path service"] == said["engine"] == ["taken", "ended"]
 
 
 def join(running, checkpoint, *arguments):

@@ -10,6 +10,7 @@ import threading
 import pytest
 import ray._private.worker
 
+from pregate.base import log
 from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import joining, launch, serving
 from pregate.cluster.config import ServeConfig
@@ -20,12 +21,14 @@ from pregate.router.doors.grpc_options import GrpcOptions
 NOBODY = "127.0.0.1:1"
 
 
+@pytest.mark.usefixtures("own_log")
 def test_a_terminal_that_is_gone_does_not_end_the_clean_up(monkeypatch):
     """As after SIGHUP: what cannot be said is not said."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w", buffering=1) as gone:
         monkeypatch.setattr(sys, "stderr", gone)
+        log.configure("launcher", text=serving.SCREEN)
         serving._say("draining and stopping")
         monkeypatch.undo()
         with pytest.raises(BrokenPipeError):
@@ -67,7 +70,9 @@ def test_the_loss_of_ray_is_seen_without_asking_ray(deployment, monkeypatch):
     assert deployment.close()  # at once: no call to Ray would return
 
 
+@pytest.mark.usefixtures("own_log")
 def test_what_happens_is_said_once_and_a_loss_at_once_before_anything_is_drained(deployment, monkeypatch, capsys):
+    log.configure("launcher", text=serving.SCREEN)
     monkeypatch.setattr(launch.local_ray, "gcs_answers", lambda address: True)
     monkeypatch.setattr(serving, "LOOK_S", 0.01)
     deployment.notes = [(0, "door on port 1: it died; a new one is started"), (1, "host 0: no answer for 11 s")]
@@ -127,9 +132,11 @@ def test_the_command_to_try_is_one_that_works(certificate, tmp_path):
     assert command("127.0.0.1", **secured).startswith(f"pregate generate --target 127.0.0.1:50051 {files} ")
 
 
+@pytest.mark.usefixtures("own_log")
 def test_what_ray_says_of_a_death_is_one_short_line(capsys):
     """Ray's own printer is the one it looks up by this name."""
     assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)
+    log.configure("launcher", text=serving.SCREEN)
     death = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the "
     joining.print_shortened({"lines": [death + "problem, check the logs. " * 40, "short"], "pid": "raylet"}, False)
     lines = capsys.readouterr().err.splitlines()

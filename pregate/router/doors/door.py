@@ -29,8 +29,9 @@ class DoorActor:
         model_name: str,
         options: GrpcOptions,
         deployment: Mapping[str, str] | None = None,
+        log_format: log.Form = "text",
     ) -> None:
-        log.configure("door")
+        log.configure("door", log_format)
         self._options = options
         self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
         self._server = GrpcServer(self._service, options, deployment)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import re
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from importlib import metadata
@@ -33,9 +31,10 @@ logger = log.get_logger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
 #: What the proto says of an absent `max_tokens` of a chat.
 CHAT_MAX_TOKENS = 512
-_REQUEST_ID = re.compile(r"[\w.:@/-]{1,128}", re.ASCII)
 #: Of what an operator compares between nodes.
 _PACKAGES = ("torch", "transformers", "tokenizers", "ray", "grpcio", "protobuf", "pyzmq")
+#: The metadata that names a request, in and out.
+_ID_KEY = "x-request-id"
 _M = TypeVar("_M", bound=Message)
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -72,7 +71,6 @@ class Calls:
         async with self._answering(context):
             request = _parse(pb.GenerateRequest, message)
             request_id = _request_id(request.request_id)
-            log.request_id.set(request_id)  # each call runs in a task, and so in a context, of its own
             stream = self._service.generate(
                 _prompt(request),
                 _sampling(request),
@@ -135,23 +133,29 @@ class Calls:
     @asynccontextmanager
     async def _answering(self, context: Context) -> AsyncGenerator[None, None]:
         """Turn what goes wrong inside into the status of the call; a bug shows no stack trace to the client."""
-        log.request_id.set(uuid.uuid4().hex)
+        log.begin_request(_metadata(context.invocation_metadata(), _ID_KEY))  # each call runs in a context of its own
         try:
             yield
         except PregateError as error:
-            trailing = ()
+            logger.info("%s: %s", error.code, error)
+            trailing = ((_ID_KEY, log.request_id.get()),)
             if isinstance(error, QueueFullError):
-                trailing = (("retry-after", str(error.retry_after_s)),)
+                trailing = (*trailing, ("retry-after", str(error.retry_after_s)))
             await context.abort(grpc.StatusCode[error.code], str(error), trailing)
         except Exception:
             logger.exception("a call failed by a bug")
-            request_id = log.request_id.get()
-            await context.abort(grpc.StatusCode.INTERNAL, f"internal error; the server's log has it under {request_id}")
+            name = log.request_id.get()
+            sentence = f"internal error; the server's log has it under {name}"
+            await context.abort(grpc.StatusCode.INTERNAL, sentence, ((_ID_KEY, name),))
 
 
 def authorization(metadata: Iterable[tuple[str, str | bytes]] | None) -> str:
     """The `authorization` of a call's metadata, or ""."""
-    return str(dict(metadata or ()).get("authorization") or "")
+    return _metadata(metadata, "authorization")
+
+
+def _metadata(metadata: Iterable[tuple[str, str | bytes]] | None, key: str) -> str:
+    return str(dict(metadata or ()).get(key) or "")
 
 
 def _caller(context: Context) -> str:
@@ -172,9 +176,10 @@ def _parse(kind: type[_M], message: bytes) -> _M:
 
 
 def _request_id(given: str) -> str:
-    if given and not _REQUEST_ID.fullmatch(given):
-        raise UserError(f"request_id: must match {_REQUEST_ID.pattern}")
-    return given or uuid.uuid4().hex
+    """The message's id, which names the request from here on; else the one that it has."""
+    if given and not log.REQUEST_ID.fullmatch(given):
+        raise UserError(f"request_id: must match {log.REQUEST_ID.pattern}")
+    return log.begin_request(given) if given else log.request_id.get()
 
 
 def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:

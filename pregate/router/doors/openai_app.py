@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -17,7 +16,7 @@ from pregate.router.doors.http.bodies import ChatBody, CompletionBody, SamplingB
 from pregate.router.doors.http.chat_completions import ChatShape
 from pregate.router.doors.http.completions import CompletionShape
 from pregate.router.doors.http.errors import JsonResponse, add_handlers
-from pregate.router.doors.http.guards import Authorized, BoundedBody
+from pregate.router.doors.http.guards import Authorized, BoundedBody, Named
 from pregate.router.doors.http.live_page import add_page
 from pregate.router.doors.metrics_app import metrics_route
 from pregate.router.doors.service import DoorService
@@ -31,8 +30,9 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
     app = FastAPI(title="pregate", version=__version__, docs_url=None, redoc_url=None)
     add_handlers(app)
     app.add_middleware(BoundedBody, most=lambda: service.max_message_bytes)
-    if tokens is not None:  # the last one added is the first to see a request
+    if tokens is not None:
         app.add_middleware(Authorized, tokens=tokens, open_paths=OPEN_PATHS)
+    app.add_middleware(Named)  # the last one added is the first to see a request
     _add_health(app, service)
     tools.add_routes(app, service, timeout_s)
     app.router.routes.append(metrics_route(service))
@@ -46,8 +46,7 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
             ids = [await service.tokenize(prompt, model=body.model) for prompt in prompts]
             texts = [p if isinstance(p, str) else await service.detokenize(p) for p in prompts]
             echoed, prompts = [(text, i[0] if i else 0) for text, i in zip(texts, ids, strict=True)], ids
-        head = new_head(f"cmpl-{uuid.uuid4().hex}", service.model_name)
-        log.request_id.set(head["id"])
+        head = new_head(f"cmpl-{log.request_id.get()}", service.model_name)
         asked = _asked(body, request, timeout_s)
         stream = numbered([service.generate(prompt, sampling, **asked) for prompt in prompts], sampling.n)
         word = service.word if body.logprobs is not None or body.prompt_logprobs is not None else None
@@ -59,8 +58,7 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatBody, request: Request) -> Response:
         chat, sampling = body.chat(), body.sampling()
-        head = new_head(f"chatcmpl-{uuid.uuid4().hex}", service.model_name)
-        log.request_id.set(head["id"])
+        head = new_head(f"chatcmpl-{log.request_id.get()}", service.model_name)
         stream = service.generate(chat, sampling, **_asked(body, request, timeout_s))
         shape = ChatShape(service.word if body.logprobs else None)
         if body.stream:

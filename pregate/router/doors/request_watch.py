@@ -8,8 +8,11 @@ from types import TracebackType
 from typing import Protocol
 
 from pregate.base.errors import PregateError, QueueFullError, UnavailableError
+from pregate.base.log import get_logger
 from pregate.base.metrics import BY_STEM, Metric
 from pregate.router.link.messages import FinishedEvent
+
+logger = get_logger(__name__)
 
 
 class Recorder(Protocol):
@@ -45,6 +48,7 @@ class RequestWatch:
 
     def taken(self, num_prompt_tokens: int) -> None:
         """Its prompt is read, and goes to the engine."""
+        logger.info("taken: %d prompt tokens, %d texts", num_prompt_tokens, self.num_left)
         self.metrics.record("prompt_tokens_total", num_prompt_tokens)
         self.metrics.record("request_prompt_tokens", num_prompt_tokens)
 
@@ -58,6 +62,7 @@ class RequestWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         if isinstance(error, (GeneratorExit, asyncio.CancelledError)):
+            logger.info("the caller left; %d texts had not ended", self.num_left)
             for _ in range(self.num_left):
                 self.metrics.record("request_success_total", 1, "abort")
         elif isinstance(error, QueueFullError):
@@ -93,6 +98,7 @@ class TextWatch:
     def ended(self, reason: str, end: FinishedEvent | None) -> None:
         """It has ended so; `end` is the engine's word, None where the door ended it."""
         self._request.num_left -= 1
+        logger.info("text ended: %s after %d tokens", reason, self._num_tokens)
         self._record("request_success_total", 1, reason)
         self._record("e2e_request_latency_seconds", time.monotonic() - self._request.came_s)
         self._record("request_generation_tokens", self._num_tokens)

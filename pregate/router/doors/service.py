@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pregate.base import log
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import DeadlineError, NotFoundError, PregateError, UnavailableError, UserError
 from pregate.base.sampling import check_ids, check_priority, most_tokens
@@ -158,7 +159,8 @@ class DoorService:
                 alone = replace(alone, prompt_logprobs=None)
             # Its own id: two callers may have chosen the same.
             known = SubmitRequest(uuid.uuid4().hex, prompt_ids + known_ids, alone, deadline_s, salt)
-            request = replace(known, priority=priority, num_generated=len(known_ids))
+            called = log.request_id.get() or request_id
+            request = replace(known, priority=priority, num_generated=len(known_ids), called=called)
             copies = copies_of(await self._with_paths(request), sampling.n)
             taken.engine_ids = [copy.request_id for copy in copies]
             texts = [CompletionText(self._tokenizer, copy, stops, index) for index, copy in enumerate(copies)]

@@ -31,11 +31,11 @@ class EngineActor(LoopActor):
 
     stop_timeout_s = 30.0  # one step
 
-    def __init__(self, options: EngineOptions, endpoint: str) -> None:
+    def __init__(self, options: EngineOptions, endpoint: str, log_format: log.Form = "text") -> None:
         super().__init__(endpoint)
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
-        log.configure("engine")
+        log.configure("engine", log_format)
         self._options = options
         self._endpoint = endpoint
         self._engine: Engine | None = None

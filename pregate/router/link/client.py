@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import zmq
 import zmq.asyncio
 
+from pregate.base import log
 from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, UnavailableError
-from pregate.base.log import get_logger
 from pregate.router.link.endpoint import ipc_file, starting_file
 from pregate.router.link.messages import (
     ABORTED,
@@ -35,7 +35,7 @@ from pregate.router.link.messages import (
 )
 from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
 
-logger = get_logger(__name__)
+logger = log.get_logger(__name__)
 _T = TypeVar("_T")
 
 
@@ -173,7 +173,7 @@ class EngineClient:
         Leaving early cancels. Raises UserError when the checkpoint has no path router, DeadlineError in time.
         """
         self._check_available()
-        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids), deadline_s, with_state)
+        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids), deadline_s, with_state, log.request_id.get())
         self._running_ids.add(request.request_id)
         reply = None
         try:

@@ -30,6 +30,7 @@ from pregate.router.link.messages import (
     DoorBound,
     Event,
     FailedEvent,
+    FinishedEvent,
     Heartbeat,
     InfoReply,
     InfoRequest,
@@ -198,12 +199,13 @@ class EngineLink:
                 self._accept(peer_id, message, num_bytes)
             elif isinstance(message, CancelRequest):
                 if self._peers.owner(request_id) == peer_id:
-                    self._give_up(request_id)
+                    self._give_up(request_id, "cancelled")
             elif isinstance(message, InfoRequest):
                 self._send(peer_id, [InfoReply(request_id, self.describe())])
             elif isinstance(message, KeepAlive):
                 self._reconcile(peer_id, message.request_ids)
         except PregateError as error:
+            self._log("refused", getattr(message, "called", ""), f"{error.code}: {error}")
             self._send(peer_id, [FailedEvent(request_id, error.code, str(error))])
         except Exception:
             # Whatever a message holds, it costs itself alone: the other doors' requests go on.
@@ -216,11 +218,21 @@ class EngineLink:
         if self._peers.owner(request.request_id) is not None:
             raise UserError.of("request_id", request.request_id, "is running already; use a new one")
         self.inbox.put(Pending(request, num_bytes, time.monotonic()))
-        self._peers.add(peer_id, request.request_id)
+        self._peers.add(peer_id, request.request_id, request.called)
+        self._log("taken", request.called, f"{len(request.token_ids)} tokens")
 
-    def _give_up(self, request_id: str) -> None:
-        self._peers.remove(request_id)
+    def _give_up(self, request_id: str, why: str) -> None:
+        self._end(request_id, why)
         self.inbox.cancel(request_id)
+
+    def _end(self, request_id: str, how: str) -> None:
+        """Nobody waits for it any more."""
+        self._log("ended", self._peers.called(request_id), how)
+        self._peers.remove(request_id)
+
+    def _log(self, what: str, called: str, more: str) -> None:
+        if called:  # what a door asks for itself has no name
+            logger.info("%s: %s", what, more, extra={"request_id": called})
 
     def describe(self) -> dict[str, Any]:
         """Return the engine's info, what waits for it, what it is busy with, and why it takes no work (or None)."""
@@ -231,7 +243,7 @@ class EngineLink:
     def _reconcile(self, peer_id: bytes, request_ids: Sequence[str]) -> None:
         unknown, unwanted = self._peers.compare(peer_id, request_ids)
         for request_id in unwanted:
-            self._give_up(request_id)
+            self._give_up(request_id, "its front door does not wait for it")
         if unknown:
             reason = "the engine does not know this request; it was restarted or had lost the front door"
             self._send(peer_id, [FailedEvent(i, UnavailableError.code, reason) for i in unknown])
@@ -252,7 +264,7 @@ class EngineLink:
                 continue
             packets[peer_id].append(event)
             if not isinstance(event, TokensEvent):
-                self._peers.remove(event.request_id)
+                self._end(event.request_id, _told(event))
         for peer_id, messages in packets.items():
             self._send(peer_id, messages)
 
@@ -284,7 +296,13 @@ class EngineLink:
         request_ids = self._peers.drop(peer_id)
         logger.info("front door %s: %s; %d requests cancelled", peer_id.hex(), reason, len(request_ids))
         for request_id in request_ids:
-            self.inbox.cancel(request_id)
+            self._give_up(request_id, "its front door is gone")
+
+
+def _told(end: FinishedEvent | FailedEvent | RouteReply) -> str:
+    if isinstance(end, FailedEvent):
+        return f"{end.code}: {end.message}"
+    return "paths" if isinstance(end, RouteReply) else f"{end.reason} after {end.completion_tokens} tokens"
 
 
 def _short_ids(messages: Sequence[DoorBound]) -> list[str]:

@@ -81,7 +81,7 @@ class SubmitRequest:
     """Generate from a prompt, the last `num_generated` of whose tokens this request has generated before, on an engine
     that is gone: it goes on as if unbroken. `deadline_s` counts from the moment the engine takes the request; what is
     computed of equal prompts is shared under the same `cache_salt`, which names who asks. Of those that wait, those of
-    the lowest `priority` come first.
+    the lowest `priority` come first. `called` is the caller's name of the request, for logs; two may have the same.
 
     `paths` are the prompt's and `path_state` is the path router's after it, where the path service has computed them:
     both or none.
@@ -96,6 +96,7 @@ class SubmitRequest:
     path_state: PackedState | None = None
     priority: int = 0
     num_generated: int = 0
+    called: str = ""
 
     def __post_init__(self) -> None:
         if (self.paths is None) != (self.path_state is None):
@@ -113,13 +114,14 @@ class CancelRequest:
 class RouteRequest:
     """Ask for the paths of a prompt, without a forward pass; `with_state`: and for the path router's state after it.
 
-    `deadline_s` counts from the moment the request is taken.
+    `deadline_s` counts from the moment the request is taken; `called` is as in `SubmitRequest`.
     """
 
     request_id: str
     token_ids: tuple[int, ...]
     deadline_s: float | None = None
     with_state: bool = False
+    called: str = ""
 
 
 @dataclass(frozen=True)

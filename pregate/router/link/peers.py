@@ -18,6 +18,7 @@ class Peers:
     def __init__(self) -> None:
         self._peers: dict[bytes, _Peer] = {}
         self._owners: dict[str, bytes] = {}
+        self._called: dict[str, str] = {}
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(list(self._peers))
@@ -42,14 +43,19 @@ class Peers:
         """The door that waits for a request, None when nobody does."""
         return self._owners.get(request_id)
 
-    def add(self, peer_id: bytes, request_id: str) -> None:
+    def called(self, request_id: str) -> str:
+        """What its caller calls a request that somebody waits for."""
+        return self._called[request_id]
+
+    def add(self, peer_id: bytes, request_id: str, called: str = "") -> None:
         """Let a door wait for a request that nobody waits for yet."""
         assert request_id not in self._owners
-        self._owners[request_id] = peer_id
+        self._owners[request_id], self._called[request_id] = peer_id, called
         self._peers[peer_id].request_ids.add(request_id)
 
     def remove(self, request_id: str) -> None:
         """Nobody waits for this request any more; unknown ones are ignored."""
+        self._called.pop(request_id, None)
         peer = self._peers.get(self._owners.pop(request_id, b""))
         if peer is not None:
             peer.request_ids.discard(request_id)
@@ -61,9 +67,6 @@ class Peers:
         return unknown, [] if peer is None else list(peer.request_ids - listed)
 
     def drop(self, peer_id: bytes) -> list[str]:
-        """Forget a door; returns the requests it waited for."""
+        """Forget a door; returns the requests it waits for, each of which is to be removed."""
         peer = self._peers.pop(peer_id, None)
-        request_ids = [] if peer is None else list(peer.request_ids)
-        for request_id in request_ids:
-            del self._owners[request_id]
-        return request_ids
+        return [] if peer is None else list(peer.request_ids)

@@ -16,9 +16,9 @@ from pregate.router.paths.options import PathOptions
 class PathActor(LoopActor):
     """The path router of a checkpoint and its server in one process; it holds no other weights."""
 
-    def __init__(self, options: PathOptions, endpoint: str) -> None:
+    def __init__(self, options: PathOptions, endpoint: str, log_format: log.Form = "text") -> None:
         super().__init__(endpoint)
-        log.configure("path service")
+        log.configure("path service", log_format)
         self._options, self._endpoint = options, endpoint
 
     def start(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class ActorOptions:
     heartbeat_s: float = 0.5
     num_threads: int = 1
     first_core: int | None = None
+    log_format: log.Form = "text"
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
@@ -74,7 +75,7 @@ class ExpertHostActor:
         from pregate.workers.host.server import HostServer, ServerOptions
 
         options = self._options
-        log.configure(f"host {options.host.host_id}")
+        log.configure(f"host {options.host.host_id}", options.log_format)
         torch.set_num_threads(options.num_threads)
         if options.first_core is not None:
             pin(options.first_core, options.num_threads)

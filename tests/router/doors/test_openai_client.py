@@ -246,7 +246,7 @@ def test_errors_are_openai_s(client, kind, param, sentence, options, stream):
     with pytest.raises(kind, match=sentence) as caught:
         client.chat.completions.create(**({"model": "quartet", "messages": ASKED, "stream": stream} | options))
     body = caught.value.body
-    assert set(body) == {"message", "type", "param", "code"}
+    assert set(body) == {"message", "type", "param", "code", "request_id"}
     assert body["param"] == param
 
 

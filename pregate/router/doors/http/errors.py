@@ -29,7 +29,6 @@ _HTTP: Mapping[str, tuple[int, str]] = MappingProxyType(
         "DEADLINE_EXCEEDED": (504, "timeout_error"),
     }
 )
-_BUG = "internal error; the server's log has it"
 #: A sentence of the house begins with the name of the field that is wrong.
 _FIELD = re.compile(r"([a-z_]+(?:\.\w+)*)(?::| [^:]*: )")
 
@@ -44,8 +43,13 @@ class JsonResponse(Response):
 
 
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """Return OpenAI's body. `code` is the gRPC status of the same error, in small letters."""
-    return {"error": {"message": message, "type": _HTTP[code][1], "param": param, "code": code.lower()}}
+    """Return OpenAI's body, and in it the request's id. `code` is the gRPC status of the same error, in small letters.
+
+    It is logged: whoever is told of an error finds it there.
+    """
+    logger.info("%s: %s", code, message)
+    error = {"message": message, "type": _HTTP[code][1], "param": param, "code": code.lower()}
+    return {"error": {**error, "request_id": log.request_id.get()}}
 
 
 def error_of(error: Exception) -> dict[str, Any]:
@@ -54,7 +58,7 @@ def error_of(error: Exception) -> dict[str, Any]:
         found = _FIELD.match(str(error)) if error.code == "INVALID_ARGUMENT" else None
         return error_body(error.code, str(error), found[1] if found else None)
     logger.error("a request failed by a bug", exc_info=error)
-    return error_body("INTERNAL", _BUG)
+    return error_body("INTERNAL", f"internal error; the server's log has it under {log.request_id.get()}")
 
 
 def response(body: dict[str, Any], status: int | None = None, headers: Mapping[str, str] | None = None) -> JsonResponse:

@@ -1,4 +1,4 @@
-"""What a request must get past before anything of its body is read: who sends it, and how large it is."""
+"""What a request gets past before anything of its body is read: its name, who sends it, and how large it is."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pregate.base import log
 from pregate.router.doors.access import TokenFile
 from pregate.router.doors.http.errors import error_body, response
 
 #: What a door takes that does not know its engine yet.
 _MAX_BODY_BYTES = 64 << 20
 _WHO = "send the header `Authorization: Bearer TOKEN` with a token this server knows"
+
+
+class Named:
+    """Names a request in logs and errors by its header x-request-id, which Serve makes where a client sends none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            log.begin_request(Headers(scope=scope).get("x-request-id"))
+        await self._app(scope, receive, send)
 
 
 class Authorized:
