@@ -103,6 +103,27 @@ def test_nothing_ends_a_text_before_min_tokens(engine):
     assert len(done["ids"]) >= 5 and not set(done["ids"][:5]) & set(free[:3])
 
 
+def test_a_text_ends_before_the_first_of_its_stop_ids(engine):
+    """Every token of a text as the one that ends it, and the model's own end where it is not ignored."""
+    submit(engine, "free", max_tokens=12)
+    free = run(engine)["free"]
+    assert (len(free["ids"]), free["reason"]) == (12, "length")
+    ends = [(token,) for token in dict.fromkeys(free["ids"])] + [tuple(free["ids"][5:]), ()]
+    for number, stop in enumerate(ends):
+        submit(engine, str(number), max_tokens=12, stop_token_ids=stop)
+    done = run(engine)
+    for number, stop in enumerate(ends):
+        first = next((n for n, token in enumerate(free["ids"]) if token in stop), 12)
+        found = done[str(number)]
+        assert (found["ids"], found["reason"]) == (free["ids"][:first], "stop" if first < 12 else "length")
+    own, engine.eos_ids = engine.eos_ids, frozenset(free["ids"][3:4])
+    for ignore_eos in (False, True):
+        submit(engine, str(ignore_eos), max_tokens=12, ignore_eos=ignore_eos)
+    done, engine.eos_ids = run(engine), own
+    assert done["True"]["ids"] == free["ids"]
+    assert done["False"]["ids"] == free["ids"][: free["ids"].index(free["ids"][3])]
+
+
 def test_the_lowest_priority_is_served_first(engine):
     for name, priority in (("one", 0), ("two", 0), ("late", 5), ("soon", -1)):
         submit(engine, name, priority=priority)

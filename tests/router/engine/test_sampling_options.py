@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
@@ -124,6 +126,55 @@ def test_equal_logits_at_the_edge_of_top_k_are_all_kept():
     kept = chances(x_V, [SamplingParams(1, temperature=1.0, top_k=2)])[0] > 0
     apply: Any = TopKLogitsWarper(2)
     assert torch.equal(kept, apply(torch.zeros(1, 1), x_V)[0].isfinite())
+
+
+#: Values of every option that changes what is drawn; `test_every_option_has_an_oracle` says where the others are.
+MIX: dict[str, list[Any]] = {
+    "logit_bias": [(), ((3, 2.5), (5, -100.0)), ((699, 4.0),)],
+    "repetition_penalty": [None, 0.7, 1.3],
+    "presence_penalty": [0.0, 1.5, -0.5],
+    "frequency_penalty": [0.0, 0.3, -1.0],
+    "min_tokens": [0, 9, 10],
+    "temperature": [0.3, 1.0, 2.5],
+    "top_k": [0, 1, 40],
+    "top_p": [1.0, 0.9, 0.3],
+    "min_p": [0.0, 0.02, 0.5],
+}
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(st.fixed_dictionaries({name: st.sampled_from(values) for name, values in MIX.items()}), st.integers(0, 50))
+def test_any_mix_of_options_is_transformers_own(options, seed):
+    penalty, ends = options["repetition_penalty"] or 1.0, (2, 17)
+    one, x_1V = sequence(seed, penalty=penalty, ends=ends, **options), logits(1, seed)
+    processors: list[Any] = [RepetitionPenaltyLogitsProcessor(penalty)]
+    if options["logit_bias"]:
+        processors.insert(0, sequence_bias({(i,): value for i, value in options["logit_bias"]}))
+    expected_1V = theirs([processors], [one], x_1V)
+    for token, count in Counter(one.token_ids[one.num_prompt :]).items():
+        expected_1V[0, token] -= options["presence_penalty"] + count * options["frequency_penalty"]
+    if options["min_tokens"]:
+        least = MinNewTokensLengthLogitsProcessor(one.num_prompt, options["min_tokens"], list(ends))
+        expected_1V = theirs([[least]], [one], expected_1V)
+    found_1V = ours._processed(x_1V, [one])
+    torch.testing.assert_close(found_1V, expected_1V, rtol=1e-6, atol=1e-5)
+    warpers: list[Any] = [TemperatureLogitsWarper(options["temperature"])]
+    warpers += [TopKLogitsWarper(options["top_k"])] if options["top_k"] else []
+    warpers += [TopPLogitsWarper(options["top_p"])] if options["top_p"] < 1 else []
+    warpers += [MinPLogitsWarper(options["min_p"])] if options["min_p"] else []
+    apply: Any = LogitsProcessorList(warpers)
+    likely_V = apply(torch.zeros(1, 1), found_1V.clone()).softmax(-1)[0]
+    chance_V = chances(found_1V, [one.sampling])[0]
+    assert ((chance_V > 0) == (likely_V > 0)).all()
+    torch.testing.assert_close(chance_V / chance_V.sum(), likely_V, rtol=1e-4, atol=1e-7)
+    assert likely_V[sample(x_1V, [one])[0]] > 0
+
+
+def test_every_option_has_an_oracle():
+    engine = {"max_tokens", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs"}  # test_request_options.py
+    doors = {"stop", "n"}  # doors/test_stop_strings.py, doors/test_request_options.py
+    draws = {"seed"}  # test_sampling.py
+    assert {field.name for field in fields(SamplingParams)} == {*MIX, *engine, *doors, *draws}
 
 
 def mixed(num):
