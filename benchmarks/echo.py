@@ -47,6 +47,8 @@ class EchoHost:
     def cache_counters(self) -> CacheCounters:
         return CacheCounters()
 
+    steady = True
+
     def held_units(self) -> None:
         return None
 

@@ -198,6 +198,7 @@ class Engine:
                     "lost": lost.get(h, ""),
                     "lost_s": now_s - self.exchange.lost_at_s.get(h, now_s) if h in lost else 0.0,
                     "rows": int(self._pairs_H[h]) if h < len(self._pairs_H) else 0,
+                    "units": [] if h in lost else _digits(c.units_LR),
                     **vars(c.stats),
                     **vars(c.cache),
                 }
@@ -365,3 +366,8 @@ def _added(sum_H: np.ndarray, pairs_TH: np.ndarray) -> np.ndarray:
     added_H[: len(sum_H)] = sum_H
     added_H[: pairs_TH.shape[1]] += pairs_TH.sum(axis=0)
     return added_H
+
+
+def _digits(held_LR: np.ndarray | None) -> list[str]:
+    """Which units are held, a digit each, layer by layer. Example: ["101", "011"]."""
+    return [] if held_LR is None else [row.tobytes().decode() for row in held_LR.astype(np.uint8) + ord("0")]

@@ -169,6 +169,11 @@ class ChannelClient:
 
     @property
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        beat = self.last_heartbeat
+        return None if beat is None or beat.steady else beat.held_LR
+
+    @property
+    def units_LR(self) -> np.ndarray | None:  # noqa: N802
         return None if self.last_heartbeat is None else self.last_heartbeat.held_LR
 
     def warm_up(self) -> None:

@@ -50,7 +50,12 @@ class HostClient(Protocol):
 
     @property
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
-        """Which units the host holds or is loading, bool [L, R], as it last said; None where it holds all its own."""
+        """As `units_LR`; None where the host holds all that it is home to, and goes on to."""
+        ...
+
+    @property
+    def units_LR(self) -> np.ndarray | None:  # noqa: N802
+        """Which units the host holds or is loading, bool [L, R], as it last said; None before it has said it."""
         ...
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:
@@ -123,6 +128,10 @@ class InProcessClient:
 
     @property
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
+        return None if self._host.steady else self._host.held_units()
+
+    @property
+    def units_LR(self) -> np.ndarray | None:  # noqa: N802
         return self._host.held_units()
 
     def hello(self, *, engine: str, fingerprint: str, dtype: torch.dtype, width: int, max_rows: int) -> HelloAck:

@@ -77,7 +77,8 @@ class ComputeThread:
         message, since_s = self._busy
         busy = ("", 0.0) if message is None else (describe(message), time.monotonic() - since_s)
         host = self._host
-        return Heartbeat(host.incarnation, self._progress, *busy, host.cache_counters(), host.held_units())
+        held = host.held_units(), int(host.steady)
+        return Heartbeat(host.incarnation, self._progress, *busy, host.cache_counters(), *held)
 
     def _run(self) -> None:
         while not self._stopping.is_set():

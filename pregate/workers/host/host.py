@@ -90,9 +90,13 @@ class Host(Protocol):
         """Return what experts that come and go have cost so far. May be called from any thread."""
         ...
 
+    @property
+    def steady(self) -> bool:
+        """Whether all units that this host is home to are held, and stay."""
+        ...
+
     def held_units(self) -> np.ndarray | None:
-        """Return which units are held or on their way, bool [L, R]; None where all of this host's are, and stay. May be
-        called from any thread."""
+        """Return which units are held or on their way, bool [L, R]; None where it cannot say. From any thread."""
         ...
 
     def status(self) -> dict[str, Any]:
@@ -306,7 +310,11 @@ class ExpertHost:
     def cache_counters(self) -> CacheCounters:
         return replace(self._store.stats)
 
-    def held_units(self) -> np.ndarray | None:
+    @property
+    def steady(self) -> bool:
+        return not self._store.tiered
+
+    def held_units(self) -> np.ndarray:
         return self._store.held
 
     def status(self) -> dict[str, Any]:

@@ -137,9 +137,9 @@ class UnitStore:
         return self._held_LR.shape  # type: ignore[return-value]
 
     @property
-    def held(self) -> np.ndarray | None:
-        """Bool [L, R], the units that are held or on their way; None where home units do not come and go."""
-        return self._held_LR | self._coming_LR if self.tiered else None
+    def held(self) -> np.ndarray:
+        """Bool [L, R], the units that are held or on their way."""
+        return self._held_LR | self._coming_LR
 
     @property
     def complete(self) -> bool:

@@ -45,7 +45,7 @@ __all__ = [
     "RowsMessage",
 ]
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30
@@ -207,7 +207,8 @@ class Heartbeat:
     """From the host's I/O thread: `progress` counts what the compute thread has finished; `busy_with` names what it
     is at (empty: nothing) and `busy_since_s` for how many seconds already.
 
-    `held_LR` bool [L, R]: the units that it holds or is loading; None where it holds all that it is home to.
+    `held_LR` bool [L, R]: the units that it holds or is loading, None where it cannot say; `steady` 1 where it holds
+    all that it is home to, and goes on to.
     """
 
     incarnation: str
@@ -216,6 +217,7 @@ class Heartbeat:
     busy_since_s: float
     cache: CacheCounters = field(default_factory=CacheCounters)
     held_LR: np.ndarray | None = None
+    steady: int = 1
 
     def describe(self) -> str:
         """For a message about a host of which nothing more is heard."""

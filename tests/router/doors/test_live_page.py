@@ -1,4 +1,5 @@
-"""The live page in a real browser: what lives where, a prompt's text and path, and nothing that it shows is run."""
+"""The live page in a real browser: what lives where and is in memory, also when a host is killed; a prompt's text and
+path; and nothing that it shows is run."""
 
 import shutil
 from contextlib import ExitStack
@@ -11,20 +12,31 @@ from pregate.router.doors.access import TokenFile
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
+from tests.chaos.hosts import Cluster
 from tests.router.doors.test_openai_app import HttpServer
-from tests.router.running import engine_thread, socket_folder
-from tests.router.serving import engine_in_process
+from tests.router.running import engine_thread, socket_folder, wait_for
+from tests.router.serving import engine_of, placement_of
 
 SHIPPED = Path(__file__).resolve().parents[3] / "examples" / "quartet-paths"
 HOSTILE = "<img src=x onerror=document.title='run'> It was a cold evening"
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def hosts(tmp_path_factory):
+    cluster = Cluster(
+        SHIPPED, placement_of(SHIPPED, 2)[..., None], tmp_path_factory.mktemp("ipc"), resident_experts=0.6
+    )
+    yield cluster
+    cluster.close()
+
+
+@pytest.fixture(scope="module")
+def url(hosts, tmp_path_factory):
+    """Two host processes, each with room for a part of its experts."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
     tokens.write_text("secret\n")
     with ExitStack() as stack:
-        engine = stack.enter_context(engine_in_process(SHIPPED, 2))
+        engine = stack.enter_context(engine_of(SHIPPED, [hosts.client(0), hosts.client(1)], step_tokens=40))
         endpoint = f"ipc://{stack.enter_context(socket_folder())}/engine.sock"
         stack.enter_context(engine_thread(engine, endpoint))
         server = HttpServer(
@@ -45,7 +57,18 @@ def test_it_is_one_file_that_names_no_other_address(url):
     assert httpx.get(url).headers["content-security-policy"] != policy
 
 
-def test_in_a_browser(url, tmp_path):
+def shows_what_is_held(page, url):
+    """Wait until the page has a dot for each unit that a host says it holds; returns how many."""
+
+    def held():
+        answer = httpx.get(f"{url}/experts", headers={"Authorization": "Bearer secret"}, timeout=20)
+        return sum(layer.count("1") for host in answer.json()["hosts"] for layer in host["units"])
+
+    wait_for(lambda: page.wait_for_timeout(100) or 0 < held() == page.locator("#units .dot").count(), 20, "the dots")
+    return held()
+
+
+def test_in_a_browser(url, hosts, tmp_path):
     browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -60,7 +83,8 @@ def test_in_a_browser(url, tmp_path):
         page.fill("#key", "secret")
         page.get_by_role("heading", name="quartet").wait_for(timeout=20_000)
         assert page.locator("#hosts tr").count() == 1 + 2
-        assert page.locator("#units .unit").count() > 4
+        homes = page.locator("#units .unit").count()
+        assert 4 < homes == shows_what_is_held(page, url) + page.locator("#units .away").count()
         page.fill("#prompt", HOSTILE)
         page.fill("#most", "12")
         page.click("#go")
@@ -71,6 +95,14 @@ def test_in_a_browser(url, tmp_path):
         page.screenshot(path=str(tmp_path / "page.png"), full_page=True)
         page.emulate_media(color_scheme="dark")
         page.screenshot(path=str(tmp_path / "dark.png"))
+        hosts.kill(1)
+        page.get_by_text("serving; 1 host(s) lost").wait_for(timeout=30_000)
+        page.click("#go")
+        page.get_by_text("first text after").wait_for(timeout=30_000)
+        assert shows_what_is_held(page, url) <= page.locator("[title*='in memory of host 0']").count()
+        assert page.locator("[title*='in memory of host 1']").count() == 0
+        page.emulate_media(color_scheme="light")
+        page.screenshot(path=str(tmp_path / "lost.png"), full_page=True)
         assert page.title() == "pregate"
         assert not wrong
         browser.close()
