@@ -25,7 +25,7 @@ import torch
 from benchmarks.surroundings import sentence, surroundings
 from pregate.cli.cache.record import Pace, record, requests_of
 from pregate.cli.cache.recording import Recording
-from pregate.cli.cache.results import Row, closed_gap, draw, replay_all
+from pregate.cli.cache.results import Row, draw, replay_all
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.domains.options import ReadMeOptions
@@ -37,6 +37,13 @@ from pregate.model.quiet import quiet_transformers
 FOLDERS = ("stories", "fiction", "nonfiction", "verse", "math", "wiki")
 SEEDS = (0, 1, 2)
 POLICIES = ("random", "lru", "lfu", "hot set", "known step", "lookahead", "optimal")
+
+
+def closed_gap(rows: Sequence[Row], held: int, policy: str = "lookahead") -> float:
+    """Return how much of the gap between LRU's hit rate and the optimum's a policy closes; 1 where there is none."""
+    rate = {row.policy: row.hit_rate for row in rows if row.held == held}
+    gap = rate["optimal"] - rate["lru"]
+    return (rate[policy] - rate["lru"]) / gap if gap > 0 else 1.0
 
 
 def seven_domains(text: Path, work: Path) -> tuple[Path, ...]:

@@ -56,13 +56,6 @@ def replay_all(
     return rows
 
 
-def closed_gap(rows: Sequence[Row], held: int, policy: str = "lookahead") -> float:
-    """Return how much of the gap between LRU's hit rate and the optimum's a policy closes; 1 where there is none."""
-    rate = {row.policy: row.hit_rate for row in rows if row.held == held}
-    gap = rate["optimal"] - rate["lru"]
-    return (rate[policy] - rate["lru"]) / gap if gap > 0 else 1.0
-
-
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Write a picture: hit rate by capacity, and the share of time waited where it is known."""
     import matplotlib

@@ -128,9 +128,11 @@ def read_calibration(
             drawn = draw_documents(documents, seed)
             windows = pack_windows((encode(tokenizer, d.text, length) for d in drawn), length, samples + wanted)
             found = sum(len(window) == length for window in windows)
-            held = min(wanted, len(windows) // 4)
+            held = min(wanted, max(len(windows) // 4, 1), max(len(windows) - 1, 0))
             kept, held_back = windows[held:][:samples], windows[:held]
     _check_windows(found, samples + wanted, length, paths, progress)
+    if not held_back:
+        progress.note(f"{OPTION}: windows are all over the text; none is left beside them to measure perplexity on")
     return Calibration(kept, held_back, files)
 
 

@@ -60,6 +60,21 @@ def test_too_little_text_is_refused_with_what_is_enough(tiny_dense: Path, tiny_t
     assert re.search(r"--calibration \S+harbour\.txt: its text gives \d+ windows .* about 2,880", notes.notes[0])
 
 
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_few_samples_leave_text_to_measure_on(tiny_dense: Path, tiny_text: Path, samples: int):
+    """Of two or three windows none was held back: perplexities were None."""
+    text = read_calibration([tiny_text], AutoTokenizer.from_pretrained(tiny_dense), samples, 32, 0)
+    assert (len(text.training), len(text.held_back)) == (samples, 1)
+
+
+def test_where_windows_lie_all_over_the_text_that_is_said(tiny_dense: Path, tiny_text: Path):
+    notes = StopsAfter(-1)
+    text = read_calibration(
+        [tiny_text], AutoTokenizer.from_pretrained(tiny_dense), 200, 256, 0, "stream", progress=notes
+    )
+    assert not text.held_back and "none is left beside them to measure perplexity on" in notes.notes[-1]
+
+
 def test_pool_keeps_to_its_token_budget(tiny_dense: Path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_dense)
     documents = [Document("The harbour lay quiet before the storm.", Path("a.txt"))] * 5
