@@ -183,3 +183,18 @@ def paged_attention(
 def register_attention() -> None:
     """Make `ATTENTION_NAME` known to transformers (idempotent)."""
     AttentionInterface.register(ATTENTION_NAME, paged_attention)
+
+
+def run_step(
+    model: Any, ids_T: torch.Tensor, positions_T: torch.Tensor, step: StepLayout, wanted_B: torch.Tensor
+) -> torch.Tensor:
+    """Run a step's tokens [T] through a causal language model that has this attention: logits [B, V] of the rows
+    `wanted`."""
+    output = model(
+        input_ids=ids_T[None],
+        position_ids=positions_T[None],
+        use_cache=False,
+        logits_to_keep=wanted_B,
+        pregate_step=step,
+    )
+    return output.logits[0]

@@ -18,7 +18,7 @@ from pregate.base.device import to_device
 from pregate.base.memory import available_bytes
 from pregate.model.layers import RoutedMLP, find_routed_mlps
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.router.engine.attention import ATTENTION_NAME, register_attention
+from pregate.router.engine.attention import ATTENTION_NAME, register_attention, run_step
 from pregate.router.engine.decoder_parts import lean_decoder
 from pregate.router.engine.exchange import Exchange
 from pregate.router.engine.family import check_family
@@ -62,7 +62,7 @@ class Backbone:
                 mlp.shared = None
             model.parent.set_submodule(name, ExchangeMLP(mlp, exchange, exact))
         #: Token ids [T], positions [T], the step's layout, rows [B] whose logits are wanted -> logits [B, V].
-        self.run = lean_decoder(model.parent, seen).forward if lean else partial(_run_parent, model.parent)
+        self.run = lean_decoder(model.parent, seen).forward if lean else partial(run_step, model.parent)
 
     @classmethod
     def load(
@@ -102,16 +102,3 @@ class Backbone:
         parts = (torch.from_numpy(token_ids), torch.from_numpy(positions), torch.tensor(wanted, dtype=torch.int64))
         ids_T, positions_T, wanted_B = (to_device(part, torch.device(self.device)) for part in parts)
         return self.run(ids_T, positions_T, layout, wanted_B)
-
-
-def _run_parent(
-    parent: Any, ids_T: torch.Tensor, positions_T: torch.Tensor, layout: StepLayout, wanted_B: torch.Tensor
-) -> torch.Tensor:
-    output = parent(
-        input_ids=ids_T[None],
-        position_ids=positions_T[None],
-        use_cache=False,
-        logits_to_keep=wanted_B,
-        pregate_step=layout,
-    )
-    return output.logits[0]

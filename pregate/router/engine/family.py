@@ -9,6 +9,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
 from pregate.model.config import rope_sets
-from pregate.router.engine.attention import ATTENTION_NAME, register_attention
+from pregate.router.engine.attention import ATTENTION_NAME, register_attention, run_step
 from pregate.router.engine.decoder_parts import NotLeanError, lean_decoder
 from pregate.router.engine.kv_cache import PagedKV
 from pregate.router.engine.probe import probe
@@ -158,17 +159,7 @@ def _difference(config: PretrainedConfig, texts: list[torch.Tensor]) -> tuple[fl
     shapes = probe(model).kv_shapes
     model.set_attn_implementation(ATTENTION_NAME)
 
-    def run(ids_T: torch.Tensor, positions_T: torch.Tensor, step: StepLayout, wanted_B: torch.Tensor) -> torch.Tensor:
-        output = model(
-            input_ids=ids_T[None],
-            position_ids=positions_T[None],
-            use_cache=False,
-            logits_to_keep=wanted_B,
-            pregate_step=step,
-        )
-        return output.logits[0]
-
-    return _compare(run, PagedKV(_NUM_BLOCKS, _BLOCK, shapes), texts, whole), whole
+    return _compare(partial(run_step, model), PagedKV(_NUM_BLOCKS, _BLOCK, shapes), texts, whole), whole
 
 
 @torch.inference_mode()
