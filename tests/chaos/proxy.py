@@ -19,8 +19,8 @@ UP, DOWN = "up", "down"
 class Fault:
     """What happens to bytes on their way up (to the host) and down. `cut`: nobody is connected any more. `swallow`: the
     ways on which nothing comes through, not even that the other end has gone, on all connections or on those `only_old`
-    that there are already. `damage` is done to one piece in ten, up to 64 KB each. `unsteady_s`: new connections are
-    silent for up to so long, so that later ones overtake them, and one piece in ten is the last of its connection.
+    that there are already. `damage` is done to a `share` of all pieces, up to 64 KB each. `unsteady_s`: new connections
+    are silent for up to so long, so that later ones overtake them, and one piece in ten is the last of its connection.
     """
 
     cut: bool = False
@@ -28,6 +28,7 @@ class Fault:
     swallow: frozenset[str] = frozenset()
     only_old: bool = False
     damage: Callable[[bytes, random.Random], bytes] | None = None
+    share: float = 0.1
     unsteady_s: float = 0.0
 
 
@@ -132,7 +133,7 @@ class Proxy:
         return way in self._fault.swallow and (not self._fault.only_old or pair.born_s < self._since_s)
 
     def _damaged(self, data: bytes) -> bytes:
-        if self._fault.damage is None or self._rng.random() >= 0.1:
+        if self._fault.damage is None or self._rng.random() >= self._fault.share:
             return data
         self.num_damaged += 1
         return self._fault.damage(data, self._rng)

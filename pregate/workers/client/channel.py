@@ -111,7 +111,7 @@ class ChannelClient:
                 self._take(self._connection.control, 0)
             else:
                 time.sleep(0.001)
-            self._connection.look()
+            self._look_after_connection()
         if isinstance(self._greeting, Refused):
             raise UserError(f"expert host {self.host_id} refused: {self._greeting.reason}")
         self._fenced = False
@@ -131,8 +131,7 @@ class ChannelClient:
         if not self._fenced:
             return True
         try:
-            if self._connection.look():
-                self._renew()
+            self._look_after_connection()
             self._drain_all()
         except PregateError as error:
             _log.warning("host %d cannot be taken back: %s", self.host_id, error)
@@ -143,6 +142,11 @@ class ChannelClient:
             with contextlib.suppress(HostLostError):  # as many greetings wait for it as may
                 self._greet(self._greet_every_s)
         return not self._fenced
+
+    def _look_after_connection(self) -> None:
+        """Of a host that is greeted. ZeroMQ connects a socket no more after an answer that made no sense to it."""
+        if self._connection.look() or self._connection.waits_s > self._options.host_timeout_s:
+            self._renew()
 
     def _is_stuck(self) -> bool:
         """Whether the host's compute thread is still at what it was at when it was given up: its I/O thread answers."""
@@ -255,7 +259,8 @@ class ChannelClient:
             # Copied: pyzmq's zero-copy sends need a Python thread to release each buffer.
             socket.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again as error:
-            raise HostLostError(self.host_id, f"{transport.SEND_QUEUE} messages to it are unsent") from error
+            reason = f"its connection is gone, or {transport.SEND_QUEUE} messages to it are unsent"
+            raise HostLostError(self.host_id, reason) from error
         return sum(map(len, frames))
 
     # --- what arrives
@@ -300,7 +305,7 @@ class ChannelClient:
     def _damaged(self, reason: str) -> None:
         """A message could not be read, by us or by the host, and what follows it may be in the wrong place."""
         self._num_damaged += 1
-        if self._terms is None or self._num_damaged > _MAX_DAMAGED:
+        if self._num_damaged > _MAX_DAMAGED and not self._fenced:
             raise HostLostError(self.host_id, f"{self._num_damaged} messages could not be read: {reason}")
         _log.warning("host %d: a message could not be read: %s", self.host_id, reason)
         self._renew()

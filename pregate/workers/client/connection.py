@@ -53,7 +53,7 @@ class Connection:
     def _open_control(self) -> None:
         # Named by us, so that the host knows us again after a broken connection.
         self._id = uuid.uuid4().bytes
-        self.renewed_s = time.monotonic()
+        self._renewed_s = time.monotonic()
         self._data: _Watched | None = None
         beat_s = self._options.host_timeout_s / 4
         self._control = self._open(self._address.endpoint, transport.control_id(self._id), beat_s, 2 * beat_s)
@@ -96,6 +96,11 @@ class Connection:
     def cut_s(self) -> float:
         """For how long it has not been up since it was cut."""
         return 0.0 if self._cut_s is None else time.monotonic() - self._cut_s
+
+    @property
+    def waits_s(self) -> float:
+        """For how long it has not been up since it was made anew."""
+        return 0.0 if self.up else time.monotonic() - self._renewed_s
 
     @property
     def opening_s(self) -> float:

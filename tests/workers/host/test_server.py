@@ -30,6 +30,7 @@ from pregate.workers.link.protocol import (
     RowsMessage,
 )
 from pregate.workers.link.wire import decode, encode
+from tests.chaos.proxy import NONE, Fault, Proxy
 
 KEY = GroupKey("e", 5, 0, 0)
 WIDTH = 512
@@ -353,3 +354,22 @@ def test_a_client_that_was_cut_off_while_idle_greets_again(serve):
     cut(served, client)
     client._connection.control.connect(served.server.endpoint)
     wait_until(lambda: client.poll() is None and served.server.num_clients == 1)
+
+
+def test_a_host_that_seemed_to_talk_nonsense_is_taken_back(serve):
+    """After an answer to its greeting that makes no sense ZeroMQ gives a socket up for good."""
+    served = serve(EchoHost(HostOptions()))
+    client = served.client(host_timeout_s=0.4)
+    with closing(Proxy(served.server.endpoint)) as proxy:
+        proxy.fault = Fault(damage=lambda data, _: bytes(len(data)), share=1.0)
+        client.fence()
+        end_s = time.monotonic() + 1.0
+        while time.monotonic() < end_s:
+            assert not client.returned()
+            time.sleep(0.02)
+        proxy.fault = NONE
+        wait_until(client.returned, 20.0)
+        client.send_group(KEY, torch.ones(1, WIDTH))
+        assert torch.equal(client.receive(KEY, 10.0), torch.ones(1, WIDTH))
+        client.close()
+    served._clients.clear()
