@@ -35,6 +35,8 @@ async def together(streams: Sequence[AsyncGenerator[_T, None]]) -> AsyncGenerato
             else:
                 yield got[0]
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        left = set(tasks)
+        while left:  # one that lost its cancellation, as in Python's wait_for before 3.12, would wait here for ever
+            for task in left:
+                task.cancel()
+            _, left = await asyncio.wait(left, timeout=1)

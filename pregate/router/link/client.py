@@ -200,15 +200,22 @@ class EngineClient:
         return _checked(reply, InfoReply).info
 
     async def _ask(self, request: RouteRequest | InfoRequest, timeout_s: float | None, late: PregateError) -> DoorBound:
-        queue: asyncio.Queue[DoorBound] = asyncio.Queue()
-        self._waiting[request.request_id] = queue
+        """No `asyncio.wait_for`: before Python 3.12 it loses a cancellation that comes with the answer."""
+        queue: asyncio.Queue[DoorBound | None] = asyncio.Queue()
+        self._waiting[request.request_id] = queue  # pyright: ignore[reportArgumentType] - None is our own
+        timer = None
+        if timeout_s is not None:
+            timer = asyncio.get_running_loop().call_later(timeout_s, queue.put_nowait, None)
         try:
             await self._send(request)
-            return await asyncio.wait_for(queue.get(), timeout_s)
-        except asyncio.TimeoutError as error:
-            raise late from error
+            reply = await queue.get()
+            if reply is None:
+                raise late
+            return reply
         finally:
             del self._waiting[request.request_id]
+            if timer is not None:
+                timer.cancel()
 
     def _check_available(self) -> None:
         self.open()

@@ -14,6 +14,7 @@ from pregate.router.link.messages import (
     FailedEvent,
     FinishedEvent,
     Heartbeat,
+    InfoReply,
     SamplingParams,
     SubmitRequest,
     TokensEvent,
@@ -96,6 +97,31 @@ async def told_after_a_deadline():
 
 def test_a_deadline_that_passes_at_the_door_cancels_the_request():
     asyncio.run(told_after_a_deadline())
+
+
+async def cancelled_with_the_answer():
+    """A caller that leaves in the moment in which its answer comes."""
+    context = zmq.Context()
+    engine = zmq.asyncio.Context.shadow(context).socket(zmq.ROUTER)
+    engine.bind("inproc://crossing")
+    client = EngineClient("inproc://crossing", context=context)
+    asked = asyncio.ensure_future(client.info(timeout_s=5))
+    while not client._waiting:
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.05)
+    ((request_id, queue),) = client._waiting.items()
+    queue.put_nowait(InfoReply(request_id, {}))
+    asked.cancel()
+    try:
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+    finally:
+        await client.close()
+        engine.close(linger=0)
+
+
+def test_a_cancellation_is_not_lost_to_an_answer():
+    asyncio.run(asyncio.wait_for(cancelled_with_the_answer(), 10))
 
 
 def test_a_channel_that_broke_stays_broken():
