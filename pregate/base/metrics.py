@@ -6,7 +6,7 @@ through: add doors up. What an engine and its hosts count is the same at every d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -78,15 +78,19 @@ _OF_REQUESTS = (
     ),
     Metric("num_requests_at_door", "gauge", "Texts that this door waits for."),
 )
+OF_PATHS = (
+    Metric(
+        "num_requests_waiting_for_paths",
+        "gauge",
+        "Prompts at the path service.",
+        read=lambda info: info.get("num_waiting_for_paths", 0),
+    ),
+)
 _OF_ENGINE = (
     Metric("engine_up", "gauge", "1 while the engine answers and takes requests.", read=lambda i: not i["unavailable"]),
     _engine("gauge", "engine_busy_seconds", "busy_s", "How long the engine has been at what it does; 0 while idle."),
     _engine("gauge", "num_requests_running", "num_running", "Requests in the engine's steps."),
     _engine("gauge", "num_requests_waiting", "num_queued", "Requests in the engine's queue."),
-    Metric(
-        "num_requests_waiting_for_paths", "gauge", "Prompts at the path service.",
-        read=lambda info: info.get("num_waiting_for_paths", 0),
-    ),
     _engine("gauge", "queue_bytes", "queued_bytes", "What waiting requests hold, of --max-queued-bytes."),
     Metric(
         "kv_cache_usage_perc", "gauge", "KV blocks in use; 1 is all of them.",
@@ -119,5 +123,19 @@ _OF_HOSTS = (
     _host("counter", "dispatch_answer_bytes_total", "reply_bytes", "Bytes of rows that came back."),
     _host("counter", "dispatch_wait_seconds_total", "wait_s", "Time the engine waited for the host's answers."),
 )
-METRICS = (*_OF_REQUESTS, *_OF_ENGINE, *_OF_HOSTS)
+#: What an engine knows, of itself and of its hosts.
+OF_ENGINE = (*_OF_ENGINE, *_OF_HOSTS)
+METRICS = (*_OF_REQUESTS, *OF_PATHS, *OF_ENGINE)
 BY_STEM: Mapping[str, Metric] = {metric.stem: metric for metric in METRICS}
+
+
+def samples(
+    metrics: Sequence[Metric], info: Mapping[str, Any]
+) -> Iterator[tuple[Metric, list[tuple[tuple[str, ...], float]]]]:
+    """Read each of these metrics from what `EngineClient.info()` returned: its labels' values and its own."""
+    for metric in metrics:
+        assert metric.read is not None, "a door counts it"
+        if metric.labels:
+            yield metric, [((str(host["host_id"]),), float(metric.read(host))) for host in info["hosts"]]
+        else:
+            yield metric, [((), float(metric.read(info)))]

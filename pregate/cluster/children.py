@@ -19,8 +19,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.log import get_logger
+from pregate.base.metrics import OF_ENGINE, OF_PATHS
 from pregate.base.options import from_dict, shown
-from pregate.cluster import room, run_folder
+from pregate.cluster import ray_metrics, room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
 from pregate.cluster.hosts import Hosts, actor_options, named, start_actor, wait
@@ -64,6 +65,7 @@ class RayChildren:
         self._paths: Part | None = None  # where the checkpoint has exact ones
         self._info: dict[str, Any] = {}
         self._doors = Doors(self._make_door, timeout_s)
+        self._exports = False  # whether Ray exports metrics
         self._stopping: asyncio.Task[None] | None = None
         self._deadline_s = asyncio.get_running_loop().time() + timeout_s
         self._node_ip = ray.util.get_node_ip_address()
@@ -71,6 +73,7 @@ class RayChildren:
     async def start(self) -> dict[str, Any]:
         """Place and start hosts, then the engine. Raises what a part failed with, or UnavailableError in time."""
         config = self._config
+        self._exports = await asyncio.to_thread(ray_metrics.exports)
         experts = read_routed_experts(config.model)
         placement = experts.placement(config)
         check(placement, experts.num_routed, experts.one_index)
@@ -166,13 +169,15 @@ class RayChildren:
         config, folder = self._config, self._folder
         options = self._options(named("engine", num_before), config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
-        return remote.remote(config.engine_options, f"ipc://{folder}/engine", config.log_format)
+        export = self._export(ray_metrics.follow, OF_ENGINE)
+        return remote.remote(config.engine_options, f"ipc://{folder}/engine", config.log_format, export)
 
     def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
         options = {**self._options(named("paths", num_before)), "num_cpus": 0}
         remote = ray.remote(PathActor).options(**options, max_concurrency=4)
-        return remote.remote(self._config.path_options, f"ipc://{self._folder}/paths", self._config.log_format)
+        config, export = self._config, self._export(ray_metrics.follow, OF_PATHS)
+        return remote.remote(config.path_options, f"ipc://{self._folder}/paths", config.log_format, export)
 
     def _make_door(self, number: int, options: GrpcOptions) -> Any:
         """A door beside the engine."""
@@ -181,7 +186,12 @@ class RayChildren:
         folder = self._folder
         paths = None if self._paths is None else f"ipc://{folder}/paths"
         arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options, shown(config))
-        return ray.remote(DoorActor).options(**placed).remote(*arguments, config.log_format)
+        recorder = self._export(ray_metrics.RayRecorder)
+        return ray.remote(DoorActor).options(**placed).remote(*arguments, config.log_format, recorder)
+
+    def _export(self, export: Callable[..., T], *arguments: Any) -> Callable[..., T] | None:
+        """For a part of the deployment: how its numbers get to Ray's exporter, where there is one."""
+        return functools.partial(export, self._config.model_name, *arguments) if self._exports else None
 
     async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
         """Start a gRPC door for a launcher. Raises UserError when its port is taken."""

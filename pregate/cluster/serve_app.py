@@ -31,7 +31,7 @@ from pregate.base import log
 from pregate.base.errors import PregateError, QueueFullError, UnavailableError, UserError
 from pregate.base.network import is_loopback
 from pregate.base.options import of_keys, options
-from pregate.cluster import preflight
+from pregate.cluster import preflight, ray_metrics
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
@@ -204,6 +204,8 @@ class Replica:
             raise UnavailableError(f"a replica must run on the engine's node, {self._deployment.info['node_ip']}")
         paths = self._deployment.info["paths"]
         self._service = connect_service(endpoint, paths and paths["endpoint"], config.text_path, config.model_name)
+        if await asyncio.to_thread(ray_metrics.exports):
+            self._service.metrics.recorders.append(ray_metrics.RayRecorder(config.model_name))
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
         mount(openai_app.build_app(self._service, tokens=tokens, timeout_s=door["timeout_s"]))
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import click
 import pytest
 
 from pregate.base.errors import UnavailableError, UserError
+from pregate.base.metrics import METRICS
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from tests.cluster.leftovers import (
@@ -32,9 +34,11 @@ PROMPT = "to be or not"
 SERVE_RUN = ["-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
 
 
-#: Deploys an application twice, the second time another one, under load all the while; says what became of it.
+#: Deploys an application twice, the second time another one, under load all the while; says what became of it, and
+#: what Ray's exporter has.
 REDEPLOY = """
-import json, sys, threading, time
+import json, os, sys, threading, time
+os.environ |= {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "5000"}
 import httpx, psutil, ray
 from ray import serve
 from pregate.cluster.local_ray import prepare_environment
@@ -43,7 +47,7 @@ from tests.cluster.leftovers import command_of
 
 prepare_environment()
 model, tokens, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
-ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False)
+ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1")
 serve.start(http_options={"port": port})
 args = {"model": model, "hosts": "2", "token_file": tokens}
 key = {"Authorization": "Bearer sk-alpha"}
@@ -68,6 +72,19 @@ def load(stream):
                 results.append(repr(error))
 
 
+def exported():
+    (node,) = ray.nodes()
+    url, give_up_s, seen = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics", time.monotonic() + 30, 0
+    while time.monotonic() < give_up_s:
+        text = httpx.get(url, timeout=10).text
+        found = [line for line in text.splitlines() if line.startswith("ray_pregate_")]
+        if len(found) == seen and "ray_pregate_steps_total{" in text:
+            return found
+        seen = len(found)
+        time.sleep(6)  # longer than engine and reporter wait
+    return found
+
+
 done, results = threading.Event(), []
 serve.run(build_app(args))
 told = {"unauthorized": httpx.post(f"{url}/v1/completions", json={}).status_code}
@@ -84,6 +101,7 @@ done.set()
 [thread.join() for thread in threads]
 told["num"], told["failed"] = len(results), [r for r in results if r]
 told["after"], told["replicas"] = parts()
+told["exported"] = exported()
 print("told " + json.dumps(told), flush=True)
 serve.shutdown()
 ray.shutdown()
@@ -163,6 +181,7 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpoint, tmp_path):
+    """And Ray's exporter has the numbers that the plain endpoint would have, under the same names."""
     (tmp_path / "keys").write_text("sk-alpha\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -178,6 +197,17 @@ def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpo
     assert told["failed"] == []
     assert len(told["before"]) == 3 and told["after"] == told["before"], "an engine and two hosts, as they were"
     assert len(set(told["replicas"]) - set(told["replica"])) == 2, "and other replicas"
+    values = defaultdict(float)
+    for line in told["exported"]:
+        values[line.partition("{")[0].removeprefix("ray_")] += float(line.rpartition(" ")[2])
+    never = {"request_failures_total", "admission_rejections_total"}  # counters that nothing was added to
+    expected = {name for m in METRICS if m.stem not in never and m.kind != "counter" for name in m.series}
+    assert expected <= values.keys()
+    assert values.keys() <= {name for m in METRICS for name in m.series}
+    assert values["pregate_request_success_total"] >= told["num"]
+    assert values["pregate_generation_tokens_total"] >= 40 * told["num"]
+    assert values["pregate_steps_total"] > 40 and values["pregate_num_expert_hosts"] == 2
+    assert all('model_name="' in line for line in told["exported"])
 
 
 @pytest.mark.parametrize(("host", "refused"), [("0.0.0.0", True), ("::", True), ("127.0.0.1", False)])

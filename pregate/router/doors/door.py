@@ -6,12 +6,13 @@ A plain class: the cluster package wraps it with `ray.remote`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
+from pregate.router.doors.request_watch import Recorder
 from pregate.router.doors.service import connect_service
 
 if TYPE_CHECKING:
@@ -30,10 +31,14 @@ class DoorActor:
         options: GrpcOptions,
         deployment: Mapping[str, str] | None = None,
         log_format: log.Form = "text",
+        make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
+        """`make_recorder` gives what the door's numbers go to besides its own `/metrics`."""
         log.configure("door", log_format)
         self._options = options
         self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
+        if make_recorder is not None:
+            self._service.metrics.recorders.append(make_recorder())
         self._server = GrpcServer(self._service, options, deployment)
         self._metrics: MetricsServer | None = None
 

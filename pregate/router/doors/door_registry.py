@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 from pregate.base.errors import PregateError
-from pregate.base.metrics import BY_STEM, COMMON_LABELS, METRICS, Metric
+from pregate.base.metrics import BY_STEM, COMMON_LABELS, METRICS, OF_ENGINE, OF_PATHS, Metric, samples
 from pregate.router.doors.service import DoorService
 
 #: How long a scrape waits for the engine; then it says engine_up 0 and gives the door's own numbers.
@@ -48,10 +48,12 @@ class DoorRegistry(Collector):
 
     def collect(self) -> Iterator[Family]:
         """What engine and hosts count; Prometheus's client calls it."""
-        for metric, samples in engine_samples(self._info):
+        info = self._info
+        silent = ((BY_STEM["engine_up"], [((), 0.0)]),)  # it is not up: that is all there is to say
+        for metric, found in silent if info is None else samples((*OF_PATHS, *OF_ENGINE), info):
             kind = CounterMetricFamily if metric.kind == "counter" else GaugeMetricFamily
             family = kind(metric.name, metric.help, labels=(*COMMON_LABELS, *metric.labels))
-            for labels, value in samples:
+            for labels, value in found:
                 family.add_metric((self._service.model_name, *labels), value)
             yield family
 
@@ -82,15 +84,3 @@ async def ask_engine(service: DoorService) -> dict[str, Any] | None:
         return await asyncio.wait_for(service.model_info(), ENGINE_PATIENCE_S)
     except (PregateError, asyncio.TimeoutError):
         return None
-
-
-def engine_samples(info: Mapping[str, Any] | None) -> Iterator[tuple[Metric, list[tuple[tuple[str, ...], float]]]]:
-    """Each metric of engine and hosts, with its labels' values and its own; a silent engine is not up, that is all."""
-    if info is None:
-        yield BY_STEM["engine_up"], [((), 0.0)]
-        return
-    for metric in METRICS:
-        if metric.read is not None and metric.labels:
-            yield metric, [((str(host["host_id"]),), float(metric.read(host))) for host in info["hosts"]]
-        elif metric.read is not None:
-            yield metric, [((), float(metric.read(info)))]

@@ -6,7 +6,7 @@ A plain class: the cluster package wraps it with `ray.remote`. That process does
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base import log
@@ -31,13 +31,21 @@ class EngineActor(LoopActor):
 
     stop_timeout_s = 30.0  # one step
 
-    def __init__(self, options: EngineOptions, endpoint: str, log_format: log.Form = "text") -> None:
+    def __init__(
+        self,
+        options: EngineOptions,
+        endpoint: str,
+        log_format: log.Form = "text",
+        export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
+    ) -> None:
+        """`export` is given a function that says what `EngineClient.info` would, when the engine serves."""
         super().__init__(endpoint)
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
         log.configure("engine", log_format)
         self._options = options
         self._endpoint = endpoint
+        self._export = export
         self._engine: Engine | None = None
         self._engine_server: EngineServer | None = None
 
@@ -59,6 +67,8 @@ class EngineActor(LoopActor):
         link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)
         self._engine_server = EngineServer(engine, self._endpoint, options=EngineServerOptions(link))
         self.serve(self._engine_server, "engine")
+        if self._export is not None:
+            self._export(self._engine_server.describe)
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
 
     def replace_host(self, host: int, make_client: Callable[[], HostClient]) -> None:

@@ -70,6 +70,10 @@ class LoopServer:
         """Return what the compute thread is busy with, since when, and why requests are refused (or None)."""
         return {**self._link.activity.describe(), "unavailable": self._link.refusing}
 
+    def describe(self) -> dict[str, Any]:
+        """Return what doors are told who ask; from any thread."""
+        return self._link.describe()
+
     def run(self, stop_event: StopEvent) -> None:
         """Serve until `stop_event` is set; then every request still running fails with UNAVAILABLE."""
         error = PregateError(f"internal error in the {self.name}")  # a bug ends the loop, and callers hear it at once

@@ -6,6 +6,7 @@ A plain class: the cluster package wraps it with `ray.remote`.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pregate.base import log
@@ -16,10 +17,17 @@ from pregate.router.paths.options import PathOptions
 class PathActor(LoopActor):
     """The path router of a checkpoint and its server in one process; it holds no other weights."""
 
-    def __init__(self, options: PathOptions, endpoint: str, log_format: log.Form = "text") -> None:
+    def __init__(
+        self,
+        options: PathOptions,
+        endpoint: str,
+        log_format: log.Form = "text",
+        export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
+    ) -> None:
+        """`export` is given a function that says how many wait, when the service serves."""
         super().__init__(endpoint)
         log.configure("path service", log_format)
-        self._options, self._endpoint = options, endpoint
+        self._options, self._endpoint, self._export = options, endpoint, export
 
     def start(self) -> dict[str, Any]:
         """Load the path router and serve; returns {"endpoint", "pid"} when doors may connect."""
@@ -37,5 +45,8 @@ class PathActor(LoopActor):
         reader = CheckpointReader(self._options.model, self._options.parent)
         computer = PathComputer(load_router(reader))
         prompts = Prompts(computer, self._options, reader.config.context_tokens, reader.fingerprint)
-        self.serve(PathServer(prompts, self._endpoint), "paths")
+        server = PathServer(prompts, self._endpoint)
+        self.serve(server, "paths")
+        if self._export is not None:
+            self._export(lambda: {"num_waiting_for_paths": server.describe()["num_queued"]})
         return {"endpoint": self._endpoint, "pid": os.getpid()}
