@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 #: Places at which a step may end are where rounds of the order end, and about so many others between them.
 _MARKS = 16
+#: Of so many candidates the order begins with one, of twice as many with two.
+_BEGINNINGS = 64
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,7 @@ class UnitLayout:
         return rows_TU
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """What could run next: so many tokens, and the rows they ask of each unit,
     uint16 [U]. `overdue`: it must go now."""
 
@@ -107,6 +109,7 @@ class PathBatcher:
     def __init__(self, layout: UnitLayout, costs: StepCosts) -> None:
         self.layout, self.costs = layout, costs
         self.resident_U = np.ones(layout.num_units, dtype=bool)
+        self._joined, self._memory = np.empty(0, dtype=np.uint16), np.empty((2, 0, 0), dtype=np.float32)
         self._row_s_G = np.asarray(costs.row_s)[layout.host_G].astype(np.float32)
         self._read_s_U, self._load_s_U = (
             (np.asarray(byte_s)[layout.host_U] * layout.bytes_U).astype(np.float32)
@@ -143,18 +146,17 @@ class PathBatcher:
         """Return which candidates run in a step of at most `budget` tokens: those that are overdue, in the order they
         are given, and of the others as many as make the seconds per token least."""
         assert candidates and budget > 0, "nothing to choose from"
-        joined = np.frombuffer(b"".join([c.rows_U.data for c in candidates]), dtype=np.uint16)
-        rows_NU = joined.reshape(len(candidates), -1).astype(np.float32)
-        tokens_N = np.array([c.num_tokens for c in candidates])
-        late = [n for n, c in enumerate(candidates) if c.overdue]
-        order_N, ends = self._order(rows_NU, tokens_N, late)
+        tokens, rows, overdue = zip(*candidates, strict=True)
+        tokens_N, late = np.array(tokens), [n for n, is_late in enumerate(overdue) if is_late]
+        rows_NU, needs_NU = self._tables(rows)
+        order_N, ends = self._order(needs_NU, rows_NU.sum(axis=0), tokens_N, late)
         until_N = tokens_N[order_N].cumsum()
         num_full = int(np.searchsorted(until_N, budget)) + 1  # the last of them fills the budget, or goes beyond
         num_all, least = min(num_full, len(order_N)), min(max(len(late), 1), num_full)
         marks = {*ends, *range(least, num_all, max(1, num_all // _MARKS)), least, num_all}
         ends_M = np.array(sorted(m for m in marks if least <= m <= num_all))
         tokens_M = np.minimum(until_N[ends_M - 1], budget)
-        seconds_M, units_M = self._seconds(rows_NU[order_N[:num_all]], ends_M, tokens_M)
+        seconds_M, units_M = self._seconds(rows_NU, order_N[:num_all], ends_M, tokens_M)
         best = int(np.argmin(seconds_M / tokens_M))
         return Choice(tuple(order_N[: ends_M[best]].tolist()), float(seconds_M[best]), int(units_M[best]))
 
@@ -162,19 +164,33 @@ class PathBatcher:
         costs = self.costs
         return costs.step_s + costs.dispatch_s * len(self.layout.start_L) + costs.token_s * num_tokens
 
-    def _order(self, rows_NU: np.ndarray, tokens_N: np.ndarray, first: list[int]) -> tuple[np.ndarray, list[int]]:
+    def _tables(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates' rows, and 1 where there are any, both float32 [N, U], in memory that the next call uses
+        again: to be given as much anew takes longer than to fill it."""
+        num, num_units = len(rows), self.layout.num_units
+        if num > self._memory.shape[1]:
+            self._joined = np.empty(2 * num * num_units, dtype=np.uint16)
+            self._memory = np.empty((2, 2 * num, num_units), dtype=np.float32)
+        joined, (rows_NU, needs_NU) = self._joined[: num * num_units], self._memory[:, :num]
+        np.concatenate(rows, out=joined)
+        np.copyto(rows_NU, joined.reshape(rows_NU.shape))
+        return rows_NU, np.minimum(rows_NU, 1, out=needs_NU)
+
+    def _order(
+        self, needs_NU: np.ndarray, num_rows_U: np.ndarray, tokens_N: np.ndarray, first: list[int]
+    ) -> tuple[np.ndarray, list[int]]:
         """An order of all, `first` first, in which whoever asks for the least that was not asked for yet is next; and
         where in it the rounds end.
 
         What a unit takes is shared by the rows that need it: so units that many ask for come first, and with them
-        whoever needs no others. Rounds take in 1, 2, 4, ... candidates, and all that ask for nothing more.
+        whoever needs no others. Rounds take in 1, 2, 4, 16, 64, ... candidates (of very many more), and all that ask
+        for nothing more.
         """
-        share_U = self.unit_s() / np.maximum(rows_NU.sum(axis=0), 1)
-        needs_NU = (rows_NU > 0).astype(np.float32)
-        in_N = np.zeros(len(rows_NU), dtype=np.float32)
+        share_U = self.unit_s() / np.maximum(num_rows_U, 1)
+        in_N = np.zeros(len(needs_NU), dtype=np.float32)
         in_N[first] = 1
         left = np.flatnonzero(in_N == 0)
-        parts, ends, size = [np.array(first, dtype=np.int64)], [len(first)], 1
+        parts, ends, size = [np.array(first, dtype=np.int64)], [len(first)], 1 + len(left) // _BEGINNINGS
         while len(left):
             share_U = share_U * (in_N @ needs_NU == 0)  # nothing more for a unit that is asked for
             score = (needs_NU @ share_U / tokens_N)[left]
@@ -184,23 +200,23 @@ class PathBatcher:
             parts.append(taken)
             ends.append(ends[-1] + len(taken))
             in_N[taken] = 1
-            size *= 2
+            size *= 2 if size < 4 else 4
         return np.concatenate(parts), ends
 
-    def _seconds(self, rows_NU: np.ndarray, ends_M: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What steps of the candidates up to each end take [M], with so many tokens, and how many units they need."""
-        layout, num_marks, num_groups = self.layout, len(ends_M), len(self.layout.start_G)
-        starts = np.concatenate([[0], ends_M[:-1]])
-        rows_MU = np.add.reduceat(rows_NU, starts, axis=0)
+    def _seconds(
+        self, rows_NU: np.ndarray, order_N: np.ndarray, ends_M: np.ndarray, tokens_M: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What steps of the first of an order up to each end take [M], with so many tokens, and how many units they
+        need."""
+        place_N = np.full(len(rows_NU), len(rows_NU))
+        place_N[order_N] = np.arange(len(order_N))
+        rows_MU = (place_N < ends_M[:, None]).astype(np.float32) @ rows_NU
         needs_MU = rows_MU > 0
-        used = np.flatnonzero(needs_MU.any(axis=0))
-        first = needs_MU.argmax(axis=0)[used]
-        place = first * num_groups + layout.group_U[used]
-        group_s_MG = np.bincount(place, self.unit_s()[used], num_marks * num_groups).reshape(num_marks, num_groups)
-        group_s_MG += np.add.reduceat(rows_MU, layout.start_G, axis=1) * self._row_s_G
-        slowest_ML = np.maximum.reduceat(group_s_MG.cumsum(axis=0), layout.start_L, axis=1)
-        seconds_M = slowest_ML.sum(axis=1) + self._around_s(0) + self.costs.token_s * tokens_M
-        return seconds_M, np.bincount(first, minlength=num_marks).cumsum()
+        start_G, start_L = self.layout.start_G, self.layout.start_L
+        group_s_MG = np.add.reduceat(needs_MU * self.unit_s(), start_G, axis=1)
+        group_s_MG += np.add.reduceat(rows_MU, start_G, axis=1) * self._row_s_G
+        seconds_M = np.maximum.reduceat(group_s_MG, start_L, axis=1).sum(axis=1, dtype=np.float64)
+        return seconds_M + self._around_s(0) + self.costs.token_s * tokens_M, needs_MU.sum(axis=1)
 
 
 def check_choice(choice: Choice, candidates: Sequence[Candidate], budget: int) -> None:

@@ -14,7 +14,7 @@ import math
 from bisect import insort
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from pregate.base.errors import QueueFullError
 from pregate.router.engine.batching import Candidate, Choice, PathBatcher
@@ -39,8 +39,7 @@ class SchedulerLimits:
     max_batching_delay_s: float = math.inf
 
 
-@dataclass(frozen=True)
-class Slice:
+class Slice(NamedTuple):
     """The next `num_tokens` pending tokens of a sequence."""
 
     sequence: Sequence
@@ -161,24 +160,29 @@ class Scheduler:
         """Who is to run, in order, and with how many tokens at most."""
         if self.policy == "fifo" and self.batcher is None:
             return [*self.running, *self.waiting], self.limits.step_tokens
-        decodes = [s for s in self.running if s.num_pending == 1]
-        prompts = [*(s for s in self.running if s.num_pending > 1), *self.waiting]
+        decodes, prompts = [], []
+        for sequence in self.running:
+            (decodes if sequence.num_pending == 1 else prompts).append(sequence)
         if self.batcher is not None:
-            return self._cheapest(self.batcher, decodes, now_s)
+            return self._cheapest(self.batcher, decodes, prompts, now_s)
+        prompts += self.waiting
         by_policy = {"decode-first": [*decodes, *prompts], "prefill-first": [*prompts, *decodes]}
         return by_policy[self.policy], self.limits.step_tokens
 
-    def _cheapest(self, batcher: PathBatcher, decodes: list[Sequence], now_s: float) -> tuple[list[Sequence], int]:
+    def _cheapest(
+        self, batcher: PathBatcher, decodes: list[Sequence], prompts: list[Sequence], now_s: float
+    ) -> tuple[list[Sequence], int]:
         """Who makes the cheapest step, of those who can run; all in order of arrival where somebody has no paths."""
         budget = self.limits.step_tokens
         most = max(budget - len(decodes), budget // 2, 1)  # of one prompt, so that texts go on beside it
-        members = [*decodes, *(s for s in self.running if s.num_pending > 1), *self._admissible()]
+        members = [*decodes, *prompts, *self._admissible()]
         if not members or any(s.paths is None for s in members):
             return [*self.running, *self.waiting], budget
         oldest_s = now_s - self.limits.max_batching_delay_s
         members.sort(key=lambda s: s.ready_s if s.ready_s < oldest_s else math.inf)
+        layout = batcher.layout
         candidates = [
-            Candidate(min(s.num_pending, most), s.next_rows(batcher.layout, budget), overdue=s.ready_s < oldest_s)
+            Candidate(min(len(s.token_ids) - s.num_computed, most), s.next_rows(layout, budget), s.ready_s < oldest_s)
             for s in members
         ]
         self.choice = batcher.choose(candidates, budget)
@@ -198,7 +202,7 @@ class Scheduler:
         """The next tokens of these, at most so many of each, in this order and as far as the budgets reach."""
         self._logit_rows = self.limits.prompt_logit_rows
         found: dict[int, Slice] = {}
-        budget, admitting = self.limits.step_tokens, True
+        budget, admitting, block_size = self.limits.step_tokens, True, self.allocator.block_size
         before = {id(s) for s in self.running}
         for sequence in order:
             if not budget:
@@ -209,9 +213,10 @@ class Scheduler:
                 if not admitting:
                     continue
             if sequence.num_pending == 1 and not sequence.wants_prompt_logits:
-                budget += self._make_room(sequence, found)
-                if not sequence.is_running:
-                    continue
+                if len(sequence.table) * block_size <= sequence.num_computed:
+                    budget += self._make_room(sequence, found)
+                    if not sequence.is_running:
+                        continue
                 found[id(sequence)] = Slice(sequence, 1)
                 budget -= 1
             elif (piece := self._chunk(sequence, min(budget, most))) is not None:

@@ -77,7 +77,7 @@ class Sequence:
 
     def next_rows(self, layout: UnitLayout, most: int) -> np.ndarray:
         """The rows that its pending tokens, at most so many, ask of each unit, uint16 [U]. It must have paths."""
-        if self.num_pending == 1 and self.next_rows_U is not None:
+        if self.next_rows_U is not None and len(self.token_ids) - self.num_computed == 1:  # read for all in each step
             return self.next_rows_U
         if self._chunk_rows is None or self._chunk_rows[0] != self.num_computed:
             assert self.paths is not None

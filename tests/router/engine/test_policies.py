@@ -125,6 +125,28 @@ def test_whatever_arrives_every_request_ends(policy, arrivals, num_blocks, step_
     s.allocator.check([])
 
 
+@pytest.mark.slow
+def test_100_000_requests_all_end():
+    """Four hosts, half of the units held, as many at once as there is room for, one in fifty cancelled."""
+    rng, num_left, num_ended = np.random.default_rng(5), 100_000, 0
+    s = scheduler("path", 400, step_tokens=48, max_running=64, max_queued=64)
+    s.batcher = PathBatcher(layout(LAYERS, ROUTED, num_hosts=4), costs(4, step_s=1e-3))
+    s.batcher.resident_U = rng.random(s.batcher.layout.num_units) < 0.5
+    number = 0
+    while num_left or s.running or s.waiting:
+        for _ in range(min(num_left, 8, 64 - len(s.waiting))):
+            s.add(sequence(str(num_left), int(rng.integers(1, 9)), int(rng.integers(1, 5)), rng), float(number))
+            num_left -= 1
+        before = len(s.running) + len(s.waiting)
+        if rng.random() < 0.16:
+            s.remove([*s.running, *s.waiting][int(rng.integers(before))])
+        assert run_step(s, float(number), rng) or not (s.running or s.waiting), "work is left and nothing runs"
+        num_ended += before - len(s.running) - len(s.waiting)
+        number += 1
+    assert num_ended == 100_000
+    s.allocator.check([])
+
+
 def test_without_paths_the_order_is_that_of_arrival():
     rng = np.random.default_rng(0)
     s = scheduler("path")
