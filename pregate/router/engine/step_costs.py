@@ -27,7 +27,8 @@ _LEAST_S = 1e-12
 
 @torch.inference_mode()
 def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: CheckpointReader) -> StepCosts:
-    """Time steps of one token, of several on the same units, and of all units of a host; of each host by itself.
+    """Time steps of one token with one unit a layer, of several on the same, and of all units of a host; of each host
+    by itself. Where a host has no more than one unit a layer, its share of the way there counts as the unit's.
 
     The blocks of the cache are written over. A missing unit is what reading it from the checkpoint takes.
     """
@@ -38,8 +39,10 @@ def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: Checkpo
         one_s, same_s, whole_s = (timing.layers_s(ids) for ids in (one, same, whole))
         (rows, num_bytes), (more_rows, _), (all_rows, all_bytes) = map(timing.counts, (one, same, whole))
         row_s.append(max(_LEAST_S, (same_s - one_s) / max(1, more_rows - rows)))
-        left_s = whole_s - one_s - (all_rows - rows) * row_s[-1]
-        byte_s.append(max(_LEAST_S, left_s / max(1.0, all_bytes - num_bytes)))
+        left_s, left_bytes = whole_s - one_s - (all_rows - rows) * row_s[-1], all_bytes - num_bytes
+        if not left_bytes:
+            left_s, left_bytes = one_s - rows * row_s[-1], max(1.0, num_bytes)
+        byte_s.append(max(_LEAST_S, left_s / left_bytes))
         rest_s = one_s - rows * row_s[-1] - num_bytes * byte_s[-1]
         dispatch_s = max(dispatch_s, rest_s / len(layout.start_L), _LEAST_S)
     one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, kv.num_slots // kv.block_size))
@@ -62,8 +65,10 @@ class _Timing:
         self._number = 0
 
     def tokens_of(self, host: int, num_tokens: int) -> np.ndarray:
-        """Paths [T, L, K] of so many tokens on the same units of a host."""
-        return np.repeat(self.all_units_of(host)[:1], num_tokens, axis=0)
+        """Paths [T, L, K] of so many tokens, all on the same unit of a host in each layer."""
+        ids_TLK = np.repeat(self.all_units_of(host)[:1], num_tokens, axis=0)
+        ids_TLK[..., 1:] = -1
+        return ids_TLK
 
     def all_units_of(self, host: int) -> np.ndarray:
         """Paths of as many tokens as visit all units of a host, each once or so."""

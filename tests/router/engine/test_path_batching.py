@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from pregate.router.engine.batching import UnitLayout
 from pregate.router.engine.engine import Engine
+from pregate.router.engine.step_costs import _Timing
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from tests.random_checkpoints import make_checkpoint
-from tests.router.serving import engine_of, hosts_here
+from tests.router.serving import engine_of, hosts_here, placement_of
 
 PROMPTS = [tuple(range(20 + n, 30 + n * 5)) for n in range(8)]
 OPTIONS = {"step_tokens": 16, "max_running": 6, "check_steps": True, "max_batching_delay": 1e-3}
@@ -57,6 +59,17 @@ def test_the_texts_are_those_of_first_come_first_served(checkpoint, num_hosts):
         per_host = [costs[name] for name in ("row_s", "resident_byte_s", "missing_byte_s")]
         assert all(len(values) == num_hosts and min(values) > 0 for values in per_host)
         assert all(math.isfinite(costs[name]) and costs[name] >= 0 for name in ("dispatch_s", "step_s", "token_s"))
+
+
+def test_what_a_unit_takes_is_measured_where_a_token_visits_all_of_a_host(path_checkpoint):
+    """Hosts of as few units a layer as a token visits: else nothing would tell their bytes apart."""
+    with engine_of(path_checkpoint, hosts_here(path_checkpoint, 3), **OPTIONS) as engine:
+        layout = UnitLayout(placement_of(path_checkpoint, 3), [1000] * len(engine.config.cuts), 3)
+        timing = _Timing(engine.runner.backbone, layout)
+        for host in range(3):
+            one, whole = timing.tokens_of(host, 1), timing.all_units_of(host)
+            assert timing.counts(one)[1] < timing.counts(whole)[1]
+            assert timing.counts(one)[0] == len(engine.config.cuts)
 
 
 @pytest.mark.parametrize("batching", ["decode-first", "prefill-first"])
