@@ -4,7 +4,9 @@
     python -m benchmarks.soak tiers --model examples/quartet-paths
 
 overload: a trace's requests, lengths clipped to the context, for `--minutes` at each of `--loads` times the capacity,
-which is what 64 clients that each send their next request at once got before. Refusals are counted by status.
+which is what 64 clients that each send their next request at once got before, from `--capacity-s` seconds on for as
+long: what had begun before that time and ended in it stands for what had not ended when it was over. Refusals are
+counted by status.
 tiers: for `--minutes` four kinds of requests at once, with a quarter of the experts held and every step checked: long
 prompts, long answers, texts that are drawn, and requests that are given up in the midst.
 
@@ -109,8 +111,9 @@ async def settled(target: str) -> dict[str, Any]:
 
 
 async def capacity(target: Any, arrivals: Sequence[Arrival], prompts: Sequence[list[int]], seconds: float) -> float:
-    """Requests a second of clients that never pause."""
-    end_s, number, ended = time.perf_counter() + seconds, iter(range(1 << 30)), 0
+    """Requests a second of clients that never pause, counted for `seconds` after as long a time of the same."""
+    begin_s, number, ended = time.perf_counter() + seconds, iter(range(1 << 30)), 0
+    end_s = begin_s + seconds
 
     async def client() -> None:
         nonlocal ended
@@ -118,7 +121,7 @@ async def capacity(target: Any, arrivals: Sequence[Arrival], prompts: Sequence[l
             n = next(number) % len(arrivals)
             async for _ in target.generate(prompts[n], arrivals[n].output_tokens, _TIMEOUT_S):
                 pass
-            ended += time.perf_counter() < end_s
+            ended += begin_s <= time.perf_counter() < end_s
 
     await asyncio.gather(*(client() for _ in range(_CLIENTS)))
     return ended / seconds
@@ -137,7 +140,6 @@ async def overload(args: argparse.Namespace, deployment: Deployment) -> dict[str
         info = await target.info()
         arrivals, found["clipped"] = clipped(trace, info["max_context_length"], args.max_prompt, args.max_output)
         prompts = prompts_of(arrivals[:1000], info["vocab_size"])
-        await capacity(target, arrivals[:1000], prompts, 5)
         rate = found["capacity"] = await capacity(target, arrivals[:1000], prompts, args.capacity_s)
         print(f"capacity {rate:.2f} requests/s", flush=True)
         for share in args.loads:
