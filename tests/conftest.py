@@ -154,9 +154,9 @@ def path_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("path") / "tiny", "path")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def own_log():
-    """For a test that calls `log.configure`: afterwards what is logged goes where it went before."""
+    """After a test that called `log.configure`, as `pregate serve` does, what is logged goes where it went before."""
     logger = logging.getLogger("pregate")
     before = logger.handlers, logger.propagate, logger.level
     yield

@@ -175,11 +175,12 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
 def _read(source: Source, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
     """The folder, its tokenizer, and the prompt's tokens; all that can be refused before the model is loaded."""
     from pregate.model.folder import read_folder
-    from pregate.model.tokenizer import check_ids, read_tokenizer
+    from pregate.model.tokenizer import check_ids, read_tokenizer, text_bytes
 
     assert source.model is not None
     folder = read_folder(source.model, parent=source.parent)
     tokenizer = read_tokenizer(folder.text_path)
+    text_bytes(prompt, "--prompt")
     encoding = tokenizer.encode(prompt)
     check_ids(encoding, prompt, folder.vocab_size, "--prompt", f"of {len(encoding.ids)} tokens")
     for note in folder.notes:

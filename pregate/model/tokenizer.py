@@ -71,6 +71,16 @@ def check_ids(encoding: Encoding, text: str, vocab_size: int, option: str, value
             raise UserError.of(option, value, f"{reason} {vocab_size} ends at id {vocab_size - 1}")
 
 
+def text_bytes(text: str, option: str, where: str = "") -> int:
+    """The length of a text in UTF-8. UserError for half of a surrogate pair, which JSON and a command line may hold."""
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError as error:
+        half = f"half of a surrogate pair ({text[error.start]!a}) at character {error.start}"
+        named = f"{option} {where}".rstrip()
+        raise UserError(f"{named}: {half}, which is no text; allowed: what UTF-8 can carry") from None
+
+
 class TextTokenizer:
     """A model's tokenizer as text is learned from and measured with: no special token but those in the text.
 

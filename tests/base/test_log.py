@@ -4,8 +4,6 @@ import pytest
 
 from pregate.base import log
 
-pytestmark = pytest.mark.usefixtures("own_log")
-
 
 def test_json_is_an_object_a_line(capsys):
     log.configure("engine", "json")

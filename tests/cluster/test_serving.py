@@ -21,7 +21,6 @@ from pregate.router.doors.grpc_options import GrpcOptions
 NOBODY = "127.0.0.1:1"
 
 
-@pytest.mark.usefixtures("own_log")
 def test_a_terminal_that_is_gone_does_not_end_the_clean_up(monkeypatch):
     """As after SIGHUP: what cannot be said is not said."""
     reader, writer = os.pipe()
@@ -70,7 +69,6 @@ def test_the_loss_of_ray_is_seen_without_asking_ray(deployment, monkeypatch):
     assert deployment.close()  # at once: no call to Ray would return
 
 
-@pytest.mark.usefixtures("own_log")
 def test_what_happens_is_said_once_and_a_loss_at_once_before_anything_is_drained(deployment, monkeypatch, capsys):
     log.configure("launcher", text=serving.SCREEN)
     monkeypatch.setattr(launch.local_ray, "gcs_answers", lambda address: True)
@@ -132,7 +130,6 @@ def test_the_command_to_try_is_one_that_works(certificate, tmp_path):
     assert command("127.0.0.1", **secured).startswith(f"pregate generate --target 127.0.0.1:50051 {files} ")
 
 
-@pytest.mark.usefixtures("own_log")
 def test_what_ray_says_of_a_death_is_one_short_line(capsys):
     """Ray's own printer is the one it looks up by this name."""
     assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)

@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 from pregate.base.errors import UserError
+from pregate.model.tokenizer import text_bytes
 
 _LABELLED = (("question", "answer"), ("instruction", "input", "output"), ("instruction", "output"))
 _CHATS = ("messages", "conversations")
@@ -38,6 +39,7 @@ def record_text(line: str, where: str, option: str, field: str | None) -> str:
     value = None if field is None else record.get(field)
     text = _joined(record) if field is None else value if isinstance(value, str) else _chat(value)
     if text is not None:
+        text_bytes(text, option, where)
         return text
     has = f"it has {', '.join(map(repr, record)) or 'none'}"
     if field is not None:

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from tokenizers import Tokenizer
 
 from pregate.base.errors import UserError
+from pregate.model.tokenizer import text_bytes
 from pregate.router.doors.chat import Chat, ChatTemplate
 
 #: What is to be continued: a text, a chat, or token ids.
@@ -35,11 +36,7 @@ class PromptReader:
             return tuple(prompt)
         special = isinstance(prompt, str) if special is None else special  # a chat's template writes its own
         text = prompt if isinstance(prompt, str) else self._chat_template.render(prompt)
-        try:
-            num_bytes = len(text.encode())
-        except UnicodeEncodeError:
-            sentence = "must be text that UTF-8 can carry"
-            raise UserError.of("prompt", "with half of a surrogate pair", sentence) from None
+        num_bytes = text_bytes(text, "prompt")
         if num_bytes <= _LONG_TEXT_BYTES:
             return tuple(self._tokenizer.encode(text, add_special_tokens=special).ids)
         most = max_tokens * self.token_bytes

@@ -65,6 +65,14 @@ def test_a_record_whose_only_strings_are_ids_is_refused(tmp_path: Path):
         read_documents([path], 512, "--text")
 
 
+def test_half_of_a_surrogate_pair_is_refused_where_it_stands(tmp_path: Path):
+    """As a pair that somebody cut in two leaves it; a tokenizer's own error was a traceback."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "once \\ud83d upon"}\n{"text": "\\ud83d\\ude42"}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: half of a surrogate pair \('\\ud83d'\) at character 5"):
+        read_documents([path], 512, "--text")
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n', encoding="utf-8-sig")
     (tmp_path / "b.txt").write_text("two", encoding="utf-8-sig")

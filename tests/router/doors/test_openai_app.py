@@ -113,7 +113,7 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
         (400, "invalid_argument", "prompt of 0 tokens", {"prompt": []}),
         (400, "invalid_argument", "prompt of 300 prompts: allowed: at most 512", {"prompt": ["a"] * 300, "n": 2}),
         (400, "invalid_argument", 'prompt ["a", 3]: allowed: text or', {"prompt": ["a", 3]}),
-        (400, "invalid_argument", "prompt with half of a surrogate pair", {"prompt": "\ud800"}),
+        (400, "invalid_argument", "prompt: half of a surrogate pair ('\\ud800') at character 0", {"prompt": "\ud800"}),
         (400, "invalid_argument", "best_of 2: is not supported", {"best_of": 2}),
         (400, "invalid_argument", "top_k 1000", {"top_k": 10**30}),
         (400, "invalid_argument", "min_tokens 1000", {"min_tokens": 10**30}),
