@@ -170,14 +170,14 @@ class RayChildren:
         options = self._options(named("engine", num_before), config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         export = self._export(ray_metrics.follow, OF_ENGINE)
-        return remote.remote(config.engine_options, f"ipc://{folder}/engine", config.log_format, export)
+        return remote.remote(config.engine_options, f"ipc://{folder}/engine", config.telemetry, export)
 
     def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
         options = {**self._options(named("paths", num_before)), "num_cpus": 0}
         remote = ray.remote(PathActor).options(**options, max_concurrency=4)
         config, export = self._config, self._export(ray_metrics.follow, OF_PATHS)
-        return remote.remote(config.path_options, f"ipc://{self._folder}/paths", config.log_format, export)
+        return remote.remote(config.path_options, f"ipc://{self._folder}/paths", config.telemetry, export)
 
     def _make_door(self, number: int, options: GrpcOptions) -> Any:
         """A door beside the engine."""
@@ -187,7 +187,7 @@ class RayChildren:
         paths = None if self._paths is None else f"ipc://{folder}/paths"
         arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options, shown(config))
         recorder = self._export(ray_metrics.RayRecorder)
-        return ray.remote(DoorActor).options(**placed).remote(*arguments, config.log_format, recorder)
+        return ray.remote(DoorActor).options(**placed).remote(*arguments, config.telemetry, recorder)
 
     def _export(self, export: Callable[..., T], *arguments: Any) -> Callable[..., T] | None:
         """For a part of the deployment: how its numbers get to Ray's exporter, where there is one."""

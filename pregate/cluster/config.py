@@ -16,6 +16,7 @@ from pregate.base.options import (
     Key,
     Needs,
     Or,
+    Word,
     check_adapter,
     follow_adapter,
     from_dict,
@@ -23,6 +24,7 @@ from pregate.base.options import (
     to_dict,
     user_options,
 )
+from pregate.base.telemetry import Telemetry, check_endpoint
 from pregate.model.adapter import text_folder
 from pregate.router.engine.options import EngineOptions
 from pregate.router.paths.options import PathOptions
@@ -75,6 +77,11 @@ class ServeConfig:
     ] = 30.0
     host_threads: Annotated[int, Field(ge=1, description="Threads of each host.")] = 1
     log_format: Annotated[Form, Field(description="How every process logs: lines of text, or of JSON.")] = "text"
+    otlp_endpoint: Annotated[
+        str | None,
+        Field(description="Send a trace of each request to this OTLP collector (HTTP)."),
+        Word("off", written=False),
+    ] = None
     start_timeout_s: Annotated[float, Field(gt=0, description="Seconds the start may take.")] = 600.0
     drain_s: Annotated[float, Field(ge=0, description="Seconds that running requests get at the end.")] = 10.0
     adapter: Annotated[str | None, Field(description="Adapter folder in place of --model."), Needs("model")] = None
@@ -96,6 +103,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         check_adapter(self.model, self.adapter, self.parent)
+        check_endpoint(self.otlp_endpoint)
         if self.parent is not None and self.adapter is None:
             raise UserError.of("--parent", self.parent, "needs --adapter")
         if self.device == "cuda" and self.hosts > 1 and not self.gpus_per_host:
@@ -125,6 +133,11 @@ class ServeConfig:
     def expert_ffn(self) -> str:
         """Which implementation runs the experts on the hosts."""
         return self.host.expert_ffn
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """What every process tells of itself."""
+        return Telemetry(self.log_format, self.otlp_endpoint)
 
     @property
     def engine_options(self) -> EngineOptions:

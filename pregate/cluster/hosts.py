@@ -198,7 +198,7 @@ class Hosts:
             allowed_client_keys=() if beside else (self._keys.public,),
             num_threads=config.host_threads,
             first_core=config.engine.threads + host * config.host_threads if config.engine.pin_cores else None,
-            log_format=config.log_format,
+            telemetry=config.telemetry,
         )
         role, self._num_made[host] = named(f"host-{host}", self._num_made[host]), self._num_made[host] + 1
         placed = actor_options(config, role, (group, bundle), config.gpus_per_host)

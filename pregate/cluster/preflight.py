@@ -5,6 +5,7 @@ What needs torch is looked at in a process of its own, so that launchers do not 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import subprocess
@@ -26,6 +27,8 @@ def check_config(config: ServeConfig) -> None:
     """Refuse a deployment that cannot come up. UserError or CheckpointError with the house's sentence."""
     if not Path(config.model).is_dir():
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
+    if config.otlp_endpoint is not None and not _installed("opentelemetry.exporter.otlp.proto.http"):
+        raise UserError.of("--otlp-endpoint", config.otlp_endpoint, "needs `pip install pregate[otel]`")
     read_folder(Path(config.model), parent=None if config.parent is None else Path(config.parent))
     if "torch" in sys.modules:
         check_model(config)
@@ -43,6 +46,13 @@ def check_config(config: ServeConfig) -> None:
     failure = json.loads(done.stdout.splitlines()[-1])
     if failure:
         raise BY_CODE[failure["code"]](failure["message"])
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # nor what it is in
+        return False
 
 
 def check_model(config: ServeConfig) -> None:

@@ -194,7 +194,7 @@ class Replica:
         self, config_values: Mapping[str, Any], door: Mapping[str, Any], mount: Callable[[Any], None]
     ) -> None:
         config = ServeConfig.from_dict(config_values)
-        log.configure("http door", config.log_format)
+        config.telemetry.begin("http door")
         tokens = await asyncio.to_thread(_open_tokens, door["token_file"])
         self._deployment: Deployment = await asyncio.to_thread(launch, config, None, logger.info)
         endpoint = self._deployment.info["endpoint"]

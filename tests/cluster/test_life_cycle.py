@@ -26,6 +26,7 @@ from tests.cluster.leftovers import (
     still_listening,
     wait_for,
 )
+from tests.otlp import collector
 from tests.router.running import wait_for as eventually
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -35,10 +36,10 @@ import sys, signal, threading
 import ray
 from ray import serve
 from pregate.cluster.serve_app import build_app
-address, port, model = sys.argv[1:]
+address, port, model, otlp = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
 serve.start(http_options={"port": int(port)})
-serve.run(build_app({"model": model, "hosts": "2", "log_format": "json"}))
+serve.run(build_app({"model": model, "hosts": "2", "log_format": "json", "otlp_endpoint": otlp}))
 stop = threading.Event()
 signal.signal(signal.SIGINT, lambda *_: stop.set())  # last: Ray puts handlers of its own in place
 print("app ready", flush=True)
@@ -95,19 +96,25 @@ def streamed_ids(text):
     return [i for event in events for choice in event["choices"] for i in choice["token_ids"]]
 
 
-def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_checkpoint):
+def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_checkpoint, monkeypatch):
     """The Serve application on the Ray of a running `pregate serve`: one deployment, two doors, the same text."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     before = shared_memory()
-    with serving("--model", path_checkpoint, "--hosts", 2, "--log-format", "json") as running:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "200")
+    with (
+        collector() as traces,
+        serving(
+            "--model", path_checkpoint, "--hosts", 2, "--log-format", "json", "--otlp-endpoint", traces.url
+        ) as running,
+    ):
         with Client(running.target, timeout_s=60) as client:
             assert client.health()
             completion = client.complete(PROMPT, max_tokens=8)
         assert len(completion.rows_per_host) == 2
         assert min(completion.rows_per_host) > 0
-        other = join(running, path_checkpoint, "--hosts", 1, "--log-format", "json")
+        other = join(running, path_checkpoint, "--hosts", 1, "--log-format", "json", "--otlp-endpoint", traces.url)
         assert other.returncode == 2
         assert other.stderr.splitlines()[-1].startswith("pregate: --hosts 1: deployment 'pregate' is running with 2")
         processes = processes_of(running.folder)
@@ -118,7 +125,7 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
 
         log = running.folder / "app.log"
         environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
-        command = [sys.executable, "-c", RUN, running.ray_address, str(port), str(path_checkpoint)]
+        command = [sys.executable, "-c", RUN, running.ray_address, str(port), str(path_checkpoint), traces.url]
         with log.open("w") as file:
             app = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
         wait_for(log, "app ready", app)
@@ -127,6 +134,7 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
         assert streamed_ids(ask(port, stream=True)) == expected
         check_logs(running, completion.request_id)
+        check_traces(traces)
         running.process.terminate()  # the demo ends with SIGINT
         assert running.process.wait(60) == 0
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
@@ -150,6 +158,24 @@ def check_logs(running, request_id):
             said[line["role"]].append(line["message"].partition(":")[0])
     assert said["door"] == ["taken", "text ended"]
     assert said["path service"] == said["engine"] == ["taken", "ended"]
+
+
+def check_traces(traces):
+    """Each request is one trace of all that worked on it: three texts of eight tokens, two of them through Serve."""
+    found = {}
+
+    def roles():
+        found.clear()
+        for one in traces.spans:
+            found.setdefault(one.span.trace_id, []).append(one)
+        parts = [{(one.role, one.name) for one in trace} for trace in found.values()]
+        return [p for p in parts if {"path service", "engine", "host 0", "host 1"} <= {role for role, _ in p}]
+
+    eventually(lambda: len(roles()) >= 3, 20, "three traces")
+    doors = [{role for role, name in parts if name == "request"} for parts in roles()]
+    assert sorted(doors, key=str) == [{"door"}, {"http door"}, {"http door"}]
+    steps = [sum(one.role == "host 0" for one in trace) for trace in found.values()]
+    assert max(steps) <= 9, "one a step"
 
 
 def join(running, checkpoint, *arguments):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from pregate.base import log
+from pregate.base.telemetry import PLAIN, Telemetry, flush
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.request_watch import Recorder
@@ -30,11 +30,11 @@ class DoorActor:
         model_name: str,
         options: GrpcOptions,
         deployment: Mapping[str, str] | None = None,
-        log_format: log.Form = "text",
+        telemetry: Telemetry = PLAIN,
         make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
         """`make_recorder` gives what the door's numbers go to besides its own `/metrics`."""
-        log.configure("door", log_format)
+        telemetry.begin("door")
         self._options = options
         self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
         if make_recorder is not None:
@@ -62,5 +62,6 @@ class DoorActor:
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs end within `grace_s`, close."""
         await self._server.stop(grace_s)
+        flush()
         if self._metrics is not None:
             await self._metrics.stop()

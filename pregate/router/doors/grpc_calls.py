@@ -19,6 +19,7 @@ from pregate.base import log
 from pregate.base.completion import Completion
 from pregate.base.errors import PregateError, QueueFullError, UserError
 from pregate.base.sampling import DEFAULT_MAX_TOKENS
+from pregate.base.telemetry import begin_request
 from pregate.client.proto import pregate_pb2 as pb
 from pregate.client.proto.plain import chunk_message, complete_message, given_fields, to_message
 from pregate.router.doors.access import cache_salt
@@ -133,7 +134,8 @@ class Calls:
     @asynccontextmanager
     async def _answering(self, context: Context) -> AsyncGenerator[None, None]:
         """Turn what goes wrong inside into the status of the call; a bug shows no stack trace to the client."""
-        log.begin_request(_metadata(context.invocation_metadata(), _ID_KEY))  # each call runs in a context of its own
+        sent = context.invocation_metadata()
+        begin_request(_metadata(sent, _ID_KEY), _metadata(sent, "traceparent"))  # each call runs in its own context
         try:
             yield
         except PregateError as error:

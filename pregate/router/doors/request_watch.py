@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import Protocol
 
 from pregate.base.errors import PregateError, QueueFullError, UnavailableError
-from pregate.base.log import get_logger
+from pregate.base.log import get_logger, request_id
 from pregate.base.metrics import BY_STEM, Metric
+from pregate.base.telemetry import given, span
 from pregate.router.link.messages import FinishedEvent
 
 logger = get_logger(__name__)
@@ -45,6 +46,12 @@ class RequestWatch:
     def __init__(self, metrics: RequestMetrics, num_texts: int) -> None:
         self.metrics, self.num_left, self.num_tokens = metrics, num_texts, 0
         self.came_s = time.monotonic()
+        self._span = span("request", given.get(), root=True, request_id=request_id.get(), texts=num_texts)
+
+    @property
+    def traceparent(self) -> str:
+        """What other processes' parts of the request are traced under."""
+        return self._span.traceparent
 
     def taken(self, num_prompt_tokens: int) -> None:
         """Its prompt is read, and goes to the engine."""
@@ -61,6 +68,7 @@ class RequestWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
+        self._span.end("" if error is None else str(error) or type(error).__name__, tokens=self.num_tokens)
         if isinstance(error, (GeneratorExit, asyncio.CancelledError)):
             logger.info("the caller left; %d texts had not ended", self.num_left)
             for _ in range(self.num_left):

@@ -16,6 +16,7 @@ from pregate.base import log
 from pregate.base.completion import Chunk, Completion
 from pregate.base.errors import DeadlineError, NotFoundError, PregateError, UnavailableError, UserError
 from pregate.base.sampling import check_ids, check_priority, most_tokens
+from pregate.base.telemetry import given
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.chat import ChatTemplate
 from pregate.router.doors.completion_stream import completion_stream, copies_of
@@ -160,7 +161,8 @@ class DoorService:
             # Its own id: two callers may have chosen the same.
             known = SubmitRequest(uuid.uuid4().hex, prompt_ids + known_ids, alone, deadline_s, salt)
             called = log.request_id.get() or request_id
-            request = replace(known, priority=priority, num_generated=len(known_ids), called=called)
+            known = replace(known, priority=priority, num_generated=len(known_ids))
+            request = replace(known, called=called, traceparent=watch.traceparent)
             copies = copies_of(await self._with_paths(request), sampling.n)
             taken.engine_ids = [copy.request_id for copy in copies]
             texts = [CompletionText(self._tokenizer, copy, stops, index) for index, copy in enumerate(copies)]
@@ -210,7 +212,7 @@ class DoorService:
         token_ids = await self._prompts.encode(prompt, max_context)
         check_prompt(token_ids, vocab_size=vocab_size, max_context=max_context + 1)
         start_s = time.monotonic()
-        reply = await (self._paths or self._engine).route(token_ids, deadline_s)
+        reply = await (self._paths or self._engine).route(token_ids, deadline_s, traceparent=given.get())
         self.metrics.record("route_seconds", time.monotonic() - start_s)
         tokens = tuple(map(self.token, token_ids))
         paths = reply.paths.slice(0, reply.paths.num_tokens)
@@ -270,7 +272,8 @@ class DoorService:
         if self._paths is None:
             return request
         start_s = time.monotonic()
-        reply = await self._paths.route(request.token_ids, request.deadline_s, with_state=True)
+        asked = request.token_ids, request.deadline_s
+        reply = await self._paths.route(*asked, with_state=True, traceparent=request.traceparent)
         took_s = time.monotonic() - start_s
         self.metrics.record("route_seconds", took_s)
         left_s = None if request.deadline_s is None else request.deadline_s - took_s

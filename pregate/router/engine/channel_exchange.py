@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -61,6 +61,7 @@ class ChannelExchange:
         self.engine, self.members, self.shared = engine, members, shared
         self.group_timeout_s, self.check_plans, self.wants_lookahead = group_timeout_s, check_plans, wants_lookahead
         self._step = _Step(-1, 0, np.zeros((0, len(self.clients)), dtype=np.int64))
+        self.traces = ""
         #: Parts of groups have numbers of their own, so that no two that a host is asked for are called the same.
         self._part_numbers = itertools.count(1 << 16)
 
@@ -123,7 +124,7 @@ class ChannelExchange:
             weights = to_device(torch.from_numpy(paths.weights.swapaxes(0, 1)), device)
         for host, host_plan in plan.hosts.items():
             try:
-                self.clients[host].send_plan(host_plan)
+                self.clients[host].send_plan(replace(host_plan, traces=self.traces) if self.traces else host_plan)
             except HostLostError as error:
                 self.members.lose(host, error)
         slots_LTK = to_device(torch.from_numpy(plan.slots_LTK), device)

@@ -39,6 +39,8 @@ logger = get_logger(__name__)
 Event = TokensEvent | FinishedEvent | FailedEvent
 #: Logits of prompts in one step, where their logprobs are asked for: 64 MB of them.
 _LOGITS_OF_PROMPTS = 1 << 24
+#: Traced requests that hosts hear of in one step.
+_MOST_TRACES = 64
 
 
 class Engine:
@@ -117,6 +119,7 @@ class Engine:
             request.cache_salt, request.priority, ends, penalty, num_resumed=request.num_generated,
         )  # fmt: skip
         sequence.unit_counts, sequence.came_s = self._unit_counts(), time.monotonic()
+        sequence.traceparent = request.traceparent
         self.scheduler.check_room(sequence)
         if self.paths is not None:
             with out_of_memory_fails():
@@ -263,6 +266,7 @@ class Engine:
             if piece.sequence.begun_s is None:
                 piece.sequence.begun_s = now_s
         self._look_ahead(step)
+        self.exchange.traces = " ".join([p.sequence.traceparent for p in step if p.sequence.traceparent][:_MOST_TRACES])
         try:
             result = self.runner.run(self._step_number, step, paths)
         except HostLostError:

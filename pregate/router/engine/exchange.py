@@ -58,6 +58,9 @@ class Exchange(Protocol):
         """The hosts, in order."""
         ...
 
+    #: The traceparents of the requests in the next step, for its plans.
+    traces: str
+
     @property
     def placement(self) -> list[list[int]]:
         """Who is each routed expert's home now, layer by layer; -1 past a layer's last."""

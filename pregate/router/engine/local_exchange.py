@@ -40,6 +40,7 @@ class LocalExchange:
 
     def __init__(self, engine: str, client: HostClient, local: LocalUnits, shared: SharedExperts) -> None:
         self.engine, self.clients, self.shared = engine, [client], shared
+        self.traces = ""  # there is nobody to tell
         self.lost: dict[int, str] = {}
         self.lost_at_s: dict[int, float] = {}
         self.rows_LR = np.zeros((0, 0), dtype=np.int64)

@@ -56,6 +56,7 @@ class Sequence:
     unit_counts: tuple[int, int, float] = (0, 0, 0.0)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     came_s: float = 0.0
+    traceparent: str = ""
     begun_s: float | None = None
     first_token_s: float | None = None
     _chunk_rows: tuple[int, np.ndarray] | None = None

@@ -9,8 +9,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pregate.base import log
 from pregate.base.cores import pin
+from pregate.base.telemetry import PLAIN, Telemetry
 from pregate.router.engine.options import EngineOptions
 from pregate.router.link.loop_actor import LoopActor
 
@@ -35,14 +35,14 @@ class EngineActor(LoopActor):
         self,
         options: EngineOptions,
         endpoint: str,
-        log_format: log.Form = "text",
+        telemetry: Telemetry = PLAIN,
         export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
     ) -> None:
         """`export` is given a function that says what `EngineClient.info` would, when the engine serves."""
         super().__init__(endpoint)
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
-        log.configure("engine", log_format)
+        telemetry.begin("engine")
         self._options = options
         self._endpoint = endpoint
         self._export = export

@@ -166,14 +166,15 @@ class EngineClient:
             await self.cancel(request_id)
 
     async def route(
-        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False
+        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False, traceparent: str = ""
     ) -> RouteReply:
         """Return the paths of a prompt, `with_state` the path router's state after it (which path services give).
 
         Leaving early cancels. Raises UserError when the checkpoint has no path router, DeadlineError in time.
         """
         self._check_available()
-        request = RouteRequest(uuid.uuid4().hex, tuple(token_ids), deadline_s, with_state, log.request_id.get())
+        names = uuid.uuid4().hex, log.request_id.get()
+        request = RouteRequest(names[0], tuple(token_ids), deadline_s, with_state, names[1], traceparent)
         self._running_ids.add(request.request_id)
         reply = None
         try:

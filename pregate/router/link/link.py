@@ -15,13 +15,14 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import zmq
 
 from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError
 from pregate.base.log import get_logger
+from pregate.base.telemetry import span
 from pregate.router.link.activity import Activity
 from pregate.router.link.endpoint import bind, ipc_file
 from pregate.router.link.inbox import Inbox, Pending
@@ -217,18 +218,31 @@ class EngineLink:
             raise UnavailableError(self.refusing)
         if self._peers.owner(request.request_id) is not None:
             raise UserError.of("request_id", request.request_id, "is running already; use a new one")
+        name = "engine" if isinstance(request, SubmitRequest) else "paths"
+        begun = span(name, request.traceparent, prompt_tokens=len(request.token_ids))
+        request = replace(request, traceparent=begun.traceparent)
         self.inbox.put(Pending(request, num_bytes, time.monotonic()))
-        self._peers.add(peer_id, request.request_id, request.called)
+        self._peers.add(peer_id, request.request_id, request.called, begun)
         self._log("taken", request.called, f"{len(request.token_ids)} tokens")
 
     def _give_up(self, request_id: str, why: str) -> None:
         self._end(request_id, why)
         self.inbox.cancel(request_id)
 
-    def _end(self, request_id: str, how: str) -> None:
+    def _end(self, request_id: str, how: str, failed: bool = False) -> None:
         """Nobody waits for it any more."""
-        self._log("ended", self._peers.called(request_id), how)
+        called, begun = self._peers.told(request_id)
+        self._log("ended", called, how)
+        begun.end(how if failed else "", ended=how)
         self._peers.remove(request_id)
+
+    def _trace_parts(self, end: FinishedEvent) -> None:
+        """Say of a text that ends now how long it waited, was read, and was written."""
+        parent, at_s = self._peers.told(end.request_id)[1].traceparent, time.time()
+        at_s -= end.queue_s + end.prefill_s + end.decode_s
+        for name, took_s in (("queue", end.queue_s), ("prefill", end.prefill_s), ("decode", end.decode_s)):
+            part, at_s = span(name, parent, at_s=at_s), at_s + took_s
+            part.end(at_s=at_s)
 
     def _log(self, what: str, called: str, more: str) -> None:
         if called:  # what a door asks for itself has no name
@@ -264,7 +278,9 @@ class EngineLink:
                 continue
             packets[peer_id].append(event)
             if not isinstance(event, TokensEvent):
-                self._end(event.request_id, _told(event))
+                if isinstance(event, FinishedEvent):
+                    self._trace_parts(event)
+                self._end(event.request_id, _told(event), isinstance(event, FailedEvent))
         for peer_id, messages in packets.items():
             self._send(peer_id, messages)
 

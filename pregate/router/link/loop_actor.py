@@ -8,6 +8,7 @@ import time
 from threading import Event as StopEvent
 from typing import Any, Protocol
 
+from pregate.base.telemetry import flush
 from pregate.router.link.endpoint import starting_file
 
 _POLL_S = 0.05
@@ -67,3 +68,4 @@ class LoopActor:
         self._stop_event.set()
         if self._thread is not None:
             self._thread.join(self.stop_timeout_s)
+        flush()

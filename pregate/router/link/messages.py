@@ -82,6 +82,7 @@ class SubmitRequest:
     that is gone: it goes on as if unbroken. `deadline_s` counts from the moment the engine takes the request; what is
     computed of equal prompts is shared under the same `cache_salt`, which names who asks. Of those that wait, those of
     the lowest `priority` come first. `called` is the caller's name of the request, for logs; two may have the same.
+    Its spans are parts of what `traceparent` names.
 
     `paths` are the prompt's and `path_state` is the path router's after it, where the path service has computed them:
     both or none.
@@ -97,6 +98,7 @@ class SubmitRequest:
     priority: int = 0
     num_generated: int = 0
     called: str = ""
+    traceparent: str = ""
 
     def __post_init__(self) -> None:
         if (self.paths is None) != (self.path_state is None):
@@ -114,7 +116,8 @@ class CancelRequest:
 class RouteRequest:
     """Ask for the paths of a prompt, without a forward pass; `with_state`: and for the path router's state after it.
 
-    `deadline_s` counts from the moment the request is taken; `called` is as in `SubmitRequest`.
+    `deadline_s` counts from the moment the request is taken; `called` and `traceparent` are as in
+    `SubmitRequest`.
     """
 
     request_id: str
@@ -122,6 +125,7 @@ class RouteRequest:
     deadline_s: float | None = None
     with_state: bool = False
     called: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True)

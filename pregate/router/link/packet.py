@@ -1,6 +1,6 @@
 """How messages between front doors and engines travel: versioned, size-limited msgpack, never pickle.
 
-One packet is `{"version": 7, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
+One packet is `{"version": 8, "messages": [{"kind": "tokens", ...fields}, ...]}`: everything a step produced for one
 peer travels in one packet. Unknown kinds, unknown or missing fields and wrong types are ProtocolErrors.
 """
 
@@ -33,7 +33,7 @@ from pregate.router.link.messages import (
     TokensEvent,
 )
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 #: A packet above this is refused on both sides; a million token ids need about 5 MB, and paths of 32k tokens through 32
 #: layers of 8 experts 8 MB, or 42 MB with weights.
 MAX_PACKET_BYTES = 64 << 20

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from pregate.base.telemetry import NO_SPAN, Span
+
 
 @dataclass
 class _Peer:
@@ -18,7 +20,7 @@ class Peers:
     def __init__(self) -> None:
         self._peers: dict[bytes, _Peer] = {}
         self._owners: dict[str, bytes] = {}
-        self._called: dict[str, str] = {}
+        self._told: dict[str, tuple[str, Span]] = {}
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(list(self._peers))
@@ -43,19 +45,19 @@ class Peers:
         """The door that waits for a request, None when nobody does."""
         return self._owners.get(request_id)
 
-    def called(self, request_id: str) -> str:
-        """What its caller calls a request that somebody waits for."""
-        return self._called[request_id]
+    def told(self, request_id: str) -> tuple[str, Span]:
+        """What its caller calls a request that somebody waits for, and its span."""
+        return self._told[request_id]
 
-    def add(self, peer_id: bytes, request_id: str, called: str = "") -> None:
+    def add(self, peer_id: bytes, request_id: str, called: str = "", span: Span = NO_SPAN) -> None:
         """Let a door wait for a request that nobody waits for yet."""
         assert request_id not in self._owners
-        self._owners[request_id], self._called[request_id] = peer_id, called
+        self._owners[request_id], self._told[request_id] = peer_id, (called, span)
         self._peers[peer_id].request_ids.add(request_id)
 
     def remove(self, request_id: str) -> None:
         """Nobody waits for this request any more; unknown ones are ignored."""
-        self._called.pop(request_id, None)
+        self._told.pop(request_id, None)
         peer = self._peers.get(self._owners.pop(request_id, b""))
         if peer is not None:
             peer.request_ids.discard(request_id)

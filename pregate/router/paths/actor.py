@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pregate.base import log
+from pregate.base.telemetry import PLAIN, Telemetry
 from pregate.router.link.loop_actor import LoopActor
 from pregate.router.paths.options import PathOptions
 
@@ -21,12 +21,12 @@ class PathActor(LoopActor):
         self,
         options: PathOptions,
         endpoint: str,
-        log_format: log.Form = "text",
+        telemetry: Telemetry = PLAIN,
         export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
     ) -> None:
         """`export` is given a function that says how many wait, when the service serves."""
         super().__init__(endpoint)
-        log.configure("path service", log_format)
+        telemetry.begin("path service")
         self._options, self._endpoint, self._export = options, endpoint, export
 
     def start(self) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pregate.base import log
 from pregate.base.cores import pin
 from pregate.base.errors import UnavailableError, UserError
+from pregate.base.telemetry import PLAIN, Telemetry, flush
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
 
@@ -45,7 +45,7 @@ class ActorOptions:
     heartbeat_s: float = 0.5
     num_threads: int = 1
     first_core: int | None = None
-    log_format: log.Form = "text"
+    telemetry: Telemetry = PLAIN
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
@@ -75,7 +75,7 @@ class ExpertHostActor:
         from pregate.workers.host.server import HostServer, ServerOptions
 
         options = self._options
-        log.configure(f"host {options.host.host_id}", options.log_format)
+        options.telemetry.begin(f"host {options.host.host_id}")
         torch.set_num_threads(options.num_threads)
         if options.first_core is not None:
             pin(options.first_core, options.num_threads)
@@ -114,6 +114,7 @@ class ExpertHostActor:
         """Close the socket, end the threads, remove the ipc file. Repeating it is harmless."""
         if self._server is not None:
             self._server.stop()
+            flush()
         if self._host is not None:
             self._host.close()
         self._server = self._host = self._address = None

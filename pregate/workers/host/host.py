@@ -18,6 +18,7 @@ import torch
 
 from pregate.base.errors import ProtocolError, UserError
 from pregate.base.log import get_logger
+from pregate.base.telemetry import span
 from pregate.kernels import expert_ffn
 from pregate.kernels.cpu.packed import fits_fp16
 from pregate.kernels.tools.warm_up import warm_up_pairs
@@ -188,7 +189,10 @@ class ExpertHost:
             used_LR = np.zeros(self._store.shape, dtype=bool)
             used_LR[plan.layer_of_unit, plan.expert_ids] = True
             self._store.plan(engine, plan.step, used_LR)
-        self._plans.put(engine, prepare(plan, self._ffn, self._store))
+        host_id, pairs = self.options.host_id, len(plan.row_index)
+        traces = plan.traces.split() if pairs else ()
+        spans = tuple(span("host step", trace, host=host_id, step=plan.step, pairs=pairs) for trace in traces)
+        self._plans.put(engine, replace(prepare(plan, self._ffn, self._store), spans=spans))
 
     def expect(self, engine: str, expected: Expected) -> None:
         if self._looks_ahead:
@@ -233,6 +237,8 @@ class ExpertHost:
                     rows, weights = self._rows_of(key.layer, index, prepared)
                     y_PD = self._ffn.pairs(x_ND, rows, weights)
         self._count(1, rows_ND.shape[0], index.num_pairs)
+        if prepared is not None:
+            prepared.ends(key.layer)
         return y_PD.to(rows_ND.device, rows_ND.dtype)
 
     def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:

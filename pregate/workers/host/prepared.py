@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pregate.base.telemetry import Span
 from pregate.kernels.contract import ExpertFFN
 from pregate.kernels.units import GroupRows
 from pregate.workers.host.store import UnitStore
@@ -15,11 +16,19 @@ from pregate.workers.link.protocol import HostPlan
 @dataclass(frozen=True, eq=False)
 class PreparedPlan:
     """A plan beside the prepared rows of its layers. A layer is not in `rows` where the plan asks nothing of it or a
-    unit of it was not held yet; `versions` int64 [L] are those of the slots that `rows` name."""
+    unit of it was not held yet; `versions` int64 [L] are those of the slots that `rows` name. `spans`: one a traced
+    request."""
 
     plan: HostPlan
     rows: dict[int, GroupRows]
     versions: np.ndarray
+    spans: tuple[Span, ...] = ()
+
+    def ends(self, layer: int) -> None:
+        """The groups of `layer` are computed: with the last one that the plan names its spans end."""
+        if self.spans and layer == int(np.flatnonzero(np.diff(self.plan.unit_offsets))[-1]):
+            for one in self.spans:
+                one.end()
 
     def rows_of(self, layer: int, store: UnitStore) -> GroupRows | None:
         """Return the rows of `layer`; None if there are none or units have moved to other slots since."""

@@ -65,7 +65,8 @@ class HostPlan:
     """Everything one host will be asked for in one step: a `GroupIndex` per layer, laid end to end.
 
     `num_rows` int32 [L]; layer l owns units `unit_offsets[l]:unit_offsets[l + 1]` of `expert_ids` and `counts`, and
-    pairs `pair_offsets[l]:pair_offsets[l + 1]` of `row_index` (both offsets int32 [L + 1]).
+    pairs `pair_offsets[l]:pair_offsets[l + 1]` of `row_index` (both offsets int32 [L + 1]). `traces` are the
+    traceparents of requests in the step that are traced, a space between them.
 
     Example: two layers; three rows as in `GroupIndex` in layer 0, nothing in layer 1: num_rows [3, 0],
     unit_offsets [0, 2, 2], expert_ids [1, 4], counts [2, 2], pair_offsets [0, 4, 4], row_index [0, 2, 0, 1].
@@ -78,6 +79,7 @@ class HostPlan:
     counts: np.ndarray
     pair_offsets: np.ndarray
     row_index: np.ndarray
+    traces: str = ""
 
     @property
     def num_layers(self) -> int:

@@ -45,7 +45,7 @@ __all__ = [
     "RowsMessage",
 ]
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 #: Bounds of what either side accepts; a `Hello` narrows rows and width further.
 MAX_HEADER_BYTES = 64 << 10
 MAX_MESSAGE_BYTES = 1 << 30

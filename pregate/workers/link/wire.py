@@ -217,7 +217,7 @@ _READERS: Mapping[str, Reader] = MappingProxyType(
         "CacheCounters": _record(CacheCounters, *[_INT] * 10, _scalar(float)),
         "Expected": _expected,
         "np.ndarray | None": _optional(_held),
-        "HostPlan": _record(HostPlan, _INT, _array, _array, _array, _array, _array, _array),
+        "HostPlan": _record(HostPlan, _INT, _array, _array, _array, _array, _array, _array, _STR),
     }
 )
 _SCHEMA: Mapping[str, tuple[type, tuple[tuple[str, Reader], ...]]] = MappingProxyType(

@@ -32,7 +32,8 @@ def endpoints(tiny_path_checkpoint):
 
 @pytest.fixture
 def service(endpoints, tiny_path_checkpoint):
-    return connect_service(*endpoints, tiny_path_checkpoint, "tiny")
+    engine, paths = endpoints
+    return connect_service(engine, paths, tiny_path_checkpoint, "tiny")
 
 
 @pytest.fixture
@@ -40,8 +41,15 @@ def lines(own_log):
     """What this process has logged as JSON; all parts are in it."""
     log.configure("all", "json")
     text = io.StringIO()
-    logging.getLogger("pregate").handlers[0].setStream(text)
+    (handler,) = logging.getLogger("pregate").handlers
+    assert isinstance(handler, logging.StreamHandler)
+    handler.setStream(text)
     return lambda: [json.loads(line) for line in text.getvalue().splitlines()]
+
+
+def trailing(call):
+    """The id that a call's end carries."""
+    return next(value for key, value in call.trailing_metadata() if key == "x-request-id")
 
 
 def said(found, name):
@@ -114,9 +122,9 @@ def test_over_grpc_metadata_or_the_message_names_it(service, lines):
     found = lines()
     assert said(found, "meta-1") == said(found, "field-1") == WHOLE
     assert said(found, "meta-2") == []
-    name = dict(caught.value.trailing_metadata())["x-request-id"]
+    name = trailing(caught.value)
     assert said(found, name) == [("grpc_calls", f"NOT_FOUND: {caught.value.details()}")]
-    assert len(dict(call.trailing_metadata())["x-request-id"]) == 32
+    assert len(trailing(call)) == 32
 
 
 def test_who_leaves_is_said_in_every_part(service, lines):

@@ -49,7 +49,7 @@ FRAMES = PackedPaths.of(Paths(np.zeros((1, 1, 1), np.int16))).to_frames()
 REPLY = {"request_id": "a", "paths": FRAMES, "state": None, "version": ""}
 NONE = {"logprobs": [], "prompt_logprobs": []}
 SUBMIT = {"request_id": "a", "token_ids": [], "sampling": vars(SAMPLING), "deadline_s": None, "cache_salt": ""}
-SUBMIT |= {"paths": None, "path_state": None, "priority": 0, "num_generated": 0, "called": ""}
+SUBMIT |= {"paths": None, "path_state": None, "priority": 0, "num_generated": 0, "called": "", "traceparent": ""}
 
 
 def packet(*messages, version=PROTOCOL_VERSION):
@@ -84,8 +84,8 @@ def test_a_step_for_one_peer_is_one_small_packet():
         (pack(MESSAGES)[:-1], "not msgpack"),
         (pack(MESSAGES) + b"\x00", "not msgpack"),
         (b"\x91" * 100_000, "not msgpack"),
-        (msgpack.packb([1]), "version None; this side speaks 7"),
-        (packet(version=1), "version 1; this side speaks 7"),
+        (msgpack.packb([1]), "version None; this side speaks 8"),
+        (packet(version=1), "version 1; this side speaks 8"),
         (msgpack.packb({"version": PROTOCOL_VERSION, "messages": "x"}), "no list"),
         (packet("tokens"), "unknown kind None"),
         (packet({"kind": "exec", "request_id": "a"}), "unknown kind 'exec'"),

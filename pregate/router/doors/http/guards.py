@@ -8,7 +8,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pregate.base import log
+from pregate.base.telemetry import begin_request
 from pregate.router.doors.access import TokenFile
 from pregate.router.doors.http.errors import error_body, response
 
@@ -18,14 +18,16 @@ _WHO = "send the header `Authorization: Bearer TOKEN` with a token this server k
 
 
 class Named:
-    """Names a request in logs and errors by its header x-request-id, which Serve makes where a client sends none."""
+    """Names a request in logs and errors by its header x-request-id, which Serve makes where a client sends none, and
+    takes its traceparent."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            log.begin_request(Headers(scope=scope).get("x-request-id"))
+            headers = Headers(scope=scope)
+            begin_request(headers.get("x-request-id"), headers.get("traceparent"))
         await self._app(scope, receive, send)
 
 
