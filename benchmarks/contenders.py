@@ -24,6 +24,7 @@ def local_engine(model: str, expert_ffn: str = "auto") -> Any:
     """An engine with its host in the same process, one thread, every prompt computed whole."""
     import torch
 
+    from pregate.base.huge_pages import collapse
     from pregate.cluster.placement import place
     from pregate.model.checkpoint import CheckpointReader
     from pregate.router.engine.build import build_engine
@@ -36,7 +37,9 @@ def local_engine(model: str, expert_ffn: str = "auto") -> Any:
     reader = CheckpointReader(model)
     placement = place([cut.num_routed for cut in reader.config.cuts], 1)
     host = ExpertHost(reader, placement.units_of(0), HostOptions(expert_ffn=expert_ffn))
-    return build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.copies)
+    engine = build_engine(EngineOptions(model=model, prefix_sharing=False), [InProcessClient(host)], placement.copies)
+    collapse()
+    return engine
 
 
 def pregate_engine(model: str) -> Run:

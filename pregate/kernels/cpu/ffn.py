@@ -90,7 +90,14 @@ class LoopFFN(ExpertFFN):
             for slot in slots:
                 out_TD += self._expert(x_TD, units.weights, slot)
             return out_TD
-        y_PD = self._run(x_TD.index_select(0, segment.tokens), slots, segment.counts, units.weights)
+        return self._add_rows(out_TD, x_TD, segment, slots, units.weights)
+
+    def _add_rows(
+        self, out_TD: torch.Tensor, x_TD: torch.Tensor, segment: CpuSegment, slots: list[int], weights: Any
+    ) -> torch.Tensor:
+        """Add what the experts in `slots` make of each token's row, in their order."""
+        assert segment.tokens is not None
+        y_PD = self._run(x_TD.index_select(0, segment.tokens), slots, segment.counts, weights)
         if segment.weights is not None:
             y_PD = y_PD * segment.weights.to(y_PD.dtype)
         return out_TD.index_add_(0, segment.tokens, y_PD)

@@ -19,12 +19,15 @@ from typing import Any
 import torch
 
 from pregate.kernels.cpu.ffn import LoopFFN, fault_of
+from pregate.kernels.cpu.segments import CpuSegment
 from pregate.kernels.weights import Layout, quantise_rows
 
 #: x [T, K] -> [T, N], with the weights [N, K] inside.
 Product = Callable[[torch.Tensor], torch.Tensor]
 #: How far fp16 may move a value, over the matrix's largest: as far as sums of fp32 differ by their order.
 FP16_TOLERANCE = 2.0**-20
+#: From so many rows of all experts on, gathering and joining them costs more than the calls it saves.
+MANY_ROWS = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,20 @@ class PackedFFN(LoopFFN):
 
     def _expert(self, x_ND: torch.Tensor, weights: PackedWeights, slot: int) -> torch.Tensor:
         return weights.down[slot](self._gated(weights.gate_up[slot](x_ND)))
+
+    def _add_rows(
+        self, out_TD: torch.Tensor, x_TD: torch.Tensor, segment: CpuSegment, slots: list[int], weights: PackedWeights
+    ) -> torch.Tensor:
+        """For many rows one expert after another: what is gathered and computed of one is still in the cache."""
+        assert segment.tokens is not None
+        if len(segment.tokens) < MANY_ROWS:
+            return super()._add_rows(out_TD, x_TD, segment, slots, weights)
+        of_expert = segment.tokens.split(segment.counts)
+        scales = [None] * len(slots) if segment.weights is None else segment.weights.split(segment.counts)
+        for slot, tokens_N, scale_N1 in zip(slots, of_expert, scales, strict=True):
+            y_ND = self._expert(x_TD.index_select(0, tokens_N), weights, slot)
+            out_TD.index_add_(0, tokens_N, y_ND if scale_N1 is None else y_ND * scale_N1.to(y_ND.dtype))
+        return out_TD
 
     def _run(self, x_PD: torch.Tensor, slots: list[int], counts: list[int], weights: PackedWeights) -> torch.Tensor:
         """All experts' rows are gated at once: for few rows three small operations cost as much as a product."""

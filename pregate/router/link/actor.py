@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base.cores import pin
+from pregate.base.huge_pages import collapse_later
 from pregate.base.telemetry import PLAIN, Telemetry
 from pregate.router.engine.options import EngineOptions
 from pregate.router.link.loop_actor import LoopActor
@@ -64,6 +65,8 @@ class EngineActor(LoopActor):
         if self._options.pin_cores:
             pin(0, self._options.threads)
         self._engine = engine = build_engine(self._options, make_clients(), copies_LRC)
+        if engine.options.device == "cpu":
+            collapse_later()
         link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)
         self._engine_server = EngineServer(engine, self._endpoint, options=EngineServerOptions(link))
         self.serve(self._engine_server, "engine")

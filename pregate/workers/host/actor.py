@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pregate.base.cores import pin
 from pregate.base.errors import UnavailableError, UserError
+from pregate.base.huge_pages import collapse_later
 from pregate.base.telemetry import PLAIN, Telemetry, flush
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
@@ -81,6 +82,8 @@ class ExpertHostActor:
             pin(options.first_core, options.num_threads)
         host = self._make_host()
         host.warm_up()
+        if options.host.device == "cpu":
+            collapse_later()
         endpoint = self._endpoint(host)
         server = HostServer(host, ServerOptions(endpoint, options.allowed_client_keys, options.heartbeat_s))
         server.start()

@@ -9,7 +9,15 @@ from pregate.kernels import reference
 from pregate.kernels.cpu import ffn as cpu
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
-from pregate.kernels.cpu.packed import Int8FFN, PackedFFN, PackedLayout, fits_fp16, fp16_product, onednn_product
+from pregate.kernels.cpu.packed import (
+    MANY_ROWS,
+    Int8FFN,
+    PackedFFN,
+    PackedLayout,
+    fits_fp16,
+    fp16_product,
+    onednn_product,
+)
 from pregate.kernels.cpu.segments import CpuSegments
 from pregate.kernels.units import GroupRows, LayerUnits
 from tests.int8 import needs_int8
@@ -206,15 +214,16 @@ def test_a_product_that_answers_wrongly_is_refused(monkeypatch):
 @needs_fp16
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 70])
 def test_fp16_weights_lose_nothing(num_rows):
-    """Against float64, as near as a product in fp32; so also what lies below fp16's normal numbers."""
+    """Against float64, as near as sums in fp32 are in any order; so also what lies below fp16's normal numbers."""
     generator = torch.Generator().manual_seed(num_rows)
     weight = (torch.randn(48, 96, generator=generator) * 0.02).bfloat16().float()
     weight[::7] *= 2.0**-9
     x = torch.randn(num_rows, 96, generator=generator)
     assert fits_fp16(weight)
     wanted = x.double() @ weight.double().t()
-    error = (fp16_product(weight)(x).double() - wanted).abs().max()
-    assert error < 2 * (x @ weight.t() - wanted).abs().max() + 1e-7
+    error = (fp16_product(weight)(x).double() - wanted).abs()
+    sums = x.double().abs() @ weight.double().abs().t()
+    assert (error < 2**-24 * 96**0.5 * sums + 1e-6).all()
 
 
 @needs_fp16
@@ -270,3 +279,21 @@ def test_units_of_a_pool_lie_anywhere_in_it(slots):
         for n, pair in zip(([0, 1], [0, 2, 3], [3]), pairs, strict=True)
     ]
     torch.testing.assert_close(ffn.pairs(x_ND, rows, pool), torch.cat(wanted), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_rows_give_the_answers_of_few(weighted):
+    """A step of many rows adds one expert after another; each row's answer is what it is among few."""
+    ffn, (gate_up, down) = PackedFFN("silu"), random_experts()
+    num_units, num_tokens = len(down), MANY_ROWS
+    generator = torch.Generator().manual_seed(5)
+    ids_T1K = torch.rand(num_tokens, num_units, generator=generator).argsort(1)[:, None, :2]
+    weights_T1K = torch.rand(num_tokens, 1, 2, generator=generator) if weighted else None
+    x_TD = torch.randn(num_tokens, down.shape[1], generator=generator)
+    units = ffn.units(None, 0, gate_up, down)
+    many_TD = ffn.layer(x_TD, ffn.segments(ids_T1K, num_units, 0, weights_T1K).layer(0), units)
+    for start in range(0, num_tokens, 64):
+        part = slice(start, start + 64)
+        some = None if weights_T1K is None else weights_T1K[part]
+        few_TD = ffn.layer(x_TD[part], ffn.segments(ids_T1K[part], num_units, 0, some).layer(0), units)
+        assert torch.allclose(few_TD, many_TD[part], rtol=1e-5, atol=1e-6)
