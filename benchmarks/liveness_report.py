@@ -7,8 +7,6 @@ from typing import Any
 
 from benchmarks.surroundings import sentence
 
-TIMES = ("client", "health", "screen", "exit", "serves again")
-
 
 def write_report(results: dict[str, Any], out: Path) -> None:
     """Write the Markdown tables beside `out`."""
@@ -35,19 +33,19 @@ def _bears(found: dict[str, Any]) -> list[str]:
 
 
 def _kills(found: list[dict[str, Any]]) -> list[str]:
-    heads = "client's call ends | health is not SERVING | the screen says which | the launcher has ended | serves again"
     lines = [
         "**`kill -9`, seconds until it is seen,** each in a deployment of its own, on two hosts, with a running",
-        "request. A door is started again; with any other part the launcher ends.",
+        "request. What was killed is started again meanwhile.",
         "",
-        f"| killed | busy processes beside | {heads} |",
-        "| --- | --: | " + "--: | " * len(TIMES),
+        "| killed | busy processes beside | the screen says which | another request is served | the running one |",
+        "| --- | --: | --: | --: | --- |",
     ]
     for row in found:
-        cells = [f"{row['seconds'][time]:.1f}" if time in row["seconds"] else "" for time in TIMES]
-        lines.append(f"| {row['role']} | {row['busy']} | " + " | ".join(cells) + " |")
-    lines += ["", "What was said:", ""]
-    lines += [f"- {row['role']}: the client `{row['client']}`, the screen `{row['screen'].strip()}`" for row in found]
+        said, served, ended = (row["seconds"][time] for time in ("screen", "served", "ended"))
+        how = "complete" if row["client"] is None else f"`{row['client']}`"
+        lines.append(f"| {row['role']} | {row['busy']} | {said:.1f} | {served:.1f} | after {ended:.1f} s: {how} |")
+    lines += ["", "What the screen said:", ""]
+    lines += [f"- {row['role']}: `{row['screen'].strip()}`" for row in found]
     return [*lines, ""]
 
 

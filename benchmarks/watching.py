@@ -41,16 +41,6 @@ class Health(threading.Thread):
         except PregateError as error:
             return type(error).__name__
 
-    def first(self, wanted: bool, after_s: float) -> float:
-        """Wait for the first answer after `after_s` that is SERVING, or is not; returns when it came."""
-        give_up_s = time.monotonic() + PATIENCE_S
-        while time.monotonic() < give_up_s:
-            for said_s, what in list(self.answers):
-                if said_s > after_s and (what == "SERVING") == wanted:
-                    return said_s
-            time.sleep(0.02)
-        raise TimeoutError(f"health did not turn {'' if wanted else 'not '}SERVING within {PATIENCE_S:.0f} s")
-
     def stop(self) -> dict[str, Any]:
         self._ended.set()
         self.join(PATIENCE_S)
