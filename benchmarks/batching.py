@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.batchers import BATCHERS
+from benchmarks.waiting import NestedWaitScheduler, WaitScheduler
 from pregate.cli.load.arrivals import Arrival, clipped, read_trace
 from pregate.cluster.placement import place
 from pregate.model.paths import Paths
@@ -33,7 +35,8 @@ from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, c
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import SamplingParams
 
-POLICIES = ("path", "fifo", "decode-first", "prefill-first", "path+wait", "fifo+wait")
+POLICIES = ("path", "fifo", "decode-first", "prefill-first", *BATCHERS)
+POLICIES += tuple(f"{policy}+{wait}" for policy in ("path", "fifo") for wait in ("wait", "nested"))
 COSTS = ("row_s", "resident_byte_s", "missing_byte_s")
 #: Characters of a kind of text that prompts are cut from.
 _POOL_BYTES = 200_000
@@ -93,23 +96,6 @@ class Residency:
         self.here_U = here_U
 
 
-class WaitScheduler(Scheduler):
-    """Admission by thresholds, after WAIT (Ao, Luo, Simchi-Levi, Wang, arXiv 2504.11320), prompts of one type: those
-    that wait begin together, when there are `threshold` of them, when nothing runs, or when one has waited too long."""
-
-    threshold = 4
-
-    def next_step(self, now_s: float = 0.0) -> list[Slice]:
-        held = self.waiting
-        late = any(now_s - s.ready_s > self.limits.max_batching_delay_s for s in held)
-        if len(held) >= self.threshold or late or not self.running:
-            return super().next_step(now_s)
-        self.waiting = []
-        step = super().next_step(now_s)
-        self.waiting = sorted([*held, *self.waiting], key=lambda s: s.order)  # with those that were preempted
-        return step
-
-
 class Simulation:
     """All requests to their end, in a clock that a step moves on by what it is thought to take."""
 
@@ -127,10 +113,12 @@ class Simulation:
         )
         allocator = BlockAllocator(setting.max_running * -(-context // 16), 16)
         policy, _, admission = setting.policy.partition("+")
-        kind = WaitScheduler if admission == "wait" else Scheduler
-        batcher = PathBatcher(layout, costs) if policy == "path" else None
-        by: Any = "fifo" if policy == "path" else policy
-        self.scheduler = kind(limits, allocator, False, by, batcher)
+        kind = {"wait": WaitScheduler, "nested": NestedWaitScheduler, "": Scheduler}[admission]
+        by_path = {"path": PathBatcher, **BATCHERS}.get(policy)
+        batcher, by = (None, policy) if by_path is None else (by_path(layout, costs), "fifo")
+        self.scheduler = kind(limits, allocator, False, by, batcher)  # pyright: ignore[reportArgumentType]
+        if isinstance(self.scheduler, NestedWaitScheduler):
+            self.scheduler.prepare([text.arrival.output_tokens for text in texts])
         self.todo = sorted(texts, key=lambda text: text.arrival.arrival_s)
         self.num_output = sum(text.arrival.output_tokens for text in texts)
         self.rows_TU: dict[str, np.ndarray] = {}
@@ -271,6 +259,11 @@ class Work:
     num_routed: list[int]
     unit_bytes: list[int]
 
+    def of_layers(self, num_layers: int) -> Work:
+        """The same where there is one index for so many layers."""
+        texts = [replace(text, ids_TLK=np.repeat(text.ids_TLK[:, :1], num_layers, axis=1)) for text in self.texts]
+        return Work(texts, self.num_routed[:1] * num_layers, self.unit_bytes[:1] * num_layers)
+
 
 def read_work(file: Path | None, shared: Path, model: Path, arrivals: Many[Arrival]) -> Work:
     """Out of `file` where it is there, else computed and written to it: paths take longer than all that follows."""
@@ -321,12 +314,15 @@ def main() -> None:
     parser.add_argument(
         "--paths", type=Path, help=".npz of the requests' paths: read, or written where it is not there"
     )
+    parser.add_argument("--layers", type=int, help="an index that holds for all layers is that of so many")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     costs = json.loads(given.costs.read_text())
     trace = read_trace(given.shared_folder / "traces" / "azure2023_conv.csv")[: given.requests]
     arrivals, num_clipped = clipped(trace, given.context, given.context * 3 // 4, given.context // 4)
     work = read_work(given.paths, given.shared_folder, given.model, arrivals)
+    if given.layers:
+        work = work.of_layers(given.layers)
     results = []
     for hosts in given.hosts:
         for resident in given.resident:
