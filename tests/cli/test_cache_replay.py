@@ -21,7 +21,7 @@ def recording(used: np.ndarray, horizon: int = 0) -> Recording:
     for step in range(num_steps):
         ahead = used[step + 1 : step + 1 + horizon]
         known[step, : len(ahead)] = ahead
-    return Recording(used, known, np.zeros_like(used), np.ones(num_steps, dtype=np.int64), np.array(8))
+    return Recording(used, known, np.zeros_like(used, dtype=np.uint8), np.ones(num_steps, dtype=np.int64), np.array(8))
 
 
 @st.composite

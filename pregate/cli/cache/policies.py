@@ -1,7 +1,7 @@
 """The policies that a replay compares: each says how far away a unit is, and the farthest goes.
 
 `lookahead` is what a host runs (`workers/host/next_use.py`); `known-step` is the same told of the current step alone,
-`optimal` the same told of all that will come.
+`sees 1` and `sees 4` the same told of so many steps more than can be known, `optimal` of all that will come.
 
 Shape letters: S steps, L layers, R routed experts.
 """
@@ -9,6 +9,7 @@ Shape letters: S steps, L layers, R routed experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Protocol
 
@@ -87,17 +88,20 @@ class HotSet(_Ranked):
 
 
 class NextUsePolicy:
-    """The unit goes whose next use lies farthest, as far as `expects` says; what a host does."""
+    """The unit goes whose next use lies farthest, as far as `expects` says; what a host does. `sees`: so many steps are
+    known that nobody can know, which says what a better forecast could gain."""
 
-    def __init__(self, recording: Recording, expects: bool) -> None:
-        self._recording, self._expects = recording, expects
+    def __init__(self, recording: Recording, expects: bool, sees: int = 0) -> None:
+        self._recording, self._expects, self._sees = recording, expects, sees
         self._uses = Uses(*recording.used_SLR.shape[1:])
         self._next = self._uses.of("")
 
     def begin(self, step: int) -> None:
         self._next.plan(step, self._recording.used_SLR[step])
         if self._expects:
-            self._next.expect(self._recording.expected(step))
+            expected, seen_HLR = self._recording.expected(step), self._recording.used_SLR[step + 1 :][: self._sees]
+            known_HLR = np.concatenate([seen_HLR, expected.known_HLR[len(seen_HLR) :]])
+            self._next.expect(replace(expected, known_HLR=known_HLR))
 
     def reach(self, step: int, layer: int) -> None:
         experts = np.flatnonzero(self._recording.used_SLR[step, layer])
@@ -143,6 +147,8 @@ POLICIES: Mapping[str, Callable[[Recording, int], Policy]] = MappingProxyType(
         "hot set": HotSet,
         "known step": lambda recording, _: NextUsePolicy(recording, expects=False),
         "lookahead": lambda recording, _: NextUsePolicy(recording, expects=True),
+        "sees 1": lambda recording, _: NextUsePolicy(recording, expects=True, sees=1),
+        "sees 4": lambda recording, _: NextUsePolicy(recording, expects=True, sees=4),
         "optimal": lambda recording, _: Optimal(recording),
     }
 )

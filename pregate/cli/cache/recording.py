@@ -17,7 +17,7 @@ from pregate.workers.link.expected import Expected
 @dataclass(frozen=True, eq=False)
 class Recording:
     """bool `used_SLR`: what each step used. When it was planned, its engine expected `known_SHLR` of the steps after it
-    for certain and `likely_SLR` of all of them (`Expected`). `tokens_S` says how many tokens each step had,
+    for certain and uint8 `likely_SLR` of all of them (`Expected`). `tokens_S` says how many tokens each step had,
     `unit_bytes` how many bytes a unit has."""
 
     used_SLR: np.ndarray

@@ -104,7 +104,7 @@ class ChannelExchange:
         for host, client in enumerate(self.clients):
             if self.wants_lookahead and host not in self.lost:
                 here_LR = first_LR == host
-                client.expect(Expected(expected.step, expected.known_HLR & here_LR, expected.likely_LR & here_LR))
+                client.expect(Expected(expected.step, expected.known_HLR & here_LR, expected.likely_LR * here_LR))
 
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
         held_LRC = self.members.held_LRC()

@@ -1,5 +1,5 @@
-"""What the steps after the next will use: paths of prompts that wait or are half computed are known, running requests
-are expected to repeat their last path. NumPy only; no torch, no clock.
+"""What the steps after the next will use: paths of prompts that wait or are half computed are known, what running
+requests ask for is forecast from what they and others did (`forecast.py`). NumPy only; no torch, no clock.
 
 Shape letters: T tokens, H steps, L layers, K experts per token, R routed experts.
 """
@@ -14,8 +14,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from pregate.router.engine.forecast import Forecast
 from pregate.router.engine.sequence import Sequence
-from pregate.workers.link.protocol import Expected
+from pregate.workers.link.protocol import SURE, Expected
 
 if TYPE_CHECKING:
     from pregate.model.config import LayerCut
@@ -39,7 +40,7 @@ class Lookahead:
 
     def __init__(self, cuts: Many[LayerCut], step_tokens: int, horizon: int = HORIZON) -> None:
         self._shape = (len(cuts), max(cut.num_routed for cut in cuts))
-        self._step_tokens, self._horizon = step_tokens, horizon
+        self._step_tokens, self._horizon, self._forecast = step_tokens, horizon, Forecast(*self._shape)
         self._used: WeakKeyDictionary[Sequence, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
 
     def expect(
@@ -50,18 +51,15 @@ class Lookahead:
         Sequences must have paths; those that run come in their order, then those that wait.
         """
         known_HLR = np.zeros((self._horizon, *self._shape), dtype=bool)
-        likely_LR = np.zeros(self._shape, dtype=bool)
-        left = deque[tuple[Sequence, int]]()
-        num_decoding = 0
+        left, decoding = deque[tuple[Sequence, int]](), list[Sequence]()
         for sequence in (*running, *waiting):
             start = sequence.num_computed + planned.get(sequence, 0)
             if start < len(sequence.token_ids):
                 left.append((sequence, start))
             else:
-                num_decoding += 1
-                likely_LR |= self._units(sequence, start - 1, start)
+                decoding.append(sequence)
         for known_LR in known_HLR:
-            budget = self._step_tokens - num_decoding
+            budget = self._step_tokens - len(decoding)
             while left and budget > 0:
                 sequence, start = left.popleft()
                 stop = min(len(sequence.token_ids), start + budget)
@@ -70,8 +68,9 @@ class Lookahead:
                 if stop < len(sequence.token_ids):
                     left.appendleft((sequence, stop))
                 else:
-                    num_decoding += 1
-                    likely_LR |= self._units(sequence, stop - 1, stop)
+                    decoding.append(sequence)
+        self._forecast.note(decoding)
+        likely_LR = np.rint(SURE * self._forecast.likely(decoding)).astype(np.uint8)
         return Expected(step, known_HLR, likely_LR)
 
     def before(self, expected: Expected, paths: Paths) -> Expected:

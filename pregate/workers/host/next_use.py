@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pregate.workers.link.expected import Expected
+from pregate.workers.link.expected import SURE, Expected
 
 Unit = tuple[int, int]
 #: Farther than any use that is known.
 FAR = 1 << 40
-#: How often a unit is used is averaged over about 1 / (1 - DECAY) steps; that a running request's last path uses it has
-#: a weight of LIKELY_WEIGHT in the guess.
-DECAY, LIKELY_WEIGHT = 0.9, 0.25
+#: How often a unit is used is averaged over about 1 / (1 - DECAY) steps. It counts in full where nothing is forecast;
+#: else it tells units apart that are hardly likely.
+DECAY, _RATE_WEIGHT = 0.9, 0.01
 
 
 class NextUse:
@@ -29,7 +29,8 @@ class NextUse:
         self._layers = np.arange(num_layers)
         self._step = -1
         self._planned_LR = np.zeros((num_layers, num_routed), dtype=bool)
-        self._expected = Expected(0, np.zeros((0, num_layers, num_routed), dtype=bool), self._planned_LR)
+        nothing_LR = np.zeros((num_layers, num_routed), dtype=np.uint8)
+        self._expected = Expected(0, np.zeros((0, num_layers, num_routed), dtype=bool), nothing_LR)
         self._told = False
         self._times: Times | None = None
 
@@ -79,8 +80,8 @@ class NextUse:
 @dataclass(frozen=True, eq=False)
 class Times:
     """In layers from the one that runs: int64 `known_LR`, the next use that is certain, about `FAR` where there is
-    none; `turn_L`, when a layer runs next in a step of which not all is known. `likely_LR` bool: units of running
-    requests' last paths; `told` says that these are all that run."""
+    none; `turn_L`, when a layer runs next in a step of which not all is known. `likely_LR`: as `Expected` has it;
+    `told` says that there is such a forecast, of all that run."""
 
     known_LR: np.ndarray
     turn_L: np.ndarray
@@ -122,8 +123,10 @@ class Uses:
         return Outlook(known, distance)
 
     def _guess(self, times: Times) -> np.ndarray:
-        """Layers until a unit's next use, on average, if each step uses it as often as lately."""
-        share_LR = self._rate_LR + LIKELY_WEIGHT * (times.likely_LR - self._rate_LR)
+        """Layers until a unit's next use, on average, if each step uses it as likely as is forecast, else as lately."""
+        share_LR = self._rate_LR
+        if times.told:
+            share_LR = np.minimum(times.likely_LR / SURE + _RATE_WEIGHT * self._rate_LR, 1.0)
         steps_LR = 1 / np.maximum(share_LR, 1e-6) - 1
         guess_LR = times.turn_L[:, None] + (len(times.turn_L) * steps_LR).astype(np.int64)
         # Where nothing runs that could surprise, what is not known to be used comes after all that is.

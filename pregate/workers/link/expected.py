@@ -9,14 +9,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+#: A chance of 1.
+SURE = 255
+
 
 @dataclass(frozen=True, eq=False)
 class Expected:
     """Units of steps that are not planned yet, the first of them number `step`.
 
     `known_HLR` bool: used in step `step` + h for certain (paths of prompts that wait or are half computed), if the
-    engine takes them in as it expects. `likely_LR` bool: used in all of these steps and later, should running requests
-    repeat their last path. What is known is fetched ahead; what is likely only stays longer.
+    engine takes them in as it expects. `likely_LR` uint8: how likely running requests ask for it in any of these steps
+    and later ones, from 0 to `SURE`. What is known is fetched ahead; what is likely only stays longer.
     """
 
     step: int
@@ -24,11 +27,9 @@ class Expected:
     likely_LR: np.ndarray
 
     def check(self, num_layers: int, num_routed: int) -> None:
-        """Raise ValueError unless both arrays are bool and of layers and experts like these."""
-        shapes = (self.known_HLR.shape[1:], self.likely_LR.shape)
-        if shapes != ((num_layers, num_routed),) * 2 or {self.known_HLR.dtype, self.likely_LR.dtype} != {
-            np.dtype(bool)
-        }:
+        """Raise ValueError unless both arrays are of their types and of layers and experts like these."""
+        shapes, types = (self.known_HLR.shape[1:], self.likely_LR.shape), (self.known_HLR.dtype, self.likely_LR.dtype)
+        if shapes != ((num_layers, num_routed),) * 2 or types != (bool, np.uint8):
             raise ValueError(
                 f"expected units of shape {self.known_HLR.shape}; the model has {num_layers}, {num_routed}"
             )

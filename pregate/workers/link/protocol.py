@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from pregate.workers.link.expected import Expected
+from pregate.workers.link.expected import SURE, Expected
 from pregate.workers.link.host_plans import GroupIndex, GroupKey, HostPlan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MAX_HEADER_BYTES",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL_VERSION",
+    "SURE",
     "Buffer",
     "Bye",
     "CacheCounters",

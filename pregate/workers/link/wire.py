@@ -49,7 +49,7 @@ def _pack(value: Any, frames: list[Buffer]) -> Any:
     if value is None or isinstance(value, (str, int, float, GroupKey)):
         return value
     if isinstance(value, Expected):
-        frames.append(np.packbits(np.concatenate([value.known_HLR, value.likely_LR[None]])).data)
+        frames += [np.packbits(value.known_HLR).data, np.ascontiguousarray(value.likely_LR).data.cast("B")]
         return [value.step, *value.known_HLR.shape]
     if isinstance(value, (GroupIndex, HostPlan, CacheCounters)):
         return [_pack(getattr(value, f.name), frames) for f in dataclasses.fields(value)]
@@ -173,12 +173,13 @@ def _array(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
 
 
 def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
-    """One bit a unit: of each step, then of the likely ones."""
+    """One bit a unit of each step, then a byte a unit."""
     if type(value) is not list or len(value) != 4 or any(type(n) is not int or n < 0 for n in value):
         raise ProtocolError(f"{kind} message: {value!r:.100} does not describe expected units")
     step, horizon, *shape = value
-    units = _flags(kind, (horizon + 1, *shape), rest)
-    return Expected(step, units[:-1], units[-1])
+    known_HLR = _flags(kind, (horizon, *shape), rest)
+    likely_LR = np.frombuffer(_frame(kind, math.prod(shape), rest), dtype=np.uint8).reshape(shape)
+    return Expected(step, known_HLR, likely_LR)
 
 
 def _held(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:

@@ -79,7 +79,7 @@ def test_of_two_copies_the_one_that_is_held_serves_and_is_told_ahead(deployment)
         hosts = set(members.hosts_for(ids_TLK)[:, layer, 0].tolist())
         assert all(held_HLR[host, layer, expert] for host in hosts), "nobody loads what another holds"
     sent = {host: clients[host].stats.plan_bytes for host in (0, 1)}
-    engine.exchange.expect(Expected(1 << 20, used_units(ids_TLK, only_1_LR.shape[1])[None], only_1_LR))
+    engine.exchange.expect(Expected(1 << 20, used_units(ids_TLK, only_1_LR.shape[1])[None], only_1_LR.astype(np.uint8)))
     assert all(clients[host].stats.plan_bytes > sent[host] for host in (0, 1))
 
 

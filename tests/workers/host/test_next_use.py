@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pregate.workers.host.next_use import FAR, NextUse, Outlook, Uses
-from pregate.workers.link.expected import Expected
+from pregate.workers.link.expected import SURE, Expected
 
 
 def mask(*units: tuple[int, int]) -> np.ndarray:
@@ -17,10 +17,14 @@ def mask(*units: tuple[int, int]) -> np.ndarray:
     return found
 
 
+def likely(*units: tuple[int, int]) -> np.ndarray:
+    return SURE * mask(*units).astype(np.uint8)
+
+
 def test_times_are_layers_from_now_and_pass_as_layers_are_reached():
     uses = NextUse(2, 3)
     uses.plan(5, mask((0, 1), (1, 2)))
-    uses.expect(Expected(6, np.stack([mask((0, 0)), mask((0, 1))]), mask((1, 0))))
+    uses.expect(Expected(6, np.stack([mask((0, 0)), mask((0, 1))]), likely((1, 0))))
     # Now is 10, layer 0 of step 5; step 6 begins at 12, step 7 at 14.
     times = uses.times()
     assert times.known_LR.tolist() == [[2, 0, FAR - 10], [FAR - 10, FAR - 10, 1]]
@@ -35,7 +39,7 @@ def test_times_are_layers_from_now_and_pass_as_layers_are_reached():
 
 def test_a_plan_takes_the_place_of_what_was_expected_of_its_step():
     uses = NextUse(2, 3)
-    uses.expect(Expected(6, np.stack([mask((0, 0), (1, 1)), mask((0, 1))]), mask((0, 2))))
+    uses.expect(Expected(6, np.stack([mask((0, 0), (1, 1)), mask((0, 1))]), likely((0, 2))))
     assert uses.times().known_LR[1, 1] < FAR // 2
     uses.plan(6, mask((0, 2)))
     assert [unit for unit in np.ndindex(2, 3) if uses.times().known_LR[unit] < FAR // 2] == [(0, 1), (0, 2)]
@@ -45,7 +49,7 @@ def test_a_plan_takes_the_place_of_what_was_expected_of_its_step():
 
 def test_what_is_done_of_an_expected_step_is_expected_no_more():
     uses, known = NextUse(2, 3), np.stack([mask((0, 0), (1, 1))])
-    uses.expect(Expected(1, known, mask()))
+    uses.expect(Expected(1, known, likely()))
     uses.done(1, 0, np.array([0]))
     assert uses.times().known_LR[0, 0] > FAR // 2
     assert uses.times().known_LR[1, 1] == 1
@@ -95,9 +99,9 @@ def test_units_of_which_no_use_is_known_lie_where_they_are_used_on_average():
         uses.used(0, experts)
     first, second, third = uses.look().distance_LR[0].tolist()
     assert 1 <= first < second < third
-    uses.of("a").expect(Expected(10, np.zeros((0, 1, 3), dtype=bool), np.array([[False, False, True]])))
+    uses.of("a").expect(Expected(10, np.zeros((0, 1, 3), dtype=bool), np.array([[0, 0, SURE]], dtype=np.uint8)))
     assert uses.look().distance_LR[0, 2] < third
-    uses.of("a").expect(Expected(10, np.array([[[False, True, False]]]), np.zeros((1, 3), dtype=bool)))
+    uses.of("a").expect(Expected(10, np.array([[[False, True, False]]]), np.zeros((1, 3), dtype=np.uint8)))
     first, second, _ = uses.look().distance_LR[0].tolist()
     assert second == 1, "known"
     assert first > FAR // 4, "nothing runs, and the prompts that wait do not use it"
@@ -135,4 +139,4 @@ def test_nothing_leaves_for_a_unit_that_is_needed_later(data):
 @pytest.mark.parametrize("known", [np.zeros((1, 2, 4), dtype=bool), np.zeros((1, 2, 3), dtype=np.int32)])
 def test_expectations_of_another_model_are_refused(known):
     with pytest.raises(ValueError, match="expected units"):
-        Expected(0, known, mask()).check(2, 3)
+        Expected(0, known, likely()).check(2, 3)

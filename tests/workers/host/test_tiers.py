@@ -13,7 +13,7 @@ from pregate.kernels import expert_ffn
 from pregate.workers.host.prefetch import LEAD_LAYERS, Prefetcher
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
-from pregate.workers.link.expected import Expected
+from pregate.workers.link.expected import SURE, Expected
 from tests.workers.unsteady import UnsteadyReader
 
 #: Of tests/workers/conftest.py's checkpoint: layer 0 has six routed experts, layer 1 none, layer 2 five.
@@ -70,7 +70,7 @@ def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
     """Slots hold experts 0 to 3 of layer 0. The plan uses two of them, and two of layer 2."""
     store, _ = make_store(reader, 4)
     store.plan("e", 1, mask((0, 1), (0, 5), (2, 3), (2, 4)))
-    store.expect("e", Expected(2, mask((0, 4), (2, 0))[None], mask()))
+    store.expect("e", Expected(2, mask((0, 4), (2, 0))[None], SURE * mask().astype(np.uint8)))
     assert fetch_all(store) == [(0, 5), (2, 3), (2, 4)]
     assert store.units() == [(0, 1), (0, 5), (2, 3), (2, 4)], "those that nobody uses left"
     store.reach("e", 1, 0)
@@ -86,7 +86,7 @@ def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
 
 def test_what_a_queued_prompt_needs_comes_before_its_step_is_planned(reader):
     store, _ = make_store(reader, 4)
-    store.expect("e", Expected(1, mask((0, 5))[None], mask((0, 0), (0, 1), (0, 2))))
+    store.expect("e", Expected(1, mask((0, 5))[None], SURE * mask((0, 0), (0, 1), (0, 2)).astype(np.uint8)))
     assert fetch_all(store) == [(0, 5)]
     assert store.units() == [(0, 0), (0, 1), (0, 2), (0, 5)], "what is likely to be used stays"
 

@@ -42,7 +42,7 @@ MESSAGES = [
     Refused("h1", "no"),
     Bye("e1"),
     PlanMessage("e1", HostPlan(12, i32(3, 0), i32(0, 2, 2), i32(1, 4), i32(2, 2), i32(0, 4, 4), i32(0, 2, 0, 1))),
-    ExpectedMessage("e1", Expected(13, np.eye(15, dtype=bool).reshape(9, 5, 5), np.ones((5, 5), dtype=bool))),
+    ExpectedMessage("e1", Expected(13, np.eye(15, dtype=bool).reshape(9, 5, 5), np.full((5, 5), 7, dtype=np.uint8))),
     GroupMessage(KEY, ROWS, GroupIndex(i32(1, 4), i32(1, 2), i32(0, 0, 1))),
     GroupMessage(KEY, ROWS, None),
     RowsMessage(KEY, "h1", ROWS),
@@ -59,7 +59,7 @@ MESSAGES = [
 def plain(value):
     """A message as nested lists, for comparison."""
     if isinstance(value, np.ndarray):
-        assert value.dtype in (np.int32, bool)
+        assert value.dtype in (np.int32, np.uint8, bool)
         return value.tolist()
     if isinstance(value, Rows):
         return [value.dtype, value.shape, bytes(value.data)]
