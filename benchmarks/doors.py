@@ -85,7 +85,7 @@ async def burst(target: Target, prompts: Sequence[Sequence[int]], num_tokens: in
 
 async def measure(args: argparse.Namespace, running: Running, port: int) -> dict[str, dict[str, dict[str, float]]]:
     engine, paths = (f"ipc://{next(running.folder.rglob(name))}" for name in ("engine", "paths"))
-    service = connect_service(engine, paths, args.model, args.model.name)
+    service = connect_service([engine], paths, args.model, args.model.name)
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     async with AsyncExitStack() as stack:
         grpc = await stack.enter_async_context(opened(running.target, "grpc", "", None, None))

@@ -1,4 +1,4 @@
-"""What a supervisor owns, as Ray sees it: a placement group, host actors, an engine, front doors, a socket folder.
+"""What a supervisor owns, as Ray sees it: a placement group, host actors, engines, front doors, a socket folder.
 
 Everything is created by the supervisor's process and not detached, so Ray takes it down when the supervisor dies.
 Nothing here loads torch: the classes of the actors do so in their own processes.
@@ -39,7 +39,7 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import HostAddress
 from pregate.workers.link.transport import CurveKeys
 
-#: How long the engine has to take note of something.
+#: How long an engine has to take note of something.
 ASK_TIMEOUT_S = 30.0
 #: How often the cluster is asked what room it has.
 ROOM_EVERY_S = 2.0
@@ -49,7 +49,10 @@ T = TypeVar("T")
 
 
 class RayChildren:
-    """The real `supervisor.Children`. Doors, path service and engine run on the supervisor's node, hosts anywhere."""
+    """The real `supervisor.Children`. Doors, path service and engines run on the supervisor's node, hosts anywhere.
+
+    Every engine knows every host and has requests of its own; doors spread theirs over the engines.
+    """
 
     def __init__(self, config: ServeConfig) -> None:
         self.stage = "starting"
@@ -59,9 +62,9 @@ class RayChildren:
         self._folder = Path(tempfile.mkdtemp(prefix="pregate-ipc-", dir=run_folder.own()))  # of Unix sockets
         self._hosts = Hosts(config, self._keys, self._folder, self._tell)
         self._scaling: Scaling | None = None
-        self._told: tuple[HostAddress, ...] = ()  # hosts the engine knew at its start
+        self._told: dict[int, tuple[HostAddress, ...]] = {}  # hosts that each engine knew at its start
         timeout_s = config.start_timeout_s
-        self._engine = Part("the engine", self._make_engine, self._start_engine, self._know, timeout_s)
+        self._engines = [self._engine_part(number) for number in range(config.engines)]
         self._paths: Part | None = None  # where the checkpoint has exact ones
         self._info: dict[str, Any] = {}
         self._doors = Doors(self._make_door, timeout_s)
@@ -81,55 +84,72 @@ class RayChildren:
         self._group = group = await self._reserve()
         places = [(group, bundle) for bundle in _host_bundles_by_node(group)]
         self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
-        self._engine.make()  # its process comes up while the hosts load
+        for engine in self._engines:
+            engine.make()  # its process comes up while the hosts load
         if experts.exact_paths:
-            paths = Part("the path service", self._make_paths, start_actor, self._know, config.start_timeout_s)
+            paths = Part("the path service", self._make_paths, start_actor, self._know_paths, config.start_timeout_s)
             paths.make()
             self._paths = paths
         await self._in_time(self._hosts.start(placement, places), "the hosts did not load")
         self.stage = "loading the engine"
-        started = await self._in_time(self._engine.start(), "the engine did not load")
+        loading = asyncio.gather(*(engine.start() for engine in self._engines))
+        started = (await self._in_time(loading, "the engine did not load"))[0]
         paths_info = None
         if self._paths is not None:
             paths_info = await self._in_time(self._paths.start(), "the path service did not load")
         self.stage = "ready"
-        self._info = {**started, "node_ip": self._node_ip, "model_name": config.model_name}
+        endpoints = list(map(self._endpoint_of, range(config.engines)))
+        self._info = {**started, "endpoints": endpoints, "node_ip": self._node_ip, "model_name": config.model_name}
         self._info |= {"hosts": self._hosts.info, "paths": paths_info}
         if config.hosts:
             self._scaling = Scaling(self._hosts, experts, config, self._tell)
         return self._info
 
-    async def _start_engine(self, actor: Any) -> dict[str, Any]:
+    def _engine_part(self, number: int) -> Part:
+        name = "the engine" if self._config.engines == 1 else f"engine {number}"
+        make, start, know = (
+            functools.partial(f, number) for f in (self._make_engine, self._start_engine, self._know_engine)
+        )
+        return Part(name, make, start, know, self._config.start_timeout_s)
+
+    def _endpoint_of(self, engine: int) -> str:
+        return f"ipc://{self._folder}/engine" + (f"-{engine}" if self._config.engines > 1 else "")
+
+    async def _start_engine(self, number: int, actor: Any) -> dict[str, Any]:
         config, placement = self._config, self._hosts.placement
         assert placement is not None, "the engine starts after the hosts"
         while config.hosts and not any(host.pulse for host in self._hosts.parts):  # they died with the engine
             await asyncio.sleep(ROOM_EVERY_S / 10)
-        self._told = self._hosts.known
+        self._told[number] = known = self._hosts.known
         if config.hosts:
-            make_clients = functools.partial(_connect, [self._hosts.client_maker(n) for n in range(len(self._told))])
+            make_clients = functools.partial(_connect, [self._hosts.client_maker(n) for n in range(len(known))])
         else:
             make_clients = functools.partial(
                 _in_process, config.model, config.parent, placement.units_of(0), config.host_options(0)
             )
         return await actor.start.remote(placement.copies, make_clients)
 
-    async def _know(self, started: dict[str, Any]) -> None:
-        """Take note of an engine or path service that was started again: it listens where the last one did."""
-        if "info" not in started:
-            self._info["paths"] = started
-            return
-        self._info |= started
+    async def _know_paths(self, started: dict[str, Any]) -> None:
+        """Take note of a path service that was started again: it listens where the last one did."""
+        self._info["paths"] = started
+
+    async def _know_engine(self, number: int, started: dict[str, Any]) -> None:
+        """The same of an engine; hosts that are back, or new, while it started are made known to it."""
+        if number == 0:
+            self._info |= started
         placement = self._hosts.placement
         for address in self._hosts.known:
-            if address not in self._told:  # back, or new, while the engine started
+            if address not in self._told[number]:
                 await self._hosts.tell_of(address.host_id)
         if self._config.hosts and placement is not None:
             await self._tell("place", placement.copies, len(self._hosts.known))
 
     async def _tell(self, method: str, *arguments: Any) -> list[Any]:
-        """Call the engine. Raises RayError or asyncio.TimeoutError where it does not run."""
-        told = getattr(self._engine.actor, method).remote(*arguments)
-        return [await asyncio.wait_for(told, ASK_TIMEOUT_S)]
+        """Call every engine that runs; one that starts hears of everything when it has. Raises RayError or
+        asyncio.TimeoutError where one fails, or none runs."""
+        running = [engine for engine in self._engines if engine.pulse is not None] or self._engines[:1]
+        told = [getattr(engine.actor, method).remote(*arguments) for engine in running]
+        return await asyncio.gather(*(asyncio.wait_for(one, ASK_TIMEOUT_S) for one in told))
 
     async def scale(self, hosts: int) -> dict[str, Any]:
         """Change the number of hosts; see `Scaling.to`. UserError where the experts are in the engine's process."""
@@ -165,12 +185,14 @@ class RayChildren:
         assert self._group is not None, "there is room before there are actors"
         return actor_options(self._config, role, (self._group, 0), num_gpus)
 
-    def _make_engine(self, num_before: int) -> Any:
-        config, folder = self._config, self._folder
-        options = self._options(named("engine", num_before), config.engine_gpus)
+    def _make_engine(self, number: int, num_before: int) -> Any:
+        config, several = self._config, self._config.engines > 1
+        role = named(f"engine-{number}" if several else "engine", num_before)
+        options = self._options(role, config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         export = self._export(ray_metrics.follow, OF_ENGINE)
-        return remote.remote(config.engine_options, f"ipc://{folder}/engine", config.telemetry, export)
+        own = number if several else None
+        return remote.remote(config.engine_options, self._endpoint_of(number), config.telemetry, export, own)
 
     def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
@@ -185,7 +207,8 @@ class RayChildren:
         placed = {**self._options(f"door-{number}"), "num_cpus": 0}
         folder = self._folder
         paths = None if self._paths is None else f"ipc://{folder}/paths"
-        arguments = (f"ipc://{folder}/engine", paths, config.text_path, config.model_name, options, shown(config))
+        engines = list(map(self._endpoint_of, range(config.engines)))
+        arguments = (engines, paths, config.text_path, config.model_name, options, shown(config))
         recorder = self._export(ray_metrics.RayRecorder)
         return ray.remote(DoorActor).options(**placed).remote(*arguments, config.telemetry, recorder)
 
@@ -215,7 +238,7 @@ class RayChildren:
     @property
     def _parts(self) -> list[Part]:
         paths = [] if self._paths is None else [self._paths]
-        return [*self._hosts.parts, self._engine, *paths, *self._doors.parts]
+        return [*self._hosts.parts, *self._engines, *paths, *self._doors.parts]
 
     async def stop(self, grace_s: float) -> None:
         """Drain and stop everything there is; what has not come up is killed. Repeating it waits for the first."""
@@ -230,9 +253,9 @@ class RayChildren:
         await self._doors.stop(grace_s)
         if self._paths is not None:  # the doors have drained: nobody asks for paths any more
             await self._paths.stop(STOP_TIMEOUT_S, came_up)
-        if came_up and self._engine.pulse is not None:
-            await settle(self._engine.actor.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S)
-        await self._engine.stop(STOP_TIMEOUT_S, came_up)
+        running = [engine.actor for engine in self._engines if came_up and engine.pulse is not None]
+        await asyncio.gather(*(settle(actor.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S) for actor in running))
+        await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S, came_up) for engine in self._engines))
         await self._hosts.stop(came_up)
         if self._group is not None:
             remove_placement_group(self._group)

@@ -46,6 +46,9 @@ class ServeConfig:
 
     model: Annotated[str, Field(description="Checkpoint folder."), Needs("model"), Or("adapter")]
     hosts: Annotated[int, Field(ge=0, description="Expert hosts; 0 keeps the experts in the engine's process.")] = 0
+    engines: Annotated[
+        int, Field(ge=1, description="Engines that share the hosts; what one that dies has begun goes on at another.")
+    ] = 1
     name: Annotated[str, Field(description="Name of the deployment; launchers of one name share it.")] = "pregate"
     placement: Annotated[
         Literal["linear", "round_robin", "balanced"],
@@ -110,6 +113,8 @@ class ServeConfig:
             raise UserError.of(
                 "--gpus-per-host", 0, f"all {self.hosts} hosts would compute on one GPU; allowed: above 0, say 0.5"
             )
+        if self.engines > 1 and not self.hosts:
+            raise UserError.of("--engines", self.engines, "several engines share expert hosts: needs --hosts 1 or more")
         self.check_hosts(self.hosts)
         _ = self.engine_options, self.host_options(0)  # their own checks, now rather than in another process
 
@@ -150,6 +155,10 @@ class ServeConfig:
 
     def host_options(self, host_id: int) -> HostOptions:
         return replace(self.host, host_id=host_id, dtype=self.dtype, device=self.device)
+
+    def host_core(self, host_id: int) -> int:
+        """The first core of a host, where cores are pinned: after those of the engines."""
+        return self.engines * self.engine.threads + host_id * self.host_threads
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, to cross Ray."""

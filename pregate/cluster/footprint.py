@@ -30,16 +30,22 @@ class Footprint:
     units_bytes: tuple[int, ...]
     num_processes: int
     kept_bytes: int = 0
+    num_engines: int = 1
 
     @property
     def engine_bytes(self) -> int:
-        """Weights and cache of the engine's process, without the experts."""
+        """Weights and cache of an engine's process, without the experts."""
         return self.backbone_bytes + self.shared_bytes + self.kv_cache_bytes
 
     @property
     def total_bytes(self) -> int:
         """Everything, as if all processes shared one machine."""
-        return self.engine_bytes + sum(self.units_bytes) + self.kept_bytes + self.num_processes * PROCESS_BYTES
+        return (
+            self.num_engines * self.engine_bytes
+            + sum(self.units_bytes)
+            + self.kept_bytes
+            + self.num_processes * PROCESS_BYTES
+        )
 
 
 def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
@@ -62,8 +68,9 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
         shared_bytes=int(shared * expert_growth),
         kv_cache_bytes=_kv_cache_bytes(reader, config),
         units_bytes=tuple(int(share * sum(sizes) * expert_growth) for share, sizes in zip(shares, homes, strict=True)),
-        # Supervisor, engine, front door; with exact paths the path router service.
-        num_processes=config.hosts + 3 + experts.exact_paths,
+        # Supervisor, engines, front door; with exact paths the path router service.
+        num_processes=config.hosts + config.engines + 2 + experts.exact_paths,
+        num_engines=config.engines,
         kept_bytes=sum(
             min(config.host.host_memory, int((1 - share) * sum(sizes)))
             for share, sizes in zip(shares, homes, strict=True)

@@ -197,7 +197,7 @@ class Hosts:
             ipc_folder=str(self._folder) if beside else None,
             allowed_client_keys=() if beside else (self._keys.public,),
             num_threads=config.host_threads,
-            first_core=config.engine.threads + host * config.host_threads if config.engine.pin_cores else None,
+            first_core=config.host_core(host) if config.engine.pin_cores else None,
             telemetry=config.telemetry,
         )
         role, self._num_made[host] = named(f"host-{host}", self._num_made[host]), self._num_made[host] + 1

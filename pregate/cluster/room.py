@@ -15,8 +15,9 @@ Resources = Mapping[str, float]
 
 
 def bundles_of(config: ServeConfig, node_ip: str) -> list[dict[str, float]]:
-    """What the engine asks for on the node at `node_ip`, then what each host asks for anywhere."""
-    engine = {"CPU": ACTOR_CPUS, f"node:{node_ip}": NODE_SHARE, "GPU": config.engine_gpus}
+    """What the engines ask for on the node at `node_ip`, then what each host asks for anywhere."""
+    engine = {"CPU": ACTOR_CPUS * config.engines, f"node:{node_ip}": NODE_SHARE}
+    engine["GPU"] = config.engine_gpus * config.engines
     host = {"CPU": ACTOR_CPUS, "GPU": config.gpus_per_host}
     return [{name: share for name, share in part.items() if share} for part in (engine, *[host] * config.hosts)]
 
@@ -39,7 +40,8 @@ def describe(config: ServeConfig, total: Resources, free: Resources) -> str:
     """What is asked and what the cluster has, for people."""
     has = ", ".join(f"{total.get(name, 0):g} {name}s ({free.get(name, 0):g} free)" for name in ("CPU", "GPU"))
     hosts = f"{config.hosts} hosts of {config.gpus_per_host:g} GPUs each and " if config.hosts else ""
-    return f"{hosts}an engine of {config.engine_gpus:g} GPUs on this node; the cluster has {has}"
+    engines = "an engine" if config.engines == 1 else f"{config.engines} engines"
+    return f"{hosts}{engines} of {config.engine_gpus:g} GPUs on this node; the cluster has {has}"
 
 
 def refusal(config: ServeConfig, resource: str, has: str) -> UserError:

@@ -197,13 +197,13 @@ class Replica:
         config.telemetry.begin("http door")
         tokens = await asyncio.to_thread(_open_tokens, door["token_file"])
         self._deployment: Deployment = await asyncio.to_thread(launch, config, None, logger.info)
-        endpoint = self._deployment.info["endpoint"]
-        file = ipc_file(endpoint)
+        endpoints = self._deployment.info["endpoints"]
+        file = ipc_file(endpoints[0])
         if file is not None and not file.exists():
             self._deployment.release()
             raise UnavailableError(f"a replica must run on the engine's node, {self._deployment.info['node_ip']}")
         paths = self._deployment.info["paths"]
-        self._service = connect_service(endpoint, paths and paths["endpoint"], config.text_path, config.model_name)
+        self._service = connect_service(endpoints, paths and paths["endpoint"], config.text_path, config.model_name)
         if await asyncio.to_thread(ray_metrics.exports):
             self._service.metrics.recorders.append(ray_metrics.RayRecorder(config.model_name))
         await self._service.model_info()  # the engine answers before Serve calls this replica ready

@@ -34,7 +34,7 @@ from tests.router.serving import engine_of, placement_of, units_of
 
 async def doors(engine: str, paths: str, checkpoint: str, where: dict) -> None:
     """A gRPC door and an HTTP door, each with a service of its own, until this process is killed."""
-    services = [connect_service(engine, paths, checkpoint, "tiny") for _ in range(2)]
+    services = [connect_service([engine], paths, checkpoint, "tiny") for _ in range(2)]
     for service in services:
         await service.model_info()
     grpc_port = await GrpcServer(services[0], GrpcOptions(port=0)).start()

@@ -13,7 +13,7 @@ from pregate.router.doors.grpc_options import GrpcOptions
 
 
 async def main(endpoint: str, checkpoint: str, port: str) -> None:
-    actor = DoorActor(endpoint, None, checkpoint, "tiny", GrpcOptions(port=int(port)))
+    actor = DoorActor([endpoint], None, checkpoint, "tiny", GrpcOptions(port=int(port)))
     print((await actor.start())["port"], flush=True)
     await asyncio.sleep(600)
 

@@ -71,6 +71,12 @@ def test_gpus_follow_the_device():
         ServeConfig("/m", 2, device="cuda", gpus_per_host=0)
 
 
+def test_several_engines_need_hosts_to_share():
+    assert ServeConfig("/m", 2, engines=2).host_core(1) == 2 * ServeConfig("/m").engine.threads + 1
+    with pytest.raises(UserError, match="engines 2: several engines share expert hosts: needs hosts 1 or more"):
+        ServeConfig("/m", 0, engines=2)
+
+
 def test_both_doors_can_say_all_of_a_deployment_and_must_agree():
     keys = user_options(ServeConfig)
     assert {

@@ -1,7 +1,7 @@
 import pytest
 
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.footprint import measure
+from pregate.cluster.footprint import PROCESS_BYTES, measure
 from pregate.kernels.cpu.packed import why_no_fp16
 from pregate.model.checkpoint import CheckpointReader
 from tests.cluster.leftovers import ROOT
@@ -22,6 +22,9 @@ def test_bytes_of_each_role(layerwise_checkpoint):
     file_bytes = sum(path.stat().st_size for path in layerwise_checkpoint.glob("*.safetensors"))
     assert found.backbone_bytes + found.shared_bytes + sum(found.units_bytes) == file_bytes
     assert found.num_processes == 5
+    several = footprint(layerwise_checkpoint, hosts=2, engines=3)
+    assert several.num_processes == 7
+    assert several.total_bytes - found.total_bytes == 2 * (found.engine_bytes + PROCESS_BYTES)
 
 
 @pytest.mark.parametrize("hosts", [0, 1])

@@ -20,6 +20,8 @@ def config(**options):
         ({"gpus_per_host": 1}, [OTHER], "GPU"),
         ({"hosts": 1, "gpus_per_host": 2}, [NODE, NODE], "GPU"),  # two in all, but no node has them both
         ({"engine_gpus": 1}, [NODE, OTHER], None),
+        ({"engines": 2, "engine_gpus": 0.5}, [NODE, OTHER], None),
+        ({"engines": 2, "engine_gpus": 1}, [NODE, OTHER], "GPU"),
         ({"hosts": 100}, [NODE], "CPU"),
         ({}, [OTHER], "node:10.0.0.1"),
         ({}, [], "CPU"),

@@ -13,7 +13,7 @@ from pregate.base.sampling import MAX_SEED
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.in_flight import Taken
 from pregate.router.doors.request_watch import TextWatch
-from pregate.router.link.client import EngineClient
+from pregate.router.link.engines import Engine
 from pregate.router.link.messages import ABORTED, FinishedEvent, SubmitRequest, TokensEvent
 
 
@@ -31,7 +31,7 @@ def copies_of(request: SubmitRequest, n: int) -> list[SubmitRequest]:
 
 
 async def completion_stream(
-    engine: EngineClient, request: SubmitRequest, text: CompletionText, request_id: str, taken: Taken, watch: TextWatch
+    engine: Engine, request: SubmitRequest, text: CompletionText, request_id: str, taken: Taken, watch: TextWatch
 ) -> AsyncGenerator[Chunk | Completion, None]:
     """Yield the chunks of `text`, what was generated before in the first, then its Completion, called `request_id`.
 

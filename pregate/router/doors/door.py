@@ -6,7 +6,7 @@ A plain class: the cluster package wraps it with `ray.remote`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base.telemetry import PLAIN, Telemetry, flush
@@ -24,7 +24,7 @@ class DoorActor:
 
     def __init__(
         self,
-        engine_endpoint: str,
+        engine_endpoints: Sequence[str],
         path_endpoint: str | None,
         tokenizer_dir: str,
         model_name: str,
@@ -36,7 +36,7 @@ class DoorActor:
         """`make_recorder` gives what the door's numbers go to besides its own `/metrics`."""
         telemetry.begin("door")
         self._options = options
-        self._service = connect_service(engine_endpoint, path_endpoint, tokenizer_dir, model_name)
+        self._service = connect_service(engine_endpoints, path_endpoint, tokenizer_dir, model_name)
         if make_recorder is not None:
             self._service.metrics.recorders.append(make_recorder())
         self._server = GrpcServer(self._service, options, deployment)

@@ -26,6 +26,7 @@ from pregate.router.doors.prompt_reader import Prompt, PromptReader
 from pregate.router.doors.request_watch import RequestMetrics
 from pregate.router.doors.together import together
 from pregate.router.link.client import EngineClient
+from pregate.router.link.engines import OPTIONS, Engine, Engines
 from pregate.router.link.messages import SamplingParams, SubmitRequest, check_prompt
 
 #: How long the first token may take before a door is called ready.
@@ -62,7 +63,7 @@ class DoorService:
 
     def __init__(
         self,
-        engine_client: EngineClient,
+        engine_client: Engine,
         tokenizer_dir: str | Path,
         model_name: str,
         *,
@@ -309,8 +310,11 @@ class DoorService:
 
 
 def connect_service(
-    engine_endpoint: str, path_endpoint: str | None, tokenizer_dir: str | Path, model_name: str
+    engine_endpoints: Sequence[str], path_endpoint: str | None, tokenizer_dir: str | Path, model_name: str
 ) -> DoorService:
-    """A service over the engine and the path service (None: there is none) at these endpoints."""
+    """A service over the engines and the path service (None: there is none) at these endpoints."""
     paths = None if path_endpoint is None else EngineClient(path_endpoint, name="the path service")
-    return DoorService(EngineClient(engine_endpoint), tokenizer_dir, model_name, path_client=paths)
+    if len(engine_endpoints) == 1:
+        return DoorService(EngineClient(engine_endpoints[0]), tokenizer_dir, model_name, path_client=paths)
+    engines = [EngineClient(e, options=OPTIONS, name=f"engine {n}") for n, e in enumerate(engine_endpoints)]
+    return DoorService(Engines(engines), tokenizer_dir, model_name, path_client=paths)

@@ -28,7 +28,8 @@ CALL_TIMEOUT_S = 30.0
 
 
 class EngineActor(LoopActor):
-    """An engine and its server in one process; the loop has a thread of its own that owns the device."""
+    """An engine and its server in one process; the loop has a thread of its own that owns the device. `number` where
+    there are several."""
 
     stop_timeout_s = 30.0  # one step
 
@@ -38,12 +39,14 @@ class EngineActor(LoopActor):
         endpoint: str,
         telemetry: Telemetry = PLAIN,
         export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
+        number: int | None = None,
     ) -> None:
         """`export` is given a function that says what `EngineClient.info` would, when the engine serves."""
         super().__init__(endpoint)
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
-        telemetry.begin("engine")
+        self._number, self._name = number or 0, "engine" if number is None else f"engine {number}"
+        telemetry.begin(self._name)
         self._options = options
         self._endpoint = endpoint
         self._export = export
@@ -63,13 +66,13 @@ class EngineActor(LoopActor):
 
         quiet_transformers()
         if self._options.pin_cores:
-            pin(0, self._options.threads)
+            pin(self._number * self._options.threads, self._options.threads)
         self._engine = engine = build_engine(self._options, make_clients(), copies_LRC)
         if engine.options.device == "cpu":
             collapse_later()
         link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)
         self._engine_server = EngineServer(engine, self._endpoint, options=EngineServerOptions(link))
-        self.serve(self._engine_server, "engine")
+        self.serve(self._engine_server, self._name)
         if self._export is not None:
             self._export(self._engine_server.describe)
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}

@@ -96,6 +96,11 @@ class EngineClient:
         """Why the engine's process cannot be reached, or None. One that answers may still be `unavailable`."""
         return self._lost
 
+    @property
+    def num_running(self) -> int:
+        """Requests that wait for the engine here."""
+        return len(self._running_ids)
+
     def open(self) -> None:
         """Connect, so that `unavailable` becomes true to life. Must be called inside a running event loop."""
         if self._socket is not None:

@@ -216,7 +216,9 @@ class EngineLink:
     def _accept(self, peer_id: bytes, request: SubmitRequest | RouteRequest, num_bytes: int) -> None:
         if self.refusing is not None and isinstance(request, SubmitRequest):
             raise UnavailableError(self.refusing)
-        if self._peers.owner(request.request_id) is not None:
+        if (owner := self._peers.owner(request.request_id)) == peer_id:
+            return  # it came twice, and runs
+        if owner is not None:
             raise UserError.of("request_id", request.request_id, "is running already; use a new one")
         name = "engine" if isinstance(request, SubmitRequest) else "paths"
         begun = span(name, request.traceparent, prompt_tokens=len(request.token_ids))

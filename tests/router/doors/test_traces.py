@@ -28,7 +28,7 @@ def url(tiny_path_checkpoint):
         paths = PathActor(PathOptions(model=str(tiny_path_checkpoint)), f"ipc://{folder}/paths")
         paths.start()
         with engine_thread(engine, f"ipc://{folder}/engine"):
-            service = connect_service(f"ipc://{folder}/engine", f"ipc://{folder}/paths", tiny_path_checkpoint, "tiny")
+            service = connect_service([f"ipc://{folder}/engine"], f"ipc://{folder}/paths", tiny_path_checkpoint, "tiny")
             server = HttpServer(build_app(service))
             yield server.url
             server.close()

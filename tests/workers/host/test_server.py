@@ -373,3 +373,24 @@ def test_a_host_that_seemed_to_talk_nonsense_is_taken_back(serve):
         assert torch.equal(client.receive(KEY, 10.0), torch.ones(1, WIDTH))
         client.close()
     served._clients.clear()
+
+
+def test_engines_are_served_in_turn(serve):
+    """What one has asked for long before does not come before all that another asks for."""
+    order = []
+
+    class Slow(EchoHost):
+        def compute(self, key, rows_ND, index):
+            time.sleep(0.005)
+            order.append(key.engine)
+            return rows_ND
+
+    served = serve(Slow(HostOptions()))
+    greedy, modest = served.client(), served.client()
+    for number in range(60):
+        greedy.send_group(KEY._replace(engine="greedy", group=number), torch.ones(1, WIDTH))
+    wait_until(lambda: len(order) > 2)
+    for number in range(5):
+        modest.send_group(KEY._replace(engine="modest", group=number), torch.ones(1, WIDTH))
+    modest.receive(KEY._replace(engine="modest", group=4), 10.0)
+    assert len(order) < 40, order

@@ -1,0 +1,172 @@
+"""`Engines`: several engines on one pool of hosts, to a front door as one. A stream that breaks goes on at another.
+
+Every request is one engine's. What it has brought stays at the door, so that another engine can go on from there: the
+prompt and the tokens that came are sent as `SubmitRequest.num_generated` says, and the text is the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import fields, replace
+from typing import Any, Protocol
+
+from pregate.base.errors import DeadlineError, UnavailableError
+from pregate.base.log import get_logger
+from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.messages import FinishedEvent, RouteReply, SubmitRequest, TokensEvent
+from pregate.workers.client.channel_options import ChannelStats
+
+logger = get_logger(__name__)
+#: As for one engine, but one that is stopped is not waited for: others can go on with what it had.
+OPTIONS = EngineClientOptions(frozen_s=4.0)
+#: Of `EngineClient.info()`: what every engine counts for itself. The rest is the same of all, or the first one's.
+_COUNTED = (
+    "num_running", "num_queued", "num_steps", "num_step_tokens", "num_step_units", "step_s", "num_preempted",
+    "prefix_tokens", "queued_bytes", "kv_blocks_free", "kv_blocks_shared", "kv_blocks", "kv_bytes",
+)  # fmt: skip
+#: The same of each host: what an engine sent there and waited for.
+_COUNTED_OF_HOSTS = ("rows", *(field.name for field in fields(ChannelStats)))
+
+
+class Engine(Protocol):
+    """What a front door needs of an engine, or of several; `EngineClient` says more."""
+
+    @property
+    def unavailable(self) -> str | None: ...
+    @property
+    def lost(self) -> str | None: ...
+    def open(self) -> None: ...
+    async def close(self) -> None: ...
+    def generate(self, request: SubmitRequest) -> AsyncGenerator[TokensEvent | FinishedEvent, None]: ...
+    async def abort(self, request_id: str) -> None: ...
+    async def route(
+        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False
+    ) -> RouteReply: ...
+    async def info(self, timeout_s: float | None = None) -> dict[str, Any]: ...
+
+
+class Engines:
+    """One `Engine` of several: each request goes to the one that has the fewest of this door's."""
+
+    def __init__(self, clients: Sequence[EngineClient]) -> None:
+        self._clients = clients
+
+    @property
+    def unavailable(self) -> str | None:
+        return self._why([client.unavailable for client in self._clients])
+
+    @property
+    def lost(self) -> str | None:
+        return self._why([client.lost for client in self._clients])
+
+    def _why(self, reasons: Sequence[str | None]) -> str | None:
+        """None while it is of none or of some only."""
+        found = [reason for reason in reasons if reason]
+        return "; ".join(dict.fromkeys(found)) if len(found) == len(self._clients) else None
+
+    def open(self) -> None:
+        for client in self._clients:
+            client.open()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(client.close() for client in self._clients))
+
+    async def generate(self, request: SubmitRequest) -> AsyncGenerator[TokensEvent | FinishedEvent, None]:
+        """As `EngineClient.generate`. UnavailableError when no engine goes on with it: as many attempts as there are
+        engines, and one more, brought nothing."""
+        began_s, num_failed, rest = time.monotonic(), 0, request
+        tokens: list[int] = []
+        while True:
+            client = self._choose()
+            again = len(tokens) - (rest.num_generated - request.num_generated)  # so many come once more
+            try:
+                async with aclosing(client.generate(rest)) as events:
+                    async for event in events:
+                        if isinstance(event, FinishedEvent):
+                            yield event
+                            return
+                        new, again = _without(event, again)
+                        tokens += new.token_ids
+                        num_failed = 0
+                        yield new
+            except UnavailableError as error:
+                num_failed += 1
+                if num_failed > len(self._clients) or self.unavailable:
+                    raise
+                logger.warning("a request goes on at another engine: %s", error)
+            rest = _rest(request, tokens, time.monotonic() - began_s)
+
+    def _choose(self) -> EngineClient:
+        """Who has the least to do for this door; those that take nothing only where no other is there."""
+        self.open()
+        some = [client for client in self._clients if not client.unavailable] or list(self._clients)
+        return min(some, key=lambda client: (client.num_running, random.random()))
+
+    async def abort(self, request_id: str) -> None:
+        for client in self._clients:
+            await client.abort(request_id)
+
+    async def route(
+        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False
+    ) -> RouteReply:
+        return await self._choose().route(token_ids, deadline_s, with_state)
+
+    async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
+        """What the engines say together: their counts added up. UnavailableError where none answers."""
+        self.open()
+        answers = await asyncio.gather(*(client.info(timeout_s) for client in self._clients), return_exceptions=True)
+        found = [answer for answer in answers if isinstance(answer, dict)]
+        if not found:
+            raise next(answer for answer in answers if isinstance(answer, BaseException))
+        return together(found)
+
+
+def _without(event: TokensEvent, num: int) -> tuple[TokensEvent, int]:
+    """An event without its first `num` tokens, and how many are still to be passed over."""
+    if not num:
+        return event, 0
+    left = max(0, num - len(event.token_ids))
+    logprobs = event.logprobs[num:]
+    return TokensEvent(event.request_id, event.token_ids[num:], logprobs, event.prompt_logprobs), left
+
+
+def _rest(request: SubmitRequest, tokens: Sequence[int], after_s: float) -> SubmitRequest:
+    """What is left to ask for when these tokens have come: all but the last of `max_tokens`, which says that it ends.
+    DeadlineError where no time is left."""
+    left_s = None if request.deadline_s is None else request.deadline_s - after_s
+    if left_s is not None and left_s <= 0:
+        raise DeadlineError("the deadline passed before the answer was complete")
+    if not tokens:
+        return replace(request, deadline_s=left_s)
+    known = tuple(tokens[: request.sampling.max_tokens - request.num_generated - 1])
+    return replace(
+        request,
+        token_ids=request.token_ids + known,
+        num_generated=request.num_generated + len(known),
+        sampling=replace(request.sampling, prompt_logprobs=None),  # they have come
+        deadline_s=left_s,
+        paths=None,  # the engine has a path router of its own
+        path_state=None,
+    )
+
+
+def together(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the first one's facts with the counts of all. The engine that has been at something for longest says what
+    they are busy with; a host is lost where none reaches it."""
+    first = max(infos, key=lambda info: info["busy_s"] or 0.0)
+    hosts = zip(*(info["hosts"] for info in infos), strict=False)
+    unavailable = [info["unavailable"] for info in infos]
+    return {
+        **first,
+        **{name: sum(info[name] for info in infos) for name in _COUNTED},
+        "unavailable": unavailable[0] if all(unavailable) else None,
+        "hosts": [
+            min(of_all, key=lambda host: host["lost_s"])
+            | {n: sum(host[n] for host in of_all) for n in _COUNTED_OF_HOSTS}
+            for of_all in hosts
+        ],
+    }
