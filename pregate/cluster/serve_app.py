@@ -30,13 +30,15 @@ from ray.serve.context import _get_global_client
 from pregate.base import log
 from pregate.base.errors import PregateError, QueueFullError, UnavailableError, UserError
 from pregate.base.network import is_loopback
-from pregate.base.options import of_keys, options
+from pregate.base.options import of_keys, options, shown
 from pregate.cluster import preflight, ray_metrics
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
+from pregate.cluster.serve_grpc import GrpcMethods
 from pregate.router.doors import openai_app
 from pregate.router.doors.access import TokenFile
+from pregate.router.doors.grpc_calls import Calls
 from pregate.router.doors.service import connect_service
 from pregate.router.link.endpoint import ipc_file
 
@@ -185,8 +187,8 @@ def _clean_up(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-class Replica:
-    """Joins or launches the deployment and answers HTTP from it."""
+class Replica(GrpcMethods):
+    """Joins or launches the deployment and answers HTTP from it, and what Serve's gRPC proxy passes on."""
 
     app: Any = None
 
@@ -207,6 +209,7 @@ class Replica:
         if await asyncio.to_thread(ray_metrics.exports):
             self._service.metrics.recorders.append(ray_metrics.RayRecorder(config.model_name))
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
+        self.serve_grpc(Calls(self._service, shown(config)), tokens, door["timeout_s"])
         mount(openai_app.build_app(self._service, tokens=tokens, timeout_s=door["timeout_s"]))
 
     def check_health(self) -> None:

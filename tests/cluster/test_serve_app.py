@@ -39,16 +39,19 @@ SERVE_RUN = ["-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_
 REDEPLOY = """
 import json, os, sys, threading, time
 os.environ |= {"RAY_enable_metrics_collection": "1", "RAY_metrics_report_interval_ms": "5000"}
-import httpx, psutil, ray
+import grpc, httpx, psutil, ray
+import pregate
+from pregate.base.errors import UserError
 from ray import serve
 from pregate.cluster.local_ray import prepare_environment
 from pregate.cluster.serve_app import build_app
 from tests.cluster.leftovers import command_of
 
 prepare_environment()
-model, tokens, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model, tokens, port, grpc_port = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1")
-serve.start(http_options={"port": port})
+serve.start(http_options={"port": port}, grpc_options={"port": grpc_port, "grpc_servicer_functions": [
+    "pregate.client.proto.pregate_pb2_grpc.add_PregateServicer_to_server"]})
 args = {"model": model, "hosts": "2", "token_file": tokens}
 key = {"Authorization": "Bearer sk-alpha"}
 url = f"http://127.0.0.1:{port}"
@@ -85,6 +88,28 @@ def exported():
     return found
 
 
+def over_grpc():
+    body = {"prompt": "to be", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    answer = httpx.post(f"{url}/v1/completions", json=body, headers=key, timeout=60).json()
+    found = {"text": answer["choices"][0]["text"]}
+    with pregate.Client(f"127.0.0.1:{grpc_port}", token="sk-alpha", timeout_s=60, retry_s=0) as client:
+        found["chunks"] = [chunk.text for chunk in client.generate("to be", max_tokens=5, ignore_eos=True)]
+        found["model"] = client.model_info().model
+        found["path"] = len(client.route("to be").paths)
+        try:
+            client.complete("to be", max_tokens=0)
+        except UserError as error:
+            found["bad"] = str(error)
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as wire:
+        for token in ("", "Bearer wrong"):
+            call = wire.unary_unary("/pregate.v1.Pregate/GetServerInfo")
+            try:
+                call(b"", metadata=(("authorization", token),), timeout=20)
+            except grpc.RpcError as error:
+                found.setdefault("codes", []).append(error.code().name)
+    return found
+
+
 done, results = threading.Event(), []
 serve.run(build_app(args))
 told = {"unauthorized": httpx.post(f"{url}/v1/completions", json={}).status_code}
@@ -102,6 +127,7 @@ done.set()
 told["num"], told["failed"] = len(results), [r for r in results if r]
 told["after"], told["replicas"] = parts()
 told["exported"] = exported()
+told["grpc"] = over_grpc()
 print("told " + json.dumps(told), flush=True)
 serve.shutdown()
 ray.shutdown()
@@ -181,12 +207,14 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpoint, tmp_path):
-    """And Ray's exporter has the numbers that the plain endpoint would have, under the same names."""
+    """And Ray's exporter has the numbers that the plain endpoint would have, under the same names; and Serve's own gRPC
+    proxy answers."""
     (tmp_path / "keys").write_text("sk-alpha\n")
-    with socket.socket() as free:
+    with socket.socket() as free, socket.socket() as other:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with launched("-c", REDEPLOY, path_checkpoint, tmp_path / "keys", port) as running:
+        other.bind(("127.0.0.1", 0))
+        ports = free.getsockname()[1], other.getsockname()[1]
+    with launched("-c", REDEPLOY, path_checkpoint, tmp_path / "keys", *ports) as running:
         wait_for(running.log, "told ", running.process)
         running.process.wait(120)
         (line,) = [x for x in running.log.read_text().splitlines() if x.startswith("told ")]
@@ -207,6 +235,11 @@ def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpo
     assert values["pregate_request_success_total"] >= told["num"]
     assert values["pregate_generation_tokens_total"] >= 40 * told["num"]
     assert values["pregate_steps_total"] > 40 and values["pregate_num_expert_hosts"] == 2
+    calls = told["grpc"]
+    assert "".join(calls["chunks"]) == calls["text"] and len(calls["chunks"]) > 1
+    assert calls["path"] > 0 and calls["model"] == path_checkpoint.name
+    assert calls["bad"].startswith("max_tokens 0")
+    assert calls["codes"] == ["UNAUTHENTICATED", "UNAUTHENTICATED"]
     assert all('model_name="' in line for line in told["exported"])
 
 

@@ -49,21 +49,21 @@ class Calls:
     def __init__(self, service: DoorService, options: Mapping[str, str]) -> None:
         self._service, self._options = service, options
         self._started_s = time.monotonic()
-
-    def handler(self) -> grpc.GenericRpcHandler:
-        """Return what a server is to be given."""
-        unary = {
+        self._unary = {
             "Abort": (self.abort, pb.AbortRequest),
             "GetModelInfo": (self.get_model_info, pb.GetModelInfoRequest),
             "GetServerInfo": (self.get_server_info, pb.GetServerInfoRequest),
             "GetLoads": (self.get_loads, pb.GetLoadsRequest),
             "Route": (self.route, pb.RouteRequest),
         }
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """Return what a server is to be given."""
         handlers = {
             name: grpc.unary_unary_rpc_method_handler(
-                functools.partial(self._answer, answer, kind), response_serializer=_serialized
+                functools.partial(self.answer, name), response_serializer=_serialized
             )
-            for name, (answer, kind) in unary.items()
+            for name in self._unary
         }
         handlers["Generate"] = grpc.unary_stream_rpc_method_handler(self.generate, response_serializer=_serialized)
         return grpc.method_handlers_generic_handler(SERVICE_NAME, handlers)
@@ -127,7 +127,9 @@ class Calls:
         ids = {"expert_ids": route.ids, "num_layers": num_layers, "num_active": num_active}
         return to_message(pb.RouteResponse, route, **ids)
 
-    async def _answer(self, answer: Any, kind: type[Message], message: bytes, context: Context) -> Message:
+    async def answer(self, name: str, message: bytes, context: Context) -> Message:
+        """Answer the call of that name, any but Generate."""
+        answer, kind = self._unary[name]
         async with self._answering(context):
             return await answer(_parse(kind, message), context)
 
