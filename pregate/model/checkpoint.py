@@ -224,11 +224,16 @@ class CheckpointReader:
 
 
 def check_new_folder(path: Path, option: str = "--out") -> None:
-    """Raise UserError unless `path` can be made: it must not exist, and its parent must."""
+    """Raise UserError unless `path` can be made: it must not exist, and its parent must, and be writable."""
     if path.exists():
         raise UserError.of(option, path, "exists already; allowed: a folder that does not exist yet")
-    if not path.absolute().parent.is_dir():
+    parent = path.absolute().parent
+    if not parent.is_dir():
         raise UserError.of(option, path, "its parent folder does not exist")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError.of(option, path, f"its parent folder cannot be written ({error.strerror})") from None
 
 
 def is_disk_full(error: Exception) -> bool:

@@ -55,6 +55,7 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: 
         ["tune", "--model", model, "--out", out, "--text", "/no/such", "--method", "best"],
         ["evaluate", "--model", str(tmp_path), "--text", model],
         ["export", "--model", model, "--out", str(tmp_path), "--format", "dense"],
+        ["export", "--model", model, "--out", "/proc/out", "--format", "dense"],
         ["read-me", "--model", model, "--out", out, "--domain", "/no/such", "/neither"],
         ["report", "--model", model, "--out", out, "--text", "/no/such"],
         ["generate", "--model", "/no/such", "--prompt", "a"],
@@ -72,6 +73,7 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: 
     done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(cases)
+    assert "--out /proc/out: its parent folder cannot be written" in done.stderr
 
 
 def test_every_text_that_is_given_counts(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path, capsys):
