@@ -10,16 +10,22 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from pregate.base.log import get_logger
+
+_log = get_logger(__name__)
+
 HUGE_BYTES = 2 << 20
 #: Linux 6.1's madvise(2): make huge pages of what is there, at once, whatever the machine's default is.
 _MADV_COLLAPSE = 25
 
 
-def collapse_later() -> threading.Thread:
+def collapse_later() -> None:
     """`collapse`, in a thread that ends with the process: copying takes seconds per GB, and memory serves meanwhile."""
-    thread = threading.Thread(target=collapse, name="huge pages", daemon=True)
-    thread.start()
-    return thread
+
+    def work() -> None:
+        _log.info("%d MB of memory laid in huge pages", collapse() >> 20)
+
+    threading.Thread(target=work, name="huge pages", daemon=True).start()
 
 
 def collapse() -> int:
