@@ -145,7 +145,7 @@ class ChannelClient:
 
     def _look_after_connection(self) -> None:
         """Of a host that is greeted. ZeroMQ connects a socket no more after an answer that made no sense to it."""
-        if self._connection.look() or self._connection.waits_s > self._options.host_timeout_s:
+        if self._connection.look() or self._connection.waits_s > self._options.hello_timeout_s:
             self._renew()
 
     def _is_stuck(self) -> bool:

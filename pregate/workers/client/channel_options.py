@@ -28,7 +28,8 @@ class ChannelStats:
 @dataclass(frozen=True)
 class ChannelOptions:
     """`host_timeout_s` without a sign of life and a host counts as lost, and so it does when its connection is cut
-    and does not come back for `cut_timeout_s`. `keys` are needed where the server has a public key."""
+    and does not come back for `cut_timeout_s`. A greeting has `hello_timeout_s`, connections included. `keys` are
+    needed where the server has a public key."""
 
     host_timeout_s: float = 3.0
     cut_timeout_s: float = 0.5

@@ -359,7 +359,7 @@ def test_a_client_that_was_cut_off_while_idle_greets_again(serve):
 def test_a_host_that_seemed_to_talk_nonsense_is_taken_back(serve):
     """After an answer to its greeting that makes no sense ZeroMQ gives a socket up for good."""
     served = serve(EchoHost(HostOptions()))
-    client = served.client(host_timeout_s=0.4)
+    client = served.client(host_timeout_s=0.4, hello_timeout_s=2.0)
     with closing(Proxy(served.server.endpoint)) as proxy:
         proxy.fault = Fault(damage=lambda data, _: bytes(len(data)), share=1.0)
         client.fence()
