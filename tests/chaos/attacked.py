@@ -78,22 +78,33 @@ def started(checkpoint: Path, log: Path) -> Iterator[Target]:
 
 
 @contextmanager
-def under_attack(target: Target, name: str) -> Iterator[None]:
-    """What must hold after an attack as before it; prints what it came to."""
-    expected, before, start_s = target.text(), target.rss, time.monotonic()
+def under_attack(target: Target, name: str) -> Iterator[Callable[[], None]]:
+    """What must hold after an attack as before it; prints what it came to.
+
+    Memory counts from the start, or from where the attack calls what this gives: caches and allocators are full then.
+    """
+    expected, first, start_s = target.text(), target.rss, time.monotonic()
+    before = first
+
+    def settled() -> None:
+        nonlocal before
+        before = target.rss
+
     target.told.clear()
-    yield
+    yield settled
     took_s = time.monotonic() - start_s
     wait_for(target.is_idle, 60, f"an idle engine after {name}")
     assert target.process.poll() is None
     assert target.text() == expected
     grown, log = target.rss - before, target.log.read_text()
     assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:4000]
-    print(f"\n{name}: {took_s:.1f} s, {grown / 1e6:+.1f} MB, answers {dict(target.told)}")
+    filled = before - first
+    print(f"\n{name}: {took_s:.1f} s, {filled / 1e6:+.1f} MB, then {grown / 1e6:+.1f} MB, answers {dict(target.told)}")
     if RESULTS:
         path = Path(RESULTS)
         found = json.loads(path.read_text()) if path.exists() else {}
-        found[name] = {"seconds": took_s, "grown_bytes": grown, "answers": dict(target.told)}
+        told = {"filled_bytes": filled, "grown_bytes": grown, "answers": dict(target.told)}
+        found[name] = {"seconds": took_s, **told}
         path.write_text(json.dumps(found, indent=1) + "\n")
     assert grown < MOST_GROWTH, f"{name}: {grown / 1e6:.0f} MB"
 
