@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ def i32(*values: int) -> np.ndarray:
 
 def worked_plan(**changes) -> HostPlan:
     """Layer 0: three rows as in `GroupIndex`; layer 1: nothing; layer 2: two rows, expert 0 takes both."""
-    arrays = {
+    arrays: dict[str, Any] = {
         "num_rows": i32(3, 0, 2),
         "unit_offsets": i32(0, 2, 2, 3),
         "expert_ids": i32(1, 4, 0),
