@@ -118,8 +118,8 @@ class ChannelClient:
         return self._greeting
 
     def fence(self, hello: Hello | None = None) -> None:
-        if self._hello is not None:  # a socket that led to nobody may do so for good
-            self._connection.renew()
+        if hello is not None or self._hello is not None:  # a socket that led to nobody may do so for good; and a
+            self._connection.renew()  # connection's time counts from here, not from when this client was made
         if hello is not None:
             self._engine, self._hello, self._terms = hello.engine, hello, None
             self._dtype = getattr(torch, hello.dtype)
@@ -164,6 +164,7 @@ class ChannelClient:
     def _renew(self) -> None:
         """Talk on new sockets: greet, and when the host has answered send again what has no answer."""
         self.stats.renewals += 1
+        self._greeting = None  # the answer to come tells where the data socket connects
         self._connection.renew()
         self._greet()
 
