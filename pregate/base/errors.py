@@ -23,6 +23,19 @@ def in_one_line(error: Exception) -> str:
 _MOST_NAMED = 8
 #: An option in a message, or a command, which stays as it is.
 _FLAG = re.compile(r"`[^`]*`|(?<![\w/-])--[a-z][a-z0-9-]*")
+#: A sentence of the house begins with the name of the field that is wrong.
+_FIELD = re.compile(r"([a-z_]+(?:\.\w+)*)(?::| [^:]*: )")
+
+
+def field_of(message: str) -> str | None:
+    """The field that a sentence about bad input is about; None where it begins with none."""
+    found = _FIELD.match(message)
+    return found[1] if found else None
+
+
+def logged(code: str, message: str) -> str:
+    """What a log may hold of an error. A sentence about bad input quotes what was sent: of that the field alone."""
+    return f"{code}: {field_of(message) or 'the request' if code in ('INVALID_ARGUMENT', 'NOT_FOUND') else message}"
 
 
 class PregateError(Exception):

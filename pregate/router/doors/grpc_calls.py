@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError, Message
 from pregate import __version__
 from pregate.base import log
 from pregate.base.completion import Completion
-from pregate.base.errors import PregateError, QueueFullError, UserError
+from pregate.base.errors import PregateError, QueueFullError, UserError, logged
 from pregate.base.sampling import DEFAULT_MAX_TOKENS
 from pregate.base.telemetry import begin_request
 from pregate.client.proto import pregate_pb2 as pb
@@ -141,7 +141,7 @@ class Calls:
         try:
             yield
         except PregateError as error:
-            logger.info("%s: %s", error.code, error)
+            logger.info("%s", logged(error.code, str(error)))
             trailing = ((_ID_KEY, log.request_id.get()),)
             if isinstance(error, QueueFullError):
                 trailing = (*trailing, ("retry-after", str(error.retry_after_s)))

@@ -7,7 +7,7 @@ import time
 from types import TracebackType
 from typing import Protocol
 
-from pregate.base.errors import PregateError, QueueFullError, UnavailableError
+from pregate.base.errors import PregateError, QueueFullError, UnavailableError, logged
 from pregate.base.log import get_logger, request_id
 from pregate.base.metrics import BY_STEM, Metric
 from pregate.base.telemetry import given, span
@@ -68,7 +68,14 @@ class RequestWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        self._span.end("" if error is None else str(error) or type(error).__name__, tokens=self.num_tokens)
+        said = (
+            logged(error.code, str(error))
+            if isinstance(error, PregateError)
+            else ""
+            if error is None
+            else kind.__name__
+        )
+        self._span.end(said, tokens=self.num_tokens)
         if isinstance(error, (GeneratorExit, asyncio.CancelledError)):
             logger.info("the caller left; %d texts had not ended", self.num_left)
             for _ in range(self.num_left):

@@ -20,7 +20,7 @@ from typing import Any
 
 import zmq
 
-from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError
+from pregate.base.errors import PregateError, ProtocolError, UnavailableError, UserError, logged
 from pregate.base.log import get_logger
 from pregate.base.telemetry import span
 from pregate.router.link.activity import Activity
@@ -206,7 +206,7 @@ class EngineLink:
             elif isinstance(message, KeepAlive):
                 self._reconcile(peer_id, message.request_ids)
         except PregateError as error:
-            self._log("refused", getattr(message, "called", ""), f"{error.code}: {error}")
+            self._log("refused", getattr(message, "called", ""), logged(error.code, str(error)))
             self._send(peer_id, [FailedEvent(request_id, error.code, str(error))])
         except Exception:
             # Whatever a message holds, it costs itself alone: the other doors' requests go on.
@@ -319,7 +319,7 @@ class EngineLink:
 
 def _told(end: FinishedEvent | FailedEvent | RouteReply) -> str:
     if isinstance(end, FailedEvent):
-        return f"{end.code}: {end.message}"
+        return logged(end.code, end.message)
     return "paths" if isinstance(end, RouteReply) else f"{end.reason} after {end.completion_tokens} tokens"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +13,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from pregate.base import log
-from pregate.base.errors import PregateError, QueueFullError, UserError
+from pregate.base.errors import PregateError, QueueFullError, UserError, field_of, logged
 
 logger = log.get_logger(__name__)
 #: Status of ours -> HTTP status, and what OpenAI calls the kind of error.
@@ -29,8 +28,6 @@ _HTTP: Mapping[str, tuple[int, str]] = MappingProxyType(
         "DEADLINE_EXCEEDED": (504, "timeout_error"),
     }
 )
-#: A sentence of the house begins with the name of the field that is wrong.
-_FIELD = re.compile(r"([a-z_]+(?:\.\w+)*)(?::| [^:]*: )")
 
 
 class JsonResponse(Response):
@@ -45,9 +42,9 @@ class JsonResponse(Response):
 def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
     """Return OpenAI's body, and in it the request's id. `code` is the gRPC status of the same error, in small letters.
 
-    It is logged: whoever is told of an error finds it there.
+    It is logged, but for what was sent: whoever is told of an error finds it there.
     """
-    logger.info("%s: %s", code, message)
+    logger.info("%s", logged(code, message))
     error = {"message": message, "type": _HTTP[code][1], "param": param, "code": code.lower()}
     return {"error": {**error, "request_id": log.request_id.get()}}
 
@@ -55,8 +52,8 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, A
 def error_of(error: Exception) -> dict[str, Any]:
     """Return the body of what went wrong; a bug is logged, and shows nothing of itself."""
     if isinstance(error, PregateError):
-        found = _FIELD.match(str(error)) if error.code == "INVALID_ARGUMENT" else None
-        return error_body(error.code, str(error), found[1] if found else None)
+        field = field_of(str(error)) if error.code == "INVALID_ARGUMENT" else None
+        return error_body(error.code, str(error), field)
     logger.error("a request failed by a bug", exc_info=error)
     return error_body("INTERNAL", f"internal error; the server's log has it under {log.request_id.get()}")
 
