@@ -31,15 +31,16 @@ def exports() -> bool:
 class RayRecorder:
     """Where a door's numbers go (`request_watch.Recorder`). Ray must be connected.
 
-    Ray forgets a gauge that is not set for two of its reports, so those without labels are set again and again, by a
-    thread.
+    Ray forgets a gauge that is not set for two of its reports, so with `repeats` those without labels are set again and
+    again, by a thread.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, repeats: bool = True) -> None:
         self._model_name = model_name
         self._instruments: dict[str, Counter | Gauge | Histogram] = {}
         self._set: dict[str, tuple[Gauge, float]] = {}
-        threading.Thread(target=self._set_again, name="ray-gauges", daemon=True).start()
+        if repeats:
+            threading.Thread(target=self._set_again, name="ray-gauges", daemon=True).start()
 
     def record(self, metric: Metric, value: float, labels: tuple[str, ...]) -> None:
         instrument = self._instruments.get(metric.stem)
@@ -76,7 +77,7 @@ def follow(model_name: str, metrics: Sequence[Metric], describe: Callable[[], Ma
 
 
 def _follow(model_name: str, metrics: Sequence[Metric], describe: Callable[[], Mapping[str, Any]]) -> None:
-    recorder, last = RayRecorder(model_name), {}
+    recorder, last = RayRecorder(model_name, repeats=False), {}
     while True:
         try:
             for metric, found in samples(metrics, describe()):
