@@ -24,7 +24,6 @@ from typing_extensions import dataclass_transform
 from pregate.base.errors import UserError, option_name
 
 T = TypeVar("T")
-#: A class is not built before it is used: one command of many is.
 #: What a value is called, and what several are.
 _NAMES = {
     bool: ("true or false", "values true or false"),
@@ -33,6 +32,7 @@ _NAMES = {
     str: ("text", "texts"),
     Path: ("a path", "paths"),
 }
+#: A class is not built before it is used: one command of many is.
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
 
