@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import re
+import threading
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from pregate.base.errors import UserError
 given: contextvars.ContextVar[str] = contextvars.ContextVar("pregate_traceparent", default="")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 #: How long a process that ends waits for its last spans to leave.
-_FLUSH_MS = 2000
+_FLUSH_S = 2.0
 _provider: Any = None
 
 
@@ -78,9 +79,11 @@ def span(name: str, parent: str = "", *, root: bool = False, at_s: float | None 
 
 
 def flush() -> None:
-    """Send what has not left yet: the process is about to end."""
-    if _provider is not None:
-        _provider.force_flush(_FLUSH_MS)
+    """Send what has not left yet, for `_FLUSH_S` at most: the process is about to end."""
+    if _provider is not None:  # its own bound holds for no batch that is under way
+        sending = threading.Thread(target=_provider.force_flush, name="last-spans", daemon=True)
+        sending.start()
+        sending.join(_FLUSH_S)
 
 
 class _Span:

@@ -5,6 +5,7 @@ A plain class: the cluster package wraps it with `ray.remote`.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,6 @@ class DoorActor:
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs end within `grace_s`, close."""
         await self._server.stop(grace_s)
-        flush()
         if self._metrics is not None:
             await self._metrics.stop()
+        await asyncio.to_thread(flush)

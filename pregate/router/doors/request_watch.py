@@ -68,13 +68,9 @@ class RequestWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        said = (
-            logged(error.code, str(error))
-            if isinstance(error, PregateError)
-            else ""
-            if error is None
-            else kind.__name__
-        )
+        said = "" if kind is None else kind.__name__
+        if isinstance(error, PregateError):
+            said = logged(error.code, str(error))
         self._span.end(said, tokens=self.num_tokens)
         if isinstance(error, (GeneratorExit, asyncio.CancelledError)):
             logger.info("the caller left; %d texts had not ended", self.num_left)

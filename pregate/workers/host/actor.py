@@ -117,10 +117,10 @@ class ExpertHostActor:
         """Close the socket, end the threads, remove the ipc file. Repeating it is harmless."""
         if self._server is not None:
             self._server.stop()
-            flush()
         if self._host is not None:
             self._host.close()
         self._server = self._host = self._address = None
+        flush()
 
     def _running(self) -> tuple[ExpertHost, HostServer]:
         if self._host is None or self._server is None:

@@ -1,7 +1,9 @@
 """One request's trace across door, path service, engine and expert host; and nothing of it where nobody asks."""
 
+import socket
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
@@ -91,3 +93,15 @@ def test_what_is_no_collector_is_refused(endpoint):
         check_endpoint(endpoint)
     with pytest.raises(UserError, match="otlp_endpoint"):
         ServeConfig.from_dict({"model": "/m", "otlp_endpoint": endpoint})
+
+
+def test_a_collector_that_does_not_answer_holds_no_process_at_its_end(own_log, monkeypatch):
+    monkeypatch.setattr(telemetry, "_provider", None)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "6")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        Telemetry(otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}").begin("all")
+        span("one", root=True).end()
+        began_s = time.monotonic()
+        telemetry.flush()
+        assert time.monotonic() - began_s < 5
+    telemetry._provider.shutdown()
