@@ -31,6 +31,7 @@ from pregate.base import log
 from pregate.base.errors import PregateError, QueueFullError, UnavailableError, UserError
 from pregate.base.network import is_loopback
 from pregate.base.options import of_keys, options, shown
+from pregate.base.telemetry import flush
 from pregate.cluster import preflight, ray_metrics
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
@@ -222,6 +223,7 @@ class Replica(GrpcMethods):
         if hasattr(self, "_service"):
             await self._service.close()
             await asyncio.to_thread(self._deployment.release)
+            await asyncio.to_thread(flush)
 
 
 class _Mount:
