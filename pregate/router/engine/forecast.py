@@ -18,6 +18,9 @@ from pregate.router.engine.sequence import Sequence
 #: A request's tokens count by so much less for each that came after; the table counts as so many of its tokens, and
 #: what is used on average as so many of the table's.
 _KEEP, _TABLE_TOKENS, _AVERAGE_TOKENS = 0.95, 8.0, 4.0
+#: Tokens of a prompt that are laid out at once, as float32 [T, L, R + 1]; and tokens after which all that the tables
+#: count is halved: float32 counts one by one up to 2**24, and traffic changes.
+_PIECE_TOKENS, _HALVE_TOKENS = 256, 1 << 18
 
 
 class Forecast:
@@ -30,7 +33,7 @@ class Forecast:
     def __init__(self, num_layers: int, num_routed: int) -> None:
         self._shape = (num_layers, num_routed)
         self._follows_LRR = np.zeros((num_layers, num_routed, num_routed), dtype=np.float32)
-        self._used_LR, self._num_tokens = np.zeros(self._shape, dtype=np.float32), 0
+        self._used_LR, self._num_tokens = np.zeros(self._shape, dtype=np.float32), 0.0
         self._last_PLR, self._lately_PLR = (np.zeros((0, *self._shape), dtype=np.float32) for _ in range(2))
         self._weight_P, self._free = np.zeros(0, dtype=np.float32), list[int]()
         #: Of each request its place, and how many of its tokens were noted.
@@ -78,24 +81,33 @@ class Forecast:
         place, num_noted = self._place(sequence) if noted is None else noted
         num_tokens = len(sequence.token_ids)
         assert sequence.paths is not None
-        new_TLR = self._used(sequence.paths.slice(num_noted, num_tokens).ids)
-        before_TLR = self._last_PLR[place : place + 1] if num_noted else new_TLR[:0]
+        for start in range(num_noted, num_tokens, _PIECE_TOKENS):
+            stop = min(num_tokens, start + _PIECE_TOKENS)
+            self._note_piece(place, start, self._used(sequence.paths.slice(start, stop).ids))
+        self._noted[sequence] = place, num_tokens
+
+    def _note_piece(self, place: int, start: int, new_TLR: np.ndarray) -> None:
+        """Learn from the tokens from `start` on of the sequence that has this place."""
+        before_TLR = self._last_PLR[place : place + 1] if start else new_TLR[:0]
         used_TLR = np.concatenate([before_TLR, new_TLR])
         self._follow(used_TLR[:-1], used_TLR[1:])
-        if not num_noted:
+        if not start:
             self._used_LR += new_TLR[0]
             self._num_tokens += 1
         kept_T = _KEEP ** np.arange(len(new_TLR), -1, -1, dtype=np.float32)
         self._last_PLR[place] = new_TLR[-1]
         self._lately_PLR[place] = self._lately_PLR[place] * kept_T[0] + np.tensordot(kept_T[1:], new_TLR, axes=1)
         self._weight_P[place] = self._weight_P[place] * kept_T[0] + kept_T[1:].sum()
-        self._noted[sequence] = place, num_tokens
 
     def _follow(self, first_TLR: np.ndarray, then_TLR: np.ndarray) -> None:
         """Count tokens, and what came before each."""
         self._follows_LRR += first_TLR.transpose(1, 2, 0) @ then_TLR.swapaxes(0, 1)
         self._used_LR += then_TLR.sum(axis=0)
         self._num_tokens += len(then_TLR)
+        if self._num_tokens > _HALVE_TOKENS:
+            self._follows_LRR /= 2
+            self._used_LR /= 2
+            self._num_tokens /= 2
 
     def _place(self, sequence: Sequence) -> tuple[int, int]:
         """A place of its own until the sequence is forgotten, and that nothing of it is noted."""

@@ -44,7 +44,7 @@ class Engine(Protocol):
     def generate(self, request: SubmitRequest) -> AsyncGenerator[TokensEvent | FinishedEvent, None]: ...
     async def abort(self, request_id: str) -> None: ...
     async def route(
-        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False
+        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False, traceparent: str = ""
     ) -> RouteReply: ...
     async def info(self, timeout_s: float | None = None) -> dict[str, Any]: ...
 
@@ -111,9 +111,19 @@ class Engines:
             await client.abort(request_id)
 
     async def route(
-        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False
+        self, token_ids: Sequence[int], deadline_s: float | None = None, with_state: bool = False, traceparent: str = ""
     ) -> RouteReply:
-        return await self._choose().route(token_ids, deadline_s, with_state)
+        """As `EngineClient.route`; UnavailableError when one attempt more than there are engines failed."""
+        began_s, num_failed = time.monotonic(), 0
+        while True:
+            left_s = _left_s(deadline_s, time.monotonic() - began_s)
+            try:
+                return await self._choose().route(token_ids, left_s, with_state, traceparent)
+            except UnavailableError as error:
+                num_failed += 1
+                if num_failed > len(self._clients) or self.unavailable:
+                    raise
+                logger.warning("a route is asked of another engine: %s", error)
 
     async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
         """What the engines say together: their counts added up. UnavailableError where none answers."""
@@ -137,9 +147,7 @@ def _without(event: TokensEvent, num: int) -> tuple[TokensEvent, int]:
 def _rest(request: SubmitRequest, tokens: Sequence[int], after_s: float) -> SubmitRequest:
     """What is left to ask for when these tokens have come: all but the last of `max_tokens`, which says that it ends.
     DeadlineError where no time is left."""
-    left_s = None if request.deadline_s is None else request.deadline_s - after_s
-    if left_s is not None and left_s <= 0:
-        raise DeadlineError("the deadline passed before the answer was complete")
+    left_s = _left_s(request.deadline_s, after_s)
     if not tokens:
         return replace(request, deadline_s=left_s)
     known = tuple(tokens[: request.sampling.max_tokens - request.num_generated - 1])
@@ -152,6 +160,14 @@ def _rest(request: SubmitRequest, tokens: Sequence[int], after_s: float) -> Subm
         paths=None,  # the engine has a path router of its own
         path_state=None,
     )
+
+
+def _left_s(deadline_s: float | None, after_s: float) -> float | None:
+    """What is left of a deadline; DeadlineError where nothing is."""
+    left_s = None if deadline_s is None else deadline_s - after_s
+    if left_s is not None and left_s <= 0:
+        raise DeadlineError("the deadline passed before the answer was complete")
+    return left_s
 
 
 def together(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -76,3 +76,18 @@ def test_what_always_follows_is_nearly_sure():
     likely_LR = forecast.likely([late])
     assert (likely_LR.argmax(axis=1) == 1).all() and (likely_LR[:, 1] > 0.75).all()
     assert not likely_LR[:, 3:].any()
+
+
+def test_a_long_prompt_is_noted_in_pieces_and_traffic_that_changed_is_forgotten(monkeypatch):
+    one, two = (sequence(random_ids(np.random.default_rng(n), 50, LAYERS, ROUTED, ACTIVE)) for n in (1, 2))
+    whole, pieces, forgetful = (Forecast(LAYERS, ROUTED) for _ in range(3))
+    whole.note([one, two])
+    monkeypatch.setattr("pregate.router.engine.forecast._PIECE_TOKENS", 7)
+    pieces.note([one, two])
+    np.testing.assert_allclose(pieces.likely([one, two]), whole.likely([one, two]), atol=1e-5)
+    monkeypatch.setattr("pregate.router.engine.forecast._HALVE_TOKENS", 40)
+    before, since = np.array([[[0]], [[1]]], dtype=np.int16), np.array([[[0]], [[2]]], dtype=np.int16)
+    forgetful.note([sequence(np.tile(before, (100, LAYERS, 1))), sequence(np.tile(since, (30, LAYERS, 1)))])
+    late = sequence(since[:1].repeat(LAYERS, axis=1))
+    forgetful.note([late])
+    assert (forgetful.likely([late]).argmax(axis=1) == 2).all()

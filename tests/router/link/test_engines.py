@@ -130,3 +130,19 @@ def test_a_request_that_comes_twice_is_run_once(pool):
         assert door.receive(FinishedEvent).completion_tokens == NUM_TOKENS
         assert door.look(TokensEvent, 0.3) is None
     assert ids == pool.ask(requests("once", 1))[0][0]
+
+
+def test_a_route_is_asked_of_another_engine_where_one_is_gone(pool):
+    """As a door asks: with the trace of who called."""
+
+    async def ask():
+        return await pool.door.route((1, 40, 41), 30.0, traceparent="")
+
+    def paths_of(asked):
+        return pool.loop.call(asked).paths.slice(0, 3)
+
+    before = paths_of(ask())
+    assert before.num_tokens == 3
+    pool.stops[0].set()
+    for _ in range(4):  # whichever it chooses
+        assert (paths_of(ask()).ids == before.ids).all()
