@@ -34,7 +34,7 @@ from pregate.cli.load.arrivals import read_trace
 RESULTS = ROOT / "benchmarks" / "results"
 TEXTS = ("stories", "fiction", "nonfiction", "verse", "math", "wiki")
 _START_S, _WARM_REQUESTS = 600.0, 8
-#: As shared/peers/README.md has it: memory for keys and values in GB, one thread, on whichever core.
+#: Memory for keys and values in GB; one thread, and not bound to a core, which other work may be on.
 _VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -80,7 +80,9 @@ def bench(target: str, args: argparse.Namespace, load: float | None) -> dict[str
     command += ["--tokenizer", args.parent, "--timeout", args.timeout, "--ttft-bound", 2, "--itl-bound", 0.5]
     for name in TEXTS:
         command += ["--text", args.shared_folder / "text" / name]
-    return json.loads(subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE).stdout)
+    bound_s = args.requests / (load or 4.0) + args.timeout + _START_S
+    done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, timeout=bound_s)
+    return json.loads(done.stdout)
 
 
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
