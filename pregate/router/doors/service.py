@@ -160,10 +160,17 @@ class DoorService:
             if known_ids:  # they came after the prompt's
                 alone = replace(alone, prompt_logprobs=None)
             # Its own id: two callers may have chosen the same.
-            known = SubmitRequest(uuid.uuid4().hex, prompt_ids + known_ids, alone, deadline_s, salt)
-            called = log.request_id.get() or request_id
-            known = replace(known, priority=priority, num_generated=len(known_ids))
-            request = replace(known, called=called, traceparent=watch.traceparent)
+            request = SubmitRequest(
+                uuid.uuid4().hex,
+                prompt_ids + known_ids,
+                alone,
+                deadline_s,
+                salt,
+                priority=priority,
+                num_generated=len(known_ids),
+                called=log.request_id.get() or request_id,
+                traceparent=watch.traceparent,
+            )
             copies = copies_of(await self._with_paths(request), sampling.n)
             taken.engine_ids = [copy.request_id for copy in copies]
             texts = [CompletionText(self._tokenizer, copy, stops, index) for index, copy in enumerate(copies)]
