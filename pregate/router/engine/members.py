@@ -58,10 +58,7 @@ class Members:
         copies_LRC, held_LRC = self._living_LRC, None
         for host, client in enumerate(self.clients):
             held_LR = None if host in self.lost else client.held_LR
-            if held_LR is not None and held_LR.shape != copies_LRC.shape[:2]:
-                self.lose(host, HostLostError(host, f"it says what it holds of {held_LR.shape} units"))
-                return self.held_LRC()
-            if held_LR is not None:
+            if held_LR is not None and held_LR.shape == copies_LRC.shape[:2]:  # else `poll` finds it
                 held_LRC = copies_LRC >= 0 if held_LRC is None else held_LRC
                 held_LRC &= held_LR[..., None] | (copies_LRC != host)
         return held_LRC
@@ -130,6 +127,9 @@ class Members:
             if host not in self.lost:
                 try:
                     client.poll()
+                    held_LR = client.held_LR
+                    if held_LR is not None and held_LR.shape != self.copies_LRC.shape[:2]:
+                        raise HostLostError(host, f"it says what it holds of {held_LR.shape} units")
                 except HostLostError as error:
                     self.lose(host, error)
                 except PregateError as error:  # it says what we do not understand
