@@ -68,7 +68,8 @@ class LinkOptions:
 class EngineLink:
     """Owns the socket at `endpoint`, bound by the constructor; `start` begins to answer.
 
-    `info` is called from the I/O thread. Raises UserError for an endpoint that cannot be bound.
+    `info` is called from the I/O thread and, where metrics are exported, from theirs. Raises UserError for an endpoint
+    that cannot be bound.
     """
 
     def __init__(
@@ -223,7 +224,11 @@ class EngineLink:
         name = "engine" if isinstance(request, SubmitRequest) else "paths"
         begun = span(name, request.traceparent, prompt_tokens=len(request.token_ids))
         request = replace(request, traceparent=begun.traceparent)
-        self.inbox.put(Pending(request, num_bytes, time.monotonic()))
+        try:
+            self.inbox.put(Pending(request, num_bytes, time.monotonic()))
+        except PregateError as error:
+            begun.end(f"{error.code}: {error}")
+            raise
         self._peers.add(peer_id, request.request_id, request.called, begun)
         self._log("taken", request.called, f"{len(request.token_ids)} tokens")
 
