@@ -119,15 +119,15 @@ def load_tokenizer(model: Path, vocab_size: int, option: str = "--model") -> Tex
 
 
 def reading_difference(model: Path, ours: TextTokenizer) -> str:
-    """Where transformers' AutoTokenizer gives other ids than tokenizer.json; empty where it does not, or cannot read.
+    """Where transformers' AutoTokenizer gives other ids than tokenizer.json, or why that is not known; else empty.
 
     It rebuilds some classes' splitting by rules of its own (`legacy`, `add_prefix_space`).
     """
     try:
         theirs = _auto_tokenizer(tokenizer_folder(model), "--model", model)
         reads = [theirs(text, add_special_tokens=False, verbose=False)["input_ids"] for text in _PROBES]
-    except Exception:  # noqa: BLE001 (it goes by the folder's settings, whatever they hold)
-        return ""
+    except Exception as error:  # noqa: BLE001 (it goes by the folder's settings, whatever they hold)
+        return f"tokenizer.json was not compared with transformers' AutoTokenizer ({in_one_line(error)})"
     for text, read in zip(_PROBES, reads, strict=True):
         if read != (ids := ours.backend.encode(text, add_special_tokens=False).ids):
             return (
