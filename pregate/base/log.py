@@ -73,7 +73,7 @@ def configure(role: str, form: Form = "text", text: str | None = None) -> None:
     logger.propagate = False
 
 
-def begin_request(given: str | None = None) -> str:
+def name_request(given: str | None = None) -> str:
     """Let the lines of the current task name this request, by the caller's id where it is one, else by one made here;
     returns it."""
     name = given if given and REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

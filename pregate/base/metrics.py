@@ -86,7 +86,7 @@ OF_PATHS = (
         read=lambda info: info.get("num_waiting_for_paths", 0),
     ),
 )
-_OF_ENGINE = (
+_OF_STEPS = (
     Metric("engine_up", "gauge", "1 while the engine answers and takes requests.", read=lambda i: not i["unavailable"]),
     _engine("gauge", "engine_busy_seconds", "busy_s", "How long the engine has been at what it does; 0 while idle."),
     _engine("gauge", "num_requests_running", "num_running", "Requests in the engine's steps."),
@@ -124,7 +124,7 @@ _OF_HOSTS = (
     _host("counter", "dispatch_wait_seconds_total", "wait_s", "Time the engine waited for the host's answers."),
 )
 #: What an engine knows, of itself and of its hosts.
-OF_ENGINE = (*_OF_ENGINE, *_OF_HOSTS)
+OF_ENGINE = (*_OF_STEPS, *_OF_HOSTS)
 METRICS = (*_OF_REQUESTS, *OF_PATHS, *OF_ENGINE)
 BY_STEM: Mapping[str, Metric] = {metric.stem: metric for metric in METRICS}
 

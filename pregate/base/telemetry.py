@@ -66,7 +66,7 @@ PLAIN = Telemetry()
 
 def begin_request(request_id: str | None, traceparent: str | None) -> None:
     """Take over what a caller sends with a request: its name, and what it is a part of."""
-    log.begin_request(request_id)
+    log.name_request(request_id)
     given.set(traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else "")
 
 

@@ -24,7 +24,7 @@ from pregate.base.options import from_dict, shown
 from pregate.cluster import ray_metrics, room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
-from pregate.cluster.hosts import Hosts, actor_options, named, start_actor, wait
+from pregate.cluster.hosts import Hosts, actor_name, actor_options, start_actor, wait
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import check, check_request
 from pregate.cluster.pulse import look
@@ -187,7 +187,7 @@ class RayChildren:
 
     def _make_engine(self, number: int, num_before: int) -> Any:
         config, several = self._config, self._config.engines > 1
-        role = named(f"engine-{number}" if several else "engine", num_before)
+        role = actor_name(f"engine-{number}" if several else "engine", num_before)
         options = self._options(role, config.engine_gpus)
         remote = ray.remote(EngineActor).options(**options, max_concurrency=4)
         export = self._export(ray_metrics.follow, OF_ENGINE)
@@ -196,7 +196,7 @@ class RayChildren:
 
     def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
-        options = {**self._options(named("paths", num_before)), "num_cpus": 0}
+        options = {**self._options(actor_name("paths", num_before)), "num_cpus": 0}
         remote = ray.remote(PathActor).options(**options, max_concurrency=4)
         config, export = self._config, self._export(ray_metrics.follow, OF_PATHS)
         return remote.remote(config.path_options, f"ipc://{self._folder}/paths", config.telemetry, export)

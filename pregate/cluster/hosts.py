@@ -200,7 +200,7 @@ class Hosts:
             first_core=config.host_core(host) if config.engine.pin_cores else None,
             telemetry=config.telemetry,
         )
-        role, self._num_made[host] = named(f"host-{host}", self._num_made[host]), self._num_made[host] + 1
+        role, self._num_made[host] = actor_name(f"host-{host}", self._num_made[host]), self._num_made[host] + 1
         placed = actor_options(config, role, (group, bundle), config.gpus_per_host)
         return ray.remote(ExpertHostActor).options(**placed, max_concurrency=4).remote(options)
 
@@ -218,7 +218,7 @@ def actor_options(config: ServeConfig, role: str, place: Place, num_gpus: float)
     }
 
 
-def named(role: str, num_before: int) -> str:
+def actor_name(role: str, num_before: int) -> str:
     """The actor's name: those before may still be dying under theirs."""
     return f"{role}-again-{num_before}" if num_before else role
 

@@ -39,7 +39,7 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
     else:
         check_address(address)
     # What Ray prints of each process that dies has a thousand characters; the deployment says itself which part it was.
-    ray._private.worker.print_to_stdstream = print_shortened
+    ray._private.worker.print_to_stdstream = log_shortened
     try:
         _join(address)
     except UnavailableError:
@@ -69,7 +69,7 @@ def _join(address: str) -> None:
         raise UnavailableError(f"--ray-address {address}: cannot be joined: {error}") from error
 
 
-def print_shortened(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+def log_shortened(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     """Log the first sentence of each of Ray's messages; Ray's logs have the whole."""
     for message in data["lines"]:
         sentence, _, rest = str(message).strip().partition(". ")

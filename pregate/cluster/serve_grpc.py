@@ -15,10 +15,9 @@ from google.protobuf.message import Message
 
 from pregate.base.errors import PregateError
 from pregate.router.doors.access import TokenFile
-from pregate.router.doors.grpc_calls import Calls, authorization
+from pregate.router.doors.grpc_calls import NO_TOKEN, Calls, authorization
 
 _NO_FILE = "this application has no token_file, and Serve's gRPC port is open to the network: give it one"
-_NO_TOKEN = "send the metadata `authorization: Bearer TOKEN` with a token this server knows"
 
 
 class _EndedError(PregateError):
@@ -85,5 +84,5 @@ class GrpcMethods:
         if self._grpc_tokens is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, _NO_FILE)
         elif not self._grpc_tokens.accepts(authorization(context.invocation_metadata())):
-            await context.abort(grpc.StatusCode.UNAUTHENTICATED, _NO_TOKEN)
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_TOKEN)
         return context

@@ -31,4 +31,4 @@ def test_text_is_a_line_whatever_a_message_holds(capsys):
 
 @pytest.mark.parametrize("given", [None, "", "a b", "a\n", "x" * 129, "ü"])
 def test_a_caller_without_a_usable_id_gets_one(given):
-    assert len(log.begin_request(given)) == 32
+    assert len(log.name_request(given)) == 32

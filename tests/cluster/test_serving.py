@@ -135,6 +135,6 @@ def test_what_ray_says_of_a_death_is_one_short_line(capsys):
     assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)
     log.configure("launcher", text=serving.SCREEN)
     death = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the "
-    joining.print_shortened({"lines": [death + "problem, check the logs. " * 40, "short"], "pid": "raylet"}, False)
+    joining.log_shortened({"lines": [death + "problem, check the logs. " * 40, "short"], "pid": "raylet"}, False)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"  Ray: {death.partition('.')[0]} (more in its logs)", "  Ray: short"]

@@ -30,6 +30,8 @@ from pregate.router.link.messages import SamplingParams
 
 logger = log.get_logger(__name__)
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Pregate"].full_name
+#: What a call without a token is told.
+NO_TOKEN = "send the metadata `authorization: Bearer TOKEN` with a token this server knows"
 #: What the proto says of an absent `max_tokens` of a chat.
 CHAT_MAX_TOKENS = 512
 #: Of what an operator compares between nodes.
@@ -183,7 +185,7 @@ def _request_id(given: str) -> str:
     """The message's id, which names the request from here on; else the one that it has."""
     if given and not log.REQUEST_ID.fullmatch(given):
         raise UserError(f"request_id: must match {log.REQUEST_ID.pattern}")
-    return log.begin_request(given) if given else log.request_id.get()
+    return log.name_request(given) if given else log.request_id.get()
 
 
 def _prompt(request: pb.GenerateRequest | pb.RouteRequest) -> Prompt:

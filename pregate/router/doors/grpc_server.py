@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from pregate.base.errors import UserError
 from pregate.base.options import shown
 from pregate.router.doors.access import TokenFile
-from pregate.router.doors.grpc_calls import SERVICE_NAME, Calls, Context, authorization
+from pregate.router.doors.grpc_calls import NO_TOKEN, SERVICE_NAME, Calls, Context, authorization
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.service import DoorService
 
@@ -134,5 +134,4 @@ class _TokenInterceptor(grpc.aio.ServerInterceptor):
 
     @staticmethod
     async def _abort(request: object, context: Context) -> None:
-        sentence = "send the metadata `authorization: Bearer TOKEN` with a token this server knows"
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence)
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, NO_TOKEN)

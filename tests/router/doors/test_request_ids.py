@@ -144,7 +144,7 @@ def test_over_grpc_metadata_or_the_message_names_it(service, lines):
 
 def test_who_leaves_is_said_in_every_part(service, lines):
     async def leave():
-        log.begin_request("gone")
+        log.name_request("gone")
         stream = service.generate([1, 40], SamplingParams(max_tokens=200, ignore_eos=True))
         await anext(stream)
         await stream.aclose()
