@@ -126,10 +126,10 @@ class Members:
         for host, client in enumerate(self.clients):
             if host not in self.lost:
                 try:
-                    client.poll()
                     held_LR = client.held_LR
                     if held_LR is not None and held_LR.shape != self.copies_LRC.shape[:2]:
                         raise HostLostError(host, f"it says what it holds of {held_LR.shape} units")
+                    client.poll()
                 except HostLostError as error:
                     self.lose(host, error)
                 except PregateError as error:  # it says what we do not understand

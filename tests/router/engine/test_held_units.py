@@ -88,5 +88,7 @@ def test_a_host_that_speaks_of_another_models_units_is_lost(deployment):
     settled(engine, clients)
     clients[1].last_heartbeat = replace(clients[1].last_heartbeat, held_LR=np.ones((2, 2), dtype=bool))
     assert engine.exchange.members.held_LRC().shape == (3, 6, 2)
+    assert not engine.exchange.lost, "who asks only reads"
+    engine.idle()
     assert "units" in engine.exchange.lost[1]
     wait_for(lambda: engine.idle() or not engine.exchange.lost, what="the host back")
