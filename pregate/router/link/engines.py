@@ -1,7 +1,8 @@
 """`Engines`: several engines on one pool of hosts, to a front door as one. A stream that breaks goes on at another.
 
 Every request is one engine's. What it has brought stays at the door, so that another engine can go on from there: the
-prompt and the tokens that came are sent as `SubmitRequest.num_generated` says, and the text is the same.
+prompt and the tokens that came are sent as `SubmitRequest.num_generated` says. A text that is greedy or has a seed is
+the same then.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ _COUNTED = (
     "num_running", "num_queued", "num_steps", "num_step_tokens", "num_step_units", "step_s", "num_preempted",
     "prefix_tokens", "queued_bytes", "kv_blocks_free", "kv_blocks_shared", "kv_blocks", "kv_bytes",
 )  # fmt: skip
+#: Those of them that only grow.
+_GROWING = ("num_steps", "num_step_tokens", "num_step_units", "step_s", "num_preempted", "prefix_tokens")
+#: How long one engine is waited for where several are asked (`ENGINE_PATIENCE_S` is for all of them).
+_INFO_S = 1.5
 #: The same of each host: what an engine sent there and waited for.
 _COUNTED_OF_HOSTS = ("rows", *(field.name for field in fields(ChannelStats)))
 
@@ -54,6 +59,7 @@ class Engines:
 
     def __init__(self, clients: Sequence[EngineClient]) -> None:
         self._clients = clients
+        self._infos: dict[EngineClient, dict[str, Any]] = {}  # what each said last
 
     @property
     def unavailable(self) -> str | None:
@@ -126,13 +132,18 @@ class Engines:
                 logger.warning("a route is asked of another engine: %s", error)
 
     async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """What the engines say together: their counts added up. UnavailableError where none answers."""
+        """What the engines say together: their counts added up; of one that gives no answer in `_INFO_S`, what it had
+        done when it last gave one. UnavailableError where none answers."""
         self.open()
+        timeout_s = _INFO_S if timeout_s is None else timeout_s
         answers = await asyncio.gather(*(client.info(timeout_s) for client in self._clients), return_exceptions=True)
-        found = [answer for answer in answers if isinstance(answer, dict)]
+        found = {c: answer for c, answer in zip(self._clients, answers, strict=True) if isinstance(answer, dict)}
         if not found:
             raise next(answer for answer in answers if isinstance(answer, BaseException))
-        return together(found)
+        self._infos |= found
+        silent = [info for client, info in self._infos.items() if client not in found]
+        both = together(list(found.values()))
+        return both | {name: both[name] + sum(info[name] for info in silent) for name in _GROWING}
 
 
 def _without(event: TokensEvent, num: int) -> tuple[TokensEvent, int]:
