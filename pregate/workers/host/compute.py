@@ -36,7 +36,7 @@ _log = get_logger(__name__)
 
 
 class ComputeThread:
-    """Takes plans and groups in the order they come, asks the host, answers.
+    """Takes plans and groups, of each engine in the order they come and of the engines in turn; asks the host, answers.
 
     `clients` maps the ids of clients past their handshake to their engines; the I/O thread keeps it, this one reads it.
     """

@@ -58,7 +58,7 @@ def open_socket(context: zmq.Context, kind: int, ping_s: float = PING_S, pong_s:
     """Return a socket with the bounds both sides share.
 
     It notices a connection on which nothing comes through within `ping_s` + `pong_s`; so does a peer without heartbeats
-    of its own.
+    of its own, within `PING_S` + `PONG_S` whatever is given here.
     """
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, 100)
