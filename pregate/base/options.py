@@ -209,6 +209,8 @@ def _sentence(cls: Any, error: pydantic.ValidationError) -> UserError:
         least = first.get("ctx", {}).get("min_length")
         what = " files, folders or patterns of text" if mark(info, Needs) else ""
         return UserError(f"{option}: {len(value)} given; allowed: {least} or more{what}")
+    if first["type"].startswith(("int_", "float_")) and (what := named(info.annotation)) != (words := allowed(info)):
+        return UserError.of(option, value, f"allowed: {what}, {words}")
     return _not_allowed(name, info, value)
 
 

@@ -49,8 +49,8 @@ class AsyncGeneration(Running, AsyncIterator[Chunk]):
                 if not self._cancelled:  # else it is the call that was
                     raise
                 continue
-            self._attempts.succeeded()
             if chunk is not None:
+                self._attempts.succeeded()
                 return chunk
         raise StopAsyncIteration
 

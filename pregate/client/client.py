@@ -47,8 +47,8 @@ class Generation(Running, Iterator[Chunk]):
                 self._progress.resume()
                 self._call = self._send()
                 continue
-            self._attempts.succeeded()
-            if chunk is not None:
+            if chunk is not None:  # what holds no tokens is no success: a stream may break after it for ever
+                self._attempts.succeeded()
                 return chunk
 
     def cancel(self) -> None:

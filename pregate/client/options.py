@@ -51,7 +51,7 @@ class GenerateOptions(TypedDict, total=False):
 def generate_request(given: dict[str, Any], max_tokens: int | None, options: Mapping[str, Any]) -> pb.GenerateRequest:
     """The message of a request for `given` (of `prompt_field` or `chat_field`). UserError names unknown options."""
     if wrong := {name: value for name, value in options.items() if name not in GenerateOptions.__annotations__}:
-        raise UserError.of_unknown(wrong, sorted(GenerateOptions.__annotations__))
+        raise UserError.of_unknown(wrong, sorted({"max_tokens", *GenerateOptions.__annotations__}))
     sampling = {name: value for name, value in options.items() if name in pb.SamplingParams.DESCRIPTOR.fields_by_name}
     if isinstance(sampling.get("stop"), str):
         sampling["stop"] = [sampling["stop"]]

@@ -78,7 +78,7 @@ def test_a_default_follows_what_is_given_and_yields_to_it():
         ({"kind": "third"}, "--kind third: allowed: one, other"),
         ({"big": "perhaps"}, "--big perhaps: allowed: true or false"),
         ({"text": []}, "--text: 0 given; allowed: 1 or more files, folders or patterns of text"),
-        ({"inner_threads": "two"}, "--inner-threads two: allowed: 1 or more"),
+        ({"inner_threads": "two"}, "--inner-threads two: allowed: a whole number, 1 or more"),
         ({"colour": "red"}, "colour red: unknown option; allowed: model, share, between, width, most, kind, big"),
         ({"number": 1}, "number 1: unknown option"),
         (

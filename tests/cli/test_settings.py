@@ -63,7 +63,7 @@ def test_what_is_printed_is_a_file_that_says_the_same(said, file, tmp_path, caps
         ("modle: x\n", "modle x: unknown option; nearest: model; allowed: model, hosts"),
         ("resident-experts: 2\n", "nearest: resident_experts"),
         ("hostz: 2\nmodle: x\n", "modle x: unknown option; nearest: model; allowed: "),
-        ("model: x\nhosts: many\n", "--hosts many: allowed: 0 or more"),
+        ("model: x\nhosts: many\n", "--hosts many: allowed: a whole number, 0 or more"),
         ("- hosts\n", "is no YAML mapping of options"),
         ("hosts: [\n", "is no YAML mapping of options"),
     ],

@@ -29,8 +29,8 @@ def test_text_values_are_read_by_type():
     [
         ({"model": "/m", "hosts": 2, "host": {"colour": 1}}, r"colour 1: unknown option; allowed: host_id"),
         ({"model": "/m", "hosts": 2, "modle": "x"}, "modle x: unknown option; nearest: model; allowed: model, hosts"),
-        ({"model": "/m", "hosts": "two"}, "hosts two: allowed: 0 or more"),
-        ({"model": "/m", "hosts": 2.5}, "hosts 2.5: allowed: 0 or more"),
+        ({"model": "/m", "hosts": "two"}, "hosts two: allowed: a whole number, 0 or more"),
+        ({"model": "/m", "hosts": 2.5}, "hosts 2.5: allowed: a whole number, 0 or more"),
         ({"model": "/m", "hosts": True}, "hosts True: allowed: 0 or more"),
         ({"hosts": 2}, "model: missing"),
         ({"model": "/m", "hosts": -1}, "hosts -1"),

@@ -139,7 +139,7 @@ ray.shutdown()
     [
         ({"hosts": "2"}, "model: missing"),
         ({"model": "TINY", "hosts": "2", "colour": "1"}, "colour 1: unknown option; allowed: model, hosts"),
-        ({"model": "TINY", "hosts": "two"}, "hosts two: allowed: 0 or more"),
+        ({"model": "TINY", "hosts": "two"}, "hosts two: allowed: a whole number, 0 or more"),
         ({"model": "TINY", "hosts": "6"}, "hosts 6: allowed: 0 to 5"),
         ({"model": "TINY", "max_queued_requests": "0"}, "max_queued_requests 0: allowed: 1 or more"),
         ({"model": "/no/such"}, "model /no/such: no such folder"),

@@ -150,7 +150,7 @@ def test_served_by_two_hosts_it_equals_the_reference(request: pytest.FixtureRequ
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (["--shared", "many"], "--shared many: allowed: 0 or more, or auto"),
+        (["--shared", "many"], "--shared many: allowed: a whole number, 0 or more, or auto"),
         (["--shared", "-1"], "--shared -1: allowed: 0 or more, or auto"),
         (["--active", "0"], "--active 0: allowed with --shared auto: 1 to 8"),
         (["--active", "9"], "--active 9: allowed with --shared auto: 1 to 8"),

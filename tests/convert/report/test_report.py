@@ -197,7 +197,7 @@ def test_the_command_line(tiny_path_checkpoint: Path, tiny_dense: Path, tiny_tex
     ("options", "message"),
     [
         ({"--max-tokens": "0"}, "--max-tokens 0: allowed: 1 or more, or all"),
-        ({"--max-tokens": "few"}, "--max-tokens few: allowed: 1 or more, or all"),
+        ({"--max-tokens": "few"}, "--max-tokens few: allowed: a whole number, 1 or more, or all"),
         ({"--seed": "-1"}, "--seed -1: allowed: 0 or more"),
         ({"--text": "nowhere.txt"}, "--text nowhere.txt: no such path"),
         ({"--out": "nowhere/report.html"}, "--out nowhere/report.html: its parent folder does not exist"),
