@@ -1,5 +1,6 @@
 import os
 import stat
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -377,20 +378,25 @@ def test_a_host_that_seemed_to_talk_nonsense_is_taken_back(serve):
 
 def test_engines_are_served_in_turn(serve):
     """What one has asked for long before does not come before all that another asks for."""
-    order = []
+    order, both_sent = [], threading.Event()
 
-    class Slow(EchoHost):
+    class Held(EchoHost):
+        """Computes on after three groups when both have sent."""
+
         def compute(self, key, rows_ND, index):
+            if len(order) > 2:
+                assert both_sent.wait(10)
             time.sleep(0.005)
             order.append(key.engine)
             return rows_ND
 
-    served = serve(Slow(HostOptions()))
+    served = serve(Held(HostOptions()))
     greedy, modest = served.client(), served.client()
     for number in range(60):
         greedy.send_group(KEY._replace(engine="greedy", group=number), torch.ones(1, WIDTH))
     wait_until(lambda: len(order) > 2)
     for number in range(5):
         modest.send_group(KEY._replace(engine="modest", group=number), torch.ones(1, WIDTH))
+    both_sent.set()
     modest.receive(KEY._replace(engine="modest", group=4), 10.0)
     assert len(order) < 40, order
