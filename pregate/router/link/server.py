@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 IDLE_POLL_S = 0.1
 
 
-class Engine(Protocol):
+class ServedEngine(Protocol):
     """What the server needs of an engine. Only the compute thread calls it, but for `info`, which only reads.
 
     `step` and `idle` raise HostLostError while no expert host answers; a step can be tried again then. Any other
@@ -113,7 +113,7 @@ class EngineServer(LoopServer):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServedEngine,
         endpoint: str,
         *,
         options: EngineServerOptions | None = None,
