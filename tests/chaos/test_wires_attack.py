@@ -77,8 +77,9 @@ def to_host(engine: str, fingerprint: str, width: int) -> list[channel.Message]:
     key = channel.GroupKey(engine, 1, 0, 0)
     index = channel.GroupIndex(*(np.array(a, np.int32) for a in ([1, 4], [2, 2], [0, 2, 0, 1])))
     rows = channel.Rows("float32", (3, width), b"\0" * (12 * width))
-    arrays = ([3, 3, 0], [0, 2, 4, 4], [1, 4, 1, 4], [2, 2, 2, 2], [0, 4, 8, 8], [0, 2, 0, 1, 0, 2, 0, 1])
-    plan = channel.HostPlan(1, *(np.array(a, np.int32) for a in arrays))
+    lists = ([3, 3, 0], [0, 2, 4, 4], [1, 4, 1, 4], [2, 2, 2, 2], [0, 4, 8, 8], [0, 2, 0, 1, 0, 2, 0, 1])
+    arrays: list[Any] = [np.array(a, np.int32) for a in lists]
+    plan = channel.HostPlan(1, *arrays)
     expected = channel.Expected(2, np.ones((2, 3, 6), bool), np.zeros((3, 6), bool))
     return [
         channel.Hello(engine, fingerprint, "float32", width, 64),
