@@ -115,6 +115,8 @@ class ServeConfig:
             )
         if self.engines > 1 and not self.hosts:
             raise UserError.of("--engines", self.engines, "several engines share expert hosts: needs --hosts 1 or more")
+        if self.hosts and self.engine.step_tokens > (most := self.host_options(0).max_rows):
+            raise UserError.of("--step-tokens", self.engine.step_tokens, f"allowed: at most {most} (--max-rows)")
         self.check_hosts(self.hosts)
         _ = self.engine_options, self.host_options(0)  # their own checks, now rather than in another process
 

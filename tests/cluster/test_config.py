@@ -40,6 +40,7 @@ def test_text_values_are_read_by_type():
         ({"model": "/m", "hosts": 1, "dtype": "int3"}, "dtype int3"),
         ({"model": "/m", "hosts": 1, "gpus_per_host": -1}, "gpus_per_host -1"),
         ({"model": "/m", "hosts": 1, "engine": 3}, "engine 3: allowed: a mapping"),
+        ({"model": "/m", "hosts": 1, "engine": {"step_tokens": 9000}}, r"step_tokens 9000: allowed: at most 8192"),
     ],
 )
 def test_bad_values_are_named(values, sentence):

@@ -56,12 +56,15 @@ class EngineOptions:
     def kv_blocks(self, context: int, token_bytes: int, free_bytes: Callable[[], int]) -> int:
         """Blocks of the KV cache, for a model of this context whose every token takes `token_bytes`.
 
-        UserError where the memory asked for is not even one block.
+        UserError where the memory asked for is not even one block, or more than is free.
         """
         if self.kv_cache_memory is None:
             return -(-max(context, min(self.max_running * context, 65536)) // self.block_size)
         memory = self.kv_cache_memory
-        num_bytes = int(memory * free_bytes() if memory <= 1 else memory)
+        free = free_bytes()
+        num_bytes = int(memory * free if memory <= 1 else memory)
+        if num_bytes > free:
+            raise UserError.of("--kv-cache-memory", f"{memory:g}", f"allowed: at most {free}, the bytes that are free")
         if num_bytes < self.block_size * token_bytes:
             sentence = f"is less than one block; allowed: {self.block_size * token_bytes} bytes or more"
             raise UserError.of("--kv-cache-memory", f"{self.kv_cache_memory:g}", sentence)

@@ -13,6 +13,7 @@ from pregate.base.errors import HostLostError, PregateError, ProtocolError, Queu
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
 from pregate.router.engine.engine import Engine
+from pregate.router.engine.options import EngineOptions
 from pregate.router.link.messages import FailedEvent, PackedState, SamplingParams, SubmitRequest, TokensEvent
 from tests.router.serving import engine_of, hosts_here
 
@@ -354,3 +355,10 @@ def test_a_stop_list_is_bounded_by_the_vocabulary_and_costs_a_step_nothing(engin
         submit(engine, "a", sampling={"stop_token_ids": (3,) * 257})
     submit(engine, "a", sampling={"stop_token_ids": (alone["a"][4],) * 256})
     assert run(engine)["a"] == alone["a"][: alone["a"].index(alone["a"][4])]
+
+
+def test_a_cache_larger_than_memory_is_refused_before_it_is_made():
+    options = EngineOptions("m", kv_cache_memory=1e13)
+    with pytest.raises(UserError, match=r"kv_cache_memory 1e\+13: allowed: at most 4000, the bytes that are free"):
+        options.kv_blocks(512, 64, lambda: 4000)
+    assert EngineOptions("m", kv_cache_memory=0.5).kv_blocks(512, 64, lambda: 4096) == 2
