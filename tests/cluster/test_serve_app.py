@@ -1,5 +1,6 @@
 """The Serve application: what it takes, its health, and what `serve run` leaves (with `serve`: test_life_cycle.py)."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -194,11 +195,15 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
     before = shared_memory()
     with started(*SERVE_RUN, f"model={path_checkpoint}", "hosts=0", until="is ready at") as app:
         ports = listening_ports(processes_of(app.folder))
-        # Once, of many runs, the signal was lost: Serve prints that line a moment before it waits for one, and
-        # callbacks of Ray swallow what is raised in them.
+        # Of many runs the signal was lost twice: Serve prints that line a moment before it waits for one, and
+        # callbacks of Ray swallow what is raised in them. Who sits before it presses Ctrl-C again.
         time.sleep(2)
-        app.process.send_signal(signal.SIGINT)
-        app.process.wait(120)
+        for _ in range(3):
+            app.process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                app.process.wait(40)
+                break
+        assert app.process.poll() is not None, "it ends on Ctrl-C"
         assert app.wait_nothing_left(20) == []
         assert still_listening(ports) == set()
         assert shared_memory() <= before

@@ -68,7 +68,7 @@ def test_no_request_ends_in_a_bug(http, name, mode):
         answer = client.request(**sent)
         assert answer.status_code in ANSWERS, (sent, answer.text)
         if answer.status_code >= 400:
-            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code", "request_id"}
         assert "internal error" not in answer.text
 
     attempt()

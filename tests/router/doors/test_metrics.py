@@ -111,7 +111,7 @@ def test_numbers_are_those_of_the_requests(service):
     assert grown("admission_rejections_total", reason="queue_full") == 1
     for stem in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
         assert grown(f"{stem}_seconds_count") == 3
-    assert 1 <= grown("inter_token_latency_seconds_count") <= 5  # tokens may come together
+    assert grown("inter_token_latency_seconds_count") <= 5  # tokens may come together, even all
     assert grown("request_generation_tokens_sum") == 8
     parts = sum(grown(f"request_{part}_time_seconds_sum") for part in ("queue", "prefill", "decode"))
     assert 0 < parts <= grown("e2e_request_latency_seconds_sum")
