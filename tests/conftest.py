@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 
 # Before torch is imported, and for every process a test starts, whatever the shell says: with another number of threads
@@ -11,6 +12,9 @@ import tempfile
 os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 # Where hashes of checkpoints are remembered: not among those of whoever runs the tests.
 os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "pregate-tests-cache")
+# What a script starts in the background ignores Ctrl-C, and so does all it starts; tests press Ctrl-C.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable
 from pathlib import Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -20,6 +21,14 @@ def test_pytest_by_hand_computes_with_one_thread():
     command, env = [sys.executable, "-c", show], bare | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, timeout=120, check=True)
     assert found.stdout.split() == [b"1", b"1"]
+
+
+def test_in_the_background_of_a_script_ctrl_c_still_counts():
+    """Chat and `serve run` did not stop when `make test` was started there."""
+    show = "import tests.conftest, signal; print(signal.getsignal(signal.SIGINT).__name__)"
+    in_background = ["sh", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(show)} & wait"]
+    found = subprocess.run(in_background, cwd=ROOT, capture_output=True, timeout=120, check=True)
+    assert found.stdout.split() == [b"default_int_handler"]
 
 
 @pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")

@@ -195,8 +195,7 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
     before = shared_memory()
     with started(*SERVE_RUN, f"model={path_checkpoint}", "hosts=0", until="is ready at") as app:
         ports = listening_ports(processes_of(app.folder))
-        # Of many runs the signal was lost twice: Serve prints that line a moment before it waits for one, and
-        # callbacks of Ray swallow what is raised in them. Who sits before it presses Ctrl-C again.
+        # Serve prints that line a moment before it waits for a signal; who sits before it presses Ctrl-C again.
         time.sleep(2)
         for _ in range(3):
             app.process.send_signal(signal.SIGINT)
