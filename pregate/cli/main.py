@@ -27,6 +27,7 @@ COMMANDS = {
     **dict.fromkeys(("serve", "doctor"), "pregate.cli.serve"),
     "config": "pregate.cli.config",
     "scale": "pregate.cli.scale",
+    "push": "pregate.cli.push",
     **dict.fromkeys(("status", "top"), "pregate.cli.status"),
     "chat": "pregate.cli.chat",
     "bench": "pregate.cli.bench",

@@ -49,12 +49,18 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
     return kept
 
 
-def find(name: str, ray_access: RayAccess) -> Any:
-    """The supervisor of a deployment that runs, at --ray-address or on this machine. UnavailableError without one."""
+def join(ray_access: RayAccess) -> str:
+    """Be connected to the Ray that runs at --ray-address, or on this machine; returns its address."""
     address = ray_access.address or "auto"
     if not ray.is_initialized():
         check_address(address)
         _join(address)
+    return address
+
+
+def find(name: str, ray_access: RayAccess) -> Any:
+    """The supervisor of a deployment that runs, at --ray-address or on this machine. UnavailableError without one."""
+    address = join(ray_access)
     try:
         return ray.get_actor(SUPERVISOR_PREFIX + name, NAMESPACE)
     except ValueError:

@@ -34,7 +34,7 @@ from pregate.cluster.ray_start import end_processes, init_local, stop_ray
 
 NAMESPACE = "pregate"
 SUPERVISOR_PREFIX = "pregate:"
-#: Nothing of ours travels through the object store; this is Ray's own need.
+#: Of ours only `push` uses the object store, a little at a time; this is Ray's own need.
 OBJECT_STORE_BYTES = 200 * 2**20
 #: Above Ray's own limit times `ray_start.ATTEMPTS`.
 START_TIMEOUT_S = 120.0

@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,19 +67,27 @@ def report_node(address: str, ray_gpus: float, model: str | None, parent: str | 
     )
 
 
+def each_node() -> Iterator[tuple[Mapping[str, Any], dict[str, Any]]]:
+    """Every node that is alive, as Ray describes it, and Ray's options of what is to run there, however busy it is."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    for node in ray.nodes():
+        if node["Alive"]:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            yield node, {"num_cpus": 0, "scheduling_strategy": here}
+
+
 def ask_nodes(model: str | None, parent: str | None) -> tuple[list[NodeReport], list[Finding]]:
     """Reports of all nodes of the Ray that this process is connected to, and a finding for each that gave none."""
     import ray
     import ray.exceptions
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     asked: dict[Any, str] = {}
-    for node in ray.nodes():
-        if node["Alive"]:
-            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(report_node).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-            address = node["NodeManagerAddress"]
-            asked[task.remote(address, node["Resources"].get("GPU", 0.0), model, parent)] = address
+    for node, here in each_node():
+        task = ray.remote(report_node).options(max_retries=0, **here)
+        address = node["NodeManagerAddress"]
+        asked[task.remote(address, node["Resources"].get("GPU", 0.0), model, parent)] = address
     ray.wait(list(asked), num_returns=len(asked), timeout=NODE_TIMEOUT_S)
     reports, silent = [], []
     for reference, address in asked.items():
@@ -125,7 +133,7 @@ def _of_node(here: Mapping[str, str | None], report: NodeReport, device: str) ->
             mend = "use one Python everywhere" if name == "python" else f"pip install '{name}=={here[name]}' there"
             found.append(Finding(what, "fail", value, f"{mend}, then start Ray there again"))
     if report.model_error:
-        mend = "put the checkpoint at this path there, or on a disk that all nodes share"
+        mend = "put the checkpoint at this path there (`pregate push`), or on a disk that all nodes share"
         found.append(Finding(what, "fail", report.model_error, mend))
     if report.shm_bytes < MIN_SHM_BYTES:
         value = f"{gigabytes(report.shm_bytes)} of /dev/shm, {gigabytes(MIN_SHM_BYTES)} needed"
