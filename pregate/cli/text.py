@@ -125,6 +125,7 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     from transformers import StoppingCriteriaList
 
     from pregate.router.doors.completion_text import CompletionText
+    from pregate.router.doors.token_texts import TokenTexts
     from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 
     folder, tokenizer, encoding = _read(source, prompt)
@@ -147,7 +148,8 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     if sampling.min_tokens:
         picking["min_new_tokens"] = sampling.min_tokens
     params = SamplingParams(max_tokens, min_tokens=sampling.min_tokens)
-    text = CompletionText(tokenizer, SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings), 0)
+    asked, stops = SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings)
+    text = CompletionText(TokenTexts(tokenizer), asked, stops, 0)
 
     def ended(ids_BN: torch.Tensor, _scores: object) -> torch.Tensor:
         token_id = int(ids_BN[0, -1])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
-
 from pregate.base.completion import Chunk, Completion, TokenLogprob
 from pregate.router.doors.detokenize import Detokenizer
 from pregate.router.doors.stop_strings import StopStrings
+from pregate.router.doors.token_texts import TokenTexts
 from pregate.router.link.messages import ABORTED, FinishedEvent, SubmitRequest, TokensEvent
 
 
@@ -19,10 +18,10 @@ class CompletionText:
     brings. `stopped`: a stop string has ended it, and what the engine goes on with is nobody's.
     """
 
-    def __init__(self, tokenizer: Tokenizer, request: SubmitRequest, stop: Sequence[str], index: int) -> None:
+    def __init__(self, texts: TokenTexts, request: SubmitRequest, stop: Sequence[str], index: int) -> None:
         self.stopped = False
         self._num_prompt = len(request.token_ids) - request.num_generated
-        self._detokenizer = Detokenizer(tokenizer, request.token_ids[: self._num_prompt])
+        self._detokenizer = Detokenizer(texts, request.token_ids[: self._num_prompt])
         self._stop = StopStrings(stop) if stop else None
         self._min_tokens = request.sampling.min_tokens
         self._index = index

@@ -25,6 +25,7 @@ from pregate.router.doors.in_flight import InFlight, Taken
 from pregate.router.doors.prompt_reader import Prompt, PromptReader
 from pregate.router.doors.request_watch import RequestMetrics
 from pregate.router.doors.together import together
+from pregate.router.doors.token_texts import TokenTexts
 from pregate.router.link.client import EngineClient
 from pregate.router.link.engines import OPTIONS, Engine, Engines
 from pregate.router.link.messages import SamplingParams, SubmitRequest, check_prompt
@@ -73,6 +74,7 @@ class DoorService:
         self.model_name, self.metrics = model_name, RequestMetrics()
         self._engine, self._paths = engine_client, path_client
         self._tokenizer = read_tokenizer(Path(tokenizer_dir))
+        self._texts = TokenTexts(self._tokenizer)
         self._prompts = PromptReader(self._tokenizer, ChatTemplate(Path(tokenizer_dir)))
         most, at_door = (options or ServiceOptions()).max_requests, "num_requests_at_door"
         self._in_flight = InFlight(most, lambda num: self.metrics.record(at_door, num))
@@ -173,7 +175,7 @@ class DoorService:
             )
             copies = copies_of(await self._with_paths(request), sampling.n)
             taken.engine_ids = [copy.request_id for copy in copies]
-            texts = [CompletionText(self._tokenizer, copy, stops, index) for index, copy in enumerate(copies)]
+            texts = [CompletionText(self._texts, copy, stops, index) for index, copy in enumerate(copies)]
             streams = [
                 completion_stream(self._engine, copy, text, request_id, taken, watch.text())
                 for copy, text in zip(copies, texts, strict=True)
@@ -257,7 +259,7 @@ class DoorService:
 
     def word(self, token_id: int) -> str:
         """The text of one token by itself."""
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self._texts.word(token_id)
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests; wait for the running ones. Returns whether all ended in time."""

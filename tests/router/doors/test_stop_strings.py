@@ -15,6 +15,7 @@ from pregate.cli.main import main
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.stop_strings import StopStrings
+from pregate.router.doors.token_texts import TokenTexts
 from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 from tests.router.doors.test_detokenize import byte_fallback, byte_level
 from tests.router.running import served
@@ -63,7 +64,7 @@ def tokenizer(request):
 def run(tokenizer, ids, stop, cuts, min_tokens=0):
     """The completion of `ids` that come in events of so many, and its chunks."""
     request = SubmitRequest("r", tuple(tokenizer.encode("once").ids), SamplingParams(99, min_tokens=min_tokens))
-    text, chunks, start = CompletionText(tokenizer, request, stop, 0), [], 0
+    text, chunks, start = CompletionText(TokenTexts(tokenizer), request, stop, 0), [], 0
     while start < len(ids) and not text.stopped:
         some = tuple(ids[start : start + next(cuts)])
         chunks.append(text.push(TokensEvent("r", some, tuple(TokenLogprob(i, -1.0) for i in some))))
