@@ -7,6 +7,7 @@ peer travels in one packet. Unknown kinds, unknown or missing fields and wrong t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -97,18 +98,22 @@ def _read_message(fields: object) -> Message:
 
 
 def _read_fields(cls: type, fields: object, where: str) -> Any:
-    specs = dataclasses.fields(cls)
-    if not isinstance(fields, dict) or fields.keys() != {spec.name for spec in specs}:
-        raise ProtocolError(f"{where}: fields must be {', '.join(spec.name for spec in specs)}")
-    values = {}
-    for spec in specs:
-        # Annotations are postponed, so `spec.type` is the text written in the class above.
-        value, expected = fields[spec.name], str(spec.type)
+    expected = _types(cls)
+    if not isinstance(fields, dict) or fields.keys() != expected.keys():
+        raise ProtocolError(f"{where}: fields must be {', '.join(expected)}")
+    for name, kind in expected.items():
         try:
-            values[spec.name] = _READERS[expected](value)
+            fields[name] = _READERS[kind](fields[name])
         except TypeError as error:
-            raise ProtocolError(f"{where}.{spec.name}: {type(value).__name__} where {expected} is expected") from error
-    return cls(**values)
+            given = type(fields[name]).__name__
+            raise ProtocolError(f"{where}.{name}: {given} where {kind} is expected") from error
+    return cls(**fields)
+
+
+@functools.cache
+def _types(cls: type) -> Mapping[str, str]:
+    """The type of each field as it is written in the class: annotations are postponed."""
+    return MappingProxyType({spec.name: str(spec.type) for spec in dataclasses.fields(cls)})
 
 
 def _only(*kinds: type) -> Callable[[Any], Any]:
