@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,10 @@ POLL_S = 0.5
 GCS_CONNECT_TIMEOUT_S = 2.0
 TOKEN_WAY_OUT = "set HOME to a folder of yours, or RAY_AUTH_TOKEN_PATH to a file"
 
-_RAY_ENVIRONMENT = {
+#: Serve's proxies ask replicas over gRPC, from their one event loop: of the cores a token takes much less than as a Ray
+#: call. Replicas listen for it in any case, and ask for Ray's token.
+SERVE_ENVIRONMENT = {"RAY_SERVE_PROXY_USE_GRPC": "1", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
+_RAY_ENVIRONMENT = SERVE_ENVIRONMENT | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",  # Ray's ports are open to the network; only who holds the token gets in
     "RAY_enable_metrics_collection": "0",  # these three ports would ask nobody for a token; the port -1 is not opened
@@ -86,7 +90,16 @@ class LocalRay:
 
 def prepare_environment() -> None:
     """Set what Ray reads from the environment while it is imported; what the user has set stands."""
-    for name, value in _RAY_ENVIRONMENT.items():
+    _set_defaults(_RAY_ENVIRONMENT)
+
+
+def prepare_serve() -> None:
+    """Of these, set what Serve's processes read where this process starts Ray."""
+    _set_defaults(SERVE_ENVIRONMENT)
+
+
+def _set_defaults(values: Mapping[str, str]) -> None:
+    for name, value in values.items():
         os.environ.setdefault(name, value)
 
 

@@ -32,7 +32,7 @@ from pregate.base.errors import PregateError, QueueFullError, UnavailableError, 
 from pregate.base.network import is_loopback
 from pregate.base.options import of_keys, options, shown
 from pregate.base.telemetry import flush
-from pregate.cluster import preflight, ray_metrics
+from pregate.cluster import local_ray, preflight, ray_metrics
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
@@ -50,6 +50,9 @@ _Limit = Annotated[int, Field(ge=1)]
 _OptionalLimit = Annotated[int | None, Field(ge=1)]
 #: Requests that a replica has in flight before Serve adds another, where it may.
 _TARGET_ONGOING = 64
+#: Requests are answered in the replica's own event loop: a token more would go from thread to thread, and nothing of
+#: ours holds a loop up.
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}
 
 
 @options()
@@ -120,6 +123,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     if on_command_line:
         click.echo(_how_to_try(asked.token_file), err=True)
         if not ray.is_initialized():
+            local_ray.prepare_serve()
             _leave_nothing_behind()
     # With a replica more before one less a changed configuration drops no lease of the deployment, and no request.
     wished = {
@@ -133,7 +137,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=asked.max_ongoing_requests,
         max_queued_requests=asked.max_queued_requests,
         graceful_shutdown_timeout_s=config.drain_s + 10,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP}},
         **asked.scale,
         **{name: value for name, value in wished.items() if name in known},
     )

@@ -56,7 +56,7 @@ def test_ray_takes_the_cluster_file(name):
 def test_every_node_starts_ray_as_pregate_would(name):
     """With a token, at our niceness and without idle processes; metrics stay on: a cluster has who reads them."""
     wanted = {f"{k}={v}" for k, v in local_ray._RAY_ENVIRONMENT.items() if k.startswith(("RAY_AUTH", "RAY_worker",
-              "RAY_prestart", "RAY_enable_worker"))}  # fmt: skip
+              "RAY_prestart", "RAY_enable_worker", "RAY_SERVE"))}  # fmt: skip
     config = read(name)
     for role in ("head", "worker"):
         stop, start = config[f"{role}_start_ray_commands"]
