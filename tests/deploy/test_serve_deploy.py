@@ -4,14 +4,18 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import yaml
 
 from tests.cluster.leftovers import ROOT, command_of, launched, own_environment, processes_of, wait_for
+from tests.router.running import wait_for as eventually
 
 RAY = """
 import os, sys, time, ray
@@ -43,6 +47,9 @@ class Cluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    def replicas(self) -> set[int]:
+        return {process.pid for process in processes_of(self.folder) if "ServeReplica" in command_of(process)}
+
     def application(self) -> dict:
         return yaml.safe_load(self.serve("status"))["applications"].get("pregate", {"status": "NOT_STARTED"})
 
@@ -71,6 +78,29 @@ def ask(port: int, **body) -> dict:
         return json.load(reply)
 
 
+@contextmanager
+def load(port: int, body: dict, num_clients: int = 4) -> Iterator[list[str]]:
+    """Ask without a pause until the block ends; yields what each answer says, or what went wrong in its place."""
+    said, done = [], threading.Event()
+
+    def client() -> None:
+        while not done.is_set():
+            try:
+                said.append(ask(port, **body)["choices"][0]["text"])
+            except Exception as error:  # noqa: BLE001 - none is allowed
+                said.append(repr(error))
+
+    threads = [threading.Thread(target=client) for _ in range(num_clients)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield said
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join(TIMEOUT_S)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_deployed_changed_and_shut_down(cluster):
@@ -89,10 +119,16 @@ def test_deployed_changed_and_shut_down(cluster):
 
     args["max_queued_requests"] = 17
     file.write_text(yaml.safe_dump(config))
-    cluster.serve("deploy", file)
-    time.sleep(2)
-    found = cluster.wait("RUNNING")
-    assert "17" in json.dumps(cluster.serve("config")), found
+    before = cluster.replicas()
+    with load(port, body) as texts:
+        eventually(lambda: len(texts) > 4, TIMEOUT_S, "texts before the change")
+        cluster.serve("deploy", file)
+        eventually(lambda: not cluster.replicas() & before, TIMEOUT_S, "another replica alone")
+        cluster.wait("RUNNING")
+        num_texts = len(texts)
+        eventually(lambda: len(texts) > num_texts + 4, TIMEOUT_S, "texts after the change")
+    assert set(texts) == {first}, "no request failed"
+    assert "17" in json.dumps(cluster.serve("config"))
     assert ask(port, **body)["choices"][0]["text"] == first
 
     cluster.serve("shutdown", "--yes")

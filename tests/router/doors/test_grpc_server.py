@@ -3,9 +3,12 @@
 import platform
 import shutil
 import time
+from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message_factory import GetMessageClass
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tokenizers import Tokenizer
 
@@ -122,10 +125,24 @@ def test_a_bad_certificate_is_refused(endpoint, tiny_dense, tls, tmp_path):
         front.loop.call(server.start())
 
 
-def test_reflection_lists_the_services(endpoint, tiny_dense):
-    with door(endpoint, tiny_dense) as front, grpc.insecure_channel(front.target) as channel:
-        names = set(ProtoReflectionDescriptorDatabase(channel).get_services())
-    assert {"pregate.v1.Pregate", "grpc.health.v1.Health"} <= names
+def test_a_client_without_our_proto_asks_by_reflection(tiny_path_checkpoint):
+    with served(tiny_path_checkpoint) as (_, front), grpc.insecure_channel(front.target) as channel:
+        database = ProtoReflectionDescriptorDatabase(channel)
+        assert {"pregate.v1.Pregate", "grpc.health.v1.Health"} <= set(database.get_services())
+        service = DescriptorPool(database).FindServiceByName("pregate.v1.Pregate")
+        assert {method.name for method in service.methods} >= {"Generate", "Abort", "GetModelInfo", "Route"}
+        generate = service.FindMethodByName("Generate")
+        asked: Any = GetMessageClass(generate.input_type)
+        answered: Any = GetMessageClass(generate.output_type)
+        request = asked(text="O wind", stream=True, sampling_params={"max_tokens": 8, "ignore_eos": True})
+        call = channel.unary_stream(
+            f"/{service.full_name}/Generate",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=answered.FromString,
+        )
+        *chunks, last = call(request, timeout=60)
+        assert "".join(answer.chunk.text for answer in chunks) == last.complete.text
+        assert last.complete.text == front.client.complete("O wind", 8, ignore_eos=True).text
 
 
 def test_with_a_ca_for_clients_only_their_certificates_get_in(endpoint, tiny_dense, authority, tls):
