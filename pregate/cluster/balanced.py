@@ -30,16 +30,14 @@ def balanced(
     num_hosts: int,
     replicas: float = 0.0,
     one_index: bool = False,
-    node_of_host: Sequence[int] | None = None,
-    follows_LRR: NDArray[np.float64] | None = None,
+    node_of_host: Sequence[str] | Sequence[int] | None = None,
 ) -> NDArray[np.int16]:
     """Return copies [L, R, C]: the hosts that hold each unit, its home first, -1 behind them.
 
     `num_routed`: routed experts of each layer. `load_LR`: each unit's work, of any scale. `replicas`: copies beyond one
     of each, as a share of all units. `node_of_host` [H]: copies of a unit lie on several nodes where there is room.
-    `follows_LRR`: how many tokens go from unit (l - 1, q) to (l, r), at [l, q, r]; of hosts that are equally good the
-    one is taken that more of a unit's tokens come from. In a layer, and without `one_index` in all, hosts hold the same
-    number of units, or one more.
+    With `one_index` units of one number lie on one host where that is as good as others. In a layer, and without
+    `one_index` in all, hosts hold the same number of units, or one more.
 
     Worked example, one layer of 4 units with load [6, 1, 2, 3], two hosts of 3 units each (replicas 0.5): the spare
     copies go to unit 0 (6 a copy) and, as that is on both hosts now, to 3 (3 a copy); each host has load 3 + 1.5 of
@@ -48,17 +46,16 @@ def balanced(
     """
     counts_LR = num_copies(num_routed, load_LR, num_hosts, replicas)
     copies = np.full((*load_LR.shape, int(counts_LR.max(initial=1))), NO_HOST, dtype=np.int16)
-    node_H = np.arange(num_hosts) if node_of_host is None else np.asarray(node_of_host)
+    node_H = np.unique(range(num_hosts) if node_of_host is None else node_of_host, return_inverse=True)[1]
     turn, held_RH = 0, np.zeros((load_LR.shape[1], num_hosts), dtype=bool)
     for layer, count in enumerate(num_routed):
         if not count:
             continue
         num_slots = int(counts_LR[layer].sum())
         room_H = num_slots // num_hosts + ((np.arange(num_hosts) - turn) % num_hosts < num_slots % num_hosts)
-        from_RH = _arrivals(held_RH, None if follows_LRR is None else follows_LRR[layer], one_index)
         each_R = load_LR[layer, :count] / counts_LR[layer, :count]
-        held_RH = np.zeros_like(held_RH)
-        held_RH[:count] = _pack(each_R, counts_LR[layer, :count], room_H, node_H, from_RH)
+        before_RH, held_RH = held_RH & one_index, np.zeros_like(held_RH)
+        held_RH[:count] = _pack(each_R, counts_LR[layer, :count], room_H, node_H, before_RH)
         _write(copies[layer], held_RH[:count], load_LR[layer, :count])
         turn = 0 if one_index else (turn + num_slots) % num_hosts
     return copies
@@ -87,15 +84,11 @@ def num_copies(
     return counts_LR
 
 
-def _arrivals(held_RH: NDArray[np.bool_], follows_RR: NDArray[np.float64] | None, one_index: bool) -> NDArray:
-    """How many tokens of each unit come from a host, by where the layer before lies; units [R, H]."""
-    if follows_RR is None:
-        return held_RH.astype(float) if one_index else np.zeros(held_RH.shape)
-    return follows_RR.T @ (held_RH / np.maximum(held_RH.sum(axis=1, keepdims=True), 1))
-
-
-def _pack(each_R: NDArray, counts_R: NDArray, room_H: NDArray, node_H: NDArray, from_RH: NDArray) -> NDArray[np.bool_]:
-    """Which hosts hold which units of a layer [R, H]: so many copies of each, of so much load each."""
+def _pack(
+    each_R: NDArray, counts_R: NDArray, room_H: NDArray, node_H: NDArray, before_RH: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Which hosts hold which units of a layer [R, H]: so many copies of each, of so much load each; of hosts that are
+    equally good those that hold the unit of the same number before."""
     num_hosts, near = len(room_H), _NEAR * float((each_R * counts_R).sum()) / len(room_H)
     held_RH = np.zeros((len(each_R), num_hosts), dtype=bool)
     load_H, room_H = np.zeros(num_hosts), room_H.copy()
@@ -109,7 +102,7 @@ def _pack(each_R: NDArray, counts_R: NDArray, room_H: NDArray, node_H: NDArray, 
             other = open_H & ~np.isin(node_H, node_H[held_RH[unit]])
             hosts = np.flatnonzero(other if other.any() else open_H)
             hosts = hosts[load_H[hosts] <= load_H[hosts].min() + near]
-            host = hosts[np.lexsort((load_H[hosts], -from_RH[unit, hosts]))[0]]
+            host = hosts[np.lexsort((load_H[hosts], ~before_RH[unit, hosts]))[0]]
             held_RH[unit, host] = True
             load_H[host] += each_R[unit]
             room_H[host] -= 1
@@ -146,9 +139,9 @@ def _even_out(held_RH: NDArray, load_H: NDArray, each_R: NDArray, node_H: NDArra
         most = int(load_H.argmax())
         best, swap = load_H[most] * (1 - 1e-9), None
         for host in np.argsort(load_H, kind="stable")[:_PARTNERS]:
-            alone_R = num_on_RN[:, node_H[[most, host]]] == (node_H[most] == node_H[host])  # but for the copy that goes
-            out = np.flatnonzero(held_RH[:, most] & ~held_RH[:, host] & alone_R[:, 1])
-            back = np.flatnonzero(held_RH[:, host] & ~held_RH[:, most] & alone_R[:, 0])
+            may_R = (num_on_RN[:, node_H[[most, host]]] == 0) | (node_H[most] == node_H[host])
+            out = np.flatnonzero(held_RH[:, most] & ~held_RH[:, host] & may_R[:, 1])
+            back = np.flatnonzero(held_RH[:, host] & ~held_RH[:, most] & may_R[:, 0])
             if not len(out) or not len(back):
                 continue
             moved = each_R[out][:, None] - each_R[back]

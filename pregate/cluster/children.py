@@ -24,9 +24,10 @@ from pregate.base.options import from_dict, shown
 from pregate.cluster import ray_metrics, room, run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
-from pregate.cluster.hosts import Hosts, actor_name, actor_options, start_actor, wait
+from pregate.cluster.hosts import Hosts, actor_name, actor_options, start_actor
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import check, check_request
+from pregate.cluster.places import nodes_of, wait
 from pregate.cluster.pulse import look
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.cluster.scaling import Scaling
@@ -78,11 +79,12 @@ class RayChildren:
         config = self._config
         self._exports = await asyncio.to_thread(ray_metrics.exports)
         experts = read_routed_experts(config.model)
-        placement = experts.placement(config)
-        check(placement, experts.num_routed, experts.one_index)
-        check_request(experts.num_routed, config.max_hosts or placement.num_hosts, config.placement, config.replicas)
+        for num_hosts in (config.hosts, config.max_hosts or 1):
+            check_request(experts.num_routed, max(1, num_hosts), config.placement, config.replicas)
         self._group = group = await self._reserve()
         places = [(group, bundle) for bundle in _host_bundles_by_node(group)]
+        placement = experts.placement(config, nodes=nodes_of(places))
+        check(placement, experts.num_routed, experts.one_index)
         self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
         for engine in self._engines:
             engine.make()  # its process comes up while the hosts load

@@ -12,24 +12,23 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pregate.base.errors import UnavailableError, UserError
 from pregate.base.log import get_logger
-from pregate.cluster import room, run_folder
+from pregate.cluster import places, room
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.local_ray import NAMESPACE
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import Placement
+from pregate.cluster.places import Place
 from pregate.workers.host.actor import ActorOptions, ExpertHostActor
 from pregate.workers.link.protocol import HostAddress
 from pregate.workers.link.transport import CurveKeys
 
 logger = get_logger(__name__)
 Unit = tuple[int, int]
-#: A placement group and which of its bundles.
-Place = tuple[PlacementGroup, int]
+#: How long room is waited for on another node, before it is asked for anew.
+ELSEWHERE_S = 60.0
 
 
 class Hosts:
@@ -50,22 +49,35 @@ class Hosts:
         #: Of every host, for people.
         self.info: list[dict[str, Any]] = []
 
-    async def start(self, placement: Placement, places: list[Place]) -> None:
+    async def start(self, placement: Placement, reserved: list[Place]) -> None:
         """Start the first hosts, in the room that was reserved for them."""
-        self.placement, self._places = placement, places
+        self.placement, self._places = placement, reserved
         self._units = [frozenset(placement.units_of(host)) for host in range(self._config.hosts)]
         self.parts = [self._part(host) for host in range(self._config.hosts)]
         await asyncio.gather(*map(self._start, self.parts, range(len(self.parts))))
         self._num_told = len(self.parts)
 
+    async def reserve(self, num_hosts: int) -> None:
+        """Have room for so many hosts, until as many are there and leave. UserError or UnavailableError without."""
+        try:
+            while len(self._places) < num_hosts:
+                timeout_s = self._config.start_timeout_s
+                self._places.append(await places.reserve(self._config, len(self._places) + 1, timeout_s))
+        except BaseException:
+            await self._drop(len(self.parts))
+            raise
+
+    def nodes(self, num_hosts: int) -> list[str]:
+        """The node of each of the first `num_hosts` hosts, or of the room that is reserved for it."""
+        return places.nodes_of(self._places[:num_hosts])
+
     async def add(self, target: Placement) -> None:
-        """Start hosts until there are as many as `target` has, each with the units it is to serve; returns when the
-        engine knows of them. Raises what a host failed with; then there are as many as before."""
+        """Start hosts until there are as many as `target` has, for which there is room, each with the units it is to
+        serve; returns when the engine knows of them. Raises what a host failed with; then there are as many as before.
+        """
         first = len(self.parts)
         try:
             for host in range(first, target.num_hosts):
-                if host == len(self._places):
-                    self._places.append(await self._reserve())
                 self._units.append(frozenset(target.units_of(host)))
                 self.parts.append(self._part(host))
             await asyncio.gather(*(self._start(self.parts[host], host) for host in range(first, target.num_hosts)))
@@ -98,11 +110,33 @@ class Hosts:
         self.placement, self._num_told = replace(self.placement, num_hosts=num_hosts), num_hosts
         await self._drop(num_hosts)
 
+    def on_draining_nodes(self) -> list[int]:
+        """Hosts whose nodes Ray is to take away."""
+        draining = places.draining_nodes()
+        return [host for host, node in enumerate(self.nodes(len(self.parts))) if node in draining] if draining else []
+
+    async def move_elsewhere(self, host: int) -> None:
+        """Let a process on another node be this host: it reads the units first, then engines turn to it, then the one
+        there was is drained. Raises what kept it from that; then nothing has changed."""
+        old_part, old_place = self.parts[host], self._places[host]
+        self._places[host] = await places.reserve(self._config, len(self.parts), ELSEWHERE_S)
+        part = self._part(host)
+        try:
+            await self._start(part, host)
+        except BaseException:
+            await part.stop(STOP_TIMEOUT_S, kindly=False)
+            places.give_back([self._places[host]])
+            self._places[host] = old_place
+            raise
+        self.parts[host] = part
+        await self.tell_of(host)
+        await _drain(old_part)
+        places.give_back([old_place])
+
     async def stop(self, came_up: bool) -> None:
         """Stop all of them; those that have not come up are killed."""
         await asyncio.gather(*(part.stop(STOP_TIMEOUT_S, came_up) for part in self.parts))
-        for group in {place[0] for place in self._places[self._config.hosts :]}:
-            remove_placement_group(group)
+        places.give_back(self._places)
 
     def client_maker(self, host: int) -> Callable[[], Any]:
         """What makes an engine's client of a host, in the engine's process."""
@@ -116,7 +150,7 @@ class Hosts:
     # ---- one host ----
 
     def _part(self, host: int) -> Part:
-        make = functools.partial(self._make, host)
+        make = functools.partial(self._make, host, self._places[host])
         return Part(f"host {host}", make, start_actor, self._came_back, self._config.start_timeout_s, None)
 
     async def _start(self, part: Part, host: int) -> None:
@@ -151,42 +185,21 @@ class Hosts:
         for host in [h for h in self.addresses if h >= num_hosts]:
             del self.addresses[host]
         del self.info[num_hosts:]
-        for part in gone:
-            if part.pulse is not None:
-                await settle(part.actor.drain.remote(STOP_TIMEOUT_S), 2 * STOP_TIMEOUT_S)
-        await asyncio.gather(*(part.stop(STOP_TIMEOUT_S, part.pulse is not None) for part in gone))
+        await asyncio.gather(*map(_drain, gone))
         keep = max(num_hosts, self._config.hosts)
-        for group, _ in self._places[keep:]:
-            remove_placement_group(group)
+        places.give_back(self._places[keep:])
         del self._places[keep:]
 
-    async def _reserve(self) -> Place:
-        """Room for one more host. UserError where a Ray of our own has none, UnavailableError in time."""
-        config = self._config
-        bundle = room.bundles_of(config, "")[-1]
-        if run_folder.own() is not None and room.lacking([bundle], [ray.available_resources()]):
-            raise UserError.of("--hosts", len(self.parts) + 1, "the Ray that was started for this has no room for it")
-        group = placement_group([bundle])
-        try:
-            await asyncio.wait_for(wait(group.ready()), config.start_timeout_s)
-        except BaseException as error:
-            remove_placement_group(group)
-            if isinstance(error, asyncio.TimeoutError):
-                reason = f"no room for another host within {config.start_timeout_s:.0f} s"
-                raise UnavailableError(reason) from None
-            raise
-        return group, 0
-
-    def _make(self, host: int, _: int) -> Any:
+    def _make(self, host: int, place: Place, _: int) -> Any:
         """A host beside the engine speaks over a Unix socket; one elsewhere over TCP, encrypted with the keys.
 
         On a CPU, where memory is taken when it is written, there is room for its share of another host's experts.
         """
-        config, units, (group, bundle) = self._config, tuple(sorted(self._units[host])), self._places[host]
-        node = placement_group_table(group)["bundles_to_node_id"][bundle]
+        config, units = self._config, tuple(sorted(self._units[host]))
         host_options, others = config.host_options(host), len(self.parts) - 1
         if host_options.spare_slots is None and config.device == "cpu" and others > 0:
             host_options = replace(host_options, spare_slots=-(-len(units) // others))
+        (node,) = places.nodes_of([place])
         beside = node == ray.get_runtime_context().get_node_id()
         options = ActorOptions(
             host=host_options,
@@ -201,7 +214,7 @@ class Hosts:
             telemetry=config.telemetry,
         )
         role, self._num_made[host] = actor_name(f"host-{host}", self._num_made[host]), self._num_made[host] + 1
-        placed = actor_options(config, role, (group, bundle), config.gpus_per_host)
+        placed = actor_options(config, role, place, config.gpus_per_host)
         return ray.remote(ExpertHostActor).options(**placed, max_concurrency=4).remote(options)
 
 
@@ -227,9 +240,11 @@ def _describe(address: HostAddress) -> dict[str, Any]:
     return {"host_id": address.host_id, "endpoint": address.endpoint, "pid": address.pid, "node_ip": address.node_ip}
 
 
-async def wait(reference: Any) -> None:
-    """What Ray's references are not by themselves: a coroutine."""
-    await reference
+async def _drain(part: Part) -> None:
+    """Let a host finish what it was asked for, and end."""
+    if part.pulse is not None:
+        await settle(part.actor.drain.remote(STOP_TIMEOUT_S), 2 * STOP_TIMEOUT_S)
+    await part.stop(STOP_TIMEOUT_S, part.pulse is not None)
 
 
 async def start_actor(actor: Any) -> Any:

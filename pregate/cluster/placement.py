@@ -50,8 +50,7 @@ def place(
     *,
     load_LR: NDArray[np.float64] | None = None,
     replicas: float = 0.0,
-    node_of_host: Sequence[int] | None = None,
-    follows_LRR: NDArray[np.float64] | None = None,
+    node_of_host: Sequence[str] | Sequence[int] | None = None,
 ) -> Placement:
     """Give every routed expert of every layer a home host.
 
@@ -68,7 +67,7 @@ def place(
     if strategy == "balanced":
         load_LR = np.ones(shape) if load_LR is None else load_LR
         assert load_LR.shape == shape, f"load {load_LR.shape}, units {shape}"
-        placed = balanced(num_routed, load_LR, num_hosts, replicas, one_index, node_of_host, follows_LRR)
+        placed = balanced(num_routed, load_LR, num_hosts, replicas, one_index, node_of_host)
         return Placement(version, num_hosts, placed)
     copies = np.full((*shape, 1), NO_HOST, dtype=np.int16)
     deal, turn = _cards if strategy == "round_robin" else _blocks, 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,15 @@ class RoutedExperts:
     load_LR: NDArray[np.float64] | None = None
 
     def placement(
-        self, config: ServeConfig, num_hosts: int | None = None, load_LR: NDArray[np.float64] | None = None
+        self,
+        config: ServeConfig,
+        num_hosts: int | None = None,
+        load_LR: NDArray[np.float64] | None = None,
+        nodes: Sequence[str] = (),
     ) -> Placement:
         """Where `config` puts them, on so many hosts where they are not its own number, by another load where one was
-        measured; all in one process's hands without hosts. UserError where it cannot."""
+        measured; all in one process's hands without hosts. `nodes` [H]: where hosts are, if there are any. UserError
+        where it cannot."""
         return place(
             self.num_routed,
             max(1, config.hosts) if num_hosts is None else num_hosts,
@@ -40,6 +46,7 @@ class RoutedExperts:
             one_index=self.one_index,
             load_LR=self.load_LR if load_LR is None else load_LR,
             replicas=config.replicas,
+            node_of_host=nodes or None,
         )
 
 

@@ -15,6 +15,7 @@ import ray.exceptions
 
 from pregate.base.errors import PregateError, UnavailableError
 from pregate.base.log import get_logger
+from pregate.cluster import run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.host_load import HostLoad
 from pregate.cluster.hosts import Hosts
@@ -25,6 +26,8 @@ from pregate.cluster.unit_load import UnitLoad
 
 #: So many units are loaded at a time for each host that there is to be.
 UNITS_AT_A_TIME = 8
+#: How often Ray is asked what nodes it is to take away. A spot machine stays half a minute or two after its notice.
+DRAINING_EVERY_S = 2.0
 #: How long to wait for a part that is being started again, before looking once more.
 AGAIN_S = 0.2
 
@@ -42,7 +45,8 @@ class Scaling:
         self._wanted = config.hosts
         self._answer: asyncio.Future[dict[str, Any]] | None = None
         self._task: asyncio.Task[None] | None = None
-        self._load, self._looked_s = UnitLoad(sum(experts.num_routed)), time.monotonic()
+        self._load = UnitLoad(sum(experts.num_routed))
+        self._looked_s = self._asked_ray_s = time.monotonic()
         self._notes: list[str] = []
         self._host_load: HostLoad | None = None
         self._asking: asyncio.Task[None] | None = None  # for ourselves
@@ -61,11 +65,12 @@ class Scaling:
                 self._answer.set_result({"hosts": len(self._hosts.parts), "superseded_by": num_hosts})
             self._wanted, self._answer = num_hosts, asyncio.get_running_loop().create_future()
         if self._task is None or self._task.done():
-            self._task = asyncio.ensure_future(self._run())
+            self._task = asyncio.ensure_future(self._run(self._rebalance))
         return await asyncio.shield(self._answer)
 
     def look(self) -> list[str]:
-        """Begin what use asks for, where it is time and nothing is under way. Returns what was done, for people."""
+        """Begin what use asks for, or Ray, where it is time and nothing is under way. Returns what was done, for
+        people."""
         notes, self._notes = self._notes, []
         if self._host_load is not None:
             said = [part.pulse.status if part.pulse else {} for part in self._hosts.parts]
@@ -74,10 +79,15 @@ class Scaling:
             if wanted is not None and not self._is_asked():
                 notes.append(f"hosts compute for {self._host_load.busy:.0%} of the time: {wanted} are wanted")
                 self._asking = asyncio.ensure_future(self._ask(wanted))
-        every_s = self._config.rebalance_s if self._config.placement == "balanced" else 0.0
-        if every_s and time.monotonic() - self._looked_s > every_s and (self._task is None or self._task.done()):
-            self._looked_s = time.monotonic()
-            self._task = asyncio.ensure_future(self._run())
+        if self._task is not None and not self._task.done():
+            return notes
+        now_s, every_s = time.monotonic(), self._config.rebalance_s if self._config.placement == "balanced" else 0.0
+        if every_s and now_s - self._looked_s > every_s:
+            self._looked_s = now_s
+            self._task = asyncio.ensure_future(self._run(self._rebalance))
+        elif now_s - self._asked_ray_s > DRAINING_EVERY_S and run_folder.own() is None:  # ours is of one node
+            self._asked_ray_s = now_s
+            self._task = asyncio.ensure_future(self._run(self._leave_draining_nodes))
         return notes
 
     async def _ask(self, num_hosts: int) -> None:
@@ -94,13 +104,8 @@ class Scaling:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(UnavailableError("the deployment is stopping"))
 
-    async def _run(self) -> None:
-        if self._config.placement == "balanced":
-            try:
-                self._load.take(np.sum(await self._tell("unit_rows"), axis=0))
-                await self._rebalance()
-            except (ray.exceptions.RayError, asyncio.TimeoutError, UnavailableError) as error:
-                logger.warning("units were not moved to where use asks for them: %s", error)
+    async def _run(self, first: Callable[[], Awaitable[None]]) -> None:
+        await first()
         while self._answer is not None and not self._answer.done():
             answer, wanted, before = self._answer, self._wanted, len(self._hosts.parts)
             try:
@@ -108,7 +113,7 @@ class Scaling:
             except Exception as error:
                 logger.error("%d hosts were not reached", wanted, exc_info=error)
                 if not answer.done():
-                    answer.set_exception(_failure(wanted, error))
+                    answer.set_exception(_failure(f"{wanted} hosts", error))
                 continue
             if not answer.done():
                 self._notes.append(f"scaled from {before} to {wanted} hosts")
@@ -116,19 +121,43 @@ class Scaling:
 
     async def _reach(self, num_hosts: int, superseded: Callable[[], bool]) -> None:
         """Have `num_hosts` hosts that serve as their placement says; ends early once `superseded`."""
-        target = self._target(num_hosts)
+        await self._hosts.reserve(num_hosts)
+        target = await self._target(num_hosts)
         if num_hosts > len(self._hosts.parts):
             await self._hosts.add(target)
         if await self._follow(target, -math.inf, superseded):
             await self._hosts.leave(num_hosts)
 
+    async def _leave_draining_nodes(self) -> None:
+        """Move hosts off nodes that Ray is to take away, all at once: there may be little time."""
+        try:
+            hosts = await asyncio.to_thread(self._hosts.on_draining_nodes)
+        except ray.exceptions.RayError as error:
+            logger.warning("Ray does not say which nodes it is to take away: %s", error)
+            return
+        moved = await asyncio.gather(*map(self._hosts.move_elsewhere, hosts), return_exceptions=True)
+        for host, error in zip(hosts, moved, strict=True):
+            if isinstance(error, Exception):
+                reason = _failure(f"host {host}", error)
+                self._notes.append(f"host {host} is still on a node that Ray is to take away: {reason}")
+            else:
+                self._notes.append(f"host {host} was moved: Ray is to take its node away")
+
     async def _rebalance(self) -> None:
+        if self._config.placement == "balanced":
+            try:
+                self._load.take(np.sum(await self._tell("unit_rows"), axis=0))
+                await self._follow_use()
+            except (ray.exceptions.RayError, asyncio.TimeoutError, UnavailableError) as error:
+                logger.warning("units were not moved to where use asks for them: %s", error)
+
+    async def _follow_use(self) -> None:
         """Move units while that makes the slowest hosts faster by enough to be worth it."""
         load_LR, now = self._load.load_LR, self._hosts.placement
         if load_LR is None or now is None:
             return
         number, before = now.version, slowest_load(now, load_LR).sum()
-        await self._follow(self._target(now.num_hosts), 0.05, self._is_asked)
+        await self._follow(await self._target(now.num_hosts), 0.05, self._is_asked)
         after = self._hosts.placement
         if after is not None and after.version > number:
             gain = 1 - slowest_load(after, load_LR).sum() / before
@@ -137,8 +166,9 @@ class Scaling:
     def _is_asked(self) -> bool:
         return self._answer is not None and not self._answer.done()
 
-    def _target(self, num_hosts: int) -> Placement:
-        target = self._experts.placement(self._config, num_hosts, self._load.load_LR)
+    async def _target(self, num_hosts: int) -> Placement:
+        nodes = await asyncio.to_thread(self._hosts.nodes, num_hosts)
+        target = self._experts.placement(self._config, num_hosts, self._load.load_LR, nodes)
         check(target, self._experts.num_routed, self._experts.one_index)
         return target
 
@@ -184,10 +214,10 @@ class Scaling:
         return True
 
 
-def _failure(num_hosts: int, error: Exception) -> PregateError:
+def _failure(what: str, error: Exception) -> PregateError:
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, PregateError):
         return cause
     if isinstance(cause, asyncio.TimeoutError):
-        return UnavailableError(f"{num_hosts} hosts: a host did not start in time")
-    return UnavailableError(f"{num_hosts} hosts: {type(cause).__name__}: {cause}".splitlines()[0])
+        return UnavailableError(f"{what}: a host did not start in time")
+    return UnavailableError(f"{what}: {type(cause).__name__}: {cause}".splitlines()[0])

@@ -4,7 +4,6 @@ import asyncio
 import os
 import shutil
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -24,11 +23,11 @@ from pregate.cluster.launch import launch
 from pregate.cluster.ray_start import init_local
 from pregate.router.doors.grpc_options import GrpcOptions
 from tests.chaos.hosts import random_references
-from tests.equality import Tally
+from tests.chaos.load import NUM_CLIENTS, Load
 from tests.router.running import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-NUM_PROMPTS, NUM_TOKENS, NUM_CLIENTS, NUM_CALLS = 8, 24, 4, 100
+NUM_PROMPTS, NUM_TOKENS, NUM_CALLS = 8, 24, 100
 #: In `make test` up and down once, in `make chaos` over and over.
 CHAOS = "PREGATE_CHAOS_KILLS" in os.environ
 ROUNDS = 5 if CHAOS else 1
@@ -50,41 +49,6 @@ def deployment(tiny_path_checkpoint):
     made.close()
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
-
-
-class Load:
-    """Clients that ask for one text after another, and hold each to its reference."""
-
-    def __init__(self, target, references) -> None:
-        self.tally, self.num_texts, self.failures = Tally(), 0, []
-        self._target, self._references, self._stopping = target, references, threading.Event()
-        self._threads = [threading.Thread(target=self._ask, args=(n,), daemon=True) for n in range(NUM_CLIENTS)]
-
-    def _ask(self, first: int) -> None:
-        with Client(self._target, timeout_s=120, retry_s=0) as client:
-            number = first
-            while not self._stopping.is_set():
-                reference = self._references[number % NUM_PROMPTS]
-                try:
-                    made = client.complete(reference.prompt, max_tokens=NUM_TOKENS, ignore_eos=True)
-                except Exception as error:  # noqa: BLE001 - the test fails with it
-                    self.failures.append(error)
-                    return
-                self.tally.compare_text(f"prompt {number % NUM_PROMPTS}", reference, made.token_ids)
-                self.num_texts += 1
-                number += NUM_CLIENTS
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopping.set()
-        for thread in self._threads:
-            thread.join(120)
-        assert not self.failures, self.failures[0]
-        self.tally.check()
 
 
 def hosts_that_serve(target):

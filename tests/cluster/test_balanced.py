@@ -82,12 +82,11 @@ def test_copies_make_the_slowest_host_as_fast_as_the_mean():
     assert (shared.max(axis=1) / shared.mean(axis=1)).max() < 1.01
 
 
-def test_of_equally_good_hosts_the_one_is_taken_that_tokens_come_from():
-    follows = np.zeros((2, 4, 4))
-    follows[1] = np.eye(4)[[2, 3, 0, 1]]  # from 0 to 2, from 1 to 3, and back
-    copies = balanced([4, 4], np.ones((2, 4)), 4, follows_LRR=follows)
-    assert copies[0, :, 0].tolist() == [0, 1, 2, 3]
-    assert copies[1, :, 0].tolist() == [2, 3, 0, 1]
+def test_on_one_node_hosts_are_as_even_as_if_each_had_its_own():
+    load = zipf(np.random.default_rng(3), 4, 64)
+    assert np.array_equal(
+        balanced([64] * 4, load, 8, 0.25, node_of_host=["one"] * 8), balanced([64] * 4, load, 8, 0.25)
+    )
 
 
 def test_survivors_have_room_for_a_lost_hosts_units():

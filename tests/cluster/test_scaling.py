@@ -27,6 +27,21 @@ class Hosts:
     def __init__(self, placement) -> None:
         self.placement, self.parts = placement, [Part() for _ in range(placement.num_hosts)]
         self.num_moves, self.faults, self.fault = 0, [], None
+        self.draining: dict[int, Exception | None] = {}  # hosts, and what keeps them where they are
+
+    async def reserve(self, num_hosts) -> None:
+        await asyncio.sleep(0)
+
+    def nodes(self, num_hosts):
+        return ["here", "there"] * (num_hosts // 2) + ["here"] * (num_hosts % 2)
+
+    def on_draining_nodes(self):
+        return [*self.draining]
+
+    async def move_elsewhere(self, host) -> None:
+        if (fault := self.draining[host]) is not None:
+            raise fault
+        del self.draining[host]
 
     async def add(self, target) -> None:
         await asyncio.sleep(0)
@@ -144,3 +159,33 @@ def test_a_number_beyond_those_of_the_deployment_is_refused():
             await scale.to(5)
 
     run(scenario, min_hosts=2, max_hosts=4)
+
+
+def test_copies_of_a_unit_go_to_several_nodes():
+    async def scenario(scale, hosts, rows_LR):
+        assert await scale.to(6) == {"hosts": 6}
+        copies = hosts.placement.copies
+        assert (copies[..., 1] >= 0).sum() == 12, "half of all units have a second copy"
+        assert (copies[..., 0] % 2 != copies[..., 1] % 2)[copies[..., 1] >= 0].all(), "one here and one there"
+
+    run(scenario, placement="balanced", replicas=0.5)
+
+
+def test_hosts_leave_nodes_that_ray_is_to_take_away_and_a_call_meanwhile_is_answered(monkeypatch):
+    monkeypatch.setattr(scaling, "DRAINING_EVERY_S", 0.0)
+
+    async def scenario(scale, hosts, rows_LR):
+        hosts.draining = {0: None, 1: UnavailableError("no room for another host within 60 s")}
+        scale.look()
+        assert await scale.to(3) == {"hosts": 3}
+        assert scale.look()[:2] == [
+            "host 0 was moved: Ray is to take its node away",
+            "host 1 is still on a node that Ray is to take away: no room for another host within 60 s",
+        ]
+        assert [*hosts.draining] == [1]
+        hosts.draining[1] = None
+        while hosts.draining:
+            await asyncio.sleep(0.01)
+            scale.look()
+
+    run(scenario)

@@ -1,0 +1,59 @@
+"""Where hosts may run: a bundle of a placement group each, and the node that Ray has put it on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import ray
+import ray._private.state
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from pregate.base.errors import UnavailableError, UserError
+from pregate.cluster import room, run_folder
+from pregate.cluster.config import ServeConfig
+
+#: A placement group and which of its bundles.
+Place = tuple[PlacementGroup, int]
+
+
+async def reserve(config: ServeConfig, num_hosts: int, timeout_s: float) -> Place:
+    """Room for one more host, for `num_hosts` in all. UserError where a Ray of our own has none, UnavailableError where
+    there is none in time."""
+    bundle = room.bundles_of(config, "")[-1]
+    if run_folder.own() is not None and room.lacking([bundle], [ray.available_resources()]):
+        raise UserError.of("--hosts", num_hosts, "the Ray that was started for this has no room for it")
+    group = placement_group([bundle])
+    try:
+        await asyncio.wait_for(wait(group.ready()), timeout_s)
+    except BaseException as error:
+        remove_placement_group(group)
+        if isinstance(error, asyncio.TimeoutError):
+            raise UnavailableError(f"no room for another host within {timeout_s:.0f} s") from None
+        raise
+    return group, 0
+
+
+def nodes_of(places: Sequence[Place]) -> list[str]:
+    """Ray's id of the node each is on; "" while Ray looks for another."""
+    tables = {group: placement_group_table(group)["bundles_to_node_id"] for group in {group for group, _ in places}}
+    return [tables[group].get(bundle, "") for group, bundle in places]
+
+
+def draining_nodes() -> frozenset[str]:
+    """Nodes that are to be taken away, on which Ray starts nothing any more (`ray drain-node`, its autoscaler, a spot
+    machine's notice). Ray tells of them by no public call; its own Train asks here."""
+    return frozenset(ray._private.state.state.get_draining_nodes())
+
+
+def give_back(places: Iterable[Place]) -> None:
+    """Let Ray have the room again; that of the first hosts is the engine's too, and goes with the deployment."""
+    for group, bundle in places:
+        if bundle == 0:  # in the first hosts' group that is the engine's
+            remove_placement_group(group)
+
+
+async def wait(reference: Any) -> None:
+    """What Ray's references are not by themselves: a coroutine."""
+    await reference
