@@ -64,6 +64,7 @@ def test_hosts_leave_a_node_that_is_drained(tiny_path_checkpoint):
                 await until(lambda: load.num_texts > seen + NUM_CLIENTS)
                 assert children._hosts.nodes(2) == [new, new]
                 assert not before & {host["pid"] for host in children._info["hosts"]}
+                await asyncio.to_thread(cluster.remove_node, next(node for node in nodes if node.node_id == old))
                 await until(lambda: not [n for n in ray.nodes() if n["NodeID"] == old and n["Alive"]])
                 seen = load.num_texts
                 await until(lambda: load.num_texts > seen + NUM_CLIENTS)
