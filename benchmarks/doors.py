@@ -1,6 +1,6 @@
 """What the doors add: the same texts through the service alone, through gRPC, and through Ray Serve's HTTP.
 
-    python -m benchmarks.doors --model examples/quartet-paths
+    python -m benchmarks.doors --model examples/quartet-paths --rounds 15
 
 One deployment, one client process, contenders in turn. The service is what stands behind every door (it asks the path
 service and the engine, and makes text); called in the client's own process it has no wire.
@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack
@@ -23,31 +20,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.http_app import http_app
 from benchmarks.surroundings import sentence, surroundings
 from pregate.base.completion import Chunk
 from pregate.cli.load.targets import Target, opened
 from pregate.router.doors.service import DoorService, connect_service
 from pregate.router.link.messages import SamplingParams
-from tests.cluster.leftovers import ROOT, Running, own_environment, serving, wait_for
+from tests.cluster.leftovers import Running, serving
 
 RESULTS = Path(__file__).parent / "results" / "doors"
 SERVICE = "service, no wire"
-#: `serve run`, with the application's own settings.
-APP = """
-import signal, sys, threading
-import ray
-from ray import serve
-from pregate.cluster.serve_app import build_app
-address, port, model = sys.argv[1:]
-ray.init(address=address, log_to_driver=False)
-serve.start(http_options={"port": int(port)})
-serve.run(build_app({"model": model}))
-stop = threading.Event()
-signal.signal(signal.SIGINT, lambda *_: stop.set())
-print("app ready", flush=True)
-stop.wait()
-serve.shutdown()
-"""
 
 
 class ServiceTarget:
@@ -83,13 +65,13 @@ async def burst(target: Target, prompts: Sequence[Sequence[int]], num_tokens: in
     return median(first_s), num_seen / (time.perf_counter() - begun_s)
 
 
-async def measure(args: argparse.Namespace, running: Running, port: int) -> dict[str, dict[str, dict[str, float]]]:
+async def measure(args: argparse.Namespace, running: Running, url: str) -> dict[str, dict[str, dict[str, float]]]:
     engine, paths = (f"ipc://{next(running.folder.rglob(name))}" for name in ("engine", "paths"))
     service = connect_service([engine], paths, args.model, args.model.name)
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     async with AsyncExitStack() as stack:
         grpc = await stack.enter_async_context(opened(running.target, "grpc", "", None, None))
-        http = await stack.enter_async_context(opened(f"http://127.0.0.1:{port}", "openai", "", None, None))
+        http = await stack.enter_async_context(opened(url, "openai", "", None, None))
         targets: dict[str, Target] = {SERVICE: ServiceTarget(service), "gRPC": grpc, "Serve HTTP": http}
         vocab_size = int((await targets[SERVICE].info())["vocab_size"])
         await http.info()
@@ -140,20 +122,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--engine-threads", type=int, default=1)
     args = parser.parse_args()
     args.model = args.model.resolve()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     around = surroundings("doors", ("grpcio", "ray", "fastapi"))
-    with serving("--model", args.model) as running:
-        environment = own_environment(running.folder) | {"RAY_AUTH_MODE": "token"}
-        command = [sys.executable, "-c", APP, running.ray_address, str(port), str(args.model)]
-        log = running.folder / "app.log"
-        with log.open("w") as file:
-            app = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
-        wait_for(log, "app ready", app)
-        found = asyncio.run(measure(args, running, port))
+    with (
+        serving("--model", args.model, "--engine-threads", args.engine_threads) as running,
+        http_app(running, {"model": str(args.model), "engine_threads": args.engine_threads}) as url,
+    ):
+        found = asyncio.run(measure(args, running, url))
     results = {"around": around, "model": args.model.name, "rounds": args.rounds, "found": found}
     RESULTS.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     what = (

@@ -137,7 +137,7 @@ def test_a_client_without_our_proto_asks_by_reflection(tiny_path_checkpoint):
         request = asked(text="O wind", stream=True, sampling_params={"max_tokens": 8, "ignore_eos": True})
         call = channel.unary_stream(
             f"/{service.full_name}/Generate",
-            request_serializer=lambda message: message.SerializeToString(),
+            request_serializer=asked.SerializeToString,
             response_deserializer=answered.FromString,
         )
         *chunks, last = call(request, timeout=60)
