@@ -12,19 +12,24 @@ from pregate.router.doors.grpc_options import GrpcOptions
 
 
 class _Door(Part):
-    """Of a launcher; once it listens, `options` name the port it has."""
+    """Of a launcher, which `asked` for it; once it listens, `options` name the port it has."""
 
     def __init__(
         self, owner: str, options: GrpcOptions, make_actor: Callable[[GrpcOptions], Any], start_timeout_s: float
     ) -> None:
         super().__init__("a door", lambda _: make_actor(self.options), self._listen, None, start_timeout_s)
-        self.owner, self.options = owner, options
+        self.owner, self.asked, self.options = owner, options, options
+        self.started: dict[str, Any] = {}
 
     async def _listen(self, actor: Any) -> dict[str, Any]:
         started = await actor.start.remote()
-        self.options = replace(self.options, port=started["port"])
-        self.name = f"door on port {self.options.port}"
+        self.runs_as(started)
         return started
+
+    def runs_as(self, started: dict[str, Any]) -> None:
+        """Take note of what it said at its start."""
+        self.started, self.options = started, replace(self.options, port=started["port"])
+        self.name = f"door on port {self.options.port}"
 
 
 class Doors:
@@ -40,7 +45,11 @@ class Doors:
         return self._make_actor(number, options)
 
     async def add(self, owner: str, options: GrpcOptions) -> dict[str, Any]:
-        """Start a door for a launcher; returns its host and port. Raises UserError when its port is taken."""
+        """Start a door for a launcher, unless it has one like that; returns its host and port. Raises UserError when
+        its port is taken."""
+        for door in self.parts:
+            if door.started and (door.owner, door.asked) == (owner, options):
+                return door.started
         door = _Door(owner, options, self._make, self._start_timeout_s)
         self.parts = (*self.parts, door)
         try:
@@ -59,3 +68,17 @@ class Doors:
     async def stop(self, grace_s: float) -> None:
         """Drain and stop all doors."""
         await asyncio.gather(*(self.drop(owner, grace_s) for owner in {door.owner for door in self.parts}))
+
+    def saved(self) -> dict[str, Any]:
+        """What `adopt` needs."""
+        doors = [(d.owner, d.asked, d.started, d.saved()) for d in self.parts if d.started]
+        return {"num_made": self._num_made, "doors": doors}
+
+    def adopt(self, saved: dict[str, Any]) -> None:
+        """Take up doors that run already."""
+        self._num_made = saved["num_made"]
+        for owner, asked, started, actor in saved["doors"]:
+            door = _Door(owner, asked, self._make, self._start_timeout_s)
+            door.runs_as(started)
+            door.adopt(*actor)
+            self.parts = (*self.parts, door)

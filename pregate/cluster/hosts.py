@@ -12,12 +12,11 @@ from typing import Any
 
 import ray
 import ray.exceptions
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pregate.base.log import get_logger
-from pregate.cluster import places, room
+from pregate.cluster import clients, places
+from pregate.cluster.actors import actor_name, actor_options, start_actor, tied
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.local_ray import NAMESPACE
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import Placement
 from pregate.cluster.places import Place
@@ -33,12 +32,18 @@ ELSEWHERE_S = 60.0
 
 class Hosts:
     """`tell(method, *arguments)` calls every engine that runs, and raises what a call failed with. Hosts are numbered
-    from 0; those that are added come last, and those taken away are the last. `folder` is where Unix sockets lie."""
+    from 0; those that are added come last, and those taken away are the last. `folder` is where Unix sockets lie;
+    `changed` is called when what `saved` returns is another, and before what was there ends."""
 
     def __init__(
-        self, config: ServeConfig, keys: CurveKeys, folder: Path, tell: Callable[..., Awaitable[list[Any]]]
+        self,
+        config: ServeConfig,
+        keys: CurveKeys,
+        folder: Path,
+        tell: Callable[..., Awaitable[list[Any]]],
+        changed: Callable[[], None],
     ) -> None:
-        self._config, self._keys, self._folder, self._tell = config, keys, folder, tell
+        self._config, self._keys, self._folder, self._tell, self._changed = config, keys, folder, tell, changed
         self._places: list[Place] = []
         self._units: list[frozenset[Unit]] = []  # that each holds, or is to when it is started again
         self._num_told = 0  # of so many the engine knows
@@ -85,6 +90,7 @@ class Hosts:
             await self._drop(first)
             raise
         self._num_told = target.num_hosts
+        self._changed()
         for host in range(first, target.num_hosts):
             await self.tell_of(host)
 
@@ -97,6 +103,7 @@ class Hosts:
         await asyncio.gather(*(self._hold(host, self._units[host] | now[host]) for host in more))
         await self._tell("place", placement.copies, len(self.parts))
         self.placement = placement
+        self._changed()
         less = [host for host in range(len(self.parts)) if self._units[host] - now[host]]
         held = await asyncio.gather(*(self._hold(host, now[host]) for host in less), return_exceptions=True)
         for host, error in zip(less, held, strict=True):
@@ -108,6 +115,7 @@ class Hosts:
         assert self.placement is not None and self.placement.copies.max() < num_hosts, "their units have other homes"
         await self._tell("place", self.placement.copies, num_hosts)
         self.placement, self._num_told = replace(self.placement, num_hosts=num_hosts), num_hosts
+        self._changed()
         await self._drop(num_hosts)
 
     def on_draining_nodes(self) -> list[int]:
@@ -129,9 +137,51 @@ class Hosts:
             self._places[host] = old_place
             raise
         self.parts[host] = part
+        self._changed()
         await self.tell_of(host)
         await _drain(old_part)
         places.give_back([old_place])
+
+    def saved(self) -> dict[str, Any]:
+        """What `adopt` needs: of the hosts that the engine knows."""
+        known = range(self._num_told)
+        return {
+            "keys": self._keys,
+            "placement": self.placement,
+            "places": self._places,
+            "addresses": self.known,
+            "hosts": [(self._units[host], self._num_made[host], self.parts[host].saved()) for host in known],
+        }
+
+    def adopt(self, saved: dict[str, Any]) -> None:
+        """Take up hosts that run already; the room of others is given back, and they end with it."""
+        self._keys, self.placement, self._places = saved["keys"], saved["placement"], saved["places"]
+        self._num_told = len(saved["hosts"])
+        for host, (units, num_made, actor) in enumerate(saved["hosts"]):
+            self._units.append(units)
+            self._num_made[host] = num_made
+            self.parts.append(self._part(host))
+            self.parts[host].adopt(*actor)
+        for address in saved["addresses"]:
+            self._note(address)
+        self._give_back(self._num_told)
+
+    async def agree(self) -> None:
+        """Say to hosts and engines again what is to be, for who said it last may have died in the midst of it."""
+        if self.placement is None or not self.parts:
+            return
+        hosts = range(len(self.parts))
+        held = await asyncio.gather(
+            *(self._hold(host, self.placement.units_of(host)) for host in hosts), return_exceptions=True
+        )
+        for host, error in zip(hosts, held, strict=True):
+            if isinstance(error, BaseException):  # it is being started again
+                logger.warning("host %d could not be told what it holds: %s", host, error)
+        for lost in await self._tell("lost_hosts"):
+            for host in hosts:
+                if host >= len(lost) or lost[host]:  # it may have come, or come back, unheard
+                    await self.tell_of(host)
+        await self._tell("place", self.placement.copies, len(self.parts))
 
     async def stop(self, came_up: bool) -> None:
         """Stop all of them; those that have not come up are killed."""
@@ -140,7 +190,12 @@ class Hosts:
 
     def client_maker(self, host: int) -> Callable[[], Any]:
         """What makes an engine's client of a host, in the engine's process."""
-        return functools.partial(_connect, self.addresses[host], self._keys)
+        return functools.partial(clients.connect, self.addresses[host], self._keys)
+
+    @property
+    def groups(self) -> list[Any]:
+        """The placement groups they have room in."""
+        return [group for group, _ in self._places]
 
     @property
     def known(self) -> tuple[HostAddress, ...]:
@@ -163,6 +218,7 @@ class Hosts:
     async def _came_back(self, address: HostAddress) -> None:
         """Take note of a host that was started again; the engine hears of one that is new when it is added."""
         self._note(address)
+        self._changed()
         if address.host_id < self._num_told:
             await self.tell_of(address.host_id)
 
@@ -186,6 +242,10 @@ class Hosts:
             del self.addresses[host]
         del self.info[num_hosts:]
         await asyncio.gather(*map(_drain, gone))
+        self._give_back(num_hosts)
+
+    def _give_back(self, num_hosts: int) -> None:
+        """Give back the room of all hosts but the first so many, and those that there were at the start."""
         keep = max(num_hosts, self._config.hosts)
         places.give_back(self._places[keep:])
         del self._places[keep:]
@@ -215,25 +275,7 @@ class Hosts:
         )
         role, self._num_made[host] = actor_name(f"host-{host}", self._num_made[host]), self._num_made[host] + 1
         placed = actor_options(config, role, place, config.gpus_per_host)
-        return ray.remote(ExpertHostActor).options(**placed, max_concurrency=4).remote(options)
-
-
-def actor_options(config: ServeConfig, role: str, place: Place, num_gpus: float) -> dict[str, Any]:
-    """Ray's options of an actor of ours."""
-    return {
-        "name": f"{config.name}/{role}",
-        "namespace": NAMESPACE,
-        "num_cpus": room.ACTOR_CPUS,
-        "num_gpus": num_gpus,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(*place),
-    }
-
-
-def actor_name(role: str, num_before: int) -> str:
-    """The actor's name: those before may still be dying under theirs."""
-    return f"{role}-again-{num_before}" if num_before else role
+        return tied(ExpertHostActor).options(**placed, max_concurrency=4).remote(options)
 
 
 def _describe(address: HostAddress) -> dict[str, Any]:
@@ -245,17 +287,3 @@ async def _drain(part: Part) -> None:
     if part.pulse is not None:
         await settle(part.actor.drain.remote(STOP_TIMEOUT_S), 2 * STOP_TIMEOUT_S)
     await part.stop(STOP_TIMEOUT_S, part.pulse is not None)
-
-
-async def start_actor(actor: Any) -> Any:
-    """Bring an actor up that needs nothing for it."""
-    return await actor.start.remote()
-
-
-def _connect(address: HostAddress, keys: CurveKeys) -> Any:
-    import zmq
-
-    from pregate.workers.client.channel import ChannelClient
-    from pregate.workers.client.channel_options import ChannelOptions
-
-    return ChannelClient(address, ChannelOptions(keys=keys), zmq.Context.instance())

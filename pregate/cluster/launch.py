@@ -241,7 +241,10 @@ def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
 
 
 def _get_or_create(name: str) -> Any:
-    """The supervisor actor, on this node: front doors run beside it, and their ports were checked here."""
+    """The supervisor actor, on this node: front doors run beside it, and their ports were checked here.
+
+    Ray makes it anew when its process dies, and repeats the calls that it had not answered: each bears that.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor = ray.remote(Supervisor).options(
         name=SUPERVISOR_PREFIX + name,
@@ -249,8 +252,8 @@ def _get_or_create(name: str) -> Any:
         lifetime="detached",
         get_if_exists=True,
         num_cpus=0,
-        max_restarts=0,
-        max_task_retries=0,
+        max_restarts=-1,
+        max_task_retries=-1,
         scheduling_strategy=here,
     )
-    return actor.remote(name, RayChildren)
+    return actor.remote(name, RayChildren, uuid.uuid4().hex[:12])

@@ -180,6 +180,14 @@ def gcs_answers(address: str) -> bool:
     return True
 
 
+def our_actors() -> list[str]:
+    """Names of the actors in our namespace that are not dead."""
+    import ray.util
+
+    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    return [one["name"] for one in named if one["namespace"] == NAMESPACE]
+
+
 def _read_line(stream: IO[str], timeout_s: float) -> str:
     """One line, or "" at the end of the stream or after `timeout_s`."""
     ready, _, _ = select.select([stream], [], [], timeout_s)
@@ -276,10 +284,7 @@ def _session() -> list[psutil.Process]:
 
 
 def _supervisor_alive() -> bool:
-    import ray.util
-
-    named: list[Any] = ray.util.list_named_actors(all_namespaces=True)
-    return any(a["namespace"] == NAMESPACE and a["name"].startswith(SUPERVISOR_PREFIX) for a in named)
+    return any(name.startswith(SUPERVISOR_PREFIX) for name in our_actors())
 
 
 def _launcher_gone() -> bool:

@@ -61,6 +61,15 @@ class Part:
         """Make its actor; the process comes up by itself meanwhile."""
         self.actor, self._num_made = self._make_actor(self._num_made), self._num_made + 1
 
+    def saved(self) -> tuple[Any, int]:
+        """What `adopt` needs: its actor, and how many it had."""
+        return self.actor, self._num_made
+
+    def adopt(self, actor: Any, num_made: int) -> None:
+        """Look after an actor that was brought up by somebody else; should it not run, `check` finds that."""
+        self.actor, self._num_made, self.pulse = actor, num_made, Pulse(actor)
+        self._backoff.runs(time.monotonic())
+
     async def start(self) -> Any:
         """Bring it up. Raises what it failed with, or asyncio.TimeoutError."""
         if self.actor is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import room, run_folder
 from pregate.cluster.config import ServeConfig
+from pregate.cluster.strays import group_name
 
 #: A placement group and which of its bundles.
 Place = tuple[PlacementGroup, int]
@@ -24,7 +26,8 @@ async def reserve(config: ServeConfig, num_hosts: int, timeout_s: float) -> Plac
     bundle = room.bundles_of(config, "")[-1]
     if run_folder.own() is not None and room.lacking([bundle], [ray.available_resources()]):
         raise UserError.of("--hosts", num_hosts, "the Ray that was started for this has no room for it")
-    group = placement_group([bundle])
+    name = group_name(config.name, uuid.uuid4().hex[:8])
+    group = placement_group([bundle], name=name, lifetime="detached")
     try:
         await asyncio.wait_for(wait(group.ready()), timeout_s)
     except BaseException as error:

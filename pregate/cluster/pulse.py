@@ -10,7 +10,7 @@ from typing import Any
 import ray.exceptions
 
 #: An actor that has given no answer for this long is said to be silent; it may be busy, or stopped.
-SILENT_AFTER_S = 10.0
+SILENT_AFTER_S = 2.0
 #: How long one look waits for the answers; what comes later is read by the next look.
 LOOK_S = 0.5
 

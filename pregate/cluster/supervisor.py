@@ -2,22 +2,26 @@
 
 It is an async actor that never blocks: launchers renew while hosts load. When a part is lost for good the deployment
 has failed: what is left is stopped, and launchers hear why. When the last lease is released or lapses it drains, stops
-what it owns, and then itself. What it owns is not detached, so it dies with the supervisor too.
+what it owns, and then itself. Should its process die, Ray makes another, which adopts what runs, by the record; what
+it owns ends by itself should the actor be dead for good.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pregate.base import log
 from pregate.base.errors import PregateError, UnavailableError, UserError
 from pregate.cluster import run_folder
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.leases import Leases
+from pregate.cluster.owned import Children
+from pregate.cluster.record import Record
 
 CHECK_EVERY_S = 1.0
 #: Holds a new supervisor until its creator's first call; who dies or is refused before it leaves nothing behind.
@@ -28,44 +32,6 @@ LAST_WORD_S = 0.3
 MAX_NOTES = 50
 
 logger = log.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Health:
-    """`lost`: who is dead for good, and why. `notes`: what happened that the deployment survives, a sentence each."""
-
-    lost: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-
-class Children(Protocol):
-    """What the supervisor owns (children.py). All calls come from its event loop."""
-
-    stage: str
-
-    async def start(self) -> dict[str, Any]:
-        """Bring everything up and return what launchers need to know (plain values)."""
-        ...
-
-    async def add_door(self, owner: str, options: dict[str, Any]) -> dict[str, Any]:
-        """Start a front door for a launcher; returns its host and port."""
-        ...
-
-    async def drop_doors(self, owner: str, grace_s: float) -> None:
-        """Drain and stop a launcher's doors."""
-        ...
-
-    async def scale(self, hosts: int) -> dict[str, Any]:
-        """Have so many hosts; returns how many there are when that is reached, or superseded."""
-        ...
-
-    async def check(self) -> Health:
-        """Look after every part; what can be started again is."""
-        ...
-
-    async def stop(self, grace_s: float) -> None:
-        """Drain the doors, then remove every process, placement group and file."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -83,10 +49,15 @@ class Failure:
         return cls(PregateError.code, f"{type(cause).__name__}: {cause}".splitlines()[0])
 
 
-class Supervisor:
-    """One deployment's owner. States: new, starting, ready, failed, stopping."""
+#: From how it is to be, the folder for its sockets, and what to call when there is something to save.
+MakeChildren = Callable[[ServeConfig, Path, Callable[[], None]], Children]
 
-    def __init__(self, name: str, make_children: Callable[[ServeConfig], Children]) -> None:
+
+class Supervisor:
+    """One deployment's owner. States: new, starting, ready, failed, stopping. `key` is the actor's, whichever process
+    it runs in."""
+
+    def __init__(self, name: str, make_children: MakeChildren, key: str) -> None:
         log.configure(f"supervisor {name}")
         self._name = name
         self._make_children = make_children
@@ -100,8 +71,13 @@ class Supervisor:
         self._leaving: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._start_task: asyncio.Task[None] | None = None
-        self._leases.take(CREATOR, time.monotonic())
+        self._record = Record(key)
         run_folder.mark(name)
+        saved = self._record.load()
+        if saved is None:
+            self._leases.take(CREATOR, time.monotonic())
+        else:
+            self._take_over(saved)
         self._spawn(self._watch())  # Ray constructs async actors on their event loop
 
     # ---- what launchers call ----
@@ -125,8 +101,9 @@ class Supervisor:
         if self._config is None:
             self._config, self._state = config, "starting"
             log.configure(f"supervisor {self._name}", config.log_format)
-            self._children = self._make_children(config)
+            self._children = self._make_children(config, self._record.folder, self._save)
             self._start_task = self._spawn(self._start(self._children))
+        self._save()
         return await self.status()
 
     async def renew(self, launcher_id: str) -> dict[str, Any]:
@@ -150,6 +127,7 @@ class Supervisor:
         task = asyncio.ensure_future(self._children.add_door(launcher_id, options))
         await asyncio.wait([task])
         error = task.exception()
+        self._save()
         return self._refusal(error) if error is not None else task.result()
 
     async def scale(self, hosts: int) -> dict[str, Any]:
@@ -173,6 +151,40 @@ class Supervisor:
             "info": self._info,
             "leased": True,
         }
+
+    # ---- from one process to the next ----
+
+    def _save(self) -> None:
+        """Keep what whoever takes our place needs to know."""
+        if self._config is None:
+            return
+        running = self._children if self._state == "ready" else None
+        self._record.save(
+            {
+                "config": self._config.to_dict(),
+                "state": self._state,
+                "failure": self._failure,
+                "notes": self._notes,
+                "launchers": [*self._leases.holders, *self._leaving],  # who leaves has doors yet
+                "children": running and running.saved(),
+            }
+        )
+
+    def _take_over(self, saved: dict[str, Any]) -> None:
+        """Go on where a supervisor that died has left it. What had not started, or was stopping, is ended."""
+        self._state, self._failure, self._notes = saved["state"], saved["failure"], saved["notes"]
+        self._config = config = ServeConfig.from_dict(saved["config"])
+        log.configure(f"supervisor {self._name}", config.log_format)
+        for launcher in saved["launchers"]:
+            self._leases.take(launcher, time.monotonic())
+        self._children = children = self._make_children(config, self._record.folder, self._save)
+        if self._state == "ready":
+            self._info = children.adopt(saved["children"])
+            self._note("the supervisor's process died; another one goes on")
+        elif self._state == "starting":
+            self._fail(Failure(UnavailableError.code, "the supervisor died during the start"))
+        else:
+            self._spawn(self._stop() if self._state == "stopping" else children.stop(grace_s=0))
 
     # ---- what runs by itself ----
 
@@ -198,10 +210,12 @@ class Supervisor:
         error = start.exception()
         if error is None:
             self._info, self._state = start.result(), "ready"
+            self._save()
             logger.info("the deployment is ready")
             return
         logger.error("the deployment did not start", exc_info=error)
         self._failure, self._state = Failure.of(error), "failed"
+        self._save()
         await children.stop(grace_s=0)
 
     async def _watch(self) -> None:
@@ -221,14 +235,19 @@ class Supervisor:
         self._let_go(lapsed)
         if self._state != "ready" or self._children is None:
             return
+        self._save()
         health = await self._children.check()
         for note in health.notes:
-            logger.warning("%s", note)
-            self._notes = [*self._notes, (self._notes[-1][0] + 1 if self._notes else 0, note)][-MAX_NOTES:]
+            self._note(note)
         if health.lost and self._state == "ready":
             sentence = "; ".join(f"{part} is lost: {reason}" for part, reason in health.lost.items())
             logger.error("%s", sentence)
             self._fail(Failure(UnavailableError.code, sentence))
+
+    def _note(self, note: str) -> None:
+        logger.warning("%s", note)
+        self._notes = [*self._notes, (self._notes[-1][0] + 1 if self._notes else 0, note)][-MAX_NOTES:]
+        self._save()
 
     def _fail(self, failure: Failure) -> None:
         """Fail for good; what is left drains and stops, so that running requests hear of it."""
@@ -237,6 +256,7 @@ class Supervisor:
         if self._start_task is not None:
             self._start_task.cancel()
         self._failure, self._state = failure, "failed"
+        self._save()
         self._spawn(self._children.stop(self._config.drain_s))
 
     def _let_go(self, launchers: list[str]) -> None:
@@ -246,6 +266,7 @@ class Supervisor:
         if not self._leases:
             self._spawn(self._stop())
             self._state = "stopping"
+            self._save()
             return
         if self._children is None or self._config is None:
             return
@@ -272,6 +293,7 @@ class Supervisor:
             if self._failure is None:
                 run_folder.unmark(self._name)
         finally:
+            self._record.remove()
             ray.kill(ray.get_runtime_context().current_actor)
 
     def _refusal(self, error: BaseException) -> dict[str, Any]:

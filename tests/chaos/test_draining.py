@@ -36,8 +36,8 @@ def test_hosts_leave_a_node_that_is_drained(tiny_path_checkpoint):
     config = ServeConfig.from_dict({"model": str(tiny_path_checkpoint), "hosts": 2, "gpus_per_host": 1, "drain_s": 1.0})
     others = [{"num_cpus": 1, "num_gpus": 2, "node_ip_address": f"127.0.0.{n}"} for n in (2, 3)]
 
-    async def main(cluster, nodes):
-        children, notes = RayChildren(config), []
+    async def main(cluster, nodes, folder):
+        children, notes = RayChildren(config, folder), []
 
         async def until(wanted):
             give_up_s = time.monotonic() + 120
@@ -72,5 +72,5 @@ def test_hosts_leave_a_node_that_is_drained(tiny_path_checkpoint):
         finally:
             await children.stop(1.0)
 
-    with ray_nodes({"num_cpus": 2}, *others, namespace="pregate") as (cluster, nodes, _):
-        asyncio.run(main(cluster, nodes))
+    with ray_nodes({"num_cpus": 2}, *others, namespace="pregate") as (cluster, nodes, folder):
+        asyncio.run(main(cluster, nodes, folder))

@@ -2,13 +2,11 @@
 
 import asyncio
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 
@@ -19,9 +17,8 @@ from pregate.cluster import host_load
 from pregate.cluster.calls import call
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.launch import launch
-from pregate.cluster.ray_start import init_local
 from pregate.router.doors.grpc_options import GrpcOptions
+from tests.chaos.deployed import deployed, processes
 from tests.chaos.hosts import random_references
 from tests.chaos.load import NUM_CLIENTS, Load
 from tests.router.running import wait_for
@@ -40,15 +37,8 @@ def references(tiny_path_checkpoint):
 
 @pytest.fixture(scope="module")
 def deployment(tiny_path_checkpoint):
-    """One host, a supervisor and a door, on a Ray of the tests' own."""
-    folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
-    init_local(Path(folder) / "ray", 8, namespace="pregate")
-    made = launch(ServeConfig.from_dict({"model": str(tiny_path_checkpoint), "hosts": 1, "drain_s": 1.0}))
-    host, port = made.add_door(GrpcOptions(port=0))
-    yield made, f"{host}:{port}"
-    made.close()
-    ray.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+    with deployed(tiny_path_checkpoint, hosts=1) as made:
+        yield made
 
 
 def hosts_that_serve(target):
@@ -62,10 +52,6 @@ def shared_by(num_hosts, target):
     return (len(units), sum(units), min(units)) == (num_hosts, 18, 18 // num_hosts)
 
 
-def host_processes():
-    return [p for p in psutil.Process().children(recursive=True) if "ExpertHostActor" in " ".join(p.cmdline())]
-
-
 def test_up_and_down_under_load(deployment, references, capsys):
     """As `pregate scale` does it; hosts hold what they serve and no more, and those taken away are gone."""
     _, target = deployment
@@ -77,7 +63,7 @@ def test_up_and_down_under_load(deployment, references, capsys):
                 assert f"{hosts} hosts serve pregate" in capsys.readouterr().out
                 wait_for(lambda: shared_by(hosts, target), what="units counted once")  # noqa: B023
                 wait_for(lambda: load.num_texts > before + NUM_CLIENTS, what="texts with so many hosts")  # noqa: B023
-        wait_for(lambda: len(host_processes()) == 2, what="the end of hosts that were taken away")
+        wait_for(lambda: len(processes("ExpertHostActor")) == 2, what="the end of hosts that were taken away")
     assert load.num_texts > 8
 
 
@@ -92,7 +78,7 @@ def test_of_100_calls_at_once_the_last_wins(deployment, references):
         reached = [(n, a["hosts"]) for n, a in zip(wanted, answers, strict=True) if "superseded_by" not in a]
         assert reached and all(number == hosts for number, hosts in reached)
         assert answers[-1] == {"hosts": wanted[-1]}
-        assert len(hosts_that_serve(target)) == wanted[-1] and len(host_processes()) == wanted[-1]
+        assert len(hosts_that_serve(target)) == wanted[-1] and len(processes("ExpertHostActor")) == wanted[-1]
         wait_for(lambda: sum(hosts_that_serve(target)) == 18, what="units counted once")
 
 
@@ -113,7 +99,7 @@ def test_by_load_and_by_use(tiny_path_checkpoint, references, monkeypatch):
     values = {"model": str(tiny_path_checkpoint), "name": "elastic", "placement": "balanced", "drain_s": 1.0, **bounds}
 
     async def main():
-        children, notes = RayChildren(ServeConfig.from_dict(values)), []
+        children, notes = RayChildren(ServeConfig.from_dict(values), Path(sockets)), []
 
         async def until(wanted):
             give_up_s = time.monotonic() + 120
@@ -134,4 +120,5 @@ def test_by_load_and_by_use(tiny_path_checkpoint, references, monkeypatch):
         finally:
             await children.stop(1.0)
 
-    asyncio.run(main())
+    with tempfile.TemporaryDirectory(prefix="pgt-", dir="/tmp") as sockets:
+        asyncio.run(main())

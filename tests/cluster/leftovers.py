@@ -17,8 +17,9 @@ START_TIMEOUT_S = 240.0
 
 def own_environment(folder):
     """Every process of the run carries TEST_MARK_OF_PREGATE; its temporary files go to `folder`."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("PREGATE_CHAOS_")}
     return {
-        **os.environ,
+        **mine,  # without what is no setting of ours
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(folder),
         "TEST_MARK_OF_PREGATE": str(folder),

@@ -7,7 +7,6 @@ import signal
 import tempfile
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 
@@ -21,6 +20,7 @@ from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
 from pregate.cluster.ray_start import init_local
 from pregate.router.doors.grpc_options import GrpcOptions
+from tests.chaos.deployed import processes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -29,13 +29,18 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def local_ray():
     folder = tempfile.mkdtemp(prefix="pgt-", dir="/tmp")
     init_local(Path(folder) / "ray", 4, namespace="pregate")
-    yield
+    yield folder
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def config(model, **options):
     return ServeConfig.from_dict({"model": str(model), "hosts": 1, "drain_s": 1.0, **options})
+
+
+def make(folder, config):
+    """Parts whose sockets lie in a folder of their own, which goes with Ray's."""
+    return RayChildren(config, Path(tempfile.mkdtemp(dir=folder)))
 
 
 async def check_until(children, wanted):
@@ -79,8 +84,8 @@ async def lose_one_after_another(children, path_checkpoint):
     assert completion is not None and len(completion.token_ids) == 2
 
     (host,) = info["hosts"]
-    for door_process in [p for p in psutil.process_iter(["cmdline"]) if "DoorActor" in str(p.info["cmdline"])]:
-        await pause_door(children, door_process, f"door on port {door['port']}")
+    (door_process,) = processes("DoorActor")  # not one of another run on this machine
+    await pause_door(children, door_process, f"door on port {door['port']}")
     os.kill(host["pid"], signal.SIGSTOP)
     await check_until(children, lambda lost, notes: any("host 0: no answer" in note for note in notes))
     os.kill(host["pid"], signal.SIGCONT)
@@ -115,13 +120,11 @@ def test_whatever_dies_comes_back_and_a_pause_is_told(local_ray, path_checkpoint
     monkeypatch.setattr(pulse, "LOOK_S", 0.3)
 
     async def main():
-        children = RayChildren(config(path_checkpoint))
+        children = make(local_ray, config(path_checkpoint))
         try:
             await lose_one_after_another(children, path_checkpoint)
         finally:
-            folder = children._folder
             await asyncio.gather(children.stop(1.0), children.stop(1.0))
-        assert folder is not None and not folder.exists()
         assert ray.util.list_named_actors() == []
 
     asyncio.run(main())
@@ -141,7 +144,7 @@ def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray, path_chec
 
     async def main():
         made = [Door.remote()]
-        children = RayChildren(config(path_checkpoint))
+        children = make(local_ray, config(path_checkpoint))
         children._doors = Doors(lambda number, options: made.pop(), 10.0)
         await children.add_door("me", to_dict(GrpcOptions(port=0)))
         lost, notes = await check_until(children, lambda lost, notes: lost)
@@ -157,7 +160,7 @@ def test_room_that_is_taken_away_while_waited_for_ends_the_start(local_ray, path
     monkeypatch.setattr(module, "ROOM_EVERY_S", 0.2)
 
     async def main():
-        children = RayChildren(config(path_checkpoint, gpus_per_host=1))
+        children = make(local_ray, config(path_checkpoint, gpus_per_host=1))
         start = asyncio.ensure_future(children.start())
         while "waiting" not in children.stage:
             await asyncio.sleep(0.05)
@@ -175,7 +178,7 @@ def test_no_room_on_a_ray_of_our_own_is_refused_at_once(local_ray, path_checkpoi
     monkeypatch.setenv(run_folder.RUN_DIR_VARIABLE, str(tmp_path))
 
     async def main():
-        children = RayChildren(config(path_checkpoint, gpus_per_host=1))
+        children = make(local_ray, config(path_checkpoint, gpus_per_host=1))
         with pytest.raises(UserError, match=r"gpus_per_host 1: not to be had: 1 hosts of 1 GPUs each"):
             await asyncio.wait_for(children.start(), 10)
         await children.stop(0)
@@ -188,7 +191,7 @@ def test_no_room_in_a_cluster_is_waited_for_with_a_word_and_an_end(local_ray, pa
     monkeypatch.setattr(module, "ROOM_EVERY_S", 0.2)
 
     async def main():
-        children = RayChildren(config(path_checkpoint, gpus_per_host=1, start_timeout_s=2.0))
+        children = make(local_ray, config(path_checkpoint, gpus_per_host=1, start_timeout_s=2.0))
         start = asyncio.ensure_future(children.start())
         while "waiting" not in children.stage:
             await asyncio.sleep(0.05)

@@ -7,7 +7,8 @@ import ray
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cluster import run_folder, supervisor
-from pregate.cluster.supervisor import Health, Supervisor
+from pregate.cluster.owned import Health
+from pregate.cluster.supervisor import Supervisor
 
 CONFIG = {"model": "/m", "hosts": 2, "drain_s": 3.0}
 
@@ -22,6 +23,7 @@ class Children:
         self.refuse_start: Exception | None = None
         self.stopped_with: list[float] = []
         self.dropped: list[str] = []
+        self.adopted = False
         self.killed: list[str] = []
         self.release = asyncio.Event()
         self.release.set()
@@ -30,6 +32,13 @@ class Children:
         if self.refuse_start is not None:
             raise self.refuse_start
         return {"endpoint": "ipc://e"}
+
+    def saved(self):
+        return {"endpoint": "ipc://e"}
+
+    def adopt(self, saved):
+        self.adopted = True
+        return saved
 
     async def add_door(self, owner, options):
         return {"host": "127.0.0.1", "port": 1}
@@ -66,11 +75,15 @@ def run(monkeypatch, tmp_path):
         async def main():
             children = Children()
             children.killed = killed
-            return await asyncio.wait_for(scenario(Supervisor("one", lambda config: children), children), 10)
+            return await asyncio.wait_for(scenario(Supervisor("one", lambda *_: children, "key"), children), 10)
 
         return asyncio.run(main()), killed
 
     return run
+
+
+def marks(folder):
+    return [path.name for path in folder.glob("supervisor-*")]
 
 
 async def status_when(one, wanted):
@@ -93,9 +106,9 @@ def test_the_last_release_stops_all_and_all_went_well(run, tmp_path):
         await one.release("serve")
         await one.release("serve")
         assert await one.holds("app")
-        assert [path.name for path in tmp_path.iterdir()] == ["supervisor-one"]
+        assert marks(tmp_path) == ["supervisor-one"]
         await one.release("app")
-        while list(tmp_path.iterdir()):
+        while marks(tmp_path):
             await asyncio.sleep(0.005)
         assert await one.holds("serve")  # until it is gone itself
         return children.dropped, children.stopped_with
@@ -119,7 +132,7 @@ def test_a_part_lost_for_good_fails_the_deployment_and_is_named(run, tmp_path):
     assert failure == {"code": "UNAVAILABLE", "message": "host 1 is lost: its process died (ActorDiedError)"}
     assert stopped_with == [3.0, 3.0]  # the second waits for the first, which `RayChildren.stop` sees to
     assert killed == []  # not before what is left has stopped
-    assert [path.name for path in tmp_path.iterdir()] == ["supervisor-one"]  # the logs are to be kept
+    assert marks(tmp_path) == ["supervisor-one"]  # the logs are to be kept
 
 
 def test_a_look_that_fails_is_told_and_the_logs_stay(run, tmp_path):
@@ -137,7 +150,7 @@ def test_a_look_that_fails_is_told_and_the_logs_stay(run, tmp_path):
 
     (state, failure), _ = run(scenario)
     assert (state, failure) == ("failed", {"code": "INTERNAL", "message": "KeyError: 'host-1'"})
-    assert [path.name for path in tmp_path.iterdir()] == ["supervisor-one"]
+    assert marks(tmp_path) == ["supervisor-one"]
 
 
 def test_what_the_deployment_survives_is_told_once(run):
@@ -164,7 +177,7 @@ def test_a_start_that_fails_says_why_in_its_own_words(run, tmp_path):
     (status, stopped_with), _ = run(scenario)
     assert status["failure"] == {"code": "INVALID_ARGUMENT", "message": "config.json: damaged"}
     assert stopped_with == [0]
-    assert list(tmp_path.iterdir())
+    assert marks(tmp_path)
 
 
 def test_a_deployment_is_scaled_while_it_serves_and_a_refusal_crosses_ray(run):
@@ -188,6 +201,62 @@ def test_a_lapsed_lease_stops_what_nobody_else_wants(run):
 
     _, killed = run(scenario)
     assert killed in ([], ["me"])
+
+
+def test_the_next_process_goes_on_with_what_runs_and_leases_go_on(run, tmp_path):
+    async def scenario(one, children):
+        await start(one)
+        await start(one, "app")
+        children.health = Health(notes=["door on port 1: it died; a new one is started"])
+        before = await status_when(one, lambda status: status["notes"])
+        after = Supervisor("one", lambda *_: children, "key")
+        status = await after.status()
+        assert children.adopted and children.stopped_with == []
+        assert {name: status[name] for name in ("state", "launchers", "info")} == {
+            name: before[name] for name in ("state", "launchers", "info")
+        }
+        assert (await after.renew("serve"))["leased"] and not (await after.renew("nobody"))["leased"]
+        assert status["notes"][-1][1] == "the supervisor's process died; another one goes on"
+        assert status["notes"][-1][0] > before["notes"][-1][0]
+        await after.release("serve")
+        await after.release("app")
+        while not children.killed:
+            await asyncio.sleep(0.005)
+        return list(tmp_path.glob("pregate-ipc-*"))
+
+    left, _ = run(scenario)
+    assert left == []
+
+
+def test_a_start_that_the_supervisor_did_not_survive_fails(run):
+    async def scenario(one, children):
+        waiting = asyncio.Event()
+        children.start = waiting.wait
+        await one.launch("serve", CONFIG)
+        after = Supervisor("one", lambda *_: children, "key")
+        status = await after.status()
+        await after.release("serve")
+        while not children.killed:
+            await asyncio.sleep(0.005)
+        return status, children.adopted
+
+    (status, adopted), _ = run(scenario)
+    assert not adopted and status["state"] == "failed"
+    assert status["failure"] == {"code": "UNAVAILABLE", "message": "the supervisor died during the start"}
+
+
+def test_a_supervisor_that_died_while_it_stopped_ends(run, tmp_path):
+    async def scenario(one, children):
+        await start(one)
+        children.release.clear()
+        await one.release("serve")
+        others = Children()
+        Supervisor("one", lambda *_: others, "key")
+        while not children.killed:
+            await asyncio.sleep(0.005)
+        assert not others.adopted and others.stopped_with == [3.0] and not list(tmp_path.glob("pregate-ipc-*"))
+
+    run(scenario)
 
 
 def test_another_deployment_is_not_joined(run):

@@ -42,6 +42,7 @@ class DoorActor:
             self._service.metrics.recorders.append(make_recorder())
         self._server = GrpcServer(self._service, options, deployment)
         self._metrics: MetricsServer | None = None
+        self._listens = False
 
     async def start(self) -> dict[str, Any]:
         """Listen; returns {"host", "port", "pid"} when the engine answers, so that health is true from the start.
@@ -55,10 +56,11 @@ class DoorActor:
             self._metrics = MetricsServer(self._service, self._options.access)
             await self._metrics.start(self._options.metrics_port)
         port = await self._server.start()
+        self._listens = True
         return {"host": self._options.access.host, "port": port, "pid": os.getpid()}
 
     async def status(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "running": True}
+        return {"pid": os.getpid(), "running": self._listens}
 
     async def stop(self, grace_s: float) -> None:
         """Say NOT_SERVING, refuse what is new, let what runs end within `grace_s`, close."""
