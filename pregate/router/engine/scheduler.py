@@ -88,8 +88,10 @@ class Scheduler:
         return sum(sequence.waiting_bytes for sequence in tuple(self.waiting))
 
     def check_room(self, sequence: Sequence) -> None:
-        """QueueFullError when the queue is at one of its bounds."""
-        num_new = sum(s.num_generated == s.num_resumed for s in self.waiting)
+        """QueueFullError when the queue is at one of its bounds. `max_queued` is of those who do not fit yet:
+        requests that come together are all in the queue before a step takes in who may run."""
+        left = self.waiting[len(self._admissible()) :]
+        num_new = sum(s.num_generated == s.num_resumed for s in left)
         if num_new >= self.limits.max_queued:
             raise QueueFullError(f"the queue holds {num_new} requests, its bound; try again later")
         num_tokens = sum(len(s.token_ids) for s in self.waiting)

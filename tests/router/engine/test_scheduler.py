@@ -69,13 +69,26 @@ def test_nobody_overtakes_when_blocks_are_short():
 
 
 def test_the_queue_is_bounded_by_number_and_by_bytes():
-    s = scheduler(max_queued=2, max_queued_bytes=100)
+    s = scheduler(max_running=1, max_queued=1, max_queued_bytes=100)
     s.add(sequence("a", 5))
     with pytest.raises(QueueFullError, match="holds 40 bytes of prompts and paths, its bound is 100"):
         s.add(sequence("b", 8))
     s.add(sequence("c", 1))
-    with pytest.raises(QueueFullError, match="holds 2 requests, its bound"):
+    with pytest.raises(QueueFullError, match="holds 1 requests, its bound"):
         s.add(sequence("d", 1))
+
+
+def test_those_who_may_run_do_not_count_as_queued_before_a_step_takes_them_in():
+    """Thirty that come at once, where eight may run and four may wait; then where blocks are for two of them."""
+    for limits, num_taken in (({}, 8 + 4), ({"num_blocks": 6}, 2 + 4)):
+        s, taken = scheduler(max_queued=4, **limits), []
+        for n in range(30):
+            try:
+                s.add(sequence(str(n), 9))
+                taken.append(str(n))
+            except QueueFullError:
+                continue
+        assert taken == [str(n) for n in range(num_taken)]
 
 
 def test_the_queue_is_measured_while_another_thread_changes_it():
