@@ -46,6 +46,8 @@ class PregateError(Exception):
     """
 
     code = "INTERNAL"
+    #: Whether it was written to stderr already, as a line of the log.
+    is_said = False
 
     @property
     def for_command_line(self) -> str:

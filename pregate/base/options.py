@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
 
 from pregate.base.errors import UserError, option_name
+from pregate.base.sizes import EXAMPLES, SIZE
 
 T = TypeVar("T")
 #: What a value is called, and what several are.
@@ -183,6 +184,7 @@ def allowed(info: FieldInfo) -> str:
     elif not words:
         words = [named(info.annotation)]
     word = mark(info, Word)
+    words += [f"also as {EXAMPLES}"] if SIZE in info.metadata else []
     return ", ".join(words) + (f", or {word.text}" if word and word.written else "")
 
 

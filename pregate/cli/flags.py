@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from pregate.base.options import Needs, Option, Or, Word, choices, kinds, mark, of_keys, user_options
+from pregate.base.sizes import EXAMPLES, SIZE
 from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import check_new_folder
 from pregate.model.folder import is_gguf, read_folder
@@ -101,6 +102,8 @@ def _parameter(option: Option) -> inspect.Parameter:
         hint, metavar, shown = list[str] | None, "PATH...", False
     elif values := choices(info):
         metavar = f"[{'|'.join(values)}]"
+    if SIZE in info.metadata:
+        metavar, text = f"{metavar}|SIZE", f"{text} A SIZE is as {EXAMPLES}."
     if word and word.written and metavar:
         metavar += f"|{word.text}"
     required = info.is_required() and not mark(info, Or)

@@ -41,6 +41,7 @@ def _app(names: Iterable[str]) -> typer.Typer:
         help="Turn a dense language model into a mixture of experts with paths known up front, and serve it on Ray.",
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # its tables cut the names of options at 80 columns
         callback=lambda: None,  # without one, a single command would have no name
     )
     for name in names:
@@ -59,10 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     app = _app(given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS)
     try:
         return int(app(_spread(given, _list_options(app)) or ["--help"], standalone_mode=False) or 0)
-    except UserError as error:
-        return _fail(error.for_command_line, 2)
     except PregateError as error:
-        return _fail(error.for_command_line, 1)
+        code = 2 if isinstance(error, UserError) else 1
+        return code if error.is_said else _fail(error.for_command_line, code)
     except _UsageError as error:
         return _fail(_describe(error, given), 2)
     except typer.Exit as stop:

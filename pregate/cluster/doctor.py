@@ -6,20 +6,20 @@ import importlib.metadata
 import os
 import resource
 import shutil
-import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from pregate.base.errors import UserError
 from pregate.base.memory import available_bytes
+from pregate.cluster import preflight
 from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.finding import Finding, gigabytes
 from pregate.cluster.local_ray import OBJECT_STORE_BYTES, TOKEN_WAY_OUT, token_path
+from pregate.router.doors.access import AccessOptions
+from pregate.router.doors.grpc_options import GrpcOptions
 
-DEFAULT_GRPC_PORT = 50051
 #: Ray keeps logs, sockets and spilled objects there.
 MIN_TEMP_BYTES = 2 * 10**9
 MIN_OPEN_FILES = 4096
@@ -40,12 +40,13 @@ def print_findings(findings: list[Finding]) -> None:
             console.print(f"     {'':<{width}}  -> {finding.mend}", markup=False)
 
 
-def examine_machine(grpc_port: int = DEFAULT_GRPC_PORT) -> Iterator[Finding]:
-    """What holds for any model: versions, devices, port, shared memory, limits, memory."""
+def examine_machine(door: GrpcOptions) -> Iterator[Finding]:
+    """What holds for any model: versions, devices, ports and files of the door, shared memory, limits, memory."""
     yield _python()
     yield from (_package(name) for name in _PACKAGES)
     yield from _devices()
-    yield _port(grpc_port)
+    yield from _ports(door)
+    yield from _files(door.access)
     yield _shared_memory()
     yield _open_files()
     yield _temp_folder()
@@ -53,14 +54,12 @@ def examine_machine(grpc_port: int = DEFAULT_GRPC_PORT) -> Iterator[Finding]:
     yield Finding("memory available", "ok", gigabytes(available_bytes()))
 
 
-def examine_model(values: Mapping[str, Any], fits_here: bool = True) -> list[Finding]:
-    """Bytes of each role of serving by `values` of ServeConfig, and with `fits_here` whether they fit here."""
-    from pregate.cluster import preflight
+def examine_model(config: ServeConfig, fits_here: bool = True) -> list[Finding]:
+    """Bytes of each role of a deployment, and with `fits_here` whether they fit here."""
     from pregate.cluster.footprint import PROCESS_BYTES, measure
     from pregate.model.checkpoint import CheckpointReader
 
     try:
-        config = ServeConfig.from_dict(values)
         preflight.check_config(config)
         roles = measure(CheckpointReader(config.model, config.parent), config)
     except UserError as error:
@@ -84,8 +83,8 @@ def examine_model(values: Mapping[str, Any], fits_here: bool = True) -> list[Fin
     return [*found, Finding("all of it here", "ok" if fits else "fail", value, "" if fits else mend)]
 
 
-def examine_cluster(address: str, values: Mapping[str, Any]) -> list[Finding]:
-    """What the nodes of the Ray at `address` have, and whether the deployment of `values` finds room among them.
+def examine_cluster(address: str, config: ServeConfig) -> list[Finding]:
+    """What the nodes of the Ray at `address` have, and whether the deployment finds room among them.
 
     UserError and UnavailableError as of joining it.
     """
@@ -95,10 +94,9 @@ def examine_cluster(address: str, values: Mapping[str, Any]) -> list[Finding]:
     from pregate.cluster.joining import connect
     from pregate.cluster.nodes import ask_nodes, compare, versions_here
 
-    config = ServeConfig.from_dict({"model": "", **values})
     connect(config, RayAccess(address), lambda stage: None)
     try:
-        reports, found = ask_nodes(config.model if values.get("model") else None, config.parent)
+        reports, found = ask_nodes(config.model or None, config.parent)
         found = [*compare(versions_here(), reports, config.device), *found]
         bundles = room.bundles_of(config, ray.util.get_node_ip_address())
         lacks = room.lacking(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
@@ -161,14 +159,30 @@ def _devices() -> Iterator[Finding]:
         yield Finding("triton", "warn", "missing", "pip install 'pregate[gpu]'")
 
 
-def _port(port: int) -> Finding:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _ports(door: GrpcOptions) -> Iterator[Finding]:
+    """A port in use may be the very server's that is asked about: a warning."""
+    for option, port in (("--grpc-port", door.port), ("--metrics-port", door.metrics_port)):
+        if port is None:
+            continue
         try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            return Finding(f"port {port}", "warn", str(error.strerror), "give `pregate serve` another --grpc-port")
-    return Finding(f"port {port}", "ok", "free")
+            preflight.check_port(option, door.access.host, port)
+        except UserError as error:
+            yield Finding(f"port {port}", "warn", error.for_command_line, f"give `pregate serve` another {option}")
+        else:
+            yield Finding(f"port {port}", "ok", "free")
+
+
+def _files(access: AccessOptions) -> Iterator[Finding]:
+    """Of certificates and tokens, where there are any to be read."""
+    if access.tls_cert is None and access.token_file is None:
+        return
+    try:
+        access.read_tls()
+        access.open_tokens()
+    except UserError as error:
+        yield Finding("door's files", "fail", error.for_command_line)
+    else:
+        yield Finding("door's files", "ok", "can be read")
 
 
 def _shared_memory() -> Finding:

@@ -82,14 +82,15 @@ def check_door(options: GrpcOptions) -> None:
     access = options.access
     access.read_tls()
     access.open_tokens()
-    _check_port("--grpc-port", access.host, options.port)
+    check_port("--grpc-port", access.host, options.port)
     if options.metrics_port is not None:
         if options.metrics_port == options.port:
             raise UserError.of("--metrics-port", options.metrics_port, "is --grpc-port, too; use another")
-        _check_port("--metrics-port", access.host, options.metrics_port)
+        check_port("--metrics-port", access.host, options.metrics_port)
 
 
-def _check_port(option: str, host: str, port: int) -> None:
+def check_port(option: str, host: str, port: int) -> None:
+    """UserError for a port that cannot be listened on."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the server will: an old connection that lingers is no hindrance, a listener is.

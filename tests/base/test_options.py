@@ -12,6 +12,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import INTERNAL, Key, Texts, Word, from_dict, of_keys, options, to_dict, user_options
+from pregate.base.sizes import SIZE
 
 
 @options()
@@ -50,6 +51,30 @@ def test_text_is_read_by_the_fields_types():
     given = {"model": "m", "most": "all", "share": "0.25", "big": "true", "text": ["b", "c"]}
     read = of_keys(Outer, given | {"inner_threads": "3", "tokens": "none"})
     assert read == Outer("m", 0.25, most=None, big=True, text=(Path("b"), Path("c")), inner=Inner(threads=3))
+
+
+@options()
+class Sized:
+    memory: Annotated[float | None, Field(gt=0), SIZE] = None
+    store: Annotated[int, Field(ge=0), SIZE] = 0
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("16GB", 16 * 10**9), ("16GiB", 16 << 30), ("1.5 kB", 1500), ("500mb", 500 * 10**6), ("7B", 7), ("12", 12)],
+)
+def test_bytes_are_read_as_sizes(text, num_bytes):
+    assert of_keys(Sized, {"memory": text, "store": text}) == Sized(num_bytes, num_bytes)
+
+
+@pytest.mark.parametrize("text", ["16 gigs", "GB", "-1GB", "1,5GB", "16GBs"])
+def test_what_is_no_size_is_told_how_one_is_written(text):
+    with pytest.raises(UserError, match=r"store .*: allowed: a whole number, 0 or more, also as 16GB, 500MB or 16GiB"):
+        of_keys(Sized, {"store": text})
+    with pytest.raises(UserError, match=r"memory .*: allowed: a number, above 0, also as 16GB"):
+        of_keys(Sized, {"memory": text})
+    with pytest.raises(UserError, match="memory 0: allowed: above 0, also as 16GB"):
+        of_keys(Sized, {"memory": "0GB"})
 
 
 def test_it_crosses_processes():

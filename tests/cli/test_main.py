@@ -1,6 +1,7 @@
 """What bad input gets: one line on stderr, exit code 2, nothing started and nothing written."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -155,6 +156,25 @@ def test_doctor_says_what_fits(capsys, layerwise_checkpoint):
         assert word in out
     assert main(["doctor", "--model", str(layerwise_checkpoint), "--hosts", "6"]) == 1
     assert "FAIL model" in capsys.readouterr().out
+
+
+def test_doctor_takes_what_serve_takes_and_refuses_what_it_refuses(capsys, layerwise_checkpoint, tmp_path):
+    """An empty file of tokens; a cache larger than any memory, which serve refuses; a cache that is small enough."""
+    asked = ["doctor", "--model", str(layerwise_checkpoint), "--hosts", "2", "--kv-cache-memory"]
+    tokens = tmp_path / "tokens"
+    tokens.touch()
+    assert main([*asked, "4MB", "--step-tokens", "64", "--grpc-port", "0", "--host-memory", "1 MiB"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"KV cache +(4\.00|3\.9\d) MB", out)
+    assert main([*asked, "10000GB", "--token-file", str(tokens)]) == 1
+    out = capsys.readouterr().out
+    assert re.search(r"FAIL model +--kv-cache-memory 1e\+13: allowed: at most \d+, the bytes that are free", out)
+    assert "FAIL door's files" in out and "--token-file" in out
+    assert main([*asked, "lots"]) == 2
+    error = capsys.readouterr().err
+    assert error == "pregate: --kv-cache-memory lots: allowed: a number, above 0, also as 16GB, 500MB or 16GiB\n"
+    assert main([*asked, "1e9", "--step-tokens", "10000"]) == 2
+    assert "--step-tokens 10000: allowed: at most 8192 (--max-rows)" in capsys.readouterr().err
 
 
 def test_doctor_cuts_no_path_and_gives_no_remedy_that_does_not_fit(capsys, layerwise_checkpoint, tmp_path, monkeypatch):

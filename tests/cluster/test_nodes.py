@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from pregate.cluster.config import ServeConfig
 from pregate.cluster.doctor import examine_cluster
 from pregate.cluster.nodes import NodeReport, compare, report_node, versions_here
 from pregate.cluster.ray_start import init_local, stop_ray
@@ -59,7 +60,7 @@ def test_doctor_asks_the_nodes_of_a_cluster(path_checkpoint):
         init_local(Path(folder), num_cpus=2)
         try:
             address = ray.get_runtime_context().gcs_address
-            found = examine_cluster(address, {"model": str(path_checkpoint), "hosts": 2})
+            found = examine_cluster(address, ServeConfig(model=str(path_checkpoint), hosts=2))
         finally:
             stop_ray()
     states = {f.what.split()[0]: f.state for f in found}

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Key, Word, options
+from pregate.base.sizes import SIZE
 
 
 @options()
@@ -28,13 +29,14 @@ class EngineOptions:
     device: str = "cpu"
     threads: Annotated[int, Field(ge=1, description="Threads of the engine."), Key("engine_threads")] = 1
     max_running: Annotated[int, Field(ge=1, description="Requests that run at the same time.")] = 64
-    max_queued: Annotated[int, Field(ge=1, description="Requests that wait for them; more are refused.")] = 256
+    max_queued: Annotated[int, Field(ge=1, description="Requests that wait for room; more are refused.")] = 256
     step_tokens: Annotated[int, Field(ge=1, description="Tokens of a step, over all requests.")] = 512
     block_size: Annotated[int, Field(ge=1, description="Tokens of a block of the KV cache.")] = 16
     kv_cache_memory: Annotated[
         float | None,
         Field(gt=0, description="The KV cache: bytes, or up to 1 a fraction of free memory."),
         Word("every context, up to 65536 tokens", written=False),
+        SIZE,
     ] = None
     prefix_sharing: Annotated[bool, Field(description="Compute equal beginnings of prompts once.")] = True
     batching: Annotated[
@@ -45,13 +47,25 @@ class EngineOptions:
         0.5
     )
     max_queued_tokens: Annotated[int, Field(ge=1, description="Tokens of prompts that wait.")] = 1 << 22
-    max_queued_bytes: Annotated[int, Field(ge=1, description="Bytes of prompts and paths that wait.")] = 1 << 30
+    max_queued_bytes: Annotated[int, Field(ge=1, description="Bytes of prompts and paths that wait."), SIZE] = 1 << 30
     pin_cores: Annotated[
         bool, Field(description="Keep engine and hosts each to its own cores; for a machine with one deployment.")
     ] = False
     cuda_graphs: Annotated[bool, Field(description="Capture decode steps on a CUDA device.")] = True
     check_steps: Annotated[bool, Field(description="Check every step's invariants (slow; for debugging).")] = False
     group_timeout_s: Annotated[float, Field(gt=0, description="Seconds a host may take for one group of rows.")] = 30.0
+
+    def kv_cache_bytes(self, free: int) -> int | None:
+        """Memory for the KV cache where `free` bytes are free; None where it is as its tokens need.
+
+        UserError where more is asked for than is free.
+        """
+        memory = self.kv_cache_memory
+        if memory is None:
+            return None
+        if memory > max(1, free):
+            raise UserError.of("--kv-cache-memory", f"{memory:g}", f"allowed: at most {free}, the bytes that are free")
+        return int(memory * free if memory <= 1 else memory)
 
     def kv_blocks(self, context: int, token_bytes: int, free_bytes: Callable[[], int]) -> int:
         """Blocks of the KV cache, for a model of this context whose every token takes `token_bytes`.
@@ -60,11 +74,8 @@ class EngineOptions:
         """
         if self.kv_cache_memory is None:
             return -(-max(context, min(self.max_running * context, 65536)) // self.block_size)
-        memory = self.kv_cache_memory
-        free = free_bytes()
-        num_bytes = int(memory * free if memory <= 1 else memory)
-        if num_bytes > free:
-            raise UserError.of("--kv-cache-memory", f"{memory:g}", f"allowed: at most {free}, the bytes that are free")
+        num_bytes = self.kv_cache_bytes(free_bytes())
+        assert num_bytes is not None, "it was asked for"
         if num_bytes < self.block_size * token_bytes:
             sentence = f"is less than one block; allowed: {self.block_size * token_bytes} bytes or more"
             raise UserError.of("--kv-cache-memory", f"{self.kv_cache_memory:g}", sentence)

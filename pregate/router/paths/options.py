@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from pregate.base.options import Key, options
+from pregate.base.sizes import SIZE
 
 
 @options()
@@ -20,5 +21,5 @@ class PathOptions:
         int, Field(ge=1, description="Prompts that wait for their paths; more are refused."), Key("path_max_prompts")
     ] = 256
     max_bytes: Annotated[
-        int, Field(ge=1, description="Bytes of those prompts and their paths."), Key("path_max_bytes")
+        int, Field(ge=1, description="Bytes of those prompts and their paths."), Key("path_max_bytes"), SIZE
     ] = 1 << 30

@@ -7,13 +7,17 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pregate.base.options import INTERNAL, Dtype, Word, options
+from pregate.base.sizes import SIZE
 
 ResidentExperts = Annotated[
     float | None,
     Field(gt=0, description="Experts a host keeps on its device: a count, below 1 a share of its own, else bytes."),
     Word("all", written=False),
+    SIZE,
 ]
-HostMemory = Annotated[int, Field(ge=0, description="Bytes of host memory for experts that are not on the device.")]
+HostMemory = Annotated[
+    int, Field(ge=0, description="Bytes of host memory for experts that are not on the device."), SIZE
+]
 
 
 @options()
