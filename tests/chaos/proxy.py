@@ -1,4 +1,4 @@
-"""A proxy before an expert host: what passes between it and an engine is cut, held up, swallowed or damaged."""
+"""A proxy before an expert host, or an engine: what passes is cut, held up, swallowed or damaged."""
 
 from __future__ import annotations
 
@@ -61,13 +61,14 @@ class _Pair(NamedTuple):
 
 
 class Proxy:
-    """Stands where a host's ipc sockets are looked for, and they have moved aside. `fault` holds from now on."""
+    """Stands where a host's ipc sockets are looked for, and they have moved aside; where one socket is all there is,
+    `parts` is that. `fault` holds from now on."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, parts: tuple[str, ...] = ("", ".d")) -> None:
         self._fault, self._since_s, self._closed = NONE, 0.0, False
         self._rng, self._pairs, self._listeners = random.Random(5), set(), []
         self.num_damaged = 0
-        for path in (Path(endpoint.removeprefix("ipc://") + part) for part in ("", ".d")):
+        for path in (Path(endpoint.removeprefix("ipc://") + part) for part in parts):
             aside = path.with_name(path.name + "-")
             path.rename(aside)
             listener = socket.socket(socket.AF_UNIX)

@@ -296,11 +296,13 @@ class Engine:
         return self.scheduler.next_step(now_s)
 
     def _look_ahead(self, step: Many[Slice]) -> None:
-        """Say what comes after `step`, which runs next; where gates decide, also what it itself may need."""
+        """Say what comes after `step`, which runs next; where gates decide, also what it itself may need. Before there
+        is one what is known has changed, and what is likely has not."""
         if self.lookahead is None:
             return
         scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
-        expected = self.lookahead.expect(self._step_number + 1, scheduler.running, scheduler.waiting, planned)
+        queues = scheduler.running, scheduler.waiting
+        expected = self.lookahead.expect(self._step_number + 1, *queues, planned, forecast=bool(step))
         if step and not self.exact:
             expected = self.lookahead.before(expected, RunningPaths.of_step(list(planned.items())))
         self.exchange.expect(expected)

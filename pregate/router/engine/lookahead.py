@@ -41,12 +41,19 @@ class Lookahead:
     def __init__(self, cuts: Many[LayerCut], step_tokens: int, horizon: int = HORIZON) -> None:
         self._shape = (len(cuts), max(cut.num_routed for cut in cuts))
         self._step_tokens, self._horizon, self._forecast = step_tokens, horizon, Forecast(*self._shape)
+        self._likely_LR = np.zeros(self._shape, dtype=np.uint8)
         self._used: WeakKeyDictionary[Sequence, dict[tuple[int, int], np.ndarray]] = WeakKeyDictionary()
 
     def expect(
-        self, step: int, running: Iterable[Sequence], waiting: Iterable[Sequence], planned: Mapping[Sequence, int]
+        self,
+        step: int,
+        running: Iterable[Sequence],
+        waiting: Iterable[Sequence],
+        planned: Mapping[Sequence, int],
+        forecast: bool = True,
     ) -> Expected:
         """Return what is expected of step `step` and those after it, once `planned` tokens of sequences have run.
+        Without `forecast` what is likely is what it was the last time.
 
         Sequences must have paths; those that run come in their order, then those that wait.
         """
@@ -69,9 +76,10 @@ class Lookahead:
                     left.appendleft((sequence, stop))
                 else:
                     decoding.append(sequence)
-        self._forecast.note(decoding)
-        likely_LR = np.rint(SURE * self._forecast.likely(decoding)).astype(np.uint8)
-        return Expected(step, known_HLR, likely_LR)
+        if forecast:
+            self._forecast.note(decoding)
+            self._likely_LR = np.rint(SURE * self._forecast.likely(decoding)).astype(np.uint8)
+        return Expected(step, known_HLR, self._likely_LR)
 
     def before(self, expected: Expected, paths: Paths) -> Expected:
         """Return what is expected from one step earlier on, in which tokens are expected to take these paths."""

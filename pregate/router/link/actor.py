@@ -6,14 +6,14 @@ A plain class: the cluster package wraps it with `ray.remote`. That process does
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base.cores import pin
 from pregate.base.huge_pages import collapse_later
 from pregate.base.telemetry import PLAIN, Telemetry
 from pregate.router.engine.options import EngineOptions
-from pregate.router.link.loop_actor import LoopActor
+from pregate.router.link.loop_actor import Export, LoopActor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,18 +38,16 @@ class EngineActor(LoopActor):
         options: EngineOptions,
         endpoint: str,
         telemetry: Telemetry = PLAIN,
-        export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
+        export: Export | None = None,
         number: int | None = None,
     ) -> None:
-        """`export` is given a function that says what `EngineClient.info` would, when the engine serves."""
-        super().__init__(endpoint)
+        """What is exported is what `EngineClient.info` says."""
+        super().__init__(endpoint, export)
         import pregate.router.engine.engine  # noqa: F401 - torch is loaded now, while the hosts load their weights
 
         self._number, self._name = number or 0, "engine" if number is None else f"engine {number}"
         telemetry.begin(self._name)
         self._options = options
-        self._endpoint = endpoint
-        self._export = export
         self._engine: Engine | None = None
         self._engine_server: EngineServer | None = None
 
@@ -73,8 +71,6 @@ class EngineActor(LoopActor):
         link = LinkOptions(max_pending_bytes=self._options.max_queued_bytes)
         self._engine_server = EngineServer(engine, self._endpoint, options=EngineServerOptions(link))
         self.serve(self._engine_server, self._name)
-        if self._export is not None:
-            self._export(self._engine_server.describe)
         return {"endpoint": self._endpoint, "info": engine.info(), "pid": os.getpid()}
 
     def replace_host(self, host: int, make_client: Callable[[], HostClient]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Mapping
 from threading import Event as StopEvent
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from pregate.base.telemetry import flush
 from pregate.router.link.endpoint import starting_file
@@ -20,7 +21,12 @@ class Server(Protocol):
     @property
     def has_work(self) -> bool: ...
     def status(self) -> dict[str, Any]: ...
+    def describe(self) -> dict[str, Any]: ...
     def run(self, stop_event: StopEvent) -> None: ...
+
+
+#: Given a function that says what a server's numbers are, from when it serves.
+Export: TypeAlias = Callable[[Callable[[], Mapping[str, Any]]], None]
 
 
 class LoopActor:
@@ -28,7 +34,8 @@ class LoopActor:
 
     stop_timeout_s = 10.0
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, export: Export | None = None) -> None:
+        self._endpoint, self._export = endpoint, export
         self._starting = starting_file(endpoint)
         if self._starting is not None:  # front doors that miss the one before can say so
             self._starting.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -44,6 +51,12 @@ class LoopActor:
             self._starting.unlink(missing_ok=True)
         self._thread = threading.Thread(target=server.run, args=(self._stop_event,), name=name, daemon=True)
         self._thread.start()
+        if self._export is not None:
+            self._export(lambda: self._numbers(server))
+
+    def _numbers(self, server: Server) -> Mapping[str, Any]:
+        """What is exported of what a server says of itself."""
+        return server.describe()
 
     def status(self) -> dict[str, Any]:
         """`running` turns false when the loop has ended, by `stop` or by a bug (the log has it).

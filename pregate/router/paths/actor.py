@@ -6,11 +6,10 @@ A plain class: the cluster package wraps it with `ray.remote`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from pregate.base.telemetry import PLAIN, Telemetry
-from pregate.router.link.loop_actor import LoopActor
+from pregate.router.link.loop_actor import Export, LoopActor, Server
 from pregate.router.paths.options import PathOptions
 
 
@@ -22,12 +21,12 @@ class PathActor(LoopActor):
         options: PathOptions,
         endpoint: str,
         telemetry: Telemetry = PLAIN,
-        export: Callable[[Callable[[], Mapping[str, Any]]], None] | None = None,
+        export: Export | None = None,
     ) -> None:
-        """`export` is given a function that says how many wait, when the service serves."""
-        super().__init__(endpoint)
+        """What is exported is how many wait."""
+        super().__init__(endpoint, export)
         telemetry.begin("path service")
-        self._options, self._endpoint, self._export = options, endpoint, export
+        self._options = options
 
     def start(self) -> dict[str, Any]:
         """Load the path router and serve; returns {"endpoint", "pid"} when doors may connect."""
@@ -45,8 +44,8 @@ class PathActor(LoopActor):
         reader = CheckpointReader(self._options.model, self._options.parent)
         computer = PathComputer(load_router(reader))
         prompts = Prompts(computer, self._options, reader.config.context_tokens, reader.fingerprint)
-        server = PathServer(prompts, self._endpoint)
-        self.serve(server, "paths")
-        if self._export is not None:
-            self._export(lambda: {"num_waiting_for_paths": server.describe()["num_queued"]})
+        self.serve(PathServer(prompts, self._endpoint), "paths")
         return {"endpoint": self._endpoint, "pid": os.getpid()}
+
+    def _numbers(self, server: Server) -> dict[str, Any]:
+        return {"num_waiting_for_paths": server.describe()["num_queued"]}

@@ -9,16 +9,18 @@ import httpx
 import pytest
 
 from pregate.base import telemetry
-from pregate.base.errors import UserError
+from pregate.base.errors import UnavailableError, UserError
 from pregate.base.telemetry import NO_SPAN, Telemetry, check_endpoint, span
 from pregate.cluster.config import ServeConfig
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import connect_service
+from pregate.router.link.link import EngineLink, LinkOptions
+from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest
 from pregate.router.paths.actor import PathActor
 from pregate.router.paths.options import PathOptions
 from tests.otlp import collector
 from tests.router.doors.test_openai_app import HttpServer
-from tests.router.running import engine_thread, local_engine, socket_folder, wait_for
+from tests.router.running import RawDoor, engine_thread, local_engine, socket_folder, wait_for
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 PARENT = "b7ad6b7169203331"
@@ -78,6 +80,28 @@ def test_who_sends_no_trace_begins_one_and_who_is_not_sampled_none(url, traces):
     assert [root.parent for root in roots] == ["", ""]
     assert len({one.span.trace_id for one in traces.spans}) == 2
     assert [root.span.status.message for root in roots] == ["", "INVALID_ARGUMENT: top_p"]
+
+
+def test_spans_end_of_who_finds_the_queue_full_and_who_waits_for_an_engine_that_stands_still(traces):
+    """The link answers, and nobody takes what it holds; then it stops."""
+    caller = f"00-{TRACE}-{PARENT}-01"
+    with socket_folder() as folder:
+        link = EngineLink(f"ipc://{folder}/engine", dict, LinkOptions(max_pending_requests=1), None)
+        link.start()
+        try:
+            with RawDoor(f"ipc://{folder}/engine") as door:
+                for name in ("waits", "refused"):
+                    door.send(SubmitRequest(name, (1,), SamplingParams(2), traceparent=caller))
+                assert door.receive(FailedEvent).request_id == "refused"
+                wait_for(lambda: traces.of_trace(TRACE), 60, "the span of who is refused")
+                (refused,) = traces.of_trace(TRACE)
+        finally:
+            link.stop(UnavailableError("the engine is stopping"))
+        wait_for(lambda: len(traces.of_trace(TRACE)) > 1, 60, "the span of who waits")
+    waits = next(one for one in traces.of_trace(TRACE) if one is not refused)
+    assert (refused.name, waits.name, refused.parent, waits.parent) == ("engine", "engine", PARENT, PARENT)
+    assert refused.span.status.message.startswith("RESOURCE_EXHAUSTED: ")
+    assert waits.span.status.message == "UNAVAILABLE: the engine is stopping"
 
 
 def test_without_an_endpoint_nothing_is_loaded():

@@ -56,3 +56,13 @@ def test_more_decode_tokens_than_a_step_takes_leave_no_room_for_prompts():
     ahead = Lookahead(CUTS, step_tokens=2, horizon=2).expect(1, running, [sequence([7])], {})
     assert not ahead.known_HLR.any()
     assert experts_of(ahead.likely_LR > 0) == [0, 1, 2]
+
+
+def test_a_request_that_comes_changes_what_is_known_and_makes_no_forecast():
+    lookahead, running = Lookahead(CUTS, step_tokens=4, horizon=2), sequence([0, 1, 5], num_computed=2)
+    before = lookahead.expect(1, [running], [], {running: 1})
+    assert experts_of(before.likely_LR > 0) == [0, 1, 5]
+    running.token_ids.append(8)  # its path is not known yet, and is not asked for
+    ahead = lookahead.expect(1, [running], [sequence([7])], {running: 2}, forecast=False)
+    assert [experts_of(known) for known in ahead.known_HLR] == [[7], []]
+    assert np.array_equal(ahead.likely_LR, before.likely_LR)
