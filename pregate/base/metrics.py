@@ -102,10 +102,11 @@ _OF_STEPS = (
     _engine("counter", "step_seconds_total", "step_s", "Time in steps."),
     _engine("counter", "step_tokens_total", "num_step_tokens", "Tokens of all steps."),
     _engine("counter", "step_units_total", "num_step_units", "Experts asked for by all steps, where paths are exact."),
+)  # fmt: skip
+#: What every engine says alike.
+_OF_HOSTS = (
     Metric("path_exact", "gauge", "1 where paths decide, 0 where gates do.", read=lambda i: i["routing"] == "path"),
     Metric("num_expert_hosts", "gauge", "Expert hosts the engine works with.", read=lambda info: len(info["hosts"])),
-)  # fmt: skip
-_OF_HOSTS = (
     Metric("expert_host_up", "gauge", "0 while the host is lost.", ("host",), read=lambda host: not host["lost"]),
     _host("gauge", "expert_resident", "num_units", "Experts in the host's slots."),
     _host("gauge", "expert_pending", "num_pending", "Experts the host means to fetch."),
@@ -115,6 +116,8 @@ _OF_HOSTS = (
     _host("counter", "expert_read_bytes_total", "read_bytes", "Bytes of experts read."),
     _host("counter", "expert_prefetch_bytes_total", "prefetched_bytes", "Of those: before they were asked for."),
     _host("counter", "expert_prefetch_wasted_bytes_total", "wasted_bytes", "Of those: left again unused."),
+)
+_OF_DISPATCH = (
     _host("counter", "expert_rows_total", "rows", "(token, layer, expert) rows the host computed."),
     _host("counter", "dispatch_groups_total", "groups", "Groups of rows sent to the host, one a layer of a step."),
     _host("counter", "dispatch_resent_total", "resent_groups", "Groups sent again."),
@@ -123,8 +126,9 @@ _OF_HOSTS = (
     _host("counter", "dispatch_answer_bytes_total", "reply_bytes", "Bytes of rows that came back."),
     _host("counter", "dispatch_wait_seconds_total", "wait_s", "Time the engine waited for the host's answers."),
 )
-#: What an engine knows, of itself and of its hosts.
-OF_ENGINE = (*_OF_STEPS, *_OF_HOSTS)
+#: What an engine knows, of itself and of its hosts; and what one of several has to say beside the first.
+OF_ENGINE = (*_OF_STEPS, *_OF_HOSTS, *_OF_DISPATCH)
+OF_NEXT_ENGINE = (*_OF_STEPS, *_OF_DISPATCH)
 METRICS = (*_OF_REQUESTS, *OF_PATHS, *OF_ENGINE)
 BY_STEM: Mapping[str, Metric] = {metric.stem: metric for metric in METRICS}
 

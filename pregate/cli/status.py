@@ -56,9 +56,14 @@ def _print_status(server: ServerInfo, model: ModelInfo | None, loads: Loads | No
         shape += f"context {model.max_context_length}, "
     print(f"{server.model}: {shape}up {_duration(server.uptime_s)}")
     print(f"pregate {server.version}: {', '.join(f'{name} {v}' for name, v in sorted(server.versions.items()))}")
+    if server.logs:
+        print(f"logs: {server.logs}/worker-*.err on its machine")
     if loads is None:
         return
     print(f"refuses requests: {loads.unavailable}" if loads.unavailable else "takes requests")
+    for engine in loads.engines:
+        doing = f"{engine.num_running} running, {engine.num_queued} queued, {engine.num_steps} steps"
+        print(f"engine {engine.number}: {engine.unavailable or doing}")
     for host in loads.hosts:
         if host.lost:
             print(f"host {host.host_id} is lost for {_duration(host.lost_s)}: {host.lost}")

@@ -49,6 +49,17 @@ class HostStatus:
 
 
 @dataclass(frozen=True)
+class EngineStatus:
+    """One of several engines: why it takes no requests ("": it does), those it has, and the steps of its process."""
+
+    number: int
+    unavailable: str
+    num_running: int
+    num_queued: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a server serves, and how busy it is.
 
@@ -81,7 +92,7 @@ class ModelInfo:
 @dataclass(frozen=True)
 class ServerInfo:
     """The process that answers: pregate's version, how long it is up, why requests are refused ("": they are taken),
-    the versions of what it runs on and the options it was started with."""
+    the versions of what it runs on, the options it was started with, and the folder in which its processes log."""
 
     version: str
     uptime_s: float
@@ -89,12 +100,14 @@ class ServerInfo:
     unavailable: str
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
+    logs: str = ""
 
 
 @dataclass(frozen=True)
 class Loads:
     """How busy a server is: requests that run, wait, and of these wait for their paths; blocks of the KV cache; what
-    gave up its blocks, and prompts' tokens found in the cache; the door's own requests; hosts' experts."""
+    gave up its blocks, and prompts' tokens found in the cache; the door's own requests; hosts' experts; the engines
+    where there are several."""
 
     num_running: int
     num_queued: int
@@ -111,6 +124,7 @@ class Loads:
     busy_with: str
     busy_s: float
     hosts: tuple[HostStatus, ...] = ()
+    engines: tuple[EngineStatus, ...] = ()
 
 
 def read_route(reply: pb.RouteResponse) -> Route:
@@ -124,6 +138,7 @@ def read_route(reply: pb.RouteResponse) -> Route:
 
 
 def read(kind: type[_T], reply: Message) -> _T:
-    """An answer as one of the classes above, its hosts with it."""
-    named = {"hosts": tuple(from_message(HostStatus, host) for host in getattr(reply, "hosts", ()))}
-    return from_message(kind, reply, **(named if named["hosts"] else {}))
+    """An answer as one of the classes above, its hosts and engines with it."""
+    parts = {"hosts": HostStatus, "engines": EngineStatus}
+    named = {name: tuple(from_message(part, one) for one in getattr(reply, name, ())) for name, part in parts.items()}
+    return from_message(kind, reply, **{name: found for name, found in named.items() if found})

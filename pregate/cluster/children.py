@@ -18,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, placement_
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.log import get_logger
+from pregate.base.memory import available_bytes
 from pregate.base.metrics import OF_PATHS
 from pregate.base.options import from_dict, shown
 from pregate.cluster import ray_metrics, room, run_folder
@@ -26,6 +27,7 @@ from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
 from pregate.cluster.engines import Engines
 from pregate.cluster.hosts import Hosts
+from pregate.cluster.joining import logs_folder
 from pregate.cluster.owned import Health
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import check, check_request
@@ -75,6 +77,8 @@ class RayChildren:
     async def start(self) -> dict[str, Any]:
         """Place and start hosts, then the engine. Raises what a part failed with, or UnavailableError in time."""
         config = self._config
+        if config.device == "cpu":
+            config.engine.kv_cache_bytes(available_bytes())  # the engine is on this node: refused before hosts load
         self._exports = await asyncio.to_thread(ray_metrics.exports)
         self._experts = experts = read_routed_experts(config.model)
         for num_hosts in (config.hosts, config.max_hosts or 1):
@@ -206,7 +210,8 @@ class RayChildren:
         placed = {**self._options(f"door-{number}"), "num_cpus": 0}
         folder = self._folder
         paths = None if self._paths is None else f"ipc://{folder}/paths"
-        arguments = (self._engines.endpoints, paths, config.text_path, config.model_name, options, shown(config))
+        door = (config.text_path, config.model_name, options, shown(config), logs_folder())
+        arguments = (self._engines.endpoints, paths, *door)
         recorder = self._export(ray_metrics.RayRecorder)
         return tied(DoorActor).options(**placed).remote(*arguments, config.telemetry, recorder)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pregate.base.metrics import OF_ENGINE
+from pregate.base.metrics import OF_ENGINE, OF_NEXT_ENGINE
 from pregate.cluster import clients, ray_metrics
 from pregate.cluster.actors import actor_name, tied
 from pregate.cluster.config import ServeConfig
@@ -59,7 +59,7 @@ class Engines:
         config, several = self._config, self._config.engines > 1
         role = actor_name(f"engine-{number}" if several else "engine", num_before)
         remote = tied(EngineActor).options(**self._options(role, config.engine_gpus), max_concurrency=4)
-        export = self._export(ray_metrics.follow, OF_ENGINE)
+        export = self._export(ray_metrics.follow, OF_NEXT_ENGINE if number else OF_ENGINE)
         own = number if several else None
         return remote.remote(config.engine_options, self.endpoints[number], config.telemetry, export, own)
 

@@ -49,6 +49,13 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
     return kept
 
 
+def logs_folder() -> str:
+    """Where the processes of ours on this node log, while this one is connected to Ray."""
+    node = ray._private.worker._global_node
+    assert node is not None, "connect to Ray first"
+    return str(node.get_logs_dir_path())
+
+
 def join(ray_access: RayAccess) -> str:
     """Be connected to the Ray that runs at --ray-address, or on this machine; returns its address."""
     address = ray_access.address or "auto"

@@ -21,7 +21,7 @@ from pregate.cluster import local_ray
 from pregate.cluster.calls import CALL_TIMEOUT_S, RayLostError, SilentError, call, error_of, get
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import RayAccess, ServeConfig
-from pregate.cluster.joining import connect
+from pregate.cluster.joining import connect, logs_folder
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.stage import SAY_EVERY_S
@@ -201,6 +201,7 @@ def launch(
     options, a model that cannot be served) and UnavailableError (Ray, or a part, does not come up).
     """
     kept = connect(config, ray_access or RayAccess(), on_stage)
+    on_stage(f"engine, hosts and doors log to {logs_folder()}/worker-*.err")
     try:
         deployment = _join(config, kept)
     except BaseException:

@@ -34,6 +34,7 @@ from pregate.base.options import of_keys, options, shown
 from pregate.base.telemetry import flush
 from pregate.cluster import local_ray, preflight, ray_metrics
 from pregate.cluster.config import ServeConfig
+from pregate.cluster.joining import logs_folder
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
 from pregate.cluster.serve_grpc import GrpcMethods
@@ -214,7 +215,7 @@ class Replica(GrpcMethods):
         if await asyncio.to_thread(ray_metrics.exports):
             self._service.metrics.recorders.append(ray_metrics.RayRecorder(config.model_name))
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
-        self.serve_grpc(Calls(self._service, shown(config)), tokens, door["timeout_s"])
+        self.serve_grpc(Calls(self._service, shown(config), logs_folder()), tokens, door["timeout_s"])
         mount(openai_app.build_app(self._service, tokens=tokens, timeout_s=door["timeout_s"]))
 
     def check_health(self) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from pregate.base import log
-from pregate.base.errors import UnavailableError
+from pregate.base.errors import PregateError, UnavailableError
 from pregate.base.memory import give_back_heap
 from pregate.cluster import preflight
 from pregate.cluster.calls import RayLostError
@@ -29,13 +29,20 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
-    """Serve until a signal comes. Raises UnavailableError, naming it, when a part is lost for good."""
+    """Serve until a signal comes. Raises UnavailableError, naming it, when a part is lost for good; where lines of the
+    log are JSON the error is one of them."""
     try:
         _serve(config, door, ray_access)
-    except RayLostError as error:
-        sys.stderr.write(f"pregate: {error}\n")
-        sys.stderr.flush()
-        os._exit(1)  # Ray's own clean-up at exit would wait for what is gone
+    except PregateError as error:
+        if config.log_format == "json":
+            logger.error("%s", error.for_command_line)
+            error.is_said = True
+        if isinstance(error, RayLostError):
+            if not error.is_said:
+                sys.stderr.write(f"pregate: {error}\n")
+            sys.stderr.flush()
+            os._exit(1)  # Ray's own clean-up at exit would wait for what is gone
+        raise
 
 
 def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
@@ -97,10 +104,10 @@ def _wait(deployment: Deployment, stopping: threading.Event) -> str | None:
         lost = deployment.look()
         for number, note in deployment.notes:
             if number > said:
-                _say(note)
+                logger.warning("%s", note)  # the levels are the supervisor's
                 said = number
         if lost is not None:
-            _say(lost)  # now: to drain and to clean up takes its time
+            logger.error("%s", lost)  # now: to drain and to clean up takes its time
             return lost
     return deployment.lost
 

@@ -13,7 +13,9 @@ import pytest
 from rich.console import Console
 
 from pregate.cli.main import main
-from pregate.cli.status import table
+from pregate.cli.status import _print_status, table
+from pregate.client.answers import Loads, read
+from pregate.client.proto import pregate_pb2 as pb
 from pregate.router.link.client import EngineClientOptions
 from pregate.router.link.endpoint import starting_file
 from tests.router.running import door, engine_thread, local_engine, served, socket_folder, wait_for
@@ -48,6 +50,21 @@ def test_a_reason_in_brackets_is_no_markup(server, capsys):
     loads = replace(server[1].client.loads(), unavailable="the engine at [/tmp/e] is lost")
     Console(width=160).print(table(loads))
     assert "the engine at [/tmp/e] is lost" in capsys.readouterr().out
+
+
+def test_every_engine_of_several_is_shown_and_where_they_log(server, capsys):
+    client = server[1].client
+    assert not client.loads().engines and "engine 0" not in capsys.readouterr().out
+    several = [
+        pb.EngineStatus(number=0, num_running=3, num_queued=1, num_steps=40),
+        pb.EngineStatus(number=1, unavailable="engine 1 has been silent for 3 s"),
+    ]
+    loads = read(Loads, pb.GetLoadsResponse(kv_blocks=8, engines=several))
+    _print_status(replace(client.server_info(), logs="/tmp/ray/s/logs"), client.model_info(), loads)
+    printed = capsys.readouterr().out
+    assert "engine 0: 3 running, 1 queued, 40 steps\n" in printed
+    assert "engine 1: engine 1 has been silent for 3 s\n" in printed
+    assert "logs: /tmp/ray/s/logs/worker-*.err on its machine\n" in printed
 
 
 def test_every_lost_host_is_named_with_its_age_now(server, capsys, monkeypatch):

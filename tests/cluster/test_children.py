@@ -186,6 +186,17 @@ def test_no_room_on_a_ray_of_our_own_is_refused_at_once(local_ray, path_checkpoi
     asyncio.run(main())
 
 
+def test_a_cache_larger_than_memory_is_refused_before_anything_is_started(local_ray, path_checkpoint):
+    async def main():
+        children = make(local_ray, config(path_checkpoint, engine={"kv_cache_memory": "10000 GB"}))
+        with pytest.raises(UserError, match=r"kv_cache_memory 1e\+13: allowed: at most \d+, the bytes that are free"):
+            await asyncio.wait_for(children.start(), 60)
+        assert children.stage == "starting" and children._group is None
+        await children.stop(0)
+
+    asyncio.run(main())
+
+
 def test_no_room_in_a_cluster_is_waited_for_with_a_word_and_an_end(local_ray, path_checkpoint, monkeypatch):
     monkeypatch.delenv(run_folder.RUN_DIR_VARIABLE, raising=False)
     monkeypatch.setattr(module, "ROOM_EVERY_S", 0.2)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import psutil
 import pytest
@@ -112,11 +113,13 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         with Client(running.target, timeout_s=60) as client:
             assert client.health()
             completion = client.complete(PROMPT, max_tokens=8)
+            logs = client.server_info().logs
         assert len(completion.rows_per_host) == 2
         assert min(completion.rows_per_host) > 0
         other = join(running, path_checkpoint, "--hosts", 1, "--log-format", "json", "--otlp-endpoint", traces.url)
         assert other.returncode == 2
-        assert other.stderr.splitlines()[-1].startswith("pregate: --hosts 1: deployment 'pregate' is running with 2")
+        refusal = json.loads(other.stderr.splitlines()[-1])
+        assert refusal["message"].startswith("--hosts 1: deployment 'pregate' is running with 2")
         processes = processes_of(running.folder)
         ports = listening_ports(processes)
         assert ports
@@ -133,7 +136,7 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         expected = list(completion.token_ids)
         assert json.loads(ask(port))["choices"][0]["token_ids"] == expected
         assert streamed_ids(ask(port, stream=True)) == expected
-        check_logs(running, completion.request_id)
+        check_logs(running, completion.request_id, Path(logs))
         check_traces(traces)
         running.process.terminate()  # the demo ends with SIGINT
         assert running.process.wait(60) == 0
@@ -146,12 +149,14 @@ def test_two_launchers_share_a_deployment_and_the_last_leaves_nothing(path_check
         assert shared_memory() <= before
 
 
-def check_logs(running, request_id):
-    """Every process logs objects; door, path service and engine say when a request began and how it ended."""
-    files = [running.log, *running.folder.rglob("session_2*/logs/worker-*.err")]
+def check_logs(running, request_id, folder):
+    """Every process logs objects, where the launcher and a door say; door, path service and engine say when a request
+    began and how it ended."""
+    files = [running.log, *folder.glob("worker-*.err")]
     lines = [json.loads(line) for file in files for line in file.read_text().splitlines() if line.startswith("{")]
     roles = {"launcher", "supervisor pregate", "engine", "path service", "host 0", "host 1", "door", "http door"}
     assert {line["role"] for line in lines} == roles
+    assert f"engine, hosts and doors log to {folder}/worker-*.err" in [line["message"] for line in lines]
     said = {line["role"]: [] for line in lines}
     for line in lines:
         if line.get("request_id") == request_id:

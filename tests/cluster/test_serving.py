@@ -1,6 +1,7 @@
 """What `pregate serve` says and ends with; the whole of it runs in test_life_cycle.py."""
 
 import inspect
+import json
 import os
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import ray._private.worker
 from pregate.base import log
 from pregate.base.errors import UnavailableError, UserError
 from pregate.cluster import joining, launch, serving
-from pregate.cluster.config import ServeConfig
+from pregate.cluster.config import RayAccess, ServeConfig
 from pregate.cluster.launch import Deployment
 from pregate.router.doors.access import AccessOptions
 from pregate.router.doors.grpc_options import GrpcOptions
@@ -79,6 +80,31 @@ def test_what_happens_is_said_once_and_a_loss_at_once_before_anything_is_drained
     assert serving._wait(deployment, threading.Event()) == "host 1 is lost: its process died"
     said = [note for _, note in deployment.notes] + ["host 1 is lost: its process died"]
     assert capsys.readouterr().err == "".join(f"  {line}\n" for line in said)
+
+
+def test_levels_are_the_supervisors(deployment, monkeypatch, capsys, own_log):
+    log.configure("launcher", "json")
+    monkeypatch.setattr(launch.local_ray, "gcs_answers", lambda address: True)
+    deployment.notes, deployment.lost = [(0, "host 0: runs again")], "host 1 is lost: its process died"
+    serving._wait(deployment, threading.Event())
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["level"], line["message"]) for line in said] == [
+        ("warning", "host 0: runs again"),
+        ("error", "host 1 is lost: its process died"),
+    ]
+
+
+def test_where_lines_are_json_the_error_it_ends_with_is_one(tiny_path_checkpoint, capsys, own_log):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        door = GrpcOptions(port=taken.getsockname()[1])
+        for log_format in ("json", "text"):
+            config = ServeConfig(model=str(tiny_path_checkpoint), log_format=log_format)
+            with pytest.raises(UserError, match="cannot be listened on") as raised:
+                serving.serve(config, door, RayAccess())
+            assert raised.value.is_said == (log_format == "json")
+    (line,) = capsys.readouterr().err.splitlines()
+    line = json.loads(line)
+    assert (line["level"], line["role"], line["message"]) == ("error", "launcher", raised.value.for_command_line)
 
 
 def test_a_signal_after_a_loss_is_no_success(deployment):

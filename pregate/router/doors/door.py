@@ -31,6 +31,7 @@ class DoorActor:
         model_name: str,
         options: GrpcOptions,
         deployment: Mapping[str, str] | None = None,
+        logs: str = "",
         telemetry: Telemetry = PLAIN,
         make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
@@ -40,7 +41,7 @@ class DoorActor:
         self._service = connect_service(engine_endpoints, path_endpoint, tokenizer_dir, model_name)
         if make_recorder is not None:
             self._service.metrics.recorders.append(make_recorder())
-        self._server = GrpcServer(self._service, options, deployment)
+        self._server = GrpcServer(self._service, options, deployment, logs)
         self._metrics: MetricsServer | None = None
         self._listens = False
 

@@ -45,11 +45,11 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 class Calls:
     """The service's calls. They take bytes: gRPC's own word for a message that cannot be decoded is UNKNOWN.
 
-    `options` are what GetServerInfo says of them.
+    `options`, and where its processes log, are what GetServerInfo says of them.
     """
 
-    def __init__(self, service: DoorService, options: Mapping[str, str]) -> None:
-        self._service, self._options = service, options
+    def __init__(self, service: DoorService, options: Mapping[str, str], logs: str = "") -> None:
+        self._service, self._options, self._logs = service, options, logs
         self._started_s = time.monotonic()
         self._unary = {
             "Abort": (self.abort, pb.AbortRequest),
@@ -117,11 +117,18 @@ class Calls:
             unavailable=self._service.unavailable,
             versions={"python": python_version(), **_installed()},
             options=self._options,
+            logs=self._logs,
         )
 
     async def get_loads(self, _request: pb.GetLoadsRequest, _context: Context) -> pb.GetLoadsResponse:
         info = await self._service.model_info()
-        return to_message(pb.GetLoadsResponse, info, hosts=_hosts(info), num_requests=self._service.num_requests)
+        return to_message(
+            pb.GetLoadsResponse,
+            info,
+            hosts=_hosts(info),
+            engines=_engines(info),
+            num_requests=self._service.num_requests,
+        )
 
     async def route(self, request: pb.RouteRequest, context: Context) -> pb.RouteResponse:
         route = await self._service.route(_prompt(request), deadline_s=_deadline_s(context), model=request.model)
@@ -212,6 +219,10 @@ def _deadline_s(context: Context) -> float | None:
 
 def _hosts(info: Mapping[str, Any]) -> list[pb.HostStatus]:
     return [to_message(pb.HostStatus, host) for host in info["hosts"]]
+
+
+def _engines(info: Mapping[str, Any]) -> list[pb.EngineStatus]:
+    return [to_message(pb.EngineStatus, engine) for engine in info.get("engines", ())]
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Any, Protocol
@@ -19,22 +19,22 @@ from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.base.log import get_logger
 from pregate.router.link.client import EngineClient, EngineClientOptions
 from pregate.router.link.messages import FinishedEvent, RouteReply, SubmitRequest, TokensEvent
+from pregate.router.link.tally import Tally
 from pregate.workers.client.channel_options import ChannelStats
 
 logger = get_logger(__name__)
 #: As for one engine, but one that is stopped is not waited for: others can go on with what it had.
 OPTIONS = EngineClientOptions(frozen_s=4.0)
-#: Of `EngineClient.info()`: what every engine counts for itself. The rest is the same of all, or the first one's.
-_COUNTED = (
-    "num_running", "num_queued", "num_steps", "num_step_tokens", "num_step_units", "step_s", "num_preempted",
-    "prefix_tokens", "queued_bytes", "kv_blocks_free", "kv_blocks_shared", "kv_blocks", "kv_bytes",
+#: Of `EngineClient.info()`: what every engine has for itself. The rest is the same of all, or the first one's.
+_ADDED = (
+    "num_running", "num_queued", "queued_bytes", "kv_blocks_free", "kv_blocks_shared", "kv_blocks", "kv_bytes",
 )  # fmt: skip
-#: Those of them that only grow.
+#: What it counts for itself, and only grows.
 _GROWING = ("num_steps", "num_step_tokens", "num_step_units", "step_s", "num_preempted", "prefix_tokens")
 #: How long one engine is waited for where several are asked (`ENGINE_PATIENCE_S` is for all of them).
 _INFO_S = 1.5
 #: The same of each host: what an engine sent there and waited for.
-_COUNTED_OF_HOSTS = ("rows", *(field.name for field in fields(ChannelStats)))
+_GROWING_OF_HOSTS = ("rows", *(field.name for field in fields(ChannelStats)))
 
 
 class Engine(Protocol):
@@ -59,7 +59,7 @@ class Engines:
 
     def __init__(self, clients: Sequence[EngineClient]) -> None:
         self._clients = clients
-        self._infos: dict[EngineClient, dict[str, Any]] = {}  # what each said last
+        self._tally = Tally()
 
     @property
     def unavailable(self) -> str | None:
@@ -132,18 +132,19 @@ class Engines:
                 logger.warning("a route is asked of another engine: %s", error)
 
     async def info(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """What the engines say together: their counts added up; of one that gives no answer in `_INFO_S`, what it had
-        done when it last gave one. UnavailableError where none answers."""
+        """What the engines say together: their counts added up, which never fall: of one that gives no answer in
+        `_INFO_S`, or was started anew, what it had done when it last said so counts on. `engines` are of each.
+        UnavailableError where none answers."""
         self.open()
         timeout_s = _INFO_S if timeout_s is None else timeout_s
         answers = await asyncio.gather(*(client.info(timeout_s) for client in self._clients), return_exceptions=True)
-        found = {c: answer for c, answer in zip(self._clients, answers, strict=True) if isinstance(answer, dict)}
+        found = {number: answer for number, answer in enumerate(answers) if isinstance(answer, dict)}
         if not found:
             raise next(answer for answer in answers if isinstance(answer, BaseException))
-        self._infos |= found
-        silent = [info for client, info in self._infos.items() if client not in found]
-        both = together(list(found.values()))
-        return both | {name: both[name] + sum(info[name] for info in silent) for name in _GROWING}
+        for number, info in found.items():
+            self._tally.take(number, _growing(info))
+        engines = [_status(number, answer) for number, answer in enumerate(answers)]
+        return _together(list(found.values()), self._tally) | {"engines": engines}
 
 
 def _without(event: TokensEvent, num: int) -> tuple[TokensEvent, int]:
@@ -181,19 +182,34 @@ def _left_s(deadline_s: float | None, after_s: float) -> float | None:
     return left_s
 
 
-def together(infos: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the first one's facts with the counts of all. The engine that has been at something for longest says what
-    they are busy with; a host is lost where none reaches it."""
+def _growing(info: Mapping[str, Any]) -> dict[Hashable, float]:
+    """What an engine counted, of its hosts by their ids."""
+    of_hosts = {(host["host_id"], name): host[name] for host in info["hosts"] for name in _GROWING_OF_HOSTS}
+    return {name: info[name] for name in _GROWING} | of_hosts
+
+
+def _status(number: int, answer: dict[str, Any] | BaseException) -> dict[str, Any]:
+    """Of one engine: what it said, or why it said nothing."""
+    if isinstance(answer, BaseException):
+        return {"number": number, "unavailable": str(answer)}
+    said = {name: answer[name] for name in ("num_running", "num_queued", "num_steps")}
+    return {"number": number, "unavailable": answer["unavailable"] or "", **said}
+
+
+def _together(infos: Sequence[Mapping[str, Any]], tally: Tally) -> dict[str, Any]:
+    """Return the first one's facts with the numbers of all, and of `tally` those that grow. The engine that has been at
+    something for longest says what they are busy with; a host is lost where none reaches it."""
     first = max(infos, key=lambda info: info["busy_s"] or 0.0)
     hosts = zip(*(info["hosts"] for info in infos), strict=False)
     unavailable = [info["unavailable"] for info in infos]
     return {
         **first,
-        **{name: sum(info[name] for info in infos) for name in _COUNTED},
+        **{name: sum(info[name] for info in infos) for name in _ADDED},
+        **{name: tally[name] for name in _GROWING},
         "unavailable": unavailable[0] if all(unavailable) else None,
         "hosts": [
             min(of_all, key=lambda host: host["lost_s"])
-            | {n: sum(host[n] for host in of_all) for n in _COUNTED_OF_HOSTS}
+            | {name: tally[of_all[0]["host_id"], name] for name in _GROWING_OF_HOSTS}
             for of_all in hosts
         ],
     }

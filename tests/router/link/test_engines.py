@@ -3,7 +3,7 @@
 import asyncio
 import os
 import threading
-from contextlib import ExitStack, aclosing
+from contextlib import ExitStack, aclosing, closing
 
 import pytest
 
@@ -17,6 +17,7 @@ from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
 from pregate.workers.host.server import HostServer, ServerOptions
 from pregate.workers.link.protocol import HostAddress
+from tests.chaos.proxy import DOWN, UP, Fault, Proxy
 from tests.router.running import LoopThread, RawDoor, engine_thread, slow_steps, socket_folder
 from tests.router.serving import engine_of, placement_of, units_of
 
@@ -113,11 +114,36 @@ def test_what_an_engine_that_dies_has_begun_goes_on_at_another(pool):
     lives, gone = pool.engines[1].info(), infos[0]
     assert info["num_steps"] == lives["num_steps"] + gone["num_steps"], "what it last said it had done counts on"
     assert info["kv_blocks"] == lives["kv_blocks"]
+    for now, then, before in zip(info["hosts"], lives["hosts"], both["hosts"], strict=True):
+        for name in ("rows", "groups", "reply_bytes"):
+            assert now[name] >= before[name] > 0, "what was sent to hosts counts on"
+        assert now["rows"] == then["rows"] + gone["hosts"][now["host_id"]]["rows"]
+    dead, other = info["engines"]
+    assert (dead["number"], other["number"]) == (0, 1)
+    assert "engine" in dead["unavailable"] and not other["unavailable"]
+    assert (other["num_running"], other["num_steps"]) == (0, lives["num_steps"])
     with pytest.raises(DeadlineError):
         pool.ask(requests("c", 1, deadline_s=0.05))
     pool.stops[1].set()
     with pytest.raises(UnavailableError):
         pool.ask(requests("d", 2))
+
+
+@pytest.mark.slow
+def test_what_an_engine_that_stands_still_has_begun_goes_on_at_another(pool):
+    """Its connection is there, and nothing comes through: as of a process that is stopped."""
+    whole = [ids for ids, _ in pool.ask(requests("a"))]
+    pool.loop.call(pool.door.close())
+    with closing(Proxy(pool.endpoints[0], parts=("",))) as proxy:
+        pool.door = Engines([EngineClient(e, options=EngineClientOptions(frozen_s=2.0)) for e in pool.endpoints])
+
+        def freeze(num_tokens):
+            if num_tokens == NUM_PROMPTS * NUM_TOKENS // 3:
+                proxy.fault = Fault(swallow=frozenset({UP, DOWN}))
+
+        assert [ids for ids, _ in pool.ask(requests("b"), freeze)] == whole
+        still, other = pool.loop.call(pool.door.info())["engines"]
+        assert "silent" in still["unavailable"] and not other["unavailable"]
 
 
 def test_a_request_that_comes_twice_is_run_once(pool):
