@@ -10,7 +10,8 @@ import torch
 
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.actor import ExpertHostActor
-from pregate.workers.host.host import Host, check_hello
+from pregate.workers.host.contract import Host
+from pregate.workers.host.host import check_hello
 from pregate.workers.host.options import HostOptions
 from pregate.workers.link.protocol import CacheCounters, Expected, GroupIndex, GroupKey, Hello, HelloAck, HostPlan
 

@@ -17,7 +17,7 @@ from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.workers.client.channel import ChannelClient
 from pregate.workers.client.channel_options import ChannelOptions
-from pregate.workers.host.host import Host
+from pregate.workers.host.contract import Host
 from pregate.workers.host.server import HostServer, ServerOptions
 from pregate.workers.link.protocol import HostAddress
 

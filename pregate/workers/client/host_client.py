@@ -22,7 +22,7 @@ from pregate.workers.link.rows import dtype_name
 from pregate.workers.link.transport import CurveKeys
 
 if TYPE_CHECKING:
-    from pregate.workers.host.host import Host
+    from pregate.workers.host.contract import Host
 
 __all__ = [
     "ChannelClient",

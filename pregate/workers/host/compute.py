@@ -10,7 +10,7 @@ import zmq
 
 from pregate.base.errors import PregateError, ProtocolError
 from pregate.base.log import get_logger
-from pregate.workers.host.host import Host
+from pregate.workers.host.contract import Host
 from pregate.workers.host.plan_shelf import NeedPlanError
 from pregate.workers.link import transport
 from pregate.workers.link.protocol import (

@@ -10,7 +10,7 @@ import zmq
 from pregate.base.errors import ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.workers.host.compute import ComputeThread
-from pregate.workers.host.host import Host
+from pregate.workers.host.contract import Host
 from pregate.workers.link import transport
 from pregate.workers.link.protocol import DATA_LOSS, Bye, Failure, Hello, HelloAck, Message, Refused
 from pregate.workers.link.wire import decode, encode

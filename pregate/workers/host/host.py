@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,64 +45,6 @@ from pregate.workers.link.protocol import (
 from pregate.workers.link.rows import dtype_name
 
 _log = get_logger(__name__)
-
-
-class Host(Protocol):
-    """What a server or an in-process client needs of a host."""
-
-    options: HostOptions
-    incarnation: str
-    fingerprint: str
-
-    def warm_up(self) -> None:
-        """Compile the kernels that groups will be run with, before the first comes; logged with its seconds."""
-        ...
-
-    def accept(self, hello: Hello, *, heartbeat_s: float, data_endpoint: str) -> HelloAck:
-        """Take an engine's terms; UserError with the reason when they do not fit."""
-        ...
-
-    def put_plan(self, engine: str, plan: HostPlan) -> None:
-        """Keep the plan of one step of an engine; ProtocolError when it contradicts itself."""
-        ...
-
-    def expect(self, engine: str, expected: Expected) -> None:
-        """Take in what an engine expects to ask for later; ProtocolError where it is of another model."""
-        ...
-
-    def forget(self, engine: str) -> None:
-        """Drop an engine's plans. May be called from another thread than the one that computes."""
-        ...
-
-    def close(self) -> None:
-        """End the threads of the host's own. It computes on, fetching nothing ahead."""
-        ...
-
-    def compute(self, key: GroupKey, rows_ND: torch.Tensor, index: GroupIndex | None) -> torch.Tensor:
-        """Return [P, D], one row per pair in pair order. Raises NeedPlanError, ProtocolError, UserError."""
-        ...
-
-    def local_units(self, device: torch.device, dtype: torch.dtype) -> LocalUnits | str:
-        """Return what this host holds to an engine in its process that computes on `device` in `dtype` and runs whole
-        layers, or why that must ask for groups."""
-        ...
-
-    def cache_counters(self) -> CacheCounters:
-        """Return what experts that come and go have cost so far. May be called from any thread."""
-        ...
-
-    @property
-    def steady(self) -> bool:
-        """Whether all units that this host is home to are held, and stay."""
-        ...
-
-    def held_units(self) -> np.ndarray | None:
-        """Return which units are held or on their way, bool [L, R]; None where it cannot say. From any thread."""
-        ...
-
-    def status(self) -> dict[str, Any]:
-        """Return plain counters and facts, for people and metrics."""
-        ...
 
 
 class ExpertHost:

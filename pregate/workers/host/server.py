@@ -19,8 +19,8 @@ import zmq.auth.thread
 from pregate.base.errors import UserError
 from pregate.base.log import get_logger
 from pregate.workers.host.compute import ComputeThread
+from pregate.workers.host.contract import Host
 from pregate.workers.host.control import ControlThread
-from pregate.workers.host.host import Host
 from pregate.workers.link import transport
 from pregate.workers.link.transport import CurveKeys
 
