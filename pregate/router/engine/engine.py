@@ -6,11 +6,8 @@ the model runner computes them. The engine passes on what one says to the next, 
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence as Many
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,19 +16,21 @@ from pregate.base.completion import TokenLogprob
 from pregate.base.errors import HostLostError, PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.base.memory import out_of_memory_fails
-from pregate.base.sampling import check_priority
 from pregate.model.folder import ModelFolder
 from pregate.model.path_computer import PathComputer
 from pregate.model.paths import Paths
+from pregate.router.engine.admission import Admission
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.batching import PathBatcher
 from pregate.router.engine.blocks import BlockAllocator
+from pregate.router.engine.engine_info import describe
 from pregate.router.engine.lookahead import Lookahead
 from pregate.router.engine.options import EngineOptions
 from pregate.router.engine.runner import ModelRunner, StepResult
 from pregate.router.engine.running_paths import RunningPaths
 from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, check_step
 from pregate.router.engine.sequence import Sequence
+from pregate.router.engine.step_counts import StepCounts, with_pairs
 from pregate.router.link.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
 from pregate.workers.client.host_client import HostClient
 
@@ -74,11 +73,16 @@ class Engine:
         self.paths = RunningPaths(computer) if computer is not None and foretold else None
         looks_ahead = self.paths is not None and self.exchange.wants_lookahead
         self.lookahead = Lookahead(self.config.cuts, options.step_tokens) if looks_ahead else None
-        self.eos_ids, self.repetition_penalty = folder.eos_ids, folder.repetition_penalty
+        self.admission = Admission(
+            self.config.text_config.vocab_size,
+            self.context,
+            num_blocks * options.block_size,
+            folder.eos_ids,
+            folder.repetition_penalty,
+        )
         self.stop_strings = folder.stop_strings
         self._sequences: dict[str, Sequence] = {}
-        self._step_number = self._step_tokens = self._step_units = 0
-        self._step_s, self._pairs_H = 0.0, np.zeros(len(self.exchange.clients), dtype=np.int64)
+        self.counts = StepCounts(len(self.exchange.clients))
 
     def batch_by_path(self, batcher: PathBatcher) -> None:
         """Choose steps by their paths from now on."""
@@ -94,32 +98,10 @@ class Engine:
 
         Raises UserError (bad prompt or sampling), QueueFullError, or PregateError where memory is lacking.
         """
-        vocab_size = self.config.text_config.vocab_size
-        request.sampling.validate(vocab_size)
-        check_priority(request.priority)
-        check_prompt(request.token_ids, vocab_size=vocab_size, max_context=self.context)
         if request.request_id in self._sequences:
             raise UserError.of("request id", request.request_id, "is running already; use a new one")
-        num_prompt = len(request.token_ids) - request.num_generated
-        max_tokens = min(request.sampling.max_tokens, self.context - num_prompt)
-        if not (num_prompt > 0 and 0 <= request.num_generated < max_tokens):
-            raise UserError.of("num_generated", request.num_generated, f"must be below {max_tokens}, the max_tokens")
-        allocator = self.scheduler.allocator
-        capacity = allocator.num_blocks * allocator.block_size
-        if num_prompt + max_tokens > capacity:
-            raise UserError.of("max_tokens", max_tokens, f"with this prompt exceeds the KV cache of {capacity} tokens")
-        sampling = request.sampling
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(62)
-        penalty = self.repetition_penalty if sampling.repetition_penalty is None else sampling.repetition_penalty
-        ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
-        deadline = None if request.deadline_s is None else time.monotonic() + request.deadline_s
-        hosts = np.zeros(len(self.exchange.clients), dtype=np.int64)
-        sequence = Sequence(
-            request.request_id, list(request.token_ids), num_prompt, max_tokens, sampling, seed, deadline, hosts,
-            request.cache_salt, request.priority, ends, penalty, num_resumed=request.num_generated,
-        )  # fmt: skip
-        sequence.unit_counts, sequence.came_s = self._unit_counts(), time.monotonic()
-        sequence.traceparent = request.traceparent
+        sequence = self.admission.sequence(request, len(self.exchange.clients))
+        sequence.unit_counts = self.unit_counts()
         self.scheduler.check_room(sequence)
         if self.paths is not None:
             with out_of_memory_fails():
@@ -162,52 +144,7 @@ class Engine:
 
     def info(self) -> dict[str, Any]:
         """What is served and how busy it is, in plain types."""
-        scheduler, allocator = self.scheduler, self.scheduler.allocator
-        hits, misses, _ = self._unit_counts()
-        lost, now_s = dict(self.exchange.lost), time.monotonic()
-        return {
-            "model": self.options.name or Path(self.options.model).name,
-            "max_context": self.context,
-            "vocab_size": int(self.config.text_config.vocab_size),
-            "eos_token_ids": sorted(self.eos_ids),
-            "stop_strings": list(self.stop_strings),
-            "version": self.version,
-            "routing": self.config.routing,
-            "has_path_router": self.computer is not None,
-            "num_hosts": len(self.exchange.clients),
-            "num_layers": len(self.config.cuts),
-            "num_experts": [c.num_routed + c.num_shared for c in self.config.cuts],
-            "num_running": len(scheduler.running),
-            "num_queued": len(scheduler.waiting),
-            "num_steps": self._step_number,
-            "num_step_tokens": self._step_tokens,
-            "num_step_units": self._step_units,
-            "step_s": self._step_s,
-            "unit_hits": hits,
-            "unit_misses": misses,
-            "batching": scheduler.policy if scheduler.batcher is None else "path",
-            "step_costs": None if scheduler.batcher is None else asdict(scheduler.batcher.costs),
-            "num_preempted": scheduler.num_preempted,
-            "prefix_tokens": scheduler.num_matched_tokens,
-            "queued_bytes": scheduler.queued_bytes,
-            "kv_blocks_free": allocator.num_free,
-            "kv_blocks_shared": allocator.num_shared,
-            "kv_blocks": allocator.num_blocks,
-            "kv_bytes": self.runner.kv.nbytes,
-            "placement": self.exchange.placement,
-            "hosts": [
-                {
-                    "host_id": h,
-                    "lost": lost.get(h, ""),
-                    "lost_s": now_s - self.exchange.lost_at_s.get(h, now_s) if h in lost else 0.0,
-                    "rows": int(self._pairs_H[h]) if h < len(self._pairs_H) else 0,
-                    "units": [] if h in lost else _digits(c.units_LR),
-                    **vars(c.stats),
-                    **vars(c.cache),
-                }
-                for h, c in enumerate(self.exchange.clients)
-            ],
-        }
+        return describe(self)
 
     def idle(self) -> None:
         """Take in heartbeats while there is no work; HostLostError while no host answers."""
@@ -258,7 +195,7 @@ class Engine:
             return []
         if self.options.check_steps:
             check_step(step, self.scheduler)
-        self._step_number += 1
+        self.counts.num_steps += 1
         paths = None
         if self.paths is not None and self.exact:
             paths = self.paths.of_step([(p.sequence, p.num_tokens) for p in step])
@@ -268,7 +205,7 @@ class Engine:
         self._look_ahead(step)
         self.exchange.traces = " ".join([p.sequence.traceparent for p in step if p.sequence.traceparent][:_MOST_TRACES])
         try:
-            result = self.runner.run(self._step_number, step, paths)
+            result = self.runner.run(self.counts.num_steps, step, paths)
         except HostLostError:
             raise
         except PregateError as error:
@@ -287,7 +224,7 @@ class Engine:
                     self._foretell(running, self.paths.extend(running))
         except PregateError as error:
             events += self._fail_step(running, error)
-        self._step_s += time.monotonic() - now_s
+        self.counts.seconds_s += time.monotonic() - now_s
         return events
 
     def _next_step(self, now_s: float) -> list[Slice]:
@@ -302,7 +239,7 @@ class Engine:
             return
         scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
         queues = scheduler.running, scheduler.waiting
-        expected = self.lookahead.expect(self._step_number + 1, *queues, planned, forecast=bool(step))
+        expected = self.lookahead.expect(self.counts.num_steps + 1, *queues, planned, forecast=bool(step))
         if step and not self.exact:
             expected = self.lookahead.before(expected, RunningPaths.of_step(list(planned.items())))
         self.exchange.expect(expected)
@@ -315,18 +252,15 @@ class Engine:
                 sequence.next_rows_U = rows_U
 
     def _count(self, step: Many[Slice], result: StepResult, paths: Paths | None) -> None:
-        self._step_tokens += len(result.pairs_TH)
-        self._pairs_H = _added(self._pairs_H, result.pairs_TH)
-        if paths is not None:
-            self._step_units += paths.num_units
+        self.counts.add(result.pairs_TH, paths)
         start = 0
         for piece in step:
             sequence, pairs_TH = piece.sequence, result.pairs_TH[start : start + piece.num_tokens]
-            sequence.pairs_per_host = _added(sequence.pairs_per_host, pairs_TH)
+            sequence.pairs_per_host = with_pairs(sequence.pairs_per_host, pairs_TH)
             start += piece.num_tokens
 
     def _fail_step(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
-        logger.error("step %d failed: %s", self._step_number, error)
+        logger.error("step %d failed: %s", self.counts.num_steps, error)
         return self._fail(sequences, error)
 
     def _publish(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[Event]:
@@ -351,7 +285,7 @@ class Engine:
         per_host = tuple(int(n) for n in sequence.pairs_per_host)
         hits, misses, stall_s = (
             max(0, now - then)  # a host that was replaced counts from the beginning
-            for now, then in zip(self._unit_counts(), sequence.unit_counts, strict=True)
+            for now, then in zip(self.unit_counts(), sequence.unit_counts, strict=True)
         )
         counts = sequence.num_prompt, sequence.num_generated, per_host
         ended_s = time.monotonic()
@@ -360,20 +294,7 @@ class Engine:
         times = begun_s - sequence.came_s, first_s - begun_s, ended_s - first_s
         return FinishedEvent(sequence.request_id, reason, *counts, int(hits), int(misses), stall_s, *times)
 
-    def _unit_counts(self) -> tuple[int, int, float]:
+    def unit_counts(self) -> tuple[int, int, float]:
         """Hits, misses and seconds waited for units of all hosts, as they last said."""
         counters = [client.cache for client in self.exchange.clients]
         return sum(c.hits for c in counters), sum(c.misses for c in counters), sum((c.stall_s for c in counters), 0.0)
-
-
-def _added(sum_H: np.ndarray, pairs_TH: np.ndarray) -> np.ndarray:
-    """Add a step's pairs to those of each host, of which there may be more now, or fewer."""
-    added_H = np.zeros(max(len(sum_H), pairs_TH.shape[1]), dtype=np.int64)
-    added_H[: len(sum_H)] = sum_H
-    added_H[: pairs_TH.shape[1]] += pairs_TH.sum(axis=0)
-    return added_H
-
-
-def _digits(held_LR: np.ndarray | None) -> list[str]:
-    """Which units are held, a digit each, layer by layer. Example: ["101", "011"]."""
-    return [] if held_LR is None else [row.tobytes().decode() for row in held_LR.astype(np.uint8) + ord("0")]
