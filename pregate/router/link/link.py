@@ -1,20 +1,17 @@
 """The engine's side of the channel to front doors: an I/O thread that answers them while a step runs.
 
-It sleeps in poll. Two queues join it to the compute thread: the inbox of requests, and a queue of events with a pipe
-whose other end wakes the poll. Both are bounded.
+It sleeps in poll. Two queues join it to the compute thread: the inbox of requests, and the outbox of events, which
+wakes the poll. Both are bounded.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import queue
 import threading
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,13 +39,14 @@ from pregate.router.link.messages import (
     SubmitRequest,
     TokensEvent,
 )
+from pregate.router.link.outbox import Outbox
 from pregate.router.link.packet import pack, unpack
 from pregate.router.link.peers import Peers
 
 logger = get_logger(__name__)
 #: Packets taken in before events go out again.
 _PACKETS_PER_TURN = 256
-#: How long the compute thread waits for room in the queue of events, and for the I/O thread to end.
+#: How long the compute thread waits for the I/O thread to end.
 _PATIENCE_S = 10.0
 
 
@@ -82,18 +80,15 @@ class EngineLink:
         self._info, self._options = info, options
         self._incarnation = uuid.uuid4().hex
         self._peers = Peers()
-        self._outbox: queue.Queue[Sequence[Event | RouteReply]] = queue.Queue(options.max_unsent_steps)
+        self._outbox = Outbox(options.max_unsent_steps)
         self._to_fail: PregateError | None = None
         self._ending: PregateError | None = None
         self._next_heartbeat_s = self._watched_s = 0.0
         self._ipc_file = ipc_file(endpoint)
         self._socket = bind(context or zmq.Context.instance(), endpoint, options.max_unsent_packets)
-        self._awake, self._wake = os.pipe()
-        os.set_blocking(self._awake, False)
-        os.set_blocking(self._wake, False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._awake, zmq.POLLIN)
+        self._poller.register(self._outbox.awake, zmq.POLLIN)
         self._thread = threading.Thread(target=self._run, name="engine-link", daemon=True)
 
     # --- what the compute thread calls ---
@@ -105,37 +100,27 @@ class EngineLink:
         """Send each event to the door that waits for its request. Raises PregateError when the I/O thread is stuck."""
         if self.broken:
             raise PregateError("the link to the front doors broke; the log says why")
-        if not events:
-            return
-        try:
-            self._outbox.put(events, timeout=_PATIENCE_S)
-        except queue.Full as error:
-            raise PregateError(f"the link to the front doors took no events for {_PATIENCE_S:.0f} s") from error
-        self._wake_up()
+        if events:
+            self._outbox.put(events)
 
     def fail_requests(self, error: PregateError) -> None:
         """End every request that anybody waits for; what is in the inbox leaves it."""
         self._to_fail = error
-        self._wake_up()
+        self._outbox.wake_up()
 
     def refuse(self, reason: str | None) -> None:
         """Refuse requests from now on and tell all doors why; None takes them again."""
         self.refusing = reason
         self._next_heartbeat_s = 0.0
-        self._wake_up()
+        self._outbox.wake_up()
 
     def stop(self, error: PregateError) -> None:
         """End every request with `error`, close the socket, remove its file."""
         self._ending = error
-        self._wake_up()
+        self._outbox.wake_up()
         if self._thread.is_alive():
             self._thread.join(_PATIENCE_S)
-        os.close(self._wake)
-
-    def _wake_up(self) -> None:
-        # A full pipe wakes, too; one that nobody reads is that of an I/O thread that has ended.
-        with suppress(BlockingIOError, BrokenPipeError):
-            os.write(self._wake, b"\0")
+        self._outbox.close()
 
     # --- the I/O thread ---
 
@@ -152,14 +137,14 @@ class EngineLink:
             self.broken = True
         finally:
             self._socket.close(linger=500)
-            os.close(self._awake)
+            self._outbox.leave()
             if self._ipc_file is not None:
                 self._ipc_file.unlink(missing_ok=True)
 
     def _turn(self) -> None:
         sleep_s = max(0.0, self._next_heartbeat_s - time.monotonic())
-        if (self._awake, zmq.POLLIN) in self._poller.poll(math.ceil(sleep_s * 1000)):
-            os.read(self._awake, 4096)
+        if (self._outbox.awake, zmq.POLLIN) in self._poller.poll(math.ceil(sleep_s * 1000)):
+            self._outbox.rest()
         self._receive()
         self._send_events()
         if self._to_fail is not None:
@@ -273,9 +258,8 @@ class EngineLink:
 
     def _send_events(self) -> None:
         """Send what the compute thread has published, one packet per step and door; drop what nobody waits for."""
-        with suppress(queue.Empty):
-            while True:
-                self._deliver(self._outbox.get_nowait())
+        for events in self._outbox.take():
+            self._deliver(events)
 
     def _deliver(self, events: Sequence[Event | RouteReply]) -> None:
         packets: dict[bytes, list[DoorBound]] = defaultdict(list)
