@@ -16,8 +16,8 @@ from pregate.cli.main import main
 from pregate.cli.status import _print_status, table
 from pregate.client.answers import Loads, read
 from pregate.client.proto import pregate_pb2 as pb
-from pregate.router.link.client import EngineClientOptions
 from pregate.router.link.endpoint import starting_file
+from pregate.router.link.engine_health import EngineClientOptions
 from tests.router.running import door, engine_thread, local_engine, served, socket_folder, wait_for
 
 HASTY = EngineClientOptions(keep_alive_s=0.05, silence_s=0.3)

@@ -17,7 +17,8 @@ import pytest
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.metrics import METRICS
 from pregate.router.doors.service import DoorService
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from tests.cluster.leftovers import (
     ROOT,
     launched,

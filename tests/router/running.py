@@ -22,7 +22,8 @@ from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.service import DoorService, ServiceOptions
 from pregate.router.engine.engine import Engine
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.link import LinkOptions
 from pregate.router.link.messages import Message
 from pregate.router.link.packet import pack, unpack

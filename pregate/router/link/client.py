@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import zmq
@@ -16,7 +14,8 @@ import zmq.asyncio
 
 from pregate.base import log
 from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, UnavailableError
-from pregate.router.link.endpoint import ipc_file, starting_file
+from pregate.router.link.endpoint import ipc_file
+from pregate.router.link.engine_health import EngineClientOptions, EngineHealth
 from pregate.router.link.messages import (
     ABORTED,
     CancelRequest,
@@ -37,18 +36,6 @@ from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
 
 logger = log.get_logger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class EngineClientOptions:
-    """Times in seconds. The engine's I/O thread answers while a step runs. Silence for `silence_s` without a connection
-    means that its process is lost; a connected one is there and gets no time (it is stopped, or the machine swaps), and
-    is waited for up to `frozen_s`. Who connects in one process (`inproc`) never counts as connected."""
-
-    keep_alive_s: float = 0.5
-    silence_s: float = 2.5
-    frozen_s: float = 60.0
-    reply_timeout_s: float = 10.0
 
 
 class EngineClient:
@@ -78,23 +65,17 @@ class EngineClient:
         self._waiting: dict[str, asyncio.Queue[DoorBound]] = {}
         self._running_ids: set[str] = set()
         self._incarnation = uuid.uuid4().hex
-        self._answered = False
-        self._lost: str | None = None  # found here: silence
-        self._heartbeat: Heartbeat | None = None
-        self._silent_ticks = 0
-        self._connected = False
+        self._health = EngineHealth(endpoint, name, self._options)
 
     @property
     def unavailable(self) -> str | None:
         """Why the engine takes no work now, or None."""
-        if not self._answered:
-            return f"{self._name} has not answered yet"
-        return self._lost or (self._heartbeat.unavailable if self._heartbeat else None)
+        return self._health.unavailable
 
     @property
     def lost(self) -> str | None:
         """Why the engine's process cannot be reached, or None. One that answers may still be `unavailable`."""
-        return self._lost
+        return self._health.lost
 
     @property
     def num_running(self) -> int:
@@ -198,8 +179,8 @@ class EngineClient:
         Raises UnavailableError after `timeout_s` (default: `reply_timeout_s`).
         """
         self.open()
-        if self._lost is not None:
-            raise UnavailableError(self._lost)
+        if self.lost is not None:
+            raise UnavailableError(self.lost)
         timeout_s = self._options.reply_timeout_s if timeout_s is None else timeout_s
         late = UnavailableError(f"{self._name} gave no answer within {timeout_s:g} s")
         reply = await self._ask(InfoRequest(uuid.uuid4().hex), timeout_s, late)
@@ -225,7 +206,7 @@ class EngineClient:
 
     def _check_available(self) -> None:
         self.open()
-        if self._answered and self.unavailable:
+        if self._health.answered and self.unavailable:
             raise UnavailableError(self.unavailable)
 
     async def _send(self, message: EngineBound) -> None:
@@ -241,20 +222,20 @@ class EngineClient:
         assert self._socket is not None
         while True:
             packet = await self._socket.recv()
-            self._silent_ticks = 0
+            self._health.heard()
             try:
                 messages = unpack(packet)
             except ProtocolError as error:
                 logger.error("packet of the engine dropped: %s", error)
                 self._fail_waiting(error)
                 continue
-            self._answered, self._lost = True, None
+            self._health.understood()
             for message in messages:
                 self._take(message)
 
     def _take(self, message: Any) -> None:
         if isinstance(message, Heartbeat):
-            self._heartbeat = message
+            self._health.beat(message)
         elif isinstance(message, FailedEvent) and not message.request_id:
             self._fail_waiting(ProtocolError(message.message))  # the engine could not read a packet of ours
         elif message.request_id in self._waiting:
@@ -265,31 +246,17 @@ class EngineClient:
         one."""
         while True:
             event, _ = await monitor.recv_multipart()
-            self._connected = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_CONNECTED
+            self._health.connected = int.from_bytes(event[:2], sys.byteorder) == zmq.EVENT_CONNECTED
 
     async def _keep(self) -> None:
-        """Send keep-alives and count those the engine left unanswered.
-
-        Counting ticks, not reading a clock, keeps a frozen front door from blaming the engine when it wakes.
-        """
+        """Send keep-alives; who waits for an engine that leaves them unanswered for too long hears of it."""
         while True:
             keep_alive = KeepAlive(self._incarnation, tuple(self._running_ids))
             with contextlib.suppress(UnavailableError):
                 await self._send(keep_alive)
             await asyncio.sleep(self._options.keep_alive_s)
-            self._silent_ticks += 1
-            silent_s = self._silent_ticks * self._options.keep_alive_s
-            if silent_s > (self._options.frozen_s if self._connected else self._options.silence_s):
-                self._answered, self._lost = True, self._why_silent(silent_s)
-                self._fail_waiting(UnavailableError(self._lost))
-
-    def _why_silent(self, silent_s: float) -> str:
-        file = starting_file(self._endpoint)
-        with contextlib.suppress(OSError):  # there is none, or not any more
-            since_s = time.time() - file.stat().st_mtime if file is not None else -1
-            if since_s >= 0:
-                return f"{self._name} starts again, for {since_s:.0f} s already"
-        return f"{self._name} has been silent for {silent_s:.0f} s"
+            if self._health.tick():
+                self._fail_waiting(UnavailableError(self.lost))
 
     def _fail_waiting(self, error: PregateError) -> None:
         for request_id, queue in self._waiting.items():
@@ -301,8 +268,8 @@ class EngineClient:
         logger.error("the channel to the engine broke", exc_info=task.exception())
         for other in self._tasks:  # else the next packet would take the loss back, or nobody would see silence
             other.cancel()
-        self._answered, self._lost = True, f"the channel to {self._name} broke"
-        self._fail_waiting(PregateError(self._lost))
+        self._health.lose(f"the channel to {self._name} broke")
+        self._fail_waiting(PregateError(self.lost))
 
 
 async def _drain(queue: asyncio.Queue[DoorBound]) -> list[DoorBound]:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.base.log import get_logger
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.messages import FinishedEvent, RouteReply, SubmitRequest, TokensEvent
 from pregate.router.link.tally import Tally
 from pregate.workers.client.channel_options import ChannelStats

@@ -22,7 +22,8 @@ from pregate.router.doors.access import AccessOptions
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.service import DoorService
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from tests.router.doors.certificates import certify
 from tests.router.running import door, served, slow_steps, wait_for
 

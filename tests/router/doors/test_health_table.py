@@ -20,7 +20,8 @@ from pregate.base.errors import DeadlineError, HostLostError, PregateError
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import DoorService, ServiceOptions
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.messages import SamplingParams, SubmitRequest
 from tests.router.doors.test_openai_app import HttpServer
 from tests.router.running import Door, RawDoor, door, engine_thread, local_engine, socket_folder, wait_for

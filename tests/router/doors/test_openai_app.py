@@ -11,7 +11,8 @@ import uvicorn
 from pregate.router.doors.access import TokenFile
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import DoorService
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from tests.router.running import door, engine_thread, local_engine, socket_folder, wait_for
 
 GREEDY = {"temperature": 0, "ignore_eos": True}

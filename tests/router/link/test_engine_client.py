@@ -8,7 +8,8 @@ import zmq
 import zmq.asyncio
 
 from pregate.base.errors import DeadlineError
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.messages import (
     CancelRequest,
     FailedEvent,

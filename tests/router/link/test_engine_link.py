@@ -13,7 +13,8 @@ import msgpack
 import pytest
 
 from pregate.base.errors import HostLostError, PregateError, UnavailableError
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.link import LinkOptions
 from pregate.router.link.loop_actor import LoopActor
 from pregate.router.link.messages import (

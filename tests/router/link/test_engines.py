@@ -9,7 +9,8 @@ import pytest
 
 from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.model.checkpoint import CheckpointReader
-from pregate.router.link.client import EngineClient, EngineClientOptions
+from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.engines import Engines
 from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 from pregate.workers.client.channel import ChannelClient
