@@ -268,7 +268,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "model", "unavailable", "versions", "options")
+    __slots__ = ("version", "uptime_s", "model", "unavailable", "versions", "options", "logs")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -289,20 +289,22 @@ class GetServerInfoResponse(_message.Message):
     UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    LOGS_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     model: str
     unavailable: str
     versions: _containers.ScalarMap[str, str]
     options: _containers.ScalarMap[str, str]
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., unavailable: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    logs: str
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., unavailable: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ..., logs: _Optional[str] = ...) -> None: ...
 
 class GetLoadsRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class GetLoadsResponse(_message.Message):
-    __slots__ = ("num_running", "num_queued", "num_waiting_for_paths", "queued_bytes", "kv_blocks", "kv_blocks_free", "kv_blocks_shared", "kv_bytes", "num_preempted", "prefix_tokens", "num_requests", "unavailable", "busy_with", "busy_s", "hosts")
+    __slots__ = ("num_running", "num_queued", "num_waiting_for_paths", "queued_bytes", "kv_blocks", "kv_blocks_free", "kv_blocks_shared", "kv_bytes", "num_preempted", "prefix_tokens", "num_requests", "unavailable", "busy_with", "busy_s", "hosts", "engines")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FOR_PATHS_FIELD_NUMBER: _ClassVar[int]
@@ -318,6 +320,7 @@ class GetLoadsResponse(_message.Message):
     BUSY_WITH_FIELD_NUMBER: _ClassVar[int]
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_queued: int
     num_waiting_for_paths: int
@@ -333,7 +336,22 @@ class GetLoadsResponse(_message.Message):
     busy_with: str
     busy_s: float
     hosts: _containers.RepeatedCompositeFieldContainer[HostStatus]
-    def __init__(self, num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., num_waiting_for_paths: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_shared: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_preempted: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., num_requests: _Optional[int] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ...) -> None: ...
+    engines: _containers.RepeatedCompositeFieldContainer[EngineStatus]
+    def __init__(self, num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., num_waiting_for_paths: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_shared: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_preempted: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., num_requests: _Optional[int] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ...) -> None: ...
+
+class EngineStatus(_message.Message):
+    __slots__ = ("number", "unavailable", "num_running", "num_queued", "num_steps")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    unavailable: str
+    num_running: int
+    num_queued: int
+    num_steps: int
+    def __init__(self, number: _Optional[int] = ..., unavailable: _Optional[str] = ..., num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., num_steps: _Optional[int] = ...) -> None: ...
 
 class StepCosts(_message.Message):
     __slots__ = ("row_s", "resident_byte_s", "missing_byte_s", "dispatch_s", "step_s", "token_s")
