@@ -31,8 +31,9 @@ from pregate.cluster.placement import place
 from pregate.model.paths import Paths
 from pregate.router.engine.batching import PathBatcher, StepCosts, UnitLayout
 from pregate.router.engine.blocks import BlockAllocator
-from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, check_step
+from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice
 from pregate.router.engine.sequence import Sequence
+from pregate.router.engine.step_check import check_step
 from pregate.router.link.messages import SamplingParams
 
 POLICIES = ("path", "fifo", "decode-first", "prefill-first", *BATCHERS)

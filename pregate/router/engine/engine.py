@@ -28,8 +28,9 @@ from pregate.router.engine.lookahead import Lookahead
 from pregate.router.engine.options import EngineOptions
 from pregate.router.engine.runner import ModelRunner, StepResult
 from pregate.router.engine.running_paths import RunningPaths
-from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, check_step
+from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice
 from pregate.router.engine.sequence import Sequence
+from pregate.router.engine.step_check import check_step
 from pregate.router.engine.step_counts import StepCounts, with_pairs
 from pregate.router.link.messages import FailedEvent, FinishedEvent, SubmitRequest, TokensEvent, check_prompt
 from pregate.workers.client.host_client import HostClient

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields, replace
 from typing import Any, Protocol
@@ -183,7 +183,7 @@ def _left_s(deadline_s: float | None, after_s: float) -> float | None:
     return left_s
 
 
-def _growing(info: Mapping[str, Any]) -> dict[Hashable, float]:
+def _growing(info: Mapping[str, Any]) -> dict[Any, float]:
     """What an engine counted, of its hosts by their ids."""
     of_hosts = {(host["host_id"], name): host[name] for host in info["hosts"] for name in _GROWING_OF_HOSTS}
     return {name: info[name] for name in _GROWING} | of_hosts

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 
 class Tally:
@@ -11,16 +12,16 @@ class Tally:
     counted is kept."""
 
     def __init__(self) -> None:
-        self._ended: Counter[Hashable] = Counter()
-        self._last: defaultdict[Hashable, Counter[Hashable]] = defaultdict(Counter)
+        self._ended: defaultdict[Hashable, float] = defaultdict(int)
+        self._last: defaultdict[Hashable, dict[Hashable, float]] = defaultdict(dict)
 
-    def take(self, process: Hashable, counts: Mapping[Hashable, float]) -> None:
+    def take(self, process: Hashable, counts: Mapping[Any, float]) -> None:
         """Take note of what a process counted so far."""
         last = self._last[process]
         for name, value in counts.items():
-            if value < last[name]:
-                self._ended[name] += last[name]
+            if value < (before := last.get(name, 0)):
+                self._ended[name] += before
             last[name] = value
 
     def __getitem__(self, name: Hashable) -> float:
-        return self._ended[name] + sum(counts[name] for counts in self._last.values())
+        return self._ended[name] + sum(counts.get(name, 0) for counts in self._last.values())

@@ -13,8 +13,9 @@ from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
 from pregate.router.engine.batching import PathBatcher
 from pregate.router.engine.blocks import BlockAllocator
-from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, check_step
+from pregate.router.engine.scheduler import Scheduler, SchedulerLimits
 from pregate.router.engine.sequence import Sequence
+from pregate.router.engine.step_check import check_step
 from pregate.router.link.messages import SamplingParams
 from tests.router.engine.batching_cases import costs, layout, random_ids
 

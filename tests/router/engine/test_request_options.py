@@ -116,10 +116,10 @@ def test_a_text_ends_before_the_first_of_its_stop_ids(engine):
         first = next((n for n, token in enumerate(free["ids"]) if token in stop), 12)
         found = done[str(number)]
         assert (found["ids"], found["reason"]) == (free["ids"][:first], "stop" if first < 12 else "length")
-    own, engine.eos_ids = engine.eos_ids, frozenset(free["ids"][3:4])
+    own, engine.admission = engine.admission, replace(engine.admission, eos_ids=frozenset(free["ids"][3:4]))
     for ignore_eos in (False, True):
         submit(engine, str(ignore_eos), max_tokens=12, ignore_eos=ignore_eos)
-    done, engine.eos_ids = run(engine), own
+    done, engine.admission = run(engine), own
     assert done["True"]["ids"] == free["ids"]
     assert done["False"]["ids"] == free["ids"][: free["ids"].index(free["ids"][3])]
 

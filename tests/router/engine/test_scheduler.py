@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from pregate.base.errors import QueueFullError
 from pregate.router.engine.blocks import BlockAllocator
-from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice, check_step
+from pregate.router.engine.scheduler import Scheduler, SchedulerLimits, Slice
 from pregate.router.engine.sequence import Sequence
+from pregate.router.engine.step_check import check_step
 from pregate.router.link.messages import SamplingParams
 
 
