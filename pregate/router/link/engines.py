@@ -87,8 +87,9 @@ class Engines:
         engines, and one more, brought nothing."""
         began_s, num_failed, rest = time.monotonic(), 0, request
         tokens: list[int] = []
+        client: EngineClient | None = None
         while True:
-            client = self._choose()
+            client = self._choose(client if num_failed else None)
             again = len(tokens) - (rest.num_generated - request.num_generated)  # so many come once more
             try:
                 async with aclosing(client.generate(rest)) as events:
@@ -102,16 +103,18 @@ class Engines:
                         yield new
             except UnavailableError as error:
                 num_failed += 1
-                if num_failed > len(self._clients) or self.unavailable:
+                if num_failed > len(self._clients):
                     raise
                 logger.warning("a request goes on at another engine: %s", error)
             rest = _rest(request, tokens, time.monotonic() - began_s)
 
-    def _choose(self) -> EngineClient:
-        """Who has the least to do for this door; those that take nothing only where no other is there."""
+    def _choose(self, failed: EngineClient | None) -> EngineClient:
+        """Who has the least to do for this door; those that take nothing, and who has just failed a request, which
+        may not have said so yet, only where no other is there."""
         self.open()
         some = [client for client in self._clients if not client.unavailable] or list(self._clients)
-        return min(some, key=lambda client: (client.num_running, random.random()))
+        others = [client for client in some if client is not failed] or some
+        return min(others, key=lambda client: (client.num_running, random.random()))
 
     async def abort(self, request_id: str) -> None:
         for client in self._clients:
@@ -122,13 +125,15 @@ class Engines:
     ) -> RouteReply:
         """As `EngineClient.route`; UnavailableError when one attempt more than there are engines failed."""
         began_s, num_failed = time.monotonic(), 0
+        client: EngineClient | None = None
         while True:
             left_s = _left_s(deadline_s, time.monotonic() - began_s)
+            client = self._choose(client)
             try:
-                return await self._choose().route(token_ids, left_s, with_state, traceparent)
+                return await client.route(token_ids, left_s, with_state, traceparent)
             except UnavailableError as error:
                 num_failed += 1
-                if num_failed > len(self._clients) or self.unavailable:
+                if num_failed > len(self._clients):
                     raise
                 logger.warning("a route is asked of another engine: %s", error)
 
