@@ -151,9 +151,9 @@ def test_a_request_that_comes_twice_is_run_once(pool):
     (request,) = requests("twice", 1)
     with RawDoor(pool.endpoints[0]) as door, RawDoor(pool.endpoints[0]) as other:
         door.send(request, request)
+        ids = list(door.receive(TokensEvent).token_ids)  # whose it is, is settled
         door.send(request)
         other.send(request)
-        ids: list[int] = []
         while len(ids) < NUM_TOKENS:
             ids += door.receive(TokensEvent).token_ids
         assert door.receive(FinishedEvent).completion_tokens == NUM_TOKENS
