@@ -33,6 +33,8 @@ _NAMES = {
     str: ("text", "texts"),
     Path: ("a path", "paths"),
 }
+#: Of whole numbers, and of seconds: a year.
+_MOST, _MOST_SECONDS = (1 << 63) - 1, 365 * 86_400
 #: A class is not built before it is used: one command of many is.
 _CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)
 
@@ -127,6 +129,8 @@ def options(*, kw_only: bool = False) -> Callable[[type[T]], type[T]]:
                 init(self, **(made.follow(given) if hasattr(made, "follow") else given))
             except pydantic.ValidationError as error:
                 raise _sentence(made, error) from None
+            for name, info in fields_of(made).items():
+                _check_size(name, info, getattr(self, name))
 
         made.__init__ = checked
         return made
@@ -186,6 +190,14 @@ def allowed(info: FieldInfo) -> str:
     word = mark(info, Word)
     words += [f"also as {EXAMPLES}"] if SIZE in info.metadata else []
     return ", ".join(words) + (f", or {word.text}" if word and word.written else "")
+
+
+def _check_size(name: str, info: FieldInfo, value: object) -> None:
+    """UserError for a number that what it goes to, a message or a clock, cannot hold."""
+    is_time = name.endswith("_s") or name == "timeout"
+    most = _MOST_SECONDS if is_time else _MOST
+    if isinstance(value, (int, float) if is_time else int) and value > most:
+        raise UserError.of(option_name(key_of(name, info)), value, f"allowed: at most {most}")
 
 
 def _not_allowed(name: str, info: FieldInfo, value: object) -> UserError:

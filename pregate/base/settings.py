@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 from pydantic import create_model
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from pregate.base.errors import UserError, in_one_line
 from pregate.base.options import Option
@@ -40,7 +40,7 @@ def gather(
     if wrong := [name for name in os.environ if name.startswith(PREFIX) and name not in known_names]:
         raise UserError.of_unknown(dict.fromkeys(wrong, "(set)"), names)  # not what they say: it may be a secret
     file = file or (Path(os.environ[FILE_VARIABLE]) if os.environ.get(FILE_VARIABLE) else None)
-    of_file = {} if file is None else _read(tree, file, known)
+    of_file = {} if file is None else _read(file, known)
     of_environment = EnvSettingsSource(tree, case_sensitive=False, env_prefix=PREFIX)
     values, sources = dict(of_file), dict.fromkeys(of_file, str(file))
     for name, key in names.items():
@@ -50,13 +50,22 @@ def gather(
     return {**values, **flags}, sources | {key: known[key].flag for key in flags}
 
 
-def _read(tree: type[BaseSettings], file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError.of("--config", file, "no such file")
+def _read(file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     try:
-        found = YamlConfigSettingsSource(tree, yaml_file=file)()
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
+        text = file.read_text(encoding="utf-8-sig")
+        top = yaml.compose(text, yaml.SafeLoader)
+        found = yaml.safe_load(text) if top is not None else {}
+    except OSError as error:
+        raise UserError.of("--config", file, f"cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError.of("--config", file, f"is no YAML mapping of options: {in_one_line(error)}") from error
+    except RecursionError:
+        raise UserError.of("--config", file, "is no YAML mapping of options: it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise UserError.of("--config", file, f"is no YAML mapping of options, but {type(found).__name__}")
+    keys = [key.value for key, _ in top.value] if top is not None else []
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise UserError.of("--config", file, f"says {twice} twice; allowed: each option once")
     if wrong := {f"{file}: {key}": value for key, value in found.items() if key not in known}:
         raise UserError.of_unknown(wrong, known)
     return found

@@ -15,8 +15,9 @@ from grpc_health.v1 import health_pb2_grpc
 from pregate.base.backoff import Backoff
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.log import get_logger
-from pregate.base.network import is_loopback
+from pregate.base.network import PORTS, is_loopback, is_port
 from pregate.base.pem import read_pem
+from pregate.base.tokens import is_token
 from pregate.client.handshake import trouble_with
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
 
@@ -32,6 +33,8 @@ _SIGNS_OF_NONE = (
     "SSL",
     "Broken pipe",
 )
+#: And where what is sent is larger than it takes: trying again does not help.
+_SIGNS_OF_SIZE = ("larger than max", "exceeds hard limit", "exceeds soft limit")
 #: No `retryPolicy`: with one, gRPC 1.85 loses the end of a call whose server answers UNAVAILABLE and goes away, and the
 #: caller waits for ever, past its deadline. And it could not resume.
 _SERVICE_CONFIG = {"loadBalancingConfig": [{"round_robin": {}}]}
@@ -48,6 +51,8 @@ _CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
 )
+#: A year.
+MAX_TIMEOUT_S = 365 * 86_400.0
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.1, 2.0
 
 
@@ -68,13 +73,11 @@ class Connection:
         timeout_s: float,
         retry_s: float,
     ) -> None:
-        if timeout_s <= 0:
+        if _checked(timeout_s) <= 0:
             raise UserError.of("timeout_s", timeout_s, "must be above 0 seconds")
-        if retry_s < 0:
+        if not _is_number(retry_s) or not retry_s >= 0:
             raise UserError.of("retry_s", retry_s, "must be 0 (each target once) or more seconds")
-        self.targets = (target,) if isinstance(target, str) else tuple(target)
-        if not self.targets:
-            raise UserError.of("target", "[]", "at least one HOST:PORT is needed")
+        self.targets = _targets(target)
         far = next((t for t in self.targets if not stays_here(t)), None)
         if token is not None and ca is None and far is not None:
             raise UserError.of("token", f"for {far}", "would travel in clear text; give ca too")
@@ -84,7 +87,7 @@ class Connection:
         self._open: dict[str, tuple[Any, Any, Any]] = {}  # channel, stubs of Pregate and Health
         self._at = 0  # of the targets: the one that answered last
         self._has_token = token is not None
-        self.metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+        self.metadata = () if token is None else (("authorization", _bearer(token)),)
 
     @property
     def target(self) -> str:
@@ -100,8 +103,8 @@ class Connection:
         return self._opened()[2]
 
     def attempts(self, timeout_s: float | None = None) -> Attempts:
-        """Begin a call."""
-        return Attempts(self, self._timeout_s if timeout_s is None else timeout_s, self._retry_s)
+        """Begin a call. UserError for a `timeout_s` that is none; one that has passed is for the call to find."""
+        return Attempts(self, self._timeout_s if timeout_s is None else _checked(timeout_s), self._retry_s)
 
     def leave(self, target: str) -> None:
         """Ask another one from now on; a call that found this out before may have done so already."""
@@ -120,7 +123,7 @@ class Connection:
         if code == "UNAUTHENTICATED":
             what = "is not one that it knows" if self._has_token else "is missing"
             return UserError(f"{target} asks for a bearer token: token (`--token-file` of a command) {what}")
-        if code == "RESOURCE_EXHAUSTED" and "larger than max" in details:  # gRPC's words: trying again does not help
+        if code == "RESOURCE_EXHAUSTED" and any(sign in details for sign in _SIGNS_OF_SIZE):  # no full queue
             return UserError(f"{target}: {details}")
         if code == "UNAVAILABLE" and any(sign in details for sign in _SIGNS_OF_NONE):
             known = trouble_with(target, *self._files) if asks else None
@@ -186,6 +189,34 @@ class Attempts:
 def stays_here(target: str) -> bool:
     """Whether what is sent to `target` does not leave this machine."""
     return target.startswith("unix:") or is_loopback(target.rpartition(":")[0])
+
+
+def _checked(timeout_s: Any) -> float:
+    """The number of seconds it is. gRPC makes a date of it, and endless ones and longer ones have passed at once."""
+    if not _is_number(timeout_s) or not timeout_s <= MAX_TIMEOUT_S:
+        raise UserError.of("timeout_s", timeout_s, f"must be a number of seconds, at most {MAX_TIMEOUT_S:.0f}")
+    return float(timeout_s)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _targets(target: Any) -> tuple[str, ...]:
+    targets = (target,) if isinstance(target, str) else tuple(target) if isinstance(target, Sequence) else ()
+    if not targets or not all(isinstance(one, str) and one for one in targets):
+        raise UserError.of("target", ascii(target), "must be HOST:PORT, or a list of such")
+    for one in targets:
+        port = one.rpartition(":")[2]
+        if port.isdecimal() and not is_port(port):
+            raise UserError.of("target", one, PORTS)
+    return targets
+
+
+def _bearer(token: Any) -> str:
+    if not isinstance(token, str) or not is_token(token):
+        raise UserError("token: must be text of printable ASCII characters, which are all that a header carries")
+    return f"Bearer {token}"
 
 
 def _credentials(

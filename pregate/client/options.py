@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias, TypedDict, TypeVar
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from pregate.base.errors import UserError
 from pregate.base.sampling import check_ids
 from pregate.client.proto import pregate_pb2 as pb
 
-_T = TypeVar("_T")
+_M = TypeVar("_M", bound=Message)
+#: What a field of each kind carries, in a user's words.
+_ALLOWED: Mapping[int, str] = MappingProxyType(
+    {
+        FieldDescriptor.CPPTYPE_INT64: f"a whole number, {-(1 << 63)} to {(1 << 63) - 1}",
+        FieldDescriptor.CPPTYPE_UINT32: f"a whole number, 0 to {(1 << 32) - 1}",
+        FieldDescriptor.CPPTYPE_DOUBLE: "a number",
+        FieldDescriptor.CPPTYPE_BOOL: "True or False",
+        FieldDescriptor.CPPTYPE_STRING: "text without lone surrogates",
+    }
+)
 #: Text or token ids.
 Prompt: TypeAlias = str | Sequence[int]
 #: Each with a `role` and a `content`.
@@ -77,17 +91,38 @@ def prompt_field(prompt: Prompt) -> dict[str, Any]:
 
 def chat_field(messages: Messages) -> dict[str, Any]:
     """The field of a message that says a chat."""
-    if isinstance(messages, (str, Mapping)) or not all(isinstance(message, Mapping) for message in messages):
-        raise UserError("messages: must be a list of mappings with role and content")
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise UserError.of("messages", ascii(messages)[:80], "must be a list of mappings with role and content")
     return {"chat": pb.ChatInput(messages=[build(pb.ChatMessage, **message) for message in messages])}
 
 
-def build(kind: type[_T], **fields: Any) -> _T:
-    """A message; UserError for a value that its field cannot carry."""
+def build(kind: type[_M], **fields: Any) -> _M:
+    """A message; UserError for a value that its field cannot carry, by the field's name."""
     try:
         return kind(**fields)
-    except (ValueError, TypeError) as error:  # protobuf's words
+    except (ValueError, TypeError) as error:  # protobuf's words say neither which field nor what it takes
+        for name, value in fields.items():
+            _check_carried(kind, name, value)
         raise UserError(f"{kind.__name__}: {error}") from None
+
+
+def _check_carried(kind: type[Message], name: str, value: Any) -> None:
+    field = kind.DESCRIPTOR.fields_by_name.get(name)
+    if field is None:
+        raise UserError.of_unknown({name: value}, kind.DESCRIPTOR.fields_by_name)
+    try:
+        kind(**{name: value})
+    except (ValueError, TypeError):
+        raise UserError.of(name, ascii(value)[:80], f"must be {_allowed(field)}") from None
+
+
+def _allowed(field: FieldDescriptor) -> str:
+    if field.message_type is None:
+        return _ALLOWED[field.cpp_type] if not field.is_repeated else f"a list, each {_ALLOWED[field.cpp_type]}"
+    if field.message_type.GetOptions().map_entry:
+        key, value = (_ALLOWED[field.message_type.fields_by_name[end].cpp_type] for end in ("key", "value"))
+        return f"a mapping of {key} to {value}"
+    return f"a {field.message_type.name}"
 
 
 def _check(name: str, token_ids: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from pregate.base.errors import PregateError, in_one_line
+from pregate.base.errors import PregateError, UserError, in_one_line
 from pregate.cluster.finding import gigabytes
 from pregate.cluster.nodes import each_node
 from pregate.cluster.pushed import PushedFile, Receiver
@@ -48,9 +49,12 @@ class Node:
 
 def push(folders: Sequence[Path], to: Path | None, say: Callable[[str], None]) -> list[Node]:
     """Copy folders to every node of the Ray this process is connected to: where they are here, or into `to`, which may
-    begin with `~`. Returns what became of each node; what one has is left as it is."""
+    begin with `~`. Returns what became of each node; what one has is left as it is.
+
+    UserError for what cannot be copied.
+    """
     with stage(say, "looking at what nodes have"):
-        files = [file for folder in folders for file in _files(folder, to)]
+        files = _files(folders, to)
         nodes = []
         for node, here in each_node():
             receiver = ray.remote(Receiver).options(max_restarts=0, **here).remote()
@@ -70,15 +74,51 @@ def push(folders: Sequence[Path], to: Path | None, say: Callable[[str], None]) -
     return nodes
 
 
-def _files(folder: Path, to: Path | None) -> list[PushedFile]:
-    """What is in a folder, hidden files aside: those are some tool's own."""
-    target = folder if to is None else to / folder.name
+def _files(folders: Sequence[Path], to: Path | None) -> list[PushedFile]:
+    """What is in the folders, with what they link to. UserError for what cannot be read, or lie where it is to."""
+    names = [folder.name for folder in folders]
+    if to is not None and (twice := next((name for name in names if names.count(name) > 1), "")):
+        sentence = f"--model and --parent are both called {twice}, and one place cannot be both; allowed: without --to"
+        raise UserError.of("--to", to, sentence)
     found = []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            found.append(PushedFile(str(path), str(target / name), file_sha256(path), path.stat().st_size))
+    for folder in folders:
+        target = folder if to is None else to / folder.name
+        if to is not None and (source := _within(target, folders)):
+            raise UserError.of("--to", to, f"lies in {source}, which is to be copied; allowed: a folder outside of it")
+        for path in _contents(folder):
+            try:
+                digest, num_bytes = file_sha256(path), path.stat().st_size
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+            found.append(PushedFile(str(path), str(target / path.relative_to(folder)), digest, num_bytes))
     return found
+
+
+def _within(target: Path, folders: Sequence[Path]) -> Path | None:
+    """The folder that a copy on this node would lie in, and be a part of the next time; a folder itself it may be."""
+    placed = Path(os.path.realpath(target.expanduser()))
+    real = {folder: Path(os.path.realpath(folder)) for folder in folders}
+    return next((f for f, r in real.items() if placed != r and placed.is_relative_to(r)), None)
+
+
+def _contents(folder: Path) -> Iterator[Path]:
+    """The files below a folder, in linked folders too; hidden ones aside, which are some tool's own."""
+    seen = {}
+    for root, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
+        seen[root] = (os.path.realpath(root), *seen.get(os.path.dirname(root), ()))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if loop := next((n for n in folders if os.path.realpath(os.path.join(root, n)) in seen[root]), ""):
+            raise UserError(f"{os.path.join(root, loop)}: links to a folder that it is in; remove it")
+        for name in sorted(name for name in files if not name.startswith(".")):
+            path = Path(root, name)
+            if path.is_file():
+                yield path
+            elif path.is_symlink():
+                raise UserError(f"{path}: links to {os.readlink(path)}, which is not there; a copy would lack it")
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def _look(nodes: Sequence[Node], files: Sequence[PushedFile]) -> Iterator[tuple[Node, list[str]]]:
@@ -103,9 +143,12 @@ def _send(file: PushedFile, nodes: Sequence[Node]) -> None:
 
 
 def _pieces(file: PushedFile) -> Iterator[np.ndarray]:
-    with open(file.source, "rb") as source:
-        while len(piece := np.fromfile(source, np.uint8, PIECE_BYTES)):
-            yield piece
+    try:
+        with open(file.source, "rb") as source:
+            while len(piece := np.fromfile(source, np.uint8, PIECE_BYTES)):
+                yield piece
+    except OSError as error:
+        raise PregateError(f"{file.source}: cannot be read any more: {error.strerror}") from error
 
 
 def _answers(asked: Mapping[Node, Any], hashed_bytes: int = 0) -> Iterator[tuple[Node, Any]]:

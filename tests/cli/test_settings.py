@@ -66,6 +66,11 @@ def test_what_is_printed_is_a_file_that_says_the_same(said, file, tmp_path, caps
         ("model: x\nhosts: many\n", "--hosts many: allowed: a whole number, 0 or more"),
         ("- hosts\n", "is no YAML mapping of options"),
         ("hosts: [\n", "is no YAML mapping of options"),
+        ("1: 2\n", "settings.yaml: 1 2: unknown option; allowed: model"),
+        ("a: " + "[" * 5000, "is no YAML mapping of options: it is nested too deeply"),
+        ("hosts: 2\nmodel: x\nhosts: 3\n", "says hosts twice; allowed: each option once"),
+        ("model: x\nhosts: 99999999999999999999\n", "--hosts 99999999999999999999: allowed: at most"),
+        ("model: x\nstart_timeout_s: 1.0e+300\n", "--start-timeout-s 1e+300: allowed: at most 31536000"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_named(said, tmp_path, text, sentence):
@@ -74,6 +79,11 @@ def test_what_is_wrong_with_a_file_is_named(said, tmp_path, text, sentence):
     code, _, error = said(file=path)
     assert (code, error.count("\n")) == (2, 1)
     assert sentence in error
+
+
+def test_a_folder_is_no_file_of_options(said, tmp_path):
+    code, _, error = said(file=tmp_path)
+    assert (code, error) == (2, f"pregate: --config {tmp_path}: cannot be read: Is a directory\n")
 
 
 def test_an_unknown_variable_is_refused_without_what_it_says(said, file):

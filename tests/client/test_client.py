@@ -83,3 +83,51 @@ def test_bad_arguments_are_named(tmp_path):
         for prompt, options in [([-1], {}), ([1 << 40], {}), ("x", {"max_tokens": 1 << 70}), ("\ud800", {})]:
             with pytest.raises(UserError):
                 client.generate(prompt, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"temperature": "a"}, "temperature 'a': must be a number"),
+        ({"top_k": 1.5}, "top_k 1.5: must be a whole number, -9223372036854775808 to"),
+        ({"seed": 1 << 63}, "seed 9223372036854775808: must be a whole number, .* to 9223372036854775807"),
+        ({"stop": 5}, "stop 5: must be a list, each text"),
+        ({"stop": ["\ud800"]}, "stop .*ud800.*: must be a list, each text without lone surrogates"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids .1.5.: must be a list, each a whole number, 0 to 4294967295"),
+        ({"logit_bias": {"a": 1}}, "logit_bias .*: must be a mapping of a whole number, 0 to 4294967295 to a number"),
+        ({"ignore_eos": "a"}, "ignore_eos 'a': must be True or False"),
+        ({"request_id": 5}, "request_id 5: must be text"),
+        ({"priority": 1 << 64}, "priority 18446744073709551616: must be a whole number"),
+        ({"timeout_s": float("inf")}, "timeout_s inf: must be a number of seconds, at most 31536000"),
+        ({"timeout_s": float("nan")}, "timeout_s nan: must be a number of seconds"),
+        ({"timeout_s": "a"}, "timeout_s a: must be a number of seconds"),
+    ],
+)
+def test_what_the_wire_cannot_carry_is_refused_by_its_name(options, sentence):
+    with Client("127.0.0.1:1") as client, pytest.raises(UserError, match=f"^{sentence}"):
+        client.generate("x", **options)
+
+
+@pytest.mark.parametrize("messages", [None, "x", {"role": "user"}, [None], [{"role": 5}], [{"rule": "user"}]])
+def test_a_chat_is_a_list_of_messages(messages):
+    with Client("127.0.0.1:1") as client, pytest.raises(UserError, match=r"^(messages|role|rule) .*: (must|unknown)"):
+        client.chat(messages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"target": "127.0.0.1:99999"}, "target 127.0.0.1:99999: its port must be 1 to 65535"),  # gRPC would ask 34463
+        ({"target": ""}, "target '': must be HOST:PORT"),
+        ({"target": [5]}, "target .5.: must be HOST:PORT"),
+        ({"target": None}, "target None: must be HOST:PORT"),
+        ({"timeout_s": float("inf")}, "timeout_s inf: must be a number of seconds"),
+        ({"timeout_s": None}, "timeout_s None: must be a number of seconds"),
+        ({"retry_s": float("nan")}, "retry_s nan: must be 0"),
+        ({"token": 5}, "token: must be text of printable ASCII"),
+        ({"token": "schlüssel"}, "token: must be text of printable ASCII"),
+    ],
+)
+def test_a_connection_that_cannot_be_is_refused_by_its_arguments_name(arguments, sentence):
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        Client(**{"target": "127.0.0.1:1", **arguments})

@@ -103,6 +103,48 @@ def test_a_parent_goes_with_its_adapter():
         PushOptions(model=Path("/a"), parent=Path("/b"))
 
 
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "inner" / "words").write_bytes(WORDS)
+    return folder
+
+
+def refused(*folders: Path, to: Path | None = None) -> str:
+    """What is said of folders that cannot be copied; Ray is not asked."""
+    with pytest.raises(UserError) as error:
+        push.push(folders, to, lambda what: None)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("inside", ["", "inner", "new/folder"])
+def test_a_place_in_what_is_copied_is_refused(model, inside):
+    (model.parent / "link").symlink_to(model)
+    for to in (model / inside, model.parent / "link" / inside):
+        assert refused(model, to=to) == (
+            f"to {to}: lies in {model}, which is to be copied; allowed: a folder outside of it"
+        )
+
+
+def test_two_folders_of_one_name_have_no_place_together(model, tmp_path):
+    other = tmp_path / "other" / "model"
+    shutil.copytree(model, other)
+    assert refused(model, other, to=tmp_path / "to").startswith(f"to {tmp_path}/to: model and parent are both called")
+
+
+def test_what_a_link_leads_to_is_copied_and_one_that_leads_nowhere_is_refused(model, tmp_path):
+    (model / "inner").rename(tmp_path / "kept")
+    (model / "inner").symlink_to(tmp_path / "kept")
+    assert [str(path.relative_to(model)) for path in push._contents(model)] == ["config.json", "inner/words"]
+    (model / "weights").symlink_to("blobs/none")
+    assert refused(model) == f"{model}/weights: links to blobs/none, which is not there; a copy would lack it"
+    (model / "weights").unlink()
+    (tmp_path / "kept" / "again").symlink_to(model)
+    assert refused(model) == f"{model}/inner/again: links to a folder that it is in; remove it"
+
+
 @pytest.fixture(scope="module")
 def homes():
     """The homes of two nodes of a Ray on this machine that this process is connected to, and what ends the second."""

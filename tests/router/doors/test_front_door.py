@@ -182,6 +182,8 @@ def test_a_message_too_large_for_the_server_is_not_worth_another_try(front, clie
     with pytest.raises(UserError, match="larger than max"):
         client.complete(text, 1)
     assert len(list(stream)) > 0
+    with Client(front[1].target, token="x" * 100_000) as long_winded, pytest.raises(UserError, match="exceeds hard"):
+        long_winded.loads()
 
 
 class NoTokenizer:
