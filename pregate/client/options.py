@@ -116,7 +116,7 @@ def _check_carried(kind: type[Message], name: str, value: Any) -> None:
         raise UserError.of(name, ascii(value)[:80], f"must be {_allowed(field)}") from None
 
 
-def _allowed(field: FieldDescriptor) -> str:
+def _allowed(field: Any) -> str:
     if field.message_type is None:
         return _ALLOWED[field.cpp_type] if not field.is_repeated else f"a list, each {_ALLOWED[field.cpp_type]}"
     if field.message_type.GetOptions().map_entry:
