@@ -6,8 +6,11 @@ Errors are one line on stderr.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -59,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     app = _app(given[:1] if given[:1] and given[0] in COMMANDS else COMMANDS)
     try:
-        return int(app(_spread(given, _list_options(app)) or ["--help"], standalone_mode=False) or 0)
+        code = int(app(_spread(given, _list_options(app)) or ["--help"], standalone_mode=False) or 0)
+        print(end="", flush=True)  # else a full disk is first met when Python ends
+        return code
     except PregateError as error:
         code = 2 if isinstance(error, UserError) else 1
         return code if error.is_said else _fail(error.for_command_line, code)
@@ -69,11 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except OSError as error:
+        return _fail(_refused(error), 1)
 
 
 def _fail(sentence: str, code: int) -> int:
     sys.stderr.write(f"pregate: {' '.join(sentence.split())}\n")
     return code
+
+
+def _refused(error: OSError) -> str:
+    """What the machine would not do: a file that may not be read, a disk that is full."""
+    reason = error.strerror or str(error)
+    if error.filename is not None:
+        return f"{error.filename}: {reason}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return f"{type(error).__name__}: {reason}"
+    with suppress(OSError, ValueError):  # what Python still holds of it cannot be written at its end, either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"the output cannot be written: {reason}"
 
 
 def _describe(error: Any, given: Sequence[str]) -> str:

@@ -1,11 +1,13 @@
 """What bad input gets: one line on stderr, exit code 2, nothing started and nothing written."""
 
+import errno
 import json
 import re
 import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -205,3 +207,24 @@ def test_help_of_convert_says_what_a_recipe_is(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "Recipe capture: clustering capture, shared-by capture" in shown
     assert all(f"Recipe {name}:" in shown for name in RECIPES)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["config"], ["config", "--help"]])
+def test_a_full_disk_is_one_line(layerwise_checkpoint, arguments):
+    """Also where what is printed is less than Python writes at once."""
+    code = "import sys; from pregate.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    given = [*arguments, "--model", str(layerwise_checkpoint)]
+    with open("/dev/full", "w") as full:
+        pipes = {"stdout": full, "stderr": subprocess.PIPE}
+        done = subprocess.run([sys.executable, "-c", code, *given], check=False, timeout=120, text=True, **pipes)
+    assert (done.returncode, done.stderr) == (1, "pregate: the output cannot be written: No space left on device\n")
+
+
+def test_a_file_that_may_not_be_read_is_one_line(capsys, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "/models/weights")
+
+    monkeypatch.setattr("pregate.cli.flags.of_keys", refuse)
+    assert main(["config", "--model", "/models"]) == 1
+    assert capsys.readouterr().err == "pregate: /models/weights: Permission denied\n"
