@@ -60,10 +60,10 @@ def check_priority(priority: int) -> None:
 def check_stop_strings(stop: Sequence[str]) -> None:
     """Raise UserError for too many stop strings, empty ones, and ones that are too long."""
     if len(stop) > MAX_STOP_STRINGS:
-        raise UserError.of("stop", f"of {len(stop)} texts", f"allowed: at most {MAX_STOP_STRINGS}")
+        raise UserError.of("--stop", f"of {len(stop)} texts", f"allowed: at most {MAX_STOP_STRINGS}")
     for text in stop:
         if not 0 < len(text) <= MAX_STOP_CHARACTERS:
-            raise UserError.of("stop", f"of {len(text)} characters", f"must be 1 to {MAX_STOP_CHARACTERS} characters")
+            raise UserError.of("--stop", f"of {len(text)} characters", f"must be 1 to {MAX_STOP_CHARACTERS} characters")
 
 
 def check_logit_bias(bias: Iterable[tuple[int, float]], vocab_size: int) -> None:

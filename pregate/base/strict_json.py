@@ -1,4 +1,4 @@
-"""JSON as its standard has it: no Infinity, no NaN."""
+"""JSON as its standard has it, no Infinity and no NaN, written; and read from files that anybody may have made."""
 
 from __future__ import annotations
 
@@ -13,6 +13,14 @@ def strict_json(value: Any) -> str:
     Example: {"perplexity": inf, "layers": [1.5]} gives '{"perplexity": null, "layers": [1.5]}'.
     """
     return json.dumps(_finite(value), allow_nan=False)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError for text that is none, and for such as is nested more deeply than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _finite(value: Any) -> Any:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
-from pregate.base.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, most_tokens
+from pregate.base.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, check_stop_strings, most_tokens
 from pregate.cli.flags import command
 from pregate.cli.printed import Output, progress_bars
 from pregate.cli.target import SERVERS, Credentials, Patience, open_client
@@ -75,6 +75,9 @@ class Sampling:
     seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Makes sampling repeatable.")] = None
     min_tokens: Annotated[int, Field(ge=0, description="New tokens at least.")] = 0
     stop: Annotated[tuple[str, ...], Field(description="Texts before the first of which it ends.")] = ()
+
+    def __post_init__(self) -> None:
+        check_stop_strings(self.stop)
 
 
 @command(Prompt, Source, Patience, Sampling, Output)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+
+import psutil
 
 from pregate.cluster.part import STOP_TIMEOUT_S, Part
 from pregate.router.doors.grpc_options import GrpcOptions
@@ -30,6 +33,12 @@ class _Door(Part):
         """Take note of what it said at its start."""
         self.started, self.options = started, replace(self.options, port=started["port"])
         self.name = f"door on port {self.options.port}"
+
+    async def _ended(self) -> None:
+        """Its port is free when its process is gone. It runs on this node; one that stands still takes Ray seconds."""
+        pid, give_up_s = self.started.get("pid"), time.monotonic() + STOP_TIMEOUT_S
+        while pid is not None and psutil.pid_exists(pid) and time.monotonic() < give_up_s:
+            await asyncio.sleep(0.1)
 
 
 class Doors:

@@ -99,6 +99,7 @@ class Part:
         """Try again and again, with longer and longer pauses."""
         while (pause_s := self._backoff.failed(time.monotonic())) < math.inf:
             ray.kill(self.actor)
+            await self._ended()
             await asyncio.sleep(pause_s)
             try:
                 self.make()
@@ -116,6 +117,9 @@ class Part:
             self._restarting = None
             return
         self.lost = reason
+
+    async def _ended(self) -> None:
+        """Wait for a process that was killed to have let go of what the next one needs."""
 
     async def stop(self, timeout_s: float, kindly: bool = True, *arguments: Any) -> None:
         """Let it end by itself, where it runs, and kill it in any case. `arguments` are for its own `stop`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pregate.base.errors import CheckpointError
+from pregate.base.strict_json import parse_json
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.placement import Placement, place
 
@@ -54,12 +54,12 @@ def read_routed_experts(model: str) -> RoutedExperts:
     """CheckpointError for a folder whose config.json is not a routed checkpoint's."""
     path = Path(model) / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8-sig"))
+        config = parse_json(path.read_text(encoding="utf-8-sig"))
         num_routed = tuple(int(cut["num_routed"]) for cut in config["layer_cuts"])
         router = config.get("path_router") or {}
         one_index, exact_paths = router.get("heads") == "single", config.get("routing") == "path"
         path = Path(model) / "manifest.json"
-        figures = json.loads(path.read_text(encoding="utf-8-sig"))["figures"]
+        figures = parse_json(path.read_text(encoding="utf-8-sig"))["figures"]
         load_LR = _load(figures, num_routed) if exact_paths else None
         return RoutedExperts(num_routed, one_index, exact_paths, load_LR)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import CheckpointError, UserError
+from pregate.base.strict_json import parse_json
 from pregate.model.adapted_shard import AdaptedShard, AdaptedTensors
 from pregate.model.file_hashes import file_sha256, has_sha256
 from pregate.model.shard_file import FACTORS, ShardFile, weight_files
@@ -60,7 +61,7 @@ def read_record(folder: Path) -> AdapterRecord:
     """Read `adapter.json`; CheckpointError where it is none that we know."""
     path = folder / RECORD
     try:
-        record = AdapterRecord(**json.loads(path.read_text(encoding="utf-8-sig")))
+        record = AdapterRecord(**parse_json(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable adapter ({error})") from error
     if record.format_version != FORMAT_VERSION:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from pregate.base.errors import CheckpointError, PregateError, UserError
+from pregate.base.strict_json import parse_json
 from pregate.model.adapter import Adapter, hashed, is_adapter
 from pregate.model.file_hashes import has_sha256
 from pregate.model.folder import ROUTED
@@ -94,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists():
         raise CheckpointError(f"{path}: missing; not a pregate checkpoint (make one with `pregate convert`)")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = parse_json(path.read_text(encoding="utf-8-sig"))
         manifest = Manifest(**fields)
         for name, entry in manifest.files.items():
             if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str) or "/" in name:
@@ -161,7 +162,7 @@ class CheckpointReader:
 
         path = self.path / "config.json"
         try:
-            model_type = json.loads(path.read_text(encoding="utf-8-sig"))["model_type"]
+            model_type = parse_json(path.read_text(encoding="utf-8-sig"))["model_type"]
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: not a readable model config ({error!r})") from error
         if model_type != ROUTED:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pregate.base.errors import CheckpointError, UserError
+from pregate.base.strict_json import parse_json
 from pregate.model.adapter import Adapter, is_adapter, text_folder
 from pregate.model.config_fields import (
     OBEYED_KEYS,
@@ -179,7 +180,7 @@ def read_folder(path: Path, option: str = "--model", parent: Path | None = None)
 
 def _read_object(path: Path, name: str, option: str) -> dict[str, Any]:
     try:
-        fields = json.loads((path / name).read_text(encoding="utf-8-sig"))
+        fields = parse_json((path / name).read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
         raise CheckpointError.of(option, path, f"its {name} is not JSON ({error})") from error
     if not isinstance(fields, dict):

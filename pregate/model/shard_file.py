@@ -7,7 +7,6 @@ the rest  the tensors' bytes
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+from pregate.base.strict_json import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -135,7 +136,7 @@ class ShardFile:
 def tensors_of(header: bytes, size: int) -> dict[str, Stored]:
     """The tensors that the header of a file of `size` bytes names. ValueError where it is none."""
     try:
-        fields = json.loads(header)
+        fields = parse_json(header)
         fields.pop("__metadata__", None)
     except (ValueError, AttributeError) as error:
         raise ValueError(f"its header is not JSON ({error})") from error
@@ -176,7 +177,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{reason} (transformers: from_pretrained, save_pretrained)")
         raise ValueError(f"its weights cannot be loaded (neither {SINGLE} nor {INDEX})")
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
         paths = [folder / name for name in names]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{INDEX} is no index of shards ({error!r})") from error

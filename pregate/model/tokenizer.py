@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pregate.base.errors import CheckpointError, UserError, in_one_line
+from pregate.base.strict_json import parse_json
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -166,7 +167,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = parse_json(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: is not JSON ({error})") from error
     if not isinstance(fields, dict):

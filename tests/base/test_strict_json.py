@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import math
 
-from pregate.base.strict_json import strict_json
+import pytest
+
+from pregate.base.strict_json import parse_json, strict_json
 
 
 def test_numbers_that_json_has_no_name_for_are_null():
@@ -16,3 +18,9 @@ def test_numbers_that_json_has_no_name_for_are_null():
         "count": 3,
         "on": True,
     }
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, b"[" * 100_000])
+def test_what_is_nested_too_deeply_is_no_json(text):
+    with pytest.raises(ValueError, match="nested too deeply"):
+        parse_json(text)

@@ -58,6 +58,7 @@ def fails(capsys, *arguments):
         (["generate", "--model", "TINY", "--prompt", "a", "--max-tokens", "0"], "--max-tokens 0"),
         (["generate", "--model", "TINY", "--prompt", "a", "--temperature", "-1"], "--temperature -1"),
         (["generate", "--model", "TINY", "--prompt", ""], "--prompt of 0 tokens"),
+        (["generate", "--model", "TINY", "--prompt", "a", "--stop", ""], "--stop of 0 characters: must be 1 to 256"),
         (["generate", "--model", "TINY", "--prompt", "a\udcff"], "--prompt: half of a surrogate pair ('\\udcff')"),
         (["route", "--model", "TINY", "--prompt", "a\udcff"], "--prompt: half of a surrogate pair ('\\udcff')"),
         (["decouple", *DECOUPLE, "--heads", "two"], "--heads two: allowed: independent, recurrent, single"),

@@ -4,6 +4,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from pathlib import Path
 
@@ -130,6 +131,47 @@ def test_whatever_dies_comes_back_and_a_pause_is_told(local_ray, path_checkpoint
     asyncio.run(main())
 
 
+def test_a_door_that_stands_still_is_gone_before_the_next_one_listens(local_ray, monkeypatch):
+    """One attempt is enough: the others are for what is really wrong."""
+    monkeypatch.setattr(part, "FROZEN_S", 1.0)
+    monkeypatch.setattr(pulse, "LOOK_S", 0.3)
+
+    @ray.remote(num_cpus=0)
+    class Door:
+        def __init__(self, port):
+            self._socket = socket.create_server(("127.0.0.1", port))
+
+        def start(self):
+            return {"host": "127.0.0.1", "port": self._socket.getsockname()[1], "pid": os.getpid()}
+
+        def status(self):
+            return {"running": True}
+
+    async def main():
+        made = []
+
+        def make(number, options):
+            made.append(Door.remote(options.port))
+            return made[-1]
+
+        doors = Doors(make, 60.0)
+        door = await doors.add("me", GrpcOptions(port=0))
+        os.kill(door["pid"], signal.SIGSTOP)
+        notes = []
+        for _ in range(300):
+            await pulse.look(one.pulse for one in doors.parts if one.pulse)
+            notes += doors.parts[0].check()
+            if f"door on port {door['port']}: runs again" in notes or doors.parts[0].lost:
+                break
+            await asyncio.sleep(0.2)
+        assert doors.parts[0].lost == "" and f"door on port {door['port']}: runs again" in notes
+        assert len(made) == 2
+        for actor in made:
+            ray.kill(actor)
+
+    asyncio.run(main())
+
+
 def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray, path_checkpoint, monkeypatch):
     """No status to ask for; a door that cannot be made again."""
     monkeypatch.setattr(part, "FIRST_PAUSE_S", 0.1)
@@ -137,7 +179,7 @@ def test_whatever_becomes_of_a_part_is_a_loss_with_a_reason(local_ray, path_chec
     @ray.remote(num_cpus=0)
     class Door:
         def start(self):
-            return {"host": "127.0.0.1", "port": 1}
+            return {"host": "127.0.0.1", "port": 1, "pid": 1 << 22}
 
         def stop(self, grace_s):
             pass

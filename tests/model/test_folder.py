@@ -243,6 +243,7 @@ def test_a_folder_without_any_tokenizer_is_refused(folder: Path):
     ("content", "sentence"),
     [
         (b"{", "tokenizer_config.json: is not JSON"),
+        (b"[" * 100_000, "tokenizer_config.json: is not JSON .nested too deeply"),
         ('{"bos_token": "<s>"}'.encode("utf-16"), "tokenizer_config.json: is not JSON"),
         (b"[]", "tokenizer_config.json: is not a JSON object"),
         (b'{"bos_token": 7}', "bos_token is 7; allowed: a text or null"),

@@ -29,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
+from pregate.base.strict_json import parse_json
 from pregate.convert.files.shards import write_shard
 from pregate.convert.files.work_folder import sync_folder, write_whole, writing
 
@@ -78,7 +79,7 @@ def read_state(out: Path) -> State | None:
     if not path.exists() or not (folder / "checkpoint").is_dir():
         return None  # killed before its first layer was done, or after it became the checkpoint
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = parse_json(path.read_text(encoding="utf-8"))
         if fields.pop("format_version") != FORMAT_VERSION:
             raise ValueError("another format version")
         return State(**fields)

@@ -7,13 +7,13 @@ whether another folder is the dense parent tuned as the checkpoint was, by what 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from pregate.base.errors import UserError
+from pregate.base.strict_json import parse_json
 from pregate.convert.tune.state import CURVE
 from pregate.model.checkpoint import MANIFEST, Manifest, read_manifest
 
@@ -67,7 +67,7 @@ def training_curves(folder: Path) -> tuple[TrainingCurve, ...]:
     points: dict[str, list[tuple[float, float]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
-            record = json.loads(line) if line.strip() else {}
+            record = parse_json(line) if line.strip() else {}
         except ValueError as error:
             raise UserError.of("--model", f"{path}:{number}", f"not a JSON record ({error})") from error
         for name in CURVES if isinstance(record, dict) else ():

@@ -13,10 +13,10 @@ The first that fits is taken. A field the user names is a string or a list of tu
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from pregate.base.errors import UserError
+from pregate.base.strict_json import parse_json
 from pregate.model.tokenizer import text_bytes
 
 _LABELLED = (("question", "answer"), ("instruction", "input", "output"), ("instruction", "output"))
@@ -31,7 +31,7 @@ FORMS = (
 def record_text(line: str, where: str, option: str, field: str | None) -> str:
     """The text of a record, or of its `field`; UserError names `option` and `where` (file and line)."""
     try:
-        record: Any = json.loads(line)
+        record: Any = parse_json(line)
     except ValueError as error:
         raise UserError.of(option, where, f"not a JSON record ({error})") from error
     if not isinstance(record, dict):
