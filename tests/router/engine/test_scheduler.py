@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_the_queue_is_bounded_by_number_and_by_bytes():
 
 def test_those_who_may_run_do_not_count_as_queued_before_a_step_takes_them_in():
     """Thirty that come at once, where eight may run and four may wait; then where blocks are for two of them."""
-    for limits, num_taken in (({}, 8 + 4), ({"num_blocks": 6}, 2 + 4)):
+    cases: list[tuple[dict[str, Any], int]] = [({}, 8 + 4), ({"num_blocks": 6}, 2 + 4)]
+    for limits, num_taken in cases:
         s, taken = scheduler(max_queued=4, **limits), []
         for n in range(30):
             try:
