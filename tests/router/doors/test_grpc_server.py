@@ -228,5 +228,5 @@ def test_a_chat_is_answered_by_the_models_template(tiny_path_checkpoint, tmp_pat
         assert text == answer.completion.text == front.client.complete(prompt, 8, ignore_eos=True).text
         with pytest.raises(UserError, match="messages of length 0"):
             list(front.client.chat([]))
-        with pytest.raises(UserError, match="messages: must be a list of mappings"):
+        with pytest.raises(UserError, match="messages 'O wind': must be a list of mappings"):
             front.client.chat("O wind")  # pyright: ignore[reportArgumentType]
