@@ -43,8 +43,11 @@ class Deployment:
         self.start_s = time.monotonic() - started_s
         self.process, self.target = running.process, running.target
         starting = takewhile(lambda said: not said[1].startswith("serving"), list(self.screen))
-        stages = [(said_s, line.strip()) for said_s, line in starting if line.startswith("  ") and "(after" not in line]
-        self.stages = {line: round(said_s - started_s, 1) for said_s, line in stages}
+        no_stage = ("(after", " log to ")
+        stages = [
+            (t, line.strip()) for t, line in starting if line.startswith("  ") and not any(map(line.count, no_stage))
+        ]
+        self.stages = {line: round(t - started_s, 1) for t, line in stages}
 
     def _read(self) -> None:
         with self._running.log.open() as log:
