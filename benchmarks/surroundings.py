@@ -22,12 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def shown(argument: object) -> str:
     """A command's argument as it may be written down: no folder that only this machine has.
 
-    A path in the repository or beside it is given relative to the repository, any other absolute one by its last name.
+    A path in the repository or in `shared` beside it is given relative to the repository, any other that is absolute or
+    leads upwards by its last name.
     """
     path = Path(str(argument))
-    if not path.is_absolute():
+    if not path.is_absolute() and ".." not in path.parts:
         return str(argument)
-    return os.path.relpath(path, ROOT) if path.is_relative_to(ROOT.parent) else path.name
+    whole = Path(os.path.normpath(ROOT / path))
+    known = whole.is_relative_to(ROOT) or whole.is_relative_to(ROOT.parent / "shared")
+    return os.path.relpath(whole, ROOT) if known else whole.name
 
 
 def command_of(module: str) -> str:
