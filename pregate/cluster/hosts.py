@@ -184,9 +184,8 @@ class Hosts:
         await self._tell("place", self.placement.copies, len(self.parts))
 
     async def stop(self, came_up: bool) -> None:
-        """Stop all of them; those that have not come up are killed."""
+        """Stop all of them; those that have not come up are killed. Their room goes with the deployment's (strays)."""
         await asyncio.gather(*(part.stop(STOP_TIMEOUT_S, came_up) for part in self.parts))
-        places.give_back(self._places)
 
     def client_maker(self, host: int) -> Callable[[], Any]:
         """What makes an engine's client of a host, in the engine's process."""

@@ -15,6 +15,7 @@ from io import FileIO
 from pathlib import Path
 
 from pregate.base.errors import PregateError
+from pregate.base.folders import sync_folder
 from pregate.cluster.finding import gigabytes
 from pregate.model.file_hashes import file_sha256, has_sha256
 
@@ -102,7 +103,7 @@ class Receiver:
                 Path(partial.name).replace(file.path)
         finally:
             self._discard(partial)
-        _sync(file.path.parent)
+        sync_folder(file.path.parent)
         return True
 
     def _discard(self, partial: FileIO) -> None:
@@ -110,12 +111,3 @@ class Receiver:
         Path(partial.name).unlink(missing_ok=True)
         partial.close()
         self._partial = None
-
-
-def _sync(folder: Path) -> None:
-    """Put on the disk which names the folder holds."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

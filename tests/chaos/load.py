@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
+from collections.abc import Callable
 
 from pregate.client.client import Client
+from pregate.cluster.children import RayChildren
 from tests.equality import Tally
 
 NUM_CLIENTS = 4
@@ -43,3 +47,14 @@ class Load:
             thread.join(120)
         assert not self.failures, self.failures[0]
         self.tally.check()
+
+
+async def look_until(children: RayChildren, notes: list[str], wanted: Callable[[], bool]) -> None:
+    """Look after parts as the supervisor does, and add to `notes`; none may be lost."""
+    give_up_s = time.monotonic() + 120
+    while not wanted():
+        assert time.monotonic() < give_up_s, notes
+        health = await children.check()
+        assert not health.lost
+        notes.extend(health.notes)
+        await asyncio.sleep(0.2)

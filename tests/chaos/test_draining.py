@@ -4,7 +4,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import ray
@@ -14,7 +13,7 @@ from pregate.cluster.children import RayChildren
 from pregate.cluster.config import ServeConfig
 from pregate.router.doors.grpc_options import GrpcOptions
 from tests.chaos.hosts import random_references
-from tests.chaos.load import NUM_CLIENTS, Load
+from tests.chaos.load import NUM_CLIENTS, Load, look_until
 from tests.cluster.ray_nodes import ray_nodes
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -40,13 +39,7 @@ def test_hosts_leave_a_node_that_is_drained(tiny_path_checkpoint):
         children, notes = RayChildren(config, folder), []
 
         async def until(wanted):
-            give_up_s = time.monotonic() + 120
-            while not wanted():
-                assert time.monotonic() < give_up_s, notes
-                health = await children.check()
-                assert not health.lost
-                notes.extend(health.notes)
-                await asyncio.sleep(0.2)
+            await look_until(children, notes, wanted)
 
         try:
             info = await children.start()

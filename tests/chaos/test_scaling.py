@@ -3,7 +3,6 @@
 import asyncio
 import os
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from pregate.cluster.config import ServeConfig
 from pregate.router.doors.grpc_options import GrpcOptions
 from tests.chaos.deployed import deployed, processes
 from tests.chaos.hosts import random_references
-from tests.chaos.load import NUM_CLIENTS, Load
+from tests.chaos.load import NUM_CLIENTS, Load, look_until
 from tests.router.running import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -102,13 +101,7 @@ def test_by_load_and_by_use(tiny_path_checkpoint, references, monkeypatch):
         children, notes = RayChildren(ServeConfig.from_dict(values), Path(sockets)), []
 
         async def until(wanted):
-            give_up_s = time.monotonic() + 120
-            while not wanted(" ".join(notes)):
-                assert time.monotonic() < give_up_s, notes
-                health = await children.check()
-                assert not health.lost
-                notes.extend(health.notes)
-                await asyncio.sleep(0.2)
+            await look_until(children, notes, lambda: wanted(" ".join(notes)))
 
         try:
             await children.start()

@@ -197,6 +197,16 @@ def cores_of_threads(process):
     return {tuple(os.sched_getaffinity(thread.id)) for thread in process.threads()}
 
 
+def stream_while_killed(client, process):
+    """Ids of a text in whose midst the process is killed."""
+    with client.generate(PROMPT, max_tokens=300) as generation:
+        next(generation)
+        process.kill()
+        for _ in generation:
+            pass
+    return generation.completion.token_ids
+
+
 def test_a_stream_notices_neither_that_a_host_died_nor_that_the_supervisor_did(layerwise_checkpoint):
     """Nor does the next stream: others take their places, the launcher's screen says so, and it ends as ever."""
     with serving("--model", layerwise_checkpoint, "--hosts", 2, "--pin-cores") as running:
@@ -204,20 +214,10 @@ def test_a_stream_notices_neither_that_a_host_died_nor_that_the_supervisor_did(l
             assert any(len(cores) == 1 for cores in cores_of_threads(process))
         with Client(running.target, timeout_s=120, retry_s=0) as client:
             whole = client.complete(PROMPT, max_tokens=300)
-            with client.generate(PROMPT, max_tokens=300) as generation:
-                next(generation)
-                running.children("ExpertHostActor")[0].kill()
-                for _ in generation:
-                    pass
-            assert generation.completion.token_ids == whole.token_ids
+            assert stream_while_killed(client, running.children("ExpertHostActor")[0]) == whole.token_ids
             eventually(lambda: len(running.children("ExpertHostActor")) == 2, what="another host")
             assert client.complete(PROMPT, max_tokens=300).token_ids == whole.token_ids
-            with client.generate(PROMPT, max_tokens=300) as generation:
-                next(generation)
-                running.children("Supervisor")[0].kill()
-                for _ in generation:
-                    pass
-            assert generation.completion.token_ids == whole.token_ids
+            assert stream_while_killed(client, running.children("Supervisor")[0]) == whole.token_ids
         assert re.search(r"host [01]: its process died .*a new one is started", running.log.read_text())
         wait_for(running.log, "the supervisor's process died; another one goes on", running.process, 60)
         running.process.terminate()

@@ -29,9 +29,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pregate.base.errors import UserError
+from pregate.base.folders import sync_folder
 from pregate.base.strict_json import parse_json
 from pregate.convert.files.shards import write_shard
-from pregate.convert.files.work_folder import sync_folder, write_whole, writing
+from pregate.convert.files.work_folder import write_whole, writing
 
 FORMAT_VERSION = 1
 _STATE = "state.json"

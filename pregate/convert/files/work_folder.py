@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from pregate.base.errors import PregateError, option_name
+from pregate.base.folders import sync_folder
 
 #: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
 _BESIDE_THE_POINT = ("model", "out", "calibration", "domains", "text", "teacher", "device", "checkpoint_every")
@@ -39,15 +40,6 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put on the disk which names the folder holds: what was renamed is then of its new name for good."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager
