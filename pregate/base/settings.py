@@ -52,9 +52,9 @@ def gather(
 
 def _read(file: Path, known: Mapping[str, Option]) -> dict[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
-        top = yaml.compose(text, yaml.SafeLoader)
-        found = yaml.safe_load(text) if top is not None else {}
+        loader = yaml.SafeLoader(file.read_text(encoding="utf-8-sig"))
+        top = loader.get_single_node()
+        found = loader.construct_document(top) if top is not None else {}
     except OSError as error:
         raise UserError.of("--config", file, f"cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:

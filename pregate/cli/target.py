@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.network import PORTS, is_port
 from pregate.base.options import options
 from pregate.base.tokens import read_tokens
 
@@ -52,7 +51,5 @@ def open_client(target: str, credentials: Credentials, retry_s: float) -> Client
         host, _, port = one.rpartition(":")
         if not host or not port.isdecimal():
             raise UserError.of("--target", one, "must be HOST:PORT")
-        if not is_port(port):
-            raise UserError.of("--target", one, PORTS)
     token = read_tokens(credentials.token_file)[0] if credentials.token_file else None
     return Client(target.split(","), token, credentials.ca, cert=credentials.cert, key=credentials.key, retry_s=retry_s)

@@ -205,11 +205,11 @@ def _is_number(value: Any) -> bool:
 def _targets(target: Any) -> tuple[str, ...]:
     targets = (target,) if isinstance(target, str) else tuple(target) if isinstance(target, Sequence) else ()
     if not targets or not all(isinstance(one, str) and one for one in targets):
-        raise UserError.of("target", ascii(target), "must be HOST:PORT, or a list of such")
+        raise UserError.of("--target", ascii(target), "must be HOST:PORT, or a list of such")
     for one in targets:
         port = one.rpartition(":")[2]
         if port.isdecimal() and not is_port(port):
-            raise UserError.of("target", one, PORTS)
+            raise UserError.of("--target", one, PORTS)
     return targets
 
 
