@@ -103,7 +103,7 @@ _OF_STEPS = (
     _engine("counter", "step_tokens_total", "num_step_tokens", "Tokens of all steps."),
     _engine("counter", "step_units_total", "num_step_units", "Experts asked for by all steps, where paths are exact."),
 )  # fmt: skip
-#: What every engine says alike.
+#: What hosts count themselves: every engine says it alike.
 _OF_HOSTS = (
     Metric("path_exact", "gauge", "1 where paths decide, 0 where gates do.", read=lambda i: i["routing"] == "path"),
     Metric("num_expert_hosts", "gauge", "Expert hosts the engine works with.", read=lambda info: len(info["hosts"])),
@@ -113,10 +113,11 @@ _OF_HOSTS = (
     _host("counter", "expert_cache_hits_total", "hits", "Uses that found their expert in its slot."),
     _host("counter", "expert_cache_misses_total", "misses", "Uses that did not."),
     _host("counter", "expert_stall_seconds_total", "stall_s", "Time that computing waited for experts."),
-    _host("counter", "expert_read_bytes_total", "read_bytes", "Bytes of experts read."),
+    _host("counter", "expert_read_bytes_total", "read_bytes", "Bytes brought into slots, from files or memory."),
     _host("counter", "expert_prefetch_bytes_total", "prefetched_bytes", "Of those: before they were asked for."),
     _host("counter", "expert_prefetch_wasted_bytes_total", "wasted_bytes", "Of those: left again unused."),
 )
+#: What an engine counts of its hosts: of several engines it is added up.
 _OF_DISPATCH = (
     _host("counter", "expert_rows_total", "rows", "(token, layer, expert) rows the host computed."),
     _host("counter", "dispatch_groups_total", "groups", "Groups of rows sent to the host, one a layer of a step."),

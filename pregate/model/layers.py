@@ -5,6 +5,8 @@ Shape letters: T tokens, D hidden width, M expert width, R routed experts, K act
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -16,6 +18,10 @@ from pregate.model.gates import Choice, Gate, LinearGate, RepresentativeGate
 
 #: What stays float32 whatever the weights are stored in: small, and it decides who runs.
 FLOAT32_PARTS = ("path_router", "linear_gate", "paper_gate", "neuron_score", "mass_threshold")
+#: The part of a layer that is the gate of each name; the names of parts are those of stored tensors.
+GATE_PARTS: Mapping[str, str] = MappingProxyType(
+    {"linear": "linear_gate", "representative": "paper_gate", "representative-signed": "paper_gate"}
+)
 
 
 def kept_float32(name: str) -> bool:
@@ -82,7 +88,7 @@ class RoutedMLP(nn.Module):
     @property
     def gate(self) -> Gate:
         """The gate that routes; only a layer with routed experts has one."""
-        gate = self.linear_gate if self.gate_kind == "linear" else self.paper_gate
+        gate: Gate | None = getattr(self, GATE_PARTS[self.gate_kind])
         assert gate is not None
         return gate
 

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from pregate.convert.tune.options import TuningSettings
 from pregate.model.factors import TABLE, changed
 from pregate.model.gated_mlp import find_gated_mlps
+from pregate.model.layers import GATE_PARTS
 from pregate.model.modeling import RoutedForCausalLM
 
 _REFITTED = ("experts.down_proj", "shared.down_proj", "parametrizations.down_proj.original")
@@ -45,8 +46,7 @@ def choose_trained(model: Any, settings: TuningSettings) -> Trained:
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     router: list[str] = []
     if isinstance(model, RoutedForCausalLM):
-        gate = "linear_gate" if model.config.gate == "linear" else "paper_gate"
-        kind = "path_router" if model.config.routing == "path" else gate
+        kind = "path_router" if model.config.routing == "path" else GATE_PARTS[model.config.gate]
         router = [n for n in parameters if kind in n.split(".") and (settings.router or n.endswith(".scale"))]
         made = {} if model.manifest is None else model.manifest.options.get("decouple", {})
         if settings.method == "lora" and made.get("embedding") == "parent":

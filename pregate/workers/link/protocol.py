@@ -184,7 +184,8 @@ class Failure:
 
 @dataclass
 class CacheCounters:
-    """What a host's experts did since its start. `read_bytes` is in the checkpoint's dtype, `held_bytes` as in memory.
+    """What a host's experts did since its start. `read_bytes` went into slots, from files or host memory, in the
+    checkpoint's dtype; `held_bytes` is as in memory.
 
     A use of a unit is a hit where it was in its slot when it was wanted, else a miss; compute waited `stall_s` for
     those. `wasted_bytes` of the `prefetched_bytes` left again unused. `num_pending`: units to fetch, now.

@@ -205,17 +205,17 @@ def _record(cls: type, *readers: Reader) -> Reader:
 
 
 _INT, _STR, _INDEX = _scalar(int), _scalar(str), _record(GroupIndex, _array, _array, _array)
+_NUMBERS: Mapping[str, Reader] = MappingProxyType({"int": _INT, "float": _scalar(float)})
 #: How each declared field type is read back; the annotations above are the schema.
 _READERS: Mapping[str, Reader] = MappingProxyType(
     {
-        "int": _INT,
+        **_NUMBERS,
         "str": _STR,
-        "float": _scalar(float),
         "GroupKey": _key,
         "GroupKey | None": _optional(_key),
         "Rows": _rows,
         "GroupIndex | None": _optional(_INDEX),
-        "CacheCounters": _record(CacheCounters, *[_INT] * 10, _scalar(float)),
+        "CacheCounters": _record(CacheCounters, *[_NUMBERS[str(f.type)] for f in dataclasses.fields(CacheCounters)]),
         "Expected": _expected,
         "np.ndarray | None": _optional(_held),
         "HostPlan": _record(HostPlan, _INT, _array, _array, _array, _array, _array, _array, _STR),
