@@ -56,6 +56,8 @@ def _print_status(server: ServerInfo, model: ModelInfo | None, loads: Loads | No
         shape += f"context {model.max_context_length}, "
     print(f"{server.model}: {shape}up {_duration(server.uptime_s)}")
     print(f"pregate {server.version}: {', '.join(f'{name} {v}' for name, v in sorted(server.versions.items()))}")
+    if server.node:
+        print(f"door and engines on {server.node}")
     if server.logs:
         print(f"logs: {server.logs}/worker-*.err on its machine")
     if loads is None:
@@ -101,6 +103,8 @@ def table(loads: Loads) -> Any:
     made = Table(*COLUMNS, title=Text(f"{loads.num_running} running, {waiting}; {cache}; {doing}"))
     for host in loads.hosts:
         state = f"lost {_duration(host.lost_s)}" if host.lost else "serves"
+        if host.node:
+            state += f" on {host.node}"
         made.add_row(str(host.host_id), state, *row([host]))
     if len(loads.hosts) > 1:
         made.add_row("all", "", *row(loads.hosts))
@@ -109,7 +113,9 @@ def table(loads: Loads) -> Any:
 
 def row(hosts: Sequence[HostStatus]) -> list[str]:
     """Return the cells of hosts together."""
-    total = {name: sum(getattr(host, name) for host in hosts) for name in asdict(hosts[0]) if name != "lost"}
+    total = {
+        name: sum(getattr(host, name) for host in hosts) for name in asdict(hosts[0]) if name not in ("lost", "node")
+    }
     uses = total["hits"] + total["misses"]
     rate = f"{total['hits'] / uses:.1%}" if uses else "-"
     sizes = [f"{total[name] / 1e6:.1f} MB" for name in ("read_bytes", "prefetched_bytes", "wasted_bytes")]

@@ -33,7 +33,8 @@ class Route:
 class HostStatus:
     """Experts of one host since it started: uses that found theirs in its slot and that did not, bytes read, of these
     ahead, and of these for nothing; seconds waited. It holds `num_units` now and means to fetch `num_pending`. `lost`
-    says why it does not serve ("": it does), for `lost_s` already."""
+    says why it does not serve ("": it does), for `lost_s` already. `node` is its machine's address ("": the engine's
+    process has its experts)."""
 
     host_id: int
     num_units: int
@@ -46,6 +47,7 @@ class HostStatus:
     stall_s: float
     lost: str = ""
     lost_s: float = 0.0
+    node: str = ""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class ModelInfo:
 @dataclass(frozen=True)
 class ServerInfo:
     """The process that answers: pregate's version, how long it is up, why requests are refused ("": they are taken),
-    the versions of what it runs on, the options it was started with, and the folder in which its processes log."""
+    the versions of what it runs on, the options it was started with, the folder in which its processes log, and the
+    address of the machine that they and the engines are on."""
 
     version: str
     uptime_s: float
@@ -101,6 +104,7 @@ class ServerInfo:
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, str] = field(default_factory=dict)
     logs: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.placement_group import PlacementGroup, placement_group
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.log import get_logger
@@ -27,15 +27,15 @@ from pregate.cluster.config import ServeConfig
 from pregate.cluster.doors import Doors
 from pregate.cluster.engines import Engines
 from pregate.cluster.hosts import Hosts
-from pregate.cluster.joining import logs_folder
+from pregate.cluster.joining import here
 from pregate.cluster.owned import Health
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import check, check_request
-from pregate.cluster.places import nodes_of, wait
+from pregate.cluster.places import host_places, node_address, nodes_of, wait
 from pregate.cluster.pulse import look
 from pregate.cluster.routed_experts import RoutedExperts, read_routed_experts
 from pregate.cluster.scaling import Scaling
-from pregate.cluster.strays import end_strays, group_name
+from pregate.cluster.strays import end_strays, group_name, remove_folder
 from pregate.router.doors.door import DoorActor
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.paths.actor import PathActor
@@ -49,7 +49,8 @@ T = TypeVar("T")
 
 
 class RayChildren:
-    """The real `supervisor.Children`. Doors, path service and engines run on the supervisor's node, hosts anywhere.
+    """The real `supervisor.Children`. Doors, path service and engines run on one node, the supervisor's or as
+    `engine_node` says, hosts anywhere. Should Ray lose that node they come up together on another such node.
 
     Every engine knows every host and has requests of its own; doors spread theirs over the engines.
     """
@@ -61,23 +62,22 @@ class RayChildren:
         self._group: PlacementGroup | None = None
         self._folder = folder
         self._experts: RoutedExperts | None = None
-        self._hosts = Hosts(config, CurveKeys.new(), folder, self._tell, changed)
+        self._hosts = Hosts(config, CurveKeys.new(), folder, self._tell, changed, self._engine_node)
         self._scaling: Scaling | None = None
         self._info: dict[str, Any] = {}
         self._engines = Engines(config, folder, self._hosts, self._options, self._export, self._info)
         self._paths: Part | None = None  # where the checkpoint has exact ones
         timeout_s = config.start_timeout_s
-        self._doors = Doors(self._make_door, timeout_s)
+        self._doors = Doors(self._make_door, timeout_s, self._serves)
         self._exports = False  # whether Ray exports metrics
         self._stopping: asyncio.Task[None] | None = None
         self._agreeing: asyncio.Task[None] | None = None
         self._deadline_s = asyncio.get_running_loop().time() + timeout_s
-        self._node_ip = ray.util.get_node_ip_address()
 
     async def start(self) -> dict[str, Any]:
         """Place and start hosts, then the engine. Raises what a part failed with, or UnavailableError in time."""
         config = self._config
-        if config.device == "cpu":
+        if config.device == "cpu" and config.engine_node is None:
             config.engine.kv_cache_bytes(available_bytes())  # the engine is on this node: refused before hosts load
         self._exports = await asyncio.to_thread(ray_metrics.exports)
         self._experts = experts = read_routed_experts(config.model)
@@ -85,7 +85,7 @@ class RayChildren:
             check_request(experts.num_routed, max(1, num_hosts), config.placement, config.replicas)
         end_strays(config.name)  # of a supervisor that is dead for good
         group = await self._reserve()
-        places = [(group, bundle) for bundle in _host_bundles_by_node(group)]
+        places = host_places(group)
         placement = experts.placement(config, nodes=nodes_of(places))
         check(placement, experts.num_routed, experts.one_index)
         self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
@@ -102,7 +102,7 @@ class RayChildren:
         if self._paths is not None:
             paths_info = await self._in_time(self._paths.start(), "the path service did not load")
         self.stage = "ready"
-        self._info |= {**started, "endpoints": self._engines.endpoints, "node_ip": self._node_ip}
+        self._info |= {**started, "endpoints": self._engines.endpoints, "node_ip": node_address(self._engine_node())}
         self._info |= {"model_name": config.model_name, "hosts": self._hosts.info, "paths": paths_info}
         if config.hosts:
             self._scaling = Scaling(self._hosts, experts, config, self._tell)
@@ -173,7 +173,7 @@ class RayChildren:
 
     async def _reserve(self) -> PlacementGroup:
         """Wait for room, saying what is waited for. UserError at once where there never will be any."""
-        config, bundles = self._config, room.bundles_of(self._config, self._node_ip)
+        config, bundles = self._config, room.bundles_of(self._config, ray.util.get_node_ip_address())
         self._group = group = placement_group(
             bundles, strategy="PACK", name=group_name(config.name), lifetime="detached"
         )
@@ -183,7 +183,7 @@ class RayChildren:
             nodes = [node["Resources"] for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
             has = room.describe(config, ray.cluster_resources(), ray.available_resources())
             lacks = room.lacking(bundles, nodes)
-            if lacks and run_folder.own() is not None:  # a Ray of our own: it does not grow
+            if lacks and (run_folder.own() is not None or lacks.startswith("node:")):  # a Ray of our own does not grow
                 raise room.refusal(config, lacks, has)
             await self._in_time(asyncio.wait([ready], timeout=ROOM_EVERY_S), f"no room for {has}")
             if not ready.done():
@@ -196,6 +196,15 @@ class RayChildren:
         """Of an actor beside the engine."""
         assert self._group is not None, "there is room before there are actors"
         return actor_options(self._config, role, (self._group, 0), num_gpus)
+
+    def _engine_node(self) -> str:
+        """Ray's id of the node of engines and doors; "" while Ray looks for one."""
+        return nodes_of([(self._group, 0)])[0] if self._group is not None else ""
+
+    def _serves(self) -> bool:
+        """Whether there is what doors speak to."""
+        paths = [] if self._paths is None else [self._paths]
+        return all(part.pulse for part in paths) and any(engine.pulse for engine in self._engines.parts)
 
     def _make_paths(self, num_before: int) -> Any:
         """The path service, beside the engine and the doors."""
@@ -210,7 +219,7 @@ class RayChildren:
         placed = {**self._options(f"door-{number}"), "num_cpus": 0}
         folder = self._folder
         paths = None if self._paths is None else f"ipc://{folder}/paths"
-        door = (config.text_path, config.model_name, options, shown(config), logs_folder())
+        door = (config.text_path, config.model_name, options, shown(config), here)
         arguments = (self._engines.endpoints, paths, *door)
         recorder = self._export(ray_metrics.RayRecorder)
         return tied(DoorActor).options(**placed).remote(*arguments, config.telemetry, recorder)
@@ -235,8 +244,18 @@ class RayChildren:
         if self._stopping is not None:
             return Health()
         notes = [note for part in self._parts for note in part.check()]
+        if notes and self._config.engine_node is not None:
+            notes += self._moved()
         notes += [] if self._scaling is None else self._scaling.look()
         return Health({part.name: part.lost for part in self._parts if part.lost}, notes)
+
+    def _moved(self) -> list[str]:
+        """Say where engines and doors are now, if that is another node than before."""
+        at = node_address(self._engine_node())
+        if at in ("", self._info["node_ip"]):
+            return []
+        before, self._info["node_ip"] = self._info["node_ip"], at
+        return [f"engines and doors go to node {at}; they were on {before}"]
 
     @property
     def _parts(self) -> list[Part]:
@@ -262,7 +281,10 @@ class RayChildren:
         await asyncio.gather(*(settle(actor.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S) for actor in running))
         await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S, came_up) for engine in self._engines.parts))
         await self._hosts.stop(came_up)
+        node = "" if self._config.engine_node is None else self._engine_node()
         end_strays(self._config.name)
+        if node not in ("", ray.get_runtime_context().get_node_id()):
+            await remove_folder(self._folder, node)
 
     async def _in_time(self, work: Awaitable[T], otherwise: str) -> T:
         left_s = self._deadline_s - asyncio.get_running_loop().time()
@@ -270,9 +292,3 @@ class RayChildren:
             return await asyncio.wait_for(work, max(0.1, left_s))
         except asyncio.TimeoutError:
             raise UnavailableError(f"{otherwise} within {self._config.start_timeout_s:.0f} s") from None
-
-
-def _host_bundles_by_node(group: PlacementGroup) -> list[int]:
-    """Bundles of the hosts, those of one node side by side, so that host ids follow nodes."""
-    nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(filter(None, nodes), key=lambda index: (nodes[index], index))

@@ -49,6 +49,11 @@ class ServeConfig:
     engines: Annotated[
         int, Field(ge=1, description="Engines that share the hosts; what one that dies has begun goes on at another.")
     ] = 1
+    engine_node: Annotated[
+        str | None,
+        Field(description="Node for engines and doors: an address in Ray, a resource that such nodes have, or any."),
+        Word("here"),
+    ] = None
     name: Annotated[str, Field(description="Name of the deployment; launchers of one name share it.")] = "pregate"
     placement: Annotated[
         Literal["linear", "round_robin", "balanced"],

@@ -33,7 +33,8 @@ ELSEWHERE_S = 60.0
 class Hosts:
     """`tell(method, *arguments)` calls every engine that runs, and raises what a call failed with. Hosts are numbered
     from 0; those that are added come last, and those taken away are the last. `folder` is where Unix sockets lie;
-    `changed` is called when what `saved` returns is another, and before what was there ends."""
+    `changed` is called when what `saved` returns is another, and before what was there ends; `engine_node` gives Ray's
+    id of the engines' node, or ""."""
 
     def __init__(
         self,
@@ -42,8 +43,10 @@ class Hosts:
         folder: Path,
         tell: Callable[..., Awaitable[list[Any]]],
         changed: Callable[[], None],
+        engine_node: Callable[[], str],
     ) -> None:
         self._config, self._keys, self._folder, self._tell, self._changed = config, keys, folder, tell, changed
+        self._engine_node = engine_node
         self._places: list[Place] = []
         self._units: list[frozenset[Unit]] = []  # that each holds, or is to when it is started again
         self._num_told = 0  # of so many the engine knows
@@ -258,16 +261,15 @@ class Hosts:
         host_options, others = config.host_options(host), len(self.parts) - 1
         if host_options.spare_slots is None and config.device == "cpu" and others > 0:
             host_options = replace(host_options, spare_slots=-(-len(units) // others))
-        (node,) = places.nodes_of([place])
-        beside = node == ray.get_runtime_context().get_node_id()
         options = ActorOptions(
             host=host_options,
             checkpoint=config.model,
             parent=config.parent,
             units=units,
-            transport="ipc" if beside else "tcp",
-            ipc_folder=str(self._folder) if beside else None,
-            allowed_client_keys=() if beside else (self._keys.public,),
+            transport="nearest",
+            ipc_folder=str(self._folder),
+            engine_node=self._engine_node(),
+            allowed_client_keys=(self._keys.public,),
             num_threads=config.host_threads,
             first_core=config.host_core(host) if config.engine.pin_cores else None,
             telemetry=config.telemetry,

@@ -56,6 +56,11 @@ def logs_folder() -> str:
     return str(node.get_logs_dir_path())
 
 
+def here() -> tuple[str, str]:
+    """This node's address in Ray, and `logs_folder`."""
+    return ray.util.get_node_ip_address(), logs_folder()
+
+
 def join(ray_access: RayAccess) -> str:
     """Be connected to the Ray that runs at --ray-address, or on this machine; returns its address."""
     address = ray_access.address or "auto"

@@ -21,6 +21,7 @@ from pregate.cluster import local_ray
 from pregate.cluster.calls import CALL_TIMEOUT_S, RayLostError, SilentError, call, error_of, get
 from pregate.cluster.children import RayChildren
 from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.cluster.doors import address_of
 from pregate.cluster.joining import connect, logs_folder
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, SUPERVISOR_PREFIX, LocalRay
@@ -112,12 +113,15 @@ class Deployment:
         return self.lost
 
     def add_door(self, options: GrpcOptions) -> tuple[str, int]:
-        """Start a gRPC front door that lives as long as this lease; returns its interface and port."""
+        """Start a gRPC front door that lives as long as this lease; returns its interface and port: of one that is
+        elsewhere, on all interfaces, its node's address."""
         arguments = (self._launcher_id, to_dict(options))
         reply = call(self._supervisor, "add_door", *arguments, timeout_s=self.config.start_timeout_s)
-        if reply.get("failure"):
-            raise error_of(reply["failure"])
-        return reply["host"], reply["port"]
+        elsewhere = self.config.engine_node is not None
+        if failure := reply.get("failure"):
+            where = f" (on node {self.info['node_ip']})" if elsewhere else ""
+            raise error_of({**failure, "message": failure["message"] + where})
+        return address_of(reply) if elsewhere else reply["host"], reply["port"]
 
     def release(self) -> None:
         """Give the lease back, without waiting for what follows from it. Repeating it is harmless."""
@@ -201,7 +205,8 @@ def launch(
     options, a model that cannot be served) and UnavailableError (Ray, or a part, does not come up).
     """
     kept = connect(config, ray_access or RayAccess(), on_stage)
-    on_stage(f"engine, hosts and doors log to {logs_folder()}/worker-*.err")
+    where = "" if config.engine_node is None else " on their nodes"
+    on_stage(f"engine, hosts and doors log to {logs_folder()}/worker-*.err{where}")
     try:
         deployment = _join(config, kept)
     except BaseException:
@@ -242,7 +247,8 @@ def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:
 
 
 def _get_or_create(name: str) -> Any:
-    """The supervisor actor, on this node: front doors run beside it, and their ports were checked here.
+    """The supervisor actor, on this node: what it knows is kept in a folder here, and so, unless `engine_node` says
+    otherwise, are the sockets of engines and doors beside it.
 
     Ray makes it anew when its process dies, and repeats the calls that it had not answered: each bears that.
     """

@@ -15,7 +15,6 @@ import os
 import secrets
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from typing import IO, Any
 import psutil
 
 from pregate.base.errors import PregateError, UnavailableError, UserError
+from pregate.base.network import takes_connections
 from pregate.cluster import run_folder
 from pregate.cluster.ray_start import end_processes, init_local, stop_ray
 
@@ -173,11 +173,7 @@ def ensure_token() -> None:
 def gcs_answers(address: str) -> bool:
     """Whether Ray's control service (GCS) at HOST:PORT still takes connections."""
     host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), GCS_CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
+    return takes_connections(host, int(port), GCS_CONNECT_TIMEOUT_S)
 
 
 def our_actors() -> list[str]:

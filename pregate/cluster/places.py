@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -40,8 +40,22 @@ async def reserve(config: ServeConfig, num_hosts: int, timeout_s: float) -> Plac
 
 def nodes_of(places: Sequence[Place]) -> list[str]:
     """Ray's id of the node each is on; "" while Ray looks for another."""
-    tables = {group: placement_group_table(group)["bundles_to_node_id"] for group in {group for group, _ in places}}
+    tables = {
+        group: placement_group_table(group).get("bundles_to_node_id", {}) for group in {group for group, _ in places}
+    }
     return [tables[group].get(bundle, "") for group, bundle in places]
+
+
+def host_places(group: PlacementGroup) -> list[Place]:
+    """Those of the first hosts, beside the engines' in one group: of one node side by side, so that host ids follow
+    nodes."""
+    nodes: Mapping[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return [(group, bundle) for bundle in sorted(filter(None, nodes), key=lambda index: (nodes[index], index))]
+
+
+def node_address(node: str) -> str:
+    """The address of Ray's node of that id; "" where there is none."""
+    return next((one["NodeManagerAddress"] for one in ray.nodes() if one["NodeID"] == node), "")
 
 
 def draining_nodes() -> frozenset[str]:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
+from pregate.base.network import is_loopback
 from pregate.cluster import placement
 from pregate.cluster.config import ServeConfig
 from pregate.model.folder import read_folder
@@ -70,16 +71,23 @@ def check_model(config: ServeConfig) -> None:
         placement.check_request(
             [cut.num_routed for cut in cuts], max(1, config.hosts), config.placement, config.replicas
         )
-    device = torch.device(config.device)
-    widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts)}
-    dtype = expert_ffn.choose_dtype(config.dtype, device)
-    expert_ffn.choose(config.host.expert_ffn, device, dtype, act=reader.hidden_act, widths=tuple(widths))
+    if config.engine_node is None:  # else this machine computes nothing: it may have no GPU
+        device = torch.device(config.device)
+        widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts)}
+        dtype = expert_ffn.choose_dtype(config.dtype, device)
+        expert_ffn.choose(config.host.expert_ffn, device, dtype, act=reader.hidden_act, widths=tuple(widths))
     check_family(reader.config.text_config)
 
 
-def check_door(options: GrpcOptions) -> None:
-    """Refuse a door whose access rules, files or port cannot work on this machine. UserError names the option."""
+def check_door(options: GrpcOptions, engine_node: str | None = None) -> None:
+    """Refuse a door whose access rules, files or port cannot work on this machine. UserError names the option. Of one
+    on an `engine_node` files and port are looked at there, when it starts."""
     access = options.access
+    if engine_node is not None:
+        if is_loopback(access.host):
+            sentence = f"reached by nobody here on --engine-node {engine_node}; allowed: 0.0.0.0 or an address there"
+            raise UserError.of("--host", access.host, sentence)
+        return
     access.read_tls()
     access.open_tokens()
     check_port("--grpc-port", access.host, options.port)

@@ -13,6 +13,8 @@ import ray.exceptions
 SILENT_AFTER_S = 2.0
 #: How long one look waits for the answers; what comes later is read by the next look.
 LOOK_S = 0.5
+#: How Ray's error of an actor that is dead says that its node is.
+_NODE_DIED = "node has died"
 
 
 class Pulse:
@@ -56,15 +58,18 @@ class Pulse:
                 )
 
     async def _answer(self) -> str:
-        try:
-            self.status = await self._actor.status.remote()
-        except ray.exceptions.ActorUnavailableError:
-            return ""  # it may come back; its death is another error
-        except ray.exceptions.RayTaskError as error:
-            return str(error.cause)
-        except ray.exceptions.RayError as error:
-            return f"its process died ({type(error).__name__})"
-        return "" if self.status.get("running", True) else "its loop has ended"
+        while True:
+            try:
+                self.status = await self._actor.status.remote()
+            except ray.exceptions.ActorUnavailableError:  # it may come back; its death is another error
+                await asyncio.sleep(LOOK_S)
+                continue
+            except ray.exceptions.RayTaskError as error:
+                return str(error.cause)
+            except ray.exceptions.RayError as error:
+                what = "its node was lost" if _NODE_DIED in str(error) else "its process died"
+                return f"{what} ({type(error).__name__})"
+            return "" if self.status.get("running", True) else "its loop has ended"
 
 
 async def look(pulses: Iterable[Pulse]) -> None:

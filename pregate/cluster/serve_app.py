@@ -32,9 +32,9 @@ from pregate.base.errors import PregateError, QueueFullError, UnavailableError, 
 from pregate.base.network import is_loopback
 from pregate.base.options import of_keys, options, shown
 from pregate.base.telemetry import flush
-from pregate.cluster import local_ray, preflight, ray_metrics
+from pregate.cluster import local_ray, preflight, ray_metrics, room
 from pregate.cluster.config import ServeConfig
-from pregate.cluster.joining import logs_folder
+from pregate.cluster.joining import here
 from pregate.cluster.launch import Deployment, launch
 from pregate.cluster.ray_start import stop_ray
 from pregate.cluster.serve_grpc import GrpcMethods
@@ -62,7 +62,8 @@ class AppOptions:
 
     Serve's defaults (5 ongoing, an unbounded queue, no deadline) do not suit a language model. With `max_replicas`
     Serve chooses how many replicas there are, by `target_ongoing_requests` for each. `token_file`: as for `pregate
-    serve`, read by every replica; without one Serve must listen on loopback.
+    serve`, read by every replica; without one Serve must listen on loopback. Replicas run on the engine's node, so that
+    Serve must know which: `engine_node` is an address.
     """
 
     deployment: ServeConfig
@@ -76,6 +77,9 @@ class AppOptions:
     token_file: Path | None = None
 
     def __post_init__(self) -> None:
+        engine_node = self.deployment.engine_node
+        if engine_node is not None and not room.is_address(engine_node):
+            raise UserError.of("engine_node", engine_node, "allowed with Serve: a node's address")
         if self.max_replicas is None:
             for name in ("min_replicas", "target_ongoing_requests"):
                 if getattr(self, name) is not None:
@@ -131,6 +135,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         "max_surge_percent": 100,
         "backpressure_config": {"status_code": 429, "retry_after_s": QueueFullError.retry_after_s},
     }
+    beside = {} if config.engine_node is None else room.pin_of(config.engine_node)
     known = inspect.signature(serve.deployment).parameters  # older Serves have not both
     deployment = serve.deployment(
         _replica_class(),
@@ -138,7 +143,7 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
         max_ongoing_requests=asked.max_ongoing_requests,
         max_queued_requests=asked.max_queued_requests,
         graceful_shutdown_timeout_s=config.drain_s + 10,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": _ONE_LOOP}},
+        ray_actor_options={"num_cpus": 0.1, "resources": beside, "runtime_env": {"env_vars": _ONE_LOOP}},
         **asked.scale,
         **{name: value for name, value in wished.items() if name in known},
     )
@@ -215,7 +220,8 @@ class Replica(GrpcMethods):
         if await asyncio.to_thread(ray_metrics.exports):
             self._service.metrics.recorders.append(ray_metrics.RayRecorder(config.model_name))
         await self._service.model_info()  # the engine answers before Serve calls this replica ready
-        self.serve_grpc(Calls(self._service, shown(config), logs_folder()), tokens, door["timeout_s"])
+        node, logs = here()
+        self.serve_grpc(Calls(self._service, shown(config), logs, node), tokens, door["timeout_s"])
         mount(openai_app.build_app(self._service, tokens=tokens, timeout_s=door["timeout_s"]))
 
     def check_health(self) -> None:

@@ -47,7 +47,7 @@ def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None
 
 def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> None:
     log.configure("launcher", config.log_format, text=SCREEN)
-    preflight.check_door(door)
+    preflight.check_door(door, config.engine_node)
     with stage(_say, "checking the model"):
         preflight.check_config(config)
     for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
@@ -55,9 +55,9 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> Non
     deployment, reason, clean = None, None, True
     try:
         deployment = launch(config, ray_access, _say)
-        _, port = deployment.add_door(door)
+        host, port = deployment.add_door(door)
         stopping = _stop_on_signal()
-        print("\n".join(_describe(deployment, door, port)), flush=True)
+        print("\n".join(_describe(deployment, door, host, port)), flush=True)
         give_back_heap()  # from here on it only waits: what reading the model folder took need not be held
         reason = _wait(deployment, stopping)
     finally:
@@ -112,7 +112,7 @@ def _wait(deployment: Deployment, stopping: threading.Event) -> str | None:
     return deployment.lost
 
 
-def _describe(deployment: Deployment, door: GrpcOptions, port: int) -> list[str]:
+def _describe(deployment: Deployment, door: GrpcOptions, host: str, port: int) -> list[str]:
     config, info = deployment.config, deployment.info
     where = f"{config.hosts} expert hosts" if config.hosts else "experts in the engine's process"
     experts = "/".join(str(n) for n in sorted(set(info["info"]["num_experts"])))
@@ -120,18 +120,18 @@ def _describe(deployment: Deployment, door: GrpcOptions, port: int) -> list[str]
         f"serving  {info['model_name']}  from {config.model}",
         f"  {info['info']['num_layers']} layers of {experts} experts, {info['info']['routing']} routing,"
         f" {where}, placement {config.placement}, {config.dtype} on {config.device}",
-        f"gRPC     {door.access.host}:{port}",
-        *_metrics(door),
+        f"gRPC     {host}:{port}",
+        *_metrics(door, host),
         f"Ray      {deployment.ray_address}",
         f"join it  {_how_to_join(deployment.ray_address)}",
-        f"try      {_how_to_try(door, port)}",
+        f"try      {_how_to_try(door, host, port)}",
         "stop     Ctrl-C",
     ]
 
 
-def _metrics(door: GrpcOptions) -> list[str]:
+def _metrics(door: GrpcOptions, host: str) -> list[str]:
     scheme = "http" if door.access.tls_cert is None else "https"
-    return [] if door.metrics_port is None else [f"metrics  {scheme}://{door.access.host}:{door.metrics_port}/metrics"]
+    return [] if door.metrics_port is None else [f"metrics  {scheme}://{host}:{door.metrics_port}/metrics"]
 
 
 def _how_to_join(address: str) -> str:
@@ -140,9 +140,9 @@ def _how_to_join(address: str) -> str:
     return f"export {token}RAY_ADDRESS={address}"
 
 
-def _how_to_try(door: GrpcOptions, port: int) -> str:
+def _how_to_try(door: GrpcOptions, host: str, port: int) -> str:
     """A command that works on this machine: a name that the certificate holds, and the files the client needs."""
-    access, host = door.access, door.access.host
+    access = door.access
     options = ""
     if access.tls_cert is not None:
         names = _certified_names(access.tls_cert)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -51,9 +52,10 @@ def ask_all(
     references: Sequence[ReferenceText],
     at_token: Callable[[int], object] | None = None,
     retry_s: float = 0,
+    **access: Any,
 ) -> None:
     """Ask for every text at once; `at_token(n)` hears of the n-th token of all. Without `retry_s` a request that fails
-    once fails for good."""
+    once fails for good. `access` are the client's token and certificates."""
     num_tokens, lock, tally = 0, threading.Lock(), Tally()
 
     def ask(reference: ReferenceText) -> Sequence[int]:
@@ -68,7 +70,10 @@ def ask_all(
         assert stream.completion is not None and len(stream.completion.token_ids) == wanted
         return stream.completion.token_ids
 
-    with Client(target, timeout_s=240, retry_s=retry_s) as client, ThreadPoolExecutor(len(references)) as pool:
+    with (
+        Client(target, timeout_s=240, retry_s=retry_s, **access) as client,
+        ThreadPoolExecutor(len(references)) as pool,
+    ):
         for number, ids in enumerate(pool.map(ask, references)):
             tally.compare_text(f"prompt {number}", references[number], list(ids))
     tally.check()

@@ -95,6 +95,38 @@ def test_a_node_lost_and_replaced(cluster, tiny_path_checkpoint, references):
         assert made.lost is None
 
 
+def test_the_node_of_engine_and_door_lost(tiny_path_checkpoint, references):
+    """It is said within seconds; on another such node they come up together, and streams go on at the new door."""
+    others = [{**NODE, "node_ip_address": f"127.0.0.{n}", "resources": {"doors": 1}} for n in (2, 3)]
+    with (
+        ray_nodes(NODE, *others, namespace="pregate") as (cluster, _, _),
+        deployed(tiny_path_checkpoint, hosts=2, gpus_per_host=1, engine_node="doors") as (made, target),
+    ):
+        with Client(target, timeout_s=30) as client:
+            old = client.server_info().node
+        (lost,) = [node for node in cluster.worker_nodes if node.node_ip_address == old]
+        (new,) = {"127.0.0.2", "127.0.0.3"} - {old}
+        killed, silent_s = [], []
+
+        def kill_and_look():
+            killed.append(kill_all_of(lost))
+            said = lambda: any(note.startswith("the engine: ") for _, note in made.notes)  # noqa: E731
+            silent_s.append(wait_for(said, 60, "the word of it"))
+
+        once = Once(IN_THE_MIDST, kill_and_look)
+        ask_all(target, references, once, retry_s=200)
+        once.wait()
+        assert "EngineActor" in killed[0] and "DoorActor" in killed[0] and "raylet" in killed[0]
+        with Client(target, timeout_s=30) as client:
+            assert client.server_info().node == new
+        notes = [note for _, note in made.notes]
+        print(f"said after {silent_s[0]:.1f} s", *notes, sep="\n")
+        assert f"engines and doors go to node {new}; they were on {old}" in notes
+        wait_for(lambda: not lost_hosts(target), 60, "both hosts")
+        ask_all(target, references)
+        assert made.lost is None
+
+
 def test_the_supervisors_node_lost_ends_the_deployment(cluster, tiny_path_checkpoint, monkeypatch):
     """It is not started elsewhere, where doors and sockets are not; what is left on other nodes ends, too."""
     (worker,) = cluster.worker_nodes

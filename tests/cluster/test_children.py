@@ -228,6 +228,19 @@ def test_no_room_on_a_ray_of_our_own_is_refused_at_once(local_ray, path_checkpoi
     asyncio.run(main())
 
 
+def test_a_node_that_is_not_there_is_refused_by_its_address(local_ray, path_checkpoint, monkeypatch):
+    """A cluster that grows has its nodes' addresses from nowhere."""
+    monkeypatch.delenv(run_folder.RUN_DIR_VARIABLE, raising=False)
+
+    async def main():
+        children = make(local_ray, config(path_checkpoint, engine_node="10.9.9.9"))
+        with pytest.raises(UserError, match=r"engine_node 10\.9\.9\.9: no such node: 1 hosts"):
+            await asyncio.wait_for(children.start(), 60)
+        await children.stop(0)
+
+    asyncio.run(main())
+
+
 def test_a_cache_larger_than_memory_is_refused_before_anything_is_started(local_ray, path_checkpoint):
     async def main():
         children = make(local_ray, config(path_checkpoint, engine={"kv_cache_memory": "10000 GB"}))

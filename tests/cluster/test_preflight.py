@@ -8,6 +8,7 @@ import pytest
 from pregate.base.errors import CheckpointError, UserError
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.preflight import check_config, check_door
+from pregate.router.doors.access import AccessOptions
 from pregate.router.doors.grpc_options import GrpcOptions
 
 
@@ -46,3 +47,11 @@ def test_ports_in_use_are_refused_by_name():
                 check_door(options)
     with pytest.raises(UserError, match=f"metrics_port {port}: is"):
         check_door(GrpcOptions(port=port, metrics_port=port))
+
+
+def test_a_door_on_another_node_is_to_be_reached(tmp_path):
+    """Its port and its files are that node's."""
+    with pytest.raises(UserError, match=r"host 127\.0\.0\.1: reached by nobody here on engine_node any; allowed: 0"):
+        check_door(GrpcOptions(), "any")
+    files = {name: tmp_path / name for name in ("tls_cert", "tls_key", "token_file")}
+    check_door(GrpcOptions(access=AccessOptions("0.0.0.0", **files)), "any")

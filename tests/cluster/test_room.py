@@ -25,6 +25,11 @@ def config(**options):
         ({"hosts": 100}, [NODE], "CPU"),
         ({}, [OTHER], "node:10.0.0.1"),
         ({}, [], "CPU"),
+        ({"engine_node": "any", "engine_gpus": 1}, [OTHER, NODE], None),
+        ({"engine_node": "10.0.0.2"}, [NODE, OTHER], None),
+        ({"engine_node": "10.0.0.3"}, [NODE, OTHER], "node:10.0.0.3"),
+        ({"engine_node": "engines"}, [NODE, OTHER], "engines"),
+        ({"engine_node": "engines"}, [NODE, {**OTHER, "engines": 1}], None),
     ],
 )
 def test_what_a_cluster_can_never_give(options, nodes, lacks):
@@ -38,3 +43,7 @@ def test_the_refusal_names_the_option_and_what_there_is():
     assert has == f"{hosts} and {engine}; the cluster has 8 CPUs (7.8 free), 1 GPUs (0 free)"
     assert str(refusal(asked, "GPU", has)) == f"gpus_per_host 1: not to be had: {has}"
     assert str(refusal(config(hosts=99), "CPU", has)).startswith("hosts 99: too many for this cluster")
+    elsewhere = config(engine_node="10.0.0.3")
+    has = describe(elsewhere, NODE, NODE)
+    assert "an engine of 0 GPUs on 10.0.0.3 (--engine-node); the cluster has" in has
+    assert str(refusal(elsewhere, "node:10.0.0.3", has)).startswith("engine_node 10.0.0.3: no such node: 2 hosts")

@@ -16,6 +16,7 @@ import pytest
 
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.metrics import METRICS
+from pregate.cluster.room import NODE_SHARE
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
 from pregate.router.link.engine_health import EngineClientOptions
@@ -154,6 +155,7 @@ ray.shutdown()
         ({"model": "TINY", "max_replicas": "2", "min_replicas": "3"}, "min_replicas 3: with max_replicas 2 too large"),
         ({"model": "TINY", "token_file": "/no/such"}, "token_file /no/such: cannot be read"),
         ({"model": "TINY", "request_timeout_s": "0"}, "request_timeout_s 0: allowed: above 0"),
+        ({"model": "TINY", "engine_node": "any"}, "engine_node any: allowed with Serve: a node's address"),
     ],
 )
 def test_bad_arguments_are_named(layerwise_checkpoint, args, sentence):
@@ -171,6 +173,8 @@ def test_what_is_asked_reaches_serve_in_its_words(layerwise_checkpoint):
     assert (config.num_replicas, config.max_ongoing_requests, config.max_queued_requests) == (1, 256, 256)
     assert config.backpressure_config.status_code == 429
     assert config.max_surge_percent == 100
+    there = build_app(model | {"engine_node": "10.0.0.7"})._bound_deployment.ray_actor_options
+    assert there["resources"] == {"node:10.0.0.7": NODE_SHARE}
     scaled = build_app(model | {"min_replicas": 2, "max_replicas": "4", "target_ongoing_requests": "32"})
     scaling = scaled._bound_deployment._deployment_config.autoscaling_config
     assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (2, 4, 32)

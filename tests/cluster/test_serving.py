@@ -146,7 +146,7 @@ def certificate(tmp_path):
 
 def test_the_command_to_try_is_one_that_works(certificate, tmp_path):
     def command(host, **access):
-        return serving._how_to_try(GrpcOptions(access=AccessOptions(host, **access)), 50051)
+        return serving._how_to_try(GrpcOptions(access=AccessOptions(host, **access)), host, 50051)
 
     assert command("127.0.0.1") == 'pregate generate --target 127.0.0.1:50051 --prompt "Once upon a time"'
     assert command("::1").startswith("pregate generate --target [::1]:50051 ")

@@ -184,7 +184,7 @@ class GenerateComplete(_message.Message):
     def __init__(self, output_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., output_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., input_logprobs: _Optional[_Union[LogProbs, _Mapping]] = ..., index: _Optional[int] = ..., text: _Optional[str] = ..., request_id: _Optional[str] = ..., rows_per_host: _Optional[_Iterable[int]] = ..., unit_hits: _Optional[int] = ..., unit_misses: _Optional[int] = ..., stall_s: _Optional[float] = ...) -> None: ...
 
 class HostStatus(_message.Message):
-    __slots__ = ("host_id", "num_units", "num_pending", "hits", "misses", "read_bytes", "prefetched_bytes", "wasted_bytes", "stall_s", "lost", "lost_s")
+    __slots__ = ("host_id", "num_units", "num_pending", "hits", "misses", "read_bytes", "prefetched_bytes", "wasted_bytes", "stall_s", "lost", "lost_s", "node")
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_UNITS_FIELD_NUMBER: _ClassVar[int]
     NUM_PENDING_FIELD_NUMBER: _ClassVar[int]
@@ -196,6 +196,7 @@ class HostStatus(_message.Message):
     STALL_S_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
     LOST_S_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     host_id: int
     num_units: int
     num_pending: int
@@ -207,7 +208,8 @@ class HostStatus(_message.Message):
     stall_s: float
     lost: str
     lost_s: float
-    def __init__(self, host_id: _Optional[int] = ..., num_units: _Optional[int] = ..., num_pending: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetched_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., stall_s: _Optional[float] = ..., lost: _Optional[str] = ..., lost_s: _Optional[float] = ...) -> None: ...
+    node: str
+    def __init__(self, host_id: _Optional[int] = ..., num_units: _Optional[int] = ..., num_pending: _Optional[int] = ..., hits: _Optional[int] = ..., misses: _Optional[int] = ..., read_bytes: _Optional[int] = ..., prefetched_bytes: _Optional[int] = ..., wasted_bytes: _Optional[int] = ..., stall_s: _Optional[float] = ..., lost: _Optional[str] = ..., lost_s: _Optional[float] = ..., node: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ("model",)
@@ -268,7 +270,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "uptime_s", "model", "unavailable", "versions", "options", "logs")
+    __slots__ = ("version", "uptime_s", "model", "unavailable", "versions", "options", "logs", "node")
     class VersionsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -290,6 +292,7 @@ class GetServerInfoResponse(_message.Message):
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     LOGS_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     version: str
     uptime_s: float
     model: str
@@ -297,7 +300,8 @@ class GetServerInfoResponse(_message.Message):
     versions: _containers.ScalarMap[str, str]
     options: _containers.ScalarMap[str, str]
     logs: str
-    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., unavailable: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ..., logs: _Optional[str] = ...) -> None: ...
+    node: str
+    def __init__(self, version: _Optional[str] = ..., uptime_s: _Optional[float] = ..., model: _Optional[str] = ..., unavailable: _Optional[str] = ..., versions: _Optional[_Mapping[str, str]] = ..., options: _Optional[_Mapping[str, str]] = ..., logs: _Optional[str] = ..., node: _Optional[str] = ...) -> None: ...
 
 class GetLoadsRequest(_message.Message):
     __slots__ = ()

@@ -31,22 +31,24 @@ class DoorActor:
         model_name: str,
         options: GrpcOptions,
         deployment: Mapping[str, str] | None = None,
-        logs: str = "",
+        find_here: Callable[[], tuple[str, str]] = lambda: ("", ""),
         telemetry: Telemetry = PLAIN,
         make_recorder: Callable[[], Recorder] | None = None,
     ) -> None:
-        """`make_recorder` gives what the door's numbers go to besides its own `/metrics`."""
+        """`find_here` says where this process is, once it is: its node's address and its folder of logs.
+        `make_recorder` gives what the door's numbers go to besides its own `/metrics`."""
         telemetry.begin("door")
         self._options = options
         self._service = connect_service(engine_endpoints, path_endpoint, tokenizer_dir, model_name)
         if make_recorder is not None:
             self._service.metrics.recorders.append(make_recorder())
-        self._server = GrpcServer(self._service, options, deployment, logs)
+        self._node, logs = find_here()
+        self._server = GrpcServer(self._service, options, deployment, logs, self._node)
         self._metrics: MetricsServer | None = None
         self._listens = False
 
     async def start(self) -> dict[str, Any]:
-        """Listen; returns {"host", "port", "pid"} when the engine answers, so that health is true from the start.
+        """Listen; returns {"host", "port", "pid", "node"} when the engine answers: health is true from the start.
 
         Raises UserError when the port is in use, UnavailableError without an answer from the engine.
         """
@@ -58,7 +60,7 @@ class DoorActor:
             await self._metrics.start(self._options.metrics_port)
         port = await self._server.start()
         self._listens = True
-        return {"host": self._options.access.host, "port": port, "pid": os.getpid()}
+        return {"host": self._options.access.host, "port": port, "pid": os.getpid(), "node": self._node}
 
     async def status(self) -> dict[str, Any]:
         return {"pid": os.getpid(), "running": self._listens}

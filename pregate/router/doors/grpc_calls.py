@@ -45,11 +45,11 @@ Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 class Calls:
     """The service's calls. They take bytes: gRPC's own word for a message that cannot be decoded is UNKNOWN.
 
-    `options`, and where its processes log, are what GetServerInfo says of them.
+    `options`, where its processes log, and their node's address, are what GetServerInfo says of them.
     """
 
-    def __init__(self, service: DoorService, options: Mapping[str, str], logs: str = "") -> None:
-        self._service, self._options, self._logs = service, options, logs
+    def __init__(self, service: DoorService, options: Mapping[str, str], logs: str = "", node: str = "") -> None:
+        self._service, self._options, self._logs, self._node = service, options, logs, node
         self._started_s = time.monotonic()
         self._unary = {
             "Abort": (self.abort, pb.AbortRequest),
@@ -118,6 +118,7 @@ class Calls:
             versions={"python": python_version(), **_installed()},
             options=self._options,
             logs=self._logs,
+            node=self._node,
         )
 
     async def get_loads(self, _request: pb.GetLoadsRequest, _context: Context) -> pb.GetLoadsResponse:

@@ -40,8 +40,8 @@ _CHANNEL_OPTIONS = (
 class GrpcServer:
     """Serves a DoorService. Raises UserError for options that cannot work: interface, files, port in use.
 
-    `deployment` are the options of what it is a door of, by their names; GetServerInfo says them with its own, and the
-    folder of `logs`.
+    `deployment` are the options of what it is a door of, by their names; GetServerInfo says them with its own, the
+    folder of `logs` and the address of the `node`.
     """
 
     def __init__(
@@ -50,10 +50,11 @@ class GrpcServer:
         options: GrpcOptions,
         deployment: Mapping[str, str] | None = None,
         logs: str = "",
+        node: str = "",
     ) -> None:
         self._service = service
         self._options = options
-        self._shown, self._logs = {**(deployment or {}), **shown(options)}, logs
+        self._shown, self._here = {**(deployment or {}), **shown(options)}, (logs, node)
         self._health = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue] - untyped package
         self._server: grpc.aio.Server | None = None
         self._health_task: asyncio.Task[None] | None = None
@@ -65,7 +66,7 @@ class GrpcServer:
         most = max(_MIN_MESSAGE_BYTES, self._service.max_message_bytes or _MAX_MESSAGE_BYTES)
         options = (*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", most))
         server = grpc.aio.server(interceptors=interceptors, options=options)
-        calls = Calls(self._service, self._shown, self._logs)
+        calls = Calls(self._service, self._shown, *self._here)
         server.add_generic_rpc_handlers((calls.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

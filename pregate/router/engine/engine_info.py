@@ -51,6 +51,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "hosts": [
             {
                 "host_id": h,
+                "node": c.node,
                 "lost": lost.get(h, ""),
                 "lost_s": now_s - engine.exchange.lost_at_s.get(h, now_s) if h in lost else 0.0,
                 "rows": int(counts.pairs_H[h]) if h < len(counts.pairs_H) else 0,

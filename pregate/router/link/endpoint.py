@@ -38,6 +38,8 @@ def bind(context: zmq.Context, endpoint: str, max_unsent_packets: int) -> zmq.So
     if file is not None:
         # Whoever can open the socket file can submit requests.
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if file.parent.stat().st_uid != os.getuid():
+            raise UserError.of("engine endpoint", endpoint, "its folder is another user's")
     socket = context.socket(zmq.ROUTER)
     socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a send to a door that is gone fails instead of vanishing
     socket.setsockopt(zmq.SNDHWM, max_unsent_packets)

@@ -77,7 +77,7 @@ class ChannelClient:
         self._options = options or ChannelOptions()
         if address.server_public_key is not None and self._options.keys is None:
             raise UserError.of("endpoint", address.endpoint, "is encrypted; needs a client key pair")
-        self.host_id = address.host_id
+        self.host_id, self.node = address.host_id, address.node_ip
         self.stats = ChannelStats()
         self.last_heartbeat: Heartbeat | None = None
         self._address = address

@@ -41,6 +41,7 @@ class HostClient(Protocol):
     """One engine's end of one host."""
 
     host_id: int
+    node: str  # its machine's address; "" of a host in this process
     stats: ChannelStats
 
     @property
@@ -119,7 +120,7 @@ class InProcessClient:
         self._engine = ""
         self._plans = SentPlans()
         self._groups: dict[GroupKey, tuple[torch.Tensor, GroupIndex | None]] = {}
-        self.host_id = host.options.host_id
+        self.host_id, self.node = host.options.host_id, ""
         self.stats = ChannelStats()
 
     @property

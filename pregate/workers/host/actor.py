@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pregate.base.cores import pin
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pregate.workers.host.host import ExpertHost
     from pregate.workers.host.server import HostServer
 
-TRANSPORTS = ("ipc", "tcp")
+TRANSPORTS = ("ipc", "tcp", "nearest")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class ActorOptions:
 
     `units` are (layer, expert) of the folder `checkpoint`, or of an adapter's with the dense model `parent`.
     `ipc_folder` (mode 700, made if missing) is needed by transport ipc; tcp listens on `bind_address` (None: this
-    node's address in Ray), and off loopback only with `allowed_client_keys`. `num_threads` are torch's; they keep to as
-    many cores from `first_core` on.
+    node's address in Ray), and off loopback only with `allowed_client_keys`. The nearest of them is ipc on Ray's node
+    `engine_node`, without keys, and tcp on others. `num_threads` are torch's; they keep to as many cores from
+    `first_core` on.
     """
 
     checkpoint: str
@@ -41,6 +42,7 @@ class ActorOptions:
     units: tuple[tuple[int, int], ...] = ()
     transport: str = "ipc"
     ipc_folder: str | None = None
+    engine_node: str = ""
     bind_address: str | None = None
     allowed_client_keys: tuple[str, ...] = ()
     heartbeat_s: float = 0.5
@@ -51,8 +53,8 @@ class ActorOptions:
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise UserError.of("transport", self.transport, f"allowed: {', '.join(TRANSPORTS)}")
-        if self.transport == "ipc" and self.ipc_folder is None:
-            raise UserError.of("ipc_folder", None, "transport ipc needs a folder for its socket")
+        if self.transport != "tcp" and self.ipc_folder is None:
+            raise UserError.of("ipc_folder", None, f"transport {self.transport} needs a folder for its socket")
         if self.num_threads < 1:
             raise UserError.of("num_threads", self.num_threads, "must be 1 or more")
 
@@ -75,7 +77,7 @@ class ExpertHostActor:
 
         from pregate.workers.host.server import HostServer, ServerOptions
 
-        options = self._options
+        options = self._options = self._nearest(self._options)
         options.telemetry.begin(f"host {options.host.host_id}")
         torch.set_num_threads(options.num_threads)
         if options.first_core is not None:
@@ -126,6 +128,16 @@ class ExpertHostActor:
         if self._host is None or self._server is None:
             raise UnavailableError(f"expert host {self._options.host.host_id} is not running")
         return self._host, self._server
+
+    def _nearest(self, options: ActorOptions) -> ActorOptions:
+        """Choose between ipc and tcp now: who made this actor may not have known where Ray would start it."""
+        if options.transport != "nearest":
+            return options
+        import ray
+
+        beside = ray.get_runtime_context().get_node_id() == options.engine_node
+        transport, keys = ("ipc", ()) if beside else ("tcp", options.allowed_client_keys)
+        return replace(options, transport=transport, allowed_client_keys=keys)
 
     def _make_host(self) -> ExpertHost:
         from pregate.model.checkpoint import CheckpointReader
