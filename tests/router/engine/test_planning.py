@@ -69,8 +69,22 @@ def test_many_more_hosts_than_pairs():
 
 
 def test_a_unit_without_home_is_refused():
-    with pytest.raises(ValueError, match=r"unit \(0, 1\) has no host"):
-        make_plan(0, np.array([[[1]]], dtype=np.int16), np.array([[0, -1]]), 1)
+    for hosts in ([0, -1], [0, 1], [0]):
+        with pytest.raises(ValueError, match=r"unit \(0, 1\) has no host"):
+            make_plan(0, np.array([[[1]]], dtype=np.int16), np.array([hosts]), 1)
+    with pytest.raises(ValueError, match=r"unit \(1, 2\) has no host"):
+        make_plan(0, np.array([[[1], [2]]], dtype=np.int16), np.array([[0, 0, 0], [0, 0, -1]]), 1)
+
+
+def test_views_of_a_message_are_planned():
+    """Read-only, and parts of more."""
+    rng = np.random.default_rng(0)
+    ids, hosts_of = random_paths(rng, 9, 4, 8, 2), rng.integers(0, 3, size=(4, 8)).astype(np.int16)
+    for array in (ids, hosts_of):
+        array.flags.writeable = False
+    for part in (ids, ids[2:5], ids[:, 1:3], ids[::2]):
+        hosts = hosts_of[1:3] if part.shape[1] == 2 else hosts_of
+        check_plan(make_plan(0, part, hosts, 3), part, hosts)
 
 
 @pytest.mark.parametrize("damage", ["rows", "slots", "host"])

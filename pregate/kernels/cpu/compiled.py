@@ -1,0 +1,54 @@
+"""How this folder's numba kernels are compiled: when their module is imported, once per machine and user.
+
+Importing numba takes 100 MB and most of a second: only what runs the kernels imports their modules.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numba import njit
+
+#: A product and a sum may be rounded once.
+STRICT = frozenset({"contract"})
+#: Sums may be added up in any order, so that loops over them become vector code. numba lets it hold for all that a
+#: function is made of: not for one with `vectors.exp` in it. It is never said that no value is infinite or no number.
+ANY_ORDER = STRICT | {"reassoc", "nsz"}
+
+
+def compiled(signature: str, fastmath: frozenset[str] = STRICT) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function for exactly these types; without the interpreter's lock while it runs.
+
+    The machine code is kept in a cache folder: NUMBA_CACHE_DIR, else beside the source, else the user's. Processes that
+    compile at once each write a file of their own and rename it. Where no folder can be written, as in a read-only
+    container without a home, every process compiles. numba looks at a function's own file to see whether its machine
+    code is still good; that it is made of functions of others the name says.
+    """
+
+    def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__qualname__ += f"_{_sources()}"
+        options: Any = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy", "boundscheck": False}
+        try:
+            return njit(signature, cache=True, **options)(function)
+        except RuntimeError as error:  # numba's type for it says no more
+            if "no locator available" not in str(error):
+                raise
+            return njit(signature, **options)(function)
+
+    return compile_it
+
+
+def inlined(fastmath: frozenset[str] = STRICT) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function into those that call it."""
+    return njit(fastmath=set(fastmath), error_model="numpy", boundscheck=False, forceinline=True)
+
+
+@cache
+def _sources() -> str:
+    """A digest of this folder's sources."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
