@@ -66,6 +66,9 @@ def _print_status(server: ServerInfo, model: ModelInfo | None, loads: Loads | No
     for engine in loads.engines:
         doing = f"{engine.num_running} running, {engine.num_queued} queued, {engine.num_steps} steps"
         print(f"engine {engine.number}: {engine.unavailable or doing}")
+    if (paths := loads.path_service) is not None:
+        doing = f"{paths.busy_with or 'idle'}, {paths.num_queued} queued, {paths.num_turns} turns"
+        print(f"path service: {paths.unavailable or doing}")
     for host in loads.hosts:
         if host.lost:
             print(f"host {host.host_id} is lost for {_duration(host.lost_s)}: {host.lost}")

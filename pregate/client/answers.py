@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import sys
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -62,6 +62,19 @@ class EngineStatus:
 
 
 @dataclass(frozen=True)
+class PathServiceStatus:
+    """The process that computes prompts' paths: why it gives none ("": it does), prompts it has not answered and their
+    bytes, the turns of its process, and what it computes now ("": nothing), for `busy_s` already."""
+
+    unavailable: str
+    num_queued: int
+    queued_bytes: int
+    num_turns: int
+    busy_with: str
+    busy_s: float
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What a server serves, and how busy it is.
 
@@ -111,7 +124,7 @@ class ServerInfo:
 class Loads:
     """How busy a server is: requests that run, wait, and of these wait for their paths; blocks of the KV cache; what
     gave up its blocks, and prompts' tokens found in the cache; the door's own requests; hosts' experts; the engines
-    where there are several."""
+    where there are several; the path service where there is one."""
 
     num_running: int
     num_queued: int
@@ -129,6 +142,7 @@ class Loads:
     busy_s: float
     hosts: tuple[HostStatus, ...] = ()
     engines: tuple[EngineStatus, ...] = ()
+    path_service: PathServiceStatus | None = None
 
 
 def read_route(reply: pb.RouteResponse) -> Route:
@@ -142,7 +156,11 @@ def read_route(reply: pb.RouteResponse) -> Route:
 
 
 def read(kind: type[_T], reply: Message) -> _T:
-    """An answer as one of the classes above, its hosts and engines with it."""
+    """An answer as one of the classes above, what is in it with it."""
     parts = {"hosts": HostStatus, "engines": EngineStatus}
     named = {name: tuple(from_message(part, one) for one in getattr(reply, name, ())) for name, part in parts.items()}
-    return from_message(kind, reply, **{name: found for name, found in named.items() if found})
+    found: dict[str, Any] = {name: some for name, some in named.items() if some}
+    if isinstance(reply, pb.GetLoadsResponse):
+        there = reply.HasField("path_service")
+        found["path_service"] = from_message(PathServiceStatus, reply.path_service) if there else None
+    return from_message(kind, reply, **found)

@@ -7,8 +7,10 @@ import signal
 import ssl
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from pregate.base import log
 from pregate.base.errors import PregateError, UnavailableError
@@ -121,12 +123,20 @@ def _describe(deployment: Deployment, door: GrpcOptions, host: str, port: int) -
         f"  {info['info']['num_layers']} layers of {experts} experts, {info['info']['routing']} routing,"
         f" {where}, placement {config.placement}, {config.dtype} on {config.device}",
         f"gRPC     {host}:{port}",
+        *_paths(config, info["paths"]),
         *_metrics(door, host),
         f"Ray      {deployment.ray_address}",
         f"join it  {_how_to_join(deployment.ray_address)}",
         f"try      {_how_to_try(door, host, port)}",
         "stop     Ctrl-C",
     ]
+
+
+def _paths(config: ServeConfig, started: Mapping[str, Any] | None) -> list[str]:
+    if started is None:
+        return []
+    threads = config.paths.threads
+    return [f"paths    by process {started['pid']}, {threads} thread{'s' if threads > 1 else ''}"]
 
 
 def _metrics(door: GrpcOptions, host: str) -> list[str]:

@@ -67,6 +67,17 @@ def test_every_engine_of_several_is_shown_and_where_they_log(server, capsys):
     assert "logs: /tmp/ray/s/logs/worker-*.err on its machine\n" in printed
 
 
+def test_the_path_service_has_a_line(server, capsys):
+    client = server[1].client
+    assert client.loads().path_service is None, "the engine computes paths itself"
+    busy = pb.PathServiceStatus(num_queued=3, num_turns=40, busy_with="the paths of 2 prompts", busy_s=0.1)
+    lost = pb.PathServiceStatus(unavailable="the path service has been silent for 3 s")
+    for status, line in ((busy, "the paths of 2 prompts, 3 queued, 40 turns"), (lost, lost.unavailable)):
+        loads = read(Loads, pb.GetLoadsResponse(kv_blocks=8, path_service=status))
+        _print_status(client.server_info(), client.model_info(), loads)
+        assert f"path service: {line}\n" in capsys.readouterr().out
+
+
 def test_every_lost_host_is_named_with_its_age_now(server, capsys, monkeypatch):
     engine, front = server
     monkeypatch.setattr(engine.exchange, "lost", {0: "it closed its connection"})

@@ -156,6 +156,14 @@ def test_the_command_to_try_is_one_that_works(certificate, tmp_path):
     assert command("127.0.0.1", **secured).startswith(f"pregate generate --target 127.0.0.1:50051 {files} ")
 
 
+def test_the_screen_says_who_computes_paths(tmp_path):
+    one, two = (ServeConfig.from_dict({"model": str(tmp_path), "paths": {"threads": n}}) for n in (1, 2))
+    started = {"endpoint": "ipc:///tmp/paths", "pid": 123}
+    assert serving._paths(one, None) == [], "gates, or the engine"
+    assert serving._paths(one, started) == ["paths    by process 123, 1 thread"]
+    assert serving._paths(two, started) == ["paths    by process 123, 2 threads"]
+
+
 def test_what_ray_says_of_a_death_is_one_short_line(capsys):
     """Ray's own printer is the one it looks up by this name."""
     assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)

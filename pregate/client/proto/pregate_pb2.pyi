@@ -308,7 +308,7 @@ class GetLoadsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadsResponse(_message.Message):
-    __slots__ = ("num_running", "num_queued", "num_waiting_for_paths", "queued_bytes", "kv_blocks", "kv_blocks_free", "kv_blocks_shared", "kv_bytes", "num_preempted", "prefix_tokens", "num_requests", "unavailable", "busy_with", "busy_s", "hosts", "engines")
+    __slots__ = ("num_running", "num_queued", "num_waiting_for_paths", "queued_bytes", "kv_blocks", "kv_blocks_free", "kv_blocks_shared", "kv_bytes", "num_preempted", "prefix_tokens", "num_requests", "unavailable", "busy_with", "busy_s", "hosts", "engines", "path_service")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FOR_PATHS_FIELD_NUMBER: _ClassVar[int]
@@ -325,6 +325,7 @@ class GetLoadsResponse(_message.Message):
     BUSY_S_FIELD_NUMBER: _ClassVar[int]
     HOSTS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    PATH_SERVICE_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_queued: int
     num_waiting_for_paths: int
@@ -341,7 +342,24 @@ class GetLoadsResponse(_message.Message):
     busy_s: float
     hosts: _containers.RepeatedCompositeFieldContainer[HostStatus]
     engines: _containers.RepeatedCompositeFieldContainer[EngineStatus]
-    def __init__(self, num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., num_waiting_for_paths: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_shared: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_preempted: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., num_requests: _Optional[int] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ...) -> None: ...
+    path_service: PathServiceStatus
+    def __init__(self, num_running: _Optional[int] = ..., num_queued: _Optional[int] = ..., num_waiting_for_paths: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_shared: _Optional[int] = ..., kv_bytes: _Optional[int] = ..., num_preempted: _Optional[int] = ..., prefix_tokens: _Optional[int] = ..., num_requests: _Optional[int] = ..., unavailable: _Optional[str] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ..., hosts: _Optional[_Iterable[_Union[HostStatus, _Mapping]]] = ..., engines: _Optional[_Iterable[_Union[EngineStatus, _Mapping]]] = ..., path_service: _Optional[_Union[PathServiceStatus, _Mapping]] = ...) -> None: ...
+
+class PathServiceStatus(_message.Message):
+    __slots__ = ("unavailable", "num_queued", "queued_bytes", "num_turns", "busy_with", "busy_s")
+    UNAVAILABLE_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_TURNS_FIELD_NUMBER: _ClassVar[int]
+    BUSY_WITH_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    unavailable: str
+    num_queued: int
+    queued_bytes: int
+    num_turns: int
+    busy_with: str
+    busy_s: float
+    def __init__(self, unavailable: _Optional[str] = ..., num_queued: _Optional[int] = ..., queued_bytes: _Optional[int] = ..., num_turns: _Optional[int] = ..., busy_with: _Optional[str] = ..., busy_s: _Optional[float] = ...) -> None: ...
 
 class EngineStatus(_message.Message):
     __slots__ = ("number", "unavailable", "num_running", "num_queued", "num_steps")

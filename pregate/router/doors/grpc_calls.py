@@ -128,6 +128,7 @@ class Calls:
             info,
             hosts=_hosts(info),
             engines=_engines(info),
+            path_service=_path_service(info),
             num_requests=self._service.num_requests,
         )
 
@@ -224,6 +225,11 @@ def _hosts(info: Mapping[str, Any]) -> list[pb.HostStatus]:
 
 def _engines(info: Mapping[str, Any]) -> list[pb.EngineStatus]:
     return [to_message(pb.EngineStatus, engine) for engine in info.get("engines", ())]
+
+
+def _path_service(info: Mapping[str, Any]) -> pb.PathServiceStatus | None:
+    said = info.get("path_service")
+    return said and to_message(pb.PathServiceStatus, said)
 
 
 @functools.cache

@@ -235,10 +235,19 @@ class DoorService:
         self._check_model(model)
         info = await self._engine.info()
         if self._paths is not None:
-            info["num_waiting_for_paths"] = (await self._paths.info())["num_queued"]
+            info["path_service"] = said = await self._said_by(self._paths)
+            info["num_waiting_for_paths"] = said.get("num_queued", 0)
         self._limits = int(info["vocab_size"]), int(info["max_context"])
         self._stop_strings = tuple(info["stop_strings"])
         return {**info, "model": self.model_name}
+
+    async def _said_by(self, paths: EngineClient) -> dict[str, Any]:
+        """What the path service says of itself, or why it says nothing, which keeps nobody from the engine's."""
+        try:
+            said = await paths.info()
+        except UnavailableError as error:
+            return {"unavailable": str(error)}
+        return said | {"num_turns": said["progress"]}
 
     async def tokenize(self, prompt: Prompt, *, special: bool | None = None, model: str = "") -> tuple[int, ...]:
         """Return the ids that `prompt` is sent as, more than the context holds too. `special` False keeps the tokenizer

@@ -96,7 +96,9 @@ def test_texts_and_routes_equal_the_reference(tiny_path_checkpoint, endpoint, mo
                 resumed = call(door.complete(prompt, sampling, deadline_s=60, generated_ids=known))
                 assert list(resumed.token_ids) == reference.tokens
             assert [call(door.route(prompt)).ids for prompt in PROMPTS] == routes
-            assert call(door.model_info())["num_waiting_for_paths"] == 0
+            info = call(door.model_info())
+            assert info["num_waiting_for_paths"] == info["path_service"]["num_queued"] == 0
+            assert info["path_service"]["num_turns"] >= len(PROMPTS)
 
 
 def test_a_prompt_ends_by_its_deadline_or_by_being_left(tiny_path_checkpoint, endpoint, engine):
@@ -171,6 +173,8 @@ def test_its_death_is_seen_within_five_seconds(tiny_path_checkpoint, endpoint, e
             assert "the path service" in (door.unavailable or "")
             with pytest.raises(UnavailableError, match="the path service"):
                 call(door.route(PROMPTS[0]))
+            info = call(door.model_info())  # the engine's answer, with why there are no paths
+            assert "silent for" in info["path_service"]["unavailable"] and info["num_waiting_for_paths"] == 0
     finally:
         process.kill()
         process.join(10)
