@@ -112,6 +112,8 @@ def test_the_node_of_engine_and_door_lost(tiny_path_checkpoint, references):
             killed.append(kill_all_of(lost))
             said = lambda: any(note.startswith("the engine: ") for _, note in made.notes)  # noqa: E731
             silent_s.append(wait_for(said, 60, "the word of it"))
+            given_up = lambda: any("its node was lost" in note for _, note in made.notes)  # noqa: E731
+            silent_s.append(silent_s[0] + wait_for(given_up, 60, "the node's end"))
 
         once = Once(IN_THE_MIDST, kill_and_look)
         ask_all(target, references, once, retry_s=200)
@@ -120,7 +122,7 @@ def test_the_node_of_engine_and_door_lost(tiny_path_checkpoint, references):
         with Client(target, timeout_s=30) as client:
             assert client.server_info().node == new
         notes = [note for _, note in made.notes]
-        print(f"said after {silent_s[0]:.1f} s", *notes, sep="\n")
+        print(f"said after {silent_s[0]:.1f} s, the node given up after {silent_s[1]:.1f} s", *notes, sep="\n")
         assert f"engines and doors go to node {new}; they were on {old}" in notes
         wait_for(lambda: not lost_hosts(target), 60, "both hosts")
         ask_all(target, references)

@@ -89,6 +89,35 @@ def test_serve_over_two_nodes(cluster):
     assert "ExpertHostActor" not in worker.run("ps aux") + head.run("ps aux")
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_serve_from_the_worker(cluster):
+    """Engine and door on the worker, asked from the head at the worker's address; nothing of them stays there."""
+    desk, head, worker = cluster
+    folder = desk.folder
+    certify = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=x"
+    certify += f" -addext subjectAltName=IP:{worker.address} -keyout {folder}/door.key -out {folder}/door.pem"
+    desk.run(f"{certify}; echo sk-worker > {folder}/tokens")
+    options = f"--model {QUARTET} --hosts 2 --gpus-per-host 1 --ray-address auto --engine-node {worker.address}"
+    options += f" --host 0.0.0.0 --tls-cert {folder}/door.pem --tls-key {folder}/door.key --token-file {folder}/tokens"
+    served = desk.start(f"ray exec {folder}/cluster.yaml 'pregate serve {options}'")
+    _wait_for(lambda: "stop     Ctrl-C" in served.text(), "pregate serve", 180, served)
+    assert f"gRPC     {worker.address}:50051" in served.text()
+    known = f"--target {worker.address}:50051 --ca {folder}/door.pem --token-file {folder}/tokens"
+    texts = [head.run(f"pregate generate {known} --prompt '{PROMPT}' --max-tokens 8") for _ in range(2)]
+    assert texts[0] == texts[1]
+    assert texts[0].strip()
+    status = json.loads(head.run(f"pregate status {known} --json").splitlines()[-1])
+    assert status["server"]["node"] == worker.address
+    assert {host["node"] for host in status["loads"]["hosts"]} == {head.address, worker.address}
+    assert "EngineActor" in worker.run("ps aux") and "EngineActor" not in head.run("ps aux")
+    assert "engine" in worker.run("ls /tmp/pregate-ipc-*")
+    head.run("pkill -INT -f '^[^ ]*python[^ ]* [^ ]*/pregate serve'")
+    _wait_for(lambda: served.process.poll() is not None, "the end of pregate serve", 60, served)
+    assert served.process.returncode == 0, served.text()
+    assert not worker.run("ls -d /tmp/pregate-ipc-* 2>/dev/null", check=False).strip()
+
+
 def _nodes(head) -> int:
     found = re.findall(r"^ 1 node_\w+|^ (\d+) local.cluster.node", head.run("ray status", check=False), re.M)
     return sum(int(n or 1) for n in found)
