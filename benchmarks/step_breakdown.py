@@ -12,15 +12,19 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import fields
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from torch.profiler import ProfilerActivity, profile
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.contenders import local_engine
 from benchmarks.surroundings import ROOT, surroundings
+from pregate.kernels import step
+from pregate.kernels.step import StepKernels, step_kernels
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
 from pregate.router.engine.engine import Engine
@@ -29,8 +33,9 @@ from pregate.router.link.messages import SamplingParams, SubmitRequest
 FP16_PRODUCT = "aten::fbgemm_linear_fp16_weight_fp32_activation"
 KINDS = {
     "products": ("aten::mm", "aten::_grouped_mm", "mkldnn::_linear_pointwise", "aten::linear", FP16_PRODUCT),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::scaled_dot_product_attention"),
-    "cache": ("aten::index_copy_", "aten::nan_to_num"),
+    "attention": ("attend", "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::scaled_dot_product_attention"),
+    "rotation and cache": ("place",),
+    "norms": ("rms_norm", "add_rms_norm"),
 }
 CONTEXT, STEPS, ROUNDS = 128, 8, 5
 
@@ -68,6 +73,14 @@ def decode(engine: Engine, batch: int) -> list[float]:
     return taken
 
 
+def show_kernels() -> None:
+    """Let torch's profiler see the CPU's kernels, of engines that are built from now on."""
+    kernels = step_kernels("cpu", torch.float32)
+    assert kernels is not None
+    shown = {part.name: record_function(part.name)(getattr(kernels, part.name)) for part in fields(kernels)}
+    step.step_kernels = lambda *_: StepKernels(**shown)
+
+
 def breakdown(engine: Engine, batch: int) -> dict[str, float]:
     """Shares of a step by kind of operation."""
     begin(engine, batch)
@@ -101,6 +114,8 @@ def main() -> None:
                 taken[name] += decode(engine, batch)
         step_ms[str(batch)] = {name: round(median(times) * 1e3, 1) for name, times in taken.items()}
         print(f"batch {batch}: {step_ms[str(batch)]} ms", flush=True)
+    show_kernels()
+    engines = {"grouped": local_engine(str(args.model), "grouped"), "auto": local_engine(str(args.model))}
     kinds = {str(batch): {n: breakdown(e, batch) for n, e in engines.items()} for batch in args.batches}
     results = {"step_ms": step_ms, "share_of_step": kinds, "path_bytes": path_bytes()}
     results |= surroundings("step_breakdown", ("transformers",))

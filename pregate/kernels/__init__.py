@@ -1,4 +1,4 @@
-"""The expert FFN, from contract to kernels.
+"""The expert FFN, from contract to kernels; beside it `step`, what a step does besides products.
 
 At the top what all share: `reference` (plain-torch truth), `segments` (expert-sorted order of a step's rows), `units`
 (what a call runs, and where it lies), `weights` (layouts of experts in slots), `contract` (what an implementation

@@ -1,1 +1,1 @@
-"""The expert FFN on a CPU: plain and packed products."""
+"""On a CPU: the expert FFN, in plain and packed products, and a step's kernels."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -64,11 +65,44 @@ class AttentionRules:
         return torch.zeros(distance.shape, device=distance.device).masked_fill_(hidden, -torch.inf)
 
 
+def attend_joined(
+    step: StepLayout,
+    layer: int,
+    heads_THE: torch.Tensor,
+    rotation: tuple[np.ndarray, np.ndarray],
+    num_q: int,
+    rules: AttentionRules,
+) -> torch.Tensor:
+    """As `attend`, where the CPU's kernels serve, of queries, keys and values that lie side by side and are rotated
+    here, in place."""
+    assert step.rows is not None and step.kv.kernels is not None
+    step.kv.kernels.place(heads_THE.numpy(), *rotation, step.rows.slot_T, *step.kv.arrays[layer])
+    return _attend_rows(step, layer, heads_THE, num_q, rules)
+
+
+def _attend_rows(step: StepLayout, layer: int, q_THE: torch.Tensor, num_q: int, rules: AttentionRules) -> torch.Tensor:
+    """[T, Q, E] of rows whose queries are the first Q of `q_THE`, contiguous; keys and values are stored already."""
+    rows, kv = step.rows, step.kv
+    assert rows is not None and kv.kernels is not None
+    keys, values = kv.arrays[layer]
+    out_TQE = torch.empty(len(q_THE), num_q, values.shape[2])
+    if len(rows.length_A):
+        window, softcap = rules.sliding_window or 0, rules.softcap or 0.0
+        contexts = rows.length_A, rows.table_A, rows.block_BN, kv.block_size
+        kv.kernels.attend(q_THE.numpy(), keys, values, *contexts, rules.scaling, window, softcap, out_TQE.numpy())
+    for chunk in step.chunks:
+        here = slice(chunk.row_start, chunk.row_start + chunk.num_rows)
+        out_TQE[here] = _prompt(step, layer, chunk, q_THE[here, :num_q], rules)
+    return out_TQE
+
+
 def attend(
     step: StepLayout, layer: int, q_TQE: torch.Tensor, k_TGE: torch.Tensor, v_TGE: torch.Tensor, rules: AttentionRules
 ) -> torch.Tensor:
     """Store the step's keys and values, then attend; returns [T, Q, E]."""
     step.kv.write(layer, step.slot_T, k_TGE, v_TGE)
+    if step.rows is not None:
+        return _attend_rows(step, layer, q_TQE.contiguous(), q_TQE.shape[1], rules)
     num_decodes = step.num_decodes
     if not step.chunks:
         return _decode(step, layer, q_TQE, rules)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from pregate.router.engine.attention import AttentionRules, attend
+from pregate.router.engine.attention import AttentionRules, attend, attend_joined
 from pregate.router.engine.linear import Linear, Norm
 from pregate.router.engine.step_layout import StepLayout
 
@@ -43,20 +44,37 @@ class LeanLayer:
     rotary: int
     rules: AttentionRules
 
-    def run(self, index: int, x_TD: torch.Tensor, rotation: Rotation, step: StepLayout) -> torch.Tensor:
+    def run(
+        self, index: int, x_TD: torch.Tensor, out_TD: torch.Tensor | None, rotation: Any, step: StepLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the residual `x_TD`, to which the last layer's `out_TD` is still to be added; return both anew. `x_TD`
+        may be written over."""
+        if out_TD is None:
+            normed_TD = self.input_norm(x_TD)
+        else:
+            x_TD, normed_TD = self.input_norm.after(x_TD, out_TD)
+        heads_THE = self.qkv(normed_TD).view(len(x_TD), -1, self.head_width)
+        mixed_TD = self.output(self._attend(index, heads_THE, rotation, step).reshape(len(x_TD), -1))
+        if self.post_attention_norm is not None:
+            mixed_TD = self.post_attention_norm(mixed_TD)
+        x_TD, normed_TD = self.ffn_norm.after(x_TD, mixed_TD)
+        out_TD = self.ffn(normed_TD)
+        return x_TD, out_TD if self.post_ffn_norm is None else self.post_ffn_norm(out_TD)
+
+    def _attend(self, index: int, heads_THE: torch.Tensor, rotation: Any, step: StepLayout) -> torch.Tensor:
         num_q, num_kv = self.num_heads
-        heads_THE = self.qkv(self.input_norm(x_TD)).view(len(x_TD), num_q + 2 * num_kv, self.head_width)
+        if step.rows is not None:
+            if self.q_norm is not None and self.k_norm is not None:
+                heads_THE[:, :num_q] = self.q_norm(heads_THE[:, :num_q])
+                heads_THE[:, num_q : num_q + num_kv] = self.k_norm(heads_THE[:, num_q : num_q + num_kv])
+            return attend_joined(step, index, heads_THE, rotation, num_q, self.rules)
         if self.q_norm is None or self.k_norm is None:
             qk_THE = rotate(heads_THE[:, : num_q + num_kv], rotation)
             q_TQE, k_TGE = qk_THE[:, :num_q], qk_THE[:, num_q:]
         else:
             q_TQE = rotate(self.q_norm(heads_THE[:, :num_q]), rotation)
             k_TGE = rotate(self.k_norm(heads_THE[:, num_q : num_q + num_kv]), rotation)
-        seen_TQE = attend(step, index, q_TQE, k_TGE, heads_THE[:, num_q + num_kv :], self.rules)
-        mixed_TD = self.output(seen_TQE.reshape(len(x_TD), -1))
-        x_TD = x_TD + (mixed_TD if self.post_attention_norm is None else self.post_attention_norm(mixed_TD))
-        out_TD = self.ffn(self.ffn_norm(x_TD))
-        return x_TD + (out_TD if self.post_ffn_norm is None else self.post_ffn_norm(out_TD))
+        return attend(step, index, q_TQE, k_TGE, heads_THE[:, num_q + num_kv :], self.rules)
 
 
 class LeanDecoder:
@@ -79,10 +97,15 @@ class LeanDecoder:
     ) -> torch.Tensor:
         """Return logits [B, V] of the rows `wanted_B`."""
         x_TD = self.embedding(token_ids_T)
-        rotations = [_signed(*table(x_TD[None], positions_T[None])) for table in self.rotary]
+        rotations: list[Any] = [_signed(*table(x_TD[None], positions_T[None])) for table in self.rotary]
+        if step.rows is not None:  # the kernels read arrays
+            rotations = [tuple(part[:, 0].contiguous().numpy() for part in rotation) for rotation in rotations]
+        out_TD = None
         for index, layer in enumerate(self.layers):
-            x_TD = layer.run(index, x_TD, rotations[layer.rotary], step)
-        logits_BV = self.head(self.norm(x_TD.index_select(0, wanted_B)))
+            x_TD, out_TD = layer.run(index, x_TD, out_TD, rotations[layer.rotary], step)
+        assert out_TD is not None, "a decoder has layers"
+        wanted_BD = x_TD.index_select(0, wanted_B) + out_TD.index_select(0, wanted_B)
+        logits_BV = self.head(self.norm(wanted_BD))
         if self.logit_cap is None:
             return logits_BV
         return torch.tanh(logits_BV / self.logit_cap) * self.logit_cap

@@ -6,7 +6,6 @@ Whether the parts were understood is for a comparison to say (`family.py`), neve
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from pregate.model.gated_mlp import decoder_layers
 from pregate.router.engine.decoder import LeanDecoder, LeanLayer
-from pregate.router.engine.linear import Linear, RMSNorm
+from pregate.router.engine.linear import Linear, Norm
 from pregate.router.engine.probe import Probe
 
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
@@ -49,9 +48,7 @@ def lean_decoder(parent: Any, seen: Probe) -> LeanDecoder:
         layers[index] = nn.Identity()  # one layer at a time is held in both forms
     head = parent.get_output_embeddings()
     cap = getattr(parent.config, "final_logit_softcapping", None)
-    return LeanDecoder(
-        parent.get_input_embeddings(), tables, lean, RMSNorm.of(norm), Linear(head.weight, head.bias), cap
-    )
+    return LeanDecoder(parent.get_input_embeddings(), tables, lean, Norm.of(norm), Linear(head.weight, head.bias), cap)
 
 
 def _check(index: int, layer: nn.Module, seen: Probe) -> bool:
@@ -79,15 +76,15 @@ def _lean_layer(index: int, layer: Any, four_norms: bool, seen: Probe) -> LeanLa
     q_norm, k_norm = (_head_norm(getattr(attention, name, None), heads[1]) for name in ("q_norm", "k_norm"))
     ffn_norm = layer.pre_feedforward_layernorm if four_norms else layer.post_attention_layernorm
     return LeanLayer(
-        input_norm=RMSNorm.of(layer.input_layernorm),
+        input_norm=Norm.of(layer.input_layernorm),
         qkv=Linear.joined([getattr(attention, name) for name in names]),
         q_norm=q_norm,
         k_norm=k_norm,
         output=Linear(attention.o_proj.weight, attention.o_proj.bias),
-        post_attention_norm=RMSNorm.of(layer.post_attention_layernorm) if four_norms else None,
-        ffn_norm=RMSNorm.of(ffn_norm),
+        post_attention_norm=Norm.of(layer.post_attention_layernorm) if four_norms else None,
+        ffn_norm=Norm.of(ffn_norm),
         ffn=layer.mlp,
-        post_ffn_norm=RMSNorm.of(layer.post_feedforward_layernorm) if four_norms else None,
+        post_ffn_norm=Norm.of(layer.post_feedforward_layernorm) if four_norms else None,
         num_heads=(heads[0], keys[0]),
         head_width=heads[1],
         rotary=seen.rotary_of[index],
@@ -95,10 +92,10 @@ def _lean_layer(index: int, layer: Any, four_norms: bool, seen: Probe) -> LeanLa
     )
 
 
-def _head_norm(norm: nn.Module | None, width: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _head_norm(norm: nn.Module | None, width: int) -> Norm | None:
     if norm is None:
         return None
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, torch.Tensor) or tuple(weight.shape) != (width,):
         raise NotLeanError("a norm of all queries together")
-    return RMSNorm.of(norm)
+    return Norm.of(norm)

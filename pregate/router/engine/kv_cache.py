@@ -10,7 +10,10 @@ import mmap
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
+
+from pregate.kernels import step
 
 
 class PagedKV:
@@ -33,6 +36,12 @@ class PagedKV:
         self.keys, self.values = (
             [_zeros((self.num_slots, *shape[which]), dtype, device) for shape in shapes] for which in (0, 1)
         )
+        #: The kernels that serve this cache, and its keys and values by layer as they read them; None where torch's
+        #: operations do.
+        self.kernels = step.step_kernels(device, dtype)
+        self.arrays: list[tuple[np.ndarray, np.ndarray]] = []
+        if self.kernels is not None:
+            self.arrays = [(k.numpy(), v.numpy()) for k, v in zip(self.keys, self.values, strict=True)]
 
     @property
     def nbytes(self) -> int:

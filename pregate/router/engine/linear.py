@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pregate.kernels import step
 from pregate.kernels.cpu.packed import PackedFFN, Product, product_of
-
-Norm = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Linear:
@@ -41,35 +40,58 @@ class Linear:
         return cls(weight_NK, torch.cat([b.detach() for b in biases]) if biases else None)
 
 
-class RMSNorm:
-    """x / rms(x) * weight, over the last axis; on a CPU in fp32 with few small operations, for there each costs more
-    than its arithmetic."""
+class Norm:
+    """A norm by its module."""
 
-    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
-        self.weight_D, self.eps = weight_D.detach().clone(), eps
-        self.size = tuple(weight_D.shape)
-        self._eps = torch.tensor([eps], dtype=torch.float32, device=weight_D.device)
-        self._few = weight_D.device.type == "cpu" and weight_D.dtype == torch.float32
+    def __init__(self, module: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._module = module
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._few:
-            return F.rms_norm(x, self.size, self.weight_D, self.eps)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = torch.addcmul(self._eps, norm, norm, value=1 / self.size[0]).rsqrt_()
-        return (x * scale).mul_(self.weight_D)
+        return self._module(x)
 
-    @classmethod
+    def after(self, x_TD: torch.Tensor, more_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + more, which may be written over `x_TD`, and its norm."""
+        x_TD = x_TD + more_TD
+        return x_TD, self(x_TD)
+
+    @staticmethod
     @torch.no_grad()
-    def of(cls, module: nn.Module) -> Norm:
+    def of(module: nn.Module) -> Norm:
         """`module` as an `RMSNorm` where that is what it computes, with its weight or 1 + its weight; else itself."""
         weight = getattr(module, "weight", None)
         eps = next((v for n in ("variance_epsilon", "eps") if isinstance(v := getattr(module, n, None), float)), None)
         if not isinstance(weight, torch.Tensor) or eps is None:
-            return module
+            return Norm(module)
         x = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
         expected = module(x)
-        for candidate in (cls(weight, eps), cls(1 + weight.float(), eps), cls((1 + weight.float()).to(weight), eps)):
+        for candidate_D in (weight, 1 + weight.float(), (1 + weight.float()).to(weight)):
+            candidate = RMSNorm(candidate_D, eps)
             found = candidate(x)
             if found.dtype == x.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
                 return candidate
-        return module
+        return Norm(module)
+
+
+class RMSNorm(Norm):
+    """x / rms(x) * weight, over the last axis, by the CPU's kernels where they serve."""
+
+    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
+        self.weight_D, self.eps = weight_D.detach().clone(), eps
+        self.size = tuple(weight_D.shape)
+        self._kernels = step.step_kernels(weight_D.device, weight_D.dtype)
+        self._array = None if self._kernels is None else self.weight_D.numpy()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._kernels is None:
+            return F.rms_norm(x, self.size, self.weight_D, self.eps)
+        x_TD = x.reshape(-1, *self.size)
+        out_TD = torch.empty(x_TD.shape)
+        self._kernels.rms_norm(x_TD.numpy(), self._array, self.eps, out_TD.numpy())
+        return out_TD.view(x.shape)
+
+    def after(self, x_TD: torch.Tensor, more_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._kernels is None:
+            return super().after(x_TD, more_TD)
+        out_TD = torch.empty(x_TD.shape)
+        self._kernels.add_rms_norm(x_TD.numpy(), more_TD.numpy(), self._array, self.eps, out_TD.numpy())
+        return x_TD, out_TD

@@ -52,9 +52,21 @@ class PromptChunk:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What the CPU's kernels read of a step (`kernels/cpu/attention.py`), int64: the new tokens' slots; of the rows
+    that they let attend, which come first, how long each one's context is and whose it is of `block_BN`."""
+
+    slot_T: np.ndarray
+    length_A: np.ndarray
+    table_A: np.ndarray
+    block_BN: np.ndarray
+
+
+@dataclass(frozen=True)
 class StepLayout:
     """`slot_T`: the new tokens' slots. `length` is the longest context of a decoding sequence, `lengths_B` are all of
-    them; their context is read through `lanes` where it can be, else gathered by `block_BN`, padded with block 0."""
+    them; their context is read through `lanes` where it can be, else gathered by `block_BN`, padded with block 0.
+    With `rows`, where the CPU's kernels serve, there is neither, for they need none."""
 
     kv: PagedKV
     slot_T: torch.Tensor
@@ -64,6 +76,7 @@ class StepLayout:
     lanes: Lanes | None
     block_BN: torch.Tensor | None
     chunks: tuple[PromptChunk, ...]
+    rows: Rows | None = None
     _masks: dict[object, torch.Tensor | None] = field(default_factory=dict)
 
     @property
@@ -82,8 +95,12 @@ class StepLayout:
         first_B = [_first_slot(table, size) for table in tables]
         lengths = np.array([s.stop for s in slices[:num_decodes]], dtype=np.int64)
         length = int(lengths.max(initial=0))
-        lanes = _lanes(first_B[:num_decodes], length, kv.num_slots, device_of)
-        block_BN = None if lanes is not None else to_device(_padded(tables[:num_decodes]), device_of)
+        lanes = block_BN = rows = None
+        if kv.kernels is not None:
+            order_B = np.arange(num_decodes)
+            rows = Rows(np.concatenate(slot_T), lengths, order_B, _padded(tables[:num_decodes]))
+        elif (lanes := _lanes(first_B[:num_decodes], length, kv.num_slots, device_of)) is None:
+            block_BN = to_device(torch.from_numpy(_padded(tables[:num_decodes])), device_of)
         chunks, row = [], num_decodes
         for piece, table, first in zip(slices[num_decodes:], tables[num_decodes:], first_B[num_decodes:], strict=True):
             block_N = to_device(torch.from_numpy(table), device_of) if first is None else None
@@ -98,6 +115,7 @@ class StepLayout:
             lanes,
             block_BN,
             tuple(chunks),
+            rows,
         )
 
     @classmethod
@@ -119,7 +137,7 @@ def decode_places(slices: Sequence[SequenceSlice], block_size: int) -> tuple[tor
     """Of slices of one token, on the host: each one's slot [B] and the blocks of its context [B, N], padded with 0."""
     tables = [_table(s, block_size) for s in slices]
     slots = [int(table[-1]) * block_size + (s.stop - 1) % block_size for s, table in zip(slices, tables, strict=True)]
-    return torch.tensor(slots, dtype=torch.int64), _padded(tables)
+    return torch.tensor(slots, dtype=torch.int64), torch.from_numpy(_padded(tables))
 
 
 def _table(piece: SequenceSlice, block_size: int) -> np.ndarray:
@@ -153,8 +171,8 @@ def _lanes(first_B: list[int | None], length: int, num_slots: int, device: torch
     return Lanes(first, stride, num, None if in_order else to_device(torch.from_numpy(row_B), device))
 
 
-def _padded(tables: list[np.ndarray]) -> torch.Tensor:
+def _padded(tables: list[np.ndarray]) -> np.ndarray:
     padded = np.zeros((len(tables), max(map(len, tables), default=0)), dtype=np.int64)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
-    return torch.from_numpy(padded)
+    return padded

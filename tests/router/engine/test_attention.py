@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from pregate.base.errors import UserError
+from pregate.kernels import step
 from pregate.router.engine import step_layout
 from pregate.router.engine.attention import paged_attention
 from pregate.router.engine.kv_cache import PagedKV
@@ -16,6 +17,14 @@ NUM_BLOCKS, BLOCK = 12, 2
 SCATTERED = [([7, 3], 3), ([5], 1), ([1, 2, 4, 6], 8)]
 IN_LANES = [([2, 3], 3), ([6], 2), ([8, 9], 4)]
 Context = tuple[list[int], int]
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def served_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU's kernels, or torch's operations as on other devices."""
+    if request.param == "torch":
+        monkeypatch.setattr(step, "step_kernels", lambda *_: None)
+    return request.param
 
 
 def module() -> nn.Module:
@@ -63,7 +72,7 @@ def test_what_others_left_in_the_cache_is_never_read(poison, options):
 
 @pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"sliding_window": 2}])
 def test_a_view_over_lanes_gives_what_gathering_gives(options, monkeypatch):
-    """In order, in another order with a lane between that is nobody's, and one alone."""
+    """In order, in another order with a lane between that is nobody's, and one alone. The kernels need neither."""
     for decodes in ([0, 1, 2], [2, 0], [1]):
         viewed = one_step(0.0, decodes, [], IN_LANES, **options)
         with monkeypatch.context() as patch:

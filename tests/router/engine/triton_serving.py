@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from pregate.kernels import step
 from pregate.kernels.tools import warm_up
 from pregate.kernels.triton import decode as triton_decode
 from pregate.kernels.triton import segments as triton_segments
@@ -146,6 +147,7 @@ def main() -> None:
     assert warm_up.DECODE_TOKENS == triton_decode.MAX_TOKENS, "the smallest batch past decoding must be warmed up"
     path = Path(sys.argv[1])
     seen: set[str] = set()
+    step.step_kernels = lambda *_: None  # as on a device
     watch_kernels(seen)
     for served, num_hosts, captured in ((path, 1, False), (path, 2, False), (Path(sys.argv[2]), 1, True)):
         model = RoutedForCausalLM.from_pretrained(served).eval()
