@@ -250,12 +250,12 @@ class RayChildren:
         return Health({part.name: part.lost for part in self._parts if part.lost}, notes)
 
     def _moved(self) -> list[str]:
-        """Say where engines and doors are now, if that is another node than before."""
-        at = node_address(self._engine_node())
-        if at in ("", self._info["node_ip"]):
+        """Say where engines and doors are now, if that is another node than before, or none."""
+        at, before = node_address(self._engine_node()), self._info["node_ip"]
+        self._info["node_ip"] = at
+        if at == before:
             return []
-        before, self._info["node_ip"] = self._info["node_ip"], at
-        return [f"engines and doors go to node {at}; they were on {before}"]
+        return [f"engines and doors {'go to node' if at else 'wait for a node:'} {at or self._config.engine_node}"]
 
     @property
     def _parts(self) -> list[Part]:
