@@ -7,6 +7,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -115,7 +117,7 @@ class Deployment:
     def add_door(self, options: GrpcOptions) -> tuple[str, int]:
         """Start a gRPC front door that lives as long as this lease; returns its interface and port: of one that is
         elsewhere, on all interfaces, its node's address."""
-        arguments = (self._launcher_id, to_dict(options))
+        arguments = (self._launcher_id, to_dict(_with_absolute_paths(options)))
         reply = call(self._supervisor, "add_door", *arguments, timeout_s=self.config.start_timeout_s)
         elsewhere = self.config.engine_node is not None
         if failure := reply.get("failure"):
@@ -222,6 +224,14 @@ def launch(
             on_stage(f"the logs are kept in {logs}")
         raise
     return deployment
+
+
+def _with_absolute_paths(options: GrpcOptions) -> GrpcOptions:
+    """A door's files by paths that lead to them from the folder its process is in, too."""
+    files = {
+        name: path.expanduser().absolute() for name, path in vars(options.access).items() if isinstance(path, Path)
+    }
+    return replace(options, access=replace(options.access, **files))
 
 
 def _join(config: ServeConfig, kept: LocalRay | None) -> Deployment:

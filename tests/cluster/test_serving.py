@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import ray._private.worker
@@ -132,6 +133,18 @@ def test_what_listens_but_is_no_ray_is_refused(monkeypatch):
     mute = socket.create_server(("127.0.0.1", 0))
     with mute, pytest.raises(UnavailableError, match="what listens there is not Ray"):
         joining.check_address(f"127.0.0.1:{mute.getsockname()[1]}")
+
+
+def test_the_files_of_a_door_are_found_from_any_folder(tmp_path, monkeypatch):
+    """A door on another node is in the folder that Ray was started in there."""
+    monkeypatch.chdir(tmp_path)
+    given = GrpcOptions(
+        port=0, access=AccessOptions(token_file=Path("tokens"), tls_cert=Path("a.pem"), tls_key=Path("/keys/a.key"))
+    )
+    sent = launch._with_absolute_paths(given)
+    assert (sent.port, sent.access.host, sent.access.tls_client_ca) == (0, "127.0.0.1", None)
+    files = (sent.access.token_file, sent.access.tls_cert, sent.access.tls_key)
+    assert files == (tmp_path / "tokens", tmp_path / "a.pem", Path("/keys/a.key"))
 
 
 @pytest.fixture
