@@ -128,10 +128,13 @@ class Scheduler:
         their contexts in one view does.
         """
         turn, most = self._turn(now_s)
+        num_preempted = self.num_preempted
         pieces = self._slices(turn, most) or self._slices(self._longest_first(now_s), self.limits.step_tokens)
         if not pieces and len(self.running) > 1:
             # Prompts that have all begun and none of which gets another block: the youngest makes room.
             self._preempt(self.running[-1])
+        if not pieces and self.num_preempted > num_preempted:
+            # Also after somebody gave up his own blocks, too late for those before him. Each round fewer run.
             return self.next_step(now_s)
         for piece in pieces:
             piece.sequence.ready_s = now_s

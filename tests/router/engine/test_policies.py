@@ -126,6 +126,25 @@ def test_whatever_arrives_every_request_ends(policy, arrivals, num_blocks, step_
     s.allocator.check([])
 
 
+def test_blocks_given_up_after_others_found_none_are_given_in_the_same_step(monkeypatch):
+    """A prompt is chosen and finds no block, nor does it when all are asked; then the last text gives up its own."""
+    rng = np.random.default_rng(0)
+    s = scheduler("fifo", num_blocks=5, step_tokens=4)
+    prompt, text = sequence("prompt", 16, 1, rng), sequence("text", 4, 14, rng)
+    s.add(prompt)
+    s.add(text)
+    order = prompt
+    monkeypatch.setattr(s, "_turn", lambda now_s: ([order], 4))
+    run_step(s, 0.0, rng)
+    order = text
+    while text.num_computed < 16:
+        run_step(s, 0.0, rng)
+    assert s.allocator.num_free == 0
+    order = prompt
+    assert [(p.sequence, p.num_tokens) for p in run_step(s, 0.0, rng)] == [(prompt, 4)]
+    assert not text.is_running
+
+
 @pytest.mark.slow
 def test_100_000_requests_all_end():
     """Four hosts, half of the units held, as many at once as there is room for, one in fifty cancelled."""
