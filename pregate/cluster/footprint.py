@@ -66,7 +66,7 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     return Footprint(
         backbone_bytes=int(backbone * growth),
         shared_bytes=int(shared * expert_growth),
-        kv_cache_bytes=_kv_cache_bytes(reader, config),
+        kv_cache_bytes=kv_cache_bytes(reader, config),
         units_bytes=tuple(int(share * sum(sizes) * expert_growth) for share, sizes in zip(shares, homes, strict=True)),
         # Supervisor, engines, front door; with exact paths the path router service.
         num_processes=config.hosts + config.engines + 2 + experts.exact_paths,
@@ -87,7 +87,8 @@ def _kept_in_fp16(stored: str, config: ServeConfig) -> bool:
     return on_cpu and config.dtype == "float32" and _ITEM_BYTES[stored] == 2 and not why_no_fp16()
 
 
-def _kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:
+def kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:
+    """The KV cache of an engine on this machine. UserError where it is less than a block, or more than is free."""
     text = reader.config.text_config
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * _ITEM_BYTES[config.dtype]

@@ -24,6 +24,8 @@ from pregate.cluster.stage import stage as long_stage
 logger = get_logger(__name__)
 #: How long a --ray-address may take to prove that a gRPC server is there.
 ADDRESS_TIMEOUT_S = 5.0
+#: Messages of Ray about a deployment's processes: the supervisor watches over those, and launchers over it.
+_SAID_BETTER = re.compile(r"A worker died or was killed while executing a task|Task Supervisor\.\w+ failed")
 
 
 def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str], None]) -> LocalRay | None:
@@ -38,7 +40,7 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
         address = kept.address
     else:
         check_address(address)
-    # What Ray prints of each process that dies has a thousand characters; the deployment says itself which part it was.
+    # What Ray prints has a thousand characters.
     ray._private.worker.print_to_stdstream = log_shortened
     try:
         _join(address)
@@ -88,9 +90,12 @@ def _join(address: str) -> None:
 
 
 def log_shortened(data: Mapping[str, Any], ignore_prefix: bool) -> None:
-    """Log the first sentence of each of Ray's messages; Ray's logs have the whole."""
+    """Log the first sentence of each of Ray's messages, of which its logs have the whole, but for those of a process
+    that ended: ours say which part it was, or the end was asked for."""
     for message in data["lines"]:
         sentence, _, rest = str(message).strip().partition(". ")
+        if _SAID_BETTER.match(sentence):
+            continue
         logger.warning("Ray: %s%s", sentence[:160], " (more in its logs)" if rest else "")
 
 

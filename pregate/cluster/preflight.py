@@ -22,19 +22,23 @@ from pregate.router.doors.grpc_options import GrpcOptions
 
 #: Hashing a large checkpoint from a slow disk takes minutes.
 CHECK_TIMEOUT_S = 1800.0
+_FITS_HERE = "--fits-here"
 
 
-def check_config(config: ServeConfig) -> None:
-    """Refuse a deployment that cannot come up. UserError or CheckpointError with the house's sentence."""
+def check_config(config: ServeConfig, *, fits_here: bool = False) -> None:
+    """Refuse a deployment that cannot come up, and with `fits_here` one whose engine finds no room on this machine.
+
+    UserError or CheckpointError with the house's sentence.
+    """
     if not Path(config.model).is_dir():
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
     if config.otlp_endpoint is not None and not _installed("opentelemetry.exporter.otlp.proto.http"):
         raise UserError.of("--otlp-endpoint", config.otlp_endpoint, "needs `pip install pregate[otel]`")
     read_folder(Path(config.model), parent=None if config.parent is None else Path(config.parent))
     if "torch" in sys.modules:
-        check_model(config)
+        check_model(config, fits_here)
         return
-    command = [sys.executable, "-m", "pregate.cluster.preflight"]
+    command = [sys.executable, "-m", "pregate.cluster.preflight", *([_FITS_HERE] if fits_here else [])]
     try:
         done = subprocess.run(
             command, input=json.dumps(config.to_dict()), capture_output=True, text=True, check=False,
@@ -56,10 +60,11 @@ def _installed(module: str) -> bool:
         return False
 
 
-def check_model(config: ServeConfig) -> None:
+def check_model(config: ServeConfig, fits_here: bool = False) -> None:
     """`check_config` in this process; loads torch and transformers."""
     import torch
 
+    from pregate.cluster.footprint import kv_cache_bytes
     from pregate.kernels import expert_ffn
     from pregate.model.checkpoint import CheckpointReader
     from pregate.router.engine.family import check_family
@@ -76,6 +81,8 @@ def check_model(config: ServeConfig) -> None:
         widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts)}
         dtype = expert_ffn.choose_dtype(config.dtype, device)
         expert_ffn.choose(config.host.expert_ffn, device, dtype, act=reader.hidden_act, widths=tuple(widths))
+        if fits_here and config.device == "cpu":  # of a GPU's memory only the engine's process finds out
+            kv_cache_bytes(reader, config)
     check_family(reader.config.text_config)
 
 
@@ -113,7 +120,7 @@ def check_port(option: str, host: str, port: int) -> None:
 def main() -> None:
     """Check the config on standard input; print null, or the failure's code and message."""
     try:
-        check_model(ServeConfig.from_dict(json.load(sys.stdin)))
+        check_model(ServeConfig.from_dict(json.load(sys.stdin)), _FITS_HERE in sys.argv)
         failure = None
     except PregateError as error:
         failure = {"code": error.code, "message": error.for_command_line}

@@ -51,7 +51,8 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> Non
     log.configure("launcher", config.log_format, text=SCREEN)
     preflight.check_door(door, config.engine_node)
     with stage(_say, "checking the model"):
-        preflight.check_config(config)
+        # A deployment that is joined has its cache already.
+        preflight.check_config(config, fits_here=ray_access.address is None)
     for number in _SIGNALS:  # during the start they interrupt it, and launch cleans up
         signal.signal(number, _interrupt)
     deployment, reason, clean = None, None, True

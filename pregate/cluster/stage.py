@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 #: A stage of the start that lasts is said again this often.
-SAY_EVERY_S = 10.0
+SAY_EVERY_S = 5.0
 
 
 @contextmanager

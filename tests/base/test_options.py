@@ -12,7 +12,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import INTERNAL, Key, Texts, Word, from_dict, of_keys, options, to_dict, user_options
-from pregate.base.sizes import SIZE
+from pregate.base.sizes import SIZE, written
 
 
 @options()
@@ -61,10 +61,24 @@ class Sized:
 
 @pytest.mark.parametrize(
     ("text", "num_bytes"),
-    [("16GB", 16 * 10**9), ("16GiB", 16 << 30), ("1.5 kB", 1500), ("500mb", 500 * 10**6), ("7B", 7), ("12", 12)],
+    [
+        ("16GB", 16 * 10**9),
+        ("16GiB", 16 << 30),
+        ("1.5 kB", 1500),
+        ("500mb", 500 * 10**6),
+        ("7B", 7),
+        ("12", 12),
+        ("16G", 16 * 10**9),
+        ("2 ti", 2 << 40),
+    ],
 )
 def test_bytes_are_read_as_sizes(text, num_bytes):
     assert of_keys(Sized, {"memory": text, "store": text}) == Sized(num_bytes, num_bytes)
+
+
+def test_sizes_are_shown_as_they_are_written():
+    shown = {9e11: "900GB", 1_239_999_999: "1.23GB", 16 << 30: "17.17GB", 1.15e12: "1.15TB", 4096: "4096", 1.5: "1.5"}
+    assert {size: written(size) for size in shown} == shown
 
 
 @pytest.mark.parametrize("text", ["16 gigs", "GB", "-1GB", "1,5GB", "16GBs"])

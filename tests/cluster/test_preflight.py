@@ -38,6 +38,25 @@ def test_a_config_that_is_no_json_is_named(copy):
         check_config(ServeConfig(model=str(copy), hosts=2))
 
 
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("900TB", r"kv_cache_memory 900TB: allowed: at most [\d.]+[MG]B, the memory that is free"),
+        (
+            "1.5",
+            r"kv_cache_memory 1\.5: less than a block; allowed: \d+ bytes or more, or up to 1 a fraction of what is",
+        ),
+        ("40", "kv_cache_memory 40: less than a block"),
+    ],
+)
+def test_a_cache_that_no_engine_here_can_have_is_refused(copy, asked, sentence):
+    """Where the deployment runs already, or elsewhere, that is for its engine to say."""
+    config = ServeConfig.from_dict({"model": str(copy), "hosts": 2, "engine": {"kv_cache_memory": asked}})
+    with pytest.raises(UserError, match=sentence):
+        check_config(config, fits_here=True)
+    check_config(config)
+
+
 def test_ports_in_use_are_refused_by_name():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -177,11 +177,19 @@ def test_the_screen_says_who_computes_paths(tmp_path):
     assert serving._paths(two, started) == ["paths    by process 123, 2 threads"]
 
 
-def test_what_ray_says_of_a_death_is_one_short_line(capsys):
+def test_what_ray_says_is_one_short_line_and_of_a_death_none(capsys):
     """Ray's own printer is the one it looks up by this name."""
     assert "print_to_stdstream(" in inspect.getsource(ray._private.worker.listen_error_messages)
     log.configure("launcher", text=serving.SCREEN)
     death = "A worker died or was killed while executing a task by an unexpected system error. To troubleshoot the "
-    joining.log_shortened({"lines": [death + "problem, check the logs. " * 40, "short"], "pid": "raylet"}, False)
+    ended = "Task Supervisor.holds failed. There are infinite retries remaining, so the task will be retried. Error: "
+    memory = "2 Workers (tasks / actors) killed due to memory pressure (OOM), 0 Workers crashed due to other reasons"
+    said = [
+        death + "problem, check the logs. " * 40,
+        ended + "The actor died.",
+        memory + " at node (ID: a). " * 9,
+        "short",
+    ]
+    joining.log_shortened({"lines": said, "pid": "raylet"}, False)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"  Ray: {death.partition('.')[0]} (more in its logs)", "  Ray: short"]
+    assert lines == [f"  Ray: {memory} at node (ID: a) (more in its logs)", "  Ray: short"]

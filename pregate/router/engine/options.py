@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Dtype, Key, Word, options
-from pregate.base.sizes import SIZE
+from pregate.base.sizes import SIZE, written
 
 
 @options()
@@ -64,7 +64,8 @@ class EngineOptions:
         if memory is None:
             return None
         if memory > max(1, free):
-            raise UserError.of("--kv-cache-memory", f"{memory:g}", f"allowed: at most {free}, the bytes that are free")
+            reason = f"allowed: at most {written(free)}, the memory that is free"
+            raise UserError.of("--kv-cache-memory", written(memory), reason)
         return int(memory * free if memory <= 1 else memory)
 
     def kv_blocks(self, context: int, token_bytes: int, free_bytes: Callable[[], int]) -> int:
@@ -77,6 +78,8 @@ class EngineOptions:
         num_bytes = self.kv_cache_bytes(free_bytes())
         assert num_bytes is not None, "it was asked for"
         if num_bytes < self.block_size * token_bytes:
-            sentence = f"is less than one block; allowed: {self.block_size * token_bytes} bytes or more"
-            raise UserError.of("--kv-cache-memory", f"{self.kv_cache_memory:g}", sentence)
+            least = f"{self.block_size * token_bytes} bytes or more, or up to 1 a fraction of what is free"
+            raise UserError.of(
+                "--kv-cache-memory", written(self.kv_cache_memory), f"less than a block; allowed: {least}"
+            )
         return num_bytes // (self.block_size * token_bytes)

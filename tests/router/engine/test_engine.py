@@ -358,6 +358,6 @@ def test_a_stop_list_is_bounded_by_the_vocabulary_and_costs_a_step_nothing(engin
 
 def test_a_cache_larger_than_memory_is_refused_before_it_is_made():
     options = EngineOptions("m", kv_cache_memory=1e13)
-    with pytest.raises(UserError, match=r"kv_cache_memory 1e\+13: allowed: at most 4000, the bytes that are free"):
+    with pytest.raises(UserError, match="kv_cache_memory 10TB: allowed: at most 4000, the memory that is free"):
         options.kv_blocks(512, 64, lambda: 4000)
     assert EngineOptions("m", kv_cache_memory=0.5).kv_blocks(512, 64, lambda: 4096) == 2
