@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
@@ -13,6 +16,8 @@ from pregate.convert.export.run import export
 from pregate.convert.measure.evaluate import evaluate
 from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.progress import Progress
+from pregate.convert.report.options import ReportOptions
+from pregate.convert.report.run import report
 
 
 class Named(Progress):
@@ -42,6 +47,20 @@ def test_evaluate(tiny_layerwise_checkpoint: Path, tiny_dense: Path, tiny_text: 
     loading += ["looking for the parent", f"loading {tiny_dense.name}"]
     assert progress.names[:6] == ["reading text", *loading, "scoring"]
     assert all(name.startswith("scoring ") for name in progress.names[6:])
+
+
+@pytest.mark.parametrize("compared", [0, 1])
+def test_report(tiny_path_checkpoint: Path, tiny_dense: Path, tiny_text: Path, tmp_path: Path, compared: int):
+    """Runs had numbers without a total, most of them no name."""
+    progress, others = Named(), (tiny_dense,) * compared
+    options: dict[str, Any] = {"compare": others, "parent": tiny_dense, "max_tokens": 200}
+    report(ReportOptions(tiny_path_checkpoint, tmp_path / "page.html", (tiny_text,), **options), progress)
+    runs = [name for name in progress.names if name.startswith("run ")]
+    heads, named = zip(*(name.split(": ") for name in runs), strict=True)
+    assert heads == tuple(f"run {n} of {len(runs)}" for n in range(1, len(runs) + 1))
+    assert named[0] == "dense parent" and len(set(named)) == len(named)
+    assert "oracle, 0 routed experts" in named and "who visits what" in named
+    assert not [name for name in progress.names if name.startswith("scoring")]
 
 
 def test_export(stock_checkpoint: Path, tiny_text: Path, tmp_path: Path):

@@ -71,6 +71,11 @@ def control_rows(
     return table
 
 
+def num_controls(model: RoutedForCausalLM) -> int:
+    """How many runs `control_rows` makes: one a row, the dense parent's among them."""
+    return 2 + len(_policies(model, seed=0))
+
+
 def _policies(model: RoutedForCausalLM, seed: int) -> dict[str, RoutingPolicy | None]:
     """Who routes in each control; None: the path router of an exact checkpoint."""
     policies: dict[str, RoutingPolicy | None] = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pregate.convert.measure.agreement import AgreementMeter, RouteMeter
-from pregate.convert.measure.control_table import ORACLE, control_rows, own_name
+from pregate.convert.measure.control_table import ORACLE, control_rows, num_controls, own_name
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.measure.overlap import overlaps, rows_are_tied
 from pregate.convert.measure.scoring import score_rows
@@ -47,7 +47,7 @@ class Routes:
 def measure_routes(model: RoutedForCausalLM, rows: Sequence[list[int]], progress: Progress) -> Routes:
     """Run `rows` by the checkpoint's own routing and keep every token's experts, in the order they were scored."""
     meter = RouteMeter()
-    score_rows(model, rows, meter, progress)
+    score_rows(model, rows, meter, progress, name="who visits what")
     lengths = [len(rows[i]) for batch in batches(rows) for i in batch]
     starts_T = np.zeros(sum(lengths), dtype=bool)
     starts_T[np.cumsum([0, *lengths[:-1]])] = True
@@ -70,10 +70,8 @@ def measure_quality(
     """
     table = control_rows(model, rows, num_bytes, parent, seed, progress)
     points = tuple(QualityPoint(name, **figures) for name, figures in table.items())
-    policies: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
-    policies[ORACLE] = OraclePolicy()
     ladder, curves = ladders(model), []
-    for name, policy in policies.items():
+    for name, policy in _with_numbers(model).items():
         limits, shares, perplexities = thresholds_for(model, rows, ladder, name == ORACLE, progress), [], []
         for step in ladder:
             if step == Numbers.of(model):
@@ -81,12 +79,25 @@ def measure_quality(
             else:
                 meter = AgreementMeter(compares=False)
                 with with_numbers(model, step, limits[step]):
-                    score = score_rows(model, rows, meter, progress, policy)
+                    named = f"{name}, {step.mean:g} routed experts"
+                    score = score_rows(model, rows, meter, progress, policy, named)
                 share, perplexity = round(meter.active_share, 4), round(score.perplexity, 4)
             shares.append(share)
             perplexities.append(perplexity)
         curves.append(Curve(name, tuple(step.mean for step in ladder), tuple(shares), tuple(perplexities)))
     return Quality(own_name(model), points, curves=tuple(curves))
+
+
+def _with_numbers(model: RoutedForCausalLM) -> dict[str, RoutingPolicy | None]:
+    """Who routes by other numbers of experts than the checkpoint's; None: its own router."""
+    own: dict[str, RoutingPolicy | None] = {own_name(model): None} if takes_numbers(model) else {}
+    return own | {ORACLE: OraclePolicy()}
+
+
+def num_runs(model: RoutedForCausalLM, num_compared: int) -> int:
+    """How often `measure_quality`, `measure_routes` and `compared`, so often, read the text."""
+    others = sum(step != Numbers.of(model) for step in ladders(model))
+    return num_controls(model) + len(_with_numbers(model)) * others + 1 + num_compared
 
 
 def compared(

@@ -23,7 +23,7 @@ from pregate.convert.progress import QUIET, Advance, Progress
 from pregate.convert.report.conditions import conditions_of
 from pregate.convert.report.costs import costs
 from pregate.convert.report.figures import Figures
-from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes
+from pregate.convert.report.measure import compared, measure_overlap, measure_quality, measure_routes, num_runs
 from pregate.convert.report.options import ReportOptions
 from pregate.convert.report.page import render
 from pregate.convert.report.routes import routed_flows
@@ -52,16 +52,19 @@ def report(options: ReportOptions, progress: Progress = QUIET) -> Figures:
 
 
 class _Runs(Progress):
-    """Numbers the scoring runs of a report, which would all be called the same."""
+    """Numbers the scoring runs of a report, of which there are `total`."""
+
+    total = 0
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._num_runs = progress, 0
 
     def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
-        if not name.startswith("scoring"):
-            return self._progress.stage(name, total)
-        self._num_runs += 1
-        return self._progress.stage(f"{name}, run {self._num_runs}", total)
+        run = name.removeprefix("scoring ")
+        if run != name:
+            self._num_runs += 1
+            name = f"run {self._num_runs} of {self.total}: {run}"
+        return self._progress.stage(name, total)
 
     def doing(self, name: str) -> AbstractContextManager[None]:
         return self._progress.doing(name)
@@ -70,7 +73,7 @@ class _Runs(Progress):
         self._progress.note(sentence)
 
 
-def measure(options: ReportOptions, progress: Progress) -> Figures:
+def measure(options: ReportOptions, progress: _Runs) -> Figures:
     """All the numbers of a report."""
     started_s = time.monotonic()
     folder = read_folder(options.model, parent=options.parent)
@@ -82,6 +85,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
     device = pick_device(options.device)
     others = _others(options, text, progress, device)
     model: RoutedForCausalLM = load_any(folder, progress, device)
+    progress.total = num_runs(model, len(others))
     with progress.doing("looking for the parent"):
         parent_path = dense_of(options.model, model, options.parent)
     parent = None if parent_path is None else _load("--parent", parent_path, text, progress, device)
@@ -113,8 +117,7 @@ def measure(options: ReportOptions, progress: Progress) -> Figures:
 
 def _routed_config(folder: ModelFolder) -> RoutedConfig:
     """The checkpoint's config; UserError for a dense model and one that routes nothing."""
-    if not folder.is_routed:
-        raise folder.refuse("is a dense model; allowed: a routed checkpoint of `pregate convert`")
+    folder.check("routed")
     config = RoutedConfig.from_pretrained(folder.path)
     if not any(cut.num_active for cut in config.cuts):
         raise folder.refuse("has no layer with an active routed expert; there is nothing to report on")
