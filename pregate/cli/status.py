@@ -52,9 +52,12 @@ def status(target: Target, output: Output) -> None:
 def _print_status(server: ServerInfo, model: ModelInfo | None, loads: Loads | None) -> None:
     shape = ""
     if model is not None:
-        shape = f"{model.num_layers} layers, {model.routing} routing, {model.num_hosts} hosts, "
+        hosts = f"{model.num_hosts} host{'s' if model.num_hosts != 1 else ''}"
+        if server.options.get("hosts") == "0":
+            hosts = "experts in the engine's process"
+        shape = f"{model.num_layers} layers, {model.routing} routing, {hosts}, "
         shape += f"context {model.max_context_length}, "
-    print(f"{server.model}: {shape}up {_duration(server.uptime_s)}")
+    print(f"{server.model}: {shape}door up {_duration(server.uptime_s)}")
     print(f"pregate {server.version}: {', '.join(f'{name} {v}' for name, v in sorted(server.versions.items()))}")
     if server.node:
         print(f"door and engines on {server.node}")

@@ -127,7 +127,9 @@ class Connection:
             return UserError(f"{target}: {details}")
         if code == "UNAVAILABLE" and any(sign in details for sign in _SIGNS_OF_NONE):
             known = trouble_with(target, *self._files) if asks else None
-            return known or UnavailableError(f"{target}: {details}")
+            refused = "Connection refused" in details
+            sentence = f"nothing listens at {target} (--target)" if refused else f"{target}: {details}"
+            return known or UnavailableError(sentence)
         if code in BY_CODE and code != "INTERNAL":
             return BY_CODE[code](details)
         return PregateError(f"{target} answered {code}: {details}")

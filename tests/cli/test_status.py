@@ -40,7 +40,7 @@ def test_status_and_top_say_what_the_server_is_at(server, capsys):
     assert found.keys() == {"server", "model", "loads", "error"}
     assert found["loads"]["kv_blocks"] == found["loads"]["kv_blocks_free"] > 0
     assert main(["top", "--target", "127.0.0.1:1"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    assert capsys.readouterr().err == "pregate: nothing listens at 127.0.0.1:1 (--target)\n"
     assert main(["top", "--target", f"127.0.0.1:1,{front.target}"]) == 0
     assert "0 running, 0 queued" in capsys.readouterr().out
     assert main(["top", "--target", "nowhere"]) == 2
@@ -65,6 +65,18 @@ def test_every_engine_of_several_is_shown_and_where_they_log(server, capsys):
     assert "engine 0: 3 running, 1 queued, 40 steps\n" in printed
     assert "engine 1: engine 1 has been silent for 3 s\n" in printed
     assert "logs: /tmp/ray/s/logs/worker-*.err on its machine\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "num_hosts", "said"),
+    [({"hosts": "0"}, 1, "experts in the engine's process"), ({"hosts": "1"}, 1, "1 host,"), ({}, 2, "2 hosts,")],
+)
+def test_it_says_where_the_experts_are(server, capsys, options, num_hosts, said):
+    client = server[1].client
+    _print_status(
+        replace(client.server_info(), options=options), replace(client.model_info(), num_hosts=num_hosts), None
+    )
+    assert f" routing, {said}" in capsys.readouterr().out
 
 
 def test_the_path_service_has_a_line(server, capsys):
@@ -105,7 +117,7 @@ def test_without_its_engine_the_server_is_described_and_the_reason_said(tiny_pat
         wait_for(lambda: front.service.lost, what="the silence")
         assert main(["status", "--target", front.target]) == 1
         printed = capsys.readouterr()
-        assert "tiny: up 0:00:" in printed.out and "torch" in printed.out
+        assert "tiny: door up 0:00:" in printed.out and "torch" in printed.out
         assert re.fullmatch(r"pregate: the engine has been silent for \d+ s\n", printed.err)
         starting_file(f"ipc://{folder}/engine").touch()
         wait_for(lambda: "starts again" in (front.service.lost or ""), what="the start")
