@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+#: Of a model: any; a dense one; a checkpoint of `convert`; one whose gates alone know experts; one with a path router.
+Kind = Literal["model", "dense", "routed", "layerwise", "path router"]
 Gate = Literal["linear", "representative", "representative-signed"]
 Selection = Literal["top_k", "threshold"]
 #: Of a path router: its heads, what chooses in training, and what a chosen expert weighs.

@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field
 from pydantic.fields import FieldInfo
 from typing_extensions import dataclass_transform
 
+from pregate.base.choices import Kind
 from pregate.base.errors import UserError, option_name
 from pregate.base.sizes import EXAMPLES, SIZE
 
@@ -58,7 +59,7 @@ class Word:
 class Needs:
     """What must lie at a path for the work to begin."""
 
-    what: Literal["model", "dense", "nothing", "text"]
+    what: Literal["nothing", "text"] | Kind
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ INTERNAL = Key("")
 Model = Annotated[Path, Field(description="Model folder."), Needs("model")]
 #: A model folder, or an adapter in its place; see `follow_adapter`.
 ModelOrAdapter = Annotated[Path, Field(description="Model folder."), Needs("model"), Or("adapter")]
+Checkpoint = Annotated[Path, Field(description="Checkpoint folder."), Needs("routed")]
+CheckpointOrAdapter = Annotated[Path, Field(description="Checkpoint folder."), Needs("routed"), Or("adapter")]
 Adapter = Annotated[
     Path | None, Field(description="Adapter in place of --model; its dense model is --parent."), Needs("model")
 ]

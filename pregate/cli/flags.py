@@ -72,12 +72,18 @@ def check_paths(options: Iterable[Option], built: Any) -> None:
         paths = [Path(path) for path in (value if option.is_list else [value])]
         if needs.what == "text":
             text_files(paths, option.flag)
+            continue
         for path in paths:
-            if needs.what == "model" or (needs.what == "dense" and not is_gguf(path)):
-                adapter = getattr(built, "adapter", None)
-                read_folder(path, option.flag if adapter is None or path != Path(adapter) else "--adapter", parent)
-            elif needs.what == "nothing":
+            if needs.what == "nothing":
                 check_new_folder(path, option.flag)
+            elif needs.what != "dense" or not is_gguf(path):
+                adapter = getattr(built, "adapter", None)
+                flag = option.flag if adapter is None or path != Path(adapter) else "--adapter"
+                read_folder(path, flag, parent).check(needs.what)
+
+
+def _metavar(kind: Any) -> str:
+    return _METAVARS.get(kind, "TEXT")
 
 
 def _file_parameter() -> inspect.Parameter:
@@ -95,11 +101,11 @@ def _parameter(option: Option) -> inspect.Parameter:
     if option.is_list and (needs := mark(info, Needs)) and needs.what == "text":
         text += ": .txt, .jsonl, folders or patterns of them."
     shown: Any = False if info.is_required() else word.text if info.default is None and word else info.default
-    names, hint, metavar = [option.flag], str | None, _METAVARS.get(kind, "TEXT")
+    names, hint, metavar = [option.flag], str | None, _metavar(kind)
     if kind is bool:
         names, hint, metavar = [option.flag + (f"/--no-{option.flag[2:]}" if info.default else "")], bool | None, None
     elif option.is_list:
-        hint, metavar, shown = list[str] | None, "PATH...", False
+        hint, metavar, shown = list[str] | None, f"{_metavar(typing.get_args(kind)[0])}...", False
     elif values := choices(info):
         metavar = f"[{'|'.join(values)}]"
     if SIZE in info.metadata:

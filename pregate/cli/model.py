@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
+
 import typer
 
 from pregate.base.strict_json import strict_json
 from pregate.cli.flags import command
 from pregate.cli.printed import (
     Output,
+    loading,
     print_figures,
     print_written,
-    progress_bars,
     say_if_interrupted,
 )
 from pregate.convert.cut.options import RECIPES, ConvertOptions
@@ -19,6 +22,9 @@ from pregate.convert.export.options import ExportOptions
 from pregate.convert.measure.options import EvaluateOptions
 from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.tune.options import TuneOptions
+from pregate.model.shard_file import ShardFile, weight_files
+
+_DOWN_PROJECTION = re.compile(r"(model\.)?layers\.\d+\.mlp\.down_proj\.weight")
 
 
 def describe_recipes() -> str:
@@ -34,58 +40,70 @@ def describe_recipes() -> str:
 @command(ConvertOptions)
 def convert(options: ConvertOptions) -> None:
     """Cut a dense model's FFNs into shared and routed experts, without training. Interrupted, it can go on."""
-    from pregate.convert.cut.conversion import convert as run
-    from pregate.convert.files.partial import interrupted
-
+    _check_widths(options)
+    with loading() as progress:
+        from pregate.convert.cut.conversion import convert as run
+        from pregate.convert.files.partial import interrupted
     with say_if_interrupted(interrupted, options.out):
-        figures = run(options, progress_bars()).figures
+        figures = run(options, progress).figures
     print_written(options.out, figures)
+
+
+def _check_widths(options: ConvertOptions) -> None:
+    """UserError where the experts do not divide an FFN whose width the names and shapes of tensors tell at once; the
+    conversion looks at every layer, with torch, which takes seconds to load."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    with suppress(OSError, ValueError):  # a GGUF file; what cannot be read the conversion refuses by its reason
+        for path in weight_files(options.model):
+            shapes |= {name: stored.shape for name, stored in ShardFile(path).tensors.items()}
+    for width in sorted({shape[-1] for name, shape in shapes.items() if shape and _DOWN_PROJECTION.fullmatch(name)}):
+        options.check_width(width)
 
 
 @command(DecoupleOptions)
 def decouple(options: DecoupleOptions) -> None:
     """Train a path router for a layer-wise checkpoint: exact paths, or a forecast. Interrupted, it can go on."""
-    from pregate.convert.files.partial import interrupted
-    from pregate.convert.paths.decouple import decouple as run
-
+    with loading() as progress:
+        from pregate.convert.files.partial import interrupted
+        from pregate.convert.paths.decouple import decouple as run
     with say_if_interrupted(interrupted, options.out):
-        figures = run(options, progress_bars()).figures["decouple"]  # the others were measured on another text
+        figures = run(options, progress).figures["decouple"]  # the others were measured on another text
     print_written(options.out, figures)
 
 
 @command(TuneOptions)
 def tune(options: TuneOptions) -> None:
     """Tune a checkpoint under its own routing (or a dense model, the control). Interrupted, it can go on."""
-    from pregate.convert.files.partial import interrupted
-    from pregate.convert.tune.run import tune as run
-
+    with loading() as progress:
+        from pregate.convert.files.partial import interrupted
+        from pregate.convert.tune.run import tune as run
     with say_if_interrupted(interrupted, options.out):
-        figures = run(options, progress_bars()).figures["tune"]
+        figures = run(options, progress).figures["tune"]
     print_written(options.out, figures)
 
 
 @command(ExportOptions)
 def export(options: ExportOptions) -> None:
     """Write a checkpoint as stock Qwen2-MoE and measure the difference, as an adapter, or as the dense parent again."""
-    from pregate.convert.export.run import export as run
-
-    print_written(options.out, run(options, progress_bars()))
+    with loading() as progress:
+        from pregate.convert.export.run import export as run
+    print_written(options.out, run(options, progress))
 
 
 @command(ApplyOptions)
 def apply(options: ApplyOptions) -> None:
     """Write the checkpoint that an adapter makes with its dense parent, bit for bit."""
-    from pregate.convert.export.apply import apply as run
-
-    print_written(options.out, run(options, progress_bars()))
+    with loading() as progress:
+        from pregate.convert.export.apply import apply as run
+    print_written(options.out, run(options, progress))
 
 
 @command(EvaluateOptions, Output)
 def evaluate(options: EvaluateOptions, output: Output) -> None:
     """Perplexity and bits per byte; for a routed model also how its routers agree, and --controls."""
-    from pregate.convert.measure.evaluate import evaluate as run
-
-    result = run(options, progress_bars())
+    with loading() as progress:
+        from pregate.convert.measure.evaluate import evaluate as run
+    result = run(options, progress)
     if output.json:
         typer.echo(strict_json(result))
         return

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import Field
 
 from pregate.base.options import options
-
-if TYPE_CHECKING:
-    from pregate.convert.progress import RichProgress
+from pregate.convert.progress import RichProgress
 
 
 @options()
@@ -33,13 +31,16 @@ def print_figures(figures: dict[str, Any], indent: str = "") -> None:
             typer.echo(f"{indent}{name:<28} {value}")
 
 
-def progress_bars() -> RichProgress:
-    """Bars on stderr, and a transformers that says nothing beside them. Loads it: call it when the work begins."""
-    from pregate.convert.progress import RichProgress
-    from pregate.model.quiet import quiet_transformers
+@contextmanager
+def loading() -> Iterator[RichProgress]:
+    """Bars on stderr for a command's work, which the block imports: the first is of that, for it takes seconds.
+    Transformers says nothing beside them."""
+    progress = RichProgress()
+    with progress.doing("loading torch and transformers"):
+        yield progress
+        from pregate.model.quiet import quiet_transformers
 
-    quiet_transformers()
-    return RichProgress()
+        quiet_transformers()
 
 
 @contextmanager

@@ -7,18 +7,18 @@ from typing import Any
 import typer
 
 from pregate.cli.flags import command
-from pregate.cli.printed import progress_bars, say_if_interrupted
+from pregate.cli.printed import loading, say_if_interrupted
 from pregate.convert.domains.options import ReadMeOptions
 
 
 @command(ReadMeOptions)
 def read_me(options: ReadMeOptions) -> None:
     """One expert per domain, one index per token for all layers, tuned in rounds; goes on after a whole stage."""
-    from pregate.convert.domains.run import read_me as run
-    from pregate.convert.files.partial import interrupted
-
+    with loading() as progress:
+        from pregate.convert.domains.run import read_me as run
+        from pregate.convert.files.partial import interrupted
     with say_if_interrupted(interrupted, options.out):
-        manifest = run(options, progress_bars())
+        manifest = run(options, progress)
     print_figures(manifest.figures)
     typer.echo(f"written: {options.out}")
 

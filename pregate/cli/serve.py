@@ -10,14 +10,16 @@ from pydantic import Field
 from pregate.base.options import options
 from pregate.cli.flags import command
 from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.convert.progress import RichProgress
 from pregate.router.doors.grpc_options import GrpcOptions
 
 
 @command(ServeConfig, GrpcOptions, RayAccess, settings=True)
 def serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess, _sources: dict[str, str]) -> None:
     """Serve a checkpoint over gRPC from expert hosts that are Ray actors, until Ctrl-C."""
-    from pregate.cluster import local_ray
+    from pregate.cluster import local_ray, preflight
 
+    preflight.check_device(config)
     if ray_access.address is None:
         local_ray.prepare_environment()
     from pregate.cluster import serving
@@ -40,11 +42,15 @@ def doctor(config: Examined, door: GrpcOptions, ray_access: RayAccess, _sources:
     to mend it. Takes the options of `pregate serve`."""
     from pregate.cluster import doctor as checks
 
-    findings = [*checks.examine_machine(door)]
+    progress = RichProgress()
+    with progress.doing("looking at this machine"):
+        findings = [*checks.examine_machine(door)]
     if config.model:
-        findings += checks.examine_model(config, fits_here=ray_access.address is None)
+        with progress.doing("checking the model"):
+            findings += checks.examine_model(config, fits_here=ray_access.address is None)
     if ray_access.address is not None:
-        findings += checks.examine_cluster(ray_access.address, config)
+        with progress.doing("asking the nodes"):
+            findings += checks.examine_cluster(ray_access.address, config)
     checks.print_findings(findings)
     if any(finding.failed for finding in findings):
         raise typer.Exit(1)

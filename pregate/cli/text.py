@@ -14,13 +14,15 @@ from pregate.base.errors import UserError
 from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
 from pregate.base.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, check_stop_strings, most_tokens
 from pregate.cli.flags import command
-from pregate.cli.printed import Output, progress_bars
+from pregate.cli.printed import Output, loading
 from pregate.cli.target import SERVERS, Credentials, Patience, open_client
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+    from pregate.base.choices import Kind
     from pregate.client.client import Client
+    from pregate.convert.progress import Progress
     from pregate.model.folder import ModelFolder
 
 
@@ -124,6 +126,10 @@ def _generate_served(client: Client, prompt: str, sampling: Sampling, output: Ou
 
 
 def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str, Any]:
+    folder, tokenizer, encoding = _read(source, prompt, "routed")
+    ids = encoding.ids
+    _check_length(ids, folder.context_tokens)  # of a few models more than what they can be run with
+    model, progress = _load(folder)
     import torch
     from transformers import StoppingCriteriaList
 
@@ -131,12 +137,8 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     from pregate.router.doors.token_texts import TokenTexts
     from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 
-    folder, tokenizer, encoding = _read(source, prompt)
-    ids = encoding.ids
-    model = _load(folder)
     context = model.config.context_tokens
-    if not 0 < len(ids) < context:
-        raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context - 1} tokens")
+    _check_length(ids, context)
     max_tokens = most_tokens(
         sampling.max_tokens or DEFAULT_MAX_TOKENS, len(ids), context, cut=sampling.max_tokens is None
     )
@@ -161,14 +163,15 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
         return torch.tensor([text.stopped])
 
     ids_BN = torch.tensor([ids])
-    output = model.generate(
-        ids_BN,
-        attention_mask=torch.ones_like(ids_BN),
-        max_new_tokens=max_tokens,
-        pad_token_id=0,  # one sequence: nothing is padded
-        stopping_criteria=StoppingCriteriaList([ended]),
-        **picking,
-    )[0].tolist()
+    with progress.doing("generating"):
+        output = model.generate(
+            ids_BN,
+            attention_mask=torch.ones_like(ids_BN),
+            max_new_tokens=max_tokens,
+            pad_token_id=0,  # one sequence: nothing is padded
+            stopping_criteria=StoppingCriteriaList([ended]),
+            **picking,
+        )[0].tolist()
     new_ids = output[len(ids) :]
     end = FinishedEvent("", "stop" if new_ids[-1] in folder.eos_ids else "length", len(ids), len(new_ids), ())
     if not text.stopped:
@@ -177,8 +180,8 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     return {name: done[name] for name in ("text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens")}
 
 
-def _read(source: Source, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding]:
-    """The folder, its tokenizer, and the prompt's tokens; all that can be refused before the model is loaded."""
+def _read(source: Source, prompt: str, kind: Kind) -> tuple[ModelFolder, Tokenizer, Encoding]:
+    """The folder, its tokenizer, and the prompt's tokens; all that can be refused before torch is loaded."""
     from pregate.model.folder import read_folder
     from pregate.model.tokenizer import check_ids, read_tokenizer, text_bytes
 
@@ -186,6 +189,7 @@ def _read(source: Source, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding
     folder = read_folder(source.model, parent=source.parent)
     tokenizer = read_tokenizer(folder.text_path)
     text_bytes(prompt, "--prompt")
+    folder.check(kind)
     encoding = tokenizer.encode(prompt)
     check_ids(encoding, prompt, folder.vocab_size, "--prompt", f"of {len(encoding.ids)} tokens")
     for note in folder.notes:
@@ -193,18 +197,25 @@ def _read(source: Source, prompt: str) -> tuple[ModelFolder, Tokenizer, Encoding
     return folder, tokenizer, encoding
 
 
-def _load(folder: ModelFolder) -> Any:
-    import torch
+def _check_length(ids: list[int], context_tokens: int) -> None:
+    if not 0 < len(ids) < context_tokens:
+        raise UserError.of("--prompt", f"of {len(ids)} tokens", f"allowed: 1 to {context_tokens - 1} tokens")
 
-    from pregate.model.modeling import RoutedForCausalLM
 
-    with progress_bars().doing(f"loading {folder.path.name}"):
-        return RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32).eval()
+def _load(folder: ModelFolder) -> tuple[Any, Progress]:
+    """The reference model, and what to tell of its work by."""
+    with loading() as progress:
+        import torch
+
+        from pregate.model.modeling import RoutedForCausalLM
+    with progress.doing(f"loading {folder.path.name}"):
+        model = RoutedForCausalLM.from_pretrained(folder.path, parent=folder.parent, dtype=torch.float32)
+    return model.eval(), progress
 
 
 def _route_here(source: Source, prompt: str) -> dict[str, Any]:
-    folder, _tokenizer, encoding = _read(source, prompt)
-    model = _load(folder)
+    folder, _tokenizer, encoding = _read(source, prompt, "path router")
+    model, _progress = _load(folder)
     paths = model.paths(encoding.ids)
     ids = [[[int(e) for e in layer if e >= 0] for layer in token] for token in paths.ids]
     exact = model.config.routing == "path"

@@ -44,7 +44,7 @@ class ServeConfig:
     An `adapter` in place of the model is served with the dense model `parent` that it was made from.
     """
 
-    model: Annotated[str, Field(description="Checkpoint folder."), Needs("model"), Or("adapter")]
+    model: Annotated[str, Field(description="Checkpoint folder."), Needs("routed"), Or("adapter")]
     hosts: Annotated[int, Field(ge=0, description="Expert hosts; 0 keeps the experts in the engine's process.")] = 0
     engines: Annotated[
         int, Field(ge=1, description="Engines that share the hosts; what one that dies has begun goes on at another.")

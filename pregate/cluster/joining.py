@@ -43,7 +43,8 @@ def connect(config: ServeConfig, ray_access: RayAccess, on_stage: Callable[[str]
     # What Ray prints has a thousand characters.
     ray._private.worker.print_to_stdstream = log_shortened
     try:
-        _join(address)
+        with long_stage(on_stage, "joining Ray"):
+            _join(address)
     except UnavailableError:
         if kept is not None:
             kept.wait_gone(STOP_MARGIN_S)

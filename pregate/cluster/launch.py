@@ -28,6 +28,7 @@ from pregate.cluster.joining import connect, logs_folder
 from pregate.cluster.leases import RENEW_EVERY_S
 from pregate.cluster.local_ray import NAMESPACE, STOP_MARGIN_S, SUPERVISOR_PREFIX, LocalRay
 from pregate.cluster.stage import SAY_EVERY_S
+from pregate.cluster.stage import stage as long_stage
 from pregate.cluster.supervisor import Supervisor
 from pregate.router.doors.grpc_options import GrpcOptions
 
@@ -210,7 +211,8 @@ def launch(
     where = "" if config.engine_node is None else " on their nodes"
     on_stage(f"engine, hosts and doors log to {logs_folder()}/worker-*.err{where}")
     try:
-        deployment = _join(config, kept)
+        with long_stage(on_stage, "starting the supervisor"):
+            deployment = _join(config, kept)
     except BaseException:
         if kept is not None:
             ray.shutdown()

@@ -5,6 +5,7 @@ What needs torch is looked at in a process of its own, so that launchers do not 
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import socket
@@ -34,7 +35,7 @@ def check_config(config: ServeConfig, *, fits_here: bool = False) -> None:
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
     if config.otlp_endpoint is not None and not _installed("opentelemetry.exporter.otlp.proto.http"):
         raise UserError.of("--otlp-endpoint", config.otlp_endpoint, "needs `pip install pregate[otel]`")
-    read_folder(Path(config.model), parent=None if config.parent is None else Path(config.parent))
+    read_folder(Path(config.model), parent=None if config.parent is None else Path(config.parent)).check("routed")
     if "torch" in sys.modules:
         check_model(config, fits_here)
         return
@@ -51,6 +52,21 @@ def check_config(config: ServeConfig, *, fits_here: bool = False) -> None:
     failure = json.loads(done.stdout.splitlines()[-1])
     if failure:
         raise BY_CODE[failure["code"]](failure["message"])
+
+
+def check_device(config: ServeConfig) -> None:
+    """Refuse GPUs where there is no driver of any, without torch, which takes seconds to load and has the last word."""
+    if config.device == "cuda" and config.engine_node is None and not has_gpu_driver():
+        raise UserError.of("--device", config.device, "this machine has no GPU's driver; allowed here: cpu")
+
+
+def has_gpu_driver() -> bool:
+    """Whether there is what torch asks about GPUs: NVIDIA's library, or AMD's device."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()
+    return True
 
 
 def _installed(module: str) -> bool:

@@ -58,17 +58,18 @@ def _serve(config: ServeConfig, door: GrpcOptions, ray_access: RayAccess) -> Non
     deployment, reason, clean = None, None, True
     try:
         deployment = launch(config, ray_access, _say)
-        host, port = deployment.add_door(door)
+        with stage(_say, "starting the door"):
+            host, port = deployment.add_door(door)
         stopping = _stop_on_signal()
         print("\n".join(_describe(deployment, door, host, port)), flush=True)
         give_back_heap()  # from here on it only waits: what reading the model folder took need not be held
         reason = _wait(deployment, stopping)
     finally:
         if deployment is not None:
-            _say("draining and stopping")
             if deployment.num_launchers > 1:
                 _say("another launcher uses the deployment; it and its Ray go on until that one ends")
-            clean = deployment.close()
+            with stage(_say, "draining and stopping"):
+                clean = deployment.close()
             if logs := deployment.kept_logs():
                 _say(f"the logs are kept in {logs}")
     if reason is not None:
@@ -117,7 +118,8 @@ def _wait(deployment: Deployment, stopping: threading.Event) -> str | None:
 
 def _describe(deployment: Deployment, door: GrpcOptions, host: str, port: int) -> list[str]:
     config, info = deployment.config, deployment.info
-    where = f"{config.hosts} expert hosts" if config.hosts else "experts in the engine's process"
+    hosts = f"{config.hosts} expert host{'s' if config.hosts > 1 else ''}"
+    where = hosts if config.hosts else "experts in the engine's process"
     experts = "/".join(str(n) for n in sorted(set(info["info"]["num_experts"])))
     return [
         f"serving  {info['model_name']}  from {config.model}",

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pregate.base.choices import Kind
 from pregate.base.errors import CheckpointError, UserError
 from pregate.base.strict_json import parse_json
 from pregate.model.adapter import Adapter, is_adapter, text_folder
@@ -113,6 +114,18 @@ class ModelFolder:
         """Its tokenizer, for text to learn from and to measure on; UserError where there is none."""
         return load_tokenizer(self.text_path, self.vocab_size, self.option)
 
+    def check(self, kind: Kind) -> None:
+        """UserError where it is no model of this kind, by its config.json."""
+        has_router = self.fields.get("path_router") is not None
+        if kind == "dense" and self.is_routed:
+            raise self.refuse("is a pregate checkpoint already; allowed: a dense model")
+        if kind not in ("model", "dense") and not self.is_routed:
+            raise self.refuse("is a dense model; convert it first with `pregate convert`")
+        if kind == "layerwise" and has_router:
+            raise self.refuse("already decoupled; allowed: a layer-wise checkpoint of `pregate convert`")
+        if kind == "path router" and not has_router:
+            raise self.refuse("has no path router; make one with `pregate decouple`")
+
     def refuse(self, reason: str) -> UserError:
         """An error that names the option and the folder."""
         return UserError.of(self.option, self.path, reason)
@@ -154,7 +167,7 @@ def read_folder(path: Path, option: str = "--model", parent: Path | None = None)
     for an adapter without its parent (files are told apart by size here, not hashed).
     """
     if not path.exists():
-        raise UserError.of(option, path, "no such path")
+        raise UserError.of(option, path, "no such path; allowed: a model folder")
     if is_gguf(path):
         raise UserError.of(option, path, "is a GGUF file, which `pregate convert` alone reads; allowed: a model folder")
     if not (path / "config.json").is_file():

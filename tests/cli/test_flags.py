@@ -15,8 +15,10 @@ import pytest
 from pregate.base.options import user_options
 from pregate.cli.main import main
 from pregate.cluster.config import RayAccess, ServeConfig
+from pregate.cluster.preflight import has_gpu_driver
 from pregate.convert.tune.options import TuneOptions
 from pregate.router.doors.grpc_options import GrpcOptions
+from tests.convert.test_stages import Named
 
 
 @pytest.mark.parametrize(
@@ -37,9 +39,13 @@ def test_every_option_is_a_flag(
     assert [o.flag for cls in classes for o in user_options(cls).values() if o.flag not in flags] == []
 
 
-def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: Path, tmp_path: Path):
+def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(
+    path_checkpoint: Path, layerwise_checkpoint: Path, tiny_dense: Path, tiny_text: Path, tmp_path: Path
+):
     """In a process of its own, so that what is loaded shows."""
-    model, out = str(path_checkpoint), str(tmp_path / "out")
+    model, out, text = str(path_checkpoint), str(tmp_path / "out"), str(tiny_text)
+    dense, layerwise = str(tiny_dense), str(layerwise_checkpoint)
+    cut = ["--out", out, "--experts", "7", "--shared", "2", "--active", "2", "--calibration", text]
     cases = [
         [
             "convert",
@@ -67,8 +73,20 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: 
         ["generate", "--model", "/no/such", "--prompt", "a"],
         ["serve", "--model", "/no/such"],
         ["serve", "--model", model, "--host", "0.0.0.0"],
+        ["serve", "--model", model, "--host", "2"],
         ["serve", "--model", model, "--max-running", "0"],
+        ["serve", "--model", dense],
+        ["generate", "--model", dense, "--prompt", "a"],
+        ["route", "--model", layerwise, "--prompt", "a"],
+        ["decouple", "--model", dense, "--out", out, "--text", text],
+        ["decouple", "--model", model, "--out", out, "--text", text],
+        ["export", "--model", dense, "--out", out, "--format", "dense"],
+        ["report", "--model", dense, "--out", f"{out}.html", "--text", text],
+        ["convert", "--model", model, *cut],
+        ["convert", "--model", dense, *cut],
     ]
+    if not has_gpu_driver():
+        cases.append(["serve", "--model", model, "--device", "cuda"])
     code = (
         "import json, sys; from pregate.cli.main import main\n"
         "for arguments in json.loads(sys.argv[1]):\n"
@@ -80,6 +98,28 @@ def test_what_is_wrong_is_said_before_anything_heavy_is_loaded(path_checkpoint: 
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(cases)
     assert "--out /proc/out: its parent folder cannot be written" in done.stderr
+    assert "--host 2: takes an address; did you mean --hosts?" in done.stderr
+    assert done.stderr.count(f"--model {dense}: is a dense model; convert it first with `pregate convert`") == 5
+    assert f"--model {layerwise}: has no path router; make one with `pregate decouple`" in done.stderr
+    assert f"--model {model}: is a pregate checkpoint already; allowed: a dense model" in done.stderr
+    assert "--experts 7: does not divide the FFN width" in done.stderr
+
+
+def test_lists_say_what_they_are_of(capsys: pytest.CaptureFixture[str]):
+    assert main(["generate", "--help"]) == main(["decouple", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--stop TEXT..." in shown and "--text PATH..." in shown
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate"])
+def test_the_first_thing_said_is_that_torch_is_loaded(
+    command: str, tiny_path_checkpoint: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+):
+    said = Named()
+    monkeypatch.setattr("pregate.cli.printed.RichProgress", lambda: said)
+    given = {"evaluate": ["--text", str(tiny_text)], "generate": ["--prompt", "O wind", "--max-tokens", "2"]}[command]
+    assert main([command, "--model", str(tiny_path_checkpoint), *given]) == 0
+    assert said.names[0] == "loading torch and transformers" and len(said.names) > 1
 
 
 def test_every_text_that_is_given_counts(tiny_path_checkpoint: Path, tiny_text: Path, tmp_path: Path, capsys):

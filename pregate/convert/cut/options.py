@@ -129,19 +129,23 @@ class ConvertOptions(Recipe):
             return f"with --recipe {self.recipe}, whose {option_name(name)} is {value}"
         return f"with {option_name(name)} {value}"
 
-    def cuts(self, width: int) -> list[LayerCut]:
-        """The cuts a layer whose FFN has `width` neurons may get: one, or one per number of shared experts.
-
-        UserError when the experts do not divide it.
-        """
+    def check_width(self, width: int) -> None:
+        """UserError when the experts do not divide an FFN of `width` neurons."""
         if width % self.experts:
             divisors = [str(n) for n in range(1, 129) if width % n == 0]
             reason = f"does not divide the FFN width {width} of {self.model}; allowed: {', '.join(divisors)}"
             raise UserError.of("--experts", self.experts, reason)
         if self.marks_per_token > width:
             raise UserError.of("--marks-per-token", self.marks_per_token, f"allowed: 1 to {width}, the FFN width")
+
+    def cuts(self, width: int) -> list[LayerCut]:
+        """The cuts a layer whose FFN has `width` neurons may get: one, or one per number of shared experts.
+
+        UserError as of `check_width`.
+        """
         from pregate.model.config import LayerCut
 
+        self.check_width(width)
         size = width // self.experts
         if self.shared is not None:
             return [LayerCut(self.experts - self.shared, self.shared, self.active, size)]

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from pregate.base.errors import UserError
-from pregate.base.options import Device, Dtype, Model, Needs, Out, Parent, TextField, Word, options
+from pregate.base.options import Checkpoint, Device, Dtype, Needs, Out, Parent, TextField, Word, options
 
 
 @options()
@@ -22,7 +22,7 @@ class ExportOptions:
     router's table of tokens as it is, which without a projection to make it of is most of the adapter, or nearly so.
     """
 
-    model: Model
+    model: Checkpoint
     out: Out
     format: Annotated[
         Literal["qwen2_moe", "dense", "adapter"], "A stock mixture class, the dense parent, or what is added to it."

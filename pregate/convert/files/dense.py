@@ -28,8 +28,7 @@ HASHED_BYTES = 2 << 30
 
 def dense_config(folder: ModelFolder) -> Any:
     """Config of a dense model; UserError for a checkpoint that is converted already, or what no model is built of."""
-    if folder.is_routed:
-        raise folder.refuse("is a pregate checkpoint already; allowed: a dense model")
+    folder.check("dense")
     model_type = folder.fields["model_type"]
     if model_type not in CONFIG_MAPPING:
         raise folder.refuse(f"transformers cannot read its config (it does not know model_type {model_type!r})")

@@ -52,8 +52,7 @@ class RoutedShards:
     """
 
     def __init__(self, source: ModelFolder, progress: Progress = QUIET) -> None:
-        if not source.is_routed:
-            raise source.refuse("is a dense model; allowed: a checkpoint of `pregate convert`")
+        source.check("routed")
         self.folder: Path = source.path
         self.manifest = verified(self.folder, progress)
         self.config: Any = RoutedConfig.from_pretrained(self.folder)

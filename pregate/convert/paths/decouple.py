@@ -178,11 +178,8 @@ def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
 
 def _layerwise_config(folder: ModelFolder) -> RoutedConfig:
     """Config of a checkpoint that can be decoupled; UserError says why another cannot."""
-    if not folder.is_routed:
-        raise folder.refuse("is a dense model; convert it first with `pregate convert`")
+    folder.check("layerwise")
     config = RoutedConfig.from_pretrained(folder.path)
-    if config.routing == "path" or config.has_path_router:
-        raise folder.refuse("already decoupled; allowed: a layer-wise checkpoint of `pregate convert`")
     if not any(c.num_active for c in config.cuts):
         raise folder.refuse("has no layer with an active routed expert; there is nothing to route")
     return config

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from pregate.base.choices import Heads, RouterGate, RouterTarget, RouterWeights
 from pregate.base.errors import UserError
-from pregate.base.options import Device, Model, Out, Restart, Seed, TextField, Texts, Word, described, options
+from pregate.base.options import Device, Needs, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 if TYPE_CHECKING:
     from pregate.model.config import PathRouterConfig
@@ -24,7 +25,7 @@ class DecoupleOptions:
     (`size.py`).
     """
 
-    model: Model
+    model: Annotated[Path, Field(description="Layer-wise checkpoint folder."), Needs("layerwise")]
     out: Out
     text: Annotated[Texts, "Text to train on"]
     steps: Annotated[int | None, Field(ge=1), "Training steps.", BY_SIZE] = None

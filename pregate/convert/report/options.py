@@ -11,8 +11,8 @@ from pydantic import Field
 from pregate.base.errors import UserError
 from pregate.base.options import (
     Adapter,
+    CheckpointOrAdapter,
     Device,
-    ModelOrAdapter,
     Needs,
     Parent,
     Seed,
@@ -38,7 +38,7 @@ class ReportOptions:
     place of the model is read with its `parent`.
     """
 
-    model: ModelOrAdapter
+    model: CheckpointOrAdapter
     out: Annotated[Path, "HTML file to write; must not exist.", Needs("nothing")]
     text: Annotated[Texts, "Held-out text"]
     compare: Annotated[tuple[Path, ...], "Checkpoints or dense models to show beside it.", Needs("model")] = ()

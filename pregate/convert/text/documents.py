@@ -14,6 +14,7 @@ from pregate.base.errors import UserError
 from pregate.convert.text.records import record_text
 
 SUFFIXES = (".txt", ".jsonl")
+_ALLOWED = f"allowed: {' and '.join(SUFFIXES)} files, or a folder of them"
 #: Books are cut into documents of about one context: this many characters per token (measured 3.2 to 4.2 for
 #: English), and never more than `MAX_DOCUMENT_TOKENS` tokens' worth, however long the context.
 CHARS_PER_TOKEN = 3.5
@@ -43,7 +44,8 @@ def text_files(paths: Sequence[Path], option: str) -> list[Path]:
     for path in paths:  # one that exists is itself, brackets and stars in its name or not
         found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path), recursive=True)]
         if not found:
-            raise UserError.of(option, path, "no file matches" if glob.has_magic(str(path)) else "no such path")
+            reason = "no file matches" if glob.has_magic(str(path)) else "no such path"
+            raise UserError.of(option, path, f"{reason}; {_ALLOWED}")
         named += found
     for path in named:
         if path.is_dir():
@@ -51,7 +53,7 @@ def text_files(paths: Sequence[Path], option: str) -> list[Path]:
         elif path.suffix in SUFFIXES:
             files.add(path)
         else:
-            raise UserError.of(option, path, f"allowed: {' and '.join(SUFFIXES)} files, or a folder of them")
+            raise UserError.of(option, path, _ALLOWED)
     if not files:
         raise UserError.of(option, " ".join(map(str, paths)), "holds no .txt or .jsonl file")
     return sorted(files)

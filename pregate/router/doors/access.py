@@ -50,7 +50,10 @@ class AccessOptions:
         known = self.token_file is not None or self.tls_client_ca is not None
         if not is_loopback(self.host) and (self.tls_cert is None or not known):
             needed = "needs --tls-cert, --tls-key and --token-file (or --tls-client-ca)"
-            raise UserError.of("--host", self.host, f"{needed}; without them allowed: 127.0.0.1, ::1, localhost")
+            reason = f"{needed}; without them allowed: 127.0.0.1, ::1, localhost"
+            if self.host.isdecimal():
+                reason = "takes an address; did you mean --hosts?"
+            raise UserError.of("--host", self.host, reason)
 
     def read_tls(self) -> tuple[bytes, bytes, bytes | None] | None:
         """Return (certificate chain, key, clients' CA or None) in PEM, or None.

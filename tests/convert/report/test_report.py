@@ -202,7 +202,7 @@ def test_the_command_line(tiny_path_checkpoint: Path, tiny_dense: Path, tiny_tex
         ({"--text": "nowhere.txt"}, "--text nowhere.txt: no such path"),
         ({"--out": "nowhere/report.html"}, "--out nowhere/report.html: its parent folder does not exist"),
         ({"--out": "{text}"}, "exists already; allowed: a file that does not exist yet"),
-        ({"--model": "{dense}"}, "is a dense model; allowed: a routed checkpoint"),
+        ({"--model": "{dense}"}, "is a dense model; convert it first"),
         ({"--parent": "{path}"}, "--parent {path}: is a routed checkpoint; allowed: the dense model it was made from"),
         ({"--compare": "nowhere"}, "--compare nowhere: no such path"),
         ({"--tuned-parent": "{dense}"}, "--tuned-parent {dense}: --model {path} was not tuned"),
