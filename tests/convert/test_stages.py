@@ -59,7 +59,7 @@ def test_report(tiny_path_checkpoint: Path, tiny_dense: Path, tiny_text: Path, t
     heads, named = zip(*(name.split(": ") for name in runs), strict=True)
     assert heads == tuple(f"run {n} of {len(runs)}" for n in range(1, len(runs) + 1))
     assert named[0] == "dense parent" and len(set(named)) == len(named)
-    assert "oracle, 0 routed experts" in named and "who visits what" in named
+    assert "oracle, 0 active" in named and "who visits what" in named
     assert not [name for name in progress.names if name.startswith("scoring")]
 
 

@@ -79,7 +79,7 @@ def measure_quality(
             else:
                 meter = AgreementMeter(compares=False)
                 with with_numbers(model, step, limits[step]):
-                    named = f"{name}, {step.mean:g} routed experts"
+                    named = f"{name}, {step.mean:g} active"
                     score = score_rows(model, rows, meter, progress, policy, named)
                 share, perplexity = round(meter.active_share, 4), round(score.perplexity, 4)
             shares.append(share)
