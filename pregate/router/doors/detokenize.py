@@ -14,6 +14,8 @@ from pregate.router.doors.token_texts import TokenTexts
 _REPLACEMENT = "\ufffd"
 #: A prompt given as ids may end inside a character; UTF-8 characters have at most 4 bytes, hence 4 tokens.
 _MAX_CHARACTER_TOKENS = 4
+#: Where a text ends in bytes that are no character, a cut is looked for among so many places once so many tokens wait.
+_MOST_CUTS, _MOST_WAITING = 8, 32
 #: Of a prompt so many tokens are decoded, and as many more are looked at for one to begin with.
 _TAIL_TOKENS = 16
 
@@ -32,43 +34,57 @@ class Detokenizer:
 
     def __init__(self, texts: TokenTexts, prompt_ids: Sequence[int]) -> None:
         self._texts = texts
-        self._ids = self._tail(prompt_ids)
+        self._ids = self._spoken(self._tail(prompt_ids))
         self._context = 0  # index of the first id that is still decoded
         self._cut = self._end_of_prompt()
         self._released = texts.of(self._ids[: self._cut])
 
     def push(self, token_ids: Sequence[int]) -> str:
         """Add new ids; return the text that is certain now and was not returned before, perhaps none."""
-        self._ids.extend(token_ids)
+        new_ids = self._spoken(token_ids)
+        self._ids.extend(new_ids)
         # Two kinds of tokenizer carry single bytes: byte-level ones join them to characters as they come, so the
         # text must not end in U+FFFD; byte-fallback ones (`<0x0A>`) turn a whole run of bytes to U+FFFD when its end
         # is bad, so such a run must be over (a script that the vocabulary spells in bytes streams word by word at
         # best).
-        window = self._ids[self._context :]
-        if self._ends_in_byte(window):
+        if not new_ids or self._texts.is_byte(new_ids[-1]):
             return ""
+        window = self._ids[self._context :]
         text = self._texts.of(window)
-        return "" if text.endswith(_REPLACEMENT) else self._release(text)
+        if not text.endswith(_REPLACEMENT):
+            return self._release(text, len(window))
+        return self._release_begun(window, text) if len(window) > _MOST_WAITING else ""
 
     def flush(self) -> str:
         """Return the rest at the end of the completion, unfinished characters as U+FFFD."""
-        return self._release(self._texts.of(self._ids[self._context :]))
+        window = self._ids[self._context :]
+        return self._release(self._texts.of(window), len(window))
 
-    def _release(self, text: str) -> str:
+    def _release(self, text: str, num_ids: int) -> str:
+        """Return what is new in the text of so many ids of the window, which nothing changes any more."""
         new = text[len(self._released) :]
         if new:
-            self._context, self._cut = self._cut, len(self._ids)
-            self._released = self._texts.of(self._ids[self._context :])
+            self._context, self._cut = self._cut, self._context + num_ids
+            self._released = self._texts.of(self._ids[self._context : self._cut])
         return new
 
-    def _ends_in_byte(self, token_ids: Sequence[int]) -> bool:
-        """Special tokens are skipped and do not end a run."""
-        for token_id in reversed(token_ids):
-            if self._texts.is_byte(token_id):
-                return True
-            if self._texts.alone(token_id):
-                break
-        return False
+    def _release_begun(self, window: Sequence[int], text: str) -> str:
+        """Of a text that ends in U+FFFD what comes before its last tokens, which alone can still change; else a text
+        of bytes would be decoded from its beginning with every token.
+
+        A character that is begun before a cut ends, or is none, with the three tokens after it: where both sides by
+        themselves say what the whole does, none goes across.
+        """
+        last = len(window) - (_MAX_CHARACTER_TOKENS - 1)
+        for cut in range(last, max(last - _MOST_CUTS, self._cut - self._context), -1):
+            begun = self._texts.of(window[:cut])
+            if begun + self._texts.of(window[cut:]) == text:
+                return self._release(begun, cut)
+        return ""
+
+    def _spoken(self, token_ids: Sequence[int]) -> list[int]:
+        """Those that decoding does not pass over."""
+        return [token_id for token_id in token_ids if not self._texts.is_silent(token_id)]
 
     def _tail(self, prompt_ids: Sequence[int]) -> list[int]:
         for start in range(len(prompt_ids) - _TAIL_TOKENS, max(len(prompt_ids) - 2 * _TAIL_TOKENS, 0), -1):

@@ -13,7 +13,8 @@ _KEPT = 1 << 14
 
 class TokenTexts:
     """One tokenizer's. `alone`: a token's text, none of a special one; `word`: that of a special one too; `is_byte`:
-    whether it is one byte that the vocabulary has no character for (`<0x0A>`)."""
+    whether it is one byte that the vocabulary has no character for (`<0x0A>`); `is_silent`: whether it is a special
+    one, or none of the vocabulary, as if it were not there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -21,6 +22,8 @@ class TokenTexts:
         self.alone = kept(lambda token_id: self._decode([token_id]))
         self.word = kept(lambda token_id: tokenizer.decode([token_id], skip_special_tokens=False))
         self.is_byte = kept(self._is_byte)
+        special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+        self.is_silent = kept(lambda token_id: token_id in special or tokenizer.id_to_token(token_id) is None)
 
     def of(self, token_ids: Sequence[int]) -> str:
         """Their text, without special tokens."""
