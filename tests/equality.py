@@ -1,9 +1,9 @@
 """What "equal to the reference" means, in one place (design: contracts, reference model and equality).
 
 Floating-point sums in another order differ in the last bits. So: while the served text follows the reference's own
-greedy text, every logit is within `LOGIT_TOLERANCE` and every path equal; they may part only at a position where the
-reference's own margin (its top two logits, or how far a layer's gate scores are from another choice) is below
-`MIN_MARGIN`.
+text, every logit is within `LOGIT_TOLERANCE` and every path equal; they may part only at a position where the
+reference's own margin (its top two logits, of a text that is drawn the top two scores of the draw, or how far a layer's
+gate scores are from another choice) is below `MIN_MARGIN`.
 Such a position is excused, and comparison of that text ends there. Excused positions are counted and bounded.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ MAX_EXCUSED_SHARE = 1 / 5000
 
 @dataclass
 class ReferenceText:
-    """Greedy text of one prompt by the reference model.
+    """One prompt's text by the reference model.
 
     `logits` [N, V] and `margin` [N] per generated position; `paths` int64 [N_all - 1, L, K] and `path_margin`
     [N_all - 1, L] per input token (the last generated token is never an input).
@@ -61,38 +62,47 @@ class _RecordingGates:
         return ids, torch.stack([torch.cat(layer) for layer in self.margins], dim=1)
 
 
+#: Given the logits [V] of a position, the scores [V] of which the highest is picked.
+Scores: TypeAlias = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+def _as_they_are(logits_V: torch.Tensor, position: int) -> torch.Tensor:
+    return logits_V
+
+
 @torch.inference_mode()
 def reference_text(
     model: RoutedForCausalLM,
     prompt: Sequence[int],
     max_tokens: int,
-    pick: Callable[[torch.Tensor, int], int] | None = None,
+    scores: Scores = _as_they_are,
 ) -> ReferenceText:
     """Generate with the reference model in one process, keeping logits, paths and margins.
 
-    Greedy, or `pick(logits, position)` chooses each token; a text so chosen has no margin to be excused by.
+    The token at `position` is the one of the highest `scores(logits_V, position)`, and its margin that to the next:
+    greedy, where these are the logits.
     """
     exact = model.config.routing == "path"
     gates = _RecordingGates(len(model.config.cuts))
     if not exact:
         model.routing_policy = gates
-    ids, cache, tokens, logits = torch.tensor([list(prompt)]), None, [], []
+    ids, cache, tokens, logits, margin = torch.tensor([list(prompt)]), None, [], [], []
     for _ in range(max_tokens):
         output = model(ids, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits.append(output.logits[0, -1])
-        tokens.append(pick(logits[-1], len(prompt) + len(tokens)) if pick else int(logits[-1].argmax()))
+        of_token_V = scores(logits[-1], len(prompt) + len(tokens))
+        tokens.append(int(of_token_V.argmax()))
+        first, second = of_token_V.topk(2).values
+        margin.append(first - second)
         ids = torch.tensor([[tokens[-1]]])
     model.routing_policy = None
-    stacked = torch.stack(logits)
-    top = stacked.topk(2, dim=-1).values
     if exact:
         paths = torch.from_numpy(model.paths([*prompt, *tokens[:-1]]).ids.astype(np.int64))
         path_margin = torch.full(paths.shape[:2], torch.inf)
     else:
         paths, path_margin = gates.stacked()
-    margin = torch.full((len(tokens),), torch.inf) if pick else top[:, 0] - top[:, 1]
-    return ReferenceText(list(prompt), tokens, stacked, margin, paths, path_margin)
+    return ReferenceText(list(prompt), tokens, torch.stack(logits), torch.stack(margin), paths, path_margin)
 
 
 def refuse_degenerate(texts: Sequence[ReferenceText]) -> None:
@@ -106,9 +116,11 @@ def refuse_degenerate(texts: Sequence[ReferenceText]) -> None:
             )
 
 
-def reference_texts(model: RoutedForCausalLM, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[ReferenceText]:
-    """The greedy text of every prompt; ValueError where they would show little."""
-    texts = [reference_text(model, prompt, max_tokens) for prompt in prompts]
+def reference_texts(
+    model: RoutedForCausalLM, prompts: Sequence[Sequence[int]], max_tokens: int, scores: Scores = _as_they_are
+) -> list[ReferenceText]:
+    """The text of every prompt; ValueError where they would show little."""
+    texts = [reference_text(model, prompt, max_tokens, scores) for prompt in prompts]
     refuse_degenerate(texts)
     return texts
 

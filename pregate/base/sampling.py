@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +11,8 @@ from pregate.base.errors import UserError
 #: Of who names no max_tokens, over gRPC (the proto says so too) and on the command line.
 DEFAULT_MAX_TOKENS = 64
 MAX_SEED = (1 << 63) - 1
+#: OpenAI's is 2. Far above, every token is as likely as any other, and float32 ends.
+MAX_TEMPERATURE = 100
 MAX_TOP_LOGPROBS = 20
 MAX_COMPLETIONS = 128
 MAX_STOP_STRINGS = 16
@@ -25,14 +26,14 @@ _NUMBERS: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
     {
         "max_tokens": (lambda v: v >= 1, "must be at least 1"),
         "min_tokens": (lambda v: 0 <= v <= MAX_TOKENS, f"must be 0 or more, at most {MAX_TOKENS}"),
-        "temperature": (lambda v: math.isfinite(v) and v >= 0, "must be 0 (greedy) or a finite number above 0"),
+        "temperature": (lambda v: 0 <= v <= MAX_TEMPERATURE, f"must be 0 (greedy) to {MAX_TEMPERATURE}"),
         "top_p": (lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
         "top_k": (
             lambda v: 0 <= v <= MAX_TOKENS,
             f"must be 0 (every token) or a number of tokens, at most {MAX_TOKENS}",
         ),
         "min_p": (lambda v: 0 <= v <= 1, "must be 0 to 1"),
-        "repetition_penalty": (lambda v: math.isfinite(v) and v > 0, "must be a finite number above 0"),
+        "repetition_penalty": (lambda v: 0.01 <= v <= 100, "must be 0.01 to 100"),
         "presence_penalty": (lambda v: -2 <= v <= 2, "must be -2 to 2"),
         "frequency_penalty": (lambda v: -2 <= v <= 2, "must be -2 to 2"),
         "seed": (lambda v: 0 <= v <= MAX_SEED, f"must be 0 to {MAX_SEED}"),

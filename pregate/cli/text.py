@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Adapter, Needs, Word, check_adapter, follow_adapter, options
-from pregate.base.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, check_stop_strings, most_tokens
+from pregate.base.sampling import DEFAULT_MAX_TOKENS, MAX_SEED, MAX_TEMPERATURE, check_stop_strings, most_tokens
 from pregate.cli.flags import command
 from pregate.cli.printed import Output, loading
 from pregate.cli.target import SERVERS, Credentials, Patience, open_client
@@ -61,7 +62,7 @@ class Sampling:
         Field(ge=1, description="New tokens at most."),
         Word(f"{DEFAULT_MAX_TOKENS}, or what the context leaves", written=False),
     ] = None
-    temperature: Annotated[float, Field(ge=0, description="0 is greedy.")] = 0.0
+    temperature: Annotated[float, Field(ge=0, le=MAX_TEMPERATURE, description="0 is greedy.")] = 0.0
     top_p: Annotated[
         float, Field(gt=0, le=1, description="Sample from the likeliest tokens of this total probability.")
     ] = 1.0
@@ -131,10 +132,11 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     _check_length(ids, folder.context_tokens)  # of a few models more than what they can be run with
     model, progress = _load(folder)
     import torch
-    from transformers import StoppingCriteriaList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     from pregate.router.doors.completion_text import CompletionText
     from pregate.router.doors.token_texts import TokenTexts
+    from pregate.router.engine.sampling import scores
     from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
 
     context = model.config.context_tokens
@@ -142,17 +144,20 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     max_tokens = most_tokens(
         sampling.max_tokens or DEFAULT_MAX_TOKENS, len(ids), context, cut=sampling.max_tokens is None
     )
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
+    params = SamplingParams(
+        max_tokens, sampling.temperature, sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
+        min_tokens=sampling.min_tokens,
+    )  # fmt: skip
     picking: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature:
-        picking = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
-        picking |= {"top_k": sampling.top_k, "min_p": sampling.min_p or None}
+    if sampling.temperature:  # drawn as an engine draws: with a seed it is the same text
+        seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
+        picking["logits_processor"] = LogitsProcessorList(
+            [lambda ids_BN, logits_BV: scores(logits_BV[0], params, seed, ids_BN.shape[1])[None]]
+        )
     if sampling.repetition_penalty is not None:
         picking["repetition_penalty"] = sampling.repetition_penalty
     if sampling.min_tokens:
         picking["min_new_tokens"] = sampling.min_tokens
-    params = SamplingParams(max_tokens, min_tokens=sampling.min_tokens)
     asked, stops = SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings)
     text = CompletionText(TokenTexts(tokenizer), asked, stops, 0)
 

@@ -14,6 +14,7 @@ import pytest
 from pregate.cli.main import _app, _list_options, _spread, main
 from pregate.client import connection
 from pregate.convert.cut.options import RECIPES
+from tests.equality import reference_text
 
 DECOUPLE = ("--model", "TINY", "--out", "/no/such", "--text", "/no/such")
 
@@ -57,6 +58,7 @@ def fails(capsys, *arguments):
         (["generate", "--model", "/no/such", "--prompt", "a"], "--model /no/such: no such path"),
         (["generate", "--model", "TINY", "--prompt", "a", "--max-tokens", "0"], "--max-tokens 0"),
         (["generate", "--model", "TINY", "--prompt", "a", "--temperature", "-1"], "--temperature -1"),
+        (["generate", "--model", "TINY", "--prompt", "a", "--temperature", "1e39"], "1e39: allowed: 0 to 100"),
         (["generate", "--model", "TINY", "--prompt", ""], "--prompt of 0 tokens"),
         (["generate", "--model", "TINY", "--prompt", "a", "--stop", ""], "--stop of 0 characters: must be 1 to 256"),
         (["generate", "--model", "TINY", "--prompt", "a\udcff"], "--prompt: half of a surrogate pair ('\\udcff')"),
@@ -125,6 +127,20 @@ def test_generate_in_this_process_is_the_reference(capsys, path_checkpoint):
     assert (result["finish_reason"], result["prompt_tokens"], result["completion_tokens"]) == ("length", 3, 6)
 
 
+def test_what_is_drawn_in_this_process_is_what_an_engine_draws(capsys, path_checkpoint):
+    from pregate.model.modeling import RoutedForCausalLM
+    from pregate.router.engine.sampling import scores
+    from pregate.router.link.messages import SamplingParams
+
+    asked = ["--prompt", "abc", "--max-tokens", "12", "--temperature", "1.5", "--top-k", "50", "--seed", "7", "--json"]
+    assert main(["generate", "--model", str(path_checkpoint), *asked]) == 0
+    params, prompt = SamplingParams(12, 1.5, top_k=50), [ord(c) - ord("!") for c in "abc"]
+    model = RoutedForCausalLM.from_pretrained(path_checkpoint)
+    text = reference_text(model, prompt, 12, lambda logits_V, at: scores(logits_V, params, 7, at))
+    drawn = json.loads(capsys.readouterr().out)["token_ids"]
+    assert drawn == text.tokens[: len(drawn)] and len(set(drawn)) > 6
+
+
 def test_route_in_this_process(capsys, path_checkpoint):
     assert main(["route", "--model", str(path_checkpoint), "--prompt", "abc", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -171,7 +187,9 @@ def test_doctor_takes_what_serve_takes_and_refuses_what_it_refuses(capsys, layer
     assert re.search(r"KV cache +(4\.00|3\.9\d) MB", out)
     assert main([*asked, "10000GB", "--token-file", str(tokens)]) == 1
     out = capsys.readouterr().out
-    assert re.search(r"FAIL model +--kv-cache-memory 10TB: allowed: at most [\d.]+[MG]B, the memory that is free", out)
+    assert re.search(
+        r"FAIL model +--kv-cache-memory 10000000000000: allowed: at most \d+, the bytes that are free", out
+    )
     assert "FAIL door's files" in out and "--token-file" in out
     assert main([*asked, "lots"]) == 2
     error = capsys.readouterr().err

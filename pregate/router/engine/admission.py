@@ -41,6 +41,9 @@ class Admission:
         seed = sampling.seed if sampling.seed is not None else secrets.randbits(62)
         penalty = self.repetition_penalty if sampling.repetition_penalty is None else sampling.repetition_penalty
         ends = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self.eos_ids)
+        if sampling.min_tokens > request.num_generated and len(ends) >= self.vocab_size:
+            sentence = "with stop_token_ids of the whole vocabulary leaves no token; allowed: 0"
+            raise UserError.of("min_tokens", sampling.min_tokens, sentence)
         now_s = time.monotonic()
         deadline_s = None if request.deadline_s is None else now_s + request.deadline_s
         hosts = np.zeros(num_hosts, dtype=np.int64)

@@ -3,7 +3,7 @@
 What a request asks for is computed for all its rows at once; transformers' logits processors, which these are held to
 in the tests, take one value for a whole batch and sort the vocabulary.
 
-Shape letters: B rows, V vocabulary, N blocks of it, W tokens of a block, P places of a row.
+Shape letters: B rows, V vocabulary, P places of a row, H bins of probabilities.
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from torch.nn import functional as F
 
 from pregate.base.completion import TokenLogprob
 from pregate.base.device import to_device
+from pregate.router.engine.noise import log_uniform
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import SamplingParams
 
-#: Tokens whose probabilities are added up before a draw looks into them one by one.
-_BLOCK = 256
 #: Probabilities held at once on the CPU: temporaries of a MB come from memory that is there already and stay in cache.
 _CHUNK = 1 << 18
 
@@ -31,15 +30,18 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:
     A draw depends on the request's seed and the position alone, never on batch mates.
     """
     logits_BV = _processed(logits_BV, sequences)
-    tokens_B = logits_BV.argmax(dim=-1)
     drawn = [b for b, s in enumerate(sequences) if s.sampling.temperature > 0]
+    if len(drawn) < len(sequences):
+        tokens_B = logits_BV.argmax(dim=-1)
+    else:
+        tokens_B = torch.empty(len(drawn), dtype=torch.int64, device=logits_BV.device)
     if drawn:
         size = len(drawn) if logits_BV.is_cuda else max(1, _CHUNK // logits_BV.shape[1])
         for rows in [drawn[n : n + size] for n in range(0, len(drawn), size)]:
             chosen = [sequences[b] for b in rows]
-            uniform = [_uniform(s.seed, len(s.token_ids)) for s in chosen]
+            asked = [s.sampling for s in chosen], [s.seed for s in chosen], [len(s.token_ids) for s in chosen]
             where = to_device(torch.tensor(rows), logits_BV.device)
-            tokens_B[where] = _draw(logits_BV[where], [s.sampling for s in chosen], uniform)
+            tokens_B[where] = _race(logits_BV[where], *asked).argmax(dim=-1)
     return tokens_B.tolist()
 
 
@@ -106,34 +108,31 @@ def _add(
 
 def draw(logits_V: torch.Tensor, sampling: SamplingParams, seed: int, position: int) -> int:
     """Draw the token at `position` of a text: a function of logits, seed and position alone."""
-    return int(_draw(logits_V[None], [sampling], [_uniform(seed, position)]))
+    return int(scores(logits_V, sampling, seed, position).argmax())
 
 
-def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) of its own for each seed and position (Philox counter)."""
-    return np.random.Generator(np.random.Philox(key=[seed, position])).random()
+def scores(logits_V: torch.Tensor, sampling: SamplingParams, seed: int, position: int) -> torch.Tensor:
+    """The perturbed log-probabilities float64 [V] of which a draw takes the highest: by how far says how safe it is."""
+    return -(-_race(logits_V[None], [sampling], [seed], [position])[0].double()).log()
 
 
-def _draw(logits_BV: torch.Tensor, sampling: Many[SamplingParams], uniform: Many[float]) -> torch.Tensor:
-    """One token id per row [B]: the first, in order of ids, whose probability and those before it exceed `uniform`."""
-    device, (num_rows, vocabulary) = logits_BV.device, logits_BV.shape
-    p_BV = chances(logits_BV, sampling)
-    # Looked for in two steps: sums of blocks first, then the tokens of one block.
-    p_BNW = F.pad(p_BV, (0, -vocabulary % _BLOCK)).unflatten(1, (-1, _BLOCK))
-    target_B1 = to_device(torch.tensor(uniform, dtype=torch.float64), device)[:, None]
-    until_BN = p_BNW.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    block_B1, rest_B1 = _find(until_BN, target_B1 * until_BN[:, -1:])
-    until_BW = p_BNW[torch.arange(num_rows, device=device), block_B1[:, 0]].cumsum(dim=-1, dtype=torch.float64)
-    token_B1 = block_B1 * _BLOCK + _find(until_BW, rest_B1)[0]
-    return token_B1[:, 0].clamp_max(vocabulary - 1)  # only of logits that are not numbers is it beyond
+def _race(
+    logits_BV: torch.Tensor, sampling: Many[SamplingParams], seeds: Many[int], positions: Many[int]
+) -> torch.Tensor:
+    """Of each token [B, V] how long it takes, below 0; the first is drawn, each as often as its share says.
+
+    Exponential races (Gumbel-max): where rounding moves every share a little, another token wins only if the first two
+    are as close. A number looked up in a running sum would part at any of the V bounds.
+    """
+    return log_uniform(seeds, positions, logits_BV.shape[1], logits_BV.device).div_(chances(logits_BV, sampling))
 
 
 def chances(logits_BV: torch.Tensor, sampling: Many[SamplingParams]) -> torch.Tensor:
     """Of each token its share of being drawn [B, V]: 0 of those that are left out, the others in proportion."""
     device, vocabulary = logits_BV.device, logits_BV.shape[1]
     x_BV = logits_BV.float()
-    smallest = torch.finfo(torch.float32).tiny
-    heat_B1 = to_device(torch.tensor([max(s.temperature, smallest) for s in sampling]), device)[:, None]
+    least, most = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    heat_B1 = to_device(torch.tensor([min(max(s.temperature, least), most) for s in sampling]), device)[:, None]
     kept = [b for b, s in enumerate(sampling) if 0 < s.top_k < vocabulary]
     if kept:
         rows = to_device(torch.tensor(kept), device)
@@ -154,15 +153,6 @@ def chances(logits_BV: torch.Tensor, sampling: Many[SamplingParams]) -> torch.Te
         some_BV = p_BV[rows]
         p_BV[rows] = some_BV.masked_fill(some_BV < min_p_B1 * some_BV.amax(dim=-1, keepdim=True), 0.0)
     return p_BV
-
-
-def _find(until_BN: torch.Tensor, target_B1: torch.Tensor, right: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first place whose running sum exceeds the target [B, 1] (reaches it, unless `right`), and what is left of
-    the target there [B, 1]."""
-    last_B1 = until_BN[:, -1:]  # sums taken in another order differ in their last bits
-    target_B1 = torch.minimum(target_B1, torch.nextafter(last_B1, torch.zeros_like(last_B1)) if right else last_B1)
-    place_B1 = torch.searchsorted(until_BN, target_B1, right=right).clamp_max(until_BN.shape[1] - 1)
-    return place_B1, target_B1 - F.pad(until_BN, (1, 0)).gather(1, place_B1)
 
 
 def _top_p(p_BV: torch.Tensor, top_p_B1: torch.Tensor) -> torch.Tensor:
@@ -187,5 +177,6 @@ def _reach(bin_BV: torch.Tensor, p_BV: torch.Tensor, mass_B1: torch.Tensor, num_
     """The bin [B, 1] at which `p`, added up from the highest bin down, reaches `mass`, and what that bin must give."""
     mass_BH = p_BV.new_zeros(len(p_BV), num_bins, dtype=torch.float64).scatter_add_(1, bin_BV.long(), p_BV.double())
     until_BH = mass_BH.flip(1).cumsum(dim=-1)
-    place_B1, missing_B1 = _find(until_BH, mass_B1, right=False)
-    return num_bins - 1 - place_B1, missing_B1
+    mass_B1 = torch.minimum(mass_B1, until_BH[:, -1:])  # sums taken in another order differ in their last bits
+    place_B1 = torch.searchsorted(until_BH, mass_B1).clamp_max(num_bins - 1)
+    return num_bins - 1 - place_B1, mass_B1 - F.pad(until_BH, (1, 0)).gather(1, place_B1)

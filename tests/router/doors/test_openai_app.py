@@ -109,7 +109,7 @@ def test_text_equals_that_over_grpc_streamed_and_not(http, endpoint, tiny_path_c
             "max_tokens 254: with a prompt of 3 tokens exceeds",
             {"prompt": [5] * 3, "max_tokens": 254},
         ),
-        (400, "invalid_argument", "temperature -1.0: must be 0 (greedy) or a finite number", {"temperature": -1}),
+        (400, "invalid_argument", "temperature -1.0: must be 0 (greedy) to 100", {"temperature": -1}),
         (400, "invalid_argument", "prompt of 256 tokens: longer than the context of 256", {"prompt": [5] * 256}),
         (400, "invalid_argument", "prompt of 0 tokens", {"prompt": []}),
         (400, "invalid_argument", "prompt of 300 prompts: allowed: at most 512", {"prompt": ["a"] * 300, "n": 2}),

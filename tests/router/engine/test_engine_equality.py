@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.engine.engine import Engine
+from pregate.router.engine.sampling import scores
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from tests.equality import ReferenceText, Tally, reference_texts
 from tests.router.serving import engine_of, hosts_here
 
 NUM_NEW = 24
+SEED = 5
+DRAWN = SamplingParams(NUM_NEW, 1.0, seed=SEED, ignore_eos=True)
 #: Prompts with equal beginnings and without, shorter and longer than a block.
 PROMPTS = [[1, *range(30, 30 + n)] for n in (3, 40, 52)] + [[7, *range(90, 90 + n, 2)] for n in (30, 75)]
 
@@ -37,9 +41,11 @@ def token_bytes(checkpoint: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def references(checkpoint) -> list[ReferenceText]:
+def references(checkpoint) -> dict[str, list[ReferenceText]]:
+    """The greedy texts, and those that are drawn."""
     model = RoutedForCausalLM.from_pretrained(checkpoint).float().eval()
-    return reference_texts(model, PROMPTS, NUM_NEW)
+    drawn = reference_texts(model, PROMPTS, NUM_NEW, lambda logits_V, at: scores(logits_V, DRAWN, SEED, at))
+    return {"greedy": reference_texts(model, PROMPTS, NUM_NEW), "drawn": drawn}
 
 
 def play(engine: Engine, seed: int) -> dict[str, list[int]]:
@@ -52,7 +58,7 @@ def play(engine: Engine, seed: int) -> dict[str, list[int]]:
     for _ in range(5000):
         if todo and generator.random() < 0.4:
             name, prompt, temperature = todo.pop()
-            sampling = SamplingParams(NUM_NEW, float(temperature), seed=5, ignore_eos=True)
+            sampling = replace(DRAWN, temperature=float(temperature))
             engine.submit(SubmitRequest(str(name), tuple(PROMPTS[int(prompt)]), sampling))
         for event in engine.step():
             if isinstance(event, TokensEvent):
@@ -84,8 +90,10 @@ def test_texts_are_the_references_under_random_arrivals(
     assert (info["prefix_tokens"] > 0) == sharing
     tally = Tally()
     for texts in rounds:
-        for n, reference in enumerate(references):
+        for n, reference in enumerate(references["greedy"]):
             for copy in range(2):
                 tally.compare_text(f"prompt {n}", reference, texts[f"{n}-{copy}"])
-        assert texts["noise-2"] == rounds[0]["noise-2"] and len(texts["noise-0"]) == 5
+        for n, reference in list(enumerate(references["drawn"]))[2:]:
+            tally.compare_text(f"drawn {n}", reference, texts[f"noise-{n}"])
+        assert len(texts["noise-0"]) == 5
     tally.check()

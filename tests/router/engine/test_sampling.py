@@ -6,7 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pregate.router.engine import sampling
-from pregate.router.engine.sampling import draw, sample
+from pregate.router.engine.noise import log_uniform
+from pregate.router.engine.sampling import chances, draw, sample
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import SamplingParams
 
@@ -20,11 +21,67 @@ def test_temperature_zero_takes_the_largest():
     assert sample(torch.tensor([[0.0, 3.0, 1.0]]), [sequence()]) == [1]
 
 
-def test_draws_follow_the_distribution():
-    logits = torch.tensor([[0.0, 1.0, 2.0]])
-    drawn = [sample(logits, [sequence(seed=s, temperature=1.0)])[0] for s in range(4000)]
-    share = np.bincount(drawn, minlength=3) / 4000
-    assert np.abs(share - logits[0].softmax(0).numpy()).max() < 0.03
+def misfit(drawn, share_V):
+    """Chi-squared of draws against the shares they should have, over its degrees of freedom: about 1."""
+    expected = share_V * len(drawn)
+    seen = np.bincount(drawn, minlength=len(share_V))
+    return ((seen - expected) ** 2 / expected).sum() / (len(share_V) - 1)
+
+
+@pytest.mark.parametrize("by", ["seed", "position"])
+def test_draws_follow_the_distribution(by):
+    """Over seeds as over the positions of one text; and those of neighbours have nothing to do with each other."""
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5])
+    share_V = logits.softmax(0).double().numpy()
+    num = 100_000
+    places = (range(num), [7] * num) if by == "seed" else ([7] * num, range(num))
+    drawn = sampling._race(logits.expand(num, 5), [SamplingParams(1, 1.0)] * num, *places).argmax(-1).numpy()
+    assert misfit(drawn, share_V) < 4.6  # of 4 degrees of freedom: one in 1,000 has more
+    for lag in (1, 2, 64):
+        assert misfit(drawn[lag:] * 5 + drawn[:-lag], np.outer(share_V, share_V).ravel()) < 2.1
+
+
+def test_any_token_of_a_large_vocabulary_is_as_likely_as_it_says():
+    """By its id and by its likelihood, with rare ones among them."""
+    size, num = 49_152, 1500
+    logits = torch.linspace(0, -6, size)[torch.randperm(size, generator=torch.Generator().manual_seed(1))]
+    drawn = np.concatenate(
+        [sample(logits.expand(50, size), [sequence(seed=s, temperature=1.0) for s in range(n, n + 50)])
+         for n in range(0, num, 50)]
+    )  # fmt: skip
+    share_V = logits.softmax(0).double()
+    by_id = share_V.view(64, -1).sum(-1).numpy()
+    assert misfit(drawn // (size // 64), by_id) < 1.5
+    order = logits.argsort()
+    place_V = torch.empty_like(order).scatter_(0, order, torch.arange(size))
+    by_place = share_V[order].cumsum(0).mul(31.999).long()  # 32 bins of about the same mass
+    mass = np.bincount(by_place.numpy(), share_V[order].numpy(), 32)
+    assert misfit(by_place[place_V[drawn]].numpy(), mass) < 1.7
+    assert len(set(drawn.tolist())) > num * 0.95
+
+
+def test_noise_of_a_row_is_its_own_and_above_all_finite():
+    rows = log_uniform([3, 3, 4, (1 << 63) - 1], [0, 1, 0, 1 << 31], 100_000, torch.device("cpu"))
+    assert rows.isfinite().all() and (rows < 0).all()
+    assert torch.equal(rows[2:3, :500], log_uniform([4], [0], 500, torch.device("cpu")))
+    assert torch.corrcoef(rows).fill_diagonal_(0).abs().max() < 0.02
+    assert torch.corrcoef(torch.stack([rows[0, :-1], rows[0, 1:]]))[0, 1].abs() < 0.02
+    for row in rows:  # exponential: as many below each quantile as there should be
+        at = torch.tensor([1e-4, 1e-3, 0.1, 0.5, 0.9, 0.999])
+        below = (1 - row.exp()[:, None] < at).double().mean(0)
+        assert ((below - at).abs() < 5 * (at * (1 - at) / 100_000).sqrt()).all()
+
+
+def test_rounding_moves_a_draw_only_where_the_first_two_are_as_close():
+    """One logit that is higher by 2e-6 moves every bound of a running sum; a number looked up in it flipped twice."""
+    logits = torch.zeros(300, 49_152)
+    logits[:, 0] = 10.0
+    moved = logits.clone()
+    moved[:, 0] += 2e-6
+    sequences = [sequence(seed=s, temperature=1.0) for s in range(300)]
+    drawn = sample(logits, sequences)
+    assert 30 < drawn.count(0) < 270
+    assert sample(moved, sequences) == drawn
 
 
 def test_top_p_keeps_the_smallest_sufficient_set():
@@ -100,6 +157,18 @@ def test_a_row_that_is_not_numbers_harms_no_other():
     drawn = sample(logits, sequences)
     assert (drawn[0], drawn[2]) == (clean[0], clean[2])
     assert 0 <= drawn[1] < 300
+
+
+@pytest.mark.parametrize("option", [{"top_k": 5}, {"top_p": 0.02}, {"min_p": 0.9}, {"min_tokens": 9}])
+def test_no_temperature_leaves_what_is_kept(option):
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(2))
+    logits[0, 299] = 9.0
+    for temperature in (1e-3, 1.0, 100.0, 1e39):
+        one = sequence(temperature=temperature, **option)
+        one.end_ids = frozenset({299})
+        kept = chances(sampling._processed(logits, [one]), [one.sampling])[0] > 0
+        for one.seed in range(30):
+            assert kept[sample(logits, [one])[0]]
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-60])
