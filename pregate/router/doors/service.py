@@ -29,6 +29,7 @@ from pregate.router.doors.token_texts import TokenTexts
 from pregate.router.link.client import EngineClient
 from pregate.router.link.engines import OPTIONS, Engine, Engines
 from pregate.router.link.messages import SamplingParams, SubmitRequest, check_prompt
+from pregate.router.link.path_client import PathClient
 
 #: How long the first token may take before a door is called ready.
 _PROOF_S = 10.0
@@ -69,7 +70,7 @@ class DoorService:
         model_name: str,
         *,
         options: ServiceOptions | None = None,
-        path_client: EngineClient | None = None,
+        path_client: PathClient | None = None,
     ) -> None:
         self.model_name, self.metrics = model_name, RequestMetrics()
         self._engine, self._paths = engine_client, path_client
@@ -331,7 +332,7 @@ def connect_service(
     engine_endpoints: Sequence[str], path_endpoint: str | None, tokenizer_dir: str | Path, model_name: str
 ) -> DoorService:
     """A service over the engines and the path service (None: there is none) at these endpoints."""
-    paths = None if path_endpoint is None else EngineClient(path_endpoint, name="the path service")
+    paths = None if path_endpoint is None else PathClient(path_endpoint)
     if len(engine_endpoints) == 1:
         return DoorService(EngineClient(engine_endpoints[0]), tokenizer_dir, model_name, path_client=paths)
     engines = [EngineClient(e, options=OPTIONS, name=f"engine {n}") for n, e in enumerate(engine_endpoints)]

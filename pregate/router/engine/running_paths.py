@@ -41,6 +41,7 @@ class RunningPaths:
         else:
             (paths,), (state,) = self.computer.extend([self.computer.new_state()], [sequence.token_ids])
             sequence.paths = PackedPaths.of(paths, self._max_id)
+        sequence.state_bytes = state.kept.nbytes
         sequence.path_slot = self._slots.put(state, len(sequence.token_ids))
 
     def _state_of(self, packed: PackedState, num_tokens: int) -> PathState:

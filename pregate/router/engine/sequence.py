@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pregate.base.completion import TokenLogprob
-from pregate.router.link.messages import SamplingParams
+from pregate.router.link.messages import TOKEN_BYTES, SamplingParams
 
 if TYPE_CHECKING:
     from pregate.model.packed_paths import PackedPaths
@@ -25,8 +25,8 @@ class Sequence:
     of the generated tokens it came with.
 
     `paths` has the path of every known token when paths are exact, else it is None; `path_slot` is where the path
-    router's state of it lies. `arrival` numbers requests in the order they came; it can run, and
-    has been passed over, since `ready_s`. `next_rows_U` are the rows that its last token asks of each unit,
+    router's state of it lies, which takes `state_bytes`. `arrival` numbers requests in the order they came; it can run,
+    and has been passed over, since `ready_s`. `next_rows_U` are the rows that its last token asks of each unit,
     `unit_counts` the hosts' hits, misses and seconds waited before it came. It came at `came_s`, its first step began
     at `begun_s`, and its first token was there at `first_token_s`, by the monotonic clock.
     """
@@ -49,6 +49,7 @@ class Sequence:
     num_resumed: int = 0
     paths: PackedPaths | None = None
     path_slot: int | None = None
+    state_bytes: int = 0
     arrival: int = -1
     is_running: bool = False
     ready_s: float = 0.0
@@ -59,7 +60,7 @@ class Sequence:
     traceparent: str = ""
     begun_s: float | None = None
     first_token_s: float | None = None
-    _chunk_rows: tuple[int, np.ndarray] | None = None
+    _chunk_rows: tuple[tuple[int, int], np.ndarray] | None = None
 
     @property
     def order(self) -> tuple[int, int]:
@@ -80,11 +81,17 @@ class Sequence:
         """The rows that its pending tokens, at most so many, ask of each unit, uint16 [U]. It must have paths."""
         if self.next_rows_U is not None and len(self.token_ids) - self.num_computed == 1:  # read for all in each step
             return self.next_rows_U
-        if self._chunk_rows is None or self._chunk_rows[0] != self.num_computed:
+        piece = self.num_computed, min(len(self.token_ids), self.num_computed + most)
+        if self._chunk_rows is None or self._chunk_rows[0] != piece:
             assert self.paths is not None
-            paths = self.paths.slice(self.num_computed, min(len(self.token_ids), self.num_computed + most))
-            self._chunk_rows = self.num_computed, layout.rows(paths.ids)
+            self._chunk_rows = piece, layout.rows(self.paths.slice(*piece).ids)
         return self._chunk_rows[1]
+
+    def placed(self, was_U: np.ndarray) -> None:
+        """Unit u was `was_U[u]` until now."""
+        self._chunk_rows = None
+        if self.next_rows_U is not None:
+            self.next_rows_U = self.next_rows_U[was_U]
 
     @property
     def wants_prompt_logits(self) -> bool:
@@ -107,5 +114,5 @@ class Sequence:
 
     @property
     def waiting_bytes(self) -> int:
-        """What it holds while it waits: its tokens and their paths."""
-        return 8 * len(self.token_ids) + (0 if self.paths is None else self.paths.nbytes)
+        """What it holds while it waits, as `SubmitRequest.num_bytes`."""
+        return TOKEN_BYTES * len(self.token_ids) + (0 if self.paths is None else self.paths.nbytes + self.state_bytes)

@@ -13,9 +13,10 @@ import zmq
 import zmq.asyncio
 
 from pregate.base import log
-from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, UnavailableError
+from pregate.base.errors import BY_CODE, DeadlineError, PregateError, ProtocolError, QueueFullError, UnavailableError
 from pregate.router.link.endpoint import ipc_file
 from pregate.router.link.engine_health import EngineClientOptions, EngineHealth
+from pregate.router.link.merging import drain, merged
 from pregate.router.link.messages import (
     ABORTED,
     CancelRequest,
@@ -32,7 +33,8 @@ from pregate.router.link.messages import (
     SubmitRequest,
     TokensEvent,
 )
-from pregate.router.link.packet import MAX_PACKET_BYTES, pack, unpack
+from pregate.router.link.packet import MAX_PACKET_BYTES, unpack
+from pregate.router.link.sender import Sender
 
 logger = log.get_logger(__name__)
 _T = TypeVar("_T")
@@ -60,6 +62,7 @@ class EngineClient:
         self._options = options or EngineClientOptions()
         self._context = zmq.asyncio.Context.shadow(context or zmq.Context.instance())
         self._socket: zmq.asyncio.Socket | None = None
+        self._sender: Sender | None = None
         self._monitor: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._waiting: dict[str, asyncio.Queue[DoorBound]] = {}
@@ -88,9 +91,11 @@ class EngineClient:
             return
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PACKET_BYTES)
+        self._sender = Sender(self._socket, self._name, self._options.max_unsent_bytes)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_DISCONNECTED)
         self._socket.connect(self._endpoint)
-        self._tasks = [asyncio.ensure_future(c) for c in (self._receive(), self._keep(), self._watch(self._monitor))]
+        work = self._receive(), self._keep(), self._watch(self._monitor), self._sender.run()
+        self._tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
 
@@ -124,7 +129,7 @@ class EngineClient:
         try:
             await self._send(request)
             while not ended:
-                for event in _merged(await _drain(queue)):
+                for event in merged(await drain(queue)):
                     ended = not isinstance(event, TokensEvent) and event is not late
                     yield _checked(event, (TokensEvent, FinishedEvent))
                     if ended:  # a keep-alive of ours may have crossed the end, and the engine answered it
@@ -138,10 +143,12 @@ class EngineClient:
                 await self.cancel(request_id)
 
     async def cancel(self, request_id: str) -> None:
-        """Tell the engine that nobody waits for this request any more."""
+        """Tell the engine that nobody waits for this request any more, where it was told of it."""
+        if self._sender is None or self._sender.take_out(request_id):
+            return
         try:
             await self._send(CancelRequest(request_id))
-        except UnavailableError as error:
+        except (QueueFullError, UnavailableError) as error:
             # An engine that cannot be reached drops the request when it misses it in our keep-alives.
             logger.info("cancel of %s: %s", request_id, error)
 
@@ -203,6 +210,8 @@ class EngineClient:
             del self._waiting[request.request_id]
             if timer is not None:
                 timer.cancel()
+            if isinstance(request, InfoRequest) and self._sender is not None:
+                self._sender.take_out(request.request_id)
 
     def _check_available(self) -> None:
         self.open()
@@ -210,13 +219,8 @@ class EngineClient:
             raise UnavailableError(self.unavailable)
 
     async def _send(self, message: EngineBound) -> None:
-        if self._socket is None or self._socket.closed:
-            raise UnavailableError("the front door is closing")
-        try:
-            # Never suspends: the socket takes the packet now or is full.
-            await self._socket.send(pack([message]), zmq.NOBLOCK)
-        except zmq.Again as error:
-            raise UnavailableError(f"{self._name} reads no messages") from error
+        assert self._sender is not None, "open comes first"
+        await self._sender.send(message)
 
     async def _receive(self) -> None:
         assert self._socket is not None
@@ -270,29 +274,6 @@ class EngineClient:
             other.cancel()
         self._health.lose(f"the channel to {self._name} broke")
         self._fail_waiting(PregateError(self.lost))
-
-
-async def _drain(queue: asyncio.Queue[DoorBound]) -> list[DoorBound]:
-    messages = [await queue.get()]
-    while not queue.empty():
-        messages.append(queue.get_nowait())
-    return messages
-
-
-def _merged(messages: Sequence[DoorBound]) -> list[DoorBound]:
-    merged: list[DoorBound] = []
-    for message in messages:
-        last = merged[-1] if merged else None
-        if isinstance(message, TokensEvent) and isinstance(last, TokensEvent):
-            merged[-1] = TokensEvent(
-                message.request_id,
-                last.token_ids + message.token_ids,
-                last.logprobs + message.logprobs,
-                last.prompt_logprobs + message.prompt_logprobs,
-            )
-        else:
-            merged.append(message)
-    return merged
 
 
 def _checked(message: DoorBound, expected: type[_T] | tuple[type[_T], ...]) -> _T:

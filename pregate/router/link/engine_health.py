@@ -14,12 +14,14 @@ from pregate.router.link.messages import Heartbeat
 class EngineClientOptions:
     """Times in seconds. The engine's I/O thread answers while a step runs. Silence for `silence_s` without a connection
     means that its process is lost; a connected one is there and gets no time (it is stopped, or the machine swaps), and
-    is waited for up to `frozen_s`. Who connects in one process (`inproc`) never counts as connected."""
+    is waited for up to `frozen_s`. Who connects in one process (`inproc`) never counts as connected.
+    `max_unsent_bytes` of requests wait here while it reads nothing: as many as may wait in an engine."""
 
     keep_alive_s: float = 0.5
     silence_s: float = 2.5
     frozen_s: float = 60.0
     reply_timeout_s: float = 10.0
+    max_unsent_bytes: int = 1 << 30
 
 
 class EngineHealth:

@@ -12,10 +12,9 @@ from pregate.router.link.messages import RouteRequest, SubmitRequest
 
 @dataclass(frozen=True)
 class Pending:
-    """A request that waits to be taken, its size, and when it came (monotonic)."""
+    """A request that waits to be taken, and when it came (monotonic)."""
 
     request: SubmitRequest | RouteRequest
-    num_bytes: int
     arrived_s: float
 
 
@@ -25,8 +24,8 @@ class Inbox:
     Cancels need no bound of their own: there is at most one for each request that was taken.
     """
 
-    def __init__(self, max_requests: int, max_bytes: int) -> None:
-        self._max_requests, self._max_bytes = max_requests, max_bytes
+    def __init__(self, max_requests: int, max_bytes: int, name: str = "engine") -> None:
+        self._max_requests, self._max_bytes, self._name = max_requests, max_bytes, name
         self._pending: OrderedDict[str, Pending] = OrderedDict()
         self._cancels: list[str] = []
         self._num_bytes = 0
@@ -36,13 +35,14 @@ class Inbox:
         return len(self._pending)
 
     def put(self, pending: Pending) -> None:
-        """Queue a request. Raises QueueFullError at either bound."""
+        """Queue a request, one in any case. Raises QueueFullError at either bound."""
         with self._changed:
-            if len(self._pending) >= self._max_requests or self._num_bytes + pending.num_bytes > self._max_bytes:
+            full = 0 < self._num_bytes > self._max_bytes - pending.request.num_bytes
+            if full or len(self._pending) >= self._max_requests:
                 held = f"{len(self._pending)} requests of {self._num_bytes} bytes"
-                raise QueueFullError(f"{held} wait for the engine, as many as may; try again later")
+                raise QueueFullError(f"{held} wait for the {self._name}, as many as may; try again later")
             self._pending[pending.request.request_id] = pending
-            self._num_bytes += pending.num_bytes
+            self._num_bytes += pending.request.num_bytes
             self._changed.notify()
 
     def cancel(self, request_id: str) -> None:
@@ -52,7 +52,7 @@ class Inbox:
             if pending is None:
                 self._cancels.append(request_id)
             else:
-                self._num_bytes -= pending.num_bytes
+                self._num_bytes -= pending.request.num_bytes
             self._changed.notify()
 
     def take(self, max_tokens: int) -> tuple[list[str], list[Pending]]:
@@ -66,7 +66,7 @@ class Inbox:
                 if taken and max_tokens < 0:
                     break
                 taken.append(self._pending.popitem(last=False)[1])
-                self._num_bytes -= oldest.num_bytes
+                self._num_bytes -= oldest.request.num_bytes
             return cancels, taken
 
     def wait(self, timeout_s: float) -> None:

@@ -66,18 +66,23 @@ class LinkOptions:
 class EngineLink:
     """Owns the socket at `endpoint`, bound by the constructor; `start` begins to answer.
 
-    `info` is called from the I/O thread and, where metrics are exported, from theirs. Raises UserError for an endpoint
-    that cannot be bound.
+    `info` is called from the I/O thread and, where metrics are exported, from theirs; `name` is what answers call who
+    serves. Raises UserError for an endpoint that cannot be bound.
     """
 
     def __init__(
-        self, endpoint: str, info: Callable[[], Mapping[str, Any]], options: LinkOptions, context: zmq.Context | None
+        self,
+        endpoint: str,
+        info: Callable[[], Mapping[str, Any]],
+        options: LinkOptions,
+        context: zmq.Context | None,
+        name: str = "engine",
     ) -> None:
-        self.inbox = Inbox(options.max_pending_requests, options.max_pending_bytes)
+        self.inbox = Inbox(options.max_pending_requests, options.max_pending_bytes, name)
         self.activity = Activity()
         self.refusing: str | None = None
         self.broken = False
-        self._info, self._options = info, options
+        self._info, self._options, self._name = info, options, name
         self._incarnation = uuid.uuid4().hex
         self._peers = Peers()
         self._outbox = Outbox(options.max_unsent_steps)
@@ -175,15 +180,15 @@ class EngineLink:
                 self._send(peer_id, [FailedEvent("", error.code, str(error))])
                 continue
             for message in messages:
-                self._handle(peer_id, message, sum(map(len, frames)))
+                self._handle(peer_id, message)
 
-    def _handle(self, peer_id: bytes, message: Message, num_bytes: int) -> None:
+    def _handle(self, peer_id: bytes, message: Message) -> None:
         if peer_id not in self._peers:
             return  # an answer to this packet could not be sent: the door has gone
         request_id = getattr(message, "request_id", "")
         try:
             if isinstance(message, (SubmitRequest, RouteRequest)):
-                self._accept(peer_id, message, num_bytes)
+                self._accept(peer_id, message)
             elif isinstance(message, CancelRequest):
                 if self._peers.owner(request_id) == peer_id:
                     self._give_up(request_id, "cancelled")
@@ -197,9 +202,9 @@ class EngineLink:
         except Exception:
             # Whatever a message holds, it costs itself alone: the other doors' requests go on.
             logger.exception("a message of a front door was dropped by a bug")
-            self._send(peer_id, [FailedEvent(request_id, PregateError.code, "internal error in the engine")])
+            self._send(peer_id, [FailedEvent(request_id, PregateError.code, f"internal error in the {self._name}")])
 
-    def _accept(self, peer_id: bytes, request: SubmitRequest | RouteRequest, num_bytes: int) -> None:
+    def _accept(self, peer_id: bytes, request: SubmitRequest | RouteRequest) -> None:
         if self.refusing is not None and isinstance(request, SubmitRequest):
             raise UnavailableError(self.refusing)
         if (owner := self._peers.owner(request.request_id)) == peer_id:
@@ -210,7 +215,7 @@ class EngineLink:
         begun = span(name, request.traceparent, prompt_tokens=len(request.token_ids))
         request = replace(request, traceparent=begun.traceparent)
         try:
-            self.inbox.put(Pending(request, num_bytes, time.monotonic()))
+            self.inbox.put(Pending(request, time.monotonic()))
         except PregateError as error:
             begun.end(f"{error.code}: {error}")
             raise
@@ -251,7 +256,7 @@ class EngineLink:
         for request_id in unwanted:
             self._give_up(request_id, "its front door does not wait for it")
         if unknown:
-            reason = "the engine does not know this request; it was restarted or had lost the front door"
+            reason = f"the {self._name} does not know this request; it was restarted or had lost the front door"
             self._send(peer_id, [FailedEvent(i, UnavailableError.code, reason) for i in unknown])
 
     # --- sending ---

@@ -12,6 +12,9 @@ from pregate.base.errors import ProtocolError, UserError
 from pregate.base.sampling import check_ids, check_logit_bias, check_sampling, check_stop_strings
 from pregate.model.packed_paths import PackedPaths
 
+#: What a waiting token counts for.
+TOKEN_BYTES = 8
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -104,6 +107,12 @@ class SubmitRequest:
         if (self.paths is None) != (self.path_state is None):
             raise ProtocolError("a request brings its paths with the state after them, or neither")
 
+    @property
+    def num_bytes(self) -> int:
+        """What it holds while it waits, as `--max-queued-bytes` counts: its tokens, their paths and the state."""
+        brought = self.paths.nbytes + len(self.path_state.data) if self.paths and self.path_state else 0
+        return TOKEN_BYTES * len(self.token_ids) + brought
+
 
 @dataclass(frozen=True)
 class CancelRequest:
@@ -126,6 +135,10 @@ class RouteRequest:
     with_state: bool = False
     called: str = ""
     traceparent: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return TOKEN_BYTES * len(self.token_ids)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class EngineServer(LoopServer):
     ) -> None:
         self._engine = engine
         self._options = options or EngineServerOptions()
-        super().__init__(EngineLink(endpoint, engine.info, self._options.link, context))
+        super().__init__(EngineLink(endpoint, engine.info, self._options.link, context, self.name))
         self._lost_s: float | None = None  # since when no host answers
         self._stuck_s: float | None = None  # since when no step came to its end for want of hosts
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()

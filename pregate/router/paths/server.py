@@ -20,7 +20,7 @@ class PathServer(LoopServer):
     name = "path service"
 
     def __init__(self, prompts: Prompts, endpoint: str) -> None:
-        super().__init__(EngineLink(endpoint, prompts.info, LinkOptions(), context=None))
+        super().__init__(EngineLink(endpoint, prompts.info, LinkOptions(), None, self.name))
         self._prompts = prompts
 
     @property

@@ -61,6 +61,23 @@ def run_step(s: Scheduler, now_s: float, rng) -> list:
     return step
 
 
+def test_what_a_prompt_asks_of_the_units_is_counted_anew_when_they_move_and_when_it_has_grown():
+    """It was that of the units' places before, and after a preemption that of the prompt alone."""
+    rng = np.random.default_rng(0)
+    one, before = sequence("a", 6, 9, rng), layout(LAYERS, ROUTED, num_hosts=2)
+    hosts_of_LR = np.tile(np.arange(ROUTED)[::-1] % 2, (LAYERS, 1))
+    after, was_U = before.placed(hosts_of_LR, 2)
+    assert list(was_U) != sorted(was_U)
+    assert one.next_rows(before, 100).tolist() == before.rows(one.paths.slice(0, 6).ids).tolist()
+    one.placed(was_U)
+    assert one.next_rows(after, 100).tolist() == after.rows(one.paths.slice(0, 6).ids).tolist()
+    for _ in range(3):  # it ran, and gave up what it had
+        one.token_ids.append(3)
+        one.paths.append(Paths(random_ids(rng, 1, LAYERS, ROUTED, ACTIVE)))
+    assert one.next_rows(after, 100).tolist() == after.rows(one.paths.slice(0, 9).ids).tolist()
+    assert one.next_rows(after, 4).tolist() == after.rows(one.paths.slice(0, 4).ids).tolist()
+
+
 def test_decodes_or_prompts_come_first_as_the_policy_says():
     rng = np.random.default_rng(0)
     for policy, expected in (

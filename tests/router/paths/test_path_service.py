@@ -3,10 +3,12 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import zmq
 
 from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.model.checkpoint import CheckpointReader
@@ -14,8 +16,19 @@ from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_computer import PathComputer
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
+from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.loop_actor import LoopActor
-from pregate.router.link.messages import FailedEvent, RouteReply, RouteRequest, SamplingParams, SubmitRequest
+from pregate.router.link.messages import (
+    FailedEvent,
+    Heartbeat,
+    KeepAlive,
+    RouteReply,
+    RouteRequest,
+    SamplingParams,
+    SubmitRequest,
+)
+from pregate.router.link.packet import pack, unpack
+from pregate.router.link.path_client import PathClient
 from pregate.router.paths.actor import PathActor
 from pregate.router.paths.load import load_router
 from pregate.router.paths.options import PathOptions
@@ -33,14 +46,13 @@ class SlowPrompts(Prompts):
 
     def turn(self):
         time.sleep(0.02)
-        waiting, self._prompts = self._prompts, {}
+        waiting, now_s = self._prompts, self._clock()
+        late = {k: p for k, p in waiting.items() if p.deadline_s is not None and p.deadline_s < now_s}
+        self._prompts = dict(late)
         try:
-            self._prompts = {
-                k: p for k, p in waiting.items() if p.deadline_s is not None and p.deadline_s < self._clock()
-            }
             return super().turn()
         finally:
-            self._prompts = {k: p for k, p in waiting.items() if k not in self._prompts}
+            self._prompts |= {k: p for k, p in waiting.items() if k not in late}
 
 
 @contextmanager
@@ -60,10 +72,33 @@ def path_service(checkpoint, endpoint, kind=Prompts):
 
 
 @contextmanager
-def service(checkpoint, engine_endpoint, path_endpoint):
-    """A door's service; yields it with a way to run its coroutines."""
+def deaf_service(endpoint):
+    """One that says it is there and takes prompts, and is gone before it answers; yields what it was told."""
+    told, over = [], threading.Event()
+
+    def run():
+        with zmq.Context.instance().socket(zmq.ROUTER) as socket:
+            socket.bind(endpoint)
+            while not over.is_set():
+                if socket.poll(20):
+                    peer, packet = socket.recv_multipart()
+                    told.extend(unpack(packet))
+                    socket.send_multipart([peer, pack([Heartbeat("deaf", 0, None, 0.0)])])
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield told
+    finally:
+        over.set()
+        thread.join(30)
+
+
+@contextmanager
+def service(checkpoint, engine_endpoint, path_endpoint, **options):
+    """A door's service; yields it with a way to run its coroutines. `options` are the path client's."""
     loop = LoopThread()
-    paths = EngineClient(path_endpoint, name="the path service")
+    paths = PathClient(path_endpoint, **options)
     found = DoorService(EngineClient(engine_endpoint), checkpoint, "tiny", path_client=paths)
     try:
         yield found, loop.call
@@ -123,6 +158,36 @@ def test_a_prompt_ends_by_its_deadline_or_by_being_left(tiny_path_checkpoint, en
         assert not engine.has_work
 
 
+@pytest.mark.parametrize("silence_s", [1.0, 30.0])
+def test_prompts_of_a_service_that_is_lost_are_asked_of_the_next_one(tiny_path_checkpoint, endpoint, engine, silence_s):
+    """Whether silence is what tells, or the next one, which is there before and knows nothing of them."""
+    quick, sampling = EngineClientOptions(keep_alive_s=0.05, silence_s=silence_s), SamplingParams(4, ignore_eos=True)
+    with (
+        engine_thread(engine, endpoint),
+        service(tiny_path_checkpoint, endpoint, endpoint + "p", options=quick) as (door, call),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        with path_service(tiny_path_checkpoint, endpoint + "p"):
+            expected = call(door.complete(PROMPTS[0], sampling)).token_ids
+        with deaf_service(endpoint + "p") as told:
+            wait_for(lambda: told and door.unavailable is None, 20, "a service that says it is there")
+            completion = pool.submit(call, door.complete(PROMPTS[0], sampling))
+            route = pool.submit(call, door.route(PROMPTS[1]))
+            wait_for(lambda: sum(isinstance(m, RouteRequest) for m in told) == 2, 20, "both prompts")
+        if silence_s < 30:
+            wait_for(lambda: "silent" in (door.unavailable or ""), 20, "the loss")
+        with path_service(tiny_path_checkpoint, endpoint + "p"):
+            assert completion.result(60).token_ids == expected
+            assert route.result(60).token_ids == tuple(PROMPTS[1])
+
+
+def test_who_serves_is_called_by_its_name(tiny_path_checkpoint, endpoint):
+    """It was "the engine" that had been restarted, where it was the path service."""
+    with path_service(tiny_path_checkpoint, endpoint), RawDoor(endpoint) as door:
+        door.send(KeepAlive("door", ("a",)))
+        assert "the path service does not know this request" in door.receive(FailedEvent).message
+
+
 def test_it_generates_nothing(tiny_path_checkpoint, endpoint):
     with path_service(tiny_path_checkpoint, endpoint), RawDoor(endpoint) as door:
         door.send(SubmitRequest("a", (1,), SamplingParams(2)))
@@ -162,7 +227,10 @@ def test_its_death_is_seen_within_five_seconds(tiny_path_checkpoint, endpoint, e
     process.start()
     try:
         ready.get(timeout=120)
-        with engine_thread(engine, endpoint), service(tiny_path_checkpoint, endpoint, endpoint + "p") as (door, call):
+        with (
+            engine_thread(engine, endpoint),
+            service(tiny_path_checkpoint, endpoint, endpoint + "p", patience_s=0) as (door, call),
+        ):
             assert len(call(door.complete(PROMPTS[0], SamplingParams(2, ignore_eos=True))).token_ids) == 2
             assert door.unavailable is None
             process.kill()
