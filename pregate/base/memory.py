@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,13 +39,19 @@ def available_bytes() -> int:
 
 
 @contextmanager
-def out_of_memory_fails() -> Iterator[None]:
-    """PregateError where the block finds no memory, torch's or NumPy's; any other RuntimeError is a defect."""
+def out_of_memory_fails(of: str = "") -> Iterator[None]:
+    """PregateError where the block finds no memory, torch's, NumPy's or the system's (`of`: for what); any other error
+    is a defect."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        # By name: torch's own class is not imported here.
-        lacks = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if not lacks and _NO_MEMORY not in str(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _lacks_memory(error):
             raise
-        raise PregateError(f"out of memory: {error}") from error
+        raise PregateError(f"out of memory{of and ' ' + of}: {error}") from error
+
+
+def _lacks_memory(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # By name: torch's own class is not imported here.
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in str(error)

@@ -17,8 +17,9 @@ from pregate.base.log import get_logger
 from pregate.cluster.pulse import Pulse
 from pregate.workers.client.silence import Silence
 
-#: A part that gives no answer for this long is frozen: it is killed, and another takes its place.
-FROZEN_S = 20.0
+#: A part that gives no answer for this long is frozen: it is killed, and another takes its place. A stop of 20 s is to
+#: be survived, on a machine that is late, too; doors wait for twice as long (`EngineClientOptions.frozen_s`).
+FROZEN_S = 30.0
 #: Before it is started again: nothing the first time, then this, doubled up to `MAX_PAUSE_S`.
 FIRST_PAUSE_S, MAX_PAUSE_S = 1.0, 60.0
 #: How long one that is asked to stop may take besides what it drains.

@@ -86,6 +86,7 @@ def check_model(config: ServeConfig, fits_here: bool = False) -> None:
     from pregate.router.engine.family import check_family
 
     reader = CheckpointReader(config.model, config.parent, hashes=True)
+    config.engine_options.check_block_size(reader.config.context_tokens)
     read_tokenizer(Path(config.text_path))
     if config.hosts or config.replicas:
         cuts = reader.config.cuts

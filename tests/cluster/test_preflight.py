@@ -57,6 +57,11 @@ def test_a_cache_that_no_engine_here_can_have_is_refused(copy, asked, sentence):
     check_config(config)
 
 
+def test_a_block_larger_than_the_context_is_refused(copy):
+    with pytest.raises(UserError, match="block_size 1000000000: is more than the context; allowed: 1 to"):
+        check_config(ServeConfig.from_dict({"model": str(copy), "hosts": 2, "engine": {"block_size": 10**9}}))
+
+
 def test_ports_in_use_are_refused_by_name():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

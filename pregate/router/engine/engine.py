@@ -53,7 +53,8 @@ class Engine:
         self.context = self.config.context_tokens
         num_blocks = options.kv_blocks(self.context, backbone.kv_token_bytes, backbone.free_bytes)
         lane_blocks = max(1, num_blocks // options.max_running)
-        self.runner = ModelRunner(backbone, num_blocks, options.block_size, options.cuda_graphs)
+        with out_of_memory_fails(f"for a KV cache of {num_blocks * options.block_size} tokens (--kv-cache-memory)"):
+            self.runner = ModelRunner(backbone, num_blocks, options.block_size, options.cuda_graphs)
         self.scheduler = Scheduler(
             SchedulerLimits(
                 options.max_running,
@@ -68,8 +69,7 @@ class Engine:
             options.prefix_sharing,
             "fifo" if options.batching == "path" else options.batching,
         )
-        computer = PathComputer(backbone.path_router) if backbone.path_router is not None else None
-        self.computer = computer
+        self.computer = computer = PathComputer(backbone.path_router) if backbone.path_router is not None else None
         foretold = self.exact or options.batching == "path" or self.exchange.wants_lookahead
         self.paths = RunningPaths(computer) if computer is not None and foretold else None
         looks_ahead = self.paths is not None and self.exchange.wants_lookahead
@@ -161,8 +161,7 @@ class Engine:
         if (batcher := self.scheduler.batcher) is not None:
             self.scheduler.batcher, was_U = batcher.placed(copies_LRC[..., 0], num_hosts)
             for sequence in self._sequences.values():
-                if sequence.next_rows_U is not None:
-                    sequence.next_rows_U = sequence.next_rows_U[was_U]
+                sequence.placed(was_U)
 
     def expire(self, error: PregateError | None = None) -> list[Event]:
         """End the requests whose deadline has passed: as such, or with an error that says why they had to wait."""

@@ -356,8 +356,30 @@ def test_a_stop_list_is_bounded_by_the_vocabulary_and_costs_a_step_nothing(engin
     assert run(engine)["a"] == alone["a"][: alone["a"].index(alone["a"][4])]
 
 
+def test_a_stop_list_that_leaves_nothing_for_min_tokens_is_refused(engine):
+    """Nothing could be picked, and a text of none came."""
+    with pytest.raises(UserError, match="min_tokens 2: with stop_token_ids of the whole vocabulary leaves no token"):
+        submit(engine, "a", sampling={"stop_token_ids": tuple(range(256)), "min_tokens": 2})
+
+
 def test_a_cache_larger_than_memory_is_refused_before_it_is_made():
     options = EngineOptions("m", kv_cache_memory=1e13)
     with pytest.raises(UserError, match="kv_cache_memory 10TB: allowed: at most 4000, the memory that is free"):
         options.kv_blocks(512, 64, lambda: 4000)
     assert EngineOptions("m", kv_cache_memory=0.5).kv_blocks(512, 64, lambda: 4096) == 2
+
+
+def test_a_block_larger_than_the_context_is_refused_by_name():
+    """It was 50 s until the system refused the memory, and named nothing."""
+    for size in (513, 10**9):
+        with pytest.raises(UserError, match=f"block_size {size}: is more than the context; allowed: 1 to 512"):
+            EngineOptions("m", block_size=size).kv_blocks(512, 64, lambda: 1 << 40)
+    assert EngineOptions("m").kv_blocks(8, 64, lambda: 1 << 40) == 32, "the default is for every context"
+
+
+@pytest.mark.parametrize("context", [512, 8192, 131_072])
+def test_large_blocks_leave_room_for_all_who_may_run(context):
+    sizes = [2**n for n in range(4, 18) if 2**n <= context]
+    for max_running in (1, 64, 10**12):
+        few = min(EngineOptions("m", block_size=n, max_running=max_running).kv_blocks(context, 64, int) for n in sizes)
+        assert few >= min(max_running, 2048)
