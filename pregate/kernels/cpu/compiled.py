@@ -1,6 +1,6 @@
-"""How this folder's numba kernels are compiled: when their module is imported, once per machine and user.
+"""How numba's loops are compiled, here and in the engine: when their module is imported, once per machine and user.
 
-Importing numba takes 100 MB and most of a second: only what runs the kernels imports their modules.
+Importing numba takes 100 MB and most of a second: only what runs the loops imports their modules.
 """
 
 from __future__ import annotations

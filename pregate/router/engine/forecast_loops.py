@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pregate.kernels.cpu.compiled import compiled
+from pregate.kernels.cpu.compiled import ANY_ORDER, compiled
 
 
 @compiled(
@@ -44,7 +44,7 @@ def note(
 
 @compiled(
     "void(i8[::1], f4, f4, f4[:,::1], f4[:,:,::1], f4[:,::1], i2[:,:,::1], f4[:,:,::1], f4[::1], f4[:,::1])",
-    frozenset({"contract", "reassoc", "nsz"}),
+    ANY_ORDER,
 )
 def unlikely(
     place_N: np.ndarray,
