@@ -32,6 +32,8 @@ from pregate.workers.host.options import HostOptions
 
 #: A launcher's own; in everything else two launchers must agree to share one deployment.
 _OWN = ("start_timeout_s", "drain_s")
+#: Names of resources by which no node is told from another.
+_EVERY_NODES = frozenset({"", "CPU", "GPU", "memory", "object_store_memory"})
 _Gpus = Annotated[float, Field(ge=0)]
 
 
@@ -112,6 +114,9 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check_adapter(self.model, self.adapter, self.parent)
         check_endpoint(self.otlp_endpoint)
+        if (node := self.engine_node) is not None and (node in _EVERY_NODES or node.startswith("node:")):
+            allowed = "allowed: here, any, a node's address, or a resource that you gave such nodes"
+            raise UserError.of("--engine-node", node, allowed)
         if self.parent is not None and self.adapter is None:
             raise UserError.of("--parent", self.parent, "needs --adapter")
         if self.device == "cuda" and self.hosts > 1 and not self.gpus_per_host:

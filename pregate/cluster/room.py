@@ -35,7 +35,8 @@ def is_address(engine_node: str) -> bool:
 def bundles_of(config: ServeConfig, node_ip: str) -> list[dict[str, float]]:
     """What the engines ask for where `config.engine_node` says (`node_ip` is this node's address), then what each host
     asks for anywhere."""
-    engine = {"CPU": ACTOR_CPUS * config.engines, **pin_of(config.engine_node or node_ip)}
+    node = node_ip if config.engine_node is None else config.engine_node
+    engine = {"CPU": ACTOR_CPUS * config.engines, **pin_of(node)}
     engine["GPU"] = config.engine_gpus * config.engines
     host = {"CPU": ACTOR_CPUS, "GPU": config.gpus_per_host}
     return [{name: share for name, share in part.items() if share} for part in (engine, *[host] * config.hosts)]

@@ -67,6 +67,7 @@ class Proxy:
     def __init__(self, endpoint: str, parts: tuple[str, ...] = ("", ".d")) -> None:
         self._fault, self._since_s, self._closed = NONE, 0.0, False
         self._rng, self._pairs, self._listeners = random.Random(5), set(), []
+        self._gone: list[_Pair] = []
         self.num_damaged = 0
         for path in (Path(endpoint.removeprefix("ipc://") + part) for part in parts):
             aside = path.with_name(path.name + "-")
@@ -84,6 +85,8 @@ class Proxy:
     @fault.setter
     def fault(self, fault: Fault) -> None:
         self._fault, self._since_s = fault, time.monotonic()
+        while self._gone:  # nobody is to learn of it before; kept for ever they would use up all files
+            self._cut(self._gone.pop())
         if fault.cut:
             self._cut_all()
 
@@ -129,6 +132,8 @@ class Proxy:
                     break
         if not self._swallows(pair, way):
             self._cut(pair)
+        else:
+            self._gone.append(pair)
 
     def _swallows(self, pair: _Pair, way: str) -> bool:
         return way in self._fault.swallow and (not self._fault.only_old or pair.born_s < self._since_s)

@@ -62,6 +62,12 @@ def test_paths_and_nested_options_round_trip():
     assert from_dict(GrpcOptions, to_dict(options)) == options
 
 
+@pytest.mark.parametrize("node", ["", "CPU", "GPU", "memory", "node:10.0.0.1"])
+def test_engines_go_to_nodes_that_can_be_told_from_others(node):
+    with pytest.raises(UserError, match=f"engine_node {node}.*allowed: here, any, a node's address"):
+        ServeConfig(model="m", engine_node=node)
+
+
 def test_gpus_follow_the_device():
     assert (ServeConfig("/m", 2).gpus_per_host, ServeConfig("/m", 2).engine_gpus) == (0, 0)
     config = ServeConfig("/m", 2, device="cuda")

@@ -80,7 +80,8 @@ class Machine:
         return ["nsenter", "--all", "--target", str(self.pid), "--", "bash", "-c", f"cd {ROOT}; {command}"]
 
     def environment(self, **more: str) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTEST", "TMPDIR", "XDG_"))}
+        dropped = ("RAY_", "PYTEST", "TMPDIR", "XDG_", "PREGATE_")
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
         home = os.path.expanduser("~root")
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         kept["RAY_AUTH_MODE"] = "token"

@@ -6,12 +6,16 @@ Importing numba takes 100 MB and most of a second: only what runs the loops impo
 from __future__ import annotations
 
 import hashlib
+import inspect
+import logging
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+
+_log = logging.getLogger(__name__)
 
 #: A product and a sum may be rounded once.
 STRICT = frozenset({"contract"})
@@ -25,18 +29,19 @@ def compiled(signature: str, fastmath: frozenset[str] = STRICT) -> Callable[[Cal
 
     The machine code is kept in a cache folder: NUMBA_CACHE_DIR, else beside the source, else the user's. Processes that
     compile at once each write a file of their own and rename it. Where no folder can be written, as in a read-only
-    container without a home, every process compiles. numba looks at a function's own file to see whether its machine
-    code is still good; that it is made of functions of others the name says.
+    container without a home or on a full disk, every process compiles. numba looks at time and size of a function's own
+    file to see whether its machine code is still good; what that and these kernels are made of the name says.
     """
 
     def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__qualname__ += f"_{_sources()}"
+        function.__qualname__ += f"_{_digest(Path(inspect.getfile(function)))}"
         options: Any = {"fastmath": set(fastmath), "nogil": True, "error_model": "numpy", "boundscheck": False}
         try:
             return njit(signature, cache=True, **options)(function)
-        except RuntimeError as error:  # numba's type for it says no more
-            if "no locator available" not in str(error):
+        except (RuntimeError, OSError) as error:  # no folder that can be written; it could not be written after all
+            if isinstance(error, RuntimeError) and "no locator available" not in str(error):
                 raise
+            _log.warning("%s: its machine code is kept nowhere, every start compiles: %s", function.__name__, error)
             return njit(signature, **options)(function)
 
     return compile_it
@@ -48,7 +53,7 @@ def inlined(fastmath: frozenset[str] = STRICT) -> Callable[[Callable[..., Any]],
 
 
 @cache
-def _sources() -> str:
-    """A digest of this folder's sources."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+def _digest(file: Path) -> str:
+    """Of `file` and of this folder's sources."""
+    files = [*sorted(Path(__file__).parent.glob("*.py")), file]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]

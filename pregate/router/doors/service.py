@@ -33,6 +33,8 @@ from pregate.router.link.path_client import PathClient
 
 #: How long the first token may take before a door is called ready.
 _PROOF_S = 10.0
+#: How long a status waits for what the path service says: one that stands still holds up nothing else.
+_PATHS_SAY_S = 1.0
 #: What a message holds beside its prompt.
 _OTHER_FIELDS_BYTES = 64 << 10
 
@@ -245,7 +247,7 @@ class DoorService:
     async def _said_by(self, paths: EngineClient) -> dict[str, Any]:
         """What the path service says of itself, or why it says nothing, which keeps nobody from the engine's."""
         try:
-            said = await paths.info()
+            said = await paths.info(_PATHS_SAY_S)
         except UnavailableError as error:
             return {"unavailable": str(error)}
         return said | {"num_turns": said["progress"]}

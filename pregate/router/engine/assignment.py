@@ -94,6 +94,8 @@ def _settled(
     copies_LRC = np.ascontiguousarray(copies_LRC, dtype=np.int16)
     rows_LR = np.ascontiguousarray(rows_LR, dtype=np.int64)
     seconds = [np.ascontiguousarray(np.broadcast_to(each, shape), dtype=np.float64) for each in (unit_s, row_s)]
+    if rows_LR.shape != shape[:2] or copies_LRC.max(initial=-1) >= num_hosts:  # compiled loops look at no bounds
+        raise ValueError(f"copies {shape} on {num_hosts} hosts do not fit rows {rows_LR.shape}")
     time_LH = np.zeros((shape[0], num_hosts)) + busy_H
     rounds = _WHOLE_ROUNDS if whole else _SHARED_ROUNDS
     settle(copies_LRC, rows_LR, *seconds, time_LH, rounds, whole, rows_LRC)
@@ -105,5 +107,7 @@ def hosts_of_pairs(ids_TLK: np.ndarray, copies_LRC: np.ndarray, rows_LRC: np.nda
     first copy, as many as `share_rows` says, and so on. -1 where a token has no expert."""
     hosts_TLK = np.empty(ids_TLK.shape, dtype=np.int16)
     ids_TLK, copies_LRC = (np.ascontiguousarray(each, dtype=np.int16) for each in (ids_TLK, copies_LRC))
+    if ids_TLK.shape[1] != len(copies_LRC) or ids_TLK.max(initial=-1) >= copies_LRC.shape[1]:
+        raise ValueError(f"paths {ids_TLK.shape} go beyond the units of {copies_LRC.shape}")
     spread(ids_TLK, copies_LRC, rows_LRC, hosts_TLK)
     return hosts_TLK

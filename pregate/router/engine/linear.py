@@ -65,7 +65,7 @@ class Norm:
         x = torch.randn(3, *weight.shape, generator=torch.Generator().manual_seed(0)).to(weight)
         expected = module(x)
         for candidate_D in (weight, 1 + weight.float(), (1 + weight.float()).to(weight)):
-            candidate = RMSNorm(candidate_D, eps)
+            candidate = RMSNorm(candidate_D, eps, x.dtype)
             found = candidate(x)
             if found.dtype == x.dtype and torch.allclose(found, expected, rtol=1e-5, atol=1e-5):
                 return candidate
@@ -73,12 +73,12 @@ class Norm:
 
 
 class RMSNorm(Norm):
-    """x / rms(x) * weight, over the last axis, by the CPU's kernels where they serve."""
+    """x / rms(x) * weight, over the last axis, of rows in `dtype`; by the CPU's kernels where both are in fp32."""
 
-    def __init__(self, weight_D: torch.Tensor, eps: float) -> None:
+    def __init__(self, weight_D: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
         self.weight_D, self.eps = weight_D.detach().clone(), eps
         self.size = tuple(weight_D.shape)
-        self._kernels = step.step_kernels(weight_D.device, weight_D.dtype)
+        self._kernels = step.step_kernels(weight_D.device, dtype) if weight_D.dtype == dtype else None
         self._array = None if self._kernels is None else self.weight_D.numpy()
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,9 @@ def make_plan(step: int, ids_TLK: np.ndarray, hosts_of: np.ndarray, num_hosts: i
     hosts = np.ascontiguousarray(hosts_of[None] if by_unit else hosts_of, dtype=np.int16)
     num_routed = hosts_of.shape[1] if by_unit else num_routed
     num_tokens, num_layers, k_max = ids_TLK.shape
+    fits = hosts.shape[1] == num_layers if by_unit else hosts.shape == ids_TLK.shape
+    if not fits:  # compiled loops look at no shapes
+        raise ValueError(f"hosts {hosts_of.shape} are not of paths {ids_TLK.shape}")
     ids = np.ascontiguousarray(ids_TLK, dtype=np.int16)
     slots_LTK = np.empty((num_layers, num_tokens, k_max), dtype=np.int64)
     lists_5P = np.empty((5, ids_TLK.size), dtype=np.int32)

@@ -76,6 +76,11 @@ def test_a_unit_without_home_is_refused():
         make_plan(0, np.array([[[1], [2]]], dtype=np.int16), np.array([[0, 0, 0], [0, 0, -1]]), 1)
 
 
+def test_hosts_of_other_layers_than_the_paths_are_refused():
+    with pytest.raises(ValueError, match=r"hosts \(1, 2\) are not of paths \(1, 2, 1\)"):
+        make_plan(0, np.zeros((1, 2, 1), dtype=np.int16), np.zeros((1, 2), dtype=np.int16), 1)
+
+
 def test_views_of_a_message_are_planned():
     """Read-only, and parts of more."""
     rng = np.random.default_rng(0)
