@@ -31,7 +31,7 @@ from pregate.cluster.joining import here
 from pregate.cluster.owned import Health
 from pregate.cluster.part import STOP_TIMEOUT_S, Part, settle
 from pregate.cluster.placement import check, check_request
-from pregate.cluster.places import host_places, node_address, nodes_of, wait
+from pregate.cluster.places import host_places, in_thread, node_address, nodes_of, wait
 from pregate.cluster.pulse import look
 from pregate.cluster.routed_experts import RoutedExperts, read_routed_experts
 from pregate.cluster.scaling import Scaling
@@ -245,14 +245,14 @@ class RayChildren:
             return Health()
         notes = [note for part in self._parts for note in part.check()]
         if notes and self._config.engine_node is not None:
-            notes += self._moved()
+            notes += await self._moved()
         notes += [] if self._scaling is None else self._scaling.look()
         return Health({part.name: part.lost for part in self._parts if part.lost}, notes)
 
-    def _moved(self) -> list[str]:
+    async def _moved(self) -> list[str]:
         """Say where engines and doors are now, if that is another node than before, or none."""
-        at, before = node_address(self._engine_node()), self._info["node_ip"]
-        self._info["node_ip"] = at
+        before = self._info["node_ip"]
+        at = self._info["node_ip"] = await in_thread(lambda: node_address(self._engine_node()), before)
         if at == before:
             return []
         return [f"engines and doors {'go to node' if at else 'wait for a node:'} {at or self._config.engine_node}"]

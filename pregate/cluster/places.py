@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -56,6 +56,15 @@ def host_places(group: PlacementGroup) -> list[Place]:
 def node_address(node: str) -> str:
     """The address of Ray's node of that id; "" where there is none."""
     return next((one["NodeManagerAddress"] for one in ray.nodes() if one["NodeID"] == node), "")
+
+
+async def in_thread(ask: Callable[[], str], otherwise: str, timeout_s: float = 5.0) -> str:
+    """What Ray answers, asked beside the event loop: while it loses a node an answer takes its time. `otherwise` where
+    that is longer than `timeout_s`."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(ask), timeout_s)
+    except asyncio.TimeoutError:
+        return otherwise
 
 
 def draining_nodes() -> frozenset[str]:

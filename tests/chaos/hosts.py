@@ -107,7 +107,7 @@ def serve_all(engine: Engine, prompts: list[list[int]], num_tokens: int) -> tupl
     give_up_s, last_s, longest_s = time.monotonic() + 300, time.monotonic(), 0.0
     try:
         while engine.has_work:
-            assert time.monotonic() < give_up_s, "the engine did not come to an end"
+            assert time.monotonic() < give_up_s, f"the engine does not come to an end; lost: {engine.exchange.lost}"
             try:
                 events = engine.step()
             except HostLostError:  # nobody is left: the step is tried again, as the engine's server does
