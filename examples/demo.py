@@ -204,14 +204,14 @@ def ask(client: pregate.Client, shown: str, prompt: list[int], max_tokens: int, 
 def hold_to_reference(served: Served, texts: dict[str, list[int]], temperature: float) -> bool:
     """Compare what was served with `RoutedForCausalLM` in this process; prints and returns whether all are equal."""
     sys.path.insert(0, str(ROOT))
-    from pregate.router.engine.sampling import draw
+    from pregate.router.engine.sampling import scores
     from pregate.router.link.messages import SamplingParams
     from tests.equality import Tally, reference_text
 
     reference, sampling, tally = served.reference(), SamplingParams(1, temperature=temperature), Tally()
-    pick = (lambda row, at: draw(row, sampling, SEED, at)) if temperature else None
+    by = {"scores": lambda row, at: scores(row, sampling, SEED, at)} if temperature else {}
     for shown, tokens in texts.items():
-        tally.compare_text(shown, reference_text(reference, served.prompts[shown], len(tokens), pick), tokens)
+        tally.compare_text(shown, reference_text(reference, served.prompts[shown], len(tokens), **by), tokens)
     for problem in tally.problems:
         console.print(f"[red]{problem}")
     equal = not tally.problems

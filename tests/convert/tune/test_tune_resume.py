@@ -143,7 +143,7 @@ def test_interrupted_before_a_checkpoint_it_leaves_nothing(options: TuneOptions)
 def test_ctrl_c_says_how_to_go_on(
     options: TuneOptions, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tiny_text: Path
 ):
-    monkeypatch.setattr("pregate.convert.progress.RichProgress", lambda: StopsAfter(7))
+    monkeypatch.setattr("pregate.cli.printed.RichProgress", lambda: StopsAfter(7))
     arguments = ["tune", "--model", options.model, "--text", tiny_text, "--out", options.out, "--checkpoint-every", 4]
     assert main([str(a) for a in [*arguments, "--steps", 12, "--batch-tokens", 256, "--no-refit"]]) == 130
     assert (
