@@ -51,7 +51,7 @@ def host_process(orders, ready) -> None:
     """Be the host each order describes until the next one comes; None ends the process."""
     actor = None
     while True:
-        options = orders.get(timeout=600)
+        options = orders.get(timeout=3600)  # longer than any test serves: else the host ends in its midst
         if actor is not None:
             actor.stop()
         if options is None:
