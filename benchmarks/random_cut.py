@@ -19,8 +19,12 @@ from pregate.model.modeling import RoutedForCausalLM
 
 
 @torch.no_grad()
-def random_cut(parent_folder: Path, out: Path, *, experts: int, shared: int, active: int) -> Path:
-    """Write `out`, unless it is there: S`shared`A`active`E`experts` of the dense model, whose paths are exact."""
+def random_cut(parent_folder: Path, out: Path, *, experts: int, shared: int, active: int, skew: float = 0.0) -> Path:
+    """Write `out`, unless it is there: S`shared`A`active`E`experts` of the dense model, whose paths are exact.
+
+    With `skew` the router favours some experts of each layer, in an order of its own: the n-th by `skew` log n less
+    than the first, in standard deviations of the score that the token gives, so that use falls as a power of n or so.
+    """
     if out.exists():
         return out
     torch.manual_seed(0)
@@ -43,7 +47,19 @@ def random_cut(parent_folder: Path, out: Path, *, experts: int, shared: int, act
         routed.experts.gate_up_proj.copy_(torch.stack([torch.cat(p) for p in zip(gates, ups, strict=True)][shared:]))
         routed.experts.down_proj.copy_(torch.stack(downs[shared:]))
         routed.neuron_index.copy_(torch.arange(len(routed.neuron_index)))
+    if skew:
+        assert model.path_router is not None
+        ranks = torch.arange(1, experts - shared + 1).log()
+        bias = torch.cat([ranks[torch.randperm(len(ranks))] for _ in mlps])
+        model.path_router.heads.get_parameter("bias").sub_(skew * _spread(model) * bias)
     model.manifest = Manifest(method="random cut, for measurements of speed")
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(parent_folder).save_pretrained(out)
     return out
+
+
+def _spread(model: RoutedForCausalLM) -> float:
+    """How far the scores of the untrained router lie apart over tokens (their standard deviation)."""
+    assert model.path_router is not None
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, 256))
+    return float(model.path_router(ids)[0].std(dim=1).mean())
