@@ -20,7 +20,8 @@ class Fault:
     """What happens to bytes on their way up (to the host) and down. `cut`: nobody is connected any more. `swallow`: the
     ways on which nothing comes through, not even that the other end has gone, on all connections or on those `only_old`
     that there are already. `damage` is done to a `share` of all pieces, up to 64 KB each. `unsteady_s`: new connections
-    are silent for up to so long, so that later ones overtake them, and one piece in ten is the last of its connection.
+    are silent for up to so long, so that later ones overtake them, and one piece in ten is the last of its connection;
+    on connections that there are already the next one is.
     """
 
     cut: bool = False
@@ -128,7 +129,7 @@ class Proxy:
                 time.sleep(self._fault.delay_s)
                 if not self._swallows(pair, way):
                     sink.sendall(self._damaged(data))
-                if self._fault.unsteady_s and self._rng.random() < 0.1:
+                if self._fault.unsteady_s and (pair.born_s < self._since_s or self._rng.random() < 0.1):
                     break
         if not self._swallows(pair, way):
             self._cut(pair)
