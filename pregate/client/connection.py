@@ -16,7 +16,7 @@ from pregate.base.backoff import Backoff
 from pregate.base.errors import BY_CODE, PregateError, UnavailableError, UserError
 from pregate.base.log import get_logger
 from pregate.base.network import PORTS, is_loopback, is_port
-from pregate.base.pem import read_pem
+from pregate.base.pem import read_key, read_pem
 from pregate.base.tokens import is_token
 from pregate.client.handshake import trouble_with
 from pregate.client.proto import pregate_pb2_grpc as pb_grpc
@@ -230,7 +230,5 @@ def _credentials(
         raise UserError.of("cert", cert, "needs ca beside it, which turns TLS on")
     if ca is None:
         return None
-    parts = [
-        None if path is None else read_pem(name, path) for name, path in (("ca", ca), ("key", key), ("cert", cert))
-    ]
-    return grpc.ssl_channel_credentials(*parts)
+    own = () if cert is None or key is None else (read_key("key", key), read_pem("cert", cert))
+    return grpc.ssl_channel_credentials(read_pem("ca", ca), *own)

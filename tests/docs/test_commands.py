@@ -5,12 +5,15 @@ import importlib
 import importlib.util
 import re
 import shlex
+import shutil
+import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 import typer.main
 
+from pregate.base.pem import read_key
 from pregate.cli import main as cli
 from tests.cluster.leftovers import serving
 from tests.docs.pages import PAGES, ROOT, Block, blocks, commands_of, python_of
@@ -177,6 +180,16 @@ def test_what_is_cheap_runs(verb, run):
     """The first command of README with that verb, on the model that ships."""
     words = next(w for b, w in COMMANDS if b.page == "README.md" and w[:2] == ["pregate", verb])
     assert run(on_quartet(words))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
+@pytest.mark.parametrize(
+    ("block", "words"), [(b, w) for b, w in COMMANDS if w[:2] == ["openssl", "req"]], ids=lambda x: str(x)[:30]
+)
+def test_certificates_are_such_as_grpc_takes(block: Block, words: list[str], tmp_path: Path):
+    made = {option: str(tmp_path / option) for option in ("-keyout", "-out")}
+    subprocess.run([made.get(before, word) for before, word in zip(["", *words], words, strict=False)], check=True)
+    assert read_key("--tls-key", made["-keyout"])
 
 
 @pytest.mark.ray

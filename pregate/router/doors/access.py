@@ -16,7 +16,7 @@ from pregate.base import log
 from pregate.base.errors import UserError
 from pregate.base.network import is_loopback
 from pregate.base.options import options
-from pregate.base.pem import read_pem
+from pregate.base.pem import read_key, read_pem
 from pregate.base.tokens import read_tokens
 
 logger = log.get_logger(__name__)
@@ -63,7 +63,7 @@ class AccessOptions:
         if self.tls_cert is None or self.tls_key is None:
             return None
         ca = None if self.tls_client_ca is None else read_pem("--tls-client-ca", self.tls_client_ca)
-        return read_pem("--tls-cert", self.tls_cert), read_pem("--tls-key", self.tls_key), ca
+        return read_pem("--tls-cert", self.tls_cert), read_key("--tls-key", self.tls_key), ca
 
     def open_tokens(self) -> TokenFile | None:
         """Return the accepted tokens, or None where none is asked for. Raises UserError for a file without any."""
