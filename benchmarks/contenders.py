@@ -1,9 +1,10 @@
 """One contender of `benchmarks.engine`, in a process of its own, which may be of another virtual environment.
 
-    python -m benchmarks.contenders KIND MODEL
+    python -m benchmarks.contenders KIND MODEL [...]
 
-Every line on standard input is a JSON list of prompts and a number of new tokens; the answer is a line with the seconds
-from the first request to the last token, greedy, end-of-text ignored, and the process's resident bytes.
+What else a kind takes are the parameters of its function, as text. Every line on standard input is a JSON list of
+prompts and a number of new tokens; the answer is a line with the seconds from the first request to the last token,
+greedy, end-of-text ignored.
 """
 
 from __future__ import annotations
@@ -44,10 +45,22 @@ def local_engine(model: str, expert_ffn: str = "auto") -> Any:
 
 def pregate_engine(model: str) -> Run:
     """The engine alone, its host in the same process: no sockets, no detokenising."""
+    return _asking(local_engine(model), model)
+
+
+def pregate_tiers(model: str, resident: str, policy: str) -> Run:
+    """The same in bfloat16, with that share of the experts in slots; the policy is lookahead or lru."""
+    from benchmarks.offload import load
+
+    engine, _ = load(Path(model), float(resident), policy == "lookahead", dtype="bfloat16", kv_cache_memory=64 << 20)
+    return _asking(engine, model)
+
+
+def _asking(engine: Any, model: str) -> Run:
     from pregate.model.tokenizer import read_tokenizer
     from pregate.router.link.messages import SamplingParams, SubmitRequest
 
-    engine, tokenizer = local_engine(model), read_tokenizer(Path(model))
+    tokenizer = read_tokenizer(Path(model))
 
     def run(prompts: list[str], num_new: int) -> None:
         for number, prompt in enumerate(prompts):
@@ -87,16 +100,16 @@ def vllm(model: str) -> Run:
     return run
 
 
-def transformers(model: str) -> Run:
-    """`generate` on one batch, padded to its longest prompt."""
+def transformers(model: str, dtype: str = "float32", threads: str = "1") -> Run:
+    """`generate` on one batch, padded to its longest prompt. With `dtype` "auto" weights stay mapped to their files."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(threads))
     tokenizer: Any = AutoTokenizer.from_pretrained(model, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
 
     @torch.inference_mode()
     def run(prompts: list[str], num_new: int) -> None:
@@ -106,12 +119,13 @@ def transformers(model: str) -> Run:
     return run
 
 
-def llama_cpp(model: str) -> Run:
+def llama_cpp(model: str, num_parallel: str = "64", threads: str = "1") -> Run:
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_parallel, params.n_ctx, params.n_gpu_layers = model, 64, 64 * 512, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.model.path, params.n_parallel, params.n_gpu_layers = model, int(num_parallel), 0
+    params.n_ctx = params.n_parallel * 512
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = int(threads)
     server = xllamacpp.Server(params)
 
     def run(prompts: list[str], num_new: int) -> None:
@@ -125,13 +139,13 @@ def llama_cpp(model: str) -> Run:
     return run
 
 
-KINDS = {f.__name__: f for f in (pregate_engine, pregate_serve, vllm, transformers, llama_cpp)}
+KINDS = {f.__name__: f for f in (pregate_engine, pregate_tiers, pregate_serve, vllm, transformers, llama_cpp)}
 
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries and their processes print is no answer
-    run = KINDS[sys.argv[1]](sys.argv[2])
+    run = KINDS[sys.argv[1]](*sys.argv[2:])
     print("ready", file=out, flush=True)
     for line in sys.stdin:
         prompts, num_new = json.loads(line)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,12 @@ PATIENCE_S = 600
 
 
 class Contender:
-    """A contender's process. `run` gives its tokens per second for the first `count` prompts."""
+    """A contender's process, of `contenders.py`'s `kind` with these parameters; it calls `enter` before all else. `run`
+    gives its tokens per second for the first `count` prompts."""
 
-    def __init__(self, name: str, python: str, kind: str, target: str) -> None:
+    def __init__(
+        self, name: str, python: str, kind: str, *parameters: str, enter: Callable[[], None] | None = None
+    ) -> None:
         self.name, self.resident_bytes = name, 0
         environment = {
             **os.environ,
@@ -55,13 +58,14 @@ class Contender:
         }
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process
         self._process = subprocess.Popen(
-            [python, "-m", "benchmarks.contenders", kind, target],
+            [python, "-m", "benchmarks.contenders", kind, *parameters],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
             env=environment,
             cwd=ROOT,
+            preexec_fn=enter,  # noqa: PLW1509 - no thread of ours runs beside
         )
         start_s = time.perf_counter()
         if self._line() != "ready":

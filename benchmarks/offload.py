@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.surroundings import sentence, surroundings
+from pregate.base.options import Dtype
 from pregate.cluster.placement import place
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.quiet import quiet_transformers
@@ -60,12 +61,24 @@ class ThrottledReader:
         return unit
 
 
-def load(model: Path, share: float, lookahead: bool, bandwidth: float | None) -> tuple[Engine, ExpertHost]:
+def load(
+    model: Path,
+    share: float,
+    lookahead: bool,
+    bandwidth: float | None = None,
+    dtype: Dtype = "float32",
+    kv_cache_memory: float | None = None,
+) -> tuple[Engine, ExpertHost]:
+    """An engine and its host in this process, with that share of the experts in slots."""
+    torch.set_num_threads(1)
+    quiet_transformers()
     reader = ThrottledReader(CheckpointReader(model), bandwidth)
     placement = place([cut.num_routed for cut in reader.config.cuts], 1, "linear")
-    options = HostOptions(resident_experts=None if share == 1 else share, lookahead=lookahead)
+    options = HostOptions(resident_experts=None if share == 1 else share, lookahead=lookahead, dtype=dtype)
     host = ExpertHost(reader, placement.units_of(0), options, beside_engine=True)  # pyright: ignore[reportArgumentType]
-    engine_options = EngineOptions(model=str(model), prefix_sharing=False, max_running=16)
+    engine_options = EngineOptions(
+        model=str(model), dtype=dtype, prefix_sharing=False, max_running=16, kv_cache_memory=kv_cache_memory
+    )
     engine = build_engine(engine_options, [InProcessClient(host)], placement.copies)
     reader.begin()
     return engine, host
@@ -146,8 +159,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--name", default="offload")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    quiet_transformers()
     speed = "unthrottled" if args.bandwidth is None else f"read at {args.bandwidth / 1e6:g} MB/s"
     setting = f"{args.model.name}, experts {speed}; one thread, engine and host in one process. {args.beside}".strip()
     cases = []

@@ -19,7 +19,16 @@ from pregate.model.modeling import RoutedForCausalLM
 
 
 @torch.no_grad()
-def random_cut(parent_folder: Path, out: Path, *, experts: int, shared: int, active: int, skew: float = 0.0) -> Path:
+def random_cut(
+    parent_folder: Path,
+    out: Path,
+    *,
+    experts: int,
+    shared: int,
+    active: int,
+    skew: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """Write `out`, unless it is there: S`shared`A`active`E`experts` of the dense model, whose paths are exact.
 
     With `skew` the router favours some experts of each layer, in an order of its own: the n-th by `skew` log n less
@@ -28,14 +37,15 @@ def random_cut(parent_folder: Path, out: Path, *, experts: int, shared: int, act
     if out.exists():
         return out
     torch.manual_seed(0)
-    parent: Any = AutoModelForCausalLM.from_pretrained(parent_folder, dtype=torch.float32)
+    parent: Any = AutoModelForCausalLM.from_pretrained(parent_folder, dtype=dtype)
     mlps = find_gated_mlps(parent)
     width = mlps[0].width // experts
     cut = {"num_routed": experts - shared, "num_shared": shared, "num_active": active, "expert_width": width}
     config = RoutedConfig(
         parent.config, [cut] * len(mlps), routing="path", selection="top_k", path_router={}, gate="linear"
     )
-    model = RoutedForCausalLM(config)
+    model: Any = RoutedForCausalLM._from_config(config, dtype=dtype)
+    model.path_router.float()  # as converted checkpoints have it
     kept = {n: p for n, p in parent.state_dict().items() if ".mlp." not in n}
     missing = model.parent.load_state_dict(kept, strict=False)
     assert not missing.unexpected_keys
