@@ -132,6 +132,15 @@ def until_all_serve(engine: Engine, timeout_s: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+def until_all_is_loaded(engine: Engine) -> None:
+    """Look after the hosts, with nothing to do for them, until those that live hold all that they serve."""
+    give_up_s, members = time.monotonic() + 60, engine.exchange.members  # type: ignore[attr-defined]
+    while members.catching_up:
+        assert time.monotonic() < give_up_s, members.adopted
+        engine.idle()
+        time.sleep(0.02)
+
+
 def hold_round(engine: Engine, references: list[ReferenceText], name: str) -> float:
     """Serve every prompt once, hold the texts to the reference; returns the longest pause between two tokens."""
     num_tokens = len(references[0].tokens)

@@ -16,7 +16,7 @@ from pregate.cluster.placement import place
 from pregate.model.checkpoint import CheckpointReader
 from pregate.router.engine.build import build_engine
 from pregate.router.engine.options import EngineOptions
-from tests.chaos.hosts import At, Cluster, hold_round, random_references, until_all_serve
+from tests.chaos.hosts import At, Cluster, hold_round, random_references, until_all_is_loaded, until_all_serve
 
 pytestmark = pytest.mark.slow
 NUM_HOSTS, NUM_PROMPTS, NUM_TOKENS = 3, 16, 20
@@ -66,6 +66,7 @@ def test_any_host_killed_at_any_moment(served):
             longest_s = hold_round(engine, references, f"host {host} killed before dispatch {when}")
             if not in_the_midst:  # else starting it took that long
                 pauses_s.append(longest_s)
+                until_all_is_loaded(engine)
                 cluster.replace(host, engine)
             until_all_serve(engine)
             assert engine.info()["hosts"][host]["lost"] == ""

@@ -20,6 +20,7 @@ from pregate.base.errors import HostLostError
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt, SentGroup
+from pregate.router.engine.expectations import Expectations
 from pregate.router.engine.members import Members
 from pregate.router.engine.planning import StepPlan, check_plan, make_plan
 from pregate.router.engine.shared_experts import SharedExperts
@@ -30,12 +31,13 @@ from pregate.workers.link.protocol import Expected, GroupKey
 
 @dataclass
 class _Step:
-    """The step in progress. `plan` is None while gates decide layer by layer; its slots [L, T, K] and its paths'
-    weights [L, T, K], or None, are on the engine's device."""
+    """The step in progress. `paths` and `plan` are None while gates decide layer by layer; its slots [L, T, K] and its
+    paths' weights [L, T, K], or None, are on the engine's device."""
 
     number: int
     num_tokens: int
     pair_counts_TH: np.ndarray
+    paths: Paths | None = None
     plan: StepPlan | None = None
     slots_LTK: torch.Tensor | None = None
     weights_LTK: torch.Tensor | None = None
@@ -59,7 +61,8 @@ class ChannelExchange:
         wants_lookahead: bool = False,
     ) -> None:
         self.engine, self.members, self.shared = engine, members, shared
-        self.group_timeout_s, self.check_plans, self.wants_lookahead = group_timeout_s, check_plans, wants_lookahead
+        self.group_timeout_s, self.check_plans = group_timeout_s, check_plans
+        self._expectations = Expectations(members, always=wants_lookahead)
         self._step = _Step(-1, 0, np.zeros((0, len(self.clients)), dtype=np.int64))
         self.traces = ""
         #: Parts of groups have numbers of their own, so that no two that a host is asked for are called the same.
@@ -99,12 +102,12 @@ class ChannelExchange:
             client.warm_up()
         self.shared.warm_up(step_tokens)
 
+    @property
+    def wants_lookahead(self) -> bool:
+        return self._expectations.wanted
+
     def expect(self, expected: Expected) -> None:
-        first_LR = self.members.first_LR()
-        for host, client in enumerate(self.clients):
-            if self.wants_lookahead and host not in self.lost:
-                here_LR = first_LR == host
-                client.expect(Expected(expected.step, expected.known_HLR & here_LR, expected.likely_LR * here_LR))
+        self._expectations.tell(expected)
 
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
         held_LRC = self.members.held_LRC()
@@ -117,6 +120,7 @@ class ChannelExchange:
             client.abandon()  # of a step that failed
         if paths is None:
             self._step = _Step(number, num_tokens, np.zeros((num_tokens, len(self.clients)), dtype=np.int64))
+            self._expectations.tell_anew(number)
             return
         plan = self._plan(number, paths.ids, self.members.hosts_for(paths.ids))
         device, weights = self.shared.device, None
@@ -128,7 +132,8 @@ class ChannelExchange:
             except HostLostError as error:
                 self.members.lose(host, error)
         slots_LTK = to_device(torch.from_numpy(plan.slots_LTK), device)
-        self._step = _Step(number, num_tokens, plan.pair_counts_TH, plan, slots_LTK, weights)
+        self._step = _Step(number, num_tokens, plan.pair_counts_TH, paths, plan, slots_LTK, weights)
+        self._expectations.tell_anew(number, paths)
 
     def dispatch(self, layer: int, x_TD: torch.Tensor, choice: Choice | None = None) -> Receipt:
         step = self._step
@@ -171,8 +176,13 @@ class ChannelExchange:
                 self.clients[group.host].send_group(group.key, group.rows_ND, None if planned else group.index)
                 return group
             except HostLostError as error:
-                self.members.lose(group.host, error)
+                self._lose(group, error)
         return self._send_elsewhere(group)
+
+    def _lose(self, group: SentGroup, error: HostLostError) -> None:
+        """Fence the host of a group; those who serve its units from now on begin to load them."""
+        self.members.lose(group.host, error)
+        self._expectations.tell_anew(self._step.number, self._step.paths, group.key.layer)
 
     def _send_elsewhere(self, group: SentGroup) -> SentGroup:
         """Send a group of a lost host to those that serve its units now, with its index: it needs no plan."""
@@ -190,7 +200,7 @@ class ChannelExchange:
             try:
                 return self.clients[group.host].receive(group.key, self.group_timeout_s)
             except HostLostError as error:
-                self.members.lose(group.host, error)
+                self._lose(group, error)
         if not group.parts:
             group = self._send_elsewhere(group)
         y_PD = group.rows_ND.new_empty(group.index.num_pairs, group.rows_ND.shape[1])
@@ -217,6 +227,7 @@ class ChannelExchange:
 
     def poll(self) -> None:
         self.members.poll()
+        self._expectations.tell_anew(self._step.number)
 
     def _plan(self, number: int, ids_TLK: np.ndarray, hosts_of: np.ndarray) -> StepPlan:
         plan = make_plan(number, ids_TLK, hosts_of, len(self.clients), self.members.hosts_of_LR.shape[1])

@@ -72,8 +72,7 @@ class Engine:
         self.computer = computer = PathComputer(backbone.path_router) if backbone.path_router is not None else None
         foretold = self.exact or options.batching == "path" or self.exchange.wants_lookahead
         self.paths = RunningPaths(computer) if computer is not None and foretold else None
-        looks_ahead = self.paths is not None and self.exchange.wants_lookahead
-        self.lookahead = Lookahead(self.config.cuts, options.step_tokens) if looks_ahead else None
+        self.lookahead = Lookahead(self.config.cuts, options.step_tokens) if self.paths is not None else None
         self.admission = Admission(
             self.config.text_config.vocab_size,
             self.context,
@@ -235,7 +234,7 @@ class Engine:
     def _look_ahead(self, step: Many[Slice]) -> None:
         """Say what comes after `step`, which runs next; where gates decide, also what it itself may need. Before there
         is one what is known has changed, and what is likely has not."""
-        if self.lookahead is None:
+        if self.lookahead is None or not self.exchange.wants_lookahead:
             return
         scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
         queues = scheduler.running, scheduler.waiting

@@ -45,12 +45,26 @@ class Members:
         self.lost_at_s: dict[int, float] = {}
         self._pause_s: dict[int, float] = {}
         self._backoffs = {host: Backoff(FIRST_PAUSE_S, MAX_PAUSE_S) for host in range(len(clients))}
+        #: How often it has changed who serves what.
+        self.version = 0
         self._settle()
 
     def _settle(self) -> None:
         alive_H = np.array([host not in self.lost for host in range(len(self.clients))])
         self._living_LRC = adopt(self.copies_LRC, alive_H) if alive_H.any() else self.copies_LRC
-        self.hosts_of_LR = choose_hosts(self._living_LRC)
+        self.hosts_of_LR = hosts_of_LR = choose_hosts(self._living_LRC)
+        adopted_LR, self.version = hosts_of_LR != self.copies_LRC[..., 0], self.version + 1
+        #: Of each host that serves units of one that is lost, which: their layers and experts.
+        self.adopted = {int(h): np.nonzero(adopted_LR & (hosts_of_LR == h)) for h in np.unique(hosts_of_LR[adopted_LR])}
+
+    @property
+    def catching_up(self) -> bool:
+        """Whether some host, as it last said, neither holds nor loads all that it serves for one that is lost."""
+        for host, units in self.adopted.items():
+            units_LR = self.clients[host].units_LR
+            if units_LR is not None and units_LR.shape == self.hosts_of_LR.shape and not units_LR[units].all():
+                return True
+        return False
 
     def held_LRC(self) -> np.ndarray | None:  # noqa: N802
         """Which of each unit's copies are in a slot or on their way there, bool [L, R, C], as hosts last said; None

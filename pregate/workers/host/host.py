@@ -137,11 +137,15 @@ class ExpertHost:
         self._plans.put(engine, replace(prepare(plan, self._ffn, self._store), spans=spans))
 
     def expect(self, engine: str, expected: Expected) -> None:
-        if self._looks_ahead:
-            try:
+        if not self.options.lookahead:
+            return
+        try:
+            with self._turn:
                 self._store.expect(engine, expected)
-            except ValueError as error:
-                raise ProtocolError(str(error)) from error
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        if self._prefetcher is None:  # all it is home to is held: it serves for a host that is lost
+            self._prefetcher = Prefetcher(self._store)
 
     def forget(self, engine: str) -> None:
         self._plans.forget(engine)

@@ -122,6 +122,13 @@ class Uses:
             distance = np.minimum(distance, np.where(times.known_LR < FAR // 2, times.known_LR, self._guess(times)))
         return Outlook(known, distance)
 
+    def wanted(self) -> np.ndarray:
+        """Return bool [L, R]: what some engine is certain to ask for, or may."""
+        wanted_LR = np.zeros(self._shape, dtype=bool)
+        for times in map(NextUse.times, self._engines.values()):
+            wanted_LR |= (times.known_LR < FAR // 2) | (times.likely_LR > 0)
+        return wanted_LR
+
     def _guess(self, times: Times) -> np.ndarray:
         """Layers until a unit's next use, on average, if each step uses it as likely as is forecast, else as lately."""
         share_LR = self._rate_LR
@@ -146,6 +153,12 @@ class Outlook:
         if not among_LR.any():
             return None
         return _unit(np.where(among_LR, self.distance_LR, np.iinfo(np.int64).min).argmax(), among_LR.shape[1])
+
+    def nearest(self, among_LR: np.ndarray) -> Unit | None:
+        """Return the one of these units that is used next, None where there is none."""
+        if not among_LR.any():
+            return None
+        return _unit(np.where(among_LR, self.distance_LR, np.iinfo(np.int64).max).argmin(), among_LR.shape[1])
 
     def fetch(
         self, absent_LR: np.ndarray, may_go_LR: np.ndarray, num_free: int, lead: int

@@ -45,6 +45,8 @@ class UnitStore:
     is used last, as far as engines have said, else the one not asked for longest. Where nothing else does, others of
     this host's units have room for `spare_slots` of each width, and always for those of one layer at once.
 
+    Where home units all stay, others that engines expect to ask for are loaded ahead into slots that are free.
+
     `reserve_shared` leaves room for every layer's shared units. `versions` int64 [L] count how often a layer's slots
     changed. One thread computes; others may load ahead (`next_fetch`, `finish`).
     """
@@ -75,6 +77,7 @@ class UnitStore:
         )
         self._at: tuple[str, int] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
+        self._stalled = False  # the compute thread waits for units
         self._pools: dict[int, SlotPool] = {}
         self._rooms: dict[int, Room] = {}
         self._spare_slots = spare_slots
@@ -109,7 +112,8 @@ class UnitStore:
         """Be home to these units from now on, and to no others: those leave. Between two uses of what is held.
 
         Returns what is to be read, each for `carry_out`. Slots are added where they are too few, never taken away;
-        where home units come and go there are as many as before, and nothing is read ahead.
+        where home units come and go there are as many as before, and nothing is read ahead. PregateError where what is
+        loaded ahead does not come.
         """
         if self.tiered:
             return []
@@ -118,6 +122,8 @@ class UnitStore:
             self._check_exists(layer, np.array([expert]))
             wanted_LR[layer, expert] = True
         with self._changed:
+            if not self._changed.wait_for(lambda: not self._coming_LR.any(), LOAD_TIMEOUT_S):
+                raise PregateError(f"units that are loaded ahead have not come within {LOAD_TIMEOUT_S:g} s")
             for layer, expert in np.argwhere(self._fixed_LR & self._held_LR & ~wanted_LR).tolist():
                 self._evict((layer, expert))
             self._fixed_LR, self._num_fixed = wanted_LR, int(wanted_LR.sum())
@@ -127,7 +133,7 @@ class UnitStore:
                 if more > 0:
                     room.pool.grow(more)
                     self._rooms[width] = replace(room, num_slots=room.num_slots + more)
-            absent = np.argwhere(wanted_LR & ~self._held_LR & ~self._coming_LR).tolist()
+            absent = np.argwhere(wanted_LR & ~self._held_LR).tolist()
             loads = [self._make_room((layer, expert)) for layer, expert in absent]
         return [load for load in loads if load is not None]
 
@@ -199,11 +205,25 @@ class UnitStore:
             self._changed.notify_all()
 
     def expect(self, engine: str, expected: Expected) -> None:
-        """Take in what an engine expects to ask for later. ValueError where it is of another model."""
+        """Take in what an engine expects to ask for later, between two uses of what is held. ValueError where it is of
+        another model."""
         expected.check(*self._held_LR.shape)
         with self._changed:
             self.uses.of(engine).expect(expected)
+            if not self.tiered:
+                self._make_way()
             self._changed.notify_all()
+
+    def _make_way(self) -> None:
+        """Let guests go that nobody expects to ask for, where those who lack would find no free slot."""
+        wanted_LR, outlook = self.uses.wanted(), self.uses.look()
+        for room in self._rooms.values():
+            lacking = int((wanted_LR & ~self._held_LR & ~self._coming_LR & room.mask_LR).sum())
+            while lacking > self._num_free(room):
+                leaving = outlook.farthest(self._may_go(room) & ~wanted_LR)
+                if leaving is None:
+                    break
+                self._evict(leaving)
 
     def forget(self, engine: str) -> None:
         with self._changed:
@@ -245,11 +265,12 @@ class UnitStore:
         self.stats.hits += int(held.sum())
         if not held.all():
             self.stats.misses += len(held) - int(held.sum())
-            begun_s = time.perf_counter()
+            begun_s, self._stalled = time.perf_counter(), True
             try:  # first what nobody has begun to load
                 for expert in (*expert_ids[~held & ~coming].tolist(), *expert_ids[~held & coming].tolist()):
                     self._bring((layer, expert))
             finally:
+                self._stalled = False
                 self.stats.stall_s += time.perf_counter() - begun_s
         return self.slots(layer, expert_ids), self.weights(layer)
 
@@ -285,15 +306,25 @@ class UnitStore:
         self._read_ahead(outlook, absent_LR)
         chosen: list[tuple[int, Unit, Unit | None]] = []
         for room in self._rooms.values():
-            found = outlook.fetch(absent_LR & room.mask_LR, self._may_go(room), self._num_free(room), lead)
+            if self.tiered:
+                found = outlook.fetch(absent_LR & room.mask_LR, self._may_go(room), self._num_free(room), lead)
+            else:
+                found = self._guest(outlook, absent_LR, room)
             if found is not None:
-                chosen.append((int(outlook.known_LR[found[0]]), *found))
+                chosen.append((int(outlook.distance_LR[found[0]]), *found))
         if not chosen:
             return None
         _, unit, leaving = min(chosen)
         if leaving is not None:
             self._evict(leaving)
         return self._take(unit, ahead=True)
+
+    def _guest(self, outlook: Outlook, absent_LR: np.ndarray, room: Room) -> tuple[Unit, None] | None:
+        """Return what to load for another host, into a free slot alone: nothing is known of what the compute thread has
+        in use. What is not certain to be asked for waits while that thread reads."""
+        wanted_LR = outlook.known_LR < FAR // 2 if self._stalled else self.uses.wanted()
+        unit = outlook.nearest(absent_LR & room.mask_LR & wanted_LR)
+        return None if unit is None or not self._num_free(room) else (unit, None)
 
     def finish(self, load: Load) -> None:
         """Load ahead, and let it be found. A failure is left to whoever asks for the unit."""
