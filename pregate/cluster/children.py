@@ -175,7 +175,7 @@ class RayChildren:
         """Wait for room, saying what is waited for. UserError at once where there never will be any."""
         config, bundles = self._config, room.bundles_of(self._config, ray.util.get_node_ip_address())
         self._group = group = placement_group(
-            bundles, strategy="PACK", name=group_name(config.name), lifetime="detached"
+            bundles, strategy=config.host_nodes.upper(), name=group_name(config.name), lifetime="detached"
         )
         self.stage = f"reserving room for {config.hosts} hosts and the engine"
         ready = asyncio.ensure_future(wait(group.ready()))

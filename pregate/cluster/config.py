@@ -56,6 +56,10 @@ class ServeConfig:
         Field(description="Node for engines and doors: an address in Ray, a resource that such nodes have, or any."),
         Word("here"),
     ] = None
+    host_nodes: Annotated[
+        Literal["pack", "spread"],
+        Field(description="Nodes that hosts go to: one after another is filled, or they spread over all."),
+    ] = "pack"
     name: Annotated[str, Field(description="Name of the deployment; launchers of one name share it.")] = "pregate"
     placement: Annotated[
         Literal["linear", "round_robin", "balanced"],

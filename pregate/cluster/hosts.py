@@ -70,7 +70,8 @@ class Hosts:
         try:
             while len(self._places) < num_hosts:
                 timeout_s = self._config.start_timeout_s
-                self._places.append(await places.reserve(self._config, len(self._places) + 1, timeout_s))
+                reserved = await places.reserve(self._config, len(self._places) + 1, timeout_s, self._places)
+                self._places.append(reserved)
         except BaseException:
             await self._drop(len(self.parts))
             raise
@@ -130,7 +131,7 @@ class Hosts:
         """Let a process on another node be this host: it reads the units first, then engines turn to it, then the one
         there was is drained. Raises what kept it from that; then nothing has changed."""
         old_part, old_place = self.parts[host], self._places[host]
-        self._places[host] = await places.reserve(self._config, len(self.parts), ELSEWHERE_S)
+        self._places[host] = await places.reserve(self._config, len(self.parts), ELSEWHERE_S, self._places)
         part = self._part(host)
         try:
             await self._start(part, host)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,14 +21,16 @@ from pregate.cluster.strays import group_name
 Place = tuple[PlacementGroup, int]
 
 
-async def reserve(config: ServeConfig, num_hosts: int, timeout_s: float) -> Place:
-    """Room for one more host, for `num_hosts` in all. UserError where a Ray of our own has none, UnavailableError where
-    there is none in time."""
+async def reserve(config: ServeConfig, num_hosts: int, timeout_s: float, places: Sequence[Place]) -> Place:
+    """Room for one more host, for `num_hosts` in all, beside these `places` or away from them, as is configured.
+    UserError where a Ray of our own has none, UnavailableError where there is none in time."""
     bundle = room.bundles_of(config, "")[-1]
     if run_folder.own() is not None and room.lacking([bundle], [ray.available_resources()]):
         raise UserError.of("--hosts", num_hosts, "the Ray that was started for this has no room for it")
     name = group_name(config.name, uuid.uuid4().hex[:8])
-    group = placement_group([bundle], name=name, lifetime="detached")
+    node = await asyncio.to_thread(_emptiest_node, bundle, places) if config.host_nodes == "spread" else None
+    # The only strategy with a wish for a node, which Ray passes over should there be no room any more.
+    group = placement_group([bundle], "STRICT_PACK", name, lifetime="detached", _soft_target_node_id=node)
     try:
         await asyncio.wait_for(wait(group.ready()), timeout_s)
     except BaseException as error:
@@ -36,6 +39,14 @@ async def reserve(config: ServeConfig, num_hosts: int, timeout_s: float) -> Plac
             raise UnavailableError(f"no room for another host within {timeout_s:.0f} s") from None
         raise
     return group, 0
+
+
+def _emptiest_node(bundle: room.Resources, places: Iterable[Place]) -> str | None:
+    """Ray's id of the node with room for a bundle that has fewest of these places; None where none has room."""
+    free = ray._private.state.available_resources_per_node()
+    able = [node for node in free.keys() - draining_nodes() if room.lacking([bundle], [free[node]]) is None]
+    taken = Counter(nodes_of(list(places)))
+    return min(able, key=lambda node: (taken[node], node), default=None)
 
 
 def nodes_of(places: Sequence[Place]) -> list[str]:
