@@ -70,6 +70,7 @@ class RayChildren:
         timeout_s = config.start_timeout_s
         self._doors = Doors(self._make_door, timeout_s, self._serves)
         self._exports = False  # whether Ray exports metrics
+        self._nodes: set[str] = set()  # where engines were, by Ray's ids: our folder is there
         self._stopping: asyncio.Task[None] | None = None
         self._agreeing: asyncio.Task[None] | None = None
         self._deadline_s = asyncio.get_running_loop().time() + timeout_s
@@ -86,6 +87,7 @@ class RayChildren:
         end_strays(config.name)  # of a supervisor that is dead for good
         group = await self._reserve()
         places = host_places(group)
+        self._nodes.add(self._engine_node())
         placement = experts.placement(config, nodes=nodes_of(places))
         check(placement, experts.num_routed, experts.one_index)
         self.stage = f"loading {config.hosts} hosts" if config.hosts else "loading the engine"
@@ -114,6 +116,7 @@ class RayChildren:
             "group": self._group,
             "experts": self._experts,
             "exports": self._exports,
+            "nodes": self._nodes,
             "info": self._info,
             "hosts": self._hosts.saved(),
             "engines": [engine.saved() for engine in self._engines.parts],
@@ -124,6 +127,7 @@ class RayChildren:
     def adopt(self, saved: dict[str, Any]) -> dict[str, Any]:
         """Take up what another process of the supervisor had; `check` finds what has died since."""
         self._group, self._experts, self._exports = saved["group"], saved["experts"], saved["exports"]
+        self._nodes = saved["nodes"]
         self._hosts.adopt(saved["hosts"])
         for engine, actor in zip(self._engines.parts, saved["engines"], strict=True):
             engine.adopt(*actor)
@@ -252,7 +256,12 @@ class RayChildren:
     async def _moved(self) -> list[str]:
         """Say where engines and doors are now, if that is another node than before, or none."""
         before = self._info["node_ip"]
-        at = self._info["node_ip"] = await in_thread(lambda: node_address(self._engine_node()), before)
+
+        def look() -> str:
+            self._nodes.add(node := self._engine_node())
+            return node_address(node)
+
+        at = self._info["node_ip"] = await in_thread(look, before)
         if at == before:
             return []
         return [f"engines and doors {'go to node' if at else 'wait for a node:'} {at or self._config.engine_node}"]
@@ -281,10 +290,10 @@ class RayChildren:
         await asyncio.gather(*(settle(actor.drain.remote(grace_s), grace_s + STOP_TIMEOUT_S) for actor in running))
         await asyncio.gather(*(engine.stop(STOP_TIMEOUT_S, came_up) for engine in self._engines.parts))
         await self._hosts.stop(came_up)
-        node = "" if self._config.engine_node is None else self._engine_node()
+        nodes = self._nodes | {self._engine_node()}
         end_strays(self._config.name)
-        if node not in ("", ray.get_runtime_context().get_node_id()):
-            await remove_folder(self._folder, node)
+        nodes -= {"", ray.get_runtime_context().get_node_id()}  # ours goes with the record
+        await asyncio.gather(*(remove_folder(self._folder, node) for node in nodes))
 
     async def _in_time(self, work: Awaitable[T], otherwise: str) -> T:
         left_s = self._deadline_s - asyncio.get_running_loop().time()

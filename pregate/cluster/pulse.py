@@ -13,6 +13,9 @@ import ray.exceptions
 SILENT_AFTER_S = 2.0
 #: How long one look waits for the answers; what comes later is read by the next look.
 LOOK_S = 0.5
+#: So often in a row Ray may call an actor unavailable, with a pause of `LOOK_S` each time, before it is lost: Ray
+#: gives a node up after 15 s, and one of ours that gives no answer is given up after 30.
+MOST_UNAVAILABLE = 50
 #: How Ray's error of an actor that is dead says that its node is.
 _NODE_DIED = "node has died"
 
@@ -58,7 +61,7 @@ class Pulse:
                 )
 
     async def _answer(self) -> str:
-        while True:
+        for _ in range(MOST_UNAVAILABLE):
             try:
                 self.status = await self._actor.status.remote()
             except ray.exceptions.ActorUnavailableError:  # it may come back; its death is another error
@@ -70,6 +73,7 @@ class Pulse:
                 what = "its node was lost" if _NODE_DIED in str(error) else "its process died"
                 return f"{what} ({type(error).__name__})"
             return "" if self.status.get("running", True) else "its loop has ended"
+        return "Ray cannot reach it"
 
 
 async def look(pulses: Iterable[Pulse]) -> None:

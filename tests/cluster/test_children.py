@@ -241,6 +241,32 @@ def test_a_node_that_is_not_there_is_refused_by_its_address(local_ray, path_chec
     asyncio.run(main())
 
 
+def test_the_folder_goes_on_every_node_that_engines_were_on(local_ray, path_checkpoint, monkeypatch):
+    """They went from one to another, which a supervisor's process saw that died later."""
+    removed, nodes = [], iter(["one", "two", "two", "three"])
+
+    async def remove(folder, node):
+        removed.append((folder, node))
+
+    async def main():
+        children = make(local_ray, config(path_checkpoint))
+        monkeypatch.setattr(module, "node_address", lambda node: f"address of {node}")
+        monkeypatch.setattr(children, "_engine_node", lambda: next(nodes))
+        children._info["node_ip"] = "address of one"
+        assert await children._moved() == []
+        assert await children._moved() == ["engines and doors go to node address of two"]
+        after = make(local_ray, config(path_checkpoint))
+        monkeypatch.setattr(module, "end_strays", lambda *_: None)
+        after.adopt({**children.saved(), "engines": [(None, 1)]})
+        after._engines.parts.clear()
+        monkeypatch.setattr(after, "_engine_node", lambda: "three")
+        monkeypatch.setattr(module, "remove_folder", remove)
+        await after._stop(0)
+        assert sorted(removed) == [(after._folder, node) for node in ("one", "three", "two")]
+
+    asyncio.run(main())
+
+
 def test_a_cache_larger_than_memory_is_refused_before_anything_is_started(local_ray, path_checkpoint):
     async def main():
         children = make(local_ray, config(path_checkpoint, engine={"kv_cache_memory": "10000 GB"}))
