@@ -50,7 +50,7 @@ class Expectations:
             likely_LR = np.ceil(SURE * (rows_LR / max(1, rows_LR.max()))).astype(np.uint8)
             expected = Expected(number + 1, np.zeros((0, *rows_LR.shape), dtype=bool), likely_LR)
         if paths is not None:
-            now_1LR = used_units(paths.ids, rows_LR.shape[1])[None]
+            now_1LR = used_units(paths.ids, expected.likely_LR.shape[1])[None]
             now_1LR[:, :layer] = False
             later_HLR = expected.known_HLR[max(0, number + 1 - expected.step) :]
             expected = Expected(number, np.concatenate([now_1LR, later_HLR]), expected.likely_LR)

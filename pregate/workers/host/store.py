@@ -319,7 +319,7 @@ class UnitStore:
             self._evict(leaving)
         return self._take(unit, ahead=True)
 
-    def _guest(self, outlook: Outlook, absent_LR: np.ndarray, room: Room) -> tuple[Unit, None] | None:
+    def _guest(self, outlook: Outlook, absent_LR: np.ndarray, room: Room) -> tuple[Unit, Unit | None] | None:
         """Return what to load for another host, into a free slot alone: nothing is known of what the compute thread has
         in use. What is not certain to be asked for waits while that thread reads."""
         wanted_LR = outlook.known_LR < FAR // 2 if self._stalled else self.uses.wanted()
