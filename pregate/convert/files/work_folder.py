@@ -16,7 +16,9 @@ from pregate.base.errors import PregateError, option_name
 from pregate.base.folders import sync_folder
 
 #: Options that do not change the result, or that the fingerprint has otherwise than as they were typed.
-_BESIDE_THE_POINT = ("model", "out", "calibration", "domains", "text", "teacher", "device", "checkpoint_every")
+_BESIDE_THE_POINT = (
+    "model", "out", "calibration", "domains", "text", "teacher", "device", "checkpoint_every", "gradient_checkpointing",
+)  # fmt: skip
 
 
 def fingerprint(described: Mapping[str, Any], read: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""A routed layer computed densely: hidden values of all routed experts in one product, and what is made of them.
+"""A routed layer computed densely: hidden values of all routed experts in one product, and what is made of them; or by
+those experts alone that tokens chose.
 
 Shape letters: T tokens, D hidden width, R routed experts, M expert width, K experts of a token (at most).
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from pregate.kernels.reference import expert_ffn
 from pregate.model.gates import Choice
 from pregate.model.layers import RoutedMLP, by_token_power
 
@@ -33,6 +35,17 @@ def add_weighted(
     """`out_TD` and what the experts give, each times its weight: 0 where it is not chosen."""
     weighted_TRM = h_TRM * weights_TR[:, :, None].to(h_TRM.dtype)
     return out_TD + F.linear(weighted_TRM.flatten(1), down.transpose(0, 1).flatten(1))
+
+
+def add_chosen(mlp: RoutedMLP, out_TD: torch.Tensor, x_TD: torch.Tensor, weights_TR: torch.Tensor) -> torch.Tensor:
+    """The same, each expert run on the tokens alone where its weight is not 0; weights get no gradient."""
+    assert mlp.experts is not None
+    weights = zip(mlp.experts.gate_up_proj.unbind(), mlp.experts.down_proj.unbind(), strict=True)
+    for expert, (gate_up, down) in enumerate(weights):
+        rows = weights_TR[:, expert].nonzero()[:, 0]
+        y = expert_ffn(x_TD[rows], gate_up, down, mlp.act)
+        out_TD = out_TD.index_add(0, rows, (y * weights_TR[rows, expert, None]).to(out_TD.dtype))
+    return out_TD
 
 
 def expert_weights(choice: Choice, num_routed: int) -> torch.Tensor:

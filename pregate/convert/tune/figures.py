@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from pregate.base.dtypes import dtype_name
-from pregate.convert.measure.agreement import AgreementMeter, layer_figures
+from pregate.convert.measure.agreement import RouteMeter, layer_figures
 from pregate.convert.measure.overlap import bytes_per_row, rows_are_tied, swap_figures
 from pregate.convert.measure.scoring import score_rows
-from pregate.convert.tune.loop import Tuner
+from pregate.convert.tune.loop import Tuner, imbalance
 
 
 def tuned_figures(tuner: Tuner) -> dict[str, Any]:
@@ -18,10 +18,9 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
 
     Where a path router only forecasts, which tuning does not train, also how often it still names the gates' experts.
     """
-    counters, found = tuner.counters, tuner.evaluate()
-    first = counters.first
+    counters, first = tuner.counters, tuner.counters.first
     forecasts = tuner.routed and tuner.model.config.routing == "layerwise" and tuner.model.config.has_path_router
-    meter = AgreementMeter() if forecasts else None
+    meter = RouteMeter(compares=forecasts) if tuner.routed else None
     figures: dict[str, Any] = {
         "validation_perplexity_before": round(first["perplexity"], 4),
         "validation_perplexity_after": round(score_rows(tuner.model, tuner.rows.held_back, meter).perplexity, 4),
@@ -30,12 +29,13 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
         figures["path_vs_gate"] = layer_figures(meter.forecast)
     if counters.refit:
         figures["refit"] = counters.refit
-    if found.active_share is not None:
+    if meter is not None:
+        loads = [sum(torch.from_numpy(x).sum(dim=0) for x in meter.visits[layer]) for layer in sorted(meter.visits)]
         figures |= {
             "active_share_before": round(first["active_share"], 4),
-            "active_share_after": round(found.active_share, 4),
+            "active_share_after": round(meter.active_share, 4),
             "load_imbalance_before": list(first["imbalance"]),
-            "load_imbalance_after": list(found.imbalance),
+            "load_imbalance_after": [imbalance(loads_R) for loads_R in loads],
         }
     return figures | {
         "best_step": counters.best_step,

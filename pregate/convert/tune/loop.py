@@ -63,6 +63,11 @@ class Counters:
     refit: dict[str, Any] = field(default_factory=dict)
 
 
+def imbalance(loads_R: torch.Tensor) -> float:
+    """The busiest expert's tokens over the mean of all."""
+    return round(float(loads_R.max() / loads_R.double().mean().clamp_min(1e-12)), 4)
+
+
 class Tuner:
     """Tunes `model` (a `RoutedForCausalLM`, or a dense model) in place on `rows.training`.
 
@@ -185,15 +190,15 @@ class Tuner:
             mass = self.routed and settings.router and settings.router_mass > 0 and forecasts_masses(self.model)
             gathered = {"mass": mass, "balance": settings.balance == "loss"}
             tuning_pass = self._pass(ids_BN, mask_BN, **gathered, straight_through=settings.straight_through)
-            ours = run_model(self.model, ids_BN, tuning_pass, matched)
+            ours = run_model(self.model, ids_BN, tuning_pass, matched, settings.gradient_checkpointing)
         loss, sums = mixed_loss(ours.logits, targets_P, theirs.logits, settings.kl_share, num_tokens)
         share = float((targets_P >= 0).sum()) / num_tokens
         if matched:
             loss = loss + share * settings.matching * hidden_error(ours.hidden, theirs.hidden, real_T)
         if tuning_pass is not None and tuning_pass.mass_errors:
-            loss = loss + share * settings.router_mass * torch.stack(tuning_pass.mass_errors).mean()
+            loss = loss + share * settings.router_mass * torch.stack([*tuning_pass.mass_errors.values()]).mean()
         if tuning_pass is not None and tuning_pass.balance_terms:
-            loss = loss + share * settings.balance_loss * torch.stack(tuning_pass.balance_terms).mean()
+            loss = loss + share * settings.balance_loss * torch.stack([*tuning_pass.balance_terms.values()]).mean()
         return loss, sums, tuning_pass
 
     def _pass(self, ids_BN: torch.Tensor, mask_BN: torch.Tensor, **gathered: bool) -> TuningPass | None:
@@ -258,8 +263,8 @@ class Tuner:
                     for layer, loads_R in tuning_pass.loads.items():
                         loads[layer] = loads.get(layer, torch.zeros_like(loads_R)) + loads_R
                 advance(len(batch))
-        imbalance = tuple(round(float(x.max() / x.mean().clamp_min(1e-12)), 4) for x in loads.values())
-        return Evaluation(Score(sums[0].item(), num_tokens).perplexity, active / total if total else None, imbalance)
+        uneven = tuple(map(imbalance, loads.values()))
+        return Evaluation(Score(sums[0].item(), num_tokens).perplexity, active / total if total else None, uneven)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:

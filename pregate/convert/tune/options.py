@@ -76,6 +76,7 @@ class TuningSettings:
     eval_every: Annotated[int, Field(ge=1), "Steps between evaluations."] = 200
     patience: Annotated[int, Field(ge=0), "Stop after so many evaluations without a better one; 0: never."] = 0
     seed: Seed = 0
+    gradient_checkpointing: Annotated[bool, "Run layers again going back: less memory, more time."] = False
     precision: Annotated[Literal["auto", "float32", "bfloat16"], "Of products; auto: bfloat16 on a GPU."] = "auto"
 
     @property

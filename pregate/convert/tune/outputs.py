@@ -6,14 +6,18 @@ D hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
+from pregate.convert.files.skeleton import with_forward
 from pregate.convert.tune.forward import TuningPass
+from pregate.model.gated_mlp import decoder_layers
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import margins
 
@@ -48,12 +52,15 @@ class Outputs:
     hidden: tuple[torch.Tensor, ...] = ()
 
 
-def run_model(model: Any, ids_BN: torch.Tensor, tuning_pass: TuningPass | None, hidden: bool = False) -> Outputs:
+def run_model(
+    model: Any, ids_BN: torch.Tensor, tuning_pass: TuningPass | None, hidden: bool = False, again: bool = False
+) -> Outputs:
     """Run a dense or a routed model, the latter's layers by `tuning_pass`; no mask is needed.
 
-    Attention is causal and padding on the right: what real tokens get is the same, and attention faster.
+    Attention is causal and padding on the right: what real tokens get is the same, and attention faster. `again`: see
+    `checkpointed`.
     """
-    with layers_by(model, tuning_pass) as parent:
+    with layers_by(model, tuning_pass) as parent, checkpointed(parent, model, tuning_pass) if again else nullcontext():
         found = parent(input_ids=ids_BN, use_cache=False, output_hidden_states=hidden)
     layers = found.hidden_states[1:] if hidden else ()  # the first are the embeddings
     return Outputs(found.logits.flatten(0, 1), tuple(h.flatten(0, 1) for h in layers))
@@ -69,13 +76,35 @@ def run_layers(model: RoutedForCausalLM, ids_BN: torch.Tensor, tuning_pass: Tuni
 def layers_by(model: Any, tuning_pass: TuningPass | None) -> Iterator[Any]:
     """Give the model to call, its routed layers computed by `tuning_pass` within the block."""
     mlps = [] if tuning_pass is None else model.routed_mlps
+    before = [mlp.fast for mlp in mlps]
     for mlp in mlps:
         mlp.fast = tuning_pass
     try:
         yield model if tuning_pass is None else model.parent
     finally:
-        for mlp in mlps:
-            mlp.fast = None
+        for mlp, fast in zip(mlps, before, strict=True):
+            mlp.fast = fast
+
+
+@contextmanager
+def checkpointed(parent: Any, model: Any, tuning_pass: TuningPass | None) -> Iterator[None]:
+    """Within the block each layer of `parent` keeps its input alone; it runs again where its gradient is wanted.
+
+    Then, too, by `tuning_pass`: by that time the block is left. (Chen et al. 2016, "Training deep nets with sublinear
+    memory cost".) What comes out is the same, bit for bit.
+    """
+
+    def kept(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with layers_by(model, tuning_pass):
+                return forward(*args, **kwargs)
+
+        return partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+
+    with ExitStack() as stack:
+        for layer in decoder_layers(parent):
+            stack.enter_context(with_forward(layer, kept(layer.forward)))
+        yield
 
 
 def hidden_error(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
 from pregate.base.errors import UserError
@@ -22,6 +23,7 @@ from pregate.convert.tune.options import TuningSettings
 from pregate.convert.tune.outputs import hidden_error, path_offsets, path_scores, run_model
 from pregate.convert.tune.run import dense_parent
 from pregate.model.folder import read_folder
+from pregate.model.gated_mlp import decoder_layers
 from pregate.model.layers import weighted_mass
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
@@ -113,12 +115,77 @@ def test_the_masses_forecast_are_the_layers_own(tiny_layerwise_checkpoint: Path)
     tuning_pass = pass_of(model, ids, mask, mass=True)
     run_model(model, ids, tuning_pass)
     assert len(seen) == len(tuning_pass.mass_errors) == 3
-    assert max(tuning_pass.mass_errors) < 1e-8
+    assert max(tuning_pass.mass_errors.values()) < 1e-8
     for mlp in model.routed_mlps:
         mlp.linear_gate.forward = lambda x, mlp=mlp: seen[mlp.layer].flip(1)
     again = pass_of(model, ids, mask, mass=True)
     run_model(model, ids, again)
-    assert min(again.mass_errors) > 0.1
+    assert min(again.mass_errors.values()) > 0.1
+
+
+def gradients(model: RoutedForCausalLM, again: bool, **gathered: bool) -> tuple[dict[str, torch.Tensor], int, int]:
+    """Gradients of a loss of all that a pass gives, the bytes kept for them, and how often a decoder layer ran."""
+    ids, mask = padded(ROWS)
+    held, runs = 0, 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal held
+        held += tensor.nbytes
+        return tensor
+
+    def count(*_args: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    hooks = [layer.self_attn.register_forward_hook(count) for layer in decoder_layers(model.parent)]
+    model.zero_grad()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tuning_pass = pass_of(model, ids, mask, **gathered)
+        out = run_model(model, ids, tuning_pass, True, again)
+        terms = [*tuning_pass.mass_errors.values(), *tuning_pass.balance_terms.values()]
+        loss = out.logits.square().mean() + sum(h.square().mean() for h in out.hidden) + sum(terms)
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+    assert all(mlp.fast is None for mlp in model.routed_mlps)
+    assert len(terms) == 3 * sum(gathered.values())
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, held, runs
+
+
+@pytest.mark.parametrize("gathered", [{}, {"mass": True, "balance": True}], ids=str)
+def test_with_gradient_checkpointing_the_gradients_are_the_same(model: RoutedForCausalLM, gathered: dict[str, bool]):
+    """Bit for bit, at less memory; every layer runs twice."""
+    if model.config.gate == "representative":
+        gathered = {name: False for name in gathered}  # its scores forecast no masses
+    whole, held, runs = gradients(model, False, **gathered)
+    found, less, twice = gradients(model, True, **gathered)
+    assert len(whole) > 20
+    assert whole.keys() == found.keys()
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    assert less < 0.5 * held
+    assert (runs, twice) == (3, 6)
+
+
+@pytest.mark.parametrize("kind", ["path", "layerwise"])
+def test_at_rest_a_router_has_only_chosen_experts_computed(
+    kind: str, tiny_layerwise_checkpoint: Path, tiny_path_checkpoint: Path
+):
+    """S2A2E8: four of eight parts of each FFN, and the same gradients as by computing all."""
+    model = load(tiny_path_checkpoint if kind == "path" else tiny_layerwise_checkpoint)
+    flops: list[int] = []
+
+    def of(at_rest: bool) -> dict[str, torch.Tensor]:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not at_rest or not {"path_router", "linear_gate"} & set(name.split(".")))
+        with FlopCounterMode(display=False) as counter:
+            found, _, _ = gradients(model, False)
+        flops.append(counter.get_total_flops())
+        return {n: g for n, g in found.items() if "router" not in n and "gate" not in n.split(".")[-2]}
+
+    resting, learning = of(True), of(False)
+    for name, gradient in resting.items():
+        torch.testing.assert_close(gradient, learning[name], rtol=1e-3, atol=1e-6, msg=name)
+    assert flops[0] < 0.8 * flops[1]
 
 
 def test_balance_term_by_hand():

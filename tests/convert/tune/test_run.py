@@ -89,6 +89,32 @@ def test_it_is_refitted_before_the_first_step(options: TuneOptions, method: str)
     assert [x["step"] for x in curve_of(options.out)[1]][:2] == [0, 0]
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradient_checkpointing_changes_nothing_else(options: TuneOptions, method: str):
+    options = replace(options, method=method, hidden_match=1.0, steps=4)
+    tune(options)
+    again = replace(options, out=options.out.with_name("again"), gradient_checkpointing=True)
+    assert tune(again).options["tune"]["gradient_checkpointing"]
+    assert changed(options.out, again.out) == set()
+    assert len(changed(options.model, again.out)) > 20
+
+
+@torch.no_grad()
+def test_what_is_said_of_the_tuned_model_is_of_the_one_written(options: TuneOptions, monkeypatch: pytest.MonkeyPatch):
+    """Share and load as the pass of tuning counts them; and they are found in the one run that scores it."""
+    scored, found = [], Tuner.evaluate
+    monkeypatch.setattr(Tuner, "evaluate", lambda tuner: scored.append(1) or found(tuner))
+    figures = tune(options).figures["tune"]
+    assert len(scored) == 3  # before the first step, at the sixth and at the last
+    rows = read_rows(options.text, read_folder(options.model).tokenizer, 64, 0.2, 0)
+    model = RoutedForCausalLM.from_pretrained(options.out, dtype=torch.float32)
+    stored = found(Tuner(model, rows, replace(options, kl_share=0.0)))
+    assert figures["active_share_after"] == pytest.approx(stored.active_share, abs=1e-3)
+    assert figures["load_imbalance_after"] == pytest.approx(stored.imbalance, abs=0.02)
+    assert figures["validation_perplexity_after"] == pytest.approx(stored.perplexity, rel=1e-3)
+    assert min(figures["load_imbalance_after"]) > 1
+
+
 def test_the_best_state_is_kept(options: TuneOptions, tiny_path_checkpoint: Path):
     """With a rate that breaks the model the best is where it began: nothing but the curve is new."""
     manifest = tune(replace(options, learning_rate=3.0))
