@@ -1,44 +1,54 @@
 """What a path router's options are worth: shape, size, window, embedding, target and gate, one changed at a time.
 
     python -m benchmarks.router_ablation --shared-folder ../shared
+    python -m benchmarks.router_ablation --shared-folder ../shared --parent DIR     # of SmolLM2-135M-Instruct
 
 Cuts stories3M by the default recipe, S3A3E8 and S2A2E8, and S3A3E8 once more with a fixed number of experts per token,
-for which the paper's losses, softmax gates and DSelect-k were made. Collects what routers learn from once for each;
-trains every variant for the same number of steps, the ones it turns on with several seeds, and scores it on held-out
-stories: perplexity, and the share of picks in common with an oracle's on the same hidden states. For one index the
-experts are renumbered first, as `pregate decouple` does. Writes results/router_ablation.json and .md of the rows there
-are; a finished row is kept in --work, so the same command goes on, and processes for different --cuts may fill one
-folder. One thread; training and scoring only, no weight of the model is tuned.
+for which the paper's losses, softmax gates and DSelect-k were made; SmolLM2, S3A3E8 (below the --work of
+`benchmarks.smollm2`, whose layer-wise checkpoint it is). Collects what routers learn from once for each; trains every
+variant for the same number of steps, the ones it turns on with several seeds, and scores it on text that nothing was
+trained on, with thresholds that follow a text and with fixed ones: perplexity, and the share of picks in common with an
+oracle's on the same hidden states. For one index the experts are renumbered first, as `pregate decouple` does. Writes
+results/router_ablation[_smollm2].json and .md of the rows there are. Targets, a finished row and a training as far as
+it came are kept in --work, so the same command goes on, and processes for different --cuts may fill one folder.
+Training and scoring only, no weight of the model is tuned.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.conversion import Bench, rows_in, subject
+from benchmarks.conversion import Bench, Subject, rows_in, subject
 from benchmarks.cuts import Cut
-from benchmarks.surroundings import sentence, surroundings
+from benchmarks.router_ablation_report import write_report
+from benchmarks.router_variants import REFERENCES, Variant, variants_of
+from benchmarks.smollm2 import SmolLM2, tests_of
+from benchmarks.surroundings import surroundings
 from pregate.base.choices import Selection
 from pregate.convert.cut.conversion import convert
 from pregate.convert.cut.options import ConvertOptions
+from pregate.convert.files.partial import open_partial
+from pregate.convert.files.work_folder import fingerprint
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.paths.alignment import align_experts
 from pregate.convert.paths.decouple import DecoupleOptions, read_rows, routed_with, train_router
-from pregate.convert.paths.size import SMALL
+from pregate.convert.paths.size import sized
 from pregate.convert.paths.targets import TargetPool, collect_targets
-from pregate.convert.progress import QUIET
+from pregate.convert.progress import RichProgress
 from pregate.model import RoutedForCausalLM
+from pregate.model.config import RoutedConfig
+from pregate.model.file_hashes import short_digest
 from pregate.model.folder import read_folder
 from pregate.model.quiet import quiet_transformers
 from pregate.model.router_flops import router_flops
@@ -49,60 +59,52 @@ CUTS: dict[str, tuple[Cut, Selection]] = {
     "S2A2E8": ((8, 2, 2), "threshold"),
     "S3A3E8-fixed": ((8, 3, 3), "top_k"),
 }
-REFERENCES = ("linear gate per layer", "oracle")
 
 
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """One row of the table: what of `DecoupleOptions` is not the default, and how many seeds it gets."""
+@dataclass(frozen=True)
+class Source:
+    """Of one model: its layer-wise checkpoint of a cut, the text routers learn on, and what is scored, by name."""
 
-    group: str
     name: str
-    change: dict[str, Any] = field(default_factory=dict)
-    num_seeds: int = 1
-
-    @property
-    def label(self) -> str:
-        return f"{self.group}: {self.name}"
+    layerwise: Callable[[str], Path]
+    text: tuple[Path, ...]
+    tests: dict[str, Subject]
 
 
-DEFAULT = Variant("default", "independent heads, dim 128, 1 block, window 64", num_seeds=3)
-PAPER = Variant("target", "the paper's losses", {"target": "paper"})
-GATES = (
-    Variant("gate", "captured mass, sigmoid or softmax, straight-through", {"target": "captured"}, 3),
-    Variant("gate", "captured mass, DSelect-k", {"gate": "dselect"}, 3),
-)
-VARIANTS = (
-    DEFAULT,
-    Variant("shape", "recurrent over the layers", {"heads": "recurrent"}),
-    Variant("shape", "one index for all layers", {"heads": "single"}),
-    Variant("size", "dim 32", {"dim": 32}),
-    Variant("size", "dim 256", {"dim": 256}),
-    Variant("size", "2 blocks", {"blocks": 2}),
-    Variant("window", "1 token", {"window": 1}),
-    Variant("window", "8 tokens", {"window": 8}),
-    Variant("window", "256 tokens", {"window": 256}),
-    Variant("embedding", "the parent's, projected", {"embedding": "parent"}),
-    PAPER,
-    *GATES,
-)
-#: What is compared with a fixed number of experts.
-FIXED = (DEFAULT, PAPER, *GATES)
+def stories(args: Namespace, work: Path) -> Source:
+    """stories3M, cut below `work`."""
+    one = subject("stories3M", args.shared_folder, work)
+
+    def layerwise(name: str) -> Path:
+        out, ((experts, shared, active), selection) = work / name / "layerwise", CUTS[name]
+        if not out.exists():
+            out.parent.mkdir(parents=True, exist_ok=True)
+            convert(ConvertOptions(one.model, out, experts, shared, active, one.calibration, selection=selection))
+        return out
+
+    return Source("stories3M", layerwise, one.calibration, {"stories": one})
+
+
+def smollm2(args: Namespace) -> Source:
+    """The model in --parent, cut where `benchmarks.smollm2` keeps its checkpoints."""
+    bench = SmolLM2(args)
+    return Source(
+        "SmolLM2",
+        lambda name: bench.checkpoint(CUTS[name][0], "layerwise", 0),
+        bench.text,
+        tests_of(args.parent, args.shared_folder, args.tokens),
+    )
 
 
 class Ablation:
-    """One cut of stories3M, what its routers learn from, and its rows; all below the bench's folder."""
+    """One cut of a model, what its routers learn from, and its rows; all below `work`."""
 
-    def __init__(self, bench: Bench, name: str, steps: int) -> None:
-        (self.cut, selection), self.bench, self.name = CUTS[name], bench, name
-        self.variants = VARIANTS if selection == "threshold" else FIXED
-        folder = bench.work / name
-        source, text = bench.subject.model, bench.subject.calibration
-        self.options = DecoupleOptions(folder / "layerwise", folder / "unused", text, **{**SMALL, "steps": steps})
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self.options.model.exists():
-            experts, shared, active = self.cut
-            convert(ConvertOptions(source, self.options.model, experts, shared, active, text, selection=selection))
+    def __init__(self, source: Source, name: str, work: Path, changes: dict[str, Any]) -> None:
+        self.source, self.name, self.work, self.progress = source, name, work, RichProgress()
+        self.cut, selection = CUTS[name]
+        self.variants = variants_of(source.name, selection)
+        given = DecoupleOptions(source.layerwise(name), work / "unused", source.text, **changes)
+        self.options = sized(given, RoutedConfig.from_pretrained(given.model))
 
     @cached_property
     def model(self) -> RoutedForCausalLM:
@@ -110,7 +112,13 @@ class Ablation:
 
     @cached_property
     def pool(self) -> TargetPool:
-        return collect_targets(self.model, read_rows(self.options, read_folder(self.options.model)), QUIET)
+        rows = read_rows(self.options, read_folder(self.options.model))
+        known = self._known() | {"text": short_digest(rows)}
+        with open_partial(self.work / self.name / "targets", known, len(rows), False, "document") as partial:
+            return collect_targets(self.model, rows, self.progress, partial=partial)
+
+    def _known(self) -> dict[str, Any]:
+        return fingerprint(self.options.describe(), {}, torch.device("cpu"))
 
     @cached_property
     def aligned(self) -> tuple[RoutedForCausalLM, TargetPool]:
@@ -119,103 +127,98 @@ class Ablation:
         return model, align_experts(model, self.pool)
 
     def references(self) -> None:
-        gate, oracle = REFERENCES
-        self._row(gate, 0, lambda: self.bench.score(self.model))
-        self._row(oracle, 0, lambda: self.bench.score(self.model, OraclePolicy()))
+        for name, control in zip(REFERENCES, (None, OraclePolicy()), strict=True):
+            self._row(name, 0, lambda control=control: {"scores": self._scores(self.model, control)})
 
     def variant(self, variant: Variant, seed: int) -> None:
-        self._row(variant.label, seed, lambda: self._trained(variant.change, seed))
+        self._row(variant.label, seed, lambda: self._trained(variant, seed))
 
     def _row(self, row: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
-        self.bench.row(f"{self.name} {row}", self.cut, seed, lambda: {"table": self.name, "of": row} | make())
+        bench = Bench(replace(next(iter(self.source.tests.values())), name=self.source.name), self.work)
+        bench.row(f"{self.name} {row}", self.cut, seed, lambda: {"table": self.name, "of": row} | make())
 
-    def _trained(self, change: dict[str, Any], seed: int) -> dict[str, Any]:
+    def _scores(self, model: RoutedForCausalLM, control: Any = None) -> dict[str, Any]:
+        return {name: Bench(test, self.work).score(model, control) for name, test in self.source.tests.items()}
+
+    def _trained(self, variant: Variant, seed: int) -> dict[str, Any]:
         """Train and score one router."""
-        options = replace(self.options, seed=seed, **change)
+        options = replace(self.options, seed=seed, **variant.change)
         model, pool = self.aligned if options.heads == "single" else (self.model, self.pool)
-        started = time.monotonic()
-        router, _ = train_router(model, pool, options, QUIET)
+        started, known = time.monotonic(), fingerprint(options.describe(), {}, torch.device("cpu"))
+        out = self.work / self.name / "".join(c if c.isalnum() else "-" for c in f"{variant.label} {seed}")
+        assert options.steps is not None
+        with open_partial(out, known, options.steps, False, "step") as partial:
+            router, _ = train_router(model, shortened(pool, options), options, self.progress, partial)
         seconds = time.monotonic() - started
+        routed = routed_with(model, router, options)
+        scores = fixed = self._scores(routed)
+        if router.share_control is not None:
+            router.share_control = None
+            routed.forget_path_computer()
+            fixed = self._scores(routed)
         flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
-        scored = self.bench.score(routed_with(model, router, options))
-        return scored | {"flops_per_token": flops, "train_s": round(seconds, 1)}
+        counted = {"flops_per_token": flops, "train_s": round(seconds, 1)}
+        return {"scores": scores, "fixed": fixed} | counted
 
 
-def fill(bench: Bench, names: Sequence[str], steps: int) -> None:
-    """Every row of the cuts `names` that is not there: first all variants with one seed, then more seeds."""
-    ablations = [Ablation(bench, name, steps) for name in names]
+def shortened(pool: TargetPool, options: DecoupleOptions) -> TargetPool:
+    """The first documents of a pool, of at most `options.pool_tokens` together; it may have been made with more."""
+    assert options.pool_tokens is not None
+    kept = sum(total <= options.pool_tokens for total in accumulate(map(len, pool.rows)))
+    return replace(pool, rows=pool.rows[:kept], mass=pool.mass[:kept])
+
+
+def fill(ablations: Sequence[Ablation], names: Sequence[str] | None) -> Iterator[None]:
+    """Every row that is not there (or those called `names`): all variants with one seed first, then more seeds.
+
+    Gives after each, so that what there is can be written.
+    """
     for ablation in ablations:
         ablation.references()
-    for seed in range(DEFAULT.num_seeds):
-        for ablation in ablations:
-            for variant in ablation.variants:
-                if seed < variant.num_seeds:
-                    ablation.variant(variant, seed)
+        yield
+    wanted = [(a, v) for a in ablations for v in a.variants if names is None or v.label in names]
+    for seed in range(max((v.num_seeds for _, v in wanted), default=0)):
+        for ablation, variant in wanted:
+            if seed < variant.num_seeds:
+                ablation.variant(variant, seed)
+                yield
 
 
-def folder_of(work: Path, steps: int) -> Path:
-    """Where rows of routers trained so long are kept: of no other length."""
-    return work / f"steps-{steps}"
-
-
-def write_report(rows: list[dict[str, Any]], facts: dict[str, Any], around: dict[str, Any], out: Path) -> None:
-    """Write router_ablation.json and .md to `out`, of the rows there are."""
-    out.mkdir(parents=True, exist_ok=True)
-    result = {"rows": rows, "facts": facts, "surroundings": around}
-    (out / "router_ablation.json").write_text(json.dumps(result, indent=1) + "\n")
-    parts = [
-        "# Path routers compared",
-        "",
-        "stories3M cut by the default recipe: experts chosen by a threshold, or (fixed) as many for every token. Every",
-        f"router trained for {facts['steps']} steps on {facts['pool_tokens']:,} tokens of other stories, by the",
-        "defaults of `pregate decouple` but for what its row names. Perplexity of",
-        f"{facts['num_documents']} held-out stories ({facts['num_tokens']} scored tokens); picks: the share in common",
-        "with an oracle's on the same hidden states. Means over seeds where there are several, with the range of",
-        "perplexity. One index: on experts renumbered so that equal numbers go together. Straight-through gates are a",
-        "sigmoid about the threshold, or with a fixed number a softmax.",
-    ]
-    for name in CUTS:
-        if found := [row for row in rows if row["table"] == name]:
-            parts += _table(found, name)
-    (out / "router_ablation.md").write_text("\n".join([*parts, "", f"{sentence(around)}.", ""]))
-
-
-def _table(rows: list[dict[str, Any]], name: str) -> list[str]:
-    lines = ["", f"## {name}", "", "| | router | perplexity | seeds | picks | FLOPs per token | training, s |"]
-    lines.append("| --- | --- | --: | --: | --: | --: | --: |")
-    for reference in REFERENCES:
-        found = [row for row in rows if row["of"] == reference]
-        lines += [f"| reference | {reference} | {r['perplexity']:.3f} | | {r['mean_overlap']:.3f} | | |" for r in found]
-    by_variant = [(v, [row for row in rows if row["of"] == v.label]) for v in VARIANTS]
-    return lines + [_line(variant, found) for variant, found in by_variant if found]
-
-
-def _line(variant: Variant, runs: list[dict[str, Any]]) -> str:
-    mean = {k: statistics.fmean(r[k] for r in runs) for k in ("perplexity", "mean_overlap", "train_s")}
-    perplexities = [r["perplexity"] for r in runs]
-    spread = f" ({min(perplexities):.3f} to {max(perplexities):.3f})" if len(runs) > 1 else ""
-    cells = [variant.group, variant.name, f"{mean['perplexity']:.3f}", f"{len(runs)}{spread}"]
-    cells += [f"{mean['mean_overlap']:.3f}", f"{runs[0]['flops_per_token']:,.0f}", f"{mean['train_s']:.0f}"]
-    return "| " + " | ".join(cells) + " |"
+def folder_of(work: Path, changes: dict[str, Any]) -> Path:
+    """Where rows are kept that were made with these numbers: with no others."""
+    return work / ("-".join(f"{name}-{value}" for name, value in changes.items()).replace("_", "-") or "defaults")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shared-folder", type=Path, required=True, help="with models/stories3M and text/stories")
-    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
-    parser.add_argument("--steps", type=int, default=SMALL["steps"], help="training steps of every router")
-    parser.add_argument("--work", type=Path, default=Path("runs/router_ablation"))
+    parser.add_argument("--shared-folder", type=Path, required=True, help="with models/stories3M and text")
+    parser.add_argument("--parent", type=Path, help="SmolLM2-135M-Instruct as a Hugging Face folder: of that model")
+    parser.add_argument("--cuts", nargs="+", choices=list(CUTS))
+    parser.add_argument("--rows", nargs="+", help='variants to train, such as "target: the oracle\'s sets"')
+    parser.add_argument("--steps", type=int, help="training steps of every router; by the model's size")
+    parser.add_argument("--pool-tokens", type=int, help="tokens to learn on, at most; by the model's size")
+    parser.add_argument("--tokens", type=int, default=4000, help="tokens scored of each text (SmolLM2)")
+    parser.add_argument("--work", type=Path)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     quiet_transformers()
-    work = folder_of(args.work, args.steps)
-    bench = Bench(subject("stories3M", args.shared_folder, work), work)
-    fill(bench, args.cuts, args.steps)
-    rows = rows_in(work, {bench.subject.name}, range(DEFAULT.num_seeds))
-    facts = bench.subject.facts | {"steps": args.steps, "pool_tokens": SMALL["pool_tokens"]}
-    write_report(rows, facts, surroundings("router_ablation", ["transformers"]), args.out)
-    print((args.out / "router_ablation.md").read_text())
+    changes = {name: value for name in ("steps", "pool_tokens") if (value := getattr(args, name)) is not None}
+    if args.parent:
+        args.work = args.work or Path("runs/smollm2")
+        work = folder_of(args.work / "router_ablation", changes | {"tokens": args.tokens})
+        source, cuts, file = smollm2(args), args.cuts or ["S3A3E8"], "router_ablation_smollm2"
+    else:
+        work = folder_of(args.work or Path("runs/router_ablation"), changes)
+        source, cuts, file = stories(args, work), args.cuts or list(CUTS), "router_ablation"
+    ablations = [Ablation(source, name, work, changes) for name in cuts]
+    facts = {"model": source.name, "texts": {name: test.facts for name, test in source.tests.items()}}
+    facts |= {name: getattr(ablations[0].options, name) for name in ("steps", "pool_tokens")}
+    around = surroundings("router_ablation", ["transformers"])
+    for _ in fill(ablations, args.rows):
+        write_report(rows_in(work, {source.name}, range(9)), facts, around, args.out / file)
+    print((args.out / file).with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.conversion import Subject
 from benchmarks.cuts import Cut, cut_of, label
 from benchmarks.smollm2_report import write_report
 from benchmarks.surroundings import surroundings
@@ -59,6 +60,15 @@ TESTS = {"WikiText-2": "wiki/wikitext-2-test.txt", "GSM8K": "math/gsm8k-test.jso
 FOLDERS = {"math": TESTS["GSM8K"], "wiki": TESTS["WikiText-2"], "stories": "stories/ts_heldout.jsonl"} | {
     name: name for name in ("fiction", "nonfiction", "verse")
 }
+
+
+def tests_of(parent: Path, shared_folder: Path, num_tokens: int) -> dict[str, Subject]:
+    """The first `num_tokens` of each test text, by name."""
+    folder, found = read_folder(parent), {}
+    for name, file in TESTS.items():
+        text = ScoredText.read(folder, (shared_folder / "text" / file,), num_tokens, 0)
+        found[name] = Subject(name, parent, (), text.rows, text.num_bytes)
+    return found
 
 
 class SmolLM2:

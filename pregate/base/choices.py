@@ -13,4 +13,4 @@ Heads = Literal["independent", "recurrent", "single"]
 RouterGate = Literal["scores", "dselect"]
 RouterWeights = Literal["one", "learned"]
 #: What a path router learns; see `convert/paths/losses.py`.
-RouterTarget = Literal["mass", "paper", "captured"]
+RouterTarget = Literal["mass", "relative", "sets", "paper", "captured"]

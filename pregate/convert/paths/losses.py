@@ -1,7 +1,8 @@
-"""What a path router is trained to lower: three losses over every layer's contribution masses.
+"""What a path router is trained to lower: five losses over every layer's contribution masses.
 
-"mass" regresses them; "paper" is Read-ME's distillation; "captured" is minus the mass of the experts chosen, with a
-choice that gradients pass: softmax with straight-through, or the codes of DSelect-k.
+"mass" regresses them; "relative" does so with every token and layer alike; "sets" tells the oracle's choice from the
+rest; "paper" is Read-ME's distillation; "captured" is minus the mass of the experts chosen, with a choice that
+gradients pass: softmax with straight-through, or the codes of DSelect-k.
 
 Shape letters: T tokens of a batch, S the routed experts of all layers side by side, O the heads' outputs likewise (S,
 or code logits), R routed experts of a layer, K selectors, B bits, L layers.
@@ -34,7 +35,7 @@ class MassLoss:
 
     def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
         self._cuts, self._selection, self._scale = cuts, selection, scale
-        self._variance = self.targets(mass_TS).var().clamp_min(1e-12)
+        self._variance = scale.targets(mass_TS, cuts, selection).var().clamp_min(1e-12)
 
     def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
         """What the masses [T, S] of a document become once, before training: [T, S]."""
@@ -49,12 +50,70 @@ class MassLoss:
         return F.mse_loss(outputs_TO, targets_TS) / self._variance
 
 
-def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> MassLoss | PaperLoss:
-    """The loss that `target` names ("mass", "paper" or "captured"), scaled to the masses [T, S] to be learned."""
+class RelativeLoss(MassLoss):
+    """As `MassLoss`, but a token's error in a layer counts as a share of 1 and its targets' mean square there, and a
+    layer's loss as a share of what the mean alone would leave of it.
+
+    For masses of which a few tokens' make most of a layer's variance (in SmolLM2 the first of a document, up to 95 %):
+    by `MassLoss` all others hardly count there.
+    """
+
+    def __init__(self, cuts: Sequence[LayerCut], selection: str, scale: MassScale, mass_TS: torch.Tensor) -> None:
+        super().__init__(cuts, selection, scale, mass_TS)
+        layers = split_layers(scale.targets(mass_TS, cuts, selection), cuts)
+        self._left = [(_shares(x) * x.square()).mean().clamp_min(1e-12) if x.numel() else x.sum() for x in layers]
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        """The targets and, beside them, what their squared errors are multiplied by: [T, 2S]."""
+        targets_TS = super().targets(mass_TS)
+        layers = split_layers(targets_TS, self._cuts)
+        weights = [(_shares(x) / left).expand_as(x) for x, left in zip(layers, self._left, strict=True) if x.numel()]
+        return torch.cat([targets_TS, *weights], dim=-1)
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        wanted_TS, weight_TS = targets_TS.chunk(2, dim=-1)
+        return (weight_TS * (outputs_TO - wanted_TS).square()).mean()
+
+
+def _shares(targets_TR: torch.Tensor) -> torch.Tensor:
+    return 1 / (1 + targets_TR.square().mean(dim=-1, keepdim=True))
+
+
+class SetLoss:
+    """Binary cross-entropy of the scores with the experts that the oracle chooses, in nats an expert.
+
+    `mass_TS`: the masses to be learned, on which a layer's threshold chooses `num_active` a token on average.
+    """
+
+    def __init__(self, cuts: Sequence[LayerCut], selection: str, mass_TS: torch.Tensor) -> None:
+        layers = zip(cuts, split_layers(mass_TS, cuts), strict=True)
+        self._cuts, self._limits = cuts, [_limit(x, cut, selection) for cut, x in layers]
+
+    def targets(self, mass_TS: torch.Tensor) -> torch.Tensor:
+        """1 for the experts that are chosen [T, S]."""
+        layers = zip(self._cuts, split_layers(mass_TS, self._cuts), self._limits, strict=True)
+        return torch.cat([chosen_by(x, cut.num_active, limit).to(x) for cut, x, limit in layers], dim=-1)
+
+    def to(self, device: torch.device) -> None:
+        """It is computed with nothing of its own."""
+
+    def __call__(self, outputs_TO: torch.Tensor, targets_TS: torch.Tensor) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(outputs_TO, targets_TS)
+
+
+def _limit(x_TR: torch.Tensor, cut: LayerCut, selection: str) -> torch.Tensor | None:
+    """The threshold that chooses `num_active` experts a token; None with a fixed number, or nothing to choose from."""
+    return threshold_for(x_TR, cut.num_active) if selection == "threshold" and cut.num_routed else None
+
+
+def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> MassLoss | PaperLoss | SetLoss:
+    """The loss that `target` names (see above), scaled to the masses [T, S] to be learned."""
     if target == "paper":
         return PaperLoss(router.cuts)
+    if target == "sets":
+        return SetLoss(router.cuts, router.selection, mass_TS)
     captured = SelectorLoss if router.config.gate == "dselect" else StraightThroughLoss
-    kind = MassLoss if target == "mass" else captured
+    kind = {"mass": MassLoss, "relative": RelativeLoss}.get(target, captured)
     return kind(router.cuts, router.selection, MassScale.of(mass_TS, router.cuts), mass_TS)
 
 
@@ -136,7 +195,7 @@ class StraightThroughLoss(MassLoss):
 
 def _hard(scores_TR: torch.Tensor, cut: LayerCut, selection: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Which experts are chosen, 0 or 1 [T, R], and the threshold they reach (finite; with a fixed number 0)."""
-    limit = threshold_for(scores_TR, cut.num_active) if selection == "threshold" and cut.num_routed else None
+    limit = _limit(scores_TR, cut, selection)
     hard_TR = chosen_by(scores_TR, cut.num_active, limit).to(scores_TR.dtype)
     return hard_TR, scores_TR.new_zeros(()) if limit is None else limit.nan_to_num(posinf=0.0, neginf=0.0)
 

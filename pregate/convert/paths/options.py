@@ -40,7 +40,7 @@ class DecoupleOptions:
     weights: Annotated[RouterWeights, "one, or learned: a weight for each expert, 1 until it is tuned."] = "one"
     target: Annotated[
         RouterTarget | None,
-        "mass (regression), paper (Read-ME's loss) or captured (what is chosen).",
+        "mass (regression), relative (each token and layer alike), sets (the oracle's), paper or captured.",
         Word("mass", written=False),
     ] = None
     embedding: Annotated[

@@ -137,7 +137,8 @@ def gradients(model: RoutedForCausalLM, again: bool, **gathered: bool) -> tuple[
         nonlocal runs
         runs += 1
 
-    hooks = [layer.self_attn.register_forward_hook(count) for layer in decoder_layers(model.parent)]
+    layers: Any = decoder_layers(model.parent)
+    hooks = [layer.self_attn.register_forward_hook(count) for layer in layers]
     model.zero_grad()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         tuning_pass = pass_of(model, ids, mask, **gathered)
@@ -156,7 +157,7 @@ def gradients(model: RoutedForCausalLM, again: bool, **gathered: bool) -> tuple[
 def test_with_gradient_checkpointing_the_gradients_are_the_same(model: RoutedForCausalLM, gathered: dict[str, bool]):
     """Bit for bit, at less memory; every layer runs twice."""
     if model.config.gate == "representative":
-        gathered = {name: False for name in gathered}  # its scores forecast no masses
+        gathered = dict.fromkeys(gathered, False)  # its scores forecast no masses
     whole, held, runs = gradients(model, False, **gathered)
     found, less, twice = gradients(model, True, **gathered)
     assert len(whole) > 20
