@@ -5,8 +5,9 @@
 
 CHECKPOINT is a cut of the dense model SMOLLM2, which vLLM serves whole. One server after the other, each with one torch
 thread for its model; arrivals and lengths are the Azure conversation trace's, lengths clipped to 384 and 128 tokens,
-prompts are cut from all six text folders with a fixed seed, ends of text are ignored. `--loads`: requests a second that
-are offered. Writes results/served_peers.json and .md, load by load.
+prompts are cut from all six text folders with a fixed seed, ends of text are ignored. Every load sends the same
+prompts, so neither server keeps what it computed of earlier ones. `--loads`: requests a second that are offered. Writes
+results/served_peers.json and .md, load by load.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
             found["rows"].append({"who": name, "offered": load} | bench(target, args, load))
             write(args.out, found)
 
-    common = ("--hosts", 0, "--max-running", args.max_running, "--max-queued", 512)
+    common = ("--hosts", 0, "--max-running", args.max_running, "--max-queued", 512, "--no-prefix-sharing")
     if "pregate" in args.servers:
         with deployed(args.model.resolve(), *common, *args.serve) as deployment:
             all_loads("pregate", deployment.target)
