@@ -31,7 +31,7 @@ from pregate.convert.cut.options import ConvertOptions
 from pregate.convert.paths.decouple import DecoupleOptions, decouple
 from pregate.model.quiet import quiet_transformers
 from tests.families import FAMILIES, make_checkpoints, save_random
-from tests.random_checkpoints import make_checkpoint
+from tests.random_checkpoints import make_checkpoint, make_unit_checkpoint
 from tests.sharing_out import pytest_collection_modifyitems, pytest_xdist_make_scheduler  # noqa: F401 (hooks)
 
 # Before Ray is imported anywhere: it reads its environment once, and every process of a test must agree on it.
@@ -156,6 +156,11 @@ def layerwise_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def path_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("path") / "tiny", "path")
+
+
+@pytest.fixture(scope="session")
+def unit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_unit_checkpoint(tmp_path_factory.mktemp("workers") / "checkpoint")
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
-"""Tiny random checkpoints with a tokenizer, routed by gates or by paths."""
+"""Tiny random checkpoints: with a tokenizer, routed by gates or by paths; with units of some size."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig
 
 from pregate.model.checkpoint import Manifest
-from pregate.model.config import RoutedConfig
+from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.modeling import RoutedForCausalLM
 
 NUM_LAYERS, NUM_ROUTED = 3, 5
+#: Two routed layers around a dense one; a unit is 3 x 256 x 512 fp32 values, 1.5 MiB.
+UNIT_CUTS = (LayerCut(6, 2, 2, 256), LayerCut(0, 8, 0, 256), LayerCut(5, 3, 2, 256))
 
 
 def make_checkpoint(folder: Path, routing: str, context: int = 4096, *, predicted: bool = False) -> Path:
@@ -43,4 +46,27 @@ def make_checkpoint(folder: Path, routing: str, context: int = 4096, *, predicte
     model.manifest = Manifest(method="random")
     model.save_pretrained(folder)
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def make_unit_checkpoint(folder: Path) -> Path:
+    """Random weights: hidden 512, layers S2R6, dense, S3R5, experts of 256 neurons, fp32. Its units are large enough to
+    see which of them were read."""
+    parent = LlamaConfig(
+        vocab_size=64,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = RoutedForCausalLM(RoutedConfig(parent, [asdict(cut) for cut in UNIT_CUTS]))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for mlp in model.routed_mlps:
+            if mlp.experts is not None:
+                mlp.experts.gate_up_proj.normal_(0, 0.1, generator=generator)
+                mlp.experts.down_proj.normal_(0, 0.1, generator=generator)
+    model.float().save_pretrained(folder)
     return folder

@@ -1,54 +1,24 @@
-"""A small real checkpoint with units large enough to see which of them were read, and hosts behind real servers."""
+"""What reads a small checkpoint, and hosts behind real servers."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from pregate.model.checkpoint import CheckpointReader
-from pregate.model.config import LayerCut, RoutedConfig
-from pregate.model.modeling import RoutedForCausalLM
 from pregate.workers.client.channel import ChannelClient
 from pregate.workers.client.channel_options import ChannelOptions
 from pregate.workers.host.contract import Host
 from pregate.workers.host.server import HostServer, ServerOptions
 from pregate.workers.link.protocol import HostAddress
 
-#: Two routed layers around a dense one; a unit is 3 x 256 x 512 fp32 values, 1.5 MiB.
-CUTS = (LayerCut(6, 2, 2, 256), LayerCut(0, 8, 0, 256), LayerCut(5, 3, 2, 256))
+#: Of `unit_checkpoint`.
 WIDTH = 512
-UNIT_BYTES = 3 * 256 * WIDTH * 4
-
-
-@pytest.fixture(scope="session")
-def unit_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights: hidden 512, layers S2R6, dense, S3R5, experts of 256 neurons, fp32."""
-    path = tmp_path_factory.mktemp("workers") / "checkpoint"
-    parent = LlamaConfig(
-        vocab_size=64,
-        hidden_size=WIDTH,
-        intermediate_size=2048,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    model = RoutedForCausalLM(RoutedConfig(parent, [asdict(cut) for cut in CUTS]))
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for mlp in model.routed_mlps:
-            if mlp.experts is not None:
-                mlp.experts.gate_up_proj.normal_(0, 0.1, generator=generator)
-                mlp.experts.down_proj.normal_(0, 0.1, generator=generator)
-    model.float().save_pretrained(path)
-    return path
 
 
 @pytest.fixture

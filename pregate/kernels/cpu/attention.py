@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pregate.kernels.cpu.compiled import compiled, inlined
+from pregate.base.compiled import compiled, inlined
 from pregate.kernels.cpu.vectors import (
     LANES,
     add,

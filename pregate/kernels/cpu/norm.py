@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pregate.kernels.cpu.compiled import ANY_ORDER, compiled, inlined
+from pregate.base.compiled import ANY_ORDER, compiled, inlined
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 

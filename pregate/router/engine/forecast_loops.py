@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pregate.kernels.cpu.compiled import ANY_ORDER, compiled
+from pregate.base.compiled import ANY_ORDER, compiled
 
 
 @compiled(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pregate.kernels.cpu.compiled import compiled, inlined
+from pregate.base.compiled import compiled, inlined
 
 #: The type of ids and hosts, which may be views of a message.
 _IDS = "Array(i2, 3, 'C', readonly=True)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pregate.kernels.cpu.compiled import compiled, inlined
+from pregate.base.compiled import compiled, inlined
 
 #: Sums of seconds are made in this order, so that a choice is the same wherever it is made.
 _EXACT = frozenset[str]()

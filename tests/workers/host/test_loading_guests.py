@@ -15,7 +15,7 @@ from pregate.workers.link.protocol import GroupIndex, GroupKey
 from tests.router.running import wait_for
 from tests.workers.unsteady import UnsteadyReader
 
-#: Of tests/workers/conftest.py's checkpoint: layer 0 has six routed experts, layer 1 none, layer 2 five.
+#: Of `unit_checkpoint`: layer 0 has six routed experts, layer 1 none, layer 2 five.
 HOMES = [(0, 0), (0, 1), (2, 0)]
 NOTHING = np.zeros((1, 3, 6), dtype=bool)
 

@@ -11,7 +11,7 @@ from pregate.kernels import expert_ffn
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.store import UnitStore
 
-#: One unit of tests/workers/conftest.py's checkpoint: 3 x 256 x 512 fp32 values.
+#: One of `unit_checkpoint`: 3 x 256 x 512 fp32 values.
 UNIT_BYTES = 3 * 256 * 512 * 4
 UNITS = [(2, 3), (0, 4), (0, 1), (2, 0), (0, 4)]
 

@@ -16,7 +16,7 @@ from pregate.workers.host.store import UnitStore
 from pregate.workers.link.expected import SURE, Expected
 from tests.workers.unsteady import UnsteadyReader
 
-#: Of tests/workers/conftest.py's checkpoint: layer 0 has six routed experts, layer 1 none, layer 2 five.
+#: Of `unit_checkpoint`: layer 0 has six routed experts, layer 1 none, layer 2 five.
 UNITS = [(0, n) for n in range(6)] + [(2, n) for n in range(5)]
 UNIT_BYTES = 3 * 256 * 512 * 4
 

@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept, in processes of their own."""
+"""Where compiled loops are kept, in processes of their own, and what tells one version from another."""
 
 import os
 import subprocess
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[3]
+from pregate.base.compiled import sources
+
+ROOT = Path(__file__).resolve().parents[2]
 CODE = """
 import numpy as np
 from pregate.kernels.cpu.norm import rms_norm
@@ -34,6 +36,13 @@ def test_processes_that_compile_at_once_share_a_folder(tmp_path: Path, num_proce
 def test_without_a_folder_to_write_in_a_process_compiles_for_itself():
     """numba is left no place but NUMBA_CACHE_DIR, which is not given."""
     assert start(NUMBA_CACHE_LOCATOR_CLASSES="UserProvidedCacheLocator", NUMBA_CACHE_DIR="").wait(timeout=300) == 0
+
+
+def test_what_loops_are_made_of_is_their_file_and_what_it_imports():
+    own, vectors = ROOT / "pregate/base/compiled.py", ROOT / "pregate/kernels/cpu/vectors.py"
+    attention, planning = ROOT / "pregate/kernels/cpu/attention.py", ROOT / "pregate/router/engine/plan_loops.py"
+    assert set(sources(attention)) == {attention, vectors, own}
+    assert set(sources(planning)) == {planning, own}
 
 
 def test_hosts_do_not_load_numba():

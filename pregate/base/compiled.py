@@ -1,4 +1,4 @@
-"""How numba's loops are compiled, here and in the engine: when their module is imported, once per machine and user.
+"""How numba's loops are compiled: when their module is imported, once per machine and user.
 
 Importing numba takes 100 MB and most of a second: only what runs the loops imports their modules.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from numba import njit
 
 _log = logging.getLogger(__name__)
+_IMPORTED = re.compile(r"^from (pregate\.[\w.]+) import", re.MULTILINE)
 
 #: A product and a sum may be rounded once.
 STRICT = frozenset({"contract"})
@@ -30,7 +32,7 @@ def compiled(signature: str, fastmath: frozenset[str] = STRICT) -> Callable[[Cal
     The machine code is kept in a cache folder: NUMBA_CACHE_DIR, else beside the source, else the user's. Processes that
     compile at once each write a file of their own and rename it. Where no folder can be written, as in a read-only
     container without a home or on a full disk, every process compiles. numba looks at time and size of a function's own
-    file to see whether its machine code is still good; what that and these kernels are made of the name says.
+    file to see whether its machine code is still good; the name says what is in that, and in what it imports of ours.
     """
 
     def compile_it(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,6 +56,14 @@ def inlined(fastmath: frozenset[str] = STRICT) -> Callable[[Callable[..., Any]],
 
 @cache
 def _digest(file: Path) -> str:
-    """Of `file` and of this folder's sources."""
-    files = [*sorted(Path(__file__).parent.glob("*.py")), file]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return hashlib.sha256(b"".join(source.read_bytes() for source in sources(file))).hexdigest()[:16]
+
+
+def sources(file: Path) -> list[Path]:
+    """Return `file` and all of ours that it imports, itself or through others: their loops may be compiled into its."""
+    found, todo, root = set[Path](), [file], Path(__file__).parents[2]
+    while todo:
+        if (source := todo.pop()) not in found:
+            found.add(source)
+            todo += [root / f"{name.replace('.', '/')}.py" for name in _IMPORTED.findall(source.read_text())]
+    return sorted(found)

@@ -25,6 +25,11 @@ UNITS = [(0, n) for n in range(6)] + [(2, n) for n in range(5)]
 HOSTS_OF = np.array([[0] * 6, [-1] * 6, [0] * 5 + [-1]])
 
 
+@pytest.fixture
+def reader(unit_checkpoint) -> CheckpointReader:
+    return CheckpointReader(unit_checkpoint)
+
+
 def make_host(reader: CheckpointReader, units=UNITS, **options) -> ExpertHost:
     return ExpertHost(reader, units, HostOptions(**options))
 
