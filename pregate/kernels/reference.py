@@ -1,6 +1,8 @@
 """Plain-torch truth of each operation; the oracle of every kernel test.
 
-Shape letters: T tokens, D hidden width, M expert width, R routed experts, K experts per token.
+Shape letters: T tokens, D hidden width, M expert width, R routed experts, K experts per token. What a step does
+besides experts (`step.py`): H = Q + 2 G heads (queries, keys, values), E head width, W rotated width, S slots of the
+cache, A rows that attend, B block tables, N blocks of a table, C tokens of a context.
 """
 
 from __future__ import annotations
@@ -108,3 +110,62 @@ def threshold_for(scores_TR: torch.Tensor, mean_active: float) -> torch.Tensor:
     if mean_active in (0, scores_TR.shape[1]):
         return scores_TR.new_full((), -torch.inf if mean_active else torch.inf)
     return scores_TR.flatten().topk(max(1, round(scores_TR.shape[0] * mean_active))).values[-1]
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return x / rms(x) * weight [T, D]. Example: [[3, 4]], weight [1, 2] and eps 0 give [[3, 8]] / sqrt(12.5)."""
+    return x_TD * torch.rsqrt(x_TD.square().mean(dim=-1, keepdim=True) + eps) * weight_D
+
+
+def rotate(x_THE: torch.Tensor, cos_TW: torch.Tensor, sin_TW: torch.Tensor) -> torch.Tensor:
+    """Return heads with their first W columns turned, column w with column w + W / 2; the first half of the columns of
+    `sin_TW` is negated. Example: the quarter turn cos [0, 0], sin [-1, 1] makes [1, 2, 9] of one head [-2, 1, 9]."""
+    turned_THW, rest = x_THE.split([cos_TW.shape[1], x_THE.shape[2] - cos_TW.shape[1]], dim=-1)
+    swapped_THW = turned_THW.roll(cos_TW.shape[1] // 2, dims=-1)
+    return torch.cat([turned_THW * cos_TW[:, None] + swapped_THW * sin_TW[:, None], rest], dim=-1)
+
+
+def place(
+    heads_THE: torch.Tensor,
+    cos_TW: torch.Tensor,
+    sin_TW: torch.Tensor,
+    slot_T: torch.Tensor,
+    keys_SGE: torch.Tensor,
+    values_SGE: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return heads with queries and keys rotated, and the cache's keys and values with those of row t in slot
+    `slot_T[t]`, 0 in place of what is not finite. Example: slots [3, 1] store row 0 in slot 3 and row 1 in slot 1."""
+    num_kv = keys_SGE.shape[1]
+    turned, value = rotate(heads_THE[:, :-num_kv], cos_TW, sin_TW), heads_THE[:, -num_kv:]
+    keys_SGE = keys_SGE.index_copy(0, slot_T, turned[:, -num_kv:].nan_to_num(0.0, 0.0, 0.0))
+    values_SGE = values_SGE.index_copy(0, slot_T, value.nan_to_num(0.0, 0.0, 0.0))
+    return torch.cat([turned, value], dim=1), keys_SGE, values_SGE
+
+
+def attend(
+    q_AQE: torch.Tensor,
+    keys_SGE: torch.Tensor,
+    values_SGE: torch.Tensor,
+    length_A: torch.Tensor,
+    table_A: torch.Tensor,
+    block_BN: torch.Tensor,
+    block_size: int,
+    scaling: float,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> torch.Tensor:
+    """Return [A, Q, E]: each row's queries attend to the first `length_A[a]` tokens in blocks `block_BN[table_A[a]]` of
+    the cache, of these to the last `window` (0: all), with scores capped by `softcap` (0: not).
+
+    Example: lengths [3, 17], tables [1, 0], blocks [[4, 2], [7, 0]] of 16: row 0 reads slots 112 to 114, row 1 reads
+    64 to 79 and 32.
+    """
+    out, repeat = [], q_AQE.shape[1] // keys_SGE.shape[1]
+    for q_QE, length, table in zip(q_AQE, length_A.tolist(), table_A.tolist(), strict=True):
+        slot_C = (block_BN[table][:, None] * block_size + torch.arange(block_size)).flatten()[:length][-window:]
+        k_CQE, v_CQE = (part[slot_C].repeat_interleave(repeat, dim=1) for part in (keys_SGE, values_SGE))
+        score_QC = torch.einsum("qe,cqe->qc", q_QE, k_CQE) * scaling
+        if softcap:
+            score_QC = softcap * torch.tanh(score_QC / softcap)
+        out.append(torch.einsum("qc,cqe->qe", score_QC.softmax(dim=1), v_CQE))
+    return torch.stack(out)

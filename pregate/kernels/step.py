@@ -14,7 +14,8 @@ import torch
 
 @dataclass(frozen=True)
 class StepKernels:
-    """All take contiguous NumPy arrays in fp32, indexes in int64, and return nothing. One thread runs each.
+    """All take contiguous NumPy arrays in fp32, indexes in int64, and return nothing. One thread runs each. Their
+    twins in plain torch, which return what these write: `reference.py`.
 
     rms_norm(x_TD, weight_D, eps, out_TD)
         out = x / rms(x) * weight

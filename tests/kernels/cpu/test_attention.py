@@ -1,4 +1,4 @@
-"""Attention over a paged cache against plain torch, in double precision, whatever else lies in the cache."""
+"""Attention over a paged cache against its twin in double precision, whatever else lies in the cache."""
 
 import numpy as np
 import pytest
@@ -6,20 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pregate.kernels import reference
 from pregate.kernels.cpu import attention
 
 POISONS = [np.nan, np.inf, -np.inf, 0.0]
-
-
-def expected_row(q_QE, k_CGE, v_CGE, scaling, window, softcap):
-    """One row's attention to its whole context, [Q, E]."""
-    k_CGE, v_CGE = (torch.from_numpy(part).double()[-window or 0 :] for part in (k_CGE, v_CGE))
-    repeat = len(q_QE) // k_CGE.shape[1]
-    k_CQE, v_CQE = (part.repeat_interleave(repeat, dim=1) for part in (k_CGE, v_CGE))
-    score_QC = torch.einsum("qe,cqe->qc", torch.from_numpy(q_QE).double(), k_CQE) * scaling
-    if softcap:
-        score_QC = softcap * torch.tanh(score_QC / softcap)
-    return torch.einsum("qc,cqe->qe", score_QC.softmax(dim=1), v_CQE).float().numpy()
 
 
 def attend_to(q_TQE, caches, lengths, tables, blocks, size, scaling, window, softcap):
@@ -58,10 +48,12 @@ def test_rows_attend_to_their_own_context_alone(data):
     heads = rng.standard_normal((len(tables), num_kv * repeat, widths[0]), np.float32) * draw(st.sampled_from([1, 9]))
     heads = heads.astype(np.float32)
     found = attend_to(heads, caches, lengths, tables, blocks, size, 0.3, window, softcap)
+    clean = [torch.from_numpy(np.nan_to_num(cache, nan=0.0, posinf=0.0, neginf=0.0)).double() for cache in caches]
+    indexes = (torch.from_numpy(np.asarray(part)) for part in (lengths, tables, blocks))
+    queries = torch.from_numpy(heads).double()
+    expected = reference.attend(queries, *clean, *indexes, size, 0.3, window, softcap)
+    np.testing.assert_allclose(found, expected.float().numpy(), rtol=2e-5, atol=2e-5)
     for t, (n, length) in enumerate(zip(tables, lengths, strict=True)):
-        keys, values = (part[:length] for part in own[n])
-        expected = expected_row(heads[t], keys, values, 0.3, window, softcap)
-        np.testing.assert_allclose(found[t], expected, rtol=2e-5, atol=2e-5)
         alone = attend_to(heads[t : t + 1], caches, [length], [n], blocks, size, 0.3, window, softcap)
         assert np.array_equal(alone[0], found[t]), "a row is the same bits whatever is beside it"
 
@@ -96,16 +88,27 @@ def test_place_rotates_the_first_columns_and_stores_what_is_finite():
     heads = torch.randn(2, 4, 6, generator=generator)
     angle = torch.randn(2, 4, generator=generator)
     cos, sin = angle.cos(), angle.sin()
-    turned = heads[:, :3, :4]
-    expected = heads.clone()
-    half_turned = torch.cat([-turned[..., 2:], turned[..., :2]], dim=-1)
-    expected[:, :3, :4] = turned * cos[:, None] + half_turned * sin[:, None]
     signed = torch.cat([-sin[:, :2], sin[:, 2:]], dim=1)
     heads[0, 2, 5], heads[1, 3, 0], heads[1, 3, 1] = torch.inf, torch.nan, -torch.inf
     keys, values = (np.full((4, 1, 6), 7.0, np.float32) for _ in range(2))
+    cache = (torch.from_numpy(part.copy()) for part in (keys, values))
+    turned, *cached = reference.place(heads, cos, signed, torch.tensor([3, 1]), *cache)
     attention.place(heads.numpy(), cos.numpy(), signed.numpy(), np.array([3, 1]), keys, values)
-    torch.testing.assert_close(heads[:, :2], expected[:, :2])
-    expected[0, 2, 5] = expected[1, 3, 0] = expected[1, 3, 1] = 0.0
-    np.testing.assert_allclose(keys[[3, 1], 0], expected[:, 2], rtol=1e-6, atol=1e-6)
-    np.testing.assert_array_equal(values[[3, 1], 0], expected[:, 3])
+    torch.testing.assert_close(heads, turned, equal_nan=True)
+    np.testing.assert_allclose(keys, cached[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(values, cached[1])
     assert (keys[[0, 2]] == 7).all() and (values[[0, 2]] == 7).all()
+    assert keys[3, 0, 5] == values[1, 0, 0] == values[1, 0, 1] == 0
+
+
+def test_the_twins_do_what_their_examples_say():
+    normed = reference.rms_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 2.0]), 0.0)
+    assert torch.allclose(normed, torch.tensor([[3.0, 8.0]]) / 12.5**0.5)
+    quarter = torch.tensor([[0.0, 0.0]]), torch.tensor([[-1.0, 1.0]])
+    turned = reference.rotate(torch.tensor([[[1.0, 2.0, 9.0]]]), *quarter)
+    assert turned.tolist() == [[[-2.0, 1.0, 9.0]]]
+    slots = torch.arange(128.0)[:, None, None]  # as values, which are weighed alike
+    rows, keys = torch.ones(2, 1, 1), torch.zeros(128, 1, 1)
+    indexes = (torch.tensor(part) for part in ([3, 17], [1, 0], [[4, 2], [7, 0]]))
+    found = reference.attend(rows, keys, slots, *indexes, 16, 1.0).flatten().tolist()
+    assert found == pytest.approx([113, (sum(range(64, 80)) + 32) / 17])
