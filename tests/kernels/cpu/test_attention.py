@@ -48,10 +48,12 @@ def test_rows_attend_to_their_own_context_alone(data):
     heads = rng.standard_normal((len(tables), num_kv * repeat, widths[0]), np.float32) * draw(st.sampled_from([1, 9]))
     heads = heads.astype(np.float32)
     found = attend_to(heads, caches, lengths, tables, blocks, size, 0.3, window, softcap)
-    clean = [torch.from_numpy(np.nan_to_num(cache, nan=0.0, posinf=0.0, neginf=0.0)).double() for cache in caches]
-    indexes = (torch.from_numpy(np.asarray(part)) for part in (lengths, tables, blocks))
+    keys, values = (
+        torch.from_numpy(np.nan_to_num(cache, nan=0.0, posinf=0.0, neginf=0.0)).double() for cache in caches
+    )
+    length_A, table_A, block_BN = (torch.from_numpy(np.asarray(part)) for part in (lengths, tables, blocks))
     queries = torch.from_numpy(heads).double()
-    expected = reference.attend(queries, *clean, *indexes, size, 0.3, window, softcap)
+    expected = reference.attend(queries, keys, values, length_A, table_A, block_BN, size, 0.3, window, softcap)
     np.testing.assert_allclose(found, expected.float().numpy(), rtol=2e-5, atol=2e-5)
     for t, (n, length) in enumerate(zip(tables, lengths, strict=True)):
         alone = attend_to(heads[t : t + 1], caches, [length], [n], blocks, size, 0.3, window, softcap)
@@ -109,6 +111,6 @@ def test_the_twins_do_what_their_examples_say():
     assert turned.tolist() == [[[-2.0, 1.0, 9.0]]]
     slots = torch.arange(128.0)[:, None, None]  # as values, which are weighed alike
     rows, keys = torch.ones(2, 1, 1), torch.zeros(128, 1, 1)
-    indexes = (torch.tensor(part) for part in ([3, 17], [1, 0], [[4, 2], [7, 0]]))
-    found = reference.attend(rows, keys, slots, *indexes, 16, 1.0).flatten().tolist()
+    lengths, tables, blocks = (torch.tensor(part) for part in ([3, 17], [1, 0], [[4, 2], [7, 0]]))
+    found = reference.attend(rows, keys, slots, lengths, tables, blocks, 16, 1.0).flatten().tolist()
     assert found == pytest.approx([113, (sum(range(64, 80)) + 32) / 17])
