@@ -24,7 +24,8 @@ from benchmarks.http_app import http_app
 from benchmarks.surroundings import sentence, surroundings
 from pregate.base.completion import Chunk
 from pregate.cli.load.targets import Target, opened
-from pregate.router.doors.service import DoorService, connect_service
+from pregate.router.doors.connect import connect_service
+from pregate.router.doors.service import DoorService
 from pregate.router.link.messages import SamplingParams
 from tests.cluster.leftovers import Running, serving
 

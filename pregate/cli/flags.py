@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pregate.base.options import Needs, Option, Or, Word, choices, kinds, mark, of_keys, user_options
+from pregate.base.option_fields import Needs, Or, Word, choices, kinds, mark
+from pregate.base.options import Option, of_keys, user_options
 from pregate.base.sizes import EXAMPLES, SIZE
 from pregate.convert.text.documents import text_files
 from pregate.model.checkpoint import check_new_folder

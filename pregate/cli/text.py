@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pregate.client.client import Client
     from pregate.convert.progress import Progress
     from pregate.model.folder import ModelFolder
+    from pregate.router.doors.completion_text import CompletionText
+    from pregate.router.link.messages import SamplingParams
 
 
 @options(kw_only=True)
@@ -131,25 +134,44 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
     ids = encoding.ids
     _check_length(ids, folder.context_tokens)  # of a few models more than what they can be run with
     model, progress = _load(folder)
-    import torch
-    from transformers import LogitsProcessorList, StoppingCriteriaList
-
     from pregate.router.doors.completion_text import CompletionText
     from pregate.router.doors.token_texts import TokenTexts
-    from pregate.router.engine.sampling import scores
-    from pregate.router.link.messages import FinishedEvent, SamplingParams, SubmitRequest, TokensEvent
+    from pregate.router.link.messages import FinishedEvent, SubmitRequest
 
     context = model.config.context_tokens
     _check_length(ids, context)
     max_tokens = most_tokens(
         sampling.max_tokens or DEFAULT_MAX_TOKENS, len(ids), context, cut=sampling.max_tokens is None
     )
-    params = SamplingParams(
+    params = _params(sampling, max_tokens)
+    asked, stops = SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings)
+    text = CompletionText(TokenTexts(tokenizer), asked, stops, 0)
+    with progress.doing("generating"):
+        new_ids = _new_ids(model, ids, _picking(sampling, params), text, folder.eos_ids)
+    end = FinishedEvent("", "stop" if new_ids[-1] in folder.eos_ids else "length", len(ids), len(new_ids), ())
+    if not text.stopped:
+        text.flush()
+    done = asdict(text.completion("", None if text.stopped else end))
+    return {name: done[name] for name in ("text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens")}
+
+
+def _params(sampling: Sampling, max_tokens: int) -> SamplingParams:
+    from pregate.router.link.messages import SamplingParams
+
+    return SamplingParams(
         max_tokens, sampling.temperature, sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p,
         min_tokens=sampling.min_tokens,
     )  # fmt: skip
-    picking: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature:  # drawn as an engine draws: with a seed it is the same text
+
+
+def _picking(sampling: Sampling, params: SamplingParams) -> dict[str, Any]:
+    """How transformers is to pick tokens. It draws as an engine draws: with a seed it is the same text."""
+    from transformers import LogitsProcessorList
+
+    from pregate.router.engine.sampling import scores
+
+    picking: dict[str, Any] = {"do_sample": False, "max_new_tokens": params.max_tokens}
+    if sampling.temperature:
         seed = secrets.randbits(62) if sampling.seed is None else sampling.seed
         picking["logits_processor"] = LogitsProcessorList(
             [lambda ids_BN, logits_BV: scores(logits_BV[0], params, seed, ids_BN.shape[1])[None]]
@@ -158,31 +180,27 @@ def _generate_here(source: Source, prompt: str, sampling: Sampling) -> dict[str,
         picking["repetition_penalty"] = sampling.repetition_penalty
     if sampling.min_tokens:
         picking["min_new_tokens"] = sampling.min_tokens
-    asked, stops = SubmitRequest("", tuple(ids), params), (*sampling.stop, *folder.stop_strings)
-    text = CompletionText(TokenTexts(tokenizer), asked, stops, 0)
+    return picking
+
+
+def _new_ids(
+    model: Any, ids: list[int], picking: dict[str, Any], text: CompletionText, eos_ids: Collection[int]
+) -> list[int]:
+    """Generate until an end or until `text`, which is given what comes, has met a stop string."""
+    import torch
+    from transformers import StoppingCriteriaList
+
+    from pregate.router.link.messages import TokensEvent
 
     def ended(ids_BN: torch.Tensor, _scores: object) -> torch.Tensor:
         token_id = int(ids_BN[0, -1])
-        if token_id not in folder.eos_ids:
+        if token_id not in eos_ids:
             text.push(TokensEvent("", (token_id,)))
         return torch.tensor([text.stopped])
 
-    ids_BN = torch.tensor([ids])
-    with progress.doing("generating"):
-        output = model.generate(
-            ids_BN,
-            attention_mask=torch.ones_like(ids_BN),
-            max_new_tokens=max_tokens,
-            pad_token_id=0,  # one sequence: nothing is padded
-            stopping_criteria=StoppingCriteriaList([ended]),
-            **picking,
-        )[0].tolist()
-    new_ids = output[len(ids) :]
-    end = FinishedEvent("", "stop" if new_ids[-1] in folder.eos_ids else "length", len(ids), len(new_ids), ())
-    if not text.stopped:
-        text.flush()
-    done = asdict(text.completion("", None if text.stopped else end))
-    return {name: done[name] for name in ("text", "token_ids", "finish_reason", "prompt_tokens", "completion_tokens")}
+    ids_BN, criteria = torch.tensor([ids]), StoppingCriteriaList([ended])
+    one = {"attention_mask": torch.ones_like(ids_BN), "pad_token_id": 0}  # one sequence: nothing is padded
+    return model.generate(ids_BN, **one, stopping_criteria=criteria, **picking)[0].tolist()[len(ids) :]
 
 
 def _read(source: Source, prompt: str, kind: Kind) -> tuple[ModelFolder, Tokenizer, Encoding]:

@@ -40,8 +40,8 @@ from pregate.cluster.ray_start import stop_ray
 from pregate.cluster.serve_grpc import GrpcMethods
 from pregate.router.doors import openai_app
 from pregate.router.doors.access import TokenFile
+from pregate.router.doors.connect import connect_service
 from pregate.router.doors.grpc_calls import Calls
-from pregate.router.doors.service import connect_service
 from pregate.router.link.endpoint import ipc_file
 
 logger = log.get_logger(__name__)

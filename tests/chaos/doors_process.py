@@ -17,10 +17,10 @@ import uvicorn
 from pregate.base import log
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.quiet import quiet_transformers
+from pregate.router.doors.connect import connect_service
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.openai_app import build_app
-from pregate.router.doors.service import connect_service
 from pregate.router.link.server import EngineServer
 from pregate.router.paths.actor import PathActor
 from pregate.router.paths.options import PathOptions

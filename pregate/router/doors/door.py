@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pregate.base.telemetry import PLAIN, Telemetry, flush
+from pregate.router.doors.connect import connect_service
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.request_watch import Recorder
-from pregate.router.doors.service import connect_service
 
 if TYPE_CHECKING:
     from pregate.router.doors.metrics_app import MetricsServer

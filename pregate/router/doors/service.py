@@ -22,12 +22,13 @@ from pregate.router.doors.chat import ChatTemplate
 from pregate.router.doors.completion_stream import completion_stream, copies_of
 from pregate.router.doors.completion_text import CompletionText
 from pregate.router.doors.in_flight import InFlight, Taken
+from pregate.router.doors.packed_route import PackedRoute
 from pregate.router.doors.prompt_reader import Prompt, PromptReader
 from pregate.router.doors.request_watch import RequestMetrics
 from pregate.router.doors.together import together
 from pregate.router.doors.token_texts import TokenTexts
 from pregate.router.link.client import EngineClient
-from pregate.router.link.engines import OPTIONS, Engine, Engines
+from pregate.router.link.engines import Engine
 from pregate.router.link.messages import SamplingParams, SubmitRequest, check_prompt
 from pregate.router.link.path_client import PathClient
 
@@ -44,18 +45,6 @@ class ServiceOptions:
     """`max_requests` bounds what one front door has in flight; the engine bounds its own queue besides."""
 
     max_requests: int = 1024
-
-
-@dataclass(frozen=True)
-class PackedRoute:
-    """Paths of a prompt: `ids` int16 little-endian of `shape` (tokens, layers, k), -1 padding at the end of a row."""
-
-    token_ids: tuple[int, ...]
-    tokens: tuple[str, ...]
-    ids: bytes
-    shape: tuple[int, int, int]
-    exact: bool
-    version: str
 
 
 class DoorService:
@@ -227,11 +216,7 @@ class DoorService:
         start_s = time.monotonic()
         reply = await (self._paths or self._engine).route(token_ids, deadline_s, traceparent=given.get())
         self.metrics.record("route_seconds", time.monotonic() - start_s)
-        tokens = tuple(map(self.token, token_ids))
-        paths = reply.paths.slice(0, reply.paths.num_tokens)
-        ids = paths.ids.astype("<i2", copy=False).tobytes()
-        num_tokens, num_layers, num_columns = paths.ids.shape
-        return PackedRoute(token_ids, tokens, ids, (num_tokens, num_layers, num_columns), paths.exact, reply.version)
+        return PackedRoute.of(token_ids, tuple(map(self.token, token_ids)), reply)
 
     async def model_info(self, *, model: str = "") -> dict[str, Any]:
         """Return the engine's info (see EngineClient.info) under the name this service serves it by."""
@@ -328,14 +313,3 @@ class DoorService:
     def _admitted(self, salt: str, request_id: str, num: int) -> AbstractContextManager[Taken]:
         self._check_draining()
         return self._in_flight.take(salt, request_id, num)
-
-
-def connect_service(
-    engine_endpoints: Sequence[str], path_endpoint: str | None, tokenizer_dir: str | Path, model_name: str
-) -> DoorService:
-    """A service over the engines and the path service (None: there is none) at these endpoints."""
-    paths = None if path_endpoint is None else PathClient(path_endpoint)
-    if len(engine_endpoints) == 1:
-        return DoorService(EngineClient(engine_endpoints[0]), tokenizer_dir, model_name, path_client=paths)
-    engines = [EngineClient(e, options=OPTIONS, name=f"engine {n}") for n, e in enumerate(engine_endpoints)]
-    return DoorService(Engines(engines), tokenizer_dir, model_name, path_client=paths)

@@ -10,10 +10,10 @@ from fastapi.testclient import TestClient
 
 from pregate.base import log
 from pregate.client.proto import pregate_pb2 as pb
+from pregate.router.doors.connect import connect_service
 from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.grpc_server import GrpcServer
 from pregate.router.doors.openai_app import build_app
-from pregate.router.doors.service import connect_service
 from pregate.router.link.messages import SamplingParams
 from pregate.router.paths.actor import PathActor
 from pregate.router.paths.options import PathOptions

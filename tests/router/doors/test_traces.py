@@ -12,8 +12,8 @@ from pregate.base import telemetry
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.telemetry import NO_SPAN, Telemetry, check_endpoint, span
 from pregate.cluster.config import ServeConfig
+from pregate.router.doors.connect import connect_service
 from pregate.router.doors.openai_app import build_app
-from pregate.router.doors.service import connect_service
 from pregate.router.link.link import EngineLink, LinkOptions
 from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest
 from pregate.router.paths.actor import PathActor

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, Validatio
 from typing_extensions import Self
 
 from pregate.base.errors import UserError
-from pregate.base.options import allowed
+from pregate.base.option_fields import allowed
 from pregate.base.sampling import MAX_TOKENS, MAX_TOP_LOGPROBS
 from pregate.router.doors.chat import Chat
 from pregate.router.link.messages import SamplingParams

@@ -13,7 +13,8 @@ from pregate.base.errors import NotFoundError
 from pregate.router.doors.http.answering import GONE, unless_gone
 from pregate.router.doors.http.bodies import DetokenizeBody, RouteBody, TokenizeBody
 from pregate.router.doors.http.errors import JsonResponse
-from pregate.router.doors.service import DoorService, PackedRoute
+from pregate.router.doors.packed_route import PackedRoute
+from pregate.router.doors.service import DoorService
 
 
 def add_routes(app: FastAPI, service: DoorService, timeout_s: float) -> None:
