@@ -34,9 +34,12 @@ from tests.chaos.mutations import mutate_bytes, mutate_proto, mutate_value
 
 
 def test_clients_that_vanish(target):
-    """Their process is killed while they stream: nobody says goodbye."""
-    with under_attack(target, f"{NUM_CLIENTS} clients vanish"):
-        for _ in range(-(-NUM_CLIENTS // TOGETHER)):
+    """Their process is killed while they stream: nobody says goodbye. The first fifth fills allocators and caches."""
+    num_rounds = -(-NUM_CLIENTS // TOGETHER)
+    with under_attack(target, f"{NUM_CLIENTS} clients vanish") as settled:
+        for number in range(num_rounds):
+            if number == num_rounds // 5:
+                settled()
             num = min(TOGETHER, NUM_CLIENTS)
             ports = str(target.where["grpc"]), str(target.where["http"])
             command = [sys.executable, "-m", "tests.chaos.vanishing_clients", *ports, str(num)]
