@@ -53,7 +53,8 @@ def tuning_of(manifest: Manifest) -> dict[str, dict[str, Any]] | None:
     if any(name not in said for names, said in found.values() for name in names):
         return None
     parts = {part: {name: said[name] for name in names} for part, (names, said) in found.items()}
-    return parts | {"outcome": parts["outcome"] | {"refit": outcome.get("refit") is not None}}
+    fitted = outcome.get("refit", {"kept": False}).get("kept", True)  # older ones were kept, and do not say so
+    return parts | {"outcome": parts["outcome"] | {"refit": fitted}}
 
 
 def training_curves(folder: Path) -> tuple[TrainingCurve, ...]:

@@ -107,6 +107,11 @@ class Tuner:
         self.precision = torch.bfloat16 if half else torch.float32
 
     @property
+    def is_refitted(self) -> bool:
+        """Whether down projections are as a fit in closed form left them, or were tuned from there."""
+        return self.counters.refit.get("kept", False)
+
+    @property
     def share_done(self) -> float:
         """How much of the budget is used; 1 when early stopping ends the run."""
         counters, patience = self.counters, self.settings.patience
@@ -236,13 +241,18 @@ class Tuner:
         return found
 
     def refit(self) -> None:
-        """Fit the down projections in closed form before the first step; evaluated before and after."""
-        self.measure()
+        """Fit the down projections in closed form before the first step; undone where validation says it harms."""
+        before = self.measure()
         with self._timed():
             parent = None if self.model.is_partition else self.teacher
             left = refit(self.model, self.rows.training, self._progress, parent)
         self.counters.refit = {"missing_left": [round(x, 4) for x in left]}
-        self.counters.refit["validation_perplexity"] = round(self.measure().perplexity, 4)
+        found = self.measure()
+        self.counters.refit |= {"validation_perplexity": round(found.perplexity, 4), "kept": True}
+        if not found.perplexity < before.perplexity:
+            self.restore(self.best)
+            self.counters.refit["kept"], self.counters.worse_since = False, 0
+            self._progress.note(f"the fit is undone: validation perplexity {found.perplexity:.4f} after it")
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -279,7 +289,7 @@ class Tuner:
         """
         if keep_best:
             self.restore(self.best)
-        moved = (self.counters.best_step if keep_best else self.counters.step) or self.counters.refit
+        moved = (self.counters.best_step if keep_best else self.counters.step) or self.is_refitted
         if self.routed and moved and self.model.config.selection == "threshold":
             calibrate(self.model, self.rows.training, self._progress)  # for the oracles too, whose masses have changed
         self.merged = merge_low_rank(self.model, dtype)

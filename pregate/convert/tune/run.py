@@ -199,9 +199,9 @@ def _write(tuner: Tuner, options: TuneOptions, source: ModelFolder, partial: Par
 def _factors(tuner: Tuner, source: ModelFolder) -> dict[str, torch.Tensor]:
     """What the checkpoint's tensors are made of: the low-rank changes of this tuning, after those of earlier ones.
 
-    Nothing, where weights changed otherwise: tuned in full, or fitted in closed form.
+    Nothing, where weights changed otherwise: tuned in full, or fitted in closed form to the good.
     """
-    if not source.is_routed or tuner.settings.method == "full" or tuner.counters.refit:
+    if not source.is_routed or tuner.settings.method == "full" or tuner.is_refitted:
         return {}
     kept = read_factors(source.path)
     for name, (up, down) in tuner.merged.items():

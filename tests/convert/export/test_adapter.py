@@ -179,7 +179,7 @@ def test_a_projected_table_and_lora_come_back(tiny_dense, tiny_text, tmp_path):
     assert factors["parent.model.layers.0.mlp.experts.down_proj.up.0"].any()
 
 
-def test_lora_after_a_fit_in_closed_form_is_refused_by_name(tiny_layerwise_checkpoint, tiny_dense, tiny_text, tmp_path):
-    tuned = tuned_by_lora(tiny_layerwise_checkpoint, tiny_text, tmp_path / "tuned", refit=True)
+def test_lora_after_a_fit_in_closed_form_is_refused_by_name(tiny_path_checkpoint, tiny_dense, tiny_text, tmp_path):
+    tuned = tuned_by_lora(tiny_path_checkpoint, tiny_text, tmp_path / "tuned", refit=True)
     with pytest.raises(UserError, match=r"fitted anew \(refit\)"):
         make(tuned, tiny_dense, tmp_path / "adapter")

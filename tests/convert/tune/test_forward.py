@@ -270,6 +270,8 @@ def test_hidden_error_by_hand():
     ours, theirs = torch.tensor([[1.0, 1.0], [9.0, 9.0]]), torch.tensor([[1.0, 2.0], [0.0, 0.0]])
     assert hidden_error((ours,), (theirs,), real).item() == pytest.approx(0.2)
     assert hidden_error((ours, theirs), (theirs, theirs), real).item() == pytest.approx(0.1)
+    ours, theirs = torch.tensor([[1.0, 1.0], [900.0, 0.0]]), torch.tensor([[1.0, 2.0], [1000.0, 0.0]])
+    assert hidden_error((ours,), (theirs,), torch.tensor([True, True])).item() == pytest.approx((0.2 + 0.01) / 2)
 
 
 @torch.no_grad()
