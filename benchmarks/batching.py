@@ -4,9 +4,9 @@ The scheduler, the batcher and the block allocator are those that serve; paths a
 texts, prompt and answer (the texts' own continuation); arrivals and lengths are a trace's, clipped to the context. The
 clock alone is simulated: a step takes what `PathBatcher.step_s` says for measured constants (`--costs`, what a server
 says at its start with `--batching path`), with the units that are resident. Where not all are, each host keeps those of
-the units that were there or were loaded which most of the known next tokens ask for.
+the units that were there or were loaded which most of the known next tokens ask for. Prints rows of a table.
 
-    python -m benchmarks.batching --model CHECKPOINT --costs costs.json --shared-folder ../shared --out results.json
+    python -m benchmarks.batching --model CHECKPOINT --costs costs.json --shared-folder ../shared
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
-import time
-from collections import defaultdict
 from collections.abc import Sequence as Many
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.batchers import BATCHERS
-from benchmarks.waiting import NestedWaitScheduler, WaitScheduler
 from pregate.cli.load.arrivals import Arrival, clipped, read_trace
 from pregate.cluster.placement import place
 from pregate.model.paths import Paths
@@ -36,11 +32,12 @@ from pregate.router.engine.sequence import Sequence
 from pregate.router.engine.step_check import check_step
 from pregate.router.link.messages import SamplingParams
 
-POLICIES = ("path", "fifo", "decode-first", "prefill-first", *BATCHERS)
-POLICIES += tuple(f"{policy}+{wait}" for policy in ("path", "fifo") for wait in ("wait", "nested"))
+POLICIES = ("path", "fifo", "decode-first", "prefill-first")
 COSTS = ("row_s", "resident_byte_s", "missing_byte_s")
 #: Characters of a kind of text that prompts are cut from.
 _POOL_BYTES = 200_000
+HEAD = """| hosts | resident | load | policy | units | tokens a step | tokens/s | answer p50, p95 | hits |
+| --: | --: | --: | --- | --: | --: | --: | --: | --: |"""
 TEXTS = ("stories", "fiction", "nonfiction", "verse", "math", "wiki")
 
 
@@ -113,37 +110,30 @@ class Simulation:
             max_batching_delay_s=setting.delay_s,
         )
         allocator = BlockAllocator(setting.max_running * -(-context // 16), 16)
-        policy, _, admission = setting.policy.partition("+")
-        kind = {"wait": WaitScheduler, "nested": NestedWaitScheduler, "": Scheduler}[admission]
-        by_path = {"path": PathBatcher, **BATCHERS}.get(policy)
-        batcher, by = (None, policy) if by_path is None else (by_path(layout, costs), "fifo")
-        self.scheduler = kind(limits, allocator, False, by, batcher)  # pyright: ignore[reportArgumentType]
-        if isinstance(self.scheduler, NestedWaitScheduler):
-            self.scheduler.prepare([text.arrival.output_tokens for text in texts])
+        batcher, by = (PathBatcher(layout, costs), "fifo") if setting.policy == "path" else (None, setting.policy)
+        self.scheduler = Scheduler(limits, allocator, False, by, batcher)  # pyright: ignore[reportArgumentType]
         self.todo = sorted(texts, key=lambda text: text.arrival.arrival_s)
         self.num_output = sum(text.arrival.output_tokens for text in texts)
         self.rows_TU: dict[str, np.ndarray] = {}
-        self.times: dict[str, list[float]] = {}
-        self.now_s = self.busy_s = 0.0
-        self.seen: dict[str, list[float]] = defaultdict(list)
+        self.came_s: dict[str, float] = {}
+        self.now_s = 0.0
+        self.tokens: list[int] = []
+        self.units: list[int] = []
+        self.answer_s: list[float] = []
 
     def run(self) -> dict[str, Any]:
-        """Run; returns figures, times in seconds of the simulated clock but for `plan_real`."""
+        """Run; returns figures, times in seconds of the simulated clock."""
         while self.todo or self.scheduler.running or self.scheduler.waiting:
             self._arrive()
             scheduler, residency = self.scheduler, self.residency
-            ready = {s.request_id: s.ready_s for s in [*scheduler.running, *scheduler.waiting]}
             if scheduler.batcher is not None:
                 scheduler.batcher.resident_U = residency.here_U
-            start_s = time.perf_counter()
             step = scheduler.next_step(self.now_s)
-            self.seen["plan_real"].append(time.perf_counter() - start_s)
             if not step:
                 self.now_s = max(self.now_s, self.todo[0].arrival.arrival_s / self.setting.speed)
                 continue
-            if len(self.seen["tokens"]) % 97 == 0:
+            if len(self.tokens) % 97 == 0:
                 check_step(step, scheduler)
-            self.seen["passed_over"] += [self.now_s - ready[p.sequence.request_id] for p in step]
             sampling = [p.sequence for p in step if p.samples]
             rows_U = self._compute(step)
             for sequence in sampling:
@@ -159,10 +149,8 @@ class Simulation:
             params = SamplingParams(a.output_tokens)
             one = Sequence(name, [0] * a.prompt_tokens, a.prompt_tokens, a.output_tokens, params, 0, None, np.zeros(1))
             one.paths = text  # pyright: ignore[reportAttributeAccessIssue]
-            self.rows_TU[name], self.times[name] = (
-                self.layout.rows_each(text.ids_TLK),
-                [a.arrival_s / self.setting.speed],
-            )
+            self.rows_TU[name] = self.layout.rows_each(text.ids_TLK)
+            self.came_s[name] = a.arrival_s / self.setting.speed
             self.scheduler.add(one, self.now_s)
 
     def _compute(self, step: Many[Slice]) -> np.ndarray:
@@ -171,26 +159,21 @@ class Simulation:
         rows_U = np.concatenate(rows).sum(axis=0, dtype=np.int64)
         num_tokens = sum(p.num_tokens for p in step)
         self.world.resident_U = self.residency.here_U
-        step_s = self.world.step_s(rows_U, num_tokens)
-        self.now_s, self.busy_s = self.now_s + step_s, self.busy_s + step_s
-        self.seen["tokens"].append(num_tokens)
-        self.seen["units"].append(int((rows_U > 0).sum()))
+        self.now_s += self.world.step_s(rows_U, num_tokens)
+        self.tokens.append(num_tokens)
+        self.units.append(int((rows_U > 0).sum()))
         self.scheduler.complete(step)
         return rows_U
 
     def _sample(self, sequence: Sequence) -> bool:
         """Append the text's own next token; True where it was the last."""
-        times, place = self.times[sequence.request_id], len(sequence.token_ids)
-        times.append(self.now_s)
+        place = len(sequence.token_ids)
         sequence.token_ids.append(0)
         if sequence.num_generated < sequence.max_tokens:
             sequence.next_rows_U = self.rows_TU[sequence.request_id][place]
             return False
         del self.rows_TU[sequence.request_id]
-        self.seen["first_token"].append(times[1] - times[0])
-        self.seen["inter_token"] += np.diff(times[1:]).tolist()
-        self.seen["end_to_end"].append(self.now_s - times[0])
-        self.seen["per_output_token"].append((self.now_s - times[0]) / sequence.num_generated)
+        self.answer_s.append(self.now_s - self.came_s[sequence.request_id])
         return True
 
     def _wanted(self) -> np.ndarray:
@@ -201,30 +184,17 @@ class Simulation:
         return np.stack(known).sum(axis=0)
 
     def _figures(self) -> dict[str, Any]:
-        names = ("first_token", "inter_token", "end_to_end", "per_output_token", "passed_over", "plan_real")
         hits, misses = self.residency.hits, self.residency.misses
-        units = float(np.mean(self.seen["units"])) / len(self.layout.start_L)
         return asdict(self.setting) | {
-            "ended": len(self.seen["end_to_end"]),
-            "steps": len(self.seen["tokens"]),
-            "seconds": round(self.now_s, 3),
-            "busy": round(self.busy_s / self.now_s, 4),
-            "tokens_per_step": round(float(np.mean(self.seen["tokens"])), 2),
-            "units_per_step_and_layer": round(units, 3),
-            "output_tokens_per_s": round(self.num_output / self.now_s, 2),
-            "output_tokens_per_busy_s": round(self.num_output / self.busy_s, 2),
-            "hit_rate": round(hits / max(1, hits + misses), 4),
-            "ms": {name: _spread(self.seen[name]) for name in names},
+            "ended": len(self.answer_s),
+            "steps": len(self.tokens),
+            "seconds": self.now_s,
+            "tokens_per_step": float(np.mean(self.tokens)),
+            "units_per_step_and_layer": float(np.mean(self.units)) / len(self.layout.start_L),
+            "output_tokens_per_s": self.num_output / self.now_s,
+            "hit_rate": hits / max(1, hits + misses),
+            "answer_s": {"p50": np.percentile(self.answer_s, 50), "p95": np.percentile(self.answer_s, 95)},
         }
-
-
-def _spread(values: Many[float]) -> dict[str, float]:
-    shown = {
-        "mean": np.mean(values),
-        **{f"p{q}": np.percentile(values, q) for q in (50, 95, 99)},
-        "most": np.max(values),
-    }
-    return {name: round(float(value) * 1000, 3) for name, value in shown.items()}
 
 
 def read_texts(shared: Path, model: Path, arrivals: Many[Arrival], seed: int) -> list[Text]:
@@ -305,6 +275,7 @@ def main() -> None:
     parser.add_argument("--shared-folder", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=384, help="of a prompt at most")
     parser.add_argument("--step-tokens", type=int, default=64)
     parser.add_argument("--max-running", type=int, default=128)
     parser.add_argument("--hosts", type=int, nargs="*", default=[1, 2, 8])
@@ -316,42 +287,29 @@ def main() -> None:
         "--paths", type=Path, help=".npz of the requests' paths: read, or written where it is not there"
     )
     parser.add_argument("--layers", type=int, help="an index that holds for all layers is that of so many")
-    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     costs = json.loads(given.costs.read_text())
     trace = read_trace(given.shared_folder / "traces" / "azure2023_conv.csv")[: given.requests]
-    arrivals, num_clipped = clipped(trace, given.context, given.context * 3 // 4, given.context // 4)
+    arrivals, _ = clipped(trace, given.context, given.prompt_tokens, given.context // 4)
     work = read_work(given.paths, given.shared_folder, given.model, arrivals)
     if given.layers:
         work = work.of_layers(given.layers)
-    results = []
-    for hosts in given.hosts:
-        for resident in given.resident:
-            base = Setting("fifo", hosts, resident, given.step_tokens, given.max_running, 1e6, given.delay)
-            flood = run(base, work, costs, given.context)
-            span_s = arrivals[-1].arrival_s
-            for load in given.loads:
-                speed = load * span_s / flood["seconds"]
-                for policy in given.policies:
-                    setting = replace(base, policy=policy, speed=speed)
-                    results.append({"load": load, **run(setting, work, costs, given.context)})
-                    _print(results[-1])
-    if given.out:
-        about = {"model": str(given.model.name), "costs": costs, "clipped": num_clipped, "requests": len(work.texts)}
-        given.out.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
+    print(HEAD)
+    for hosts, resident in product(given.hosts, given.resident):
+        base = Setting("fifo", hosts, resident, given.step_tokens, given.max_running, 1e6, given.delay)
+        flood = run(base, work, costs, given.context)
+        for load, policy in product(given.loads, given.policies):
+            speed = load * arrivals[-1].arrival_s / flood["seconds"]
+            print(_row(load, run(replace(base, policy=policy, speed=speed), work, costs, given.context)), flush=True)
 
 
-def _print(r: dict[str, Any]) -> None:
-    times = r["ms"]
-    sys.stdout.write(
-        f"{r['num_hosts']} hosts, {r['resident']:4.0%} there, load {r['load']:.1f} {r['policy']:14}"
-        f" {r['tokens_per_step']:6.1f} tokens {r['units_per_step_and_layer']:6.3f} units a step,"
-        f" {r['output_tokens_per_s']:8.1f} tokens/s, answer p50 {times['end_to_end']['p50']:9.0f} p95"
-        f" {times['end_to_end']['p95']:9.0f} ms, a token p95 {times['per_output_token']['p95']:7.1f},"
-        f" hits {r['hit_rate']:.3f}, passed over {times['passed_over']['most']:6.0f},"
-        f" plan {times['plan_real']['p50']:.2f}\n"
+def _row(load: float, r: dict[str, Any]) -> str:
+    times = r["answer_s"]
+    return (
+        f"| {r['num_hosts']} | {r['resident']:.0%} | {load:.1f} | {r['policy']} |"
+        f" {r['units_per_step_and_layer']:.2f} | {r['tokens_per_step']:.1f} | {r['output_tokens_per_s']:.1f} |"
+        f" {times['p50']:.0f}, {times['p95']:.0f} | {r['hit_rate']:.2f} |"
     )
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

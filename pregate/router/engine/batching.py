@@ -2,7 +2,7 @@
 
 Data on its way: the units each candidate needs (a decode token, or the next chunk of a prompt) -> an order in which
 those come first that share their units -> the seconds of every beginning of that order -> the one with the fewest
-seconds per token. NumPy only: no torch, no clock.
+seconds per token, or, where that saves little, those that came first. NumPy only: no torch, no clock.
 
 A step takes, layer by layer, as long as its slowest host: the bytes of the units it reads (or loads first) and the rows
 it computes; and what it takes around the layers.
@@ -23,6 +23,8 @@ import numpy as np
 _MARKS = 16
 #: Of so many candidates the order begins with one, of twice as many with two.
 _BEGINNINGS = 64
+#: Whoever came first runs unless others take so much less time a token.
+_GAIN = 0.05
 
 
 @dataclass(frozen=True)
@@ -143,22 +145,27 @@ class PathBatcher:
         return float(np.maximum.reduceat(group_s, self.layout.start_L).sum()) + self._around_s(num_tokens)
 
     def choose(self, candidates: Sequence[Candidate], budget: int) -> Choice:
-        """Return which candidates run in a step of at most `budget` tokens: those that are overdue, in the order they
-        are given, and of the others as many as make the seconds per token least."""
+        """Return which candidates run in a step of at most `budget` tokens: those that are overdue, who are given
+        first, and of the others as many as make the seconds per token least; but as many of the first as fit where
+        nobody else saves `_GAIN` of that."""
         assert candidates and budget > 0, "nothing to choose from"
         tokens, rows, overdue = zip(*candidates, strict=True)
-        tokens_N, late = np.array(tokens), [n for n, is_late in enumerate(overdue) if is_late]
+        tokens_N, num_late = np.array(tokens), sum(overdue)
         rows_NU, needs_NU = self._tables(rows)
-        order_N, ends = self._order(needs_NU, rows_NU.sum(axis=0), tokens_N, late)
-        until_N = tokens_N[order_N].cumsum()
-        num_full = int(np.searchsorted(until_N, budget)) + 1  # the last of them fills the budget, or goes beyond
-        num_all, least = min(num_full, len(order_N)), min(max(len(late), 1), num_full)
-        marks = {*ends, *range(least, num_all, max(1, num_all // _MARKS)), least, num_all}
-        ends_M = np.array(sorted(m for m in marks if least <= m <= num_all))
-        tokens_M = np.minimum(until_N[ends_M - 1], budget)
-        seconds_M, units_M = self._seconds(rows_NU, order_N[:num_all], ends_M, tokens_M)
-        best = int(np.argmin(seconds_M / tokens_M))
-        return Choice(tuple(order_N[: ends_M[best]].tolist()), float(seconds_M[best]), int(units_M[best]))
+        order_N, ends = self._order(needs_NU, rows_NU.sum(axis=0), tokens_N, num_late)
+        ends_M = _ends(tokens_N[order_N], ends, num_late, budget)
+        place_N = np.empty_like(order_N)
+        place_N[order_N] = given_N = np.arange(len(order_N))
+        num_first = min(_num_full(tokens_N, budget), len(order_N))
+        in_MN = np.vstack([place_N < ends_M[:, None], given_N < num_first])  # those that came first are the last row
+        tokens_M = np.minimum(in_MN @ tokens_N, budget)
+        seconds_M, units_M = self._seconds(in_MN.astype(np.float32) @ rows_NU, tokens_M)
+        token_s_M = seconds_M / tokens_M
+        best = int(np.argmin(token_s_M))
+        if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
+            best = len(ends_M)
+        some_N = given_N[:num_first] if best == len(ends_M) else order_N[: ends_M[best]]
+        return Choice(tuple(some_N.tolist()), float(seconds_M[best]), int(units_M[best]))
 
     def _around_s(self, num_tokens: int) -> float:
         costs = self.costs
@@ -177,10 +184,10 @@ class PathBatcher:
         return rows_NU, np.minimum(rows_NU, 1, out=needs_NU)
 
     def _order(
-        self, needs_NU: np.ndarray, num_rows_U: np.ndarray, tokens_N: np.ndarray, first: list[int]
+        self, needs_NU: np.ndarray, num_rows_U: np.ndarray, tokens_N: np.ndarray, num_late: int
     ) -> tuple[np.ndarray, list[int]]:
-        """An order of all, `first` first, in which whoever asks for the least that was not asked for yet is next; and
-        where in it the rounds end.
+        """An order of all, the first `num_late` first, in which whoever asks for the least that was not asked for yet
+        is next; and where in it the rounds end.
 
         What a unit takes is shared by the rows that need it: so units that many ask for come first, and with them
         whoever needs no others. Rounds take in 1, 2, 4, 16, 64, ... candidates (of very many more), and all that ask
@@ -188,9 +195,9 @@ class PathBatcher:
         """
         share_U = self.unit_s() / np.maximum(num_rows_U, 1)
         in_N = np.zeros(len(needs_NU), dtype=np.float32)
-        in_N[first] = 1
-        left = np.flatnonzero(in_N == 0)
-        parts, ends, size = [np.array(first, dtype=np.int64)], [len(first)], 1 + len(left) // _BEGINNINGS
+        in_N[:num_late] = 1
+        first, left = np.split(np.arange(len(needs_NU)), [num_late])
+        parts, ends, size = [first], [num_late], 1 + len(left) // _BEGINNINGS
         while len(left):
             share_U = share_U * (in_N @ needs_NU == 0)  # nothing more for a unit that is asked for
             score = (needs_NU @ share_U / tokens_N)[left]
@@ -203,20 +210,27 @@ class PathBatcher:
             size *= 2 if size < 4 else 4
         return np.concatenate(parts), ends
 
-    def _seconds(
-        self, rows_NU: np.ndarray, order_N: np.ndarray, ends_M: np.ndarray, tokens_M: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """What steps of the first of an order up to each end take [M], with so many tokens, and how many units they
-        need."""
-        place_N = np.full(len(rows_NU), len(rows_NU))
-        place_N[order_N] = np.arange(len(order_N))
-        rows_MU = (place_N < ends_M[:, None]).astype(np.float32) @ rows_NU
+    def _seconds(self, rows_MU: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What steps take that ask these rows of the units [M], with so many tokens, and how many units they need."""
         needs_MU = rows_MU > 0
         start_G, start_L = self.layout.start_G, self.layout.start_L
         group_s_MG = np.add.reduceat(needs_MU * self.unit_s(), start_G, axis=1)
         group_s_MG += np.add.reduceat(rows_MU, start_G, axis=1) * self._row_s_G
         seconds_M = np.maximum.reduceat(group_s_MG, start_L, axis=1).sum(axis=1, dtype=np.float64)
         return seconds_M + self._around_s(0) + self.costs.token_s * tokens_M, needs_MU.sum(axis=1)
+
+
+def _num_full(tokens_N: np.ndarray, budget: int) -> int:
+    """How many of the first fill the budget, or go beyond with the last of them; one more than all where none do."""
+    return int(np.searchsorted(tokens_N.cumsum(), budget)) + 1
+
+
+def _ends(tokens_N: np.ndarray, rounds: list[int], num_late: int, budget: int) -> np.ndarray:
+    """Where a step may end in an order of candidates with these tokens [M]: not before all that are overdue."""
+    num_full = _num_full(tokens_N, budget)
+    num_all, least = min(num_full, len(tokens_N)), min(max(num_late, 1), num_full)
+    marks = {*rounds, *range(least, num_all, max(1, num_all // _MARKS)), least, num_all}
+    return np.array(sorted(m for m in marks if least <= m <= num_all))
 
 
 def check_choice(choice: Choice, candidates: Sequence[Candidate], budget: int) -> None:

@@ -169,18 +169,17 @@ class Scheduler:
         for sequence in self.running:
             (decodes if sequence.num_pending == 1 else prompts).append(sequence)
         if self.batcher is not None:
-            return self._cheapest(self.batcher, decodes, prompts, now_s)
+            return self._cheapest(self.batcher, len(decodes), now_s)
         prompts += self.waiting
         by_policy = {"decode-first": [*decodes, *prompts], "prefill-first": [*prompts, *decodes]}
         return by_policy[self.policy], self.limits.step_tokens
 
-    def _cheapest(
-        self, batcher: PathBatcher, decodes: list[Sequence], prompts: list[Sequence], now_s: float
-    ) -> tuple[list[Sequence], int]:
-        """Who makes the cheapest step, of those who can run; all in order of arrival where somebody has no paths."""
+    def _cheapest(self, batcher: PathBatcher, num_decodes: int, now_s: float) -> tuple[list[Sequence], int]:
+        """Who makes the cheapest step, of those who can run, which come in order of arrival; all in that order where
+        somebody has no paths."""
         budget = self.limits.step_tokens
-        most = max(budget - len(decodes), budget // 2, 1)  # of one prompt, so that texts go on beside it
-        members = [*decodes, *prompts, *self._admissible()]
+        most = max(budget - num_decodes, budget // 2, 1)  # of one prompt, so that texts go on beside it
+        members = [*self.running, *self._beginning()]
         if not members or any(s.paths is None for s in members):
             return [*self.running, *self.waiting], budget
         oldest_s = now_s - self.limits.max_batching_delay_s
@@ -192,6 +191,19 @@ class Scheduler:
         ]
         self.choice = batcher.choose(candidates, budget)
         return [members[n] for n in self.choice.order], most
+
+    def _beginning(self) -> list[Sequence]:
+        """Who of the queue may begin where steps are chosen by path: nobody while as many run as fit a step, or
+        prompts that run have half of one before them. A prompt makes every token of a step cheaper: without this
+        bound as many as may run would, and all be slow alike."""
+        budget, found = self.limits.step_tokens, []
+        num_prompt_tokens = sum(s.num_pending for s in self.running if s.num_pending > 1)
+        for sequence in self._admissible():
+            if len(self.running) + len(found) >= budget or 2 * num_prompt_tokens >= budget:
+                break
+            found.append(sequence)
+            num_prompt_tokens += len(sequence.token_ids)
+        return found
 
     def _admissible(self) -> list[Sequence]:
         """Who of the queue could begin now, all together and in order: nobody overtakes for want of blocks."""

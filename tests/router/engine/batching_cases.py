@@ -23,6 +23,6 @@ def random_ids(rng: np.random.Generator, num: int, num_layers: int, num_routed: 
     return np.sort(ids, axis=2).astype(np.int16)
 
 
-def decodes(batcher: PathBatcher, ids_TLK: np.ndarray, late: tuple[int, ...] = ()) -> list[Candidate]:
+def decodes(batcher: PathBatcher, ids_TLK: np.ndarray) -> list[Candidate]:
     rows = batcher.layout.rows_each(ids_TLK)
-    return [Candidate(1, rows_U, n in late) for n, rows_U in enumerate(rows)]
+    return [Candidate(1, rows_U) for rows_U in rows]

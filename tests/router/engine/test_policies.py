@@ -38,12 +38,26 @@ def scheduler(policy: Any, num_blocks=100, **limits) -> Scheduler:
     return Scheduler(limits, BlockAllocator(num_blocks, 4), False, "fifo" if policy == "path" else policy, batcher)
 
 
+def room_to_begin(s: Scheduler) -> int:
+    """How many of the queue may begin: as many as fit a step beside those that run, until prompts are half of one."""
+    left = sum(one.num_pending for one in s.running if one.num_pending > 1)
+    num = 0
+    for one in s.waiting:
+        if len(s.running) + num >= s.limits.step_tokens or left >= s.limits.step_tokens / 2:
+            break
+        num, left = num + 1, left + one.num_pending
+    return num
+
+
 def run_step(s: Scheduler, now_s: float, rng) -> list:
     """A step as the engine takes it: checked, completed, paths of new tokens fixed."""
     late = {id(one): one for one in [*s.running, *s.waiting] if one.ready_s < now_s - s.limits.max_batching_delay_s}
-    running, num_preempted = list(s.running), s.num_preempted
+    running, num_preempted, may_begin = list(s.running), s.num_preempted, room_to_begin(s)
     step = s.next_step(now_s)
     check_step(step, s)
+    if s.choice is not None and s.num_preempted == num_preempted:
+        begun = [one for one in s.running if one not in running]
+        assert len(begun) <= may_begin, "more run than fit a step, or beside prompts that fill half of one"
     if s.batcher is not None and s.num_preempted == num_preempted:
         passed = [one for one in running if id(one) in late and one.num_pending == 1 and one.ready_s != now_s]
         used = sum(p.num_tokens for p in step if id(p.sequence) in late)
@@ -160,6 +174,28 @@ def test_blocks_given_up_after_others_found_none_are_given_in_the_same_step(monk
     order = prompt
     assert [(p.sequence, p.num_tokens) for p in run_step(s, 0.0, rng)] == [(prompt, 4)]
     assert not text.is_running
+
+
+def test_by_path_no_more_begin_than_fit_a_step_and_a_prompt_waits_for_those_under_way():
+    """Else all that may run would, as a prompt makes every token of a step cheaper, and all be slow alike."""
+    rng = np.random.default_rng(3)
+    s = scheduler("path", step_tokens=10, max_running=40)
+    for n in range(3):
+        s.add(sequence(f"prompt {n}", 23, 2, rng))
+    seen = []
+    for _ in range(3):
+        run_step(s, 0.0, rng)
+        seen.append([(one.request_id, one.num_pending) for one in s.running])
+    assert seen[:2] == [[("prompt 0", 13)], [("prompt 0", 3)]]
+    assert [name for name, _ in seen[2]] == ["prompt 0", "prompt 1"], "less than half a step was left"
+    s = scheduler("path", step_tokens=10, max_running=40)
+    for n in range(30):
+        s.add(sequence(f"text {n}", 1, 9, rng))
+    most = 0
+    for number in range(400):
+        run_step(s, float(number), rng)
+        most = max(most, len(s.running))
+    assert most == 10 and not s.running and not s.waiting
 
 
 @pytest.mark.slow
