@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pregate.workers.host.next_use import FAR, NextUse, Outlook, Uses
@@ -116,6 +116,7 @@ def test_the_nearest_missing_unit_takes_the_place_of_the_farthest():
     assert look.fetch(~held, mask((0, 0)), 0, lead=9) is None, "the only one that may go is needed sooner"
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_nothing_leaves_for_a_unit_that_is_needed_later(data):
     times = st.integers(1, 12) | st.just(FAR)
