@@ -128,8 +128,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8, help="most rounds of load until experts have moved")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
-    sizes = {"experts": EXPERTS, "shared": SHARED, "active": ACTIVE}
-    model = random_cut(args.parent, args.work / "skewed", **sizes, skew=SKEW)
+    model = random_cut(args.parent, args.work / "skewed", experts=EXPERTS, shared=SHARED, active=ACTIVE, skew=SKEW)
     found: dict[str, Any] = {"surroundings": surroundings("skewed", ("transformers", "ray")), "ways": []}
     for way in WAYS:
         found["ways"].append(measured(model, way, args))

@@ -30,7 +30,8 @@ def tuned_figures(tuner: Tuner) -> dict[str, Any]:
     if counters.refit:
         figures["refit"] = counters.refit
     if meter is not None:
-        loads = [sum(torch.from_numpy(x).sum(dim=0) for x in meter.visits[layer]) for layer in sorted(meter.visits)]
+        visits = [meter.visits[layer] for layer in sorted(meter.visits)]
+        loads = [torch.stack([torch.from_numpy(x).sum(dim=0) for x in layer]).sum(dim=0) for layer in visits]
         figures |= {
             "active_share_before": round(first["active_share"], 4),
             "active_share_after": round(meter.active_share, 4),
