@@ -83,7 +83,7 @@ def bench(target: str, args: argparse.Namespace, load: float | None) -> dict[str
         command += ["--text", args.shared_folder / "text" / name]
     bound_s = args.requests / (load or 4.0) + args.timeout + _START_S
     done = subprocess.run([str(part) for part in command], check=True, stdout=subprocess.PIPE, timeout=bound_s)
-    return json.loads(done.stdout)
+    return json.loads(done.stdout) | {"load": trace.name}
 
 
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
