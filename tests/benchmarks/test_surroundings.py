@@ -17,7 +17,7 @@ from benchmarks.surroundings import ROOT, shown
         ("/nowhere/else/kernels.json", "kernels.json"),
         ("../shared", "../shared"),
         (ROOT.parent / "bench" / "cut75", "cut75"),
-        ("../../bench/work/cut75", "cut75"),
+        ("../../elsewhere/models/cut75", "cut75"),
         ("examples/quartet", "examples/quartet"),
         ("--tokens", "--tokens"),
         (800000, "800000"),

@@ -13,6 +13,7 @@ from pregate.workers.host.store import UnitStore
 from pregate.workers.link.expected import SURE, Expected
 from pregate.workers.link.protocol import GroupIndex, GroupKey
 from tests.router.running import wait_for
+from tests.workers.host.fetching import fetch_all
 from tests.workers.unsteady import UnsteadyReader
 
 #: Of `unit_checkpoint`: layer 0 has six routed experts, layer 1 none, layer 2 five.
@@ -38,15 +39,6 @@ def likely(**units: int) -> np.ndarray:
 def make_store(reader, spare_slots: int) -> UnitStore:
     ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
     return UnitStore(reader, HOMES, ffn.layout, spare_slots=spare_slots)
-
-
-def fetch_all(store: UnitStore) -> list[tuple[int, int]]:
-    """Do what the thread does, while there is something to do."""
-    fetched = []
-    while (load := store.next_fetch(LEAD_LAYERS)) is not None:
-        fetched.append(load.unit)
-        store.finish(load)
-    return fetched
 
 
 def test_what_is_needed_first_comes_first_and_all_that_is_expected_comes(reader):

@@ -14,6 +14,7 @@ from pregate.workers.host.prefetch import LEAD_LAYERS, Prefetcher
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
 from pregate.workers.link.expected import SURE, Expected
+from tests.workers.host.fetching import fetch_all
 from tests.workers.unsteady import UnsteadyReader
 
 #: Of `unit_checkpoint`: layer 0 has six routed experts, layer 1 none, layer 2 five.
@@ -45,15 +46,6 @@ def ask(store: UnitStore, reader, layer: int, *experts: int) -> None:
         assert torch.equal(weights.gate_up_SMD[slot], gate_up) and torch.equal(weights.down_SDM[slot], down)
     store.release()
     store._pools[256].check()
-
-
-def fetch_all(store: UnitStore) -> list[tuple[int, int]]:
-    """Do what the thread does, while there is something to do."""
-    fetched = []
-    while (load := store.next_fetch(LEAD_LAYERS)) is not None:
-        fetched.append(load.unit)
-        store.finish(load)
-    return fetched
 
 
 @pytest.mark.parametrize(("resident", "num_slots"), [(0.5, 5), (4, 4), (7.0 * UNIT_BYTES, 7), (11, 11), (1e12, 11)])
