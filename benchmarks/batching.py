@@ -259,8 +259,10 @@ def read_work(file: Path | None, shared: Path, model: Path, arrivals: Many[Arriv
 
 
 def run(setting: Setting, work: Work, costs: dict[str, Any], context: int) -> dict[str, Any]:
-    """One setting, from constants that hold for every host."""
-    hosts_of_LR = place(work.num_routed, setting.num_hosts, "linear").hosts_of
+    """One setting, from constants that hold for every host. Where there are more hosts than experts in a layer, each
+    has its share of all units, and in some layers none."""
+    how = "linear" if setting.num_hosts <= min(work.num_routed) else "balanced"
+    hosts_of_LR = place(work.num_routed, setting.num_hosts, how).hosts_of
     layout = UnitLayout(hosts_of_LR, costs.get("unit_bytes") or work.unit_bytes, setting.num_hosts)
     way = costs["dispatch_s" if setting.num_hosts == 1 else "remote_dispatch_s"]
     row_s, byte_s, missing_s = ((costs[name],) * setting.num_hosts for name in COSTS)

@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.batching import COSTS
 from pregate.cluster.placement import place
-from pregate.router.engine.batching import Candidate, PathBatcher, StepCosts, UnitLayout
+from pregate.router.engine.batching import PathBatcher, StepCosts, UnitLayout
 
 
 def ratios(batcher: PathBatcher, rows_NTU: np.ndarray) -> dict[str, float]:
@@ -49,7 +49,7 @@ def ratios(batcher: PathBatcher, rows_NTU: np.ndarray) -> dict[str, float]:
         return seconds
 
     def by_path(state: tuple[int, ...], left: tuple[int, ...]) -> tuple[int, ...]:
-        choice = batcher.choose([Candidate(1, rows_NTU[n, state[n]]) for n in left], num_texts)
+        choice = batcher.choose([1] * len(left), [rows_NTU[n, state[n]] for n in left], 0, num_texts)
         return tuple(left[n] for n in choice.order)
 
     best = best_s((0,) * num_texts)

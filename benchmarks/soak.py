@@ -10,8 +10,9 @@ counted by status.
 tiers: for `--minutes` four kinds of requests at once, with a quarter of the experts held and every step checked: long
 prompts, long answers, texts that are drawn, and requests that are given up in the midst.
 
-Memory is each role's share (PSS), sampled through the load; the first tenth of the samples is left out: allocators and
-caches fill then. Four greedy texts are asked for before and after. Writes results/soak_<part>.json and .md.
+Memory is each role's share (PSS), sampled through the load and told fifth by fifth: allocators and caches fill first,
+the engine's KV cache page by page as its blocks are first written. Four greedy texts are asked for before and after.
+Writes results/soak_<part>.json and .md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import random
 import threading
@@ -71,20 +73,20 @@ class Watch(threading.Thread):
                     )
 
     def stop(self) -> dict[str, Any]:
-        """Most of the queue; of each role's memory the mean of the second tenth of samples and of the last."""
+        """Most of the queue; of each role's memory the mean of every fifth of the samples."""
         self._ended.set()
         self.join(60)
-        assert len(self.samples) >= 2, "a load of some samples"
-        tenth = max(1, len(self.samples) // 10)
-        early, late = self.samples[tenth : 2 * tenth] or self.samples[:1], self.samples[-tenth:]
+        assert len(self.samples) >= 5, "a load of some samples"
+        ends = [len(self.samples) * part // 5 for part in range(6)]
+        parts = [self.samples[start:stop] for start, stop in itertools.pairwise(ends)]
         roles = sorted({role for sample in self.samples for role in sample["mb"]})
         return {
             "samples": len(self.samples),
             "most_queued": max(sample["queued"] for sample in self.samples),
             "most_running": max(sample["running"] for sample in self.samples),
-            "units_held": sorted({sample["units_held"] for sample in self.samples[tenth:]}),
+            "units_held": sorted({sample["units_held"] for sample in self.samples[ends[1] :]}),
             "memory_mb": {
-                role: [round(float(np.mean([s["mb"].get(role, 0) for s in part])), 1) for part in (early, late)]
+                role: [round(float(np.mean([s["mb"].get(role, 0) for s in part])), 1) for part in parts]
                 for role in roles
             },
         }
@@ -139,6 +141,8 @@ async def overload(args: argparse.Namespace, deployment: Deployment) -> dict[str
     async with opened(deployment.target, "grpc", "", None, None) as target:
         info = await target.info()
         arrivals, found["clipped"] = clipped(trace, info["max_context_length"], args.max_prompt, args.max_output)
+        with Client(deployment.target) as client:
+            found["kv_mb"] = client.loads().kv_bytes / 1e6
         prompts = prompts_of(arrivals[:1000], info["vocab_size"])
         rate = found["capacity"] = await capacity(target, arrivals[:1000], prompts, args.capacity_s)
         print(f"capacity {rate:.2f} requests/s", flush=True)
@@ -205,7 +209,7 @@ async def mixed(args: argparse.Namespace, deployment: Deployment) -> dict[str, A
 
 
 def memory(seen: dict[str, Any]) -> str:
-    return ", ".join(f"{role} {early:.0f} to {late:.0f}" for role, (early, late) in seen["memory_mb"].items())
+    return "; ".join(f"{role} {', '.join(f'{mb:.0f}' for mb in fifths)}" for role, fifths in seen["memory_mb"].items())
 
 
 def overload_table(found: dict[str, Any]) -> str:
@@ -226,7 +230,8 @@ def overload_table(found: dict[str, Any]) -> str:
             f" {first} | {whole} | {x['most_queued']} | {'yes' if x['same_text'] else 'NO'} |"
         )
     rows = [f"- {x['share']:g}: {memory(x)}; left {x['left']}" for x in found["loads"]]
-    return "\n".join([*lines, "", "Memory in MB, early in the load and at its end:", "", *rows])
+    told = f"Memory in MB, fifth by fifth of a load (KV cache, once all of it was written, {found['kv_mb']:.0f} MB):"
+    return "\n".join([*lines, "", told, "", *rows])
 
 
 def tiers_table(found: dict[str, Any]) -> str:
@@ -241,7 +246,7 @@ def tiers_table(found: dict[str, Any]) -> str:
             f"- {hosts}.",
             f"- Fetched ahead {found['prefetched_bytes'] / 1e6:.0f} MB, in vain {found['wasted_bytes'] / 1e6:.0f} MB.",
             f"- Units held at any time: {', '.join(map(str, found['units_held']))}.",
-            f"- Memory in MB, early in the load and at its end: {memory(found)}.",
+            f"- Memory in MB, each fifth of the time in turn: {memory(found)}.",
             f"- Afterwards: {found['left']}; greedy texts {'the same' if found['same'] else 'DIFFER'}.",
         ]
     )

@@ -25,6 +25,8 @@ from pregate.cli.load.targets import opened
 
 #: Ids below are often special: beginnings, ends, unknown.
 _FIRST_ID = 3
+#: Prompts are cut from so many tokens of the texts together.
+_POOL_TOKENS = 1 << 20
 
 
 def run(options: LoadOptions, *, as_json: bool) -> None:
@@ -75,7 +77,7 @@ def _arrivals(options: LoadOptions, context: int | None) -> tuple[list[load.Arri
 
 
 def _prompts(options: LoadOptions, due: Sequence[load.Arrival], vocab_size: int) -> list[list[int]]:
-    """Prompts of the lengths that are due: pieces of the text, or random ids."""
+    """Prompts of the lengths that are due: pieces of the texts, of each as many tokens at most, or random ids."""
     rng = random.Random(options.seed)
     if options.tokenizer is None:
         last = (options.vocab_size or vocab_size) - 1
@@ -85,10 +87,11 @@ def _prompts(options: LoadOptions, due: Sequence[load.Arrival], vocab_size: int)
 
     tokenizer = read_tokenizer(options.tokenizer)
     ids: list[int] = []
-    for document in read_documents(options.text, 1 << 12, "--text"):
-        ids += tokenizer.encode(document.text, add_special_tokens=False).ids
-        if len(ids) > 1 << 20:
-            break
+    for number, text in enumerate(options.text, 1):
+        for document in read_documents([text], 1 << 12, "--text"):
+            ids += tokenizer.encode(document.text, add_special_tokens=False).ids
+            if len(ids) > number * _POOL_TOKENS // len(options.text):
+                break
     longest = max(a.prompt_tokens for a in due)
     if len(ids) < longest:
         raise UserError.of("--text", options.text[0], f"of {len(ids)} tokens: the longest prompt has {longest}")

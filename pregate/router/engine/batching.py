@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -86,15 +85,6 @@ class UnitLayout:
         return rows_TU
 
 
-class Candidate(NamedTuple):
-    """What could run next: so many tokens, and the rows they ask of each unit,
-    uint16 [U]. `overdue`: it must go now."""
-
-    num_tokens: int
-    rows_U: np.ndarray
-    overdue: bool = False
-
-
 @dataclass(frozen=True)
 class Choice:
     """`order`: the candidates that run, those that are overdue first. The last may run in part, where the budget ends.
@@ -144,36 +134,36 @@ class PathBatcher:
         group_s += np.add.reduceat(rows_U, self.layout.start_G) * self._row_s_G
         return float(np.maximum.reduceat(group_s, self.layout.start_L).sum()) + self._around_s(num_tokens)
 
-    def choose(self, candidates: Sequence[Candidate], budget: int) -> Choice:
-        """Return which candidates run in a step of at most `budget` tokens: those that are overdue, who are given
-        first, and of the others as many as make the seconds per token least; but as many of the first as fit where
-        nobody else saves `_GAIN` of that."""
-        assert candidates and budget > 0, "nothing to choose from"
-        tokens, rows, overdue = zip(*candidates, strict=True)
-        tokens_N, num_late = np.array(tokens), sum(overdue)
-        rows_NU, needs_NU = self._tables(rows)
+    def choose(self, tokens: Sequence[int], rows: Sequence[np.ndarray], num_late: int, budget: int) -> Choice:
+        """Return which candidates run in a step of at most `budget` tokens. Of each are given how many tokens it has,
+        and the rows they ask of each unit, uint16 [U]; the first `num_late` must go now. Of the others as many run as
+        make the seconds per token least; but as many of the first as fit where nobody else saves `_GAIN` of that."""
+        assert len(tokens) == len(rows) > 0 and budget > 0, "nothing to choose from"
+        tokens_N = np.array(tokens, dtype=np.float32)
+        rows_NU, needs_NU = self._tables(rows, max(tokens) == 1)
         order_N, ends = self._order(needs_NU, rows_NU.sum(axis=0), tokens_N, num_late)
         ends_M = _ends(tokens_N[order_N], ends, num_late, budget)
-        place_N = np.empty_like(order_N)
-        place_N[order_N] = given_N = np.arange(len(order_N))
         num_first = min(_num_full(tokens_N, budget), len(order_N))
-        in_MN = np.vstack([place_N < ends_M[:, None], given_N < num_first])  # those that came first are the last row
+        in_MN = np.zeros((len(ends_M) + 1, len(order_N)), dtype=np.float32)
+        in_MN[-1, :num_first] = 1  # those that came first are the last row
+        for row_N, end in zip(in_MN, ends_M, strict=False):
+            row_N[order_N[:end]] = 1
         tokens_M = np.minimum(in_MN @ tokens_N, budget)
-        seconds_M, units_M = self._seconds(in_MN.astype(np.float32) @ rows_NU, tokens_M)
+        seconds_M, units_M = self._seconds(in_MN @ rows_NU, tokens_M)
         token_s_M = seconds_M / tokens_M
         best = int(np.argmin(token_s_M))
         if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
             best = len(ends_M)
-        some_N = given_N[:num_first] if best == len(ends_M) else order_N[: ends_M[best]]
+        some_N = np.arange(num_first) if best == len(ends_M) else order_N[: ends_M[best]]
         return Choice(tuple(some_N.tolist()), float(seconds_M[best]), int(units_M[best]))
 
     def _around_s(self, num_tokens: int) -> float:
         costs = self.costs
         return costs.step_s + costs.dispatch_s * len(self.layout.start_L) + costs.token_s * num_tokens
 
-    def _tables(self, rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates' rows, and 1 where there are any, both float32 [N, U], in memory that the next call uses
-        again: to be given as much anew takes longer than to fill it."""
+    def _tables(self, rows: Sequence[np.ndarray], single: bool) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates' rows, and 1 where there are any, both float32 [N, U], the same where each is `single`, of
+        one token; in memory that the next call uses again: to be given as much anew takes longer than to fill it."""
         num, num_units = len(rows), self.layout.num_units
         if num > self._memory.shape[1]:
             self._joined = np.empty(2 * num * num_units, dtype=np.uint16)
@@ -181,7 +171,7 @@ class PathBatcher:
         joined, (rows_NU, needs_NU) = self._joined[: num * num_units], self._memory[:, :num]
         np.concatenate(rows, out=joined)
         np.copyto(rows_NU, joined.reshape(rows_NU.shape))
-        return rows_NU, np.minimum(rows_NU, 1, out=needs_NU)
+        return rows_NU, rows_NU if single else np.minimum(rows_NU, 1, out=needs_NU)
 
     def _order(
         self, needs_NU: np.ndarray, num_rows_U: np.ndarray, tokens_N: np.ndarray, num_late: int
@@ -231,16 +221,3 @@ def _ends(tokens_N: np.ndarray, rounds: list[int], num_late: int, budget: int) -
     num_all, least = min(num_full, len(tokens_N)), min(max(num_late, 1), num_full)
     marks = {*rounds, *range(least, num_all, max(1, num_all // _MARKS)), least, num_all}
     return np.array(sorted(m for m in marks if least <= m <= num_all))
-
-
-def check_choice(choice: Choice, candidates: Sequence[Candidate], budget: int) -> None:
-    """AssertionError unless a choice runs each candidate once, keeps its budget but for the last one's rest, and leaves
-    out one that is overdue only where others that are have filled it."""
-    order = choice.order
-    assert len(set(order)) == len(order) >= 1, "a candidate runs once"
-    assert sum(candidates[n].num_tokens for n in order[:-1]) < budget, "the last one has no room"
-    late = [n for n, c in enumerate(candidates) if c.overdue]
-    num_late = min(len(late), len(order))
-    assert list(order[:num_late]) == late[:num_late], "who is overdue goes first"
-    if num_late < len(late):
-        assert sum(candidates[n].num_tokens for n in order) >= budget, "one that is overdue was left out"

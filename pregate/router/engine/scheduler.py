@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from pregate.base.errors import QueueFullError
-from pregate.router.engine.batching import Candidate, Choice, PathBatcher
+from pregate.router.engine.batching import Choice, PathBatcher
 from pregate.router.engine.blocks import BlockAllocator
 from pregate.router.engine.sequence import Sequence
 
@@ -163,41 +163,43 @@ class Scheduler:
 
     def _turn(self, now_s: float) -> tuple[list[Sequence], int]:
         """Who is to run, in order, and with how many tokens at most."""
-        if self.policy == "fifo" and self.batcher is None:
+        if self.batcher is not None:
+            return self._cheapest(self.batcher, now_s)
+        if self.policy == "fifo":
             return [*self.running, *self.waiting], self.limits.step_tokens
         decodes, prompts = [], []
         for sequence in self.running:
             (decodes if sequence.num_pending == 1 else prompts).append(sequence)
-        if self.batcher is not None:
-            return self._cheapest(self.batcher, len(decodes), now_s)
         prompts += self.waiting
         by_policy = {"decode-first": [*decodes, *prompts], "prefill-first": [*prompts, *decodes]}
         return by_policy[self.policy], self.limits.step_tokens
 
-    def _cheapest(self, batcher: PathBatcher, num_decodes: int, now_s: float) -> tuple[list[Sequence], int]:
+    def _cheapest(self, batcher: PathBatcher, now_s: float) -> tuple[list[Sequence], int]:
         """Who makes the cheapest step, of those who can run, which come in order of arrival; all in that order where
         somebody has no paths."""
-        budget = self.limits.step_tokens
-        most = max(budget - num_decodes, budget // 2, 1)  # of one prompt, so that texts go on beside it
-        members = [*self.running, *self._beginning()]
-        if not members or any(s.paths is None for s in members):
-            return [*self.running, *self.waiting], budget
+        budget, running = self.limits.step_tokens, self.running
+        pending = [len(s.token_ids) - s.num_computed for s in running]
+        most = max(budget - pending.count(1), budget // 2, 1)  # of one prompt, so that texts go on beside it
+        begin = self._beginning(pending)
+        pending += [s.num_pending for s in begin]
+        members = [*running, *begin]
+        if not members or None in [s.paths for s in members]:
+            return [*running, *self.waiting], budget
         oldest_s = now_s - self.limits.max_batching_delay_s
-        members.sort(key=lambda s: s.ready_s if s.ready_s < oldest_s else math.inf)
-        layout = batcher.layout
-        candidates = [
-            Candidate(min(len(s.token_ids) - s.num_computed, most), s.next_rows(layout, budget), s.ready_s < oldest_s)
-            for s in members
-        ]
-        self.choice = batcher.choose(candidates, budget)
+        late = sorted((s for s in members if s.ready_s < oldest_s), key=lambda s: s.ready_s)
+        if late:
+            members = [*late, *(s for s in members if s.ready_s >= oldest_s)]
+            pending = [s.num_pending for s in members]
+        rows = [s.next_rows(batcher.layout, budget) for s in members]
+        self.choice = batcher.choose([min(n, most) for n in pending], rows, len(late), budget)
         return [members[n] for n in self.choice.order], most
 
-    def _beginning(self) -> list[Sequence]:
+    def _beginning(self, pending: list[int]) -> list[Sequence]:
         """Who of the queue may begin where steps are chosen by path: nobody while as many run as fit a step, or
         prompts that run have half of one before them. A prompt makes every token of a step cheaper: without this
-        bound as many as may run would, and all be slow alike."""
+        bound as many as may run would, and all be slow alike. `pending`: tokens of those who run."""
         budget, found = self.limits.step_tokens, []
-        num_prompt_tokens = sum(s.num_pending for s in self.running if s.num_pending > 1)
+        num_prompt_tokens = sum(num for num in pending if num > 1)
         for sequence in self._admissible():
             if len(self.running) + len(found) >= budget or 2 * num_prompt_tokens >= budget:
                 break

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 
-from pregate.router.engine.batching import Candidate, PathBatcher, StepCosts, UnitLayout
+from pregate.router.engine.batching import Choice, PathBatcher, StepCosts, UnitLayout
+
+
+class Candidate(NamedTuple):
+    """What could run next: so many tokens, and the rows they ask of each unit, uint16 [U]. `overdue`: it must go."""
+
+    num_tokens: int
+    rows_U: np.ndarray
+    overdue: bool = False
+
+
+def choose(batcher: PathBatcher, candidates: Sequence[Candidate], budget: int) -> Choice:
+    tokens, rows, overdue = zip(*candidates, strict=True)
+    return batcher.choose(tokens, rows, sum(overdue), budget)
+
+
+def check_choice(choice: Choice, candidates: Sequence[Candidate], budget: int) -> None:
+    """AssertionError unless a choice runs each candidate once, keeps its budget but for the last one's rest, and leaves
+    out one that is overdue only where others that are have filled it."""
+    order = choice.order
+    assert len(set(order)) == len(order) >= 1, "a candidate runs once"
+    assert sum(candidates[n].num_tokens for n in order[:-1]) < budget, "the last one has no room"
+    late = [n for n, c in enumerate(candidates) if c.overdue]
+    num_late = min(len(late), len(order))
+    assert list(order[:num_late]) == late[:num_late], "who is overdue goes first"
+    if num_late < len(late):
+        assert sum(candidates[n].num_tokens for n in order) >= budget, "one that is overdue was left out"
 
 
 def layout(num_layers: int, num_routed: int, num_hosts: int = 1, unit_bytes: int = 1000) -> UnitLayout:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pregate.router.engine.batching import Candidate, Choice, PathBatcher, StepCosts, UnitLayout, check_choice
-from tests.router.engine.batching_cases import costs, decodes, layout, random_ids
+from pregate.router.engine.batching import Choice, PathBatcher, StepCosts, UnitLayout
+from tests.router.engine.batching_cases import Candidate, check_choice, choose, costs, decodes, layout, random_ids
 
 
 def plain_step_s(batcher: PathBatcher, members: list[Candidate]) -> float:
@@ -52,11 +52,11 @@ def test_the_longest_queue_goes_where_units_are_the_cost():
     batcher = PathBatcher(layout(2, 7), costs())
     expert = [0, 1, 1, 2, 1, 0, 1]
     ids = np.tile(np.array(expert, dtype=np.int16)[:, None, None], (1, 2, 1))
-    choice = batcher.choose(decodes(batcher, ids), 512)
+    choice = choose(batcher, decodes(batcher, ids), 512)
     assert sorted(choice.order) == [1, 2, 4, 6] and choice.num_units == 2
     assert choice.step_s == pytest.approx(2 * (1e-3 + 4 * 1e-6))
     dear = PathBatcher(layout(2, 7), costs(step_s=1.0))
-    assert sorted(dear.choose(decodes(dear, ids), 512).order) == list(range(7)), (
+    assert sorted(choose(dear, decodes(dear, ids), 512).order) == list(range(7)), (
         "what is shared by all is shared by all"
     )
 
@@ -66,19 +66,19 @@ def test_those_that_came_first_go_where_others_would_save_little():
     ids = np.array([0, 1, 2, 0, 0, 0], dtype=np.int16)[:, None, None]
     for step_s, expected in ((0.1, [0, 1, 2, 3]), (0.0, [0, 3, 4, 5])):
         batcher = PathBatcher(layout(1, 3), costs(step_s=step_s))
-        assert sorted(batcher.choose(decodes(batcher, ids), 4).order) == expected
+        assert sorted(choose(batcher, decodes(batcher, ids), 4).order) == expected
 
 
 def test_a_missing_unit_waits_for_those_that_are_there():
     batcher = PathBatcher(layout(1, 4), costs(step_s=1e-4))
     batcher.resident_U = np.array([True, True, True, False])
     ids = np.array([0, 3, 3, 1], dtype=np.int16)[:, None, None]
-    assert sorted(batcher.choose(decodes(batcher, ids), 512).order) == [0, 3]
+    assert sorted(choose(batcher, decodes(batcher, ids), 512).order) == [0, 3]
     late = [
         Candidate(c.num_tokens, c.rows_U, n == 0)
         for n, c in enumerate([decodes(batcher, ids)[i] for i in (1, 0, 2, 3)])
     ]
-    order = batcher.choose(late, 512).order
+    order = choose(batcher, late, 512).order
     assert order[0] == 0 and 2 in order, "who is overdue goes first, and with him who needs the same"
 
 
@@ -86,7 +86,7 @@ def test_hosts_work_side_by_side():
     """A unit of a host that waits anyway costs nothing."""
     batcher = PathBatcher(layout(1, 4, num_hosts=2), costs(2, step_s=1e-6))
     ids = np.array([[[0]], [[2]], [[0]]], dtype=np.int16)
-    assert sorted(batcher.choose(decodes(batcher, ids), 512).order) == [0, 1, 2]
+    assert sorted(choose(batcher, decodes(batcher, ids), 512).order) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -94,7 +94,7 @@ def test_the_seconds_of_a_step_are_the_sum_of_the_slowest_hosts(seed):
     rng = np.random.default_rng(seed)
     batcher = some_batcher(rng)
     candidates = some_candidates(rng, batcher, 12)
-    choice = batcher.choose(candidates, 1000)
+    choice = choose(batcher, candidates, 1000)
     members = [candidates[n] for n in choice.order]
     assert choice.step_s == pytest.approx(plain_step_s(batcher, members), rel=1e-4)
     rows = np.stack([c.rows_U for c in members]).sum(axis=0, dtype=np.int64)
@@ -124,7 +124,7 @@ def test_budgets_are_held_and_nobody_overdue_is_left_out(seed, num, budget):
     rng = np.random.default_rng(seed)
     batcher = some_batcher(rng)
     candidates = some_candidates(rng, batcher, num)
-    choice = batcher.choose(candidates, budget)
+    choice = choose(batcher, candidates, budget)
     check_choice(choice, candidates, budget)
     assert choice.order == first_that_fit(candidates, budget) or saves(batcher, candidates, choice, budget) > 0.049
     if not any(c.overdue for c in candidates) and sum(c.num_tokens for c in candidates) <= budget:
@@ -140,7 +140,7 @@ def test_small_cases_come_near_the_best_of_all_subsets():
         rng = np.random.default_rng(seed)
         batcher = PathBatcher(layout(3, 5, num_hosts=2), costs(2, step_s=float(rng.choice([0, 1e-3, 1e-2]))))
         candidates = decodes(batcher, random_ids(rng, 7, 3, 5, 1))
-        choice = batcher.choose(candidates, 512)
+        choice = choose(batcher, candidates, 512)
         subsets = [c for n in range(1, 8) for c in combinations(candidates, n)]
         best = min(plain_step_s(batcher, list(some)) / len(some) for some in subsets)
         worse.append(choice.step_s / len(choice.order) / best)

@@ -1,0 +1,106 @@
+"""Batches by path on real hosts: one trace against `pregate serve` under each policy, as `batching.py` simulates it.
+
+    python -m benchmarks.batching_served --model CHECKPOINT [CHECKPOINT ...] --shared-folder ../shared
+
+Arrivals and lengths are the Azure conversation trace's, clipped to 384 and 128 tokens, prompts are cut from all six
+text folders with a fixed seed, and every policy is sent the same ones. What `fifo` bears is measured first, by requests
+that all come at once; then each policy, with hosts of its own, gets `--load` of that. Hosts are processes that share
+this machine's cores. Each has one torch thread; nothing of earlier prompts is kept. Writes
+results/batching_served.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks.deployment import deployed
+from benchmarks.served_peers import bench
+from benchmarks.surroundings import ROOT, sentence, surroundings
+
+POLICIES = ("fifo", "path", "decode-first", "prefill-first")
+#: Requests a second that come as good as at once.
+_FLOOD = 1000.0
+HEAD = """| model | hosts | resident | policy | units a step | tokens a step | tokens/s | answer p50, p95 | hits |
+| --- | --: | --: | --- | --: | --: | --: | --: | --: |"""
+
+
+def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Fill in the rows, one deployment after the other."""
+    for model, hosts, resident in product(args.model, args.hosts, args.resident):
+        args.parent = model  # whose tokenizer cuts the prompts
+        rate = 0.0
+        for policy in args.policies:
+            more = ("--resident-experts", resident) if resident < 1 else ()
+            common = ("--hosts", hosts, "--max-running", args.max_running, "--step-tokens", args.step_tokens)
+            with deployed(
+                model.resolve(), *common, "--max-queued", 512, "--max-batching-delay", args.delay,
+                "--no-prefix-sharing", "--batching", policy, *more,
+            ) as deployment:  # fmt: skip
+                bench(deployment.target, args, None)
+                if not rate:
+                    flood = bench(deployment.target, args, _FLOOD)
+                    rate = flood["requests"]["answered"] / flood["seconds"]
+                row = bench(deployment.target, args, args.load * rate)
+            found["rows"].append(
+                {
+                    "model": model.name,
+                    "hosts": hosts,
+                    "resident": resident,
+                    "policy": policy,
+                    "offered": args.load * rate,
+                }
+                | row
+            )
+            write(args.out, found)
+            print(line(found["rows"][-1]), flush=True)
+
+
+def line(row: dict[str, Any]) -> str:
+    times = row["end_to_end_ms"]
+    server = row["server"]
+    hits = server.get("unit_hit_rate")
+    return (
+        f"| {row['model']} | {row['hosts']} | {row['resident']:.0%} | {row['policy']} |"
+        f" {server.get('units_per_step', float('nan')):.1f} | {server['tokens_per_step']:.1f} |"
+        f" {row['output_tokens_per_s']:.1f} | {times['p50'] / 1e3:.2f}, {times['p95'] / 1e3:.2f} |"
+        f" {'' if hits is None else f'{hits:.2f}'} |"
+    )
+
+
+def write(out: Path, found: dict[str, Any]) -> None:
+    rows = [line(row) for row in found["rows"]]
+    text = "\n".join(["# Batches by path on real hosts", "", found["what"], "", HEAD, *rows])
+    (out / "batching_served.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "batching_served.md").write_text(f"{text}\n\n{sentence(found['around'])}.\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, nargs="+", required=True, help="checkpoints that have a path router")
+    parser.add_argument("--shared-folder", type=Path, required=True)
+    parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--resident", type=float, nargs="+", default=[1.0, 0.25])
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--load", type=float, default=1.0, help="of what fifo bears")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--max-running", type=int, default=64)
+    parser.add_argument("--step-tokens", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=3.0)
+    parser.add_argument("--timeout", type=float, default=600)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    args = parser.parse_args()
+    what = (
+        f"{args.requests} requests of the Azure conversation trace, lengths clipped to 384 and 128 tokens, at"
+        f" {args.load:g} of what fifo bears; {args.step_tokens} tokens a step, {args.max_running} running at most,"
+        f" delay bound {args.delay:g} s. Units of all layers that a step asks for; seconds of an answer."
+    )
+    found: dict[str, Any] = {"what": what, "around": surroundings("batching_served", ("ray", "grpcio")), "rows": []}
+    measure(args, found)
+
+
+if __name__ == "__main__":
+    main()
