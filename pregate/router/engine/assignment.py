@@ -93,7 +93,7 @@ def _settled(
     shape, rows_LRC = copies_LRC.shape, np.zeros(copies_LRC.shape, dtype=np.int32)
     copies_LRC = np.ascontiguousarray(copies_LRC, dtype=np.int16)
     rows_LR = np.ascontiguousarray(rows_LR, dtype=np.int64)
-    seconds = [np.ascontiguousarray(np.broadcast_to(each, shape), dtype=np.float64) for each in (unit_s, row_s)]
+    seconds = [np.broadcast_to(np.asarray(each, dtype=np.float64), shape) for each in (unit_s, row_s)]
     if rows_LR.shape != shape[:2] or copies_LRC.max(initial=-1) >= num_hosts:  # compiled loops look at no bounds
         raise ValueError(f"copies {shape} on {num_hosts} hosts do not fit rows {rows_LR.shape}")
     time_LH = np.zeros((shape[0], num_hosts)) + busy_H

@@ -14,7 +14,8 @@ from pregate.base.compiled import compiled, inlined
 _EXACT = frozenset[str]()
 #: Types of what is only read, and may be a view of a message.
 _IDS, _ROWS = "Array(i2, 3, 'C', readonly=True)", "Array(i8, 2, 'C', readonly=True)"
-_SECONDS = "Array(f8, 3, 'C', readonly=True)"
+#: Seconds of copies are most often one number, broadcast: written out, they are megabytes at a thousand hosts.
+_SECONDS = "Array(f8, 3, 'A', readonly=True)"
 
 
 @inlined(_EXACT)
