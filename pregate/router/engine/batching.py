@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pregate.router.engine.step_fit import StepFit
+
 #: Places at which a step may end are where rounds of the order end, and about so many others between them.
 _MARKS = 16
 #: Of so many candidates the order begins with one, of twice as many with two.
@@ -88,18 +90,22 @@ class UnitLayout:
 @dataclass(frozen=True)
 class Choice:
     """`order`: the candidates that run, those that are overdue first. The last may run in part, where the budget ends.
-    `step_s` is what the step is thought to take, `num_units` how many units it asks for."""
+    `step_s` is what the step is thought to take, `num_units` how many units it asks for. `parts_s`: by the constants
+    alone, what it takes anyhow, by its tokens, of which there are `num_tokens`, and in its layers."""
 
     order: tuple[int, ...]
     step_s: float
     num_units: int
+    num_tokens: int
+    parts_s: tuple[float, float, float]
 
 
 class PathBatcher:
-    """Chooses steps for one placement. `resident_U` says which units need not be loaded (`hold`)."""
+    """Chooses steps for one placement. `resident_U` says which units need not be loaded (`hold`), `fit` how far steps
+    take what `costs` say (`learn`)."""
 
-    def __init__(self, layout: UnitLayout, costs: StepCosts) -> None:
-        self.layout, self.costs = layout, costs
+    def __init__(self, layout: UnitLayout, costs: StepCosts, fit: StepFit | None = None) -> None:
+        self.layout, self.costs, self.fit = layout, costs, fit or StepFit()
         self.resident_U = np.ones(layout.num_units, dtype=bool)
         self._joined, self._memory = np.empty(0, dtype=np.uint16), np.empty((2, 0, 0), dtype=np.float32)
         self._row_s_G = np.asarray(costs.row_s)[layout.host_G].astype(np.float32)
@@ -117,12 +123,28 @@ class PathBatcher:
             for times in (self.costs.row_s, self.costs.resident_byte_s, self.costs.missing_byte_s)
         )
         costs = replace(self.costs, row_s=row_s, resident_byte_s=resident_byte_s, missing_byte_s=missing_byte_s)
-        return PathBatcher(layout, costs), was_U
+        return PathBatcher(layout, costs, self.fit), was_U
 
     def hold(self, held_LR: np.ndarray | None) -> None:
         """Take in which units are held, bool [L, R]; None: all of them."""
         layout = self.layout
         self.resident_U = np.ones_like(self.resident_U) if held_LR is None else held_LR[layout.layer_U, layout.expert_U]
+
+    def learn(self, choice: Choice, num_tokens: int, took_s: float) -> None:
+        """Take in what a step took, where it ran as it was chosen."""
+        if num_tokens == choice.num_tokens:
+            self.fit.add(choice.parts_s, took_s)
+
+    @property
+    def learned(self) -> StepCosts:
+        """The constants as steps bear them out."""
+        around, token, layers = self.fit.factors.tolist()
+        row_s, resident_byte_s, missing_byte_s = (
+            tuple(layers * each for each in times)
+            for times in (self.costs.row_s, self.costs.resident_byte_s, self.costs.missing_byte_s)
+        )
+        dispatch_s, step_s = around * self.costs.dispatch_s, around * self.costs.step_s
+        return StepCosts(row_s, resident_byte_s, missing_byte_s, dispatch_s, step_s, token * self.costs.token_s)
 
     def unit_s(self) -> np.ndarray:
         """Seconds that each unit takes where it is asked for [U]."""
@@ -149,13 +171,15 @@ class PathBatcher:
         for row_N, end in zip(in_MN, ends_M, strict=False):
             row_N[order_N[:end]] = 1
         tokens_M = np.minimum(in_MN @ tokens_N, budget)
-        seconds_M, units_M = self._seconds(in_MN @ rows_NU, tokens_M)
+        parts_3M, units_M = self._parts(in_MN @ rows_NU, tokens_M)
+        seconds_M = self.fit.factors @ parts_3M
         token_s_M = seconds_M / tokens_M
         best = int(np.argmin(token_s_M))
         if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
             best = len(ends_M)
         some_N = np.arange(num_first) if best == len(ends_M) else order_N[: ends_M[best]]
-        return Choice(tuple(some_N.tolist()), float(seconds_M[best]), int(units_M[best]))
+        numbers = float(seconds_M[best]), int(units_M[best]), int(tokens_M[best])
+        return Choice(tuple(some_N.tolist()), *numbers, tuple(parts_3M[:, best].tolist()))
 
     def _around_s(self, num_tokens: int) -> float:
         costs = self.costs
@@ -200,14 +224,16 @@ class PathBatcher:
             size *= 2 if size < 4 else 4
         return np.concatenate(parts), ends
 
-    def _seconds(self, rows_MU: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What steps take that ask these rows of the units [M], with so many tokens, and how many units they need."""
+    def _parts(self, rows_MU: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What steps take by the constants that ask these rows of the units, with so many tokens: anyhow, by tokens,
+        and in their layers [3, M]; and how many units they need [M]."""
         needs_MU = rows_MU > 0
         start_G, start_L = self.layout.start_G, self.layout.start_L
         group_s_MG = np.add.reduceat(needs_MU * self.unit_s(), start_G, axis=1)
         group_s_MG += np.add.reduceat(rows_MU, start_G, axis=1) * self._row_s_G
-        seconds_M = np.maximum.reduceat(group_s_MG, start_L, axis=1).sum(axis=1, dtype=np.float64)
-        return seconds_M + self._around_s(0) + self.costs.token_s * tokens_M, needs_MU.sum(axis=1)
+        layers_M = np.maximum.reduceat(group_s_MG, start_L, axis=1).sum(axis=1, dtype=np.float64)
+        around_M = np.full_like(layers_M, self._around_s(0))
+        return np.stack([around_M, self.costs.token_s * tokens_M, layers_M]), needs_MU.sum(axis=1)
 
 
 def _num_full(tokens_N: np.ndarray, budget: int) -> int:

@@ -223,7 +223,9 @@ class Engine:
                     self._foretell(running, self.paths.extend(running))
         except PregateError as error:
             events += self._fail_step(running, error)
-        self.counts.seconds_s += time.monotonic() - now_s
+        took_s = time.monotonic() - now_s
+        self.counts.seconds_s += took_s
+        self.scheduler.took(len(result.pairs_TH), took_s)
         return events
 
     def _next_step(self, now_s: float) -> list[Slice]:

@@ -39,7 +39,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "unit_hits": hits,
         "unit_misses": misses,
         "batching": scheduler.policy if scheduler.batcher is None else "path",
-        "step_costs": None if scheduler.batcher is None else asdict(scheduler.batcher.costs),
+        "step_costs": None if scheduler.batcher is None else asdict(scheduler.batcher.learned),
         "num_preempted": scheduler.num_preempted,
         "prefix_tokens": scheduler.num_matched_tokens,
         "queued_bytes": scheduler.queued_bytes,
