@@ -1,6 +1,10 @@
 """Batches by path on real hosts: one trace against `pregate serve` under each policy, as `batching.py` simulates it.
 
     python -m benchmarks.batching_served --model CHECKPOINT [CHECKPOINT ...] --shared-folder ../shared
+    python -m benchmarks.batching_served --one-index SMOLLM2 --work DIR --shared-folder ../shared --resident 0.25
+
+With `--one-index` a dense model is cut by chance into seven experts and a shared one, with one index for all layers:
+experts that are dear to load, on paths that nobody trained.
 
 Arrivals and lengths are the Azure conversation trace's, clipped to 384 and 128 tokens, prompts are cut from all six
 text folders with a fixed seed, and every policy is sent the same ones. What `fifo` bears is measured first, by requests
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.deployment import deployed
+from benchmarks.random_cut import random_cut
 from benchmarks.served_peers import bench
 from benchmarks.surroundings import ROOT, sentence, surroundings
 
@@ -80,7 +85,9 @@ def write(out: Path, found: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, nargs="+", required=True, help="checkpoints that have a path router")
+    parser.add_argument("--model", type=Path, nargs="*", default=[], help="checkpoints that have a path router")
+    parser.add_argument("--one-index", type=Path, help="a dense model to cut")
+    parser.add_argument("--work", type=Path, default=Path("work"), help="where its cut is kept")
     parser.add_argument("--shared-folder", type=Path, required=True)
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--resident", type=float, nargs="+", default=[1.0, 0.25])
@@ -93,6 +100,9 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
+    if args.one_index is not None:
+        cut = args.work / "one-index"
+        args.model.append(random_cut(args.one_index, cut, experts=8, shared=1, active=1, heads="single"))
     what = (
         f"{args.requests} requests of the Azure conversation trace, lengths clipped to 384 and 128 tokens, at"
         f" {args.load:g} of what fifo bears; {args.step_tokens} tokens a step, {args.max_running} running at most,"

@@ -27,12 +27,14 @@ def random_cut(
     shared: int,
     active: int,
     skew: float = 0.0,
+    heads: str = "independent",
     dtype: torch.dtype = torch.float32,
 ) -> Path:
     """Write `out`, unless it is there: S`shared`A`active`E`experts` of the dense model, whose paths are exact.
 
     With `skew` the router favours some experts of each layer, in an order of its own: the n-th by `skew` log n less
     than the first, in standard deviations of the score that the token gives, so that use falls as a power of n or so.
+    `heads` "single": one index for all layers.
     """
     if out.exists():
         return out
@@ -42,7 +44,7 @@ def random_cut(
     width = mlps[0].width // experts
     cut = {"num_routed": experts - shared, "num_shared": shared, "num_active": active, "expert_width": width}
     config = RoutedConfig(
-        parent.config, [cut] * len(mlps), routing="path", selection="top_k", path_router={}, gate="linear"
+        parent.config, [cut] * len(mlps), routing="path", selection="top_k", path_router={"heads": heads}, gate="linear"
     )
     model: Any = RoutedForCausalLM._from_config(config, dtype=dtype)
     model.path_router.float()  # as converted checkpoints have it
