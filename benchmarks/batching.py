@@ -3,8 +3,9 @@
 The scheduler, the batcher and the block allocator are those that serve; paths are those of a real path router on real
 texts, prompt and answer (the texts' own continuation); arrivals and lengths are a trace's, clipped to the context. The
 clock alone is simulated: a step takes what `PathBatcher.step_s` says for measured constants (`--costs`, what a server
-says at its start with `--batching path`), with the units that are resident. Where not all are, each host keeps those of
-the units that were there or were loaded which most of the known next tokens ask for. Prints rows of a table.
+says at its start with `--batching path`), with the units that are resident; so steps have nothing to teach. Where not
+all are, each host keeps those of the units that were there or were loaded which most of the known next tokens ask for.
+Prints rows of a table.
 
     python -m benchmarks.batching --model CHECKPOINT --costs costs.json --shared-folder ../shared
 """

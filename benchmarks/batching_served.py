@@ -7,9 +7,9 @@ With `--one-index` a dense model is cut by chance into seven experts and a share
 experts that are dear to load, on paths that nobody trained.
 
 Arrivals and lengths are the Azure conversation trace's, clipped to 384 and 128 tokens, prompts are cut from all six
-text folders with a fixed seed, and every policy is sent the same ones. What `fifo` bears is measured first, by requests
-that all come at once; then each policy, with hosts of its own, gets `--load` of that. Hosts are processes that share
-this machine's cores. Each has one torch thread; nothing of earlier prompts is kept. Writes
+text folders with a fixed seed, and every policy is sent the same ones, to hosts of its own: all at once first, which
+says of `fifo`, the first one, what it bears, and then at `--load` of that, which is what counts. Hosts are processes
+that share this machine's cores, with one torch thread each; nothing of earlier prompts is kept. Writes
 results/batching_served.json and .md.
 """
 
@@ -36,30 +36,19 @@ HEAD = """| model | hosts | resident | policy | units a step | tokens a step | t
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
     """Fill in the rows, one deployment after the other."""
     for model, hosts, resident in product(args.model, args.hosts, args.resident):
-        args.parent = model  # whose tokenizer cuts the prompts
-        rate = 0.0
-        for policy in args.policies:
+        sent, rate = argparse.Namespace(**vars(args) | {"parent": model}), 0.0  # its tokenizer cuts the prompts
+        for policy in ("fifo", *(p for p in args.policies if p != "fifo")):
             more = ("--resident-experts", resident) if resident < 1 else ()
             common = ("--hosts", hosts, "--max-running", args.max_running, "--step-tokens", args.step_tokens)
             with deployed(
                 model.resolve(), *common, "--max-queued", 512, "--max-batching-delay", args.delay,
                 "--no-prefix-sharing", "--batching", policy, *more,
             ) as deployment:  # fmt: skip
-                bench(deployment.target, args, None)
-                if not rate:
-                    flood = bench(deployment.target, args, _FLOOD)
-                    rate = flood["requests"]["answered"] / flood["seconds"]
-                row = bench(deployment.target, args, args.load * rate)
-            found["rows"].append(
-                {
-                    "model": model.name,
-                    "hosts": hosts,
-                    "resident": resident,
-                    "policy": policy,
-                    "offered": args.load * rate,
-                }
-                | row
-            )
+                flood = bench(deployment.target, sent, _FLOOD)
+                rate = rate or flood["requests"]["answered"] / flood["seconds"]
+                row = bench(deployment.target, sent, args.load * rate)
+            of = {"model": model.name, "hosts": hosts, "resident": resident, "policy": policy}
+            found["rows"].append(of | {"offered": args.load * rate} | row)
             write(args.out, found)
             print(line(found["rows"][-1]), flush=True)
 
@@ -101,8 +90,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     args = parser.parse_args()
     if args.one_index is not None:
-        cut = args.work / "one-index"
+        cut = args.work / f"one-index-{args.one_index.name}"
         args.model.append(random_cut(args.one_index, cut, experts=8, shared=1, active=1, heads="single"))
+    if not args.model:
+        parser.error("give --model or --one-index")
     what = (
         f"{args.requests} requests of the Azure conversation trace, lengths clipped to 384 and 128 tokens, at"
         f" {args.load:g} of what fifo bears; {args.step_tokens} tokens a step, {args.max_running} running at most,"

@@ -36,6 +36,7 @@ def random_cut(
     than the first, in standard deviations of the score that the token gives, so that use falls as a power of n or so.
     `heads` "single": one index for all layers.
     """
+    assert not skew or heads == "independent", "experts are favoured layer by layer"
     if out.exists():
         return out
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def _arrivals(options: LoadOptions, context: int | None) -> tuple[list[load.Arri
 
 
 def _prompts(options: LoadOptions, due: Sequence[load.Arrival], vocab_size: int) -> list[list[int]]:
-    """Prompts of the lengths that are due: pieces of the texts, of each as many tokens at most, or random ids."""
+    """Prompts of the lengths that are due: pieces of the texts, of none more than its share, or random ids."""
     rng = random.Random(options.seed)
     if options.tokenizer is None:
         last = (options.vocab_size or vocab_size) - 1
@@ -87,11 +87,13 @@ def _prompts(options: LoadOptions, due: Sequence[load.Arrival], vocab_size: int)
 
     tokenizer = read_tokenizer(options.tokenizer)
     ids: list[int] = []
-    for number, text in enumerate(options.text, 1):
+    for text in options.text:
+        some: list[int] = []
         for document in read_documents([text], 1 << 12, "--text"):
-            ids += tokenizer.encode(document.text, add_special_tokens=False).ids
-            if len(ids) > number * _POOL_TOKENS // len(options.text):
+            some += tokenizer.encode(document.text, add_special_tokens=False).ids
+            if len(some) > _POOL_TOKENS // len(options.text):
                 break
+        ids += some
     longest = max(a.prompt_tokens for a in due)
     if len(ids) < longest:
         raise UserError.of("--text", options.text[0], f"of {len(ids)} tokens: the longest prompt has {longest}")

@@ -7,8 +7,8 @@ seconds per token, or, where that saves little, those that came first. NumPy onl
 A step takes, layer by layer, as long as its slowest host: the bytes of the units it reads (or loads first) and the rows
 it computes; and what it takes around the layers.
 
-Shape letters: N candidates, U units of all layers end to end, L layers, R units of a layer, H hosts, G groups of units
-of one layer on one host, T tokens, K experts per token.
+Shape letters: N candidates, M beginnings of an order of them, U units of all layers end to end, L layers, R units of a
+layer, H hosts, G groups of units of one layer on one host, T tokens, K experts per token, 3 parts of a step's time.
 """
 
 from __future__ import annotations
@@ -90,14 +90,11 @@ class UnitLayout:
 @dataclass(frozen=True)
 class Choice:
     """`order`: the candidates that run, those that are overdue first. The last may run in part, where the budget ends.
-    `step_s` is what the step is thought to take, `num_units` how many units it asks for. `parts_s`: by the constants
-    alone, what it takes anyhow, by its tokens, of which there are `num_tokens`, and in its layers."""
+    `step_s` is what the step is thought to take, `num_units` how many units it asks for."""
 
     order: tuple[int, ...]
     step_s: float
     num_units: int
-    num_tokens: int
-    parts_s: tuple[float, float, float]
 
 
 class PathBatcher:
@@ -130,15 +127,14 @@ class PathBatcher:
         layout = self.layout
         self.resident_U = np.ones_like(self.resident_U) if held_LR is None else held_LR[layout.layer_U, layout.expert_U]
 
-    def learn(self, choice: Choice, num_tokens: int, took_s: float) -> None:
-        """Take in what a step took, where it ran as it was chosen."""
-        if num_tokens == choice.num_tokens:
-            self.fit.add(choice.parts_s, took_s)
+    def learn(self, rows_U: np.ndarray, num_tokens: int, took_s: float) -> None:
+        """Take in what a step took that asked these rows of the units, held as they were when it was chosen."""
+        self.fit.add(self._parts_of(rows_U, num_tokens), took_s)
 
     @property
     def learned(self) -> StepCosts:
         """The constants as steps bear them out."""
-        around, token, layers = self.fit.factors.tolist()
+        around, token, layers = self.fit.factors_3.tolist()
         row_s, resident_byte_s, missing_byte_s = (
             tuple(layers * each for each in times)
             for times in (self.costs.row_s, self.costs.resident_byte_s, self.costs.missing_byte_s)
@@ -152,9 +148,7 @@ class PathBatcher:
 
     def step_s(self, rows_U: np.ndarray, num_tokens: int) -> float:
         """What a step of so many tokens is thought to take that asks these rows of the units."""
-        group_s = np.add.reduceat(np.where(rows_U > 0, self.unit_s(), 0.0), self.layout.start_G)
-        group_s += np.add.reduceat(rows_U, self.layout.start_G) * self._row_s_G
-        return float(np.maximum.reduceat(group_s, self.layout.start_L).sum()) + self._around_s(num_tokens)
+        return float(self.fit.factors_3 @ self._parts_of(rows_U, num_tokens))
 
     def choose(self, tokens: Sequence[int], rows: Sequence[np.ndarray], num_late: int, budget: int) -> Choice:
         """Return which candidates run in a step of at most `budget` tokens. Of each are given how many tokens it has,
@@ -172,18 +166,13 @@ class PathBatcher:
             row_N[order_N[:end]] = 1
         tokens_M = np.minimum(in_MN @ tokens_N, budget)
         parts_3M, units_M = self._parts(in_MN @ rows_NU, tokens_M)
-        seconds_M = self.fit.factors @ parts_3M
+        seconds_M = self.fit.factors_3 @ parts_3M
         token_s_M = seconds_M / tokens_M
         best = int(np.argmin(token_s_M))
         if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
             best = len(ends_M)
         some_N = np.arange(num_first) if best == len(ends_M) else order_N[: ends_M[best]]
-        numbers = float(seconds_M[best]), int(units_M[best]), int(tokens_M[best])
-        return Choice(tuple(some_N.tolist()), *numbers, tuple(parts_3M[:, best].tolist()))
-
-    def _around_s(self, num_tokens: int) -> float:
-        costs = self.costs
-        return costs.step_s + costs.dispatch_s * len(self.layout.start_L) + costs.token_s * num_tokens
+        return Choice(tuple(some_N.tolist()), float(seconds_M[best]), int(units_M[best]))
 
     def _tables(self, rows: Sequence[np.ndarray], single: bool) -> tuple[np.ndarray, np.ndarray]:
         """The candidates' rows, and 1 where there are any, both float32 [N, U], the same where each is `single`, of
@@ -224,6 +213,9 @@ class PathBatcher:
             size *= 2 if size < 4 else 4
         return np.concatenate(parts), ends
 
+    def _parts_of(self, rows_U: np.ndarray, num_tokens: int) -> np.ndarray:
+        return self._parts(rows_U[None].astype(np.float32), np.array([num_tokens]))[0][:, 0]
+
     def _parts(self, rows_MU: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What steps take by the constants that ask these rows of the units, with so many tokens: anyhow, by tokens,
         and in their layers [3, M]; and how many units they need [M]."""
@@ -232,8 +224,9 @@ class PathBatcher:
         group_s_MG = np.add.reduceat(needs_MU * self.unit_s(), start_G, axis=1)
         group_s_MG += np.add.reduceat(rows_MU, start_G, axis=1) * self._row_s_G
         layers_M = np.maximum.reduceat(group_s_MG, start_L, axis=1).sum(axis=1, dtype=np.float64)
-        around_M = np.full_like(layers_M, self._around_s(0))
-        return np.stack([around_M, self.costs.token_s * tokens_M, layers_M]), needs_MU.sum(axis=1)
+        around_s = self.costs.step_s + self.costs.dispatch_s * len(start_L)
+        parts_3M = np.stack([np.full_like(layers_M, around_s), self.costs.token_s * tokens_M, layers_M])
+        return parts_3M, needs_MU.sum(axis=1)
 
 
 def _num_full(tokens_N: np.ndarray, budget: int) -> int:

@@ -210,6 +210,7 @@ class Engine:
         except PregateError as error:
             return self._fail_step([p.sequence for p in step], error)
         self._count(step, result, paths)
+        rows_U = self._rows_of(step, paths)
         self.scheduler.complete(step)
         for sequence, logprob in result.prompt_logprobs:
             sequence.prompt_logprobs.append(logprob)
@@ -223,9 +224,7 @@ class Engine:
                     self._foretell(running, self.paths.extend(running))
         except PregateError as error:
             events += self._fail_step(running, error)
-        took_s = time.monotonic() - now_s
-        self.counts.seconds_s += took_s
-        self.scheduler.took(len(result.pairs_TH), took_s)
+        self._took(rows_U, len(result.pairs_TH), time.monotonic() - now_s)
         return events
 
     def _next_step(self, now_s: float) -> list[Slice]:
@@ -259,6 +258,18 @@ class Engine:
             sequence, pairs_TH = piece.sequence, result.pairs_TH[start : start + piece.num_tokens]
             sequence.pairs_per_host = with_pairs(sequence.pairs_per_host, pairs_TH)
             start += piece.num_tokens
+
+    def _rows_of(self, step: Many[Slice], paths: Paths | None) -> np.ndarray | None:
+        """Rows that a step asks of each unit, uint16 [U], where steps are chosen by path."""
+        if (batcher := self.scheduler.batcher) is None:
+            return None
+        paths = RunningPaths.of_step([(p.sequence, p.num_tokens) for p in step]) if paths is None else paths
+        return batcher.layout.rows(paths.ids)
+
+    def _took(self, rows_U: np.ndarray | None, num_tokens: int, took_s: float) -> None:
+        self.counts.seconds_s += took_s
+        if rows_U is not None and (batcher := self.scheduler.batcher) is not None:
+            batcher.learn(rows_U, num_tokens, took_s)
 
     def _fail_step(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
         logger.error("step %d failed: %s", self.counts.num_steps, error)

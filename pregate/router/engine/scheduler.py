@@ -153,11 +153,6 @@ class Scheduler:
                 self.allocator.publish(sequence.table, place, sequence.token_ids, sequence.salt)
                 sequence.num_published += 1
 
-    def took(self, num_tokens: int, took_s: float) -> None:
-        """Take note of what the last step took, of so many tokens."""
-        if self.batcher is not None and self.choice is not None:
-            self.batcher.learn(self.choice, num_tokens, took_s)
-
     def _longest_first(self, now_s: float) -> list[Sequence]:
         """All in order of arrival, but with a batcher whoever is overdue first: none of those it chose found blocks."""
         everybody = [*self.running, *self.waiting]
@@ -189,14 +184,13 @@ class Scheduler:
         pending += [s.num_pending for s in begin]
         members = [*running, *begin]
         if not members or None in [s.paths for s in members]:
-            self.choice = None
             return [*running, *self.waiting], budget
         oldest_s = now_s - self.limits.max_batching_delay_s
         late = sorted((s for s in members if s.ready_s < oldest_s), key=lambda s: s.ready_s)
         if late:
             members = [*late, *(s for s in members if s.ready_s >= oldest_s)]
             pending = [s.num_pending for s in members]
-        rows = [s.next_rows(batcher.layout, budget) for s in members]
+        rows = [s.next_rows(batcher.layout, most) for s in members]
         self.choice = batcher.choose([min(n, most) for n in pending], rows, len(late), budget)
         return [members[n] for n in self.choice.order], most
 

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from pregate.cli.load import bench_serve
+from pregate.cli.load.arrivals import Arrival
+from pregate.cli.load.options import LoadOptions
 from pregate.cli.main import main
+from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
@@ -72,6 +76,18 @@ def test_prompts_are_cut_from_all_text_that_is_given(
     text = ["--tokenizer", str(tiny_path_checkpoint), "--text", str(few), str(tiny_text)]
     assert main(["bench", "serve", "--target", targets["grpc"], *load, *text]) == 0
     assert json.loads(capsys.readouterr().out)["mean_prompt_tokens"] == 30
+
+
+def test_a_long_text_leaves_room_for_the_others(tiny_path_checkpoint: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(bench_serve, "_POOL_TOKENS", 400)
+    encode = read_tokenizer(tiny_path_checkpoint).encode
+    texts = [tmp_path / "long.txt", tmp_path / "next.txt"]
+    texts[0].write_text("one one one.\n\n" * 5000)
+    texts[1].write_text("two two two.\n\n" * 5000)
+    options = LoadOptions("localhost:1", rate=1, text=tuple(texts), tokenizer=tiny_path_checkpoint)
+    prompts = bench_serve._prompts(options, [Arrival(0.0, 8, 1)] * 60, 256)
+    of_two = set(encode("two", add_special_tokens=False).ids) - set(encode("one", add_special_tokens=False).ids)
+    assert 10 < sum(bool(of_two & set(prompt)) for prompt in prompts) < 50
 
 
 @pytest.mark.parametrize(
