@@ -34,7 +34,7 @@ def build_app(service: DoorService, *, tokens: TokenFile | None = None, timeout_
         app.add_middleware(Authorized, tokens=tokens, open_paths=OPEN_PATHS)
     app.add_middleware(Named)  # the last one added is the first to see a request
     _add_health(app, service)
-    tools.add_routes(app, service, timeout_s)
+    tools.add_routes(app, service, timeout_s, private=tokens is not None)
     app.router.routes.append(metrics_route(service))
     add_page(app)
 

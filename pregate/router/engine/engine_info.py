@@ -48,6 +48,7 @@ def describe(engine: Engine) -> dict[str, Any]:
         "kv_blocks": allocator.num_blocks,
         "kv_bytes": engine.runner.kv.nbytes,
         "placement": engine.exchange.placement,
+        "last_paths": [] if engine.paths is None else list(engine.paths.last.told),
         "hosts": [
             {
                 "host_id": h,

@@ -14,6 +14,7 @@ from pregate.model.packed_paths import PackedPaths
 from pregate.model.path_computer import PathComputer, PathState
 from pregate.model.path_slots import PathSlots
 from pregate.model.paths import Paths
+from pregate.router.engine.last_paths import LastPaths
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import PackedState, SubmitRequest
 
@@ -24,6 +25,7 @@ class RunningPaths:
     def __init__(self, computer: PathComputer) -> None:
         self.computer, self._slots = computer, PathSlots(computer)
         self._max_id = max(cut.num_routed for cut in computer.cuts) - 1
+        self.last = LastPaths()
 
     @property
     def num_sequences(self) -> int:
@@ -76,6 +78,7 @@ class RunningPaths:
         if sequence.path_slot is not None:
             self._slots.release(sequence.path_slot)
             sequence.path_slot = None
+        self.last.add(sequence)
 
     @staticmethod
     def of_step(pieces: Many[tuple[Sequence, int]]) -> Paths:

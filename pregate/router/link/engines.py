@@ -213,6 +213,7 @@ def _together(infos: Sequence[Mapping[str, Any]], tally: Tally) -> dict[str, Any
         **{name: sum(info[name] for info in infos) for name in _ADDED},
         **{name: tally[name] for name in _GROWING},
         "unavailable": unavailable[0] if all(unavailable) else None,
+        "last_paths": sorted((told for info in infos for told in info["last_paths"]), key=lambda told: told["ended_s"]),
         "hosts": [
             min(of_all, key=lambda host: host["lost_s"])
             | {name: tally[of_all[0]["host_id"], name] for name in _GROWING_OF_HOSTS}

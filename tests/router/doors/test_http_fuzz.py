@@ -18,7 +18,8 @@ from tests.router.running import engine_thread, local_engine, socket_folder, wai
 ANSWERS = {200, 400, 401, 404, 405, 413, 422, 429, 503, 504}
 OPERATIONS = [
     "GET /health", "GET /ready", "GET /version", "GET /v1/models", "GET /v1/models/{model}", "GET /experts",
-    "POST /tokenize", "POST /detokenize", "POST /v1/route", "POST /v1/completions", "POST /v1/chat/completions",
+    "GET /paths", "POST /tokenize", "POST /detokenize", "POST /v1/route", "POST /v1/completions",
+    "POST /v1/chat/completions",
 ]  # fmt: skip
 
 

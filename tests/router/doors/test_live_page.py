@@ -1,5 +1,5 @@
 """The live page in a real browser: what lives where and is in memory, also when a host is killed; a prompt's text and
-path; and nothing that it shows is run."""
+path, and the paths of other clients' requests; and nothing that it shows is run."""
 
 import shutil
 from contextlib import ExitStack
@@ -8,13 +8,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pregate.router.doors.access import TokenFile
+from pregate.client.client import Client
+from pregate.router.doors.access import AccessOptions, TokenFile
+from pregate.router.doors.grpc_options import GrpcOptions
 from pregate.router.doors.openai_app import build_app
 from pregate.router.doors.service import DoorService
 from pregate.router.link.client import EngineClient
 from tests.chaos.hosts import Cluster
 from tests.router.doors.test_openai_app import HttpServer
-from tests.router.running import engine_thread, socket_folder, wait_for
+from tests.router.running import door, engine_thread, socket_folder, wait_for
 from tests.router.serving import engine_of, placement_of
 
 SHIPPED = Path(__file__).resolve().parents[3] / "examples" / "quartet-paths"
@@ -31,10 +33,11 @@ def hosts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def url(hosts, tmp_path_factory):
-    """Two host processes, each with room for a part of its experts."""
+def doors(hosts, tmp_path_factory):
+    """Of two host processes, each with room for a part of its experts: the addresses for HTTP and for gRPC."""
     tokens = tmp_path_factory.mktemp("tokens") / "tokens"
-    tokens.write_text("secret\n")
+    tokens.write_text("secret\nother\n")
+    over_grpc = GrpcOptions(port=0, access=AccessOptions(token_file=tokens))
     with ExitStack() as stack:
         engine = stack.enter_context(engine_of(SHIPPED, [hosts.client(0), hosts.client(1)], step_tokens=40))
         endpoint = f"ipc://{stack.enter_context(socket_folder())}/engine.sock"
@@ -42,8 +45,13 @@ def url(hosts, tmp_path_factory):
         server = HttpServer(
             build_app(DoorService(EngineClient(endpoint), SHIPPED, "quartet"), tokens=TokenFile(tokens))
         )
-        yield server.url
+        yield server.url, stack.enter_context(door(endpoint, SHIPPED, grpc_options=over_grpc)).target
         server.close()
+
+
+@pytest.fixture(scope="module")
+def url(doors):
+    return doors[0]
 
 
 def test_it_is_one_file_that_names_no_other_address(url):
@@ -68,7 +76,40 @@ def shows_what_is_held(page, url):
     return held()
 
 
-def test_in_a_browser(url, hosts, tmp_path):
+def ask_over_grpc(target, token, prompt):
+    """A text of six tokens; returns how many the prompt has, and the path of each of these by layers."""
+    with Client(target, token=token, timeout_s=60, retry_s=0) as client:
+        told = client.complete(prompt, 6, ignore_eos=True)
+        paths = client.route(prompt).paths
+    assert told.prompt_tokens == len(paths)
+    return len(paths), [[list(ids) for ids in of_layer] for of_layer in zip(*paths, strict=True)]
+
+
+#: Of the first of the last requests, the expert ids in each layer of each token.
+DRAWN = """() => [...document.querySelectorAll("#last > div:first-child tr")].slice(1).map(
+    tr => [...tr.querySelectorAll("td")].map(td => [...td.querySelectorAll(".unit")].map(e => +e.textContent)))"""
+
+
+def shows_requests_of_others(page, doors):
+    """Ask over gRPC and HTTP beside the page, with its key and with another; wait for what it shows."""
+    url, target = doors
+    num, of_layers = ask_over_grpc(target, "secret", "The harbour lay still")
+    ask_over_grpc(target, "other", "Nobody else is to see this")
+    page.get_by_text(f"{num} tokens of prompt, 6 generated").wait_for(timeout=20_000)
+    drawn = page.evaluate(DRAWN)
+    assert [layer[:num] for layer in drawn] == of_layers
+    assert {len(layer) for layer in drawn} == {num + 5}, "the last one was not computed"
+    body = {"prompt": "A cat", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    key = {"Authorization": "Bearer secret"}
+    usage = httpx.post(f"{url}/v1/completions", json=body, headers=key, timeout=60).json()["usage"]
+    page.get_by_text(f"{usage['prompt_tokens']} tokens of prompt, 3 generated").wait_for(timeout=20_000)
+    assert page.locator("#last > div").count() == 2
+    told = httpx.get(f"{url}/paths", headers=key, timeout=20).json()["requests"]
+    assert [request["completion_tokens"] for request in told] == [3, 6]
+    assert httpx.get(f"{url}/paths", timeout=20).status_code == 401
+
+
+def test_in_a_browser(doors, url, hosts, tmp_path):
     browsers = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium")
     if chromium is None:
@@ -85,6 +126,8 @@ def test_in_a_browser(url, hosts, tmp_path):
         assert page.locator("#hosts tr").count() == 1 + 2
         homes = page.locator("#units .unit").count()
         assert 4 < homes == shows_what_is_held(page, url) + page.locator("#units .away").count()
+        assert page.locator("#last .unit").count() == 0
+        shows_requests_of_others(page, doors)
         page.fill("#prompt", HOSTILE)
         page.fill("#most", "12")
         page.click("#go")

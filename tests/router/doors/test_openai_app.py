@@ -256,3 +256,27 @@ def test_tokens_are_asked_of_all_but_health(endpoint, tiny_path_checkpoint, tmp_
             assert client.post("/v1/completions", json={"prompt": "x"}, headers=headers).status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer alpha"}).status_code == 200
     server.close()
+
+
+def test_paths_are_told_of_everybody_where_no_token_is_asked_for_and_else_of_ones_own(
+    http, endpoint, tiny_path_checkpoint, tmp_path
+):
+    """Also of clients that send a key to a server that asks for none, as OpenAI's do."""
+    (tmp_path / "tokens").write_text("alpha\nbeta\n")
+    service = DoorService(EngineClient(endpoint), tiny_path_checkpoint, "tiny")
+    server = HttpServer(build_app(service, tokens=TokenFile(tmp_path / "tokens")))
+    alpha, beta = ({"Authorization": f"Bearer {name}"} for name in ("alpha", "beta"))
+    http.post("/v1/completions", json={"prompt": "O wind", "max_tokens": 3, **GREEDY}, headers=alpha)
+    http.post("/v1/completions", json={"prompt": "The harbour", "max_tokens": 4, **GREEDY})
+    found = http.get("/paths").json()
+    assert (found["model"], found["exact"]) == ("tiny", True)
+    assert [request["completion_tokens"] for request in found["requests"][:2]] == [4, 3]
+    of_route = http.post("/v1/route", json={"prompt": "The harbour"}).json()["paths"]
+    newest = found["requests"][0]
+    assert (newest["first"], newest["prompt_tokens"]) == (0, len(of_route))
+    assert newest["paths"][: len(of_route)] == of_route and len(newest["paths"]) == len(of_route) + 3
+    with httpx.Client(base_url=server.url, timeout=20) as client:
+        assert [r["completion_tokens"] for r in client.get("/paths", headers=alpha).json()["requests"]] == [3]
+        assert client.get("/paths", headers=beta).json()["requests"] == []
+        assert client.get("/paths").status_code == 401
+    server.close()

@@ -9,6 +9,7 @@ import pytest
 
 from pregate.base.errors import DeadlineError, UnavailableError
 from pregate.model.checkpoint import CheckpointReader
+from pregate.router.engine.last_paths import NUM_REQUESTS
 from pregate.router.link.client import EngineClient
 from pregate.router.link.engine_health import EngineClientOptions
 from pregate.router.link.engines import Engines
@@ -99,6 +100,9 @@ def test_what_an_engine_that_dies_has_begun_goes_on_at_another(pool):
     assert both["vocab_size"] == infos[0]["vocab_size"]
     assert both["kv_blocks"] == sum(info["kv_blocks"] for info in infos)
     assert both["hosts"][1]["rows"] == sum(info["hosts"][1]["rows"] for info in infos)
+    told = both["last_paths"]
+    assert len(told) == 2 * NUM_REQUESTS == len({(request["prompt_tokens"], request["ended_s"]) for request in told})
+    assert [request["ended_s"] for request in told] == sorted(request["ended_s"] for request in told)
     assert len({tuple(ids) for ids in whole}) == NUM_PROMPTS
 
     def stop_one(num_tokens):

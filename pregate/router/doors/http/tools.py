@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from pregate.base.errors import NotFoundError
+from pregate.router.doors.access import cache_salt
 from pregate.router.doors.http.answering import GONE, unless_gone
 from pregate.router.doors.http.bodies import DetokenizeBody, RouteBody, TokenizeBody
 from pregate.router.doors.http.errors import JsonResponse
@@ -17,8 +19,8 @@ from pregate.router.doors.packed_route import PackedRoute
 from pregate.router.doors.service import DoorService
 
 
-def add_routes(app: FastAPI, service: DoorService, timeout_s: float) -> None:
-    """Give `app` the routes; `timeout_s` is the deadline of a route."""
+def add_routes(app: FastAPI, service: DoorService, timeout_s: float, *, private: bool) -> None:
+    """Give `app` the routes; `timeout_s` is the deadline of a route; `private`: to none others' paths."""
     started_s = int(time.time())
 
     async def card() -> dict[str, Any]:
@@ -61,9 +63,27 @@ def add_routes(app: FastAPI, service: DoorService, timeout_s: float) -> None:
         names = ("num_hosts", "num_layers", "num_experts", "routing", "version", "placement", "hosts")
         return JsonResponse({"model": info["model"], **{name: info[name] for name in names}})
 
+    @app.get("/paths")
+    async def paths(request: Request) -> JsonResponse:
+        """The paths of the last tokens of the requests that ended last, the newest first: where tokens are asked for,
+        of those of the same token alone. From a path its text can be found, by asking for the routes of guesses."""
+        salt = cache_salt(request.headers.get("authorization"))
+        info = await service.model_info()
+        told = [_ended(ended) for ended in reversed(info["last_paths"]) if not private or ended["salt"] == salt]
+        return JsonResponse({"model": info["model"], "exact": info["routing"] == "path", "requests": told})
+
 
 def _route(found: PackedRoute, model: str) -> dict[str, Any]:
-    ids_TLK = np.frombuffer(found.ids, "<i2").reshape(found.shape)
-    paths = [[[i for i in ids if i >= 0] for ids in layers] for layers in ids_TLK.tolist()]
     known = {"object": "route", "model": model, "token_ids": list(found.token_ids), "tokens": list(found.tokens)}
-    return {**known, "paths": paths, "exact": found.exact, "version": found.version}
+    return {**known, "paths": _listed(found.ids, found.shape), "exact": found.exact, "version": found.version}
+
+
+def _ended(ended: dict[str, Any]) -> dict[str, Any]:
+    known = {name: ended[name] for name in ("first", "prompt_tokens", "completion_tokens", "ended_s")}
+    return {**known, "paths": _listed(ended["ids"], ended["shape"])}
+
+
+def _listed(ids: bytes, shape: Sequence[int]) -> list[list[list[int]]]:
+    """Expert ids of each token in each layer, of int16 little-endian of `shape` (tokens, layers, k) with -1 padding."""
+    ids_TLK = np.frombuffer(ids, "<i2").reshape(shape)
+    return [[[i for i in ids if i >= 0] for ids in layers] for layers in ids_TLK.tolist()]
