@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import zmq
 
-from pregate.base.errors import HostLostError, PregateError, UnavailableError
+from pregate.base.errors import HostLostError, PregateError, QueueFullError, UnavailableError
 from pregate.base.log import get_logger
 from pregate.model.packed_paths import PackedPaths
 from pregate.router.link.inbox import Pending
@@ -152,12 +152,17 @@ class EngineServer(LoopServer):
                 called.set_exception(error)
         if self._lost_s is not None or not self._engine.has_work:
             inbox.wait(self._options.idle_poll_s)
-        cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)
-        for request_id in cancels:
-            self._engine.cancel(request_id)
-        if taken:
-            with activity.doing(f"the paths of {len(taken)} prompts"):
-                self._link.publish([event for pending in taken for event in self._begin(pending)])
+        refusing = True
+        while refusing:  # whoever finds the queue full is told now: the bound of what waits is the queue's
+            cancels, taken = inbox.take(self._options.prompt_tokens_per_turn)
+            for request_id in cancels:
+                self._engine.cancel(request_id)
+            events: list[Event | RouteReply] = []
+            if taken:
+                with activity.doing(f"the paths of {len(taken)} prompts"):
+                    events = [event for pending in taken for event in self._begin(pending)]
+                self._link.publish(events)
+            refusing = any(isinstance(e, FailedEvent) and e.code == QueueFullError.code for e in events)
         self._link.publish(self._advance())
 
     def _advance(self) -> Sequence[Event]:

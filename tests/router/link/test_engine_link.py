@@ -33,7 +33,16 @@ from pregate.router.link.messages import (
 )
 from pregate.router.link.packet import PROTOCOL_VERSION
 from pregate.router.link.server import EngineServer, EngineServerOptions
-from tests.router.running import PROMPT, QUICK, LoopThread, RawDoor, engine_thread, socket_folder, wait_for
+from tests.router.running import (
+    PROMPT,
+    QUICK,
+    LoopThread,
+    RawDoor,
+    engine_thread,
+    local_engine,
+    socket_folder,
+    wait_for,
+)
 
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)
 SHORT = SamplingParams(max_tokens=3, ignore_eos=True)
@@ -214,6 +223,26 @@ def test_between_two_steps_few_prompts_are_taken(engine, endpoint, gate):
     turns = "".join("|" if call == "step" else "b" for call in gate.calls).split("|")
     assert sum(map(len, turns)) == 12
     assert max(map(len, turns)) == 2, "40 + 40 of 100 tokens; a longer one comes alone"
+
+
+def test_who_finds_the_queue_full_is_told_before_the_next_step(path_checkpoint, endpoint, monkeypatch):
+    """However few prompts are taken between two steps: else as many waited as the link holds, whatever the bound."""
+    with local_engine(path_checkpoint, max_running=1, max_queued=2) as engine:
+        gate, options = Gate(engine, monkeypatch), EngineServerOptions(prompt_tokens_per_turn=1)
+        with engine_thread(engine, endpoint, options), RawDoor(endpoint) as door:
+            door.send(SubmitRequest("first", PROMPT, LONG))
+            assert gate.inside.wait(20)
+            for number in range(30):
+                door.send(SubmitRequest(f"b{number}", PROMPT, SHORT))
+            wait_for(lambda: engine_queue(door) == 1 + 30, what="all of them in the queue")
+            gate.calls.clear()
+            gate.open.set()
+            refused = [door.receive(FailedEvent) for _ in range(28)]
+            assert {event.code for event in refused} == {"RESOURCE_EXHAUSTED"}
+            door.send(CancelRequest("first"))
+            assert {door.receive(FinishedEvent).request_id for _ in range(2)} == {"b0", "b1"}
+    before = gate.calls[: gate.calls.index("b29")]
+    assert before.count("step") == 2, "one is taken a step until the queue is full, then all"
 
 
 def engine_queue(door):
