@@ -18,7 +18,7 @@ _WHOLE_ROUNDS, _SHARED_ROUNDS = 2, 12
 
 def adopt(copies_LRC: np.ndarray, alive_H: np.ndarray) -> np.ndarray:
     """Return copies int16 [L, R, C] on living hosts alone, the first of each first: a unit whose copies are all lost
-    gets a host that lives, in every layer the one with the fewest units.
+    gets a host that lives, in every layer the one with the fewest units, of several such the one with fewest in all.
 
     Depends on its arguments alone, so that as long as the same hosts live a unit is served by the same one, which reads
     it once. Example: one layer of 4 units with homes [0, 1, 0, 2], host 0 lost: [1, 1, 2, 2].
@@ -30,10 +30,12 @@ def adopt(copies_LRC: np.ndarray, alive_H: np.ndarray) -> np.ndarray:
     adopted_LRC = np.take_along_axis(np.where(lives_LRC, copies_LRC, NO_HOST), order_LRC, axis=2)
     orphans = np.argwhere((copies_LRC[..., 0] >= 0) & ~lives_LRC.any(axis=2))
     num_units_LH = np.stack([(adopted_LRC[..., 0] == host).sum(axis=1) for host in range(len(alive_H))], axis=1)
+    total_H = num_units_LH.sum(axis=0)
     for layer, expert in orphans:
-        host = living[np.argmin(num_units_LH[layer, living])]
+        host = living[np.lexsort((total_H[living], num_units_LH[layer, living]))[0]]
         adopted_LRC[layer, expert, 0] = host
         num_units_LH[layer, host] += 1
+        total_H[host] += 1
     return adopted_LRC
 
 

@@ -44,7 +44,7 @@ def build_engine(options: EngineOptions, clients: Sequence[HostClient], copies_L
     if options.batching == "path" and engine.paths is not None:
         unit_bytes = [reader.unit_bytes(layer) for layer in range(reader.num_layers)]
         layout = UnitLayout(copies_LRC[..., 0], unit_bytes, len(clients))
-        costs = measure(backbone, engine.runner.kv, layout, reader)
+        costs = measure(backbone, engine.runner.kv, layout, reader, options.step_tokens)
         engine.batch_by_path(PathBatcher(layout, costs))
         logger.info("steps are chosen by path; measured: %s", costs)
     elif options.batching == "path":

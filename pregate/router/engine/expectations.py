@@ -42,8 +42,8 @@ class Expectations:
     def tell_anew(self, number: int, paths: Paths | None = None, layer: int = 0) -> None:
         """Where hosts have gone or come since, say it to those who serve now. Step `number` is the last that began; of
         its `paths`, while it runs, layers from `layer` on are to come. Then comes what was expected last, or, where
-        nobody looks ahead, what was asked for most so far."""
-        if self._told_version == self._members.version:
+        nobody looks ahead, what was asked for most so far. Of steps below 0, which are measured, nothing is said."""
+        if self._told_version == self._members.version or number < 0:
             return
         rows_LR, expected = self._members.rows_LR, self._last
         if expected is None or expected.step < number:

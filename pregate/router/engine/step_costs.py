@@ -26,26 +26,31 @@ _LEAST_S = 1e-12
 
 
 @torch.inference_mode()
-def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: CheckpointReader) -> StepCosts:
+def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: CheckpointReader, most: int) -> StepCosts:
     """Time steps of one token with one unit a layer, of several on the same, and of all units of a host; of each host
     by itself. Where a host has no more than one unit a layer, its share of the way there counts as the unit's.
+    `most`: tokens that a step may have; where that is one, what its row takes counts as its unit's.
 
     The blocks of the cache are written over. A missing unit is what reading it from the checkpoint takes.
     """
     row_s, byte_s, dispatch_s = [], [], 0.0
-    timing = _Timing(backbone, layout)
+    timing = _Timing(backbone, layout, most)
     for host in range(layout.num_hosts):
-        one, same, whole = timing.tokens_of(host, 1), timing.tokens_of(host, _ROWS), timing.all_units_of(host)
+        one, same, whole = (
+            timing.tokens_of(host, 1),
+            timing.tokens_of(host, min(_ROWS, most)),
+            timing.all_units_of(host),
+        )
         one_s, same_s, whole_s = (timing.layers_s(ids) for ids in (one, same, whole))
         (rows, num_bytes), (more_rows, _), (all_rows, all_bytes) = map(timing.counts, (one, same, whole))
-        row_s.append(max(_LEAST_S, (same_s - one_s) / max(1, more_rows - rows)))
+        row_s.append(max(_LEAST_S, (same_s - one_s) / (more_rows - rows)) if more_rows > rows else _LEAST_S)
         left_s, left_bytes = whole_s - one_s - (all_rows - rows) * row_s[-1], all_bytes - num_bytes
         if not left_bytes:
             left_s, left_bytes = one_s - rows * row_s[-1], max(1.0, num_bytes)
         byte_s.append(max(_LEAST_S, left_s / left_bytes))
         rest_s = one_s - rows * row_s[-1] - num_bytes * byte_s[-1]
         dispatch_s = max(dispatch_s, rest_s / len(layout.start_L), _LEAST_S)
-    one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, kv.num_slots // kv.block_size))
+    one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, most, kv.num_slots // kv.block_size))
     around_s = [max(0.0, timing.step_s(kv, ids) - timing.layers_s(ids)) for ids in (one, same)]
     token_s = max(0.0, (around_s[1] - around_s[0]) / max(1, len(same) - 1))
     missing = max(_unit_read_s(reader, layout), *byte_s)
@@ -57,8 +62,8 @@ def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: Checkpo
 class _Timing:
     """Runs steps of made-up paths; the least of some times counts."""
 
-    def __init__(self, backbone: Backbone, layout: UnitLayout) -> None:
-        self._backbone, self._layout, self._cuts = backbone, layout, backbone.config.cuts
+    def __init__(self, backbone: Backbone, layout: UnitLayout, most: int) -> None:
+        self._backbone, self._layout, self._cuts, self._most = backbone, layout, backbone.config.cuts, most
         self._exact = backbone.config.routing == "path"
         self._k = max(cut.num_active for cut in self._cuts)
         self._row_D = torch.randn(backbone.config.text_config.hidden_size).to(backbone.device, backbone.dtype)
@@ -71,7 +76,7 @@ class _Timing:
         return ids_TLK
 
     def all_units_of(self, host: int) -> np.ndarray:
-        """Paths of as many tokens as visit all units of a host, each once or so."""
+        """Paths of as many tokens as visit all units of a host, each once or so; no more than a step may have."""
         layout = self._layout
         units = [layout.expert_U[(layout.layer_U == n) & (layout.host_U == host)] for n in range(len(self._cuts))]
         width = [min(cut.num_active, len(found)) for cut, found in zip(self._cuts, units, strict=True)]
@@ -81,7 +86,7 @@ class _Timing:
             for token in range(num_tokens if k else 0):
                 start = min(token * k, len(found) - k)
                 ids_TLK[token, layer, :k] = found[start : start + k]
-        return ids_TLK
+        return ids_TLK[: self._most]
 
     def counts(self, ids_TLK: np.ndarray) -> tuple[int, float]:
         """Rows, and bytes of units."""

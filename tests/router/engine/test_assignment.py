@@ -24,6 +24,16 @@ def test_nothing_moves_while_all_live():
     assert np.array_equal(adopt(copies, np.ones(3, dtype=bool)), copies)
 
 
+def test_a_lost_hosts_units_are_spread_over_all_layers():
+    """Layer by layer alone, ties went to the lowest host: 40 units to one survivor, and 10 to the other."""
+    copies = place([5] * 30, 3, "linear").copies
+    for lost in range(3):
+        alive = np.arange(3) != lost
+        homes, adopted = copies[..., 0], adopt(copies, alive)[..., 0]
+        guests_H = np.bincount(adopted[homes == lost], minlength=3)
+        assert guests_H.sum() == 50 and np.ptp(guests_H[alive]) <= 2, guests_H
+
+
 def test_a_living_copy_is_preferred_to_a_read():
     copies = np.array([[[0, 2], [1, -1], [2, 0]]], dtype=np.int16)
     adopted = adopt(copies, np.array([False, True, True]))

@@ -54,6 +54,16 @@ def members_of(tiered: bool = False) -> tuple[Members, list[Told]]:
     return members, hosts
 
 
+def test_nothing_is_expected_of_steps_that_are_measured():
+    """They are numbered below 0, which no message can say: hosts took it for damage."""
+    members, hosts = members_of(tiered=True)
+    expectations = Expectations(members, always=True)
+    expectations.tell_anew(-1, PATHS)
+    assert not any(host.heard for host in hosts)
+    expectations.tell_anew(1, PATHS)
+    assert all(host.heard for host in hosts)
+
+
 def test_who_serves_for_a_lost_host_is_told_of_this_step_the_next_and_all_else():
     members, hosts = members_of()
     expectations = Expectations(members, always=False)

@@ -12,6 +12,7 @@ from pregate.router.engine.engine import Engine
 from pregate.router.engine.step_costs import _Timing
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from tests.random_checkpoints import make_checkpoint
+from tests.router.running import local_engine
 from tests.router.serving import engine_of, hosts_here, placement_of
 
 PROMPTS = [tuple(range(20 + n, 30 + n * 5)) for n in range(8)]
@@ -67,11 +68,21 @@ def test_what_a_unit_takes_is_measured_where_a_token_visits_all_of_a_host(path_c
     """Hosts of as few units a layer as a token visits: else nothing would tell their bytes apart."""
     with engine_of(path_checkpoint, hosts_here(path_checkpoint, 3), **OPTIONS) as engine:
         layout = UnitLayout(placement_of(path_checkpoint, 3), [1000] * len(engine.config.cuts), 3)
-        timing = _Timing(engine.runner.backbone, layout)
+        timing = _Timing(engine.runner.backbone, layout, 16)
         for host in range(3):
             one, whole = timing.tokens_of(host, 1), timing.all_units_of(host)
             assert timing.counts(one)[1] < timing.counts(whole)[1]
             assert timing.counts(one)[0] == len(engine.config.cuts)
+
+
+@pytest.mark.parametrize("step_tokens", [1, 2])
+def test_costs_are_measured_in_steps_no_larger_than_agreed(path_checkpoint, step_tokens):
+    options = OPTIONS | {"step_tokens": step_tokens}
+    with engine_of(path_checkpoint, hosts_here(path_checkpoint, 2), **options) as engine:
+        expected = texts(engine)
+    with local_engine(path_checkpoint, 2, batching="path", **options) as engine:  # hosts that hold it to the bound
+        assert texts(engine) == expected
+        assert min(engine.info()["step_costs"]["row_s"]) > 0
 
 
 @pytest.mark.parametrize("batching", ["decode-first", "prefill-first"])

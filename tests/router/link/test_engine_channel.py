@@ -33,9 +33,9 @@ SHORT = SamplingParams(max_tokens=40, ignore_eos=True)
 
 @pytest.fixture
 def slow(engine, monkeypatch):
-    """The same steps, each 10 ms later, so that a test can act in between."""
+    """The same steps, each 40 ms later, so that a test can act in between on a busy machine, too."""
     step = engine.step
-    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.01), step())[1], raising=False)
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.04), step())[1], raising=False)
     return engine
 
 
