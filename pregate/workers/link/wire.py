@@ -172,9 +172,13 @@ def _array(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
     return np.frombuffer(_frame(kind, 4 * value, rest), dtype="<i4")
 
 
+#: Numbers of steps are below this: times the layers they fit 64 bits.
+_MOST = 1 << 48
+
+
 def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
     """One bit a unit of each step, then a byte a unit."""
-    if type(value) is not list or len(value) != 4 or any(type(n) is not int or n < 0 for n in value):
+    if type(value) is not list or len(value) != 4 or any(type(n) is not int or not 0 <= n < _MOST for n in value):
         raise ProtocolError(f"{kind} message: {value!r:.100} does not describe expected units")
     step, horizon, *shape = value
     known_HLR = _flags(kind, (horizon, *shape), rest)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import msgpack
 import numpy as np
 import pytest
@@ -142,6 +144,15 @@ def test_size_limits():
 def test_malformed_headers_are_refused(header, frames):
     with pytest.raises(ProtocolError):
         decode(seal(header, *frames))
+
+
+def test_a_step_beyond_what_can_be_counted_in_layers_is_refused():
+    """Found by 100,000 messages of nonsense: 64 bits did not hold it, and the host took it for a defect of its own."""
+    expected = Expected(1 << 48, np.ones((1, 2, 3), dtype=bool), np.zeros((2, 3), dtype=np.uint8))
+    with pytest.raises(ProtocolError, match="does not describe expected units"):
+        decode(encode(ExpectedMessage("e1", expected)))
+    last = replace(expected, step=(1 << 48) - 1)
+    assert plain(decode(encode(ExpectedMessage("e1", last)))) == plain(ExpectedMessage("e1", last))
 
 
 def test_what_is_not_msgpack_is_refused():
