@@ -142,7 +142,7 @@ def test_the_one_node_for_engine_and_door_lost_and_replaced(cluster, tiny_path_c
         once = Once(IN_THE_MIDST, kill_and_replace)
         ask_all(target, references, once, retry_s=200)
         once.wait()
-        wait_for(lambda: "engines and doors go to node 127.0.0.2" in dict(made.notes).values(), 120, "word of the new one")
+        wait_for(lambda: "engines and doors go to node 127.0.0.2" in dict(made.notes).values(), 120, "its word")
         assert made.lost is None
 
 
