@@ -172,15 +172,13 @@ def _array(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
     return np.frombuffer(_frame(kind, 4 * value, rest), dtype="<i4")
 
 
-#: Numbers of steps are below this: times the layers they fit 64 bits.
+#: Counts and numbers of steps are below this: times the layers they fit 64 bits.
 _MOST = 1 << 48
 
 
 def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
     """One bit a unit of each step, then a byte a unit."""
-    if type(value) is not list or len(value) != 4 or any(type(n) is not int or not 0 <= n < _MOST for n in value):
-        raise ProtocolError(f"{kind} message: {value!r:.100} does not describe expected units")
-    step, horizon, *shape = value
+    step, horizon, *shape = _counts(kind, value, 4, "expected units")
     known_HLR = _flags(kind, (horizon, *shape), rest)
     likely_LR = np.frombuffer(_frame(kind, math.prod(shape), rest), dtype=np.uint8).reshape(shape)
     return Expected(step, known_HLR, likely_LR)
@@ -188,9 +186,13 @@ def _expected(kind: str, value: Any, rest: Iterator[Buffer]) -> Expected:
 
 def _held(kind: str, value: Any, rest: Iterator[Buffer]) -> np.ndarray:
     """One bit a unit of a table [L, R]."""
-    if type(value) is not list or len(value) != 2 or any(type(n) is not int or n < 0 for n in value):
-        raise ProtocolError(f"{kind} message: {value!r:.100} does not describe a table of units")
-    return _flags(kind, tuple(value), rest)
+    return _flags(kind, tuple(_counts(kind, value, 2, "a table of units")), rest)
+
+
+def _counts(kind: str, value: Any, number: int, what: str) -> list[int]:
+    if type(value) is not list or len(value) != number or any(type(n) is not int or not 0 <= n < _MOST for n in value):
+        raise ProtocolError(f"{kind} message: {value!r:.100} does not describe {what}")
+    return value
 
 
 def _flags(kind: str, shape: tuple[int, ...], rest: Iterator[Buffer]) -> np.ndarray:
