@@ -8,7 +8,7 @@ A step takes, layer by layer, as long as its slowest host: the bytes of the unit
 it computes; and what it takes around the layers.
 
 Shape letters: N candidates, M beginnings of an order of them, U units of all layers end to end, L layers, R units of a
-layer, H hosts, G groups of units of one layer on one host, T tokens, K experts per token, 3 parts of a step's time.
+layer, H hosts, G groups of units of one layer on one host, T tokens, K experts per token, 4 parts of a step's time.
 """
 
 from __future__ import annotations
@@ -106,9 +106,10 @@ class PathBatcher:
         self.resident_U = np.ones(layout.num_units, dtype=bool)
         self._joined, self._memory = np.empty(0, dtype=np.uint16), np.empty((2, 0, 0), dtype=np.float32)
         self._row_s_G = np.asarray(costs.row_s)[layout.host_G].astype(np.float32)
-        self._read_s_U, self._load_s_U = (
-            (np.asarray(byte_s)[layout.host_U] * layout.bytes_U).astype(np.float32)
-            for byte_s in (costs.resident_byte_s, costs.missing_byte_s)
+        read_s_H, load_s_H = np.asarray(costs.resident_byte_s), np.asarray(costs.missing_byte_s)
+        self._read_s_U, self._more_s_U = (  # of each unit, and what it takes more where it is missing
+            (byte_s_H[layout.host_U] * layout.bytes_U).astype(np.float32)
+            for byte_s_H in (read_s_H, (load_s_H - read_s_H).clip(min=0))
         )
 
     def placed(self, hosts_of_LR: np.ndarray, num_hosts: int) -> tuple[PathBatcher, np.ndarray]:
@@ -134,21 +135,25 @@ class PathBatcher:
     @property
     def learned(self) -> StepCosts:
         """The constants as steps bear them out."""
-        around, token, layers = self.fit.factors_3.tolist()
-        row_s, resident_byte_s, missing_byte_s = (
-            tuple(layers * each for each in times)
-            for times in (self.costs.row_s, self.costs.resident_byte_s, self.costs.missing_byte_s)
+        around, token, held, more = self.fit.factors_4.tolist()
+        row_s, resident_byte_s = (
+            tuple(held * s for s in times) for times in (self.costs.row_s, self.costs.resident_byte_s)
+        )
+        missing_byte_s = tuple(
+            held * read_s + more * max(0.0, load_s - read_s)
+            for read_s, load_s in zip(self.costs.resident_byte_s, self.costs.missing_byte_s, strict=True)
         )
         dispatch_s, step_s = around * self.costs.dispatch_s, around * self.costs.step_s
         return StepCosts(row_s, resident_byte_s, missing_byte_s, dispatch_s, step_s, token * self.costs.token_s)
 
     def unit_s(self) -> np.ndarray:
-        """Seconds that each unit takes where it is asked for [U]."""
-        return np.where(self.resident_U, self._read_s_U, self._load_s_U)
+        """Seconds that each unit takes where it is asked for, as steps bear them out [U]."""
+        held, more = self.fit.factors_4[2:].astype(np.float32)
+        return held * self._read_s_U + np.where(self.resident_U, 0, more * self._more_s_U)
 
     def step_s(self, rows_U: np.ndarray, num_tokens: int) -> float:
         """What a step of so many tokens is thought to take that asks these rows of the units."""
-        return float(self.fit.factors_3 @ self._parts_of(rows_U, num_tokens))
+        return float(self.fit.factors_4 @ self._parts_of(rows_U, num_tokens))
 
     def choose(self, tokens: Sequence[int], rows: Sequence[np.ndarray], num_late: int, budget: int) -> Choice:
         """Return which candidates run in a step of at most `budget` tokens. Of each are given how many tokens it has,
@@ -165,8 +170,8 @@ class PathBatcher:
         for row_N, end in zip(in_MN, ends_M, strict=False):
             row_N[order_N[:end]] = 1
         tokens_M = np.minimum(in_MN @ tokens_N, budget)
-        parts_3M, units_M = self._parts(in_MN @ rows_NU, tokens_M)
-        seconds_M = self.fit.factors_3 @ parts_3M
+        parts_4M, units_M = self._parts(in_MN @ rows_NU, tokens_M)
+        seconds_M = self.fit.factors_4 @ parts_4M
         token_s_M = seconds_M / tokens_M
         best = int(np.argmin(token_s_M))
         if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
@@ -218,15 +223,22 @@ class PathBatcher:
 
     def _parts(self, rows_MU: np.ndarray, tokens_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What steps take by the constants that ask these rows of the units, with so many tokens: anyhow, by tokens,
-        and in their layers [3, M]; and how many units they need [M]."""
+        in their layers, and what loads add to those [4, M]; and how many units they need [M]."""
         needs_MU = rows_MU > 0
-        start_G, start_L = self.layout.start_G, self.layout.start_L
-        group_s_MG = np.add.reduceat(needs_MU * self.unit_s(), start_G, axis=1)
+        start_G = self.layout.start_G
+        group_s_MG = np.add.reduceat(needs_MU * self._read_s_U, start_G, axis=1)
         group_s_MG += np.add.reduceat(rows_MU, start_G, axis=1) * self._row_s_G
-        layers_M = np.maximum.reduceat(group_s_MG, start_L, axis=1).sum(axis=1, dtype=np.float64)
-        around_s = self.costs.step_s + self.costs.dispatch_s * len(start_L)
-        parts_3M = np.stack([np.full_like(layers_M, around_s), self.costs.token_s * tokens_M, layers_M])
-        return parts_3M, needs_MU.sum(axis=1)
+        held_M = more_M = self._layers(group_s_MG)
+        if not self.resident_U.all():
+            group_s_MG += np.add.reduceat(needs_MU * np.where(self.resident_U, 0, self._more_s_U), start_G, axis=1)
+            more_M = self._layers(group_s_MG)
+        around_s = self.costs.step_s + self.costs.dispatch_s * len(self.layout.start_L)
+        parts_4M = np.stack([np.full_like(held_M, around_s), self.costs.token_s * tokens_M, held_M, more_M - held_M])
+        return parts_4M, needs_MU.sum(axis=1)
+
+    def _layers(self, group_s_MG: np.ndarray) -> np.ndarray:
+        """Seconds of all layers [M], each as long as its slowest host."""
+        return np.maximum.reduceat(group_s_MG, self.layout.start_L, axis=1).sum(axis=1, dtype=np.float64)
 
 
 def _num_full(tokens_N: np.ndarray, budget: int) -> int:

@@ -20,42 +20,59 @@ from pregate.router.engine.kv_cache import PagedKV
 from pregate.router.engine.step_layout import SequenceSlice, StepLayout
 
 _ROWS = 16
-_REPEATS = 5
+#: Steps are timed at least so often, and for so long.
+_REPEATS, _TIMED_S = 5, 0.1
 #: Differences of times below this are noise: what is divided by them must not become 0.
 _LEAST_S = 1e-12
+#: A host's word of what it holds, which comes with its heartbeats, is waited for so long.
+_WORD_S = 3.0
 
 
 @torch.inference_mode()
 def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: CheckpointReader, most: int) -> StepCosts:
-    """Time steps of one token with one unit a layer, of several on the same, and of all units of a host; of each host
-    by itself. Where a host has no more than one unit a layer, its share of the way there counts as the unit's.
-    `most`: tokens that a step may have; where that is one, what its row takes counts as its unit's.
+    """Time steps of one token with one unit a layer, of several on the same, and of as many units of a host as it has
+    slots for; of each host by itself. Where that is no more than one unit a layer, its share of the way there counts as
+    the unit's. `most`: tokens that a step may have; where that is one, what its row takes counts as its unit's.
 
-    The blocks of the cache are written over. A missing unit is what reading it from the checkpoint takes.
+    A missing unit is what reading it from the checkpoint takes, or where a host cannot hold all, what those beyond its
+    slots add to a step that visits all. The blocks of the cache are written over.
     """
-    row_s, byte_s, dispatch_s = [], [], 0.0
     timing = _Timing(backbone, layout, most)
-    for host in range(layout.num_hosts):
-        one, same, whole = (
-            timing.tokens_of(host, 1),
-            timing.tokens_of(host, min(_ROWS, most)),
-            timing.all_units_of(host),
-        )
-        one_s, same_s, whole_s = (timing.layers_s(ids) for ids in (one, same, whole))
-        (rows, num_bytes), (more_rows, _), (all_rows, all_bytes) = map(timing.counts, (one, same, whole))
-        row_s.append(max(_LEAST_S, (same_s - one_s) / (more_rows - rows)) if more_rows > rows else _LEAST_S)
-        left_s, left_bytes = whole_s - one_s - (all_rows - rows) * row_s[-1], all_bytes - num_bytes
-        if not left_bytes:
-            left_s, left_bytes = one_s - rows * row_s[-1], max(1.0, num_bytes)
-        byte_s.append(max(_LEAST_S, left_s / left_bytes))
-        rest_s = one_s - rows * row_s[-1] - num_bytes * byte_s[-1]
-        dispatch_s = max(dispatch_s, rest_s / len(layout.start_L), _LEAST_S)
+    first_s = _unit_read_s(reader, layout)
+    row_s, byte_s, missing_s, dispatch_s = zip(
+        *(_of_host(timing, h, first_s) for h in range(layout.num_hosts)), strict=True
+    )
     one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, most, kv.num_slots // kv.block_size))
     around_s = [max(0.0, timing.step_s(kv, ids) - timing.layers_s(ids)) for ids in (one, same)]
     token_s = max(0.0, (around_s[1] - around_s[0]) / max(1, len(same) - 1))
-    missing = max(_unit_read_s(reader, layout), *byte_s)
-    return StepCosts(
-        tuple(row_s), tuple(byte_s), (missing,) * layout.num_hosts, dispatch_s, max(0.0, around_s[0] - token_s), token_s
+    return StepCosts(row_s, byte_s, missing_s, max(dispatch_s), max(0.0, around_s[0] - token_s), token_s)
+
+
+def _of_host(timing: _Timing, host: int, read_s: float) -> tuple[float, float, float, float]:
+    """Seconds of a row, of a byte that is held and of one that is missing, and of a layer's way there and back.
+    `read_s`: a byte from the checkpoint."""
+    one, same, held, whole = (
+        timing.tokens_of(host, 1),
+        timing.tokens_of(host, min(_ROWS, timing.most)),
+        timing.units_of(host, timing.num_held(host)),
+        timing.units_of(host),
+    )
+    one_s, same_s, held_s = (timing.layers_s(ids) for ids in (one, same, held))
+    (rows, num_bytes), (more_rows, _), (held_rows, held_bytes) = map(timing.counts, (one, same, held))
+    row_s = max(_LEAST_S, (same_s - one_s) / (more_rows - rows)) if more_rows > rows else _LEAST_S
+    left_s, left_bytes = held_s - one_s - (held_rows - rows) * row_s, held_bytes - num_bytes
+    if not left_bytes:
+        left_s, left_bytes = one_s - rows * row_s, max(1.0, num_bytes)
+    byte_s = max(_LEAST_S, left_s / left_bytes)
+    missing_s, (all_rows, all_bytes) = max(read_s, byte_s), timing.counts(whole)
+    if all_bytes > held_bytes:
+        left_s = timing.layers_s(whole) - held_s - (all_rows - held_rows) * row_s
+        missing_s = max(missing_s, left_s / (all_bytes - held_bytes))
+    return (
+        row_s,
+        byte_s,
+        missing_s,
+        max(_LEAST_S, (one_s - rows * row_s - num_bytes * byte_s) / len(timing.layout.start_L)),
     )
 
 
@@ -63,22 +80,36 @@ class _Timing:
     """Runs steps of made-up paths; the least of some times counts."""
 
     def __init__(self, backbone: Backbone, layout: UnitLayout, most: int) -> None:
-        self._backbone, self._layout, self._cuts, self._most = backbone, layout, backbone.config.cuts, most
+        self._backbone, self.layout, self._cuts, self.most = backbone, layout, backbone.config.cuts, most
         self._exact = backbone.config.routing == "path"
         self._k = max(cut.num_active for cut in self._cuts)
         self._row_D = torch.randn(backbone.config.text_config.hidden_size).to(backbone.device, backbone.dtype)
         self._number = 0
 
+    def num_held(self, host: int) -> int | None:
+        """How many units the host has slots for, which it filled at start; None for all."""
+        exchange, give_up_s = self._backbone.exchange, time.monotonic() + _WORD_S
+        while (said_LR := exchange.clients[host].units_LR) is None and time.monotonic() < give_up_s:
+            time.sleep(_WORD_S / 100)
+            exchange.poll()
+        return None if said_LR is None or exchange.clients[host].held_LR is None else int(said_LR.sum())
+
     def tokens_of(self, host: int, num_tokens: int) -> np.ndarray:
         """Paths [T, L, K] of so many tokens, all on the same unit of a host in each layer."""
-        ids_TLK = np.repeat(self.all_units_of(host)[:1], num_tokens, axis=0)
+        ids_TLK = np.repeat(self.units_of(host)[:1], num_tokens, axis=0)
         ids_TLK[..., 1:] = -1
         return ids_TLK
 
-    def all_units_of(self, host: int) -> np.ndarray:
-        """Paths of as many tokens as visit all units of a host, each once or so; no more than a step may have."""
-        layout = self._layout
+    def units_of(self, host: int, num_units: int | None = None) -> np.ndarray:
+        """Paths of as many tokens as visit all units of a host, or about so many, evenly over its layers but at least
+        one of each; each once or so, and no more tokens than a step may have."""
+        layout = self.layout
         units = [layout.expert_U[(layout.layer_U == n) & (layout.host_U == host)] for n in range(len(self._cuts))]
+        if num_units is not None:
+            place, num_of = np.concatenate([np.arange(len(found)) for found in units]), [len(found) for found in units]
+            first = np.argsort(place, kind="stable")[: max(num_units, sum(map(bool, num_of)))]  # layers in turn
+            num_of = np.bincount(np.repeat(np.arange(len(units)), num_of)[first], minlength=len(units))
+            units = [found[:num] for found, num in zip(units, num_of, strict=True)]
         width = [min(cut.num_active, len(found)) for cut, found in zip(self._cuts, units, strict=True)]
         num_tokens = max(1, *(-(-len(found) // k) if k else 1 for found, k in zip(units, width, strict=True)))
         ids_TLK = np.full((num_tokens, len(self._cuts), self._k), -1, dtype=np.int16)
@@ -86,12 +117,12 @@ class _Timing:
             for token in range(num_tokens if k else 0):
                 start = min(token * k, len(found) - k)
                 ids_TLK[token, layer, :k] = found[start : start + k]
-        return ids_TLK[: self._most]
+        return ids_TLK[: self.most]
 
     def counts(self, ids_TLK: np.ndarray) -> tuple[int, float]:
         """Rows, and bytes of units."""
-        rows_U = self._layout.rows(ids_TLK)
-        return int(rows_U.sum()), float(self._layout.bytes_U[rows_U > 0].sum())
+        rows_U = self.layout.rows(ids_TLK)
+        return int(rows_U.sum()), float(self.layout.bytes_U[rows_U > 0].sum())
 
     def layers_s(self, ids_TLK: np.ndarray) -> float:
         """Seconds of the layers' FFNs."""
@@ -128,8 +159,8 @@ class _Timing:
 
     def _least_s(self, run: Callable[[], None]) -> float:
         run()
-        times = []
-        for _ in range(_REPEATS):
+        times: list[float] = []
+        while len(times) < _REPEATS or sum(times) < _TIMED_S:
             start_s = time.perf_counter()
             run()
             if torch.device(self._backbone.device).type == "cuda":

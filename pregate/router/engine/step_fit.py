@@ -3,7 +3,8 @@
 Constants are measured at start, each by itself. In a step loads hide behind work, or wait for it, hosts share cores,
 and which units are missing is half a second old: a choice by constants alone may save what costs nothing.
 
-A step has three parts (shape letter 3): what it takes anyhow, by its tokens, and in its layers.
+A step has four parts (shape letter 4): what it takes anyhow, by its tokens, in its layers if every unit were held, and
+what loads of missing ones add to that.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ _STOOD = 5.0
 
 
 class StepFit:
-    """Least squares, with a ridge, of steps' seconds by their parts. `factors_3`: what each part's seconds by the
+    """Least squares, with a ridge, of steps' seconds by their parts. `factors_4`: what each part's seconds by the
     constants are to be multiplied by; whichever is at its bound leaves the others as they were fitted beside it."""
 
     def __init__(self) -> None:
-        self.factors_3 = np.ones(3)
-        self._moments_33, self._products_3 = np.zeros((3, 3)), np.zeros(3)
+        self.factors_4 = np.ones(4)
+        self._moments_44, self._products_4 = np.zeros((4, 4)), np.zeros(4)
 
-    def add(self, parts_3: np.ndarray, took_s: float) -> None:
+    def add(self, parts_4: np.ndarray, took_s: float) -> None:
         """Take in a step: seconds of its parts by the constants, and what it took."""
-        took_s = min(took_s, _STOOD * max(parts_3.sum(), float(self.factors_3 @ parts_3)))
-        self._moments_33 = _KEEP * self._moments_33 + np.outer(parts_3, parts_3)
-        self._products_3 = _KEEP * self._products_3 + parts_3 * took_s
-        ridge = _PRIOR * np.trace(self._moments_33) + 1e-18  # also where every part is 0
-        factors_3 = np.linalg.solve(self._moments_33 + ridge * np.eye(3), self._products_3 + ridge)
-        self.factors_3 = factors_3.clip(1 / _FACTOR, _FACTOR)
+        took_s = min(took_s, _STOOD * max(parts_4.sum(), float(self.factors_4 @ parts_4)))
+        self._moments_44 = _KEEP * self._moments_44 + np.outer(parts_4, parts_4)
+        self._products_4 = _KEEP * self._products_4 + parts_4 * took_s
+        ridge = _PRIOR * np.trace(self._moments_44) + 1e-18  # also where every part is 0
+        factors_4 = np.linalg.solve(self._moments_44 + ridge * np.eye(4), self._products_4 + ridge)
+        self.factors_4 = factors_4.clip(1 / _FACTOR, _FACTOR)

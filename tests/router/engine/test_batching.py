@@ -31,9 +31,11 @@ def plain_step_s(batcher: PathBatcher, members: list[Candidate]) -> float:
 def some_batcher(rng: np.random.Generator, num_layers=3, num_routed=6, num_hosts=2) -> PathBatcher:
     hosts = rng.integers(0, num_hosts, (num_layers, num_routed))
     hosts[-1, -2:] = -1  # a layer of fewer experts
-    row_s, resident_s, missing_s = (tuple(rng.random(num_hosts) * 1e-6) for _ in range(3))
+    row_s, resident_s, more_s = (rng.random(num_hosts) * 1e-6 for _ in range(3))
     layout = UnitLayout(hosts, rng.integers(1, 2000, num_layers).tolist(), num_hosts)
-    batcher = PathBatcher(layout, StepCosts(row_s, resident_s, missing_s, 1e-4, 1e-3, 1e-5))
+    batcher = PathBatcher(
+        layout, StepCosts(tuple(row_s), tuple(resident_s), tuple(resident_s + more_s), 1e-4, 1e-3, 1e-5)
+    )
     batcher.resident_U = rng.random(batcher.layout.num_units) < 0.5
     return batcher
 

@@ -57,7 +57,7 @@ def test_the_texts_are_those_of_first_come_first_served(checkpoint, num_hosts):
     if has_paths:
         assert engine.scheduler.choice is not None
         assert engine.scheduler.batcher is not None
-        assert engine.scheduler.batcher.fit.factors_3.tolist() != [1, 1, 1], "steps teach"
+        assert engine.scheduler.batcher.fit.factors_4.tolist() != [1, 1, 1, 1], "steps teach"
         costs = info["step_costs"]
         per_host = [costs[name] for name in ("row_s", "resident_byte_s", "missing_byte_s")]
         assert all(len(values) == num_hosts and min(values) > 0 for values in per_host)
@@ -70,7 +70,7 @@ def test_what_a_unit_takes_is_measured_where_a_token_visits_all_of_a_host(path_c
         layout = UnitLayout(placement_of(path_checkpoint, 3), [1000] * len(engine.config.cuts), 3)
         timing = _Timing(engine.runner.backbone, layout, 16)
         for host in range(3):
-            one, whole = timing.tokens_of(host, 1), timing.all_units_of(host)
+            one, whole = timing.tokens_of(host, 1), timing.units_of(host)
             assert timing.counts(one)[1] < timing.counts(whole)[1]
             assert timing.counts(one)[0] == len(engine.config.cuts)
 

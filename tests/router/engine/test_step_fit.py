@@ -11,40 +11,41 @@ from tests.router.engine.batching_cases import choose, costs, decodes, layout
 
 
 def steps(rng: np.random.Generator, num: int) -> np.ndarray:
-    """Parts of steps [N, 3] whose sizes are orders apart."""
-    return np.stack([np.full(num, 2e-2), rng.uniform(1e-4, 1e-2, num), rng.uniform(1e-3, 5e-2, num)], axis=1)
+    """Parts of steps [N, 4] whose sizes are orders apart; loads are none in half of the steps."""
+    loads_N = rng.uniform(1e-3, 5e-2, num) * rng.integers(0, 2, num)
+    return np.stack([np.full(num, 2e-2), rng.uniform(1e-4, 1e-2, num), rng.uniform(1e-3, 5e-2, num), loads_N], axis=1)
 
 
-@pytest.mark.parametrize("true", [(1.0, 1.0, 1.0), (1.5, 2.0, 0.2), (0.5, 1.0, 4.0), (10.0, 10.0, 10.0)])
+@pytest.mark.parametrize("true", [(1, 1, 1, 1), (1.5, 2, 0.2, 0.2), (0.5, 1, 1, 4), (1, 1, 2, 0.1), (10, 10, 10, 10)])
 def test_factors_come_near_what_steps_were_made_with(true):
     rng, fit = np.random.default_rng(0), StepFit()
-    for parts_3 in steps(rng, 400):
-        fit.add(parts_3, float(parts_3 @ true) * rng.uniform(0.95, 1.05))
-    parts_3 = steps(rng, 50).mean(axis=0)
-    assert fit.factors_3 @ parts_3 == pytest.approx(np.array(true) @ parts_3, rel=0.05)
-    assert fit.factors_3[2] == pytest.approx(true[2], rel=0.25, abs=0.1)
+    for parts_4 in steps(rng, 400):
+        fit.add(parts_4, float(parts_4 @ true) * rng.uniform(0.95, 1.05))
+    parts_4 = steps(rng, 50).mean(axis=0)
+    assert fit.factors_4 @ parts_4 == pytest.approx(np.array(true) @ parts_4, rel=0.05)
+    assert fit.factors_4[2:].tolist() == pytest.approx(true[2:], rel=0.25, abs=0.1)
 
 
 def test_what_is_small_beside_the_rest_keeps_its_constant():
     rng, fit = np.random.default_rng(0), StepFit()
-    for parts_3 in np.array([[2e-2, 5e-4, 3e-2]]) * rng.uniform(0.5, 1.5, (300, 3)):
-        fit.add(parts_3, parts_3.sum() * rng.uniform(0.85, 1.15))
-    assert 0.7 < fit.factors_3[1] < 1.4
+    for parts_4 in np.array([[2e-2, 5e-4, 3e-2, 0]]) * rng.uniform(0.5, 1.5, (300, 4)):
+        fit.add(parts_4, parts_4.sum() * rng.uniform(0.85, 1.15))
+    assert 0.7 < fit.factors_4[1] < 1.4
 
 
 def test_parts_that_take_nothing_keep_their_factors():
     fit = StepFit()
-    fit.add(np.zeros(3), 0.0)
-    fit.add(np.array([1e-2, 0.0, 1e-2]), 4e-2)
-    assert fit.factors_3.tolist() == [pytest.approx(2, rel=0.01), 1, pytest.approx(2, rel=0.01)]
+    fit.add(np.zeros(4), 0.0)
+    fit.add(np.array([1e-2, 0.0, 1e-2, 0.0]), 4e-2)
+    assert fit.factors_4.tolist() == [pytest.approx(2, rel=0.01), 1, pytest.approx(2, rel=0.01), 1]
 
 
 def test_a_step_that_stood_still_says_little():
     fit = StepFit()
     for _ in range(50):
-        fit.add(np.array([1e-2, 1e-3, 1e-2]), 2.1e-2)
-    fit.add(np.array([1e-2, 1e-3, 1e-2]), 30.0)
-    assert fit.factors_3.max() < 1.3
+        fit.add(np.array([1e-2, 1e-3, 1e-2, 0]), 2.1e-2)
+    fit.add(np.array([1e-2, 1e-3, 1e-2, 0]), 30.0)
+    assert fit.factors_4.max() < 1.3
 
 
 def test_what_is_found_to_cost_nothing_is_not_saved():
