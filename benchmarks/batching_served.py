@@ -6,11 +6,11 @@
 With `--one-index` a dense model is cut by chance into seven experts and a shared one, with one index for all layers:
 experts that are dear to load, on paths that nobody trained.
 
-Arrivals and lengths are the Azure conversation trace's, clipped to 384 and 128 tokens, prompts are cut from all six
-text folders with a fixed seed, and every policy is sent the same ones, to hosts of its own: all at once first, which
-says of `fifo`, the first one, what it bears, and then at `--load` of that, which is what counts. Hosts are processes
-that share this machine's cores, with one torch thread each; nothing of earlier prompts is kept. Writes
-results/batching_served.json and .md.
+Arrivals and lengths are the Azure conversation trace's, clipped to `--prompt-tokens` and 128, prompts are cut from all
+six text folders with a fixed seed, and every policy is sent the same ones, to hosts of its own: all at once first
+(load 0 in the table), which says of `fifo`, the first one, what it bears, and then at `--loads` of that. Hosts are
+processes that share this machine's cores, with one torch thread each, 0 of them: in the engine; nothing of earlier
+prompts is kept. Writes results/batching_served.json and .md.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from benchmarks.surroundings import ROOT, sentence, surroundings
 POLICIES = ("fifo", "path", "decode-first", "prefill-first")
 #: Requests a second that come as good as at once.
 _FLOOD = 1000.0
-HEAD = """| model | hosts | resident | policy | units a step | tokens a step | tokens/s | answer p50, p95 | hits |
-| --- | --: | --: | --- | --: | --: | --: | --: | --: |"""
+HEAD = """| model | hosts | resident | load | policy | units a step | tokens a step | tokens/s | p50, p95 | hits |
+| --- | --: | --: | --: | --- | --: | --: | --: | --: | --: |"""
 
 
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -44,13 +44,13 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
                 model.resolve(), *common, "--max-queued", 512, "--max-batching-delay", args.delay,
                 "--no-prefix-sharing", "--batching", policy, *more,
             ) as deployment:  # fmt: skip
-                flood = bench(deployment.target, sent, _FLOOD)
-                rate = rate or flood["requests"]["answered"] / flood["seconds"]
-                row = bench(deployment.target, sent, args.load * rate)
-            of = {"model": model.name, "hosts": hosts, "resident": resident, "policy": policy}
-            found["rows"].append(of | {"offered": args.load * rate} | row)
-            write(args.out, found)
-            print(line(found["rows"][-1]), flush=True)
+                for load in (0, *args.loads):
+                    row = bench(deployment.target, sent, load * rate if load else _FLOOD)
+                    rate = rate or row["requests"]["answered"] / row["seconds"]
+                    of = {"model": model.name, "hosts": hosts, "resident": resident, "load": load, "policy": policy}
+                    found["rows"].append(of | {"offered": load * rate} | row)
+                    write(args.out, found)
+                    print(line(found["rows"][-1]), flush=True)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def line(row: dict[str, Any]) -> str:
     server = row["server"]
     hits = server.get("unit_hit_rate")
     return (
-        f"| {row['model']} | {row['hosts']} | {row['resident']:.0%} | {row['policy']} |"
+        f"| {row['model']} | {row['hosts']} | {row['resident']:.0%} | {row['load']:g} | {row['policy']} |"
         f" {server.get('units_per_step', float('nan')):.1f} | {server['tokens_per_step']:.1f} |"
         f" {row['output_tokens_per_s']:.1f} | {times['p50'] / 1e3:.2f}, {times['p95'] / 1e3:.2f} |"
         f" {'' if hits is None else f'{hits:.2f}'} |"
@@ -81,8 +81,9 @@ def main() -> None:
     parser.add_argument("--hosts", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--resident", type=float, nargs="+", default=[1.0, 0.25])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
-    parser.add_argument("--load", type=float, default=1.0, help="of what fifo bears")
+    parser.add_argument("--loads", type=float, nargs="*", default=[1.0], help="of what fifo bears, besides all at once")
     parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--prompt-tokens", type=int, default=384, help="of a prompt at most")
     parser.add_argument("--max-running", type=int, default=64)
     parser.add_argument("--step-tokens", type=int, default=64)
     parser.add_argument("--delay", type=float, default=3.0)
@@ -95,8 +96,9 @@ def main() -> None:
     if not args.model:
         parser.error("give --model or --one-index")
     what = (
-        f"{args.requests} requests of the Azure conversation trace, lengths clipped to 384 and 128 tokens, at"
-        f" {args.load:g} of what fifo bears; {args.step_tokens} tokens a step, {args.max_running} running at most,"
+        f"{args.requests} requests of the Azure conversation trace, lengths clipped to {args.prompt_tokens} and 128"
+        f" tokens, all at once (load 0) or at so much of what fifo bears then; {args.step_tokens} tokens a step,"
+        f" {args.max_running} running at most,"
         f" delay bound {args.delay:g} s. Units of all layers that a step asks for; seconds of an answer."
     )
     found: dict[str, Any] = {"what": what, "around": surroundings("batching_served", ("ray", "grpcio")), "rows": []}

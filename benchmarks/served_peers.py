@@ -4,7 +4,7 @@
         --shared-folder ../shared
 
 CHECKPOINT is a cut of the dense model SMOLLM2, which vLLM serves whole. One server after the other, each with one torch
-thread for its model; arrivals and lengths are the Azure conversation trace's, lengths clipped to 384 and 128 tokens,
+thread for its model; arrivals and lengths are the Azure conversation trace's, clipped to `--prompt-tokens` and 128,
 prompts are cut from all six text folders with a fixed seed, ends of text are ignored. Every load sends the same
 prompts, so neither server keeps what it computed of earlier ones. `--loads`: requests a second that are offered. Writes
 results/served_peers.json and .md, load by load.
@@ -71,13 +71,15 @@ def vllm_server(python: Path, parent: Path, max_running: int) -> Iterator[str]:
 
 
 def bench(target: str, args: argparse.Namespace, load: float | None) -> dict[str, Any]:
-    """What `pregate bench serve` says of a target at so many requests a second; None: some requests to warm up."""
+    """What `pregate bench serve` says of a target at so many requests a second; None: some requests to warm up.
+    `args`: the options of these scripts that say which requests."""
     trace = args.shared_folder / "traces" / "azure2023_conv.csv"
     arrivals = read_trace(trace)[: args.requests]
     offered = len(arrivals) / arrivals[-1].arrival_s
     command = [sys.executable, "-m", "pregate.cli.main", "bench", "serve", "--target", target, "--json"]
     command += ["--trace", trace, "--requests", _WARM_REQUESTS if load is None else args.requests]
-    command += ["--speed", (load or 4.0) / offered, "--context", 512, "--max-prompt", 384, "--max-output", 128]
+    command += ["--speed", (load or 4.0) / offered, "--context", 512]
+    command += ["--max-prompt", args.prompt_tokens, "--max-output", 128]
     command += ["--tokenizer", args.parent, "--timeout", args.timeout, "--ttft-bound", 2, "--itl-bound", 0.5]
     for name in TEXTS:
         command += ["--text", args.shared_folder / "text" / name]
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--max-running", type=int, default=64)
+    parser.add_argument("--prompt-tokens", type=int, default=384, help="of a prompt at most")
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--servers", nargs="+", choices=("pregate", "vllm"), default=["pregate", "vllm"])
     parser.add_argument("--serve", nargs="*", default=[], help="more options of `pregate serve`, without the dashes")
@@ -153,7 +156,7 @@ def main() -> None:
     args.serve = [f"--{word}" if n % 2 == 0 else word for n, word in enumerate(args.serve)]
     what = (
         f"{args.model.name} by `pregate serve --hosts 0` and {args.parent.name} by vLLM's OpenAI server,"
-        f" {args.requests} requests of the Azure conversation trace, lengths clipped to 384 and 128 tokens."
+        f" {args.requests} requests of the Azure conversation trace, clipped to {args.prompt_tokens} and 128 tokens."
     )
     found: dict[str, Any] = {"what": what, "around": surroundings("served_peers", ("ray", "grpcio")), "rows": []}
     measure(args, found)

@@ -73,6 +73,12 @@ class UnitLayout:
         layout = UnitLayout(hosts_of_LR, bytes_L.tolist(), num_hosts)
         return layout, self.unit_of_LR[layout.layer_U, layout.expert_U]
 
+    def by_layer(self, rows_U: np.ndarray) -> np.ndarray:
+        """What is of each unit as float32 [L, R], 0 where there is no unit."""
+        found_LR = np.zeros(self.unit_of_LR.shape, dtype=np.float32)
+        found_LR[self.layer_U, self.expert_U] = rows_U
+        return found_LR
+
     def rows(self, ids_TLK: np.ndarray) -> np.ndarray:
         """How many rows of tokens with these paths (-1 where none) each unit computes, uint16 [U]."""
         layer = np.arange(ids_TLK.shape[1])[:, None]

@@ -238,8 +238,11 @@ class Engine:
         if self.lookahead is None or not self.exchange.wants_lookahead:
             return
         scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
-        queues = scheduler.running, scheduler.waiting
-        expected = self.lookahead.expect(self.counts.num_steps + 1, *queues, planned, forecast=bool(step))
+        next_step, running, batcher = self.counts.num_steps + 1, scheduler.running, scheduler.batcher
+        if batcher is not None and running:
+            expected = self.lookahead.demand(next_step, running, planned, batcher.layout)
+        else:
+            expected = self.lookahead.expect(next_step, running, scheduler.waiting, planned, forecast=bool(step))
         if step and not self.exact:
             expected = self.lookahead.before(expected, RunningPaths.of_step(list(planned.items())))
         self.exchange.expect(expected)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, finalize
 
 import numpy as np
 
-from pregate.router.engine.forecast_loops import note, unlikely
+from pregate.router.engine.forecast_loops import chances, note
 from pregate.router.engine.sequence import Sequence
 
 #: A request's tokens count by so much less for each that came after; the table counts as so many of its tokens, and
@@ -61,14 +61,21 @@ class Forecast:
 
     def likely(self, sequences: Many[Sequence]) -> np.ndarray:
         """How likely the next tokens of sequences, all of them noted, visit each unit, [L, R] in 0 to 1."""
+        return 1 - self._chances(sequences)[0]
+
+    def rows(self, sequences: Many[Sequence]) -> np.ndarray:
+        """How many of these next tokens are expected to visit each unit [L, R]."""
+        return self._chances(sequences)[1]
+
+    def _chances(self, sequences: Many[Sequence]) -> tuple[np.ndarray, np.ndarray]:
+        none_LR, rows_LR = np.ones(self._shape, dtype=np.float32), np.zeros(self._shape, dtype=np.float32)
         if not sequences:
-            return np.zeros(self._shape, dtype=np.float32)
+            return none_LR, rows_LR
         places = [self._noted[sequence][0] for sequence in sequences]
         share_LR = self._used_LR / np.float32(max(1, self._num_tokens))
         weights = np.float32(_TABLE_TOKENS), np.float32(_AVERAGE_TOKENS)
-        none_LR = np.empty(self._shape, dtype=np.float32)
-        unlikely(np.array(places), *weights, share_LR, *self._tables, none_LR)
-        return 1 - none_LR
+        chances(np.array(places), *weights, share_LR, *self._tables, none_LR, rows_LR)
+        return none_LR, rows_LR
 
     @property
     def _tables(self) -> tuple[np.ndarray, ...]:

@@ -43,10 +43,10 @@ def note(
 
 
 @compiled(
-    "void(i8[::1], f4, f4, f4[:,::1], f4[:,:,::1], f4[:,::1], i2[:,:,::1], f4[:,:,::1], f4[::1], f4[:,::1])",
+    "void(i8[::1], f4, f4, f4[:,::1], f4[:,:,::1], f4[:,::1], i2[:,:,::1], f4[:,:,::1], f4[::1], f4[:,::1], f4[:,::1])",
     ANY_ORDER,
 )
-def unlikely(
+def chances(
     place_N: np.ndarray,
     table_tokens: float,
     average_tokens: float,
@@ -57,14 +57,16 @@ def unlikely(
     lately_PLR: np.ndarray,
     weight_P: np.ndarray,
     none_LR: np.ndarray,
+    rows_LR: np.ndarray,
 ) -> None:
-    """Write how likely none of the next tokens of the requests at these places visits a unit.
+    """Write how likely none of the next tokens of the requests at these places visits a unit, and how many are expected
+    to.
 
     Of a unit's tokens the table says which share is followed by each unit, of few tokens nearer to the average `share`.
     """
     num_layers, num_routed = share_LR.shape
     chance_R, zero, one = np.empty(num_routed, np.float32), np.float32(0), np.float32(1)
-    none_LR[:] = one
+    none_LR[:], rows_LR[:] = one, zero
     for place in place_N:
         scale = one / (weight_P[place] + table_tokens)
         for layer in range(num_layers):
@@ -79,4 +81,6 @@ def unlikely(
                         both = follows_LRR[layer, before, unit] + average_tokens * share_LR[layer, unit]
                         chance_R[unit] += part * both
             for unit in range(num_routed):
-                none_LR[layer, unit] *= one - min(max(chance_R[unit] * scale, zero), one)
+                chance = min(max(chance_R[unit] * scale, zero), one)
+                none_LR[layer, unit] *= one - chance
+                rows_LR[layer, unit] += chance

@@ -21,6 +21,7 @@ from pregate.workers.link.protocol import SURE, Expected
 if TYPE_CHECKING:
     from pregate.model.config import LayerCut
     from pregate.model.paths import Paths
+    from pregate.router.engine.batching import UnitLayout
 
 #: Steps that are looked ahead: prompts that are taken in later are not expected yet.
 HORIZON = 8
@@ -80,6 +81,24 @@ class Lookahead:
             self._forecast.note(decoding)
             self._likely_LR = np.rint(SURE * self._forecast.likely(decoding)).astype(np.uint8)
         return Expected(step, known_HLR, self._likely_LR)
+
+    def demand(
+        self, step: int, running: Iterable[Sequence], planned: Mapping[Sequence, int], layout: UnitLayout
+    ) -> Expected:
+        """As `expect`, where steps are chosen by path: nobody knows who comes next. A unit is as likely as it is asked
+        for, by the next pieces of those that are left out and by what is forecast of those whose tokens have all run.
+        So hosts keep what most wait for, the same experts in all layers where all layers have one index."""
+        rows_U, decoding = np.zeros(layout.num_units, dtype=np.int64), list[Sequence]()
+        for sequence in running:
+            num_planned = planned.get(sequence, 0)
+            if num_planned < sequence.num_pending:
+                rows_U += sequence.next_rows(layout, self._step_tokens, num_planned)
+            else:
+                decoding.append(sequence)
+        self._forecast.note(decoding)
+        rows_LR = layout.by_layer(rows_U) + self._forecast.rows(decoding)
+        self._likely_LR = np.ceil(SURE * rows_LR / max(1.0, rows_LR.max())).astype(np.uint8)
+        return Expected(step, np.zeros((0, *self._shape), dtype=bool), self._likely_LR)
 
     def before(self, expected: Expected, paths: Paths) -> Expected:
         """Return what is expected from one step earlier on, in which tokens are expected to take these paths."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import numpy as np
 import zmq
 
 from pregate.base.errors import ProtocolError, UserError
@@ -17,6 +18,8 @@ from pregate.workers.link.wire import decode, encode
 
 #: Longest sleep on the socket before the thread looks whether it should end.
 _WAIT_S = 0.1
+#: And before it looks whether units have come or gone.
+_MOVED_S = 0.03
 
 _log = get_logger(__name__)
 
@@ -38,6 +41,7 @@ class ControlThread:
         self.draining = threading.Event()
         #: Where the data socket listens, for those past their handshake.
         self.data_endpoint = ""
+        self._said_LR: np.ndarray | None = None
 
     def start(self) -> None:
         self._thread.start()
@@ -51,18 +55,25 @@ class ControlThread:
         self._thread.join(timeout_s)
 
     def _run(self) -> None:
-        next_beat_s = time.monotonic()
+        next_beat_s, wait_s = time.monotonic(), _WAIT_S if self._host.steady else _MOVED_S
         while not self._stopping.is_set():
             now_s = time.monotonic()
-            if now_s >= next_beat_s:
+            if now_s >= next_beat_s or self._moved():
                 next_beat_s = now_s + self._heartbeat_s
                 self._beat()
-            if self._socket.poll(int(min(next_beat_s - now_s, _WAIT_S) * 1000) + 1):
+            if self._socket.poll(int(min(next_beat_s - now_s, wait_s) * 1000) + 1):
                 self._receive()
         self._socket.close()
 
+    def _moved(self) -> bool:
+        """Whether units have come or gone since engines were last told, where they do: who plans by that plans a step
+        in less than half a second."""
+        held_LR = None if self._host.steady else self._host.held_units()
+        return held_LR is not None and (self._said_LR is None or not np.array_equal(self._said_LR, held_LR))
+
     def _beat(self) -> None:
-        frames = encode(self._compute.heartbeat())
+        beat = self._compute.heartbeat()
+        self._said_LR, frames = beat.held_LR, encode(beat)
         for client in list(self._clients):
             if not transport.send(self._socket, transport.control_id(client), frames):
                 self._leave(client)
@@ -104,7 +115,7 @@ class ControlThread:
             ack = host.accept(hello, heartbeat_s=self._heartbeat_s, data_endpoint=self.data_endpoint)
         except UserError as error:
             return Refused(host.incarnation, str(error))
-        self._clients[client] = hello.engine
+        self._clients[client], self._said_LR = hello.engine, None  # it was told nothing yet
         return ack
 
     def _leave(self, client: bytes) -> None:

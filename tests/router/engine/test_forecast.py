@@ -91,3 +91,13 @@ def test_a_long_prompt_is_noted_in_pieces_and_traffic_that_changed_is_forgotten(
     late = sequence(since[:1].repeat(LAYERS, axis=1))
     forgetful.note([late])
     assert (forgetful.likely([late]).argmax(axis=1) == 2).all()
+
+
+def test_rows_are_the_sum_of_the_chances_of_each():
+    rng, forecast = np.random.default_rng(0), Forecast(LAYERS, ROUTED)
+    texts = [sequence(random_ids(rng, num, LAYERS, ROUTED, ACTIVE)) for num in (3, 9, 20)]
+    forecast.note(texts)
+    each = np.stack([forecast.likely([text]) for text in texts])
+    np.testing.assert_allclose(forecast.rows(texts), each.sum(axis=0), atol=1e-5)
+    np.testing.assert_allclose(forecast.likely(texts), 1 - np.prod(1 - each, axis=0), atol=1e-5)
+    assert not forecast.rows([]).any()

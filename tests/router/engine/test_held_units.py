@@ -56,7 +56,6 @@ def test_the_batcher_knows_what_hosts_hold_and_the_text_is_the_references(deploy
     engine.step()
     layout = batcher.layout
     assert np.array_equal(batcher.resident_U, np.logical_or(*held_HLR)[layout.layer_U, layout.expert_U])
-    assert np.array_equal(batcher.unit_s() == batcher._load_s_U, ~batcher.resident_U)
 
 
 def test_of_two_copies_the_one_that_is_held_serves_and_is_told_ahead(deployment):

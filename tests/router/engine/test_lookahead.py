@@ -5,9 +5,11 @@ import numpy as np
 from pregate.model.config import LayerCut
 from pregate.model.packed_paths import PackedPaths
 from pregate.model.paths import Paths
+from pregate.router.engine.batching import UnitLayout
 from pregate.router.engine.lookahead import Lookahead, used_units
 from pregate.router.engine.sequence import Sequence
 from pregate.router.link.messages import SamplingParams
+from pregate.workers.link.protocol import SURE
 
 #: Two layers of nine experts.
 CUTS = [LayerCut(9, 0, 1, 8)] * 2
@@ -56,6 +58,23 @@ def test_more_decode_tokens_than_a_step_takes_leave_no_room_for_prompts():
     ahead = Lookahead(CUTS, step_tokens=2, horizon=2).expect(1, running, [sequence([7])], {})
     assert not ahead.known_HLR.any()
     assert experts_of(ahead.likely_LR > 0) == [0, 1, 2]
+
+
+def test_of_steps_chosen_by_path_units_are_expected_as_they_are_asked_for():
+    """Of texts that were left out two ask for expert 3 and one for 5, a prompt's next piece once for 1 and thrice for
+    6; what one that runs now asks for next is a guess."""
+    layout = UnitLayout(np.zeros((2, 9), dtype=int), [1, 1], 1)
+    left = [sequence([0, expert], num_computed=1) for expert in (3, 5, 3)]
+    runs, prompt = sequence([7, 7], num_computed=1), sequence([0, 6, 1, 6, 6, 2])
+    ahead = Lookahead(CUTS, step_tokens=4).demand(8, [*left, prompt, runs], {runs: 1, prompt: 1}, layout)
+    assert ahead.step == 8
+    assert not ahead.known_HLR.any()
+    likely_R = ahead.likely_LR[0]
+    assert likely_R.tolist() == [*ahead.likely_LR[1, 1:], 0], "one index, one order in all layers"
+    assert likely_R[6] == SURE > likely_R[3] > likely_R[5] == likely_R[1] > 0
+    assert likely_R[7] > likely_R[[0, 2, 4, 8]].max(), "it may go on as before"
+    assert likely_R[7] < likely_R[5]
+    ahead.check(2, 9)
 
 
 def test_a_request_that_comes_changes_what_is_known_and_makes_no_forecast():

@@ -75,6 +75,22 @@ def test_what_a_unit_takes_is_measured_where_a_token_visits_all_of_a_host(path_c
             assert timing.counts(one)[0] == len(engine.config.cuts)
 
 
+@pytest.mark.parametrize("share", [0.25, 0.6, None])
+def test_units_that_come_and_go_are_measured_apart_from_those_that_stay(path_checkpoint, share):
+    hosts = hosts_here(path_checkpoint, 2, resident_experts=share)
+    with engine_of(path_checkpoint, hosts, batching="path", **OPTIONS) as engine:
+        batcher = engine.scheduler.batcher
+        assert batcher is not None
+        layout, costs = batcher.layout, batcher.costs
+        timing, num_layers = _Timing(engine.runner.backbone, layout, 16), len(layout.start_L)
+        for host, client in enumerate(hosts):
+            num_held, num_all = timing.num_held(host), int((layout.host_U == host).sum())
+            assert num_held == (None if share is None else client.cache.num_units)
+            num_visited = int((layout.rows(timing.units_of(host, num_held)) > 0).sum())
+            assert num_visited == (num_all if share is None else max(num_held, num_layers)) <= num_all
+        assert all(m >= r > 0 for m, r in zip(costs.missing_byte_s, costs.resident_byte_s, strict=True))
+
+
 @pytest.mark.parametrize("step_tokens", [1, 2])
 def test_costs_are_measured_in_steps_no_larger_than_agreed(path_checkpoint, step_tokens):
     options = OPTIONS | {"step_tokens": step_tokens}

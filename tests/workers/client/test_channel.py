@@ -223,6 +223,26 @@ def test_heartbeats_are_taken_in_between_answers(serve):
     assert client.last_heartbeat.progress > 0
 
 
+def test_an_engine_hears_at_once_of_units_that_come_and_go(serve):
+    """Long before the next heartbeat: it plans by what hosts hold."""
+
+    class MovingHost(EchoHost):
+        steady = False
+        held_LR = np.eye(2, 3, dtype=bool)
+
+        def held_units(self):
+            return self.held_LR
+
+    host = MovingHost(HostOptions())
+    client = serve(host, heartbeat_s=60.0).client()
+    for held_LR in (host.held_LR, ~host.held_LR, host.held_LR):
+        host.held_LR, give_up_s = held_LR, time.monotonic() + 20
+        while client.held_LR is None or not np.array_equal(client.held_LR, held_LR):
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+            client.poll()
+
+
 def test_an_engine_that_was_away_does_not_blame_the_host(serve):
     """Nobody looks for twice the timeout while nothing arrives: the host is asked before it counts as lost."""
     served = serve(EchoHost(HostOptions()), heartbeat_s=60.0)
