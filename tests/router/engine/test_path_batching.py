@@ -87,7 +87,7 @@ def test_units_that_come_and_go_are_measured_apart_from_those_that_stay(path_che
             num_held, num_all = timing.num_held(host), int((layout.host_U == host).sum())
             assert num_held == (None if share is None else client.cache.num_units)
             num_visited = int((layout.rows(timing.units_of(host, num_held)) > 0).sum())
-            assert num_visited == (num_all if share is None else max(num_held, num_layers)) <= num_all
+            assert num_visited == (num_all if num_held is None else max(num_held, num_layers)) <= num_all
         assert all(m >= r > 0 for m, r in zip(costs.missing_byte_s, costs.resident_byte_s, strict=True))
 
 
