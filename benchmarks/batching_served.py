@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
                     row = bench(deployment.target, sent, load * rate if load else _FLOOD)
                     rate = rate or row["requests"]["answered"] / row["seconds"]
                     of = {"model": model.name, "hosts": hosts, "resident": resident, "load": load, "policy": policy}
-                    found["rows"].append(of | {"offered": load * rate} | row)
+                    found["rows"].append(row | of | {"offered": load * rate})
                     write(args.out, found)
                     print(line(found["rows"][-1]), flush=True)
 

@@ -229,17 +229,19 @@ class Engine:
 
     def _next_step(self, now_s: float) -> list[Slice]:
         if (batcher := self.scheduler.batcher) is not None:
+            if self.exchange.wants_lookahead:
+                self.exchange.poll()  # also hosts that the last step had nothing for
             batcher.hold(self.exchange.held_LR())
         return self.scheduler.next_step(now_s)
 
     def _look_ahead(self, step: Many[Slice]) -> None:
         """Say what comes after `step`, which runs next; where gates decide, also what it itself may need. Before there
-        is one what is known has changed, and what is likely has not."""
+        is one what is known has changed, and what is likely has not, or follows from it where steps are chosen."""
         if self.lookahead is None or not self.exchange.wants_lookahead:
             return
         scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
         next_step, running, batcher = self.counts.num_steps + 1, scheduler.running, scheduler.batcher
-        if batcher is not None and running:
+        if batcher is not None and len(running) > 1:  # else there is nothing to choose
             expected = self.lookahead.demand(next_step, running, planned, batcher.layout)
         else:
             expected = self.lookahead.expect(next_step, running, scheduler.waiting, planned, forecast=bool(step))

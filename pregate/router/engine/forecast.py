@@ -26,7 +26,7 @@ _PIECE_TOKENS, _HALVE_TOKENS = 256, 1 << 18
 
 
 class Forecast:
-    """Learns as requests go on (`note`), and says what their next tokens may ask for (`likely`).
+    """Learns as requests go on (`note`), and says what their next tokens may ask for (`likely`, `rows`).
 
     Of each request that lives a place in tables holds what its last token visited, and how much each unit counts of
     what it asked for lately: requests that decode go on together, in one call.

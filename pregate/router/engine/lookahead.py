@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Steps that are looked ahead: prompts that are taken in later are not expected yet.
 HORIZON = 8
+#: Where steps are chosen by path a unit that so many ask for counts as half certain.
+_HALF_SURE = 8.0
 
 
 def used_units(ids_TLK: np.ndarray, num_routed: int) -> np.ndarray:
@@ -37,7 +39,8 @@ def used_units(ids_TLK: np.ndarray, num_routed: int) -> np.ndarray:
 
 
 class Lookahead:
-    """Looks ahead for steps of up to `step_tokens` tokens, as the scheduler fills them: first come, first served."""
+    """Looks ahead for steps of up to `step_tokens` tokens, as the scheduler fills them: first come, first served
+    (`expect`), or by path (`demand`)."""
 
     def __init__(self, cuts: Many[LayerCut], step_tokens: int, horizon: int = HORIZON) -> None:
         self._shape = (len(cuts), max(cut.num_routed for cut in cuts))
@@ -85,19 +88,24 @@ class Lookahead:
     def demand(
         self, step: int, running: Iterable[Sequence], planned: Mapping[Sequence, int], layout: UnitLayout
     ) -> Expected:
-        """As `expect`, where steps are chosen by path: nobody knows who comes next. A unit is as likely as it is asked
-        for, by the next pieces of those that are left out and by what is forecast of those whose tokens have all run.
-        So hosts keep what most wait for, the same experts in all layers where all layers have one index."""
-        rows_U, decoding = np.zeros(layout.num_units, dtype=np.int64), list[Sequence]()
+        """As `expect`, where steps are chosen by path: nobody knows who comes next. A unit is the likelier the more of
+        those who run ask for it: for certain with their next pieces, where those do not run in `planned`, else as is
+        forecast. So hosts keep what most wait for, the same experts in all layers where all layers have one index."""
+        num_LR, decoding = np.zeros(self._shape, dtype=np.float32), list[Sequence]()
+        waiting: list[np.ndarray] = []
         for sequence in running:
-            num_planned = planned.get(sequence, 0)
-            if num_planned < sequence.num_pending:
-                rows_U += sequence.next_rows(layout, self._step_tokens, num_planned)
-            else:
+            start, known = sequence.num_computed + planned.get(sequence, 0), len(sequence.token_ids)
+            if start == known:
                 decoding.append(sequence)
+            elif start == known - 1 and sequence.next_rows_U is not None:
+                waiting.append(sequence.next_rows_U)
+            else:
+                num_LR += self._units(sequence, start, min(known, start + self._step_tokens))
+        if waiting:
+            num_LR += layout.by_layer(np.stack(waiting).sum(axis=0, dtype=np.int64))
         self._forecast.note(decoding)
-        rows_LR = layout.by_layer(rows_U) + self._forecast.rows(decoding)
-        self._likely_LR = np.ceil(SURE * rows_LR / max(1.0, rows_LR.max())).astype(np.uint8)
+        num_LR += self._forecast.rows(decoding)
+        self._likely_LR = np.ceil(SURE * (num_LR / (num_LR + _HALF_SURE))).astype(np.uint8)
         return Expected(step, np.zeros((0, *self._shape), dtype=bool), self._likely_LR)
 
     def before(self, expected: Expected, paths: Paths) -> Expected:

@@ -77,13 +77,11 @@ class Sequence:
         """Whether its next token is not picked from the model's logits as they are."""
         return self._changes_logits or self.num_generated < self.sampling.min_tokens
 
-    def next_rows(self, layout: UnitLayout, most: int, num_planned: int = 0) -> np.ndarray:
-        """The rows that its pending tokens but those that are planned, at most so many, ask of each unit, uint16 [U].
-        It must have paths."""
-        start = self.num_computed + num_planned
-        if self.next_rows_U is not None and len(self.token_ids) - start == 1:  # read for all in each step
+    def next_rows(self, layout: UnitLayout, most: int) -> np.ndarray:
+        """The rows that its pending tokens, at most so many, ask of each unit, uint16 [U]. It must have paths."""
+        if self.next_rows_U is not None and len(self.token_ids) - self.num_computed == 1:  # read for all in each step
             return self.next_rows_U
-        piece = start, min(len(self.token_ids), start + most)
+        piece = self.num_computed, min(len(self.token_ids), self.num_computed + most)
         if self._chunk_rows is None or self._chunk_rows[0] != piece:
             assert self.paths is not None
             self._chunk_rows = piece, layout.rows(self.paths.slice(*piece).ids)

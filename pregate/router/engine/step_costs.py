@@ -6,7 +6,7 @@ Shape letters: T tokens, L layers, K experts per token, D hidden width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -30,18 +30,17 @@ _WORD_S = 3.0
 
 @torch.inference_mode()
 def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: CheckpointReader, most: int) -> StepCosts:
-    """Time steps of one token with one unit a layer, of several on the same, and of as many units of a host as it has
-    slots for; of each host by itself. Where that is no more than one unit a layer, its share of the way there counts as
-    the unit's. `most`: tokens that a step may have; where that is one, what its row takes counts as its unit's.
+    """Time steps of one token with one unit a layer, of several on the same, and of as many units of a host as it
+    holds; of each host by itself. Where that is no more than one unit a layer, its share of the way there counts as the
+    unit's; where it is less, those layers alone are visited. `most`: tokens that a step may have; where that is one,
+    what its row takes counts as its unit's.
 
-    A missing unit is what reading it from the checkpoint takes, or where a host cannot hold all, what those beyond its
-    slots add to a step that visits all. The blocks of the cache are written over.
+    A missing unit is what reading it from the checkpoint takes, or what those that a host does not hold add to a step
+    that asks for all of its own, if that is more. The blocks of the cache are written over.
     """
-    timing = _Timing(backbone, layout, most)
-    first_s = _unit_read_s(reader, layout)
-    row_s, byte_s, missing_s, dispatch_s = zip(
-        *(_of_host(timing, h, first_s) for h in range(layout.num_hosts)), strict=True
-    )
+    timing, read_s = _Timing(backbone, layout, most), _unit_read_s(reader, layout)
+    hosts = [_of_host(timing, host, read_s) for host in range(layout.num_hosts)]
+    row_s, byte_s, missing_s, dispatch_s = zip(*hosts, strict=True)
     one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, most, kv.num_slots // kv.block_size))
     around_s = [max(0.0, timing.step_s(kv, ids) - timing.layers_s(ids)) for ids in (one, same)]
     token_s = max(0.0, (around_s[1] - around_s[0]) / max(1, len(same) - 1))
@@ -50,30 +49,28 @@ def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: Checkpo
 
 def _of_host(timing: _Timing, host: int, read_s: float) -> tuple[float, float, float, float]:
     """Seconds of a row, of a byte that is held and of one that is missing, and of a layer's way there and back.
-    `read_s`: a byte from the checkpoint."""
+    `read_s`: a byte from the checkpoint, which stands for all bytes of a host that is home to nothing."""
+    held_LR = timing.held_by(host)
     one, same, held, whole = (
-        timing.tokens_of(host, 1),
-        timing.tokens_of(host, min(_ROWS, timing.most)),
-        timing.units_of(host, timing.num_held(host)),
+        timing.tokens_of(host, 1, held_LR),
+        timing.tokens_of(host, min(_ROWS, timing.most), held_LR),
+        timing.units_of(host, held_LR),
         timing.units_of(host),
     )
-    one_s, same_s, held_s = (timing.layers_s(ids) for ids in (one, same, held))
     (rows, num_bytes), (more_rows, _), (held_rows, held_bytes) = map(timing.counts, (one, same, held))
+    if not rows:
+        return _LEAST_S, read_s, read_s, _LEAST_S
+    one_s, same_s, held_s = (timing.layers_s(ids) for ids in (one, same, held))
     row_s = max(_LEAST_S, (same_s - one_s) / (more_rows - rows)) if more_rows > rows else _LEAST_S
     left_s, left_bytes = held_s - one_s - (held_rows - rows) * row_s, held_bytes - num_bytes
     if not left_bytes:
-        left_s, left_bytes = one_s - rows * row_s, max(1.0, num_bytes)
+        left_s, left_bytes = one_s - rows * row_s, num_bytes
     byte_s = max(_LEAST_S, left_s / left_bytes)
     missing_s, (all_rows, all_bytes) = max(read_s, byte_s), timing.counts(whole)
     if all_bytes > held_bytes:
         left_s = timing.layers_s(whole) - held_s - (all_rows - held_rows) * row_s
         missing_s = max(missing_s, left_s / (all_bytes - held_bytes))
-    return (
-        row_s,
-        byte_s,
-        missing_s,
-        max(_LEAST_S, (one_s - rows * row_s - num_bytes * byte_s) / len(timing.layout.start_L)),
-    )
+    return row_s, byte_s, missing_s, max(_LEAST_S, (one_s - rows * row_s - num_bytes * byte_s) / rows)
 
 
 class _Timing:
@@ -86,30 +83,34 @@ class _Timing:
         self._row_D = torch.randn(backbone.config.text_config.hidden_size).to(backbone.device, backbone.dtype)
         self._number = 0
 
-    def num_held(self, host: int) -> int | None:
-        """How many units the host has slots for, which it filled at start; None for all."""
+    def held_by(self, host: int) -> np.ndarray | None:
+        """Which units the host holds, bool [L, R]; None for all."""
         exchange, give_up_s = self._backbone.exchange, time.monotonic() + _WORD_S
         while (said_LR := exchange.clients[host].units_LR) is None and time.monotonic() < give_up_s:
             time.sleep(_WORD_S / 100)
             exchange.poll()
-        return None if said_LR is None or exchange.clients[host].held_LR is None else int(said_LR.sum())
+        return None if exchange.clients[host].held_LR is None else said_LR
 
-    def tokens_of(self, host: int, num_tokens: int) -> np.ndarray:
+    def tokens_of(self, host: int, num_tokens: int, held_LR: np.ndarray | None = None) -> np.ndarray:
         """Paths [T, L, K] of so many tokens, all on the same unit of a host in each layer."""
-        ids_TLK = np.repeat(self.units_of(host)[:1], num_tokens, axis=0)
+        ids_TLK = np.repeat(self.units_of(host, held_LR)[:1], num_tokens, axis=0)
         ids_TLK[..., 1:] = -1
         return ids_TLK
 
-    def units_of(self, host: int, num_units: int | None = None) -> np.ndarray:
-        """Paths of as many tokens as visit all units of a host, or about so many, evenly over its layers but at least
-        one of each; each once or so, and no more tokens than a step may have."""
+    def units_of(self, host: int, held_LR: np.ndarray | None = None) -> np.ndarray:
+        """Paths of as many tokens as visit all units of a host, each once or so, or as many as it holds, those of its
+        layers in turn: what it holds is in the first layers, or wherever it was last. No more tokens than a step may
+        have."""
         layout = self.layout
         units = [layout.expert_U[(layout.layer_U == n) & (layout.host_U == host)] for n in range(len(self._cuts))]
-        if num_units is not None:
-            place, num_of = np.concatenate([np.arange(len(found)) for found in units]), [len(found) for found in units]
-            first = np.argsort(place, kind="stable")[: max(num_units, sum(map(bool, num_of)))]  # layers in turn
-            num_of = np.bincount(np.repeat(np.arange(len(units)), num_of)[first], minlength=len(units))
-            units = [found[:num] for found, num in zip(units, num_of, strict=True)]
+        if held_LR is not None:
+            widths = np.array([cut.expert_width for cut in self._cuts])
+            for width in np.unique(widths):  # each has slots of its own
+                layers = np.flatnonzero(widths == width)
+                for layer, num in zip(
+                    layers, _in_turn([len(units[n]) for n in layers], held_LR[layers].sum()), strict=True
+                ):
+                    units[layer] = units[layer][:num]
         width = [min(cut.num_active, len(found)) for cut, found in zip(self._cuts, units, strict=True)]
         num_tokens = max(1, *(-(-len(found) // k) if k else 1 for found, k in zip(units, width, strict=True)))
         ids_TLK = np.full((num_tokens, len(self._cuts), self._k), -1, dtype=np.int16)
@@ -167,6 +168,14 @@ class _Timing:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start_s)
         return min(times)
+
+
+def _in_turn(most: Sequence[int], total: int) -> list[int]:
+    """Share out at most so many, one to each at a time and no more than `most` to any. Example: [3, 1, 3] and 6 give
+    [3, 1, 2]."""
+    rounds = [(taken, place) for place, num in enumerate(most) for taken in range(num)]
+    places = [place for _, place in sorted(rounds)[:total]]
+    return [places.count(place) for place in range(len(most))]
 
 
 def _unit_read_s(reader: CheckpointReader, layout: UnitLayout) -> float:

@@ -1,7 +1,7 @@
 """How far steps take what their measured constants say, learned while they run. NumPy only, no clock.
 
 Constants are measured at start, each by itself. In a step loads hide behind work, or wait for it, hosts share cores,
-and which units are missing is half a second old: a choice by constants alone may save what costs nothing.
+and which units are missing changes while a step runs: a choice by constants alone may save what costs nothing.
 
 A step has four parts (shape letter 4): what it takes anyhow, by its tokens, in its layers if every unit were held, and
 what loads of missing ones add to that.

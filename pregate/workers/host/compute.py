@@ -52,6 +52,7 @@ class ComputeThread:
         #: Seconds in which messages were handled, so far.
         self.compute_s = 0.0
         self._quiet = False
+        self._heard: set[bytes] = set()
         self._thread = threading.Thread(target=self._run, name="pregate-compute", daemon=True)
 
     def start(self) -> None:
@@ -71,6 +72,11 @@ class ComputeThread:
     def quiet(self) -> bool:
         """True while nothing is being done and nothing has come for `_WAIT_S`."""
         return self._quiet
+
+    def take_heard(self) -> set[bytes]:
+        """Return the clients that have sent something since this was last asked; called from the I/O thread."""
+        heard, self._heard = self._heard, set()
+        return heard
 
     def heartbeat(self) -> Heartbeat:
         """Return what the thread has finished and what it is at; called from the I/O thread."""
@@ -124,6 +130,7 @@ class ComputeThread:
         if transport.client_of(peer) not in self._clients:
             key = message.key if isinstance(message, GroupMessage) else None
             return NeedHello(key, self._host.incarnation)
+        self._heard.add(transport.client_of(peer))
         if isinstance(message, GroupMessage):
             rows_PD = self._host.compute(message.key, from_rows(message.rows), message.index)
             return RowsMessage(message.key, self._host.incarnation, to_rows(rows_PD))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
 import numpy as np
 import zmq
@@ -58,23 +59,26 @@ class ControlThread:
         next_beat_s, wait_s = time.monotonic(), _WAIT_S if self._host.steady else _MOVED_S
         while not self._stopping.is_set():
             now_s = time.monotonic()
-            if now_s >= next_beat_s or self._moved():
+            if now_s >= next_beat_s:
                 next_beat_s = now_s + self._heartbeat_s
-                self._beat()
+                self._beat(self._clients)
+            elif self._moved() and (heard := self._compute.take_heard()):
+                self._beat(heard)
             if self._socket.poll(int(min(next_beat_s - now_s, wait_s) * 1000) + 1):
                 self._receive()
         self._socket.close()
 
     def _moved(self) -> bool:
-        """Whether units have come or gone since engines were last told, where they do: who plans by that plans a step
-        in less than half a second."""
+        """Whether units have come or gone since engines were last told, where they do. Who plans by that plans a step
+        in less than the time between heartbeats, so those who have sent something since hear of it at once; others do
+        not, for they may not read."""
         held_LR = None if self._host.steady else self._host.held_units()
         return held_LR is not None and (self._said_LR is None or not np.array_equal(self._said_LR, held_LR))
 
-    def _beat(self) -> None:
+    def _beat(self, clients: Iterable[bytes]) -> None:
         beat = self._compute.heartbeat()
         self._said_LR, frames = beat.held_LR, encode(beat)
-        for client in list(self._clients):
+        for client in [client for client in tuple(clients) if client in self._clients]:
             if not transport.send(self._socket, transport.control_id(client), frames):
                 self._leave(client)
 
@@ -115,7 +119,7 @@ class ControlThread:
             ack = host.accept(hello, heartbeat_s=self._heartbeat_s, data_endpoint=self.data_endpoint)
         except UserError as error:
             return Refused(host.incarnation, str(error))
-        self._clients[client], self._said_LR = hello.engine, None  # it was told nothing yet
+        self._clients[client] = hello.engine
         return ack
 
     def _leave(self, client: bytes) -> None:

@@ -19,8 +19,9 @@ class Expected:
 
     `known_HLR` bool: used in step `step` + h for certain (paths of prompts that wait or are half computed), if the
     engine takes them in as it expects. `likely_LR` uint8: how likely running requests ask for it in any of these steps
-    and later ones, from 0 to `SURE`. Where units come and go what is known is fetched ahead, and what is likely only
-    stays longer. A host whose own all stay loads both into slots that are free: units of another one that is lost.
+    and later ones, from 0 to `SURE`; where steps are chosen by path, how many do. Where units come and go what is known
+    is fetched ahead, and what is likely only stays longer. A host whose own all stay loads both into slots that are
+    free: units of another one that is lost.
     """
 
     step: int

@@ -62,7 +62,7 @@ def test_more_decode_tokens_than_a_step_takes_leave_no_room_for_prompts():
 
 def test_of_steps_chosen_by_path_units_are_expected_as_they_are_asked_for():
     """Of texts that were left out two ask for expert 3 and one for 5, a prompt's next piece once for 1 and thrice for
-    6; what one that runs now asks for next is a guess."""
+    6, which makes one who asks; what one that runs now asks for next is a guess."""
     layout = UnitLayout(np.zeros((2, 9), dtype=int), [1, 1], 1)
     left = [sequence([0, expert], num_computed=1) for expert in (3, 5, 3)]
     runs, prompt = sequence([7, 7], num_computed=1), sequence([0, 6, 1, 6, 6, 2])
@@ -71,10 +71,20 @@ def test_of_steps_chosen_by_path_units_are_expected_as_they_are_asked_for():
     assert not ahead.known_HLR.any()
     likely_R = ahead.likely_LR[0]
     assert likely_R.tolist() == [*ahead.likely_LR[1, 1:], 0], "one index, one order in all layers"
-    assert likely_R[6] == SURE > likely_R[3] > likely_R[5] == likely_R[1] > 0
+    assert SURE > likely_R[3] > likely_R[5] == likely_R[1] == likely_R[6] > 0
     assert likely_R[7] > likely_R[[0, 2, 4, 8]].max(), "it may go on as before"
     assert likely_R[7] < likely_R[5]
     ahead.check(2, 9)
+
+
+def test_what_most_ask_for_is_likeliest_however_many_they_are():
+    rng, layout = np.random.default_rng(0), UnitLayout(np.zeros((2, 9), dtype=int), [1, 1], 1)
+    for num in (1, 3, 30, 300):
+        left = [sequence([0, int(expert)], num_computed=1) for expert in rng.integers(0, 3, num)]
+        runs = [sequence([int(expert)] * 3, num_computed=2) for expert in rng.integers(0, 8, 7)]
+        hot = [sequence([0, 6], num_computed=1) for _ in range(num + 8)]
+        ahead = Lookahead(CUTS, step_tokens=4).demand(1, [*left, *runs, *hot], dict.fromkeys(runs, 1), layout)
+        assert ahead.likely_LR.argmax(axis=1).tolist() == [6, 7]
 
 
 def test_a_request_that_comes_changes_what_is_known_and_makes_no_forecast():

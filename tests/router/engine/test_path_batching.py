@@ -9,7 +9,7 @@ import pytest
 
 from pregate.router.engine.batching import UnitLayout
 from pregate.router.engine.engine import Engine
-from pregate.router.engine.step_costs import _Timing
+from pregate.router.engine.step_costs import _in_turn, _Timing
 from pregate.router.link.messages import SamplingParams, SubmitRequest, TokensEvent
 from tests.random_checkpoints import make_checkpoint
 from tests.router.running import local_engine
@@ -76,19 +76,31 @@ def test_what_a_unit_takes_is_measured_where_a_token_visits_all_of_a_host(path_c
 
 
 @pytest.mark.parametrize("share", [0.25, 0.6, None])
-def test_units_that_come_and_go_are_measured_apart_from_those_that_stay(path_checkpoint, share):
+def test_what_a_host_holds_is_timed_without_loads_and_what_is_missing_with(path_checkpoint, share):
     hosts = hosts_here(path_checkpoint, 2, resident_experts=share)
     with engine_of(path_checkpoint, hosts, batching="path", **OPTIONS) as engine:
         batcher = engine.scheduler.batcher
         assert batcher is not None
-        layout, costs = batcher.layout, batcher.costs
-        timing, num_layers = _Timing(engine.runner.backbone, layout, 16), len(layout.start_L)
+        timing = _Timing(engine.runner.backbone, batcher.layout, 16)
         for host, client in enumerate(hosts):
-            num_held, num_all = timing.num_held(host), int((layout.host_U == host).sum())
-            assert num_held == (None if share is None else client.cache.num_units)
-            num_visited = int((layout.rows(timing.units_of(host, num_held)) > 0).sum())
-            assert num_visited == (num_all if num_held is None else max(num_held, num_layers)) <= num_all
-        assert all(m >= r > 0 for m, r in zip(costs.missing_byte_s, costs.resident_byte_s, strict=True))
+            held_LR, num_all = timing.held_by(host), int((batcher.layout.host_U == host).sum())
+            held, whole = timing.units_of(host, held_LR), timing.units_of(host)
+            assert (held_LR is None) == (share is None)
+            num_held = int((batcher.layout.rows(held) > 0).sum())
+            assert num_held == (num_all if held_LR is None else client.cache.num_units)
+            timing.layers_s(held)
+            before = client.cache.units_read
+            for ids_TLK in (timing.tokens_of(host, 1, held_LR), timing.tokens_of(host, 9, held_LR), held):
+                timing.layers_s(ids_TLK)
+            assert client.cache.units_read == before
+            timing.layers_s(whole)
+            assert (client.cache.units_read > before) == (num_held < num_all)
+
+
+def test_slots_are_shared_out_to_layers_in_turn():
+    assert _in_turn([3, 1, 3], 6) == [3, 1, 2]
+    assert _in_turn([3, 1, 3], 2) == [1, 1, 0]
+    assert _in_turn([3, 0, 3], 99) == [3, 0, 3]
 
 
 @pytest.mark.parametrize("step_tokens", [1, 2])

@@ -234,13 +234,19 @@ def test_an_engine_hears_at_once_of_units_that_come_and_go(serve):
             return self.held_LR
 
     host = MovingHost(HostOptions())
-    client = serve(host, heartbeat_s=60.0).client()
-    for held_LR in (host.held_LR, ~host.held_LR, host.held_LR):
+    served = serve(host, heartbeat_s=60.0)
+    client = served.client()
+    quiet = served.client()  # another engine, that sends nothing
+    for number, held_LR in enumerate((~host.held_LR, host.held_LR, ~host.held_LR)):
+        client.send_group(KEY._replace(step=number), rows(1))
+        client.receive(KEY._replace(step=number), 5.0)
         host.held_LR, give_up_s = held_LR, time.monotonic() + 20
         while client.held_LR is None or not np.array_equal(client.held_LR, held_LR):
             assert time.monotonic() < give_up_s
             time.sleep(0.01)
             client.poll()
+    quiet.poll()
+    assert quiet.last_heartbeat is None, "it may be long before it reads"
 
 
 def test_an_engine_that_was_away_does_not_blame_the_host(serve):
