@@ -25,7 +25,7 @@ _MARKS = 16
 #: Of so many candidates the order begins with one, of twice as many with two.
 _BEGINNINGS = 64
 #: Whoever came first runs unless others take so much less time a token.
-_GAIN = 0.05
+_GAIN = 0.1
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,13 @@ class UnitLayout:
 @dataclass(frozen=True)
 class Choice:
     """`order`: the candidates that run, those that are overdue first. The last may run in part, where the budget ends.
-    `step_s` is what the step is thought to take, `num_units` how many units it asks for."""
+    `step_s` is what the step is thought to take, `num_units` how many units it asks for. `chosen`: they are not just
+    those that came first."""
 
     order: tuple[int, ...]
     step_s: float
     num_units: int
+    chosen: bool
 
 
 class PathBatcher:
@@ -182,8 +184,9 @@ class PathBatcher:
         best = int(np.argmin(token_s_M))
         if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
             best = len(ends_M)
-        some_N = np.arange(num_first) if best == len(ends_M) else order_N[: ends_M[best]]
-        return Choice(tuple(some_N.tolist()), float(seconds_M[best]), int(units_M[best]))
+        chosen = best < len(ends_M)
+        some_N = order_N[: ends_M[best]] if chosen else np.arange(num_first)
+        return Choice(tuple(some_N.tolist()), float(seconds_M[best]), int(units_M[best]), chosen)
 
     def _tables(self, rows: Sequence[np.ndarray], single: bool) -> tuple[np.ndarray, np.ndarray]:
         """The candidates' rows, and 1 where there are any, both float32 [N, U], the same where each is `single`, of
