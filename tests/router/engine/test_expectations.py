@@ -152,7 +152,9 @@ def test_who_lives_loads_what_a_lost_host_had_before_it_is_asked_for(request, ki
         assert 0 in engine.exchange.lost
         members = engine.exchange.members  # type: ignore[attr-defined]
         wait_for(lambda: engine.idle() or not members.catching_up, what="all units held")
-        wait_for(lambda: all((c.units_LR == c._host._store._held_LR).all() for c in clients[1:]), what="all loaded")
+        wait_for(
+            lambda: all((c.units_LR == c._host._store.states.held_LR).all() for c in clients[1:]), what="all loaded"
+        )
         for number in (1, 2):
             assert clients[number].units_LR[members.hosts_of_LR == number].all()
         stats = [client._host.status() for client in clients[1:]]

@@ -49,7 +49,7 @@ def tiered(path, num_hosts: int, share: float, trouble: dict | None = None, engi
             reader.begin()
         yield made, readers, hosts
         for host in hosts:
-            for pool in host._store._pools.values():
+            for pool in (room.pool for room in host._store.rooms):
                 pool.check()
 
 

@@ -103,7 +103,7 @@ def test_new_homes_wait_for_what_is_loaded_ahead(reader):
     (slot,) = store.slots(0, np.array([5]))
     assert torch.equal(store.weights(0).gate_up_SMD[slot], gate_up)
     assert torch.equal(store.weights(0).down_SDM[slot], down)
-    store._pools[256].check()
+    store.rooms.of(0).pool.check()
 
 
 def test_a_host_loads_by_itself_and_answers_as_before(reader):

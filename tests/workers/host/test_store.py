@@ -33,7 +33,7 @@ def hold(store: UnitStore, reader: CheckpointReader, layer: int, experts: list[i
         gate_up, down = reader.read_unit(layer, expert)
         assert torch.equal(weights.gate_up_SMD[slot], gate_up)
         assert torch.equal(weights.down_SDM[slot], down)
-    for pool in store._pools.values():
+    for pool in (room.pool for room in store.rooms):
         pool.check()
     return slots
 

@@ -45,7 +45,7 @@ def ask(store: UnitStore, reader, layer: int, *experts: int) -> None:
         gate_up, down = reader.read_unit(layer, expert)
         assert torch.equal(weights.gate_up_SMD[slot], gate_up) and torch.equal(weights.down_SDM[slot], down)
     store.release()
-    store._pools[256].check()
+    store.rooms.of(0).pool.check()
 
 
 @pytest.mark.parametrize(("resident", "num_slots"), [(0.5, 5), (4, 4), (7.0 * UNIT_BYTES, 7), (11, 11), (1e12, 11)])
@@ -160,7 +160,7 @@ def test_a_read_that_fails_once_is_tried_again_and_one_that_fails_for_good_is_sa
     assert fetch_all(store) == [(0, 4), (0, 5)], "a failure ahead is not repeated, and stops nothing"
     with pytest.raises(CheckpointError, match=r"unit \(0, 4\) cannot be loaded: the disk did not answer"):
         ask(store, reader, 0, 4)
-    store._pools[256].check()
+    store.rooms.of(0).pool.check()
     unsteady.broken.clear()
     ask(store, reader, 0, 4)
     ask(store, reader, 0, 5)
