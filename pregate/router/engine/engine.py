@@ -241,7 +241,7 @@ class Engine:
             return
         scheduler, planned = self.scheduler, {piece.sequence: piece.num_tokens for piece in step}
         next_step, running, batcher = self.counts.num_steps + 1, scheduler.running, scheduler.batcher
-        if batcher is not None and scheduler.choice is not None and scheduler.choice.chosen:
+        if batcher is not None and running and scheduler.choice is not None and scheduler.choice.chosen:
             expected = self.lookahead.demand(next_step, running, planned, batcher.layout)
         else:
             expected = self.lookahead.expect(next_step, running, scheduler.waiting, planned, forecast=bool(step))
