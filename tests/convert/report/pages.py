@@ -65,9 +65,9 @@ def load(path: Path) -> RoutedForCausalLM:
 def random_checkpoint(folder: Path, dense: Path, layer_cuts: list[dict[str, int]], **fields) -> Path:
     """Random weights and a fixed number of experts; cuts may differ, as no conversion here would make them."""
     text_config = json.loads((dense / "config.json").read_text()) | {"num_hidden_layers": len(layer_cuts)}
-    model = RoutedForCausalLM(RoutedConfig(text_config=text_config, layer_cuts=layer_cuts, **fields))
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        model = RoutedForCausalLM(RoutedConfig(text_config=text_config, layer_cuts=layer_cuts, **fields))
         for mlp in model.routed_mlps:
             mlp.neuron_index.copy_(torch.arange(len(mlp.neuron_index)))
             for name, parameter in mlp.named_parameters():
