@@ -41,7 +41,8 @@ def measure(backbone: Backbone, kv: PagedKV, layout: UnitLayout, reader: Checkpo
     timing, read_s = _Timing(backbone, layout, most), _unit_read_s(reader, layout)
     hosts = [_of_host(timing, host, read_s) for host in range(layout.num_hosts)]
     row_s, byte_s, missing_s, dispatch_s = zip(*hosts, strict=True)
-    one, same = timing.tokens_of(0, 1), timing.tokens_of(0, min(_ROWS, most, kv.num_slots // kv.block_size))
+    held_LR, num_same = timing.held_by(0), min(_ROWS, most, kv.num_slots // kv.block_size)
+    one, same = timing.tokens_of(0, 1, held_LR), timing.tokens_of(0, num_same, held_LR)
     around_s = [max(0.0, timing.step_s(kv, ids) - timing.layers_s(ids)) for ids in (one, same)]
     token_s = max(0.0, (around_s[1] - around_s[0]) / max(1, len(same) - 1))
     return StepCosts(row_s, byte_s, missing_s, max(dispatch_s), max(0.0, around_s[0] - token_s), token_s)
