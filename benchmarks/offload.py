@@ -34,6 +34,7 @@ from pregate.router.link.messages import SamplingParams, SubmitRequest
 from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
+from pregate.workers.host.slots import Unit as Weights
 
 PROMPT_TOKENS = 512
 
@@ -51,8 +52,8 @@ class ThrottledReader:
     def begin(self) -> None:
         self._begun = True
 
-    def read_unit(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        unit = self._reader.read_unit(layer, expert)
+    def read_unit(self, layer: int, expert: int, out: Weights | None = None) -> Weights:
+        unit = self._reader.read_unit(layer, expert, out)
         if self._begun and self._bandwidth is not None:
             with self._lock:
                 self._free_s = max(self._free_s, time.monotonic()) + (unit[0].nbytes + unit[1].nbytes) / self._bandwidth

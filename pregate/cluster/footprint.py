@@ -62,12 +62,16 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
     backbone = reader.manifest.weight_bytes - units - shared
     homes = [[unit_bytes[layer] for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
-    shares = [resident_share(config.host.resident_experts, sizes) for sizes in homes]
+    in_slots = [[int(size * growth) for size in sizes] for sizes in homes]
+    shares = [resident_share(config.host.resident_experts, sizes) for sizes in in_slots]
     return Footprint(
         backbone_bytes=int(backbone * growth),
         shared_bytes=int(shared * expert_growth),
         kv_cache_bytes=kv_cache_bytes(reader, config),
-        units_bytes=tuple(int(share * sum(sizes) * expert_growth) for share, sizes in zip(shares, homes, strict=True)),
+        units_bytes=tuple(
+            int(share * sum(sizes) * (expert_growth if share == 1 else growth))
+            for share, sizes in zip(shares, homes, strict=True)
+        ),
         # Supervisor, engines, front door; with exact paths the path router service.
         num_processes=config.hosts + config.engines + 2 + experts.exact_paths,
         num_engines=config.engines,

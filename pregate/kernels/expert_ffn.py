@@ -43,9 +43,11 @@ def choose(
     act: str,
     widths: Iterable[int],
     fits_fp16: Callable[[], bool] = lambda: False,
+    passing: bool = False,
 ) -> ExpertFFN:
     """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet,
-    `fits_fp16` says whether fp16 holds the weights as they are (`cpu.packed.fits_fp16`), asked only where that matters.
+    `fits_fp16` says whether fp16 holds the weights as they are (`cpu.packed.fits_fp16`), asked only where that matters,
+    `passing` that experts come and go.
 
     Raises UserError when the named implementation is unknown or cannot run here, and for a dtype that this CPU has no
     instructions for; only "auto" chooses.
@@ -60,7 +62,7 @@ def choose(
         _refuse_slow(dtype)
     widths = tuple(widths)
     if implementation == "auto":
-        name, reason = _best(device, dtype, act, widths, fits_fp16)
+        name, reason = _best(device, dtype, act, widths, fits_fp16, passing)
     else:
         name, reason = implementation, "asked for by name"
         if hindrance := why_not(name, device, dtype, act, widths):
@@ -108,13 +110,20 @@ def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, width
 
 
 def _best(
-    device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...], fits_fp16: Callable[[], bool]
+    device: torch.device,
+    dtype: torch.dtype,
+    act: str,
+    widths: tuple[int, ...],
+    fits_fp16: Callable[[], bool],
+    passing: bool,
 ) -> tuple[str, str]:
     """Return the implementation that "auto" means, and why."""
     if device.type == "cuda":
         if hindrance := why_not("triton", device, dtype, act, widths):
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
+    if passing:
+        return "loop", "experts come and go: to pack one takes as long as its products"
     if dtype == torch.float32 and not cpu_packed.why_no_fp16() and fits_fp16():
         return "packed", "fp16 holds the weights: half the bytes to read"
     unpacked = "" if cpu_ffn.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"

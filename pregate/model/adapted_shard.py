@@ -43,8 +43,8 @@ class AdaptedTensors:
             if not own and not self._parent.keys() >= set(sources):
                 raise ValueError(f"neither the adapter nor its parent has what {name} is made of")
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A copy of a tensor, or of entry `index` of its first dimension, as the checkpoint has it."""
+    def read(self, name: str, index: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of entry `index` of its first dimension, as the checkpoint has it; made anew."""
         import torch
 
         from pregate.model.factors import changed, dequantised, projected

@@ -154,6 +154,7 @@ class CheckpointReader:
         self.path = Path(path)
         self.manifest, self.shards = open_shards(self.path, Path(parent) if parent else None, hashes)
         self.config = self._config()
+        self._cuts = self.config.cuts  # made anew each time they are asked for, and every load asks
         self.fingerprint = hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
         self._experts = self._index()
 
@@ -175,14 +176,14 @@ class CheckpointReader:
     def _index(self) -> dict[tuple[int, str], tuple[Shard, str]]:
         named = ((shard, name, _EXPERTS.search(name)) for shard in self.shards for name in shard.tensors)
         found = {(int(match[1]), match[2]): (shard, name) for shard, name, match in named if match}
-        for layer, cut in enumerate(self.config.cuts):
+        for layer, cut in enumerate(self._cuts):
             if cut.num_routed and ((layer, "gate_up_proj") not in found or (layer, "down_proj") not in found):
                 raise CheckpointError(f"{self.path}: layer {layer} has {cut.num_routed} routed experts but no weights")
         return found
 
     @property
     def num_layers(self) -> int:
-        return len(self.config.cuts)
+        return len(self._cuts)
 
     @property
     def hidden_size(self) -> int:
@@ -192,14 +193,18 @@ class CheckpointReader:
     def hidden_act(self) -> str:
         return self.config.hidden_act
 
-    def read_unit(self, layer: int, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read unit (layer, expert): copies `gate_up` [2M, D] and `down` [D, M] in the checkpoint's dtype.
+    def read_unit(
+        self, layer: int, expert: int, out: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read unit (layer, expert): copies `gate_up` [2M, D] and `down` [D, M] in the checkpoint's dtype, each in its
+        part of `out` where that is of this dtype and the checkpoint has it as it is.
 
         CheckpointError when the file was changed since this reader was made.
         """
-        if not 0 <= layer < self.num_layers or not 0 <= expert < self.config.cuts[layer].num_routed:
+        if not 0 <= layer < self.num_layers or not 0 <= expert < self._cuts[layer].num_routed:
             raise UserError(f"unit ({layer}, {expert}): not in this checkpoint")
-        return self._read(layer, "gate_up_proj", expert), self._read(layer, "down_proj", expert)
+        gate_up, down = out or (None, None)
+        return self._read(layer, "gate_up_proj", expert, gate_up), self._read(layer, "down_proj", expert, down)
 
     def read_ahead(self, layer: int, expert: int) -> None:
         """Have the system bring a unit that will be read into its cache; returns at once."""
@@ -208,16 +213,16 @@ class CheckpointReader:
             if isinstance(shard, ShardFile):  # what is computed from others is not in a file
                 shard.read_ahead(name, expert)
 
-    def _read(self, layer: int, part: str, expert: int) -> torch.Tensor:
+    def _read(self, layer: int, part: str, expert: int, out: torch.Tensor | None) -> torch.Tensor:
         shard, name = self._experts[layer, part]
         try:
-            return shard.read(name, expert)
+            return shard.read(name, expert, out)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{shard.path}: {error}") from error
 
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one unit of `layer` as stored (0 for a dense layer)."""
-        cut = self.config.cuts[layer]
+        cut = self._cuts[layer]
         if not cut.num_routed:
             return 0
         shard, name = self._experts[layer, "down_proj"]

@@ -61,8 +61,8 @@ class Shard(Protocol):
     path: Path
     tensors: Mapping[str, Stored]
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A copy of a tensor, or of entry `index` of its first dimension, as stored."""
+    def read(self, name: str, index: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of entry `index` of its first dimension, as stored; in `out` where it can be."""
         ...
 
 
@@ -79,15 +79,16 @@ class ShardFile:
             raise ValueError(f"its header would be {num_bytes} bytes of {size}")
         self.tensors: Mapping[str, Stored] = tensors_of(self._file.read(num_bytes), size)
 
-    def read(self, name: str, index: int | None = None) -> torch.Tensor:
-        """A copy of a tensor, or of entry `index` of its first dimension, as stored.
+    def read(self, name: str, index: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A copy of a tensor, or of entry `index` of its first dimension, as stored: `out`, which is contiguous and of
+        this shape, where it is of the stored dtype, too.
 
         ValueError when the file was written over or cut since it was opened: it is not what was checked.
         """
         stored = self.tensors[name]
         shape = stored.shape if index is None else stored.shape[1:]
         num_bytes = prod(shape) * _READ_BYTES[stored.dtype]
-        return self._copy(stored.dtype, shape, [(num_bytes, stored.start + (index or 0) * num_bytes)])
+        return self._copy(stored.dtype, shape, [(num_bytes, stored.start + (index or 0) * num_bytes)], out)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
         """Copies of rows of a matrix [I, D], in the order of `rows`; nothing else is read."""
@@ -96,19 +97,23 @@ class ShardFile:
         parts = [(row_bytes, stored.start + row * row_bytes) for row in rows]
         return self._copy(stored.dtype, (len(rows), *stored.shape[1:]), parts)
 
-    def _copy(self, dtype: str, shape: tuple[int, ...], parts: list[tuple[int, int]]) -> torch.Tensor:
-        """A tensor of the file's bytes at `parts`, (number, from) each, one after the other."""
+    def _copy(
+        self, dtype: str, shape: tuple[int, ...], parts: list[tuple[int, int]], out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A tensor, `out` if it is of this dtype, of the file's bytes at `parts`, (number, from) each, one after the
+        other."""
         import torch
 
-        data = torch.empty(sum(number for number, _start in parts), dtype=torch.uint8)
-        buffer: Any = data.numpy()
+        kind = getattr(torch, _READ_NAMES[dtype])
+        data = torch.empty(shape, dtype=kind) if out is None or out.dtype != kind else out
+        buffer: Any = data.reshape(-1).view(torch.uint8).numpy()
         view, done = memoryview(buffer), 0
         for number, start in parts:
             self._fill(view[done : done + number], start)
             done += number
         if self._stamp_now() != self._stamp:
             raise ValueError("was changed after it was opened")
-        return data.view(getattr(torch, _READ_NAMES[dtype])).view(shape)
+        return data
 
     def read_ahead(self, name: str, index: int) -> None:
         """Have the system bring an entry of a tensor into its cache; returns at once."""

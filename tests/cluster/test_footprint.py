@@ -58,4 +58,7 @@ def test_experts_stored_in_16_bits_stay_in_them_on_a_cpu():
     quartet = ROOT / "examples" / "quartet-paths"
     packed, loop = (footprint(quartet, hosts=1, host={"expert_ffn": name}) for name in ("auto", "loop"))
     assert 2 * packed.units_bytes[0] == loop.units_bytes[0]
+    passing = footprint(quartet, hosts=1, host={"resident_experts": packed.units_bytes[0] / 2})
+    assert passing.units_bytes[0] == packed.units_bytes[0] / 2, "those that come and go lie in float32, so a quarter"
+    assert passing.kept_bytes == 0
     assert packed.kv_cache_bytes == loop.kv_cache_bytes

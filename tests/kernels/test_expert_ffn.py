@@ -52,6 +52,13 @@ def test_weights_are_looked_at_only_where_it_matters(monkeypatch):
     assert looked == []
 
 
+def test_experts_that_come_and_go_are_not_packed(log):
+    given = {"act": "silu", "widths": LARGE, "passing": True}
+    assert choose("auto", CPU, torch.float32, fits_fp16=lambda: True, **given).name == "loop"
+    assert "loop (experts come and go" in log[0]
+    assert choose("packed", CPU, torch.float32, **given).name == "packed", "by name"
+
+
 def test_a_named_implementation_is_taken_or_refused():
     names = ["loop", "grouped", "packed", *([] if HINDRANCE else ["int8"])]
     for name in names:

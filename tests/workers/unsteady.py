@@ -26,9 +26,9 @@ class UnsteadyReader:
     def begin(self) -> None:
         self._begun = True
 
-    def read_unit(self, layer: int, expert: int):
+    def read_unit(self, layer: int, expert: int, out=None):
         if not self._begun:
-            return self._reader.read_unit(layer, expert)
+            return self._reader.read_unit(layer, expert, out)
         with self._lock:
             self.num_reads += 1
             delay_s = self._random.random() * self._delay_s
@@ -39,4 +39,4 @@ class UnsteadyReader:
         time.sleep(delay_s)
         if fails:
             raise CheckpointError("the disk did not answer")
-        return self._reader.read_unit(layer, expert)
+        return self._reader.read_unit(layer, expert, out)

@@ -30,6 +30,7 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
 from pregate.workers.host.prefetch import Prefetcher
 from pregate.workers.host.prepared import PreparedPlan, prepare
+from pregate.workers.host.residency import resident_share
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
 from pregate.workers.link.protocol import (
@@ -61,12 +62,13 @@ class ExpertHost:
         *,
         beside_engine: bool = False,
     ) -> None:
-        self.options = options
+        self.options, units = options, sorted(set(units))
         self.incarnation = uuid.uuid4().hex
         self.fingerprint = reader.fingerprint
         self._reader = reader
         self._device = torch.device(options.device)
         self._dtype = expert_ffn.choose_dtype(options.dtype, self._device)
+        share = self._resident_share(units)
         widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
         some = [layer for layer, cut in enumerate(reader.config.cuts) if cut.num_routed][:1]
         self._ffn = expert_ffn.choose(
@@ -76,6 +78,7 @@ class ExpertHost:
             act=reader.hidden_act,
             widths=widths,
             fits_fp16=lambda: any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some),
+            passing=share < 1,
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
         reserve = beside_engine and self._ffn.shared_in_segments
@@ -83,7 +86,7 @@ class ExpertHost:
             reader,
             units,
             self._ffn.layout,
-            resident=options.resident_experts,
+            share=share,
             source=UnitSource(reader, options.host_memory, pinned=self._device.type == "cuda"),
             copies=Copies(self._device),
             spare_slots=options.spare_slots or 0,
@@ -97,6 +100,14 @@ class ExpertHost:
         self._num_rows = 0
         self._num_pairs = 0
         self._num_prepared = 0
+
+    def _resident_share(self, units: Iterable[tuple[int, int]]) -> float:
+        """Which share of these units there are slots for: bytes are counted as slots hold them, in the dtype that is
+        computed in. Units that the checkpoint lacks do not count."""
+        cuts, num_values = self._reader.config.cuts, 3 * self._reader.hidden_size
+        widths = [cuts[layer].expert_width for layer, _ in units if 0 <= layer < len(cuts)]
+        sizes = [num_values * width * self._dtype.itemsize for width in widths]
+        return resident_share(self.options.resident_experts, sizes)
 
     def warm_up(self) -> None:
         if not self._ffn.compiles:

@@ -36,16 +36,13 @@ class SlotPool:
     def __init__(self, layout: Layout, width: int, hidden: int, num_slots: int, slot_map: SlotMap) -> None:
         self._layout, self._width, self._hidden, self._map = layout, width, hidden, slot_map
         self.weights = layout.allocate(num_slots, width, hidden)
+        self.slot_bytes: int = self.weights.slot_bytes
         self._free = list(range(num_slots))[::-1]
         self._owner: dict[int, tuple[int, int]] = {}
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.weights.slot_bytes
 
     def put(self, layer: int, unit: int, weights: Unit) -> None:
         """Copy a unit that is not held into a free slot, which there must be."""
@@ -67,6 +64,10 @@ class SlotPool:
     def write(self, slot: int, weights: Unit) -> None:
         """Copy a unit into a slot that was taken for it. Other threads may use the pool meanwhile."""
         self._layout.put(self.weights, slot, *weights)
+
+    def place(self, slot: int) -> Unit | None:
+        """Where a unit can be read into a slot that was taken for it, without a copy between; None where it cannot."""
+        return self._layout.place(self.weights, slot)
 
     def publish(self, slot: int) -> None:
         """Let the map find a slot that was written."""

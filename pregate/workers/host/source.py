@@ -20,7 +20,7 @@ _log = get_logger(__name__)
 class Reader(Protocol):
     """What reads units of a checkpoint (`model.checkpoint.CheckpointReader`)."""
 
-    def read_unit(self, layer: int, expert: int) -> Weights: ...
+    def read_unit(self, layer: int, expert: int, out: Weights | None = None) -> Weights: ...
 
     def read_ahead(self, layer: int, expert: int) -> None: ...
 
@@ -36,8 +36,9 @@ class UnitSource:
         self._ahead: set[Unit] = set()
         self.held_bytes = 0
 
-    def read(self, unit: Unit, farthest: Callable[[Iterable[Unit]], Unit]) -> Weights:
-        """Return a unit. `farthest` says which of those in memory should go first, this one among them.
+    def read(self, unit: Unit, farthest: Callable[[Iterable[Unit]], Unit], place: Weights | None = None) -> Weights:
+        """Return a unit: in `place` where it is read into there, what is kept in memory never. `farthest` says which of
+        those in memory should go first, this one among them.
 
         A read that fails is tried once more; then its CheckpointError is raised, or UserError for no such unit.
         """
@@ -45,7 +46,7 @@ class UnitSource:
             self._ahead.discard(unit)
             if unit in self._held:
                 return self._held[unit]
-        weights = self._read(unit)
+        weights = self._read(unit, None if self._memory_bytes else place)
         num_bytes = weights[0].nbytes + weights[1].nbytes
         if num_bytes <= self._memory_bytes:
             if self._pinned:
@@ -61,10 +62,10 @@ class UnitSource:
                 self._ahead.add(unit)
                 self._reader.read_ahead(*unit)
 
-    def _read(self, unit: Unit) -> Weights:
+    def _read(self, unit: Unit, place: Weights | None) -> Weights:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._reader.read_unit(*unit)
+                return self._reader.read_unit(*unit, place)
             except (CheckpointError, OSError) as error:
                 if attempt == ATTEMPTS:
                     raise CheckpointError(f"unit {unit} cannot be loaded: {error}") from error

@@ -20,7 +20,6 @@ from pregate.kernels.weights import Layout
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.copies import Copies
 from pregate.workers.host.next_use import FAR, Outlook, Unit, Uses
-from pregate.workers.host.residency import resident_share
 from pregate.workers.host.rooms import Load, Rooms
 from pregate.workers.host.slots import Unit as Weights
 from pregate.workers.host.source import UnitSource
@@ -39,10 +38,10 @@ _log = get_logger(__name__)
 class UnitStore:
     """The units this host is home to, and those it was asked for besides: in `rooms`, as `states` says.
 
-    All home units are held in order and for good, unless there are only `resident` slots for them; then they come and
-    go. What comes and goes: a unit that is asked for and not held is read then and there (a miss); the one leaves that
-    is used last, as far as engines have said, else the one not asked for longest. Where nothing else does, others of
-    this host's units have room for `spare_slots` of each width, and always for those of one layer at once.
+    All home units are held in order and for good, unless there are slots for a `share` of them alone; then they come
+    and go. What comes and goes: a unit that is asked for and not held is read then and there (a miss); the one leaves
+    that is used last, as far as engines have said, else the one not asked for longest. Where nothing else does, others
+    of this host's units have room for `spare_slots` of each width, and always for those of one layer at once.
 
     Where home units all stay, others that engines expect to ask for are loaded ahead into slots that are free.
 
@@ -56,7 +55,7 @@ class UnitStore:
         units: Iterable[Unit],
         layout: Layout,
         *,
-        resident: float | None = None,
+        share: float = 1.0,
         source: UnitSource | None = None,
         copies: Copies | None = None,
         spare_slots: int = 0,
@@ -64,9 +63,6 @@ class UnitStore:
     ) -> None:
         self._reader, units = reader, sorted(set(units))
         self._source, self._copies = source or UnitSource(reader), copies or Copies(torch.device("cpu"))
-        num_layers = len(reader.config.cuts)
-        sizes = [reader.unit_bytes(layer) for layer, _ in units if 0 <= layer < num_layers]
-        share = resident_share(resident, sizes)
         #: Whether home units come and go.
         self.tiered = share < 1
         homes = Counter(layer for layer, _ in units)
@@ -328,9 +324,11 @@ class UnitStore:
     def carry_out(self, load: Load) -> None:
         """Read a unit into the slot that was taken for it, and let it be found."""
         try:
-            weights = self._source.read(load.unit, self._farthest)
-            with self._copies.copying():
-                load.pool.write(load.slot, weights)
+            place = load.pool.place(load.slot)
+            weights = self._source.read(load.unit, self._farthest, place)
+            if place is None or any(part is not there for part, there in zip(weights, place, strict=True)):
+                with self._copies.copying():
+                    load.pool.write(load.slot, weights)
         except BaseException:
             with self._changed:
                 self.states.coming_LR[load.unit] = self.states.fresh_LR[load.unit] = False

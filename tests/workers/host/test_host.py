@@ -13,6 +13,7 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import MAX_ENGINES, NeedPlanError
 from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HostPlan
 
+ROOT = Path(__file__).resolve().parents[3]
 WIDTH, UNIT_BYTES = 512, 3 * 256 * 512 * 4
 HOME = [(0, 1), (0, 4), (2, 0)]
 
@@ -127,6 +128,14 @@ def test_only_the_home_units_are_read(reader):
     assert (status["num_units"], status["units_read"], status["misses"]) == (3, 3, 0)
     assert status["read_bytes"] == status["held_bytes"] == 3 * UNIT_BYTES
     assert reader.unit_bytes(0) == UNIT_BYTES
+
+
+def test_a_budget_in_bytes_is_what_slots_take():
+    """Of units that are stored in 16 bits and computed in 32."""
+    reader = CheckpointReader(ROOT / "examples" / "quartet-paths")
+    units = [(layer, expert) for layer in range(reader.num_layers) for expert in range(4)]
+    host = ExpertHost(reader, units, HostOptions(resident_experts=6.0 * reader.unit_bytes(0)))
+    assert (host.status()["num_units"], host.status()["held_bytes"]) == (3, 6 * reader.unit_bytes(0))
 
 
 def test_a_miss_reads_that_unit_and_keeps_it(reader):

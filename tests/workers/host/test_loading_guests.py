@@ -79,9 +79,9 @@ def test_while_compute_reads_only_what_is_certain_is_read_beside_it(reader):
     store.expect("e", Expected(1, NOTHING, likely(_03=SURE)))
     read_unit = unsteady.read_unit
 
-    def read(layer: int, expert: int):
+    def read(*given):
         begun.append(store.next_fetch(LEAD_LAYERS))
-        return read_unit(layer, expert)
+        return read_unit(*given)
 
     unsteady.read_unit = read
     store.lookup(0, np.array([2], dtype=np.int32))

@@ -10,7 +10,10 @@ import torch
 
 from pregate.base.errors import CheckpointError, UserError
 from pregate.kernels import expert_ffn
+from pregate.kernels.weights import PlainLayout
 from pregate.workers.host.prefetch import LEAD_LAYERS, Prefetcher
+from pregate.workers.host.residency import resident_share
+from pregate.workers.host.slots import SlotPool
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
 from pregate.workers.link.expected import SURE, Expected
@@ -33,7 +36,8 @@ def make_store(reader, resident: float, memory_bytes: int = 0, **trouble) -> tup
     unsteady: Any = UnsteadyReader(reader, **trouble)
     ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
     source = UnitSource(unsteady, memory_bytes)
-    store = UnitStore(unsteady, UNITS, ffn.layout, resident=resident, source=source)
+    share = resident_share(resident, [reader.unit_bytes(layer) for layer, _ in UNITS])
+    store = UnitStore(unsteady, UNITS, ffn.layout, share=share, source=source)
     unsteady.begin()
     return store, unsteady
 
@@ -115,7 +119,7 @@ def test_waves_take_what_is_held_first_and_half_of_the_slots(reader):
 def test_a_unit_of_another_host_comes_and_goes_too(reader):
     unsteady: Any = UnsteadyReader(reader)
     ffn = expert_ffn.choose("loop", torch.device("cpu"), torch.float32, act=reader.hidden_act, widths={256, 512})
-    store = UnitStore(unsteady, UNITS[:6], ffn.layout, resident=0.5)
+    store = UnitStore(unsteady, UNITS[:6], ffn.layout, share=0.5)
     ask(store, reader, 2, 1, 3)
     assert len(store.units()) == 3
 
@@ -128,6 +132,23 @@ def test_host_memory_keeps_what_left_the_device_and_no_more_than_its_budget(read
     assert unsteady.num_reads == 3, "each was read from the files once"
     ask(store, reader, 2, 0)
     assert store._source.held_bytes == 3 * UNIT_BYTES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_unit_is_read_into_its_slot_where_it_lies_as_it_is_stored(reader, dtype, monkeypatch):
+    """Without a copy between; into slots of another dtype, and of memory that keeps units, it is copied."""
+    written = []
+    write = SlotPool.write
+    monkeypatch.setattr(SlotPool, "write", lambda pool, *given: (written.append(given[0]), write(pool, *given)))
+    for kept in (0, UNIT_BYTES):
+        store = UnitStore(reader, UNITS[:4], PlainLayout(dtype, torch.device("cpu")), source=UnitSource(reader, kept))
+        assert len(written) == (4 if kept or dtype != torch.float32 else 0)
+        written.clear()
+        slots, weights = store.lookup(0, np.arange(4, dtype=np.int32))
+        for slot, expert in zip(slots.tolist(), range(4), strict=True):
+            gate_up, down = reader.read_unit(0, expert)
+            assert torch.equal(weights.gate_up_SMD[slot], gate_up.to(dtype))
+            assert torch.equal(weights.down_SDM[slot], down.to(dtype))
 
 
 def test_compute_waits_for_the_unit_it_needs_and_for_no_other(reader):
