@@ -107,10 +107,12 @@ class Choice:
 
 class PathBatcher:
     """Chooses steps for one placement. `resident_U` says which units need not be loaded (`hold`), `fit` how far steps
-    take what `costs` say (`learn`)."""
+    take what `costs` say (`learn`), and `first_fit` those that take whoever came first: of them it is known before what
+    they ask for, so their loads may cost less."""
 
-    def __init__(self, layout: UnitLayout, costs: StepCosts, fit: StepFit | None = None) -> None:
-        self.layout, self.costs, self.fit = layout, costs, fit or StepFit()
+    def __init__(self, layout: UnitLayout, costs: StepCosts, fits: tuple[StepFit, StepFit] | None = None) -> None:
+        self.layout, self.costs = layout, costs
+        self.fit, self.first_fit = fits or (StepFit(), StepFit())
         self.resident_U = np.ones(layout.num_units, dtype=bool)
         self._joined, self._memory = np.empty(0, dtype=np.uint16), np.empty((2, 0, 0), dtype=np.float32)
         self._row_s_G = np.asarray(costs.row_s)[layout.host_G].astype(np.float32)
@@ -129,16 +131,19 @@ class PathBatcher:
             for times in (self.costs.row_s, self.costs.resident_byte_s, self.costs.missing_byte_s)
         )
         costs = replace(self.costs, row_s=row_s, resident_byte_s=resident_byte_s, missing_byte_s=missing_byte_s)
-        return PathBatcher(layout, costs, self.fit), was_U
+        return PathBatcher(layout, costs, (self.fit, self.first_fit)), was_U
 
     def hold(self, held_LR: np.ndarray | None) -> None:
         """Take in which units are held, bool [L, R]; None: all of them."""
         layout = self.layout
         self.resident_U = np.ones_like(self.resident_U) if held_LR is None else held_LR[layout.layer_U, layout.expert_U]
 
-    def learn(self, rows_U: np.ndarray, num_tokens: int, took_s: float) -> None:
-        """Take in what a step took that asked these rows of the units, held as they were when it was chosen."""
-        self.fit.add(self._parts_of(rows_U, num_tokens), took_s)
+    def learn(self, rows_U: np.ndarray, num_tokens: int, took_s: float, chosen: bool = False) -> None:
+        """Take in what a step took that asked these rows of the units, held as they were when it was chosen, or taken
+        as they came."""
+        parts_4 = self._parts_of(rows_U, num_tokens)
+        for fit in (self.fit,) if chosen else (self.fit, self.first_fit):
+            fit.add(parts_4, took_s)
 
     @property
     def learned(self) -> StepCosts:
@@ -163,10 +168,13 @@ class PathBatcher:
         """What a step of so many tokens is thought to take that asks these rows of the units."""
         return float(self.fit.factors_4 @ self._parts_of(rows_U, num_tokens))
 
-    def choose(self, tokens: Sequence[int], rows: Sequence[np.ndarray], num_late: int, budget: int) -> Choice:
+    def choose(
+        self, tokens: Sequence[int], rows: Sequence[np.ndarray], num_late: int, budget: int, trial: bool = False
+    ) -> Choice:
         """Return which candidates run in a step of at most `budget` tokens. Of each are given how many tokens it has,
         and the rows they ask of each unit, uint16 [U]; the first `num_late` must go now. Of the others as many run as
-        make the seconds per token least; but as many of the first as fit where nobody else saves `_GAIN` of that."""
+        make the seconds per token least; but as many of the first as fit where nobody else saves `_GAIN` of that, and
+        in a `trial`, which shows what such a step takes."""
         assert len(tokens) == len(rows) > 0 and budget > 0, "nothing to choose from"
         tokens_N = np.array(tokens, dtype=np.float32)
         rows_NU, needs_NU = self._tables(rows, max(tokens) == 1)
@@ -180,9 +188,10 @@ class PathBatcher:
         tokens_M = np.minimum(in_MN @ tokens_N, budget)
         parts_4M, units_M = self._parts(in_MN @ rows_NU, tokens_M)
         seconds_M = self.fit.factors_4 @ parts_4M
+        seconds_M[-1] = self.first_fit.factors_4 @ parts_4M[:, -1]
         token_s_M = seconds_M / tokens_M
         best = int(np.argmin(token_s_M))
-        if token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
+        if trial or token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
             best = len(ends_M)
         chosen = best < len(ends_M)
         some_N = order_N[: ends_M[best]] if chosen else np.arange(num_first)

@@ -274,7 +274,8 @@ class Engine:
     def _took(self, rows_U: np.ndarray | None, num_tokens: int, took_s: float) -> None:
         self.counts.seconds_s += took_s
         if rows_U is not None and (batcher := self.scheduler.batcher) is not None:
-            batcher.learn(rows_U, num_tokens, took_s)
+            choice = self.scheduler.choice
+            batcher.learn(rows_U, num_tokens, took_s, choice is not None and choice.chosen)
 
     def _fail_step(self, sequences: list[Sequence], error: PregateError) -> list[Event]:
         logger.error("step %d failed: %s", self.counts.num_steps, error)

@@ -72,8 +72,8 @@ def break_a_weight(monkeypatch):
 
     original = CheckpointReader.read_unit
 
-    def damaged(self, layer, expert):
-        gate_up, down = original(self, layer, expert)
+    def damaged(self, layer, expert, out=None):
+        gate_up, down = original(self, layer, expert, out)
         return gate_up, torch.roll(down, 1, dims=0) if (layer, expert) == (1, 0) else down
 
     monkeypatch.setattr(CheckpointReader, "read_unit", damaged)

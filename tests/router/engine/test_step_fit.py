@@ -61,6 +61,32 @@ def test_what_is_found_to_cost_nothing_is_not_saved():
     assert batcher.learned.missing_byte_s[0] < 0.3 * batcher.costs.missing_byte_s[0]
 
 
+def test_whoever_came_first_runs_where_their_loads_are_hidden():
+    """Hosts load ahead for those, so the step with a missing unit takes no longer; of one that is chosen they learn
+    when it begins."""
+    batcher = PathBatcher(layout(1, 4), costs(step_s=1e-3))
+    batcher.resident_U = np.array([True, True, True, False])
+    candidates = decodes(batcher, np.array([0, 3, 3, 1], dtype=np.int16)[:, None, None])
+    held, missing = (np.array(rows, dtype=np.uint16) for rows in ([1, 1, 0, 0], [1, 1, 0, 2]))
+    for _ in range(40):
+        batcher.learn(held, 2, batcher.step_s(held, 2), chosen=True)
+    assert sorted(choose(batcher, candidates, 512).order) == [0, 3]
+    held_s = PathBatcher(batcher.layout, batcher.costs).step_s(held, 2)
+    for _ in range(40):
+        batcher.learn(missing, 4, held_s)
+        batcher.learn(missing, 4, PathBatcher.step_s(batcher, missing, 4), chosen=True)
+    choice = choose(batcher, candidates, 512)
+    assert choice.order == (0, 1, 2, 3) and not choice.chosen
+
+
+def test_a_trial_takes_whoever_came_first():
+    batcher = PathBatcher(layout(1, 4), costs(step_s=1e-3))
+    batcher.resident_U = np.array([True, True, True, False])
+    rows = [batcher.layout.rows(np.full((1, 1, 1), n)) for n in (3, 0, 0)]
+    assert batcher.choose([1, 1, 1], rows, 0, 512).order == (1, 2)
+    assert batcher.choose([1, 1, 1], rows, 0, 512, trial=True).order == (0, 1, 2)
+
+
 def test_what_was_learned_holds_where_units_lie_elsewhere():
     batcher = PathBatcher(layout(1, 4), costs(step_s=1e-3))
     rows_U = np.array([1, 0, 0, 1], dtype=np.uint16)
