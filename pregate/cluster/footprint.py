@@ -12,7 +12,7 @@ from pregate.base.memory import available_bytes
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.model.checkpoint import CheckpointReader
-from pregate.workers.host.residency import resident_share
+from pregate.workers.host.residency import share_in_slots
 
 #: What a Python process with torch and transformers holds before any weight. Measured: 0.4 to 0.5 GB.
 PROCESS_BYTES = 500 * 10**6
@@ -63,7 +63,7 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     backbone = reader.manifest.weight_bytes - units - shared
     homes = [[unit_bytes[layer] for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
     in_slots = [[int(size * growth) for size in sizes] for sizes in homes]
-    shares = [resident_share(config.host.resident_experts, sizes) for sizes in in_slots]
+    shares = [share_in_slots(config.host.resident_experts, sizes, expert_growth / growth) for sizes in in_slots]
     return Footprint(
         backbone_bytes=int(backbone * growth),
         shared_bytes=int(shared * expert_growth),
@@ -85,10 +85,12 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
 def _kept_in_fp16(stored: str, config: ServeConfig) -> bool:
     """Whether experts that are computed in fp32 take no more than their 16 bits (`kernels/cpu/packed.py`). So do the
     backbone's products, but not its embedding: its estimate is one from above."""
-    from pregate.kernels.cpu.packed import why_no_fp16
+    import torch
 
-    on_cpu = config.device == "cpu" and config.host.expert_ffn in ("auto", "packed")
-    return on_cpu and config.dtype == "float32" and _ITEM_BYTES[stored] == 2 and not why_no_fp16()
+    from pregate.kernels.cpu.packed import packs_to_fp16
+
+    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
+    return _ITEM_BYTES[stored] == 2 and packs_to_fp16(config.host.expert_ffn, device, dtype)
 
 
 def kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

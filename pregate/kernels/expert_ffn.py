@@ -47,7 +47,7 @@ def choose(
 ) -> ExpertFFN:
     """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet,
     `fits_fp16` says whether fp16 holds the weights as they are (`cpu.packed.fits_fp16`), asked only where that matters,
-    `passing` that experts come and go.
+    `passing` that experts come and go (measured with a quarter and three quarters held: docs/measurements.md).
 
     Raises UserError when the named implementation is unknown or cannot run here, and for a dtype that this CPU has no
     instructions for; only "auto" chooses.
@@ -123,7 +123,7 @@ def _best(
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
     if passing:
-        return "loop", "experts come and go: to pack one takes as long as its products"
+        return "loop", "experts come and go: to pack one takes longer than packing saves while it stays"
     if dtype == torch.float32 and not cpu_packed.why_no_fp16() and fits_fp16():
         return "packed", "fp16 holds the weights: half the bytes to read"
     unpacked = "" if cpu_ffn.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"

@@ -52,7 +52,7 @@ class Layout(ABC):
     def put(self, weights: Any, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Write one expert, `gate_up` [2M, D] and `down` [D, M] in any dtype, into `slot`."""
 
-    def place(self, weights: Any, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def memory_of(self, weights: Any, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Where `put` would copy an expert as it is, `gate_up` [2M, D] and `down` [D, M], contiguous and in the host's
         memory; None where it is held in another way."""
         return None
@@ -97,7 +97,7 @@ class _TensorLayout(Layout):
 class PlainLayout(_TensorLayout):
     """Experts as the checkpoint has them."""
 
-    def place(self, weights: LayerWeights, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def memory_of(self, weights: LayerWeights, slot: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (weights.gate_up_SMD[slot], weights.down_SDM[slot]) if self.device.type == "cpu" else None
 
     def stack(self, gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor) -> LayerWeights:

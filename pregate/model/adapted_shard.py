@@ -44,7 +44,7 @@ class AdaptedTensors:
                 raise ValueError(f"neither the adapter nor its parent has what {name} is made of")
 
     def read(self, name: str, index: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
-        """A copy of a tensor, or of entry `index` of its first dimension, as the checkpoint has it; made anew."""
+        """A copy of a tensor, or of entry `index` of its first dimension, as the checkpoint has it, `out` unused."""
         import torch
 
         from pregate.model.factors import changed, dequantised, projected

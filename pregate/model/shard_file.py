@@ -106,7 +106,8 @@ class ShardFile:
 
         kind = getattr(torch, _READ_NAMES[dtype])
         data = torch.empty(shape, dtype=kind) if out is None or out.dtype != kind else out
-        buffer: Any = data.reshape(-1).view(torch.uint8).numpy()
+        assert data.shape == torch.Size(shape), f"{data.shape} is not the stored shape {shape}"
+        buffer: Any = data.view(-1).view(torch.uint8).numpy()  # the same memory: a view, or an error
         view, done = memoryview(buffer), 0
         for number, start in parts:
             self._fill(view[done : done + number], start)

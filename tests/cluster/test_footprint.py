@@ -61,4 +61,6 @@ def test_experts_stored_in_16_bits_stay_in_them_on_a_cpu():
     passing = footprint(quartet, hosts=1, host={"resident_experts": packed.units_bytes[0] / 2})
     assert passing.units_bytes[0] == packed.units_bytes[0] / 2, "those that come and go lie in float32, so a quarter"
     assert passing.kept_bytes == 0
+    whole = footprint(quartet, hosts=1, host={"resident_experts": float(packed.units_bytes[0])})
+    assert whole.units_bytes == packed.units_bytes, "all fit, packed"
     assert packed.kv_cache_bytes == loop.kv_cache_bytes

@@ -136,6 +136,12 @@ def fits_fp16(weight: torch.Tensor) -> bool:
     return bool(moved <= FP16_TOLERANCE * largest) and bool(largest.isfinite())
 
 
+def packs_to_fp16(implementation: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether weights whose values fp16 holds, and that stay, take 16 bits where they are computed in this dtype."""
+    here = device.type == "cpu" and implementation in ("auto", PackedFFN.name)
+    return here and dtype == torch.float32 and not why_no_fp16()
+
+
 def onednn_product(weight_NK: torch.Tensor) -> Product:
     """A weight in the order oneDNN likes best. What torch's compiler freezes linears to."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous())

@@ -107,12 +107,13 @@ class Choice:
 
 class PathBatcher:
     """Chooses steps for one placement. `resident_U` says which units need not be loaded (`hold`), `fit` how far steps
-    take what `costs` say (`learn`), and `first_fit` those that take whoever came first: of them it is known before what
-    they ask for, so their loads may cost less."""
+    take what `costs` say (`learn`), and `first_fit` those among them that take whoever came first, after such a one: of
+    them hosts know before what they ask for, so their loads may cost less."""
 
     def __init__(self, layout: UnitLayout, costs: StepCosts, fits: tuple[StepFit, StepFit] | None = None) -> None:
         self.layout, self.costs = layout, costs
         self.fit, self.first_fit = fits or (StepFit(), StepFit())
+        self._chosen = True  # the step before
         self.resident_U = np.ones(layout.num_units, dtype=bool)
         self._joined, self._memory = np.empty(0, dtype=np.uint16), np.empty((2, 0, 0), dtype=np.float32)
         self._row_s_G = np.asarray(costs.row_s)[layout.host_G].astype(np.float32)
@@ -139,11 +140,13 @@ class PathBatcher:
         self.resident_U = np.ones_like(self.resident_U) if held_LR is None else held_LR[layout.layer_U, layout.expert_U]
 
     def learn(self, rows_U: np.ndarray, num_tokens: int, took_s: float, chosen: bool = False) -> None:
-        """Take in what a step took that asked these rows of the units, held as they were when it was chosen, or taken
-        as they came."""
+        """Take in what a step took that asked these rows of the units, held as they were when it was `chosen`, or when
+        whoever came first was taken."""
         parts_4 = self._parts_of(rows_U, num_tokens)
-        for fit in (self.fit,) if chosen else (self.fit, self.first_fit):
-            fit.add(parts_4, took_s)
+        self.fit.add(parts_4, took_s)
+        if not chosen and not self._chosen:
+            self.first_fit.add(parts_4, took_s)
+        self._chosen = chosen
 
     @property
     def learned(self) -> StepCosts:
@@ -190,6 +193,7 @@ class PathBatcher:
         seconds_M = self.fit.factors_4 @ parts_4M
         seconds_M[-1] = self.first_fit.factors_4 @ parts_4M[:, -1]
         token_s_M = seconds_M / tokens_M
+        token_s_M[:-1][(in_MN[:-1] == in_MN[-1]).all(axis=1)] = np.inf  # they are those that came first
         best = int(np.argmin(token_s_M))
         if trial or token_s_M[-1] * (1 - _GAIN) <= token_s_M[best]:
             best = len(ends_M)

@@ -232,6 +232,7 @@ class Engine:
             if self.exchange.wants_lookahead:
                 self.exchange.poll()  # also hosts that the last step had nothing for
             batcher.hold(self.exchange.held_LR())
+            self.scheduler.tries = self.exchange.wants_lookahead and not batcher.resident_U.all()
         return self.scheduler.next_step(now_s)
 
     def _look_ahead(self, step: Many[Slice]) -> None:

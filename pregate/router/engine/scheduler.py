@@ -22,8 +22,8 @@ from pregate.router.engine.blocks import BlockAllocator
 from pregate.router.engine.sequence import Sequence
 
 Policy: TypeAlias = Literal["fifo", "decode-first", "prefill-first"]
-#: Where steps are chosen by path, so many of so many take whoever came first, which shows what that costs: hosts know
-#: of those what they will ask for, and load it meanwhile.
+#: Where steps are chosen by path and hosts load ahead, `TRIAL_STEPS` of `TRIAL_EVERY` take whoever came first, which
+#: shows what that costs: of those hosts know before what they ask for.
 TRIAL_STEPS, TRIAL_EVERY = 16, 256
 
 
@@ -83,7 +83,9 @@ class Scheduler:
         self.num_preempted = 0
         self.num_matched_tokens = 0
         self.choice: Choice | None = None
-        self._num_arrived = self._logit_rows = self._num_choices = 0
+        #: Whether hosts load ahead, and lack units.
+        self.tries = False
+        self._num_arrived = self._logit_rows = self._num_tries = 0
 
     @property
     def queued_bytes(self) -> int:
@@ -194,8 +196,8 @@ class Scheduler:
             members = [*late, *(s for s in members if s.ready_s >= oldest_s)]
             pending = [s.num_pending for s in members]
         rows = [s.next_rows(batcher.layout, most) for s in members]
-        trial = self._num_choices % TRIAL_EVERY < TRIAL_STEPS
-        self._num_choices += 1
+        trial = self.tries and self._num_tries % TRIAL_EVERY < TRIAL_STEPS
+        self._num_tries += self.tries
         self.choice = batcher.choose([min(n, most) for n in pending], rows, len(late), budget, trial)
         return [members[n] for n in self.choice.order], most
 

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from pregate.base.errors import ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.base.telemetry import span
 from pregate.kernels import expert_ffn
-from pregate.kernels.cpu.packed import fits_fp16
+from pregate.kernels.cpu.packed import fits_fp16, packs_to_fp16
 from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
@@ -30,7 +30,7 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
 from pregate.workers.host.prefetch import Prefetcher
 from pregate.workers.host.prepared import PreparedPlan, prepare
-from pregate.workers.host.residency import resident_share
+from pregate.workers.host.residency import resident_share, share_in_slots
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
 from pregate.workers.link.protocol import (
@@ -68,16 +68,20 @@ class ExpertHost:
         self._reader = reader
         self._device = torch.device(options.device)
         self._dtype = expert_ffn.choose_dtype(options.dtype, self._device)
-        share = self._resident_share(units)
         widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
         some = [layer for layer, cut in enumerate(reader.config.cuts) if cut.num_routed][:1]
+
+        def fits() -> bool:
+            return any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some)
+
+        share = self._resident_share(units, fits)
         self._ffn = expert_ffn.choose(
             options.expert_ffn,
             self._device,
             self._dtype,
             act=reader.hidden_act,
             widths=widths,
-            fits_fp16=lambda: any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some),
+            fits_fp16=fits,
             passing=share < 1,
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
@@ -101,13 +105,16 @@ class ExpertHost:
         self._num_pairs = 0
         self._num_prepared = 0
 
-    def _resident_share(self, units: Iterable[tuple[int, int]]) -> float:
-        """Which share of these units there are slots for: bytes are counted as slots hold them, in the dtype that is
-        computed in. Units that the checkpoint lacks do not count."""
-        cuts, num_values = self._reader.config.cuts, 3 * self._reader.hidden_size
+    def _resident_share(self, units: Iterable[tuple[int, int]], fits: Callable[[], bool]) -> float:
+        """Which share of these units there are slots for: bytes are counted in the dtype that is computed in, of units
+        that all stay as fp16 packs them, where it `fits`. Units that the checkpoint lacks do not count."""
+        options, cuts, num_values = self.options, self._reader.config.cuts, 3 * self._reader.hidden_size
         widths = [cuts[layer].expert_width for layer, _ in units if 0 <= layer < len(cuts)]
         sizes = [num_values * width * self._dtype.itemsize for width in widths]
-        return resident_share(self.options.resident_experts, sizes)
+        share = resident_share(options.resident_experts, sizes)
+        if share == 1 or not packs_to_fp16(options.expert_ffn, self._device, self._dtype) or not fits():
+            return share
+        return share_in_slots(options.resident_experts, sizes, 0.5)
 
     def warm_up(self) -> None:
         if not self._ffn.compiles:

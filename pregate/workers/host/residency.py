@@ -7,6 +7,14 @@ from collections.abc import Sequence
 from pregate.base.errors import UserError
 
 
+def share_in_slots(resident: float | None, slot_bytes: Sequence[int], packed: float = 1.0) -> float:
+    """`resident_share` of units that take so many bytes each in slots, but 1 where all fit that stay: those take
+    `packed` of it. Example: 4 units of 10 bytes, packed 0.5: 20 -> 1, 19 -> 0.475."""
+    if resident_share(resident, [int(packed * size) for size in slot_bytes]) == 1:
+        return 1.0
+    return resident_share(resident, slot_bytes)
+
+
 def resident_share(resident: float | None, unit_bytes: Sequence[int]) -> float:
     """Return which share of a host's units there are slots for; 1 is all.
 

@@ -65,9 +65,9 @@ class SlotPool:
         """Copy a unit into a slot that was taken for it. Other threads may use the pool meanwhile."""
         self._layout.put(self.weights, slot, *weights)
 
-    def place(self, slot: int) -> Unit | None:
+    def memory_of(self, slot: int) -> Unit | None:
         """Where a unit can be read into a slot that was taken for it, without a copy between; None where it cannot."""
-        return self._layout.place(self.weights, slot)
+        return self._layout.memory_of(self.weights, slot)
 
     def publish(self, slot: int) -> None:
         """Let the map find a slot that was written."""
@@ -92,6 +92,8 @@ class SlotPool:
         """Add slots. A stack is one piece of memory, so all that is held is copied, slot by slot, and for a while held
         twice: for the start, where an engine brings its shared units, and for new homes, not for a miss."""
         held = self.weights.num_slots
+        coming = [slot for slot, owner in self._owner.items() if self._map.slots[owner] != slot]
+        assert not coming, "what is being written into a slot would be lost"
         grown = self._layout.allocate(held + num_slots, self._width, self._hidden)
         for slot in self._owner:
             self._layout.move(self.weights, slot, grown, slot)

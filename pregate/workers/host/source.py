@@ -36,8 +36,8 @@ class UnitSource:
         self._ahead: set[Unit] = set()
         self.held_bytes = 0
 
-    def read(self, unit: Unit, farthest: Callable[[Iterable[Unit]], Unit], place: Weights | None = None) -> Weights:
-        """Return a unit: in `place` where it is read into there, what is kept in memory never. `farthest` says which of
+    def read(self, unit: Unit, farthest: Callable[[Iterable[Unit]], Unit], out: Weights | None = None) -> Weights:
+        """Return a unit: `out` where it can be read into that, and is not kept in memory. `farthest` says which of
         those in memory should go first, this one among them.
 
         A read that fails is tried once more; then its CheckpointError is raised, or UserError for no such unit.
@@ -46,7 +46,9 @@ class UnitSource:
             self._ahead.discard(unit)
             if unit in self._held:
                 return self._held[unit]
-        weights = self._read(unit, None if self._memory_bytes else place)
+        if out is not None and out[0].nbytes + out[1].nbytes <= self._memory_bytes:
+            out = None
+        weights = self._read(unit, out)
         num_bytes = weights[0].nbytes + weights[1].nbytes
         if num_bytes <= self._memory_bytes:
             if self._pinned:
@@ -62,10 +64,10 @@ class UnitSource:
                 self._ahead.add(unit)
                 self._reader.read_ahead(*unit)
 
-    def _read(self, unit: Unit, place: Weights | None) -> Weights:
+    def _read(self, unit: Unit, out: Weights | None) -> Weights:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self._reader.read_unit(*unit, place)
+                return self._reader.read_unit(*unit, out)
             except (CheckpointError, OSError) as error:
                 if attempt == ATTEMPTS:
                     raise CheckpointError(f"unit {unit} cannot be loaded: {error}") from error

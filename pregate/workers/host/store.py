@@ -324,9 +324,9 @@ class UnitStore:
     def carry_out(self, load: Load) -> None:
         """Read a unit into the slot that was taken for it, and let it be found."""
         try:
-            place = load.pool.place(load.slot)
-            weights = self._source.read(load.unit, self._farthest, place)
-            if place is None or any(part is not there for part, there in zip(weights, place, strict=True)):
+            out = load.pool.memory_of(load.slot)
+            weights = self._source.read(load.unit, self._farthest, out)
+            if out is None or any(part is not there for part, there in zip(weights, out, strict=True)):
                 with self._copies.copying():
                     load.pool.write(load.slot, weights)
         except BaseException:

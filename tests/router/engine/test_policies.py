@@ -198,6 +198,20 @@ def test_by_path_no_more_begin_than_fit_a_step_and_a_prompt_waits_for_those_unde
     assert most == 10 and not s.running and not s.waiting
 
 
+@pytest.mark.parametrize(("tries", "num_trials"), [(False, 0), (True, 32)])
+def test_where_hosts_load_ahead_some_steps_try_whoever_came_first(tries, num_trials, monkeypatch):
+    rng, trials = np.random.default_rng(6), []
+    choose = PathBatcher.choose
+    monkeypatch.setattr(PathBatcher, "choose", lambda *given: (trials.append(given[-1]), choose(*given))[1])
+    s = scheduler("path", num_blocks=200)
+    s.tries = tries
+    s.add(sequence("text", 1, 513, rng))
+    for number in range(513):
+        run_step(s, float(number), rng)
+    assert trials.count(True) == num_trials + tries, "sixteen of 256, and of these that begin anew"
+    assert trials[:16] == [tries] * 16 and not any(trials[16:256])
+
+
 @pytest.mark.slow
 def test_100_000_requests_all_end():
     """Four hosts, half of the units held, as many at once as there is room for, one in fifty cancelled."""

@@ -68,15 +68,33 @@ def test_whoever_came_first_runs_where_their_loads_are_hidden():
     batcher.resident_U = np.array([True, True, True, False])
     candidates = decodes(batcher, np.array([0, 3, 3, 1], dtype=np.int16)[:, None, None])
     held, missing = (np.array(rows, dtype=np.uint16) for rows in ([1, 1, 0, 0], [1, 1, 0, 2]))
-    for _ in range(40):
-        batcher.learn(held, 2, batcher.step_s(held, 2), chosen=True)
+    held_s, missing_s = batcher.step_s(held, 2), batcher.step_s(missing, 4)
+    for _ in range(60):
+        for _ in range(2):
+            batcher.learn(missing, 4, missing_s, chosen=True)
     assert sorted(choose(batcher, candidates, 512).order) == [0, 3]
-    held_s = PathBatcher(batcher.layout, batcher.costs).step_s(held, 2)
-    for _ in range(40):
-        batcher.learn(missing, 4, held_s)
-        batcher.learn(missing, 4, PathBatcher.step_s(batcher, missing, 4), chosen=True)
+    for _ in range(30):  # in turn, so that the fit of all has seen both
+        for took_s, chosen in ((missing_s, True), (missing_s, False), (held_s, False), (held_s, False)):
+            batcher.learn(missing, 4, took_s, chosen)
+    assert batcher.fit.factors_4[3] > 0.4, "loads take long, but for those who came first"
     choice = choose(batcher, candidates, 512)
     assert choice.order == (0, 1, 2, 3) and not choice.chosen
+
+
+def test_those_who_came_first_are_no_choice_whatever_was_learned():
+    """The same sequences in another order are the same step, told as one of whoever came first."""
+    batcher = PathBatcher(layout(1, 4), costs(step_s=1e-3))
+    rows_U = np.array([1, 1, 0, 0], dtype=np.uint16)
+    for _ in range(40):
+        batcher.learn(rows_U, 2, 1e-3, chosen=True)
+        batcher.learn(rows_U, 2, 3e-3)  # after a chosen one: hosts did not know
+    assert batcher.first_fit.factors_4[0] == 1.0
+    for _ in range(40):
+        batcher.learn(rows_U, 2, 3e-3)
+    for ids in ([1], [1, 0]):
+        candidates = decodes(batcher, np.array(ids, dtype=np.int16)[:, None, None])
+        choice = choose(batcher, candidates, 512)
+        assert choice.order == tuple(range(len(ids))) and not choice.chosen
 
 
 def test_a_trial_takes_whoever_came_first():

@@ -7,6 +7,7 @@ import torch
 
 from pregate.base.errors import ProtocolError, UserError
 from pregate.kernels import reference
+from pregate.kernels.cpu.packed import why_no_fp16
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.host import ExpertHost
 from pregate.workers.host.options import HostOptions
@@ -134,8 +135,11 @@ def test_a_budget_in_bytes_is_what_slots_take():
     """Of units that are stored in 16 bits and computed in 32."""
     reader = CheckpointReader(ROOT / "examples" / "quartet-paths")
     units = [(layer, expert) for layer in range(reader.num_layers) for expert in range(4)]
-    host = ExpertHost(reader, units, HostOptions(resident_experts=6.0 * reader.unit_bytes(0)))
-    assert (host.status()["num_units"], host.status()["held_bytes"]) == (3, 6 * reader.unit_bytes(0))
+    size = reader.unit_bytes(0)
+    host = ExpertHost(reader, units, HostOptions(resident_experts=6.0 * size))
+    assert (host.status()["num_units"], host.status()["held_bytes"]) == (3, 6 * size)
+    whole = ExpertHost(reader, units, HostOptions(resident_experts=float(size * len(units))))
+    assert whole.status()["num_units"] == (len(units) // 2 if why_no_fp16() else len(units)), "packed, they all fit"
 
 
 def test_a_miss_reads_that_unit_and_keeps_it(reader):
