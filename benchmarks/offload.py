@@ -1,4 +1,4 @@
-"""Tokens a second with fewer experts in memory than a model has: lookahead, LRU on demand, all resident.
+"""Tokens a second with fewer experts in memory than a model has: lookahead, LRU on demand, all resident; by path.
 
     python -m benchmarks.offload --model CHECKPOINT [--bandwidth BYTES] [--resident 0.25 0.5 0.75]
 
@@ -6,8 +6,8 @@ CHECKPOINT has exact paths; one with random weights (`benchmarks.random_cut`) ha
 The engine and its one host share this process, and a thread fetches ahead. `--bandwidth` holds reads of experts to so
 many bytes a second, all threads together, like a disk that slow; without it they come from the system's cache of the
 files, or from the disk. Two kinds of work: prompts of 512 tokens (one less than the context, if that is shorter), and
-decoding 1, 4 and 16 requests at once. A run's bound is the longer of what all resident took and its bytes at the
-bandwidth. Writes results/offload.json and .md.
+decoding 1, 4 and 16 requests at once. Policy `path` is lookahead with steps chosen by path (`--batching path`). A run's
+bound is the longer of what all resident took and its bytes at the bandwidth. Writes results/offload.json and .md.
 """
 
 from __future__ import annotations
@@ -69,6 +69,8 @@ def load(
     bandwidth: float | None = None,
     dtype: Dtype = "float32",
     kv_cache_memory: float | None = None,
+    max_running: int = 16,
+    batching: str = "fifo",
 ) -> tuple[Engine, ExpertHost]:
     """An engine and its host in this process, with that share of the experts in slots."""
     torch.set_num_threads(1)
@@ -78,7 +80,13 @@ def load(
     options = HostOptions(resident_experts=None if share == 1 else share, lookahead=lookahead, dtype=dtype)
     host = ExpertHost(reader, placement.units_of(0), options, beside_engine=True)  # pyright: ignore[reportArgumentType]
     engine_options = EngineOptions(
-        model=str(model), dtype=dtype, prefix_sharing=False, max_running=16, kv_cache_memory=kv_cache_memory
+        model=str(model),
+        dtype=dtype,
+        prefix_sharing=False,
+        max_running=max_running,
+        kv_cache_memory=kv_cache_memory,
+        batching=batching,  # pyright: ignore[reportArgumentType]
+        max_batching_delay=20.0,
     )
     engine = build_engine(engine_options, [InProcessClient(host)], placement.copies)
     reader.begin()
@@ -112,12 +120,15 @@ def run(
     }
 
 
-def measure(model: Path, share: float, lookahead: bool, args: argparse.Namespace) -> dict[str, Any]:
-    engine, host = load(model, share, lookahead, args.bandwidth)
+def measure(model: Path, share: float, policy: str, args: argparse.Namespace) -> dict[str, Any]:
+    batching = "path" if policy == "path" else "fifo"
+    engine, host = load(
+        model, share, policy != "lru", args.bandwidth, max_running=max(16, *args.decode), batching=batching
+    )
     found = {}
     num_prompt = min(PROMPT_TOKENS, engine.context - 1)
     works = [(f"prefill {num_prompt}", args.prompts, num_prompt, 1)]
-    works += [(f"decode {n}", n, 8, args.new_tokens + 1) for n in (1, 4, 16)]
+    works += [(f"decode {n}", n, 8, args.new_tokens + 1) for n in args.decode]
     for name, *sizes in works:
         run(engine, host, 1, 16, 2, seed=0)  # warm
         found[name] = run(engine, host, *sizes, seed=1)
@@ -154,7 +165,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint with exact paths")
     parser.add_argument("--bandwidth", type=float, help="bytes a second that experts are read at")
     parser.add_argument("--resident", type=float, nargs="*", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--policies", nargs="*", default=["lookahead", "lru"], choices=("lookahead", "lru", "path"))
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--decode", type=int, nargs="*", default=[1, 4, 16], help="requests at once")
     parser.add_argument("--new-tokens", type=int, default=16)
     parser.add_argument("--beside", default="", help="what else ran on the machine, for the record")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -163,8 +176,8 @@ def main() -> None:
     speed = "unthrottled" if args.bandwidth is None else f"read at {args.bandwidth / 1e6:g} MB/s"
     setting = f"{args.model.name}, experts {speed}; one thread, engine and host in one process. {args.beside}".strip()
     cases = []
-    for share, policy in [(1.0, "-"), *((s, p) for s in args.resident for p in ("lookahead", "lru"))]:
-        cases.append({"share": share, "policy": policy, "work": measure(args.model, share, policy != "lru", args)})
+    for share, policy in [(1.0, "-"), *((s, p) for s in args.resident for p in args.policies)]:
+        cases.append({"share": share, "policy": policy, "work": measure(args.model, share, policy, args)})
         print(
             share, policy, {work: round(row["tokens"] / row["seconds"], 2) for work, row in cases[-1]["work"].items()}
         )
