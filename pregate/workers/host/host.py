@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
 from pregate.workers.host.prefetch import Prefetcher
 from pregate.workers.host.prepared import PreparedPlan, prepare
-from pregate.workers.host.residency import resident_share, share_in_slots
+from pregate.workers.host.residency import share_in_slots
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
 from pregate.workers.link.protocol import (
@@ -71,6 +72,7 @@ class ExpertHost:
         widths = {reader.hidden_size, *(c.expert_width for c in reader.config.cuts if c.num_routed)}
         some = [layer for layer, cut in enumerate(reader.config.cuts) if cut.num_routed][:1]
 
+        @cache
         def fits() -> bool:
             return any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some)
 
@@ -111,10 +113,8 @@ class ExpertHost:
         options, cuts, num_values = self.options, self._reader.config.cuts, 3 * self._reader.hidden_size
         widths = [cuts[layer].expert_width for layer, _ in units if 0 <= layer < len(cuts)]
         sizes = [num_values * width * self._dtype.itemsize for width in widths]
-        share = resident_share(options.resident_experts, sizes)
-        if share == 1 or not packs_to_fp16(options.expert_ffn, self._device, self._dtype) or not fits():
-            return share
-        return share_in_slots(options.resident_experts, sizes, 0.5)
+        packs = options.resident_experts is not None and packs_to_fp16(options.expert_ffn, self._device, self._dtype)
+        return share_in_slots(options.resident_experts, sizes, 0.5 if packs and fits() else 1.0)
 
     def warm_up(self) -> None:
         if not self._ffn.compiles:

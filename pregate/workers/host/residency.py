@@ -9,7 +9,7 @@ from pregate.base.errors import UserError
 
 def share_in_slots(resident: float | None, slot_bytes: Sequence[int], packed: float = 1.0) -> float:
     """`resident_share` of units that take so many bytes each in slots, but 1 where all fit that stay: those take
-    `packed` of it. Example: 4 units of 10 bytes, packed 0.5: 20 -> 1, 19 -> 0.475."""
+    `packed` of it. Example: 4 units of 8 bytes, packed 0.75: 24 -> 1, 20 -> 0.625."""
     if resident_share(resident, [int(packed * size) for size in slot_bytes]) == 1:
         return 1.0
     return resident_share(resident, slot_bytes)

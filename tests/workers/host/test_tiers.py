@@ -12,7 +12,7 @@ from pregate.base.errors import CheckpointError, UserError
 from pregate.kernels import expert_ffn
 from pregate.kernels.weights import PlainLayout
 from pregate.workers.host.prefetch import LEAD_LAYERS, Prefetcher
-from pregate.workers.host.residency import resident_share
+from pregate.workers.host.residency import resident_share, share_in_slots
 from pregate.workers.host.slots import SlotPool
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
@@ -60,6 +60,14 @@ def test_room_is_a_share_a_count_or_bytes_of_this_hosts_units(reader, resident, 
     assert store.complete == (num_slots == 11)
     with pytest.raises(UserError, match="allowed: room for 2 experts or more, of 11"):
         make_store(reader, 1)
+
+
+def test_where_all_fit_packed_none_leaves():
+    assert share_in_slots(24.0, [8] * 4, 0.75) == 1
+    assert share_in_slots(20.0, [8] * 4, 0.75) == 0.625
+    assert share_in_slots(15.0, [10] * 3, 0.5) == 1, "though there is no room for two that come and go"
+    with pytest.raises(UserError, match="room for 2 experts or more, of 3"):
+        share_in_slots(14.0, [10] * 3, 0.5)
 
 
 def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
