@@ -79,3 +79,8 @@ def split(line: str) -> list[list[str]]:
         else:
             words.append(word)
     return [words for words in [*commands, words] if words]
+
+
+#: All blocks of all pages, and the commands of those that are no Python.
+ALL = [block for page in PAGES for block in blocks(page)]
+COMMANDS = [(block, words) for block in ALL if python_of(block) is None for words in commands_of(block)]

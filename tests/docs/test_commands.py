@@ -1,22 +1,18 @@
-"""Every command of README, docs and deploy is one that exists, with the flags it has; what is cheap is really run."""
+"""Every command of README, docs and deploy exists, with the flags it has; test_commands_run.py runs them."""
 
 import ast
 import importlib
 import importlib.util
 import re
 import shlex
-import shutil
-import subprocess
 from functools import cache
 from pathlib import Path
 
 import pytest
 import typer.main
 
-from pregate.base.pem import read_key
 from pregate.cli import main as cli
-from tests.cluster.leftovers import serving
-from tests.docs.pages import PAGES, ROOT, Block, blocks, commands_of, python_of
+from tests.docs.pages import ALL, COMMANDS, PAGES, ROOT, Block, python_of
 
 #: Programs that are not looked into, and why.
 EXCEPTIONS = {
@@ -30,9 +26,6 @@ EXCEPTIONS = {
     "export": "the shell's own",
     "unzip": "not ours",
 }
-ALL = [block for page in PAGES for block in blocks(page)]
-COMMANDS = [(block, words) for block in ALL if python_of(block) is None for words in commands_of(block)]
-QUARTET = {"model": ROOT / "examples" / "quartet", "paths": ROOT / "examples" / "quartet-paths"}
 
 
 @cache
@@ -150,65 +143,3 @@ def test_links_lead_somewhere(page: Path):
         if anchor and file.suffix == ".md":
             heads = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
             assert anchor in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}, target
-
-
-@pytest.fixture
-def run(capsys, monkeypatch):
-    """Run a command of ours in this process, which has imported all it needs; returns what it prints."""
-    monkeypatch.chdir(ROOT)
-
-    def run(words: list[str]) -> str:
-        code, said = cli.main(words[1:]), capsys.readouterr()
-        assert code == 0, f"{words}\n{said.out}\n{said.err}"
-        return said.out
-
-    return run
-
-
-def on_quartet(words: list[str], **changed: str) -> list[str]:
-    """The command with the shipped quartet for the model it names, and these values for its options."""
-    words = [str(QUARTET["paths"]) if re.fullmatch(r"(\./|~/models/)llama-(paths|tuned)", w) else w for w in words]
-    for option, value in changed.items():
-        flag = f"--{option.replace('_', '-')}"
-        if flag in words:
-            words[words.index(flag) + 1] = value
-    return words
-
-
-@pytest.mark.parametrize("verb", ["route", "doctor"])
-def test_what_is_cheap_runs(verb, run):
-    """The first command of README with that verb, on the model that ships."""
-    words = next(w for b, w in COMMANDS if b.page == "README.md" and w[:2] == ["pregate", verb])
-    assert run(on_quartet(words))
-
-
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
-@pytest.mark.parametrize(
-    ("block", "words"), [(b, w) for b, w in COMMANDS if w[:2] == ["openssl", "req"]], ids=lambda x: str(x)[:30]
-)
-def test_certificates_are_such_as_grpc_takes(block: Block, words: list[str], tmp_path: Path):
-    made = {option: str(tmp_path / option) for option in ("-keyout", "-out")}
-    subprocess.run([made.get(before, word) for before, word in zip(["", *words], words, strict=False)], check=True)
-    assert read_key("--tls-key", made["-keyout"])
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_what_is_said_to_a_server_runs(run):
-    """`pregate serve` as README has it, and against it every Python block and every command that takes --target."""
-    serve = next(w for b, w in COMMANDS if b.page == "README.md" and w[:3] == ["pregate", "serve", "--model"])
-    with serving(*on_quartet(serve)[2:]) as running:
-        said = set()
-        for _, words in COMMANDS:
-            if (
-                words[:2] in (["pregate", "generate"], ["pregate", "status"])
-                and "--target" in words
-                and "--ca" not in words
-            ):
-                said.add(tuple(on_quartet(words, target=running.target, max_tokens="8")))
-        assert said
-        for words in sorted(said):
-            assert run([*words, *(["--json"] if words[1] == "status" and "--json" not in words else [])])
-        for block in ALL:
-            if (text := python_of(block)) and "pregate.Client(" in text:
-                exec(compile(text.replace("127.0.0.1:50051", running.target), str(block), "exec"), {})
