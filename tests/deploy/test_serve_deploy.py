@@ -53,6 +53,11 @@ class Cluster:
     def application(self) -> dict:
         return yaml.safe_load(self.serve("status"))["applications"].get("pregate", {"status": "NOT_STARTED"})
 
+    def running(self) -> int:
+        """How many replicas Serve says are running."""
+        found = self.application()["deployments"]["pregate"]
+        return found["replica_states"].get("RUNNING", 0)
+
     def wait(self, status: str) -> dict:
         give_up_s = time.monotonic() + TIMEOUT_S
         while (found := self.application())["status"] != status:
@@ -103,7 +108,7 @@ def load(port: int, body: dict, num_clients: int = 4) -> Iterator[list[str]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_deployed_changed_and_shut_down(cluster):
+def test_deployed_changed_scaled_by_load_and_shut_down(cluster):
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
     port = config["http_options"]["port"] = free_port()
     args = config["applications"][0]["args"]
@@ -117,16 +122,18 @@ def test_deployed_changed_and_shut_down(cluster):
     first = ask(port, **body)["choices"][0]["text"]
     assert first
 
-    args["max_queued_requests"] = 17
+    args |= {"max_queued_requests": 17, "max_replicas": 2, "target_ongoing_requests": 1}
     file.write_text(yaml.safe_dump(config))
     before = cluster.replicas()
     with load(port, body) as texts:
         eventually(lambda: len(texts) > 4, TIMEOUT_S, "texts before the change")
         cluster.serve("deploy", file)
-        eventually(lambda: not cluster.replicas() & before, TIMEOUT_S, "another replica alone")
+        eventually(lambda: not cluster.replicas() & before, TIMEOUT_S, "another replica in place of the first")
         cluster.wait("RUNNING")
+        eventually(lambda: len(cluster.replicas()) == 2, TIMEOUT_S, "a second replica, for the load")
+        eventually(lambda: time.sleep(1) or cluster.running() == 2, TIMEOUT_S, "a second replica that runs")
         num_texts = len(texts)
-        eventually(lambda: len(texts) > num_texts + 4, TIMEOUT_S, "texts after the change")
+        eventually(lambda: len(texts) > num_texts + 8, TIMEOUT_S, "texts of both")
     assert set(texts) == {first}, "no request failed"
     assert "17" in json.dumps(cluster.serve("config"))
     assert ask(port, **body)["choices"][0]["text"] == first
