@@ -21,7 +21,7 @@ from ray import serve
 from pregate.cluster.serve_app import build_app
 address, port, args = sys.argv[1:]
 ray.init(address=address, log_to_driver=False)
-serve.start(http_options={"port": int(port)})
+serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
 serve.run(build_app(json.loads(args)))
 stop = threading.Event()
 signal.signal(signal.SIGINT, lambda *_: stop.set())

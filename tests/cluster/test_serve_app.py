@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,8 +54,9 @@ from tests.cluster.leftovers import command_of
 prepare_environment()
 model, tokens, port, grpc_port = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 ray.init(address="local", num_cpus=4, log_to_driver=False, include_dashboard=False, _node_ip_address="127.0.0.1")
-serve.start(http_options={"port": port}, grpc_options={"port": grpc_port, "grpc_servicer_functions": [
-    "pregate.client.proto.pregate_pb2_grpc.add_PregateServicer_to_server"]})
+grpc_options = {"port": grpc_port, "grpc_servicer_functions": [
+    "pregate.client.proto.pregate_pb2_grpc.add_PregateServicer_to_server"]}
+serve.start(http_options={"host": "127.0.0.1", "port": port}, grpc_options=grpc_options)
 args = {"model": model, "hosts": "2", "token_file": tokens}
 key = {"Authorization": "Bearer sk-alpha"}
 url = f"http://127.0.0.1:{port}"
@@ -137,6 +139,24 @@ ray.shutdown()
 """
 
 
+def free_ports(number: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def haproxy(folder: Path, metrics_port: int, stats_port: int) -> dict[str, object]:
+    """What has Serve put HAProxy before its replicas, as docs/serve.md says it, with ports and files of its own."""
+    return {
+        "ENABLE_HA_PROXY": 1, "HAPROXY_SOCKET_PATH": f"{folder}/admin.sock", "HAPROXY_SERVER_STATE_BASE": folder,
+        "HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state", "HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "HAPROXY_METRICS_PORT": metrics_port, "HAPROXY_STATS_PORT": stats_port,
+        "DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": 5,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -215,18 +235,20 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpoint, tmp_path):
+@pytest.mark.parametrize("proxy", ["Serve's own", "HAProxy"])
+def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpoint, tmp_path, monkeypatch, proxy):
     """And Ray's exporter has the numbers that the plain endpoint would have, under the same names; and Serve's own gRPC
-    proxy answers."""
+    proxy answers. Both through HAProxy in Serve's place, too."""
     (tmp_path / "keys").write_text("sk-alpha\n")
-    with socket.socket() as free, socket.socket() as other:
-        free.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        ports = free.getsockname()[1], other.getsockname()[1]
-    with launched("-c", REDEPLOY, path_checkpoint, tmp_path / "keys", *ports) as running:
-        wait_for(running.log, "told ", running.process)
-        running.process.wait(120)
-        (line,) = [x for x in running.log.read_text().splitlines() if x.startswith("told ")]
+    port, grpc_port, *others = free_ports(4)
+    with socket_folder() as folder:
+        if proxy == "HAProxy":
+            for name, value in haproxy(folder, *others).items():
+                monkeypatch.setenv(f"RAY_SERVE_{name}", str(value))
+        with launched("-c", REDEPLOY, path_checkpoint, tmp_path / "keys", port, grpc_port) as running:
+            wait_for(running.log, "told ", running.process)
+            running.process.wait(120)
+            (line,) = [x for x in running.log.read_text().splitlines() if x.startswith("told ")]
     told = json.loads(line.removeprefix("told "))
     assert told["unauthorized"] == 401
     assert [told[path] for path in ("/health", "/ready", "/version")] == [200, 200, 200]
