@@ -28,7 +28,9 @@ def connect_all(make_clients: Sequence[Callable[[], Any]]) -> list[Any]:
 def in_process(model: str, parent: str | None, units: Sequence[tuple[int, int]], options: HostOptions) -> list[Any]:
     """`--hosts 0`: one host, in the engine's process, that holds every unit."""
     from pregate.model.checkpoint import CheckpointReader
+    from pregate.model.read_check import Hashes
     from pregate.workers.client.host_client import InProcessClient
     from pregate.workers.host.host import ExpertHost
 
-    return [InProcessClient(ExpertHost(CheckpointReader(model, parent), units, options, beside_engine=True))]
+    reader = CheckpointReader(model, parent, hashes=Hashes.WHILE_READ)
+    return [InProcessClient(ExpertHost(reader, units, options, beside_engine=True))]

@@ -60,7 +60,7 @@ def examine_model(config: ServeConfig, fits_here: bool = True) -> list[Finding]:
     from pregate.model.checkpoint import CheckpointReader
 
     try:
-        preflight.check_config(config)
+        preflight.check_config(config, whole=True)
         roles = measure(CheckpointReader(config.model, config.parent), config)
     except UserError as error:
         return [Finding("model", "fail", error.for_command_line)]  # the sentence says what to do

@@ -18,18 +18,20 @@ from pregate.base.network import is_loopback
 from pregate.cluster import placement
 from pregate.cluster.config import ServeConfig
 from pregate.model.folder import read_folder
+from pregate.model.read_check import Hashes
 from pregate.model.tokenizer import read_tokenizer
 from pregate.router.doors.grpc_options import GrpcOptions
 
 #: Hashing a large checkpoint from a slow disk takes minutes.
 CHECK_TIMEOUT_S = 1800.0
-_FITS_HERE = "--fits-here"
+_FITS_HERE, _WHOLE = "--fits-here", "--whole"
 
 
-def check_config(config: ServeConfig, *, fits_here: bool = False) -> None:
+def check_config(config: ServeConfig, *, fits_here: bool = False, whole: bool = False) -> None:
     """Refuse a deployment that cannot come up, and with `fits_here` one whose engine finds no room on this machine.
 
-    UserError or CheckpointError with the house's sentence.
+    UserError or CheckpointError with the house's sentence. Shards are hashed by the hosts and engines that read them,
+    and here only if `whole`.
     """
     if not Path(config.model).is_dir():
         raise UserError.of("--model", config.model, "no such folder; allowed: a checkpoint folder")
@@ -37,9 +39,10 @@ def check_config(config: ServeConfig, *, fits_here: bool = False) -> None:
         raise UserError.of("--otlp-endpoint", config.otlp_endpoint, "needs `pip install pregate[otel]`")
     read_folder(Path(config.model), parent=None if config.parent is None else Path(config.parent)).check("routed")
     if "torch" in sys.modules:
-        check_model(config, fits_here)
+        check_model(config, fits_here, whole)
         return
-    command = [sys.executable, "-m", "pregate.cluster.preflight", *([_FITS_HERE] if fits_here else [])]
+    flags = [flag for flag, wanted in ((_FITS_HERE, fits_here), (_WHOLE, whole)) if wanted]
+    command = [sys.executable, "-m", "pregate.cluster.preflight", *flags]
     try:
         done = subprocess.run(
             command, input=json.dumps(config.to_dict()), capture_output=True, text=True, check=False,
@@ -76,7 +79,7 @@ def _installed(module: str) -> bool:
         return False
 
 
-def check_model(config: ServeConfig, fits_here: bool = False) -> None:
+def check_model(config: ServeConfig, fits_here: bool = False, whole: bool = False) -> None:
     """`check_config` in this process; loads torch and transformers."""
     import torch
 
@@ -85,7 +88,7 @@ def check_model(config: ServeConfig, fits_here: bool = False) -> None:
     from pregate.model.checkpoint import CheckpointReader
     from pregate.router.engine.family import check_family
 
-    reader = CheckpointReader(config.model, config.parent, hashes=True)
+    reader = CheckpointReader(config.model, config.parent, hashes=Hashes.FIRST if whole else Hashes.WHILE_READ)
     config.engine_options.check_block_size(reader.config.context_tokens)
     read_tokenizer(Path(config.text_path))
     if config.hosts or config.replicas:
@@ -137,7 +140,7 @@ def check_port(option: str, host: str, port: int) -> None:
 def main() -> None:
     """Check the config on standard input; print null, or the failure's code and message."""
     try:
-        check_model(ServeConfig.from_dict(json.load(sys.stdin)), _FITS_HERE in sys.argv)
+        check_model(ServeConfig.from_dict(json.load(sys.stdin)), _FITS_HERE in sys.argv, _WHOLE in sys.argv)
         failure = None
     except PregateError as error:
         failure = {"code": error.code, "message": error.for_command_line}

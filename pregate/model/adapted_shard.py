@@ -43,6 +43,11 @@ class AdaptedTensors:
             if not own and not self._parent.keys() >= set(sources):
                 raise ValueError(f"neither the adapter nor its parent has what {name} is made of")
 
+    def finish_check(self) -> None:
+        """`ShardFile.finish_check` of the adapter's files and its parent's."""
+        for shard in dict.fromkeys([*self._held.values(), *self._parent.values()]):
+            shard.finish_check()
+
     def read(self, name: str, index: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
         """A copy of a tensor, or of entry `index` of its first dimension, as the checkpoint has it, `out` unused."""
         import torch
@@ -137,6 +142,7 @@ class AdaptedShard:
 
     def __init__(self, path: Path, header: str, source: AdaptedTensors) -> None:
         self.path, self.read, self._header = path, source.read, header.encode()
+        self.finish_check = source.finish_check
         self.tensors: Mapping[str, Stored] = tensors_of(self._header, file_bytes(header))
 
     def pieces(self) -> Iterator[bytes | memoryview]:

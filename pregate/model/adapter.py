@@ -20,6 +20,7 @@ from pregate.base.errors import CheckpointError, UserError
 from pregate.base.strict_json import parse_json
 from pregate.model.adapted_shard import AdaptedShard, AdaptedTensors
 from pregate.model.file_hashes import file_sha256, has_sha256
+from pregate.model.read_check import Hashes, Recorded
 from pregate.model.shard_file import FACTORS, ShardFile, weight_files
 from pregate.model.tokenizer import tokenizer_folder
 
@@ -91,35 +92,49 @@ def text_folder(folder: Path, parent: Path | None) -> Path:
 class Adapter:
     """The checkpoint that the adapter in `folder` makes with the dense model in `parent`; only headers are read.
 
-    With `hashes` every file's sha256 is looked at, else its size. CheckpointError for an adapter that is damaged, and
-    for files that are not those of the parent it was made from.
+    `hashes` says which files' sha256 is looked at, and when; of others the size is. CheckpointError for an adapter that
+    is damaged, and for files that are not those of the parent it was made from.
     """
 
-    def __init__(self, folder: Path, parent: Path | None, hashes: bool = False) -> None:
+    def __init__(self, folder: Path, parent: Path | None, hashes: Hashes = Hashes.NONE) -> None:
         if parent is None:
             raise UserError.of("--model", folder, f"is an adapter; {_INSTEAD}")
         self.folder, self.parent, self.record = folder, parent, read_record(folder)
         for name, entry in self.record.files.items():
-            if wrong := _difference(folder / name, entry, hashes):
-                raise CheckpointError(f"{folder / name}: {wrong}")
-        self._check_parent(hashes)
+            if wrong := _difference(folder / name, entry, hashes.at_once(name)):
+                raise self._refusal(folder / name, wrong)
+        for name, entry in self.record.parent_files.items():
+            if wrong := _difference(self._parent_file(name), entry, hashes.at_once(name)):
+                raise self._refusal(parent / name, wrong)
         try:
-            held = [ShardFile(folder / name) for name in (TENSORS, FACTORS) if name in self.record.files]
-            tensors = AdaptedTensors(held, [ShardFile(path) for path in weight_files(parent)], self.record)
+            held = [folder / name for name in (TENSORS, FACTORS) if name in self.record.files]
+            own, parents = ([self._open(path, hashes) for path in paths] for paths in (held, weight_files(parent)))
+            tensors = AdaptedTensors(own, parents, self.record)
             self.shards = [
                 AdaptedShard(folder / n, header, tensors) for n, header in sorted(self.record.shards.items())
             ]
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{folder}: {error}") from error
 
-    def _check_parent(self, hashes: bool) -> None:
-        for name, entry in self.record.parent_files.items():
-            inner = tokenizer_folder(self.parent) / name
-            path = inner if not (self.parent / name).is_file() and inner.is_file() else self.parent / name
-            if wrong := _difference(path, entry, hashes):
-                named = f"{self.record.parent_name}, which {self.folder.name} was made from"
-                reason = f"its {name} is not that of {named}: {wrong}; allowed: that parent, unchanged"
-                raise CheckpointError.of("--parent", self.parent, reason)
+    def _open(self, path: Path, hashes: Hashes) -> ShardFile:
+        entry = (self.record.files if path.parent == self.folder else self.record.parent_files).get(path.name)
+        if entry is None or hashes is not Hashes.WHILE_READ:
+            return ShardFile(path)
+        return ShardFile(
+            path, Recorded(entry["sha256"], self._refusal(path, f"its sha256 is not {entry['sha256'][:16]}..."))
+        )
+
+    def _parent_file(self, name: str) -> Path:
+        inner = tokenizer_folder(self.parent) / name
+        return inner if not (self.parent / name).is_file() and inner.is_file() else self.parent / name
+
+    def _refusal(self, path: Path, wrong: str) -> UserError:
+        """What is said of a file, its own or its parent's, that is not the recorded one."""
+        if path.parent == self.folder:
+            return CheckpointError(f"{path}: {wrong}")
+        named = f"{self.record.parent_name}, which {self.folder.name} was made from"
+        reason = f"its {path.name} is not that of {named}: {wrong}; allowed: that parent, unchanged"
+        return CheckpointError.of("--parent", self.parent, reason)
 
     def other_files(self, names: list[str]) -> Iterator[Path]:
         """Where those files of the checkpoint that are no shards lie."""

@@ -27,6 +27,7 @@ from pregate.base.strict_json import parse_json
 from pregate.model.adapter import Adapter, hashed, is_adapter
 from pregate.model.file_hashes import has_sha256
 from pregate.model.folder import ROUTED
+from pregate.model.read_check import Hashes, Recorded
 from pregate.model.shard_file import FACTORS, ITEM_BYTES, Shard, ShardFile
 
 if TYPE_CHECKING:
@@ -108,10 +109,13 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest, hashes: bool, advance: Callable[[int], None] | None = None) -> None:
+def verify_files(
+    folder: Path, manifest: Manifest, hashes: Hashes, advance: Callable[[int], None] | None = None
+) -> None:
     """Raise CheckpointError for a file that is missing, cut short, or (with `hashes`) changed.
 
-    A file is hashed once, and again when it changes (`file_hashes.has_sha256`); `advance` is called with the bytes.
+    A file is hashed once, and again when it changes (`file_hashes.has_sha256`), but a shard that is hashed while it is
+    read not here; `advance` is called with the bytes.
     """
     if "config.json" not in manifest.files or not any(f.endswith(".safetensors") for f in manifest.files):
         raise CheckpointError(f"{folder / MANIFEST}: lists no config.json or no shard")
@@ -121,11 +125,18 @@ def verify_files(folder: Path, manifest: Manifest, hashes: bool, advance: Callab
             raise CheckpointError(f"{path}: missing")
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
-        if hashes and not has_sha256(path, expected["sha256"], advance):
-            raise CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
+        first = hashes.at_once(name) or (name == FACTORS and hashes is not Hashes.NONE)
+        if first and not has_sha256(path, expected["sha256"], advance):
+            raise _damaged(path)
 
 
-def open_shards(folder: Path, parent: Path | None = None, hashes: bool = False) -> tuple[Manifest, Sequence[Shard]]:
+def _damaged(path: Path) -> CheckpointError:
+    return CheckpointError(f"{path}: damaged (sha256 differs from the manifest)")
+
+
+def open_shards(
+    folder: Path, parent: Path | None = None, hashes: Hashes = Hashes.NONE
+) -> tuple[Manifest, Sequence[Shard]]:
     """Check a checkpoint, or an adapter with its `parent`, and open the weights' shards; only headers are read.
 
     CheckpointError naming the file and the reason where one is missing, damaged, or not the parent's.
@@ -137,7 +148,9 @@ def open_shards(folder: Path, parent: Path | None = None, hashes: bool = False) 
     shards = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            shards += [ShardFile(path)] if path.name != FACTORS else []
+            if path.name != FACTORS:
+                entry = manifest.files.get(path.name) if hashes is Hashes.WHILE_READ else None
+                shards.append(ShardFile(path, None if entry is None else Recorded(entry["sha256"], _damaged(path))))
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     return manifest, shards
@@ -147,10 +160,11 @@ class CheckpointReader:
     """Reads single units of a checkpoint; loads nothing else, and maps nothing: a unit once read stays as it was.
 
     An adapter's units are made of its `parent`'s neurons when they are read. Raises CheckpointError naming the file and
-    the reason when the folder is foreign or damaged.
+    the reason when the folder is foreign or damaged. With `Hashes.WHILE_READ` what is read may be used only once the
+    block of `checked` that it is read in has ended.
     """
 
-    def __init__(self, path: str | Path, parent: str | Path | None = None, hashes: bool = False) -> None:
+    def __init__(self, path: str | Path, parent: str | Path | None = None, hashes: Hashes = Hashes.NONE) -> None:
         self.path = Path(path)
         self.manifest, self.shards = open_shards(self.path, Path(parent) if parent else None, hashes)
         self.config = self._config()
@@ -205,6 +219,32 @@ class CheckpointReader:
             raise UserError(f"unit ({layer}, {expert}): not in this checkpoint")
         gate_up, down = out or (None, None)
         return self._read(layer, "gate_up_proj", expert, gate_up), self._read(layer, "down_proj", expert, down)
+
+    @contextmanager
+    def checked(self) -> Iterator[None]:
+        """Hash what of the shards was not hashed before the end of this block, in which they are read.
+
+        CheckpointError names one that is damaged: also in place of what went wrong in the block by its damage.
+        """
+        try:
+            yield
+        except Exception as error:
+            if isinstance(error, CheckpointError) or not isinstance(error, PregateError):
+                self._finish_checks()
+            raise
+        self._finish_checks()
+
+    def _finish_checks(self) -> None:
+        for shard in self.shards:
+            try:
+                shard.finish_check()
+            except OSError as error:
+                raise CheckpointError(f"{shard.path}: {error}") from error
+
+    def file_order(self, layer: int, expert: int) -> tuple[str, int, int]:
+        """What to sort units by so that they are read in the order of the files."""
+        shard, name = self._experts[layer, "down_proj"]
+        return str(shard.path), shard.tensors[name].start, expert
 
     def read_ahead(self, layer: int, expert: int) -> None:
         """Have the system bring a unit that will be read into its cache; returns at once."""

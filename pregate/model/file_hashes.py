@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 #: A file changed so shortly before it was hashed may change again without its times showing it; it is hashed anew.
 _SETTLED_S = 2.0
@@ -46,20 +46,39 @@ def has_sha256(path: Path, digest: str, advance: Callable[[int], None] | None = 
     Where the cache cannot be read or written, or says something else, it is computed. `advance` is called with the
     bytes that are done.
     """
-    key, stamp, begun_s = str(path.resolve()), _stamp(path), time.time()
-    if _read().get(key) == [*stamp, digest]:
+    if is_known(path, digest, path.stat()):
         if advance is not None:
-            advance(stamp[0])
+            advance(path.stat().st_size)
         return True
+    stamp, begun_s = stamp_of(path.stat()), time.time()
     found = file_sha256(path, advance)
-    settled = begun_s - max(stamp[1:3]) / 1e9 > _SETTLED_S
-    if settled and _stamp(path) == stamp:
-        _write(key, [*stamp, found])
+    remember(path, stamp, found, begun_s)
     return found == digest
 
 
-def _stamp(path: Path) -> list[int]:
-    found = path.stat()
+def lock_of(path: Path) -> BinaryIO | None:
+    """An open file beside the cache to lock by whoever hashes the file at `path`; None where nothing can be kept."""
+    lock = cache_file().parent / "locks" / short_digest(str(path.resolve()))
+    with suppress(OSError):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        return lock.open("ab")
+    return None
+
+
+def is_known(path: Path, digest: str, found: os.stat_result) -> bool:
+    """Whether a file that is open, of which fstat `found` this, is remembered to have this sha256."""
+    return _read().get(str(path.resolve())) == [*stamp_of(found), digest]
+
+
+def remember(path: Path, stamp: list[int], digest: str, begun_s: float) -> None:
+    """Remember what a file's sha256 is, whose stamp was this when hashing began at `begun_s`, unless it changed."""
+    settled = begun_s - max(stamp[1:3]) / 1e9 > _SETTLED_S
+    if settled and stamp_of(path.stat()) == stamp:
+        _write(str(path.resolve()), [*stamp, digest])
+
+
+def stamp_of(found: os.stat_result) -> list[int]:
+    """What of a file changes when it does, but for changes within its times' resolution."""
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 

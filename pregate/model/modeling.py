@@ -29,6 +29,7 @@ from pregate.model.layers import FLOAT32_PARTS, GatePolicy, PathPolicy, RoutedML
 from pregate.model.path_computer import PathComputer, PathState
 from pregate.model.path_router import PathRouter
 from pregate.model.paths import Paths
+from pregate.model.read_check import Hashes
 from pregate.model.shard_file import TORCH_NAMES, Shard
 
 
@@ -247,7 +248,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         path = Path(pretrained_model_name_or_path)
         whole = Path(parent) if parent else None
-        manifest, shards = open_shards(path, whole, hashes=cls.hold_experts if hashes is None else hashes)
+        hashed = cls.hold_experts if hashes is None else hashes
+        manifest, shards = open_shards(path, whole, Hashes.FIRST if hashed else Hashes.NONE)
         folder = read_folder(path, parent=whole)
         picking = {"eos_token_id": sorted(folder.eos_ids) or None, "repetition_penalty": folder.repetition_penalty}
         kwargs.setdefault("generation_config", GenerationConfig(**picking))

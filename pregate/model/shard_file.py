@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pregate.base.strict_json import parse_json
+from pregate.model.file_hashes import is_known
+from pregate.model.read_check import ReadCheck, Recorded
 
 if TYPE_CHECKING:
     import torch
@@ -65,14 +67,25 @@ class Shard(Protocol):
         """A copy of a tensor, or of entry `index` of its first dimension, as stored; in `out` where it can be."""
         ...
 
+    def finish_check(self) -> None:
+        """Return when it is sure that all of what it is read from is what was recorded."""
+        ...
+
 
 class ShardFile:
-    """An open safetensors file. Only its header is held; ValueError says why it is not one that can be read."""
+    """An open safetensors file. Only its header is held; ValueError says why it is not one that can be read.
 
-    def __init__(self, path: Path) -> None:
+    With a `recorded` hash it is hashed while it is read, unless it is known to have that one; whoever uses what was
+    read must call `finish_check` before, from the same thread.
+    """
+
+    def __init__(self, path: Path, recorded: Recorded | None = None) -> None:
         self.path = path
         self._file = path.open("rb", buffering=0)
         self._stamp = self._stamp_now()
+        self._check = None
+        if recorded is not None and not is_known(path, recorded.sha256, os.fstat(self._file.fileno())):
+            self._check = ReadCheck(path, self._file.fileno(), recorded)
         size = self._stamp[0]
         num_bytes = int.from_bytes(self._file.read(8), "little")
         if not 2 <= num_bytes <= min(size - 8, _MOST_HEADER_BYTES):
@@ -116,6 +129,12 @@ class ShardFile:
             raise ValueError("was changed after it was opened")
         return data
 
+    def finish_check(self) -> None:
+        """Return when it is sure that the file is what was recorded; raises what is said of one that is not."""
+        if self._check is not None:
+            self._check.finish()
+            self._check = None
+
     def read_ahead(self, name: str, index: int) -> None:
         """Have the system bring an entry of a tensor into its cache; returns at once."""
         stored = self.tensors[name]
@@ -125,6 +144,8 @@ class ShardFile:
             os.posix_fadvise(self._file.fileno(), start, num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _fill(self, buffer: memoryview, start: int) -> None:
+        if self._check is not None:
+            self._check.up_to(start + len(buffer))
         done = 0
         while done < len(buffer):
             count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)

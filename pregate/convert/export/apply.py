@@ -11,6 +11,7 @@ from pregate.base.options import Needs, Out, options
 from pregate.convert.progress import QUIET, Progress
 from pregate.model.adapter import Adapter, is_adapter
 from pregate.model.checkpoint import MANIFEST, new_folder, read_manifest
+from pregate.model.read_check import Hashes
 
 
 @options()
@@ -33,7 +34,8 @@ def apply(options: ApplyOptions, progress: Progress = QUIET) -> dict[str, Any]:
     if not is_adapter(options.adapter):
         raise UserError.of("--adapter", options.adapter, "no adapter; allowed: a folder of `export --format adapter`")
     with progress.doing("checking the parent"):
-        adapter, manifest = Adapter(options.adapter, options.parent, hashes=True), read_manifest(options.adapter)
+        adapter = Adapter(options.adapter, options.parent, hashes=Hashes.FIRST)
+        manifest = read_manifest(options.adapter)
     with new_folder(options.out) as folder:
         with progress.stage("writing shards", len(adapter.shards)) as advance:
             for shard in adapter.shards:

@@ -19,6 +19,7 @@ from pregate.model.checkpoint import Manifest, read_manifest, verify_files
 from pregate.model.config import RoutedConfig
 from pregate.model.folder import ModelFolder
 from pregate.model.gated_mlp import GatedMLP, decoder_layers, find_gated_mlps
+from pregate.model.read_check import Hashes
 
 
 def verified(folder: Path, progress: Progress) -> Manifest:
@@ -26,7 +27,7 @@ def verified(folder: Path, progress: Progress) -> Manifest:
     manifest = read_manifest(folder)
     num_bytes = sum(entry["bytes"] for entry in manifest.files.values())
     with progress.stage("checking files (bytes)", num_bytes) as advance:
-        verify_files(folder, manifest, True, advance)
+        verify_files(folder, manifest, Hashes.FIRST, advance)
     return manifest
 
 

@@ -12,6 +12,7 @@ import torch
 from pregate.base.log import get_logger
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.folder import read_folder
+from pregate.model.read_check import Hashes
 from pregate.router.engine.backbone import Backbone
 from pregate.router.engine.batching import PathBatcher, UnitLayout
 from pregate.router.engine.connect import connect
@@ -36,10 +37,11 @@ def build_engine(options: EngineOptions, clients: Sequence[HostClient], copies_L
     folder = read_folder(Path(options.model), parent=parent)
     for note in folder.notes:
         logger.warning("%s: %s", folder.path, note)
-    reader = CheckpointReader(options.model, parent)
-    exchange = connect(options, clients, copies_LRC, reader)
-    backbone = Backbone.load(options.model, exchange, options.dtype, options.device, parent)
-    exchange.warm_up(options.step_tokens)
+    reader = CheckpointReader(options.model, parent, hashes=Hashes.WHILE_READ)
+    with reader.checked():
+        exchange = connect(options, clients, copies_LRC, reader)
+        backbone = Backbone.load(options.model, exchange, options.dtype, options.device, parent)
+        exchange.warm_up(options.step_tokens)
     engine = Engine(options, folder, backbone, reader.fingerprint)
     if options.batching == "path" and engine.paths is not None:
         unit_bytes = [reader.unit_bytes(layer) for layer in range(reader.num_layers)]

@@ -35,14 +35,16 @@ class PathActor(LoopActor):
         from pregate.model.checkpoint import CheckpointReader
         from pregate.model.path_computer import PathComputer
         from pregate.model.quiet import quiet_transformers
+        from pregate.model.read_check import Hashes
         from pregate.router.paths.load import load_router
         from pregate.router.paths.prompts import Prompts
         from pregate.router.paths.server import PathServer
 
         quiet_transformers()
         torch.set_num_threads(self._options.threads)
-        reader = CheckpointReader(self._options.model, self._options.parent)
-        computer = PathComputer(load_router(reader))
+        reader = CheckpointReader(self._options.model, self._options.parent, hashes=Hashes.WHILE_READ)
+        with reader.checked():
+            computer = PathComputer(load_router(reader))
         prompts = Prompts(computer, self._options, reader.config.context_tokens, reader.fingerprint)
         self.serve(PathServer(prompts, self._endpoint), "paths")
         return {"endpoint": self._endpoint, "pid": os.getpid()}

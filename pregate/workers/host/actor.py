@@ -141,11 +141,11 @@ class ExpertHostActor:
 
     def _make_host(self) -> ExpertHost:
         from pregate.model.checkpoint import CheckpointReader
+        from pregate.model.read_check import Hashes
         from pregate.workers.host.host import ExpertHost
 
-        return ExpertHost(
-            CheckpointReader(self._options.checkpoint, self._options.parent), self._options.units, self._options.host
-        )
+        reader = CheckpointReader(self._options.checkpoint, self._options.parent, hashes=Hashes.WHILE_READ)
+        return ExpertHost(reader, self._options.units, self._options.host)
 
     def _endpoint(self, host: ExpertHost) -> str:
         if self._options.transport == "ipc":

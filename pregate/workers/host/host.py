@@ -52,7 +52,8 @@ _log = get_logger(__name__)
 class ExpertHost:
     """Holds `units` of the checkpoint behind `reader` and runs them. Reads nothing else until it is asked for it.
 
-    Raises UserError for a unit the checkpoint lacks and for options this machine cannot honour.
+    Raises UserError for a unit the checkpoint lacks and for options this machine cannot honour, CheckpointError for a
+    damaged shard, where the reader looks at that.
     """
 
     def __init__(
@@ -88,16 +89,17 @@ class ExpertHost:
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
         reserve = beside_engine and self._ffn.shared_in_segments
-        self._store = UnitStore(
-            reader,
-            units,
-            self._ffn.layout,
-            share=share,
-            source=UnitSource(reader, options.host_memory, pinned=self._device.type == "cuda"),
-            copies=Copies(self._device),
-            spare_slots=options.spare_slots or 0,
-            reserve_shared=reserve,
-        )
+        with reader.checked():
+            self._store = UnitStore(
+                reader,
+                units,
+                self._ffn.layout,
+                share=share,
+                source=UnitSource(reader, options.host_memory, pinned=self._device.type == "cuda"),
+                copies=Copies(self._device),
+                spare_slots=options.spare_slots or 0,
+                reserve_shared=reserve,
+            )
         self._looks_ahead = options.lookahead and self._store.tiered
         self._prefetcher = Prefetcher(self._store) if self._looks_ahead else None
         self._plans = PlanShelf(options.num_plans)

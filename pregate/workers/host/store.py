@@ -74,11 +74,14 @@ class UnitStore:
         self._asked: tuple[int, np.ndarray] | None = None
         self._stalled = False  # the compute thread waits for units
         self._num_fixed = 0 if self.tiered else len(units)
+        loads: list[Load] = []
         for layer, expert in units:
             self._check_exists(layer, np.array([expert]))
             if not self.tiered or self.states.num_free(self.rooms.of(layer)):
-                self.carry_out(self._take((layer, expert), ahead=False))
+                loads.append(self._take((layer, expert), ahead=False))
                 self.states.fixed_LR[layer, expert] = not self.tiered
+        for load in sorted(loads, key=lambda load: reader.file_order(*load.unit)):
+            self.carry_out(load)
 
     def rehome(self, units: Iterable[Unit]) -> list[Load]:
         """Be home to these units from now on, and to no others: those leave. Between two uses of what is held.

@@ -22,6 +22,7 @@ from pregate.model.checkpoint import CheckpointReader
 from pregate.model.file_hashes import file_sha256
 from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
+from pregate.model.read_check import Hashes
 from tests.convert.export.exporting import convert_stock
 from tests.families import FAMILIES, save_random
 
@@ -128,6 +129,28 @@ def test_a_damaged_adapter_is_named(path_adapter, tiny_dense, tmp_path):
         apply(ApplyOptions(tiny_dense, copy, tmp_path / "out"))
 
 
+def test_what_is_hashed_while_it_is_read_is_refused_in_the_end(path_adapter, tiny_dense, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    parent, own = shutil.copytree(tiny_dense, tmp_path / "dense"), shutil.copytree(path_adapter, tmp_path / "own")
+    for adapter, dense, changed, sentence in (
+        (
+            path_adapter,
+            parent,
+            parent / "model.safetensors",
+            r"its model\.safetensors is not that of tiny-dense, which",
+        ),
+        (own, tiny_dense, own / "adapter.safetensors", r"own/adapter\.safetensors: its sha256 is not"),
+    ):
+        with CheckpointReader(adapter, dense, hashes=Hashes.WHILE_READ).checked():
+            pass
+        data = bytearray(changed.read_bytes())
+        data[-1] ^= 1
+        changed.write_bytes(data)
+        reader = CheckpointReader(adapter, dense, hashes=Hashes.WHILE_READ)
+        with pytest.raises(CheckpointError, match=sentence), reader.checked():
+            reader.read_unit(0, 0)
+
+
 def test_a_model_tuned_in_full_is_refused_by_name(tiny_layerwise_checkpoint, tiny_dense, tiny_text, tmp_path):
     options = {"text": (tiny_text,), "steps": 20, "kl_share": 0.0, "learning_rate": 2e-3}
     tune(TuneOptions(model=tiny_layerwise_checkpoint, out=tmp_path / "tuned", **options))
@@ -146,7 +169,7 @@ def test_a_smaller_table_makes_a_checkpoint_of_its_own(table, tiny_path_checkpoi
     ours = RoutedForCausalLM.from_pretrained(adapter, parent=tiny_dense)
     theirs = RoutedForCausalLM.from_pretrained(tmp_path / "again")
     assert all(torch.equal(t, ours.state_dict()[name]) for name, t in theirs.state_dict().items())
-    reader = CheckpointReader(tmp_path / "again", hashes=True)
+    reader = CheckpointReader(tmp_path / "again", hashes=Hashes.FIRST)
     assert reader.fingerprint == CheckpointReader(adapter, tiny_dense).fingerprint
     measured = reader.manifest.figures["adapter"]
     assert reader.manifest.options["adapter"] == {"router_table": table}
