@@ -175,6 +175,15 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def haproxy(folder: Path) -> dict[str, str]:
+    """What tells Serve to have HAProxy before its replicas, with its files in this folder."""
+    files = {
+        "SOCKET_PATH": "admin.sock", "CONFIG_FILE_LOC": "haproxy.cfg", "SERVER_STATE_BASE": "",
+        "SERVER_STATE_FILE": "state",
+    }  # fmt: skip
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1"} | {f"RAY_SERVE_HAPROXY_{k}": str(folder / v) for k, v in files.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True)
@@ -187,9 +196,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="results as PATH.json and PATH.md")
     args = parser.parse_args()
     args.model = args.model.resolve()
-    if args.haproxy:  # told to Serve by its environment; its sockets in a folder of one's own
-        folder = tempfile.mkdtemp(prefix="haproxy-")
-        os.environ |= {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock"}
+    if args.haproxy:
+        os.environ |= haproxy(Path(tempfile.mkdtemp(prefix="haproxy-")))
     around = surroundings("doors", ("grpcio", "ray", "fastapi"))
     with (
         serving("--model", args.model, "--engine-threads", args.engine_threads) as running,

@@ -33,6 +33,7 @@ from benchmarks.memory_cgroup import MemoryCgroup
 from benchmarks.random_cut import random_cut
 from benchmarks.surroundings import ROOT, sentence, surroundings
 from pregate.model.checkpoint import CheckpointReader
+from pregate.model.read_check import Hashes
 
 SHAPE = Shape(hidden=2048, width=11008, layers=36, heads=16, kv_heads=2, vocabulary=32000)
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
@@ -133,7 +134,7 @@ def main() -> None:
     sizes = {"experts": args.experts, "shared": args.shared, "active": args.active}
     name = f"{args.parent.name}-S{args.shared}A{args.active}E{args.experts}"
     cut = random_cut(args.parent, args.work / name, **sizes, dtype=torch.bfloat16)
-    CheckpointReader(cut, hashes=True)  # now, so that it is no part of the first contender's start
+    CheckpointReader(cut, hashes=Hashes.FIRST)  # now, so that it is no part of the first contender's start
     text = args.shared_folder / "text" / "math" / "gsm8k-test.jsonl"
     questions = [json.loads(line)["question"] for line in text.read_text().splitlines()[: max(args.counts)]]
     prompts = [f"Question: {question}\nAnswer:" for question in questions]

@@ -146,11 +146,11 @@ def open_shards(
         return manifest, Adapter(folder, parent, hashes).shards
     verify_files(folder, manifest, hashes)
     shards = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for name in sorted(name for name in manifest.files if name.endswith(".safetensors") and name != FACTORS):
+        path = folder / name
         try:
-            if path.name != FACTORS:
-                entry = manifest.files.get(path.name) if hashes is Hashes.WHILE_READ else None
-                shards.append(ShardFile(path, None if entry is None else Recorded(entry["sha256"], _damaged(path))))
+            recorded = Recorded(manifest.files[name]["sha256"], _damaged(path))
+            shards.append(ShardFile(path, recorded if hashes is Hashes.WHILE_READ else None))
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
     return manifest, shards
@@ -224,11 +224,11 @@ class CheckpointReader:
     def checked(self) -> Iterator[None]:
         """Hash what of the shards was not hashed before the end of this block, in which they are read.
 
-        CheckpointError names one that is damaged: also in place of what went wrong in the block by its damage.
+        CheckpointError names one that is damaged: also in place of what its damage made go wrong in the block.
         """
         try:
             yield
-        except Exception as error:
+        except (ValueError, LookupError, TypeError) as error:
             if isinstance(error, CheckpointError) or not isinstance(error, PregateError):
                 self._finish_checks()
             raise
@@ -238,7 +238,9 @@ class CheckpointReader:
         for shard in self.shards:
             try:
                 shard.finish_check()
-            except OSError as error:
+            except CheckpointError:
+                raise
+            except (ValueError, OSError) as error:
                 raise CheckpointError(f"{shard.path}: {error}") from error
 
     def file_order(self, layer: int, expert: int) -> tuple[str, int, int]:

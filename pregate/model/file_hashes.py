@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -57,8 +58,9 @@ def has_sha256(path: Path, digest: str, advance: Callable[[int], None] | None = 
 
 
 def lock_of(path: Path) -> BinaryIO | None:
-    """An open file beside the cache to lock by whoever hashes the file at `path`; None where nothing can be kept."""
-    lock = cache_file().parent / "locks" / short_digest(str(path.resolve()))
+    """An open file beside the cache to lock by whoever on this machine hashes the file at `path`; None where nothing
+    can be kept."""
+    lock = cache_file().parent / "locks" / short_digest([platform.node(), str(path.resolve())])
     with suppress(OSError):
         lock.parent.mkdir(parents=True, exist_ok=True)
         return lock.open("ab")

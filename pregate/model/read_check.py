@@ -15,9 +15,9 @@ from pregate.model.file_hashes import is_known, lock_of, remember, stamp_of
 
 _SHARD = ".safetensors"
 _BLOCK_BYTES = 1 << 22
-#: So long one process waits for another that hashes a file, minutes for a large one on a slow disk; then it does so
-#: itself. Who starts it has a limit of its own.
-PATIENCE_S, _LOOK_S = 1800.0, 0.05
+#: So long one process waits for another that hashes a file; then it does so itself, before its own start is given up
+#: (`--start-timeout-s`).
+PATIENCE_S, _LOOK_S = 240.0, 0.05
 
 
 class Hashes(Enum):
@@ -41,17 +41,20 @@ class Recorded:
 
 
 class ReadCheck:
-    """The check of one open file. Whoever reads bytes calls `up_to` with where they end, and in the end `finish`.
+    """The check of one open file, of which fstat `opened` was found. Whoever reads bytes calls `up_to` with where they
+    end, and in the end `finish`.
 
     What lies before is hashed first, so bytes that are read in their order are hashed a moment before and are in the
     system's cache. Of several processes at one file one hashes it, who holds its lock, and the others wait for it in
     `finish`; where nothing can be remembered (`file_hashes`) all hash. From one thread.
     """
 
-    def __init__(self, path: Path, fd: int, recorded: Recorded) -> None:
+    def __init__(self, path: Path, fd: int, opened: os.stat_result, recorded: Recorded) -> None:
         self._path, self._fd, self._expected, self._refusal = path, fd, recorded.sha256, recorded.refusal
-        self._digest, self._done, self._begun_s = hashlib.sha256(), 0, 0.0
-        self._taken, self._lock = False, lock_of(path)
+        self._opened, self._begun_s = opened, time.time()
+        self._digest, self._done = hashlib.sha256(), 0
+        self._lock = lock_of(path)
+        self._ours = self._over = self._refused = False
 
     def up_to(self, stop: int) -> None:
         """Hash the file from where it is hashed already to byte `stop`, unless another process is at it."""
@@ -61,35 +64,42 @@ class ReadCheck:
     def finish(self) -> None:
         """Return when the whole file is found to be the recorded one; the refusal is raised where it is not."""
         until_s = time.monotonic() + PATIENCE_S
-        while not self._take() and not self._known() and time.monotonic() < until_s:
+        while not self._take() and not self._over and time.monotonic() < until_s:
             time.sleep(_LOOK_S)
         try:
-            if not self._done and self._known():
-                return  # another process hashed it meanwhile
-            self._hash(os.fstat(self._fd).st_size)
+            if self._over:
+                return
+            if self._refused:  # nothing came of that wait; all who waited hash at once, not one after the other
+                self._release()
+            self._hash(self._opened.st_size)
             found = self._digest.hexdigest()
-            remember(self._path, stamp_of(os.fstat(self._fd)), found, self._begun_s)
+            remember(self._path, stamp_of(self._opened), found, self._begun_s)
             if found != self._expected:
                 raise self._refusal
         finally:
-            if self._lock is not None:
-                self._lock.close()  # which gives the lock back
-
-    def _known(self) -> bool:
-        return is_known(self._path, self._expected, os.fstat(self._fd))
+            self._release()
 
     def _take(self) -> bool:
         """Whether it is this process that hashes. Others do not until it is at the end of `finish`, or its own."""
-        if not self._taken:
-            try:
-                if self._lock is not None:
-                    fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:  # a file system that has no locks
-                pass
-            self._taken, self._begun_s = True, time.time()
-        return True
+        if self._ours or self._over:
+            return self._ours
+        try:
+            if self._lock is not None:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._refused = True
+            return False
+        except OSError:  # a file system that has no locks
+            pass
+        self._over = is_known(self._path, self._expected, self._opened)  # another process hashed it meanwhile
+        self._ours = not self._over
+        if self._over:
+            self._release()
+        return self._ours
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     def _hash(self, stop: int) -> None:
         while self._done < stop and (block := os.pread(self._fd, min(_BLOCK_BYTES, stop - self._done), self._done)):

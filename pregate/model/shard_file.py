@@ -84,8 +84,9 @@ class ShardFile:
         self._file = path.open("rb", buffering=0)
         self._stamp = self._stamp_now()
         self._check = None
-        if recorded is not None and not is_known(path, recorded.sha256, os.fstat(self._file.fileno())):
-            self._check = ReadCheck(path, self._file.fileno(), recorded)
+        opened = os.fstat(self._file.fileno())
+        if recorded is not None and not is_known(path, recorded.sha256, opened):
+            self._check = ReadCheck(path, self._file.fileno(), opened, recorded)
         size = self._stamp[0]
         num_bytes = int.from_bytes(self._file.read(8), "little")
         if not 2 <= num_bytes <= min(size - 8, _MOST_HEADER_BYTES):
@@ -130,10 +131,16 @@ class ShardFile:
         return data
 
     def finish_check(self) -> None:
-        """Return when it is sure that the file is what was recorded; raises what is said of one that is not."""
+        """Return when it is sure that what was read, here and by others at this path, is what was recorded.
+
+        Raises what is said of a file that is not; ValueError where it was written over or replaced since it was opened.
+        """
         if self._check is not None:
             self._check.finish()
             self._check = None
+        here, now = os.fstat(self._file.fileno()), self.path.stat()
+        if self._stamp_now() != self._stamp or (here.st_ino, here.st_dev) != (now.st_ino, now.st_dev):
+            raise ValueError("was changed after it was opened")
 
     def read_ahead(self, name: str, index: int) -> None:
         """Have the system bring an entry of a tensor into its cache; returns at once."""

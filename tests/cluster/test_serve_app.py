@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import click
 import pytest
 
+from benchmarks.doors import haproxy
 from pregate.base.errors import UnavailableError, UserError
 from pregate.base.metrics import METRICS
 from pregate.cluster.room import NODE_SHARE
@@ -65,6 +65,7 @@ url = f"http://127.0.0.1:{port}"
 def parts():
     lines = {p.pid: command_of(p) for p in psutil.Process().children(recursive=True)}
     mine = sorted(pid for pid, line in lines.items() if "ExpertHostActor" in line or "EngineActor" in line)
+    told["haproxy"] = any(line.partition(" ")[0].endswith("/haproxy") for line in lines.values())
     return mine, sorted(pid for pid, line in lines.items() if "ServeReplica" in line)
 
 
@@ -115,9 +116,9 @@ def over_grpc():
     return found
 
 
-done, results = threading.Event(), []
+done, results, told = threading.Event(), [], {}
 serve.run(build_app(args))
-told = {"unauthorized": httpx.post(f"{url}/v1/completions", json={}).status_code}
+told["unauthorized"] = httpx.post(f"{url}/v1/completions", json={}).status_code
 told |= {path: httpx.get(url + path, timeout=30).status_code for path in ("/health", "/ready", "/version")}
 told["before"], told["replica"] = parts()
 threads = [threading.Thread(target=load, args=(stream,)) for stream in (True, False)]
@@ -145,16 +146,6 @@ def free_ports(number: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
-
-
-def haproxy(folder: Path, metrics_port: int, stats_port: int) -> dict[str, object]:
-    """What has Serve put HAProxy before its replicas, as docs/serve.md says it, with ports and files of its own."""
-    return {
-        "ENABLE_HA_PROXY": 1, "HAPROXY_SOCKET_PATH": f"{folder}/admin.sock", "HAPROXY_SERVER_STATE_BASE": folder,
-        "HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state", "HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-        "HAPROXY_METRICS_PORT": metrics_port, "HAPROXY_STATS_PORT": stats_port,
-        "DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": 5,
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -240,16 +231,20 @@ def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpo
     """And Ray's exporter has the numbers that the plain endpoint would have, under the same names; and Serve's own gRPC
     proxy answers. Both through HAProxy in Serve's place, too."""
     (tmp_path / "keys").write_text("sk-alpha\n")
-    port, grpc_port, *others = free_ports(4)
+    port, grpc_port, metrics_port, stats_port = free_ports(4)
     with socket_folder() as folder:
         if proxy == "HAProxy":
-            for name, value in haproxy(folder, *others).items():
-                monkeypatch.setenv(f"RAY_SERVE_{name}", str(value))
+            beside = {"HAPROXY_METRICS_PORT": metrics_port, "HAPROXY_STATS_PORT": stats_port}
+            beside["DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = 5
+            settings = haproxy(folder) | {f"RAY_SERVE_{name}": str(value) for name, value in beside.items()}
+            for name, value in settings.items():
+                monkeypatch.setenv(name, value)
         with launched("-c", REDEPLOY, path_checkpoint, tmp_path / "keys", port, grpc_port) as running:
             wait_for(running.log, "told ", running.process)
             running.process.wait(120)
             (line,) = [x for x in running.log.read_text().splitlines() if x.startswith("told ")]
     told = json.loads(line.removeprefix("told "))
+    assert told["haproxy"] == (proxy == "HAProxy")
     assert told["unauthorized"] == 401
     assert [told[path] for path in ("/health", "/ready", "/version")] == [200, 200, 200]
     assert told["num_before"] > 0 and told["num_during"] > 0

@@ -133,7 +133,7 @@ def test_deployed_changed_scaled_by_load_and_shut_down(cluster):
         eventually(lambda: len(cluster.replicas()) == 2, TIMEOUT_S, "a second replica, for the load")
         eventually(lambda: time.sleep(1) or cluster.running() == 2, TIMEOUT_S, "a second replica that runs")
         num_texts = len(texts)
-        eventually(lambda: len(texts) > num_texts + 8, TIMEOUT_S, "texts of both")
+        eventually(lambda: len(texts) > num_texts + 8, TIMEOUT_S, "texts while both run")
     assert set(texts) == {first}, "no request failed"
     assert "17" in json.dumps(cluster.serve("config"))
     assert ask(port, **body)["choices"][0]["text"] == first

@@ -124,7 +124,7 @@ def finish(reader: CheckpointReader) -> None:
 
 
 def test_who_finds_another_at_it_waits_for_that_one(at_it: CheckpointReader, copy: Path, hashed):
-    other = CheckpointReader(copy, hashes=Hashes.WHILE_READ)
+    other, third = (CheckpointReader(copy, hashes=Hashes.WHILE_READ) for _ in range(2))
     other.read_unit(1, 1)
     assert hashed == [], "a unit is read without"
     waiting = threading.Thread(target=finish, args=(other,))
@@ -133,6 +133,8 @@ def test_who_finds_another_at_it_waits_for_that_one(at_it: CheckpointReader, cop
     assert waiting.is_alive()
     finish(at_it)
     waiting.join(10)
+    third.read_unit(0, 1)
+    finish(third)
     assert not waiting.is_alive()
     assert sum(stop - start for start, stop in hashed) < (copy / SHARD).stat().st_size, "once, by the first"
 
@@ -163,6 +165,23 @@ def test_what_goes_wrong_by_damage_is_said_to_be_damage(copy: Path):
         raise ValueError("by what was read")
     with pytest.raises(UserError, match="another reason"), CheckpointReader(copy).checked():
         raise UserError("another reason")
+
+
+@pytest.mark.parametrize("how", ["in place", "by another"])
+def test_a_file_repaired_after_it_was_read_is_refused(copy: Path, tmp_path: Path, how: str):
+    """What was read of it was damaged, though what is hashed is not."""
+    whole = (copy / SHARD).read_bytes()
+    flip(copy / SHARD, 1)
+    os.utime(copy / SHARD, ns=(0, 0))  # else both may be written within what a file's times tell apart
+    reader = CheckpointReader(copy, hashes=Hashes.WHILE_READ)
+    reader.read_unit(0, 0)
+    (tmp_path / "new").write_bytes(whole)
+    if how == "in place":
+        (copy / SHARD).write_bytes(whole)
+    else:
+        (tmp_path / "new").replace(copy / SHARD)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: (damaged|was changed)"):
+        finish(reader)
 
 
 def test_the_file_that_is_open_is_the_one_that_is_known(copy: Path, tmp_path: Path):

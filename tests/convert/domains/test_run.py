@@ -30,6 +30,7 @@ from pregate.model import CheckpointReader
 from pregate.model.checkpoint import read_manifest, write_manifest
 from pregate.model.gated_mlp import find_gated_mlps
 from pregate.model.layers import PathPolicy
+from pregate.model.read_check import Hashes
 from tests.convert.domains.read_me_cases import load, neurons_of, small
 from tests.equality import reference_texts
 from tests.router.serving import engine_in_process, hold
@@ -73,7 +74,7 @@ def test_the_checkpoint_is_the_dense_model_masked_by_index(cut: Path, tiny_dense
 
 
 def test_paths_are_exact_and_one_index_serves_all_layers(cut: Path):
-    reader, model = CheckpointReader(cut, hashes=True), load(cut)
+    reader, model = CheckpointReader(cut, hashes=Hashes.FIRST), load(cut)
     assert (reader.config.routing, reader.manifest.method) == ("path", "read-me")
     assert [(c.num_routed, c.num_shared, c.num_active, c.expert_width) for c in reader.config.cuts] == [
         (3, 0, 1, 64)

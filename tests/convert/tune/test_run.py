@@ -24,6 +24,7 @@ from pregate.convert.tune.run import load_teacher, tune
 from pregate.model import CheckpointReader, RoutedForCausalLM
 from pregate.model.checkpoint import read_manifest
 from pregate.model.folder import read_folder
+from pregate.model.read_check import Hashes
 from tests.convert.tune.tuning import paper_checkpoint, tiny_options
 
 
@@ -69,7 +70,7 @@ def test_it_recovers_and_says_so(options: TuneOptions, tiny_path_checkpoint: Pat
     assert manifest.options["tune"]["kl_share"] == 0.5
     assert manifest.options["decouple"]["steps"] == 30  # what was said before is kept
     assert "training.jsonl" in manifest.files
-    reader = CheckpointReader(options.out, hashes=True)
+    reader = CheckpointReader(options.out, hashes=Hashes.FIRST)
     assert reader.config.routing == "path"
     assert sorted(p.name for p in options.out.parent.iterdir()) == ["out"]
 
