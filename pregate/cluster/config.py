@@ -193,7 +193,7 @@ class ServeConfig:
             for name in option.path:
                 a, b = a[name], b[name]
             if a != b and option.key not in _OWN:
-                raise UserError.of(option.flag, a, f"deployment {self.name!r} is running with {b}; allowed: that")
+                raise UserError.of(option.flag, a, f"deployment {self.name!r} is running with {b}; allowed: that, or end it first")
 
 
 @options()
