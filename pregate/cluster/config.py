@@ -193,7 +193,8 @@ class ServeConfig:
             for name in option.path:
                 a, b = a[name], b[name]
             if a != b and option.key not in _OWN:
-                raise UserError.of(option.flag, a, f"deployment {self.name!r} is running with {b}; allowed: that, or end it first")
+                sentence = f"deployment {self.name!r} is running with {b}; allowed: that, or end it first"
+                raise UserError.of(option.flag, a, sentence)
 
 
 @options()
