@@ -135,7 +135,7 @@ def test_certificates_are_such_as_grpc_takes(words: list[str], tmp_path: Path):
     assert read_key("--tls-key", made["-keyout"])
 
 
-MODELS = dict.fromkeys(("./llama-paths", "./llama-tuned"), str(PATHS))
+MODELS: dict[str, str] = dict.fromkeys(("./llama-paths", "./llama-tuned"), str(PATHS))
 PLAIN, *OTHERS = sorted(those("serve", MODELS), key=len)
 
 
