@@ -53,7 +53,7 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     cuts = reader.config.cuts
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
-    expert_growth = 1.0 if _kept_in_fp16(stored, config) else growth
+    staying_growth, coming_growth = _expert_growth(reader, config)
     experts = read_routed_experts(config.model)
     placement = experts.placement(config)
     unit_bytes = [reader.unit_bytes(layer) for layer in range(len(cuts))]
@@ -62,14 +62,15 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
     backbone = reader.manifest.weight_bytes - units - shared
     homes = [[unit_bytes[layer] for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
-    in_slots = [[int(size * growth) for size in sizes] for sizes in homes]
-    shares = [share_in_slots(config.host.resident_experts, sizes, expert_growth / growth) for sizes in in_slots]
+    coming = [[int(size * coming_growth) for size in sizes] for sizes in homes]
+    staying = [[int(size * staying_growth) for size in sizes] for sizes in homes]
+    shares = [share_in_slots(config.host.resident_experts, *sizes) for sizes in zip(coming, staying, strict=True)]
     return Footprint(
         backbone_bytes=int(backbone * growth),
-        shared_bytes=int(shared * expert_growth),
+        shared_bytes=int(shared * staying_growth),
         kv_cache_bytes=kv_cache_bytes(reader, config),
         units_bytes=tuple(
-            int(share * sum(sizes) * (expert_growth if share == 1 else growth))
+            int(share * sum(sizes) * (staying_growth if share == 1 else coming_growth))
             for share, sizes in zip(shares, homes, strict=True)
         ),
         # Supervisor, engines, front door; with exact paths the path router service.
@@ -82,15 +83,21 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     )
 
 
-def _kept_in_fp16(stored: str, config: ServeConfig) -> bool:
-    """Whether experts that are computed in fp32 take no more than their 16 bits (`kernels/cpu/packed.py`). So do the
-    backbone's products, but not its embedding: its estimate is one from above."""
+def _expert_growth(reader: CheckpointReader, config: ServeConfig) -> tuple[float, float]:
+    """Bytes in memory for each of the checkpoint's, of experts that stay, and of those that come and go: both can keep
+    the 16 bits that they are stored in (`kernels/cpu/packed.py`, `stored.py`). So do the backbone's products, but not
+    its embedding: its estimate is one from above."""
     import torch
 
     from pregate.kernels.cpu.packed import packs_to_fp16
+    from pregate.kernels.expert_ffn import passing_bytes
 
-    device, dtype = torch.device(config.device), getattr(torch, config.dtype)
-    return _ITEM_BYTES[stored] == 2 and packs_to_fp16(config.host.expert_ffn, device, dtype)
+    chosen = config.host.expert_ffn, torch.device(config.device), getattr(torch, config.dtype)
+    widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts if cut.num_routed)}
+    item_bytes = (reader.unit_dtype or torch.float32).itemsize
+    staying = 2 if item_bytes == 2 and packs_to_fp16(*chosen) else chosen[2].itemsize
+    coming = passing_bytes(*chosen, reader.hidden_act, tuple(widths), reader.unit_dtype)
+    return staying / item_bytes, coming / item_bytes
 
 
 def kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

@@ -100,7 +100,8 @@ def check_model(config: ServeConfig, fits_here: bool = False, whole: bool = Fals
         device = torch.device(config.device)
         widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts)}
         dtype = expert_ffn.choose_dtype(config.dtype, device)
-        expert_ffn.choose(config.host.expert_ffn, device, dtype, act=reader.hidden_act, widths=tuple(widths))
+        asked, stored = config.host.expert_ffn, reader.unit_dtype
+        expert_ffn.choose(asked, device, dtype, act=reader.hidden_act, widths=tuple(widths), stored=stored)
         if fits_here and config.device == "cpu":  # of a GPU's memory only the engine's process finds out
             kv_cache_bytes(reader, config)
     check_family(reader.config.text_config)

@@ -17,6 +17,7 @@ from pregate.kernels.cpu import ffn as cpu_ffn
 from pregate.kernels.cpu import packed as cpu_packed
 from pregate.kernels.cpu.ffn import GroupedFFN, LoopFFN
 from pregate.kernels.cpu.packed import Int8FFN, PackedFFN
+from pregate.kernels.cpu.stored import StoredFFN
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: What `triton_ffn.ACTIVATIONS` has; kept here because importing that needs Triton.
@@ -30,7 +31,7 @@ _CPU = {ffn.name: ffn for ffn in (PackedFFN, GroupedFFN, LoopFFN, Int8FFN)}
 #: What Triton's implementations hold weights in; None is the compute dtype.
 _TRITON = {"triton": None, "triton-int8": torch.int8, "triton-fp8": torch.float8_e4m3fn}
 #: By name; "auto" chooses among those that compute without loss (see `_best`).
-IMPLEMENTATIONS = ("auto", *_CPU, *_TRITON)
+IMPLEMENTATIONS = ("auto", *_CPU, StoredFFN.name, *_TRITON)
 
 _log = get_logger(__name__)
 
@@ -44,10 +45,12 @@ def choose(
     widths: Iterable[int],
     fits_fp16: Callable[[], bool] = lambda: False,
     passing: bool = False,
+    stored: torch.dtype | None = None,
 ) -> ExpertFFN:
     """Return the implementation for this machine; `widths` are all row lengths (hidden, expert) it will meet,
     `fits_fp16` says whether fp16 holds the weights as they are (`cpu.packed.fits_fp16`), asked only where that matters,
-    `passing` that experts come and go (measured with a quarter and three quarters held: docs/measurements.md).
+    `passing` that experts come and go (measured with a quarter and three quarters held: docs/measurements.md), `stored`
+    in which dtype the checkpoint has them, None where there is none or several.
 
     Raises UserError when the named implementation is unknown or cannot run here, and for a dtype that this CPU has no
     instructions for; only "auto" chooses.
@@ -62,11 +65,11 @@ def choose(
         _refuse_slow(dtype)
     widths = tuple(widths)
     if implementation == "auto":
-        name, reason = _best(device, dtype, act, widths, fits_fp16, passing)
+        name, reason = _best(device, dtype, act, widths, fits_fp16, passing, stored)
     else:
         name, reason = implementation, "asked for by name"
-        if hindrance := why_not(name, device, dtype, act, widths):
-            allowed = [n for n in IMPLEMENTATIONS[1:] if not why_not(n, device, dtype, act, widths)]
+        if hindrance := why_not(name, device, dtype, act, widths, stored):
+            allowed = [n for n in IMPLEMENTATIONS[1:] if not why_not(n, device, dtype, act, widths, stored)]
             raise UserError.of(
                 "--expert-ffn", name, f"not possible here: {hindrance}; allowed: {', '.join(['auto', *allowed])}"
             )
@@ -74,6 +77,9 @@ def choose(
         from pregate.kernels.triton.ffn import TritonFFN
 
         ffn: ExpertFFN = TritonFFN(act, device, dtype, weight_dtype=_TRITON[name])
+    elif name == StoredFFN.name:
+        assert stored is not None
+        ffn = StoredFFN(act, stored)
     else:
         ffn = _CPU[name](act, dtype)
     _log.info("expert FFN on %s in %s: %s (%s)", device, dtype_name(dtype), ffn.name, reason)
@@ -100,13 +106,35 @@ def layer_segments(
     return found
 
 
-def why_not(name: str, device: torch.device, dtype: torch.dtype, act: str, widths: tuple[int, ...]) -> str:
+def why_not(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    act: str,
+    widths: tuple[int, ...],
+    stored: torch.dtype | None = None,
+) -> str:
     """Return why implementation `name` cannot run here; empty if it can."""
     if name in _TRITON:
         return _why_not_triton(name, device, dtype, act)
     if device.type != "cpu":
         return f"it runs on a CPU, not on {device.type}"
+    if name == StoredFFN.name:
+        return StoredFFN.why_not_stored(dtype, act, widths, stored)
     return _CPU[name].why_not(dtype, widths)
+
+
+def passing_bytes(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    act: str,
+    widths: tuple[int, ...],
+    stored: torch.dtype | None,
+) -> int:
+    """Return how many bytes a number of an expert takes that comes and goes, where the implementation is `name`."""
+    lies_stored = name in ("auto", StoredFFN.name) and not why_not(StoredFFN.name, device, dtype, act, widths, stored)
+    return 2 if lies_stored else dtype.itemsize
 
 
 def _best(
@@ -116,6 +144,7 @@ def _best(
     widths: tuple[int, ...],
     fits_fp16: Callable[[], bool],
     passing: bool,
+    stored: torch.dtype | None,
 ) -> tuple[str, str]:
     """Return the implementation that "auto" means, and why."""
     if device.type == "cuda":
@@ -123,7 +152,9 @@ def _best(
             raise UserError.of("--device", device, f"no expert FFN for it: {hindrance}; allowed here: cpu")
         return "triton", "the kernels for CUDA devices"
     if passing:
-        return "loop", "experts come and go: to pack one takes longer than packing saves while it stays"
+        come_and_go = "experts come and go: to pack one takes longer than packing saves while it stays"
+        hindrance = why_not(StoredFFN.name, device, dtype, act, widths, stored)
+        return ("loop", f"{come_and_go}; {hindrance}") if hindrance else (StoredFFN.name, come_and_go)
     if dtype == torch.float32 and not cpu_packed.why_no_fp16() and fits_fp16():
         return "packed", "fp16 holds the weights: half the bytes to read"
     unpacked = "" if cpu_ffn.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"

@@ -28,7 +28,7 @@ from pregate.model.adapter import Adapter, hashed, is_adapter
 from pregate.model.file_hashes import has_sha256
 from pregate.model.folder import ROUTED
 from pregate.model.read_check import Hashes, Recorded
-from pregate.model.shard_file import FACTORS, ITEM_BYTES, Shard, ShardFile
+from pregate.model.shard_file import FACTORS, ITEM_BYTES, TORCH_NAMES, Shard, ShardFile
 
 if TYPE_CHECKING:
     import torch
@@ -261,6 +261,14 @@ class CheckpointReader:
             return shard.read(name, expert, out)
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{shard.path}: {error}") from error
+
+    @property
+    def unit_dtype(self) -> torch.dtype | None:
+        """The dtype that units are stored in; None where that is not one."""
+        import torch
+
+        names = {TORCH_NAMES[shard.tensors[name].dtype] for shard, name in self._experts.values()}
+        return getattr(torch, names.pop()) if len(names) == 1 else None
 
     def unit_bytes(self, layer: int) -> int:
         """Bytes of one unit of `layer` as stored (0 for a dense layer)."""

@@ -8,7 +8,7 @@ from pregate.base.errors import UserError
 from pregate.kernels import reference
 from pregate.kernels.cpu import ffn as cpu_ffn
 from pregate.kernels.cpu import packed as cpu_packed
-from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, why_not
+from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, passing_bytes, why_not
 from tests.int8 import HINDRANCE
 
 CPU = torch.device("cpu")
@@ -57,6 +57,27 @@ def test_experts_that_come_and_go_are_not_packed(log):
     assert choose("auto", CPU, torch.float32, fits_fp16=lambda: True, **given).name == "loop"
     assert "loop (experts come and go" in log[0]
     assert choose("packed", CPU, torch.float32, **given).name == "packed", "by name"
+    for stored in (torch.bfloat16, torch.float16):
+        assert choose("auto", CPU, torch.float32, stored=stored, **given).name == "stored"
+        assert passing_bytes("auto", CPU, torch.float32, "silu", LARGE, stored) == 2
+    assert "stored (experts come and go" in log[-1]
+    assert choose("auto", CPU, torch.float32, stored=torch.float32, **given).name == "loop"
+    assert passing_bytes("loop", CPU, torch.float32, "silu", LARGE, torch.bfloat16) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"stored": None}, "takes experts that a checkpoint has in bfloat16 or float16"),
+        ({"act": "gelu"}, "has no gelu; it has silu, swish"),
+        ({"widths": (64, 8)}, "widths below 16"),
+    ],
+)
+def test_experts_that_cannot_lie_as_they_are_stored_are_refused_by_name_and_passed_over(changed, reason):
+    given = {"act": "silu", "widths": (64, 32), "stored": torch.bfloat16} | changed
+    with pytest.raises(UserError, match=f"expert_ffn stored: not possible here: .*{reason}; allowed: auto"):
+        choose("stored", CPU, torch.float32, **given)
+    assert choose("auto", CPU, torch.float32, passing=True, **given).name == "loop"
 
 
 def test_a_named_implementation_is_taken_or_refused():
@@ -66,7 +87,7 @@ def test_a_named_implementation_is_taken_or_refused():
     allowed = "allowed: auto, packed, loop" + ("$" if HINDRANCE else ", int8$")
     with pytest.raises(UserError, match=rf"expert_ffn grouped: .*43.*{allowed}"):
         pick("grouped", widths=(64, 43))
-    with pytest.raises(UserError, match="allowed: auto, packed, grouped, loop"):
+    with pytest.raises(UserError, match="allowed: auto, packed, grouped, loop, int8, stored"):
         pick("fastest")
     assert "int8 takes float32 rows" in why_not("int8", CPU, torch.bfloat16, "silu", (64,))
 

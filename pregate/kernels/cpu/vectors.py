@@ -117,6 +117,23 @@ def load(typing: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic
+def load_16_bits(typing: Any, array: Any, index: Any) -> Any:
+    """A vector made of elements of 16 bits, from `index` on: an array of int16 holds those of bfloat16, one of uint16
+    those of float16."""
+
+    def make(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[0]
+        element = ir.HalfType() if kind.dtype == types.uint16 else ir.IntType(16)
+        stored = builder.load(_place(context, builder, kind, ir.VectorType(element, LANES), *args), align=2)
+        if kind.dtype == types.uint16:
+            return builder.fpext(stored, _VECTOR)
+        bits = builder.shl(builder.zext(stored, _BITS), ir.Constant(_BITS, [16] * LANES))
+        return builder.bitcast(bits, _VECTOR)
+
+    return vector(array, types.intp), make
+
+
+@intrinsic
 def store(typing: Any, array: Any, index: Any, value: Any) -> Any:
     """Put a vector into `array`, from `index` on."""
 

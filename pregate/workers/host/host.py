@@ -27,6 +27,7 @@ from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.copies import Copies
+from pregate.workers.host.next_use import Unit
 from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
 from pregate.workers.host.prefetch import Prefetcher
@@ -77,7 +78,7 @@ class ExpertHost:
         def fits() -> bool:
             return any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some)
 
-        share = self._resident_share(units, fits)
+        share = self._resident_share(units, widths, fits)
         self._ffn = expert_ffn.choose(
             options.expert_ffn,
             self._device,
@@ -86,6 +87,7 @@ class ExpertHost:
             widths=widths,
             fits_fp16=fits,
             passing=share < 1,
+            stored=reader.unit_dtype,
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
         reserve = beside_engine and self._ffn.shared_in_segments
@@ -109,14 +111,16 @@ class ExpertHost:
         self._num_pairs = 0
         self._num_prepared = 0
 
-    def _resident_share(self, units: Iterable[tuple[int, int]], fits: Callable[[], bool]) -> float:
-        """Which share of these units there are slots for: bytes are counted in the dtype that is computed in, of units
-        that all stay as fp16 packs them, where it `fits`. Units that the checkpoint lacks do not count."""
-        options, cuts, num_values = self.options, self._reader.config.cuts, 3 * self._reader.hidden_size
-        widths = [cuts[layer].expert_width for layer, _ in units if 0 <= layer < len(cuts)]
-        sizes = [num_values * width * self._dtype.itemsize for width in widths]
-        packs = options.resident_experts is not None and packs_to_fp16(options.expert_ffn, self._device, self._dtype)
-        return share_in_slots(options.resident_experts, sizes, 0.5 if packs and fits() else 1.0)
+    def _resident_share(self, units: Iterable[Unit], widths: set[int], fits: Callable[[], bool]) -> float:
+        """Which share of these units there are slots for: bytes are counted as they lie there, of units that all stay
+        as fp16 packs them, where it `fits`. Units that the checkpoint lacks do not count."""
+        options, reader, chosen = self.options, self._reader, (self.options.expert_ffn, self._device, self._dtype)
+        cuts = reader.config.cuts
+        sizes = [3 * reader.hidden_size * cuts[n].expert_width for n, _ in units if 0 <= n < len(cuts)]
+        packs = options.resident_experts is not None and packs_to_fp16(*chosen) and fits()
+        staying = 2 if packs else self._dtype.itemsize
+        coming = expert_ffn.passing_bytes(*chosen, reader.hidden_act, tuple(widths), reader.unit_dtype)
+        return share_in_slots(options.resident_experts, [coming * n for n in sizes], [staying * n for n in sizes])
 
     def warm_up(self) -> None:
         if not self._ffn.compiles:

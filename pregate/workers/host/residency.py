@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from pregate.base.errors import UserError
 
 
-def share_in_slots(resident: float | None, slot_bytes: Sequence[int], packed: float = 1.0) -> float:
-    """`resident_share` of units that take so many bytes each in slots, but 1 where all fit that stay: those take
-    `packed` of it. Example: 4 units of 8 bytes, packed 0.75: 24 -> 1, 20 -> 0.625."""
-    if resident_share(resident, [int(packed * size) for size in slot_bytes]) == 1:
-        return 1.0
-    return resident_share(resident, slot_bytes)
+def share_in_slots(resident: float | None, coming_bytes: Sequence[int], staying_bytes: Sequence[int]) -> float:
+    """`resident_share` of units that take `coming_bytes` each where they come and go, but 1 where all fit as they lie
+    that stay. Example: 4 units of 8 bytes, or 6 that stay: 24 -> 1, 20 -> 0.625."""
+    return 1.0 if resident_share(resident, staying_bytes) == 1 else resident_share(resident, coming_bytes)
 
 
 def resident_share(resident: float | None, unit_bytes: Sequence[int]) -> float:

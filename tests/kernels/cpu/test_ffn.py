@@ -19,6 +19,7 @@ from pregate.kernels.cpu.packed import (
     onednn_product,
 )
 from pregate.kernels.cpu.segments import CpuSegments
+from pregate.kernels.cpu.stored import StoredFFN
 from pregate.kernels.units import GroupRows, LayerUnits
 from tests.int8 import needs_int8
 
@@ -33,7 +34,15 @@ class OneDnnFFN(PackedFFN):
         self.layout = PackedLayout(onednn_product, 4)
 
 
-EXACT = [LoopFFN, GroupedFFN, PackedFFN, OneDnnFFN]
+class Bfloat16FFN(StoredFFN):
+    """Weights of these tests as a checkpoint has them."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__(act, torch.bfloat16)
+
+
+EXACT = [LoopFFN, GroupedFFN, PackedFFN, OneDnnFFN, Bfloat16FFN]
+ACTS = [(ffn, act) for ffn in EXACT for act in ("silu", "gelu_pytorch_tanh") if (ffn, act[:4]) != (Bfloat16FFN, "gelu")]
 needs_fp16 = pytest.mark.skipif(bool(cpu_packed.why_no_fp16()), reason=cpu_packed.why_no_fp16())
 
 
@@ -73,8 +82,7 @@ def group(slots, counts, num_rows, seed=3) -> GroupRows:
     return GroupRows(np.array(slots, np.int32), np.array(counts, np.int32), index.astype(np.int32))
 
 
-@pytest.mark.parametrize("ffn_class", EXACT)
-@pytest.mark.parametrize("act", ["silu", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize(("ffn_class", "act"), ACTS)
 @pytest.mark.parametrize(
     ("slots", "counts", "num_rows"),
     [
@@ -189,7 +197,7 @@ def test_a_slot_moves_as_it_is_held(ffn_class):
     x_ND = torch.randn(3, D, generator=torch.Generator().manual_seed(2))
     moved = ffn.pairs(x_ND, group([0, 1], [2, 3], 3), new)
     assert torch.equal(moved, ffn.pairs(x_ND, group([4, 2], [2, 3], 3), old))
-    item = 1 if ffn_class is Int8FFN else 4
+    item = {Int8FFN: 1, Bfloat16FFN: 2}.get(ffn_class, 4)
     assert new.slot_bytes == 3 * M * D * item
 
 

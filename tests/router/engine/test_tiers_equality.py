@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tests.equality import reference_texts
 from tests.router.serving import engine_of, engine_over, expert_hosts, hold, placement_of, units_of
 from tests.workers.unsteady import UnsteadyReader
 
+SHIPPED = Path(__file__).resolve().parents[3] / "examples" / "quartet-paths"
 PROMPTS = [[1, *range(30, 30 + n)] for n in (3, 40)] + [[7, *range(90, 150, 2)]]
 
 
@@ -75,6 +77,17 @@ def test_texts_are_the_references_on_demand_with_host_memory_and_in_groups(check
     with tiered(checkpoint, 1, 0.4, **options) as (engine, _, hosts):
         hold(engine, str(options), references, together=(True,))
         assert (hosts[0].status()["prefetched_bytes"] == 0) == (not options.get("lookahead", engine.exact))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.75])
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_experts_stored_in_16_bits_lie_in_them_in_their_slots(num_hosts, share):
+    references = reference_texts(RoutedForCausalLM.from_pretrained(SHIPPED).float().eval(), PROMPTS, 8)
+    with tiered(SHIPPED, num_hosts, share, {"delay_s": 0.0004, "fails_every": 7}) as (engine, _, hosts):
+        hold(engine, f"16 bits, {num_hosts} hosts, {share} resident", references, together=(True,))
+        for status in (host.status() for host in hosts):
+            assert status["expert_ffn"] == "stored"
+            assert status["held_bytes"] == status["num_units"] * hosts[0]._reader.unit_bytes(0)
 
 
 def test_whole_layers_run_where_there_is_room_for_two(checkpoint, references):

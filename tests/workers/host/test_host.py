@@ -132,12 +132,13 @@ def test_only_the_home_units_are_read(reader):
 
 
 def test_a_budget_in_bytes_is_what_slots_take():
-    """Of units that are stored in 16 bits and computed in 32."""
+    """Of units that are stored in 16 bits and computed in 32, and lie in either."""
     reader = CheckpointReader(ROOT / "examples" / "quartet-paths")
     units = [(layer, expert) for layer in range(reader.num_layers) for expert in range(4)]
     size = reader.unit_bytes(0)
-    host = ExpertHost(reader, units, HostOptions(resident_experts=6.0 * size))
-    assert (host.status()["num_units"], host.status()["held_bytes"]) == (3, 6 * size)
+    for expert_ffn, num_units in (("auto", 6), ("loop", 3)):
+        host = ExpertHost(reader, units, HostOptions(resident_experts=6.0 * size, expert_ffn=expert_ffn))
+        assert (host.status()["num_units"], host.status()["held_bytes"]) == (num_units, 6 * size)
     whole = ExpertHost(reader, units, HostOptions(resident_experts=float(size * len(units))))
     assert whole.status()["num_units"] == (len(units) // 2 if why_no_fp16() else len(units)), "packed, they all fit"
 

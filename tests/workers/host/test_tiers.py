@@ -63,11 +63,11 @@ def test_room_is_a_share_a_count_or_bytes_of_this_hosts_units(reader, resident, 
 
 
 def test_where_all_fit_packed_none_leaves():
-    assert share_in_slots(24.0, [8] * 4, 0.75) == 1
-    assert share_in_slots(20.0, [8] * 4, 0.75) == 0.625
-    assert share_in_slots(15.0, [10] * 3, 0.5) == 1, "though there is no room for two that come and go"
+    assert share_in_slots(24.0, [8] * 4, [6] * 4) == 1
+    assert share_in_slots(20.0, [8] * 4, [6] * 4) == 0.625
+    assert share_in_slots(15.0, [10] * 3, [5] * 3) == 1, "though there is no room for two that come and go"
     with pytest.raises(UserError, match="room for 2 experts or more, of 3"):
-        share_in_slots(14.0, [10] * 3, 0.5)
+        share_in_slots(14.0, [10] * 3, [5] * 3)
 
 
 def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
