@@ -3,8 +3,9 @@
     python -m benchmarks.packing
 
 Milliseconds, the least of thirty: the check whether fp16 holds a matrix, packing it for FBGEMM and for oneDNN, a plain
-copy; products of 1, 4 and 16 rows with each. Both matrices of a unit, one after the other; all of it comes from the
-processor's caches where it fits them. One thread. Prints a line for each shape.
+copy; products of 1, 4 and 16 rows with each, and of a whole unit in bfloat16 as it is stored. Both matrices of a unit,
+one after the other; all of it comes from the processor's caches where it fits them. One thread. Prints a line for each
+shape.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import partial
 import torch
 
 from pregate.kernels.cpu.packed import Product, fits_fp16, fp16_product, onednn_product
+from pregate.kernels.cpu.sixteen_bits import run_experts
 
 #: SmolLM2 cut into seven and a shared expert, and a model of 1B into eight: gate and up [2M, D], down [D, M].
 SHAPES = (((438, 576), (576, 219)), ((1376, 2048), (2048, 688)))
@@ -55,6 +57,10 @@ def measure(shapes: tuple[tuple[int, int], ...]) -> dict[str, float]:
                 works[f"{name} {num}"] = partial(product, torch.randn(num, shape[1]))
         for name, work in works.items():
             found[name] = found.get(name, 0.0) + least_ms(work)
+    gate_up, down = (torch.randn(1, *shape).bfloat16() for shape in shapes)
+    for num in ROWS:
+        unit = partial(run_experts, torch.randn(num, gate_up.shape[2]), [0], [num], gate_up, down)
+        found[f"stored {num}"] = least_ms(unit)
     return found
 
 

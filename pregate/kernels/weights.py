@@ -81,8 +81,9 @@ class _TensorLayout(Layout):
         return LayerWeights(self._empty(num_slots, 2 * width, hidden), self._empty(num_slots, hidden, width))
 
     def put(self, weights: LayerWeights, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        weights.gate_up_SMD[slot].copy_(gate_up)
-        weights.down_SDM[slot].copy_(down)
+        # From pinned memory nobody waits: the stream that is current has it done in turn.
+        weights.gate_up_SMD[slot].copy_(gate_up, non_blocking=True)
+        weights.down_SDM[slot].copy_(down, non_blocking=True)
 
     def move(self, old: LayerWeights, old_slot: int, new: LayerWeights, new_slot: int) -> None:
         for name in ("gate_up_SMD", "down_SDM", "gate_up_scale", "down_scale"):

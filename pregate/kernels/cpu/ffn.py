@@ -87,10 +87,14 @@ class LoopFFN(ExpertFFN):
         if min(slots) < 0:
             check_present(units.unit_slot, np.bincount(segment.units, minlength=segment.num_units))
         if segment.tokens is None:
-            for slot in slots:
-                out_TD += self._expert(x_TD, units.weights, slot)
-            return out_TD
+            return self._add_all(out_TD, x_TD, slots, units.weights)
         return self._add_rows(out_TD, x_TD, segment, slots, units.weights)
+
+    def _add_all(self, out_TD: torch.Tensor, x_TD: torch.Tensor, slots: list[int], weights: Any) -> torch.Tensor:
+        """Add what each expert in `slots` makes of all rows, in their order."""
+        for slot in slots:
+            out_TD += self._expert(x_TD, weights, slot)
+        return out_TD
 
     def _add_rows(
         self, out_TD: torch.Tensor, x_TD: torch.Tensor, segment: CpuSegment, slots: list[int], weights: Any

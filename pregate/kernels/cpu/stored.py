@@ -47,6 +47,18 @@ class StoredFFN(LoopFFN):
             return f"it has no {act}; it has {', '.join(ACTIVATIONS)}"
         return f"widths below {LEAST_WIDTH}" if min(widths) < LEAST_WIDTH else ""
 
+    def _add_all(
+        self, out_TD: torch.Tensor, x_TD: torch.Tensor, slots: list[int], weights: LayerWeights
+    ) -> torch.Tensor:
+        """In one call, for few rows."""
+        num_rows = len(x_TD)
+        if num_rows > MOST_ROWS:
+            return super()._add_all(out_TD, x_TD, slots, weights)
+        y_PD = self._run(x_TD.repeat(len(slots), 1), slots, [num_rows] * len(slots), weights)
+        for y_TD in y_PD.split(num_rows):
+            out_TD += y_TD
+        return out_TD
+
     def _run(self, x_PD: torch.Tensor, slots: list[int], counts: list[int], weights: LayerWeights) -> torch.Tensor:
         if max(counts) > MOST_ROWS:
             return super()._run(x_PD, slots, counts, weights)
@@ -60,7 +72,7 @@ class StoredFFN(LoopFFN):
 
     def _widened(self, weight_NK: torch.Tensor) -> torch.Tensor:
         """The matrix in float32, until this thread asks for the next of its shape."""
-        found = vars(self._wide).setdefault(weight_NK.shape, torch.empty(0))
-        if found.shape != weight_NK.shape:
-            found = vars(self._wide)[weight_NK.shape] = torch.empty(weight_NK.shape)
-        return found.copy_(weight_NK)
+        held, name = vars(self._wide), str(weight_NK.shape)
+        if name not in held:
+            held[name] = torch.empty(weight_NK.shape)
+        return held[name].copy_(weight_NK)

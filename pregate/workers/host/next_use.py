@@ -25,7 +25,8 @@ class NextUse:
     """What one engine has planned and expects of `num_layers` layers of `num_routed` experts, and where it is."""
 
     def __init__(self, num_layers: int, num_routed: int) -> None:
-        self.now = 0
+        #: Where the engine is, and how often what is said here has changed.
+        self.now = self.version = 0
         self._layers = np.arange(num_layers)
         self._step = -1
         self._planned_LR = np.zeros((num_layers, num_routed), dtype=bool)
@@ -40,15 +41,18 @@ class NextUse:
         self.reach(step, 0)
 
     def expect(self, expected: Expected) -> None:
-        known_HLR = expected.known_HLR.copy()
-        self._expected, self._times = Expected(expected.step, known_HLR, expected.likely_LR), None
+        self._expected = Expected(expected.step, expected.known_HLR.copy(), expected.likely_LR)
         self._told = True
+        self._change()
         if self._step < 0:  # nothing has run yet: it begins there
             self.reach(expected.step, 0)
 
-    def reach(self, step: int, layer: int) -> None:
-        """The engine is at a layer; those before it are done."""
-        self.now, self._times = max(self.now, step * len(self._layers) + layer), None
+    def reach(self, step: int, layer: int) -> int:
+        """The engine is at a layer; those before it are done. Returns how many layers farther that is than before."""
+        before = self.now
+        self._change()
+        self.now = max(before, step * len(self._layers) + layer)
+        return self.now - before
 
     def done(self, step: int, layer: int, experts: np.ndarray) -> None:
         """The engine has used these units of a layer in this step."""
@@ -57,24 +61,32 @@ class NextUse:
             self._planned_LR[layer, experts] = False
         elif 0 <= ahead < len(self._expected.known_HLR):
             self._expected.known_HLR[ahead, layer, experts] = False
-        self._times = None
+        self._change()
+
+    def _change(self) -> None:
+        self._times, self.version = None, self.version + 1
 
     def times(self) -> Times:
         """Return when units are used next."""
         if self._times is None:
             ahead, num_layers = self._expected, len(self._layers)
-            later = max(0, self._step + 1 - ahead.step)
-            uses = [(self._step, self._planned_LR)]
-            uses += [(ahead.step + h, used_LR) for h, used_LR in enumerate(ahead.known_HLR) if h >= later]
-            known = np.full(self._planned_LR.shape, FAR)
-            for step, used_LR in reversed(uses):  # the next one last, so that it counts
-                at_L = step * num_layers + self._layers
-                known = np.where(used_LR & (at_L >= self.now)[:, None], at_L[:, None], known)
+            steps_H, uses_HLR = self._steps()
+            at_HL = steps_H[:, None] * num_layers + self._layers
+            to_come_HLR = uses_HLR & (at_HL >= self.now)[:, :, None]
+            next_LR = to_come_HLR.argmax(axis=0)
+            known = np.where(to_come_HLR.any(axis=0), at_HL[next_LR, self._layers[:, None]], FAR)
             # Without plans, where gates decide, the step that runs is one of those of which not all is known.
             turn_L = max(self._step + 1, ahead.step, self.now // num_layers) * num_layers + self._layers
             turn_L += (turn_L < self.now) * num_layers
             self._times = Times(known - self.now, turn_L - self.now, ahead.likely_LR, self._told)
         return self._times
+
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """The steps of which uses are known, ascending, int64 [H], and these uses, bool [H, L, R]."""
+        ahead = self._expected
+        later = max(0, self._step + 1 - ahead.step)
+        steps_H = np.array([self._step, *range(ahead.step + later, ahead.step + len(ahead.known_HLR))])
+        return steps_H, np.concatenate([self._planned_LR[None], ahead.known_HLR[later:]])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +110,16 @@ class Uses:
         self._last_LR = np.full(self._shape, -1, dtype=np.int64)
         self._rate_LR = np.zeros(self._shape)
         self._count = 0
+        self._seen: tuple[list[int], Outlook] | None = None
 
     def of(self, engine: str) -> NextUse:
-        return self._engines.setdefault(engine, NextUse(*self._shape))
+        if engine not in self._engines:
+            self._engines[engine] = NextUse(*self._shape)
+        return self._engines[engine]
 
     def forget(self, engine: str) -> None:
         self._engines.pop(engine, None)
+        self._seen = None
 
     def used(self, layers: np.ndarray | int, experts: np.ndarray) -> None:
         """Note that these units are used now."""
@@ -114,6 +130,12 @@ class Uses:
 
     def look(self) -> Outlook:
         """Return what is known at this moment."""
+        version = [self._count, *(engine.version for engine in self._engines.values())]
+        if self._seen is None or self._seen[0] != version:
+            self._seen = version, self._look()
+        return self._seen[1]
+
+    def _look(self) -> Outlook:
         known = np.full(self._shape, FAR)
         distance = FAR + self._count - self._last_LR
         for engine in self._engines.values():

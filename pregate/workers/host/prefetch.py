@@ -17,8 +17,8 @@ _log = get_logger(__name__)
 
 
 class Prefetcher:
-    """Loads one unit at a time, always the one that is needed next as things stand, so that nothing has to be taken
-    back when they change: what is no longer wanted is never begun."""
+    """Loads one unit after another, few of them begun at a time (`store.AT_ONCE`), always those that are needed next as
+    things stand, so that nothing has to be taken back when they change: what is no longer wanted is never begun."""
 
     def __init__(self, store: UnitStore) -> None:
         self._store, self._stopping = store, threading.Event()
@@ -34,10 +34,17 @@ class Prefetcher:
     def _run(self) -> None:
         while not self._stopping.is_set():
             try:
-                load = self._store.next_fetch(LEAD_LAYERS, _WAIT_S)
-                if load is not None:
-                    self._store.finish(load)
+                loads = self._store.next_fetches(LEAD_LAYERS, _WAIT_S)
             except Exception:  # noqa: BLE001 (logged; compute loads what is missing)
-                # A defect here must not leave the host without it unnoticed, nor spin.
-                _log.exception("fetching ahead failed")
-                self._stopping.wait(_WAIT_S)
+                self._failed()
+                continue
+            for load in loads:  # each has its slot: none may be left out
+                try:
+                    self._store.finish(load)
+                except Exception:  # noqa: BLE001
+                    self._failed()
+
+    def _failed(self) -> None:
+        """A defect here must not leave the host without this thread unnoticed, nor let it spin."""
+        _log.exception("fetching ahead failed")
+        self._stopping.wait(_WAIT_S)

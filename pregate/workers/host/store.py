@@ -27,6 +27,8 @@ from pregate.workers.host.unit_states import UnitStates
 from pregate.workers.link.expected import Expected
 from pregate.workers.link.protocol import CacheCounters
 
+#: Units that are begun to be loaded ahead at once: to see what is next takes as long as to read a small one.
+AT_ONCE = 8
 #: Units that the system is asked to read ahead of those that are loaded.
 READ_AHEAD = 16
 #: Longest wait for a unit that another thread loads.
@@ -46,7 +48,7 @@ class UnitStore:
     Where home units all stay, others that engines expect to ask for are loaded ahead into slots that are free.
 
     `reserve_shared` leaves room for every layer's shared units. `versions` int64 [L] count how often a layer's slots
-    changed. One thread computes; others may load ahead (`next_fetch`, `finish`).
+    changed. One thread computes; others may load ahead (`next_fetches`, `finish`).
     """
 
     def __init__(
@@ -73,6 +75,10 @@ class UnitStore:
         self._at: tuple[str, int] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
         self._stalled = False  # the compute thread waits for units
+        #: Of how many layers more an engine must come before there is something to load ahead; 0 where that may be now.
+        self._idle_layers = 0
+        #: Units that may be begun to be loaded before the system is told what comes next.
+        self._until_read_ahead = 0
         self._num_fixed = 0 if self.tiered else len(units)
         loads: list[Load] = []
         for layer, expert in units:
@@ -172,7 +178,7 @@ class UnitStore:
         """Take in which units an engine's next step will ask for."""
         with self._changed:
             self.uses.of(engine).plan(step, used_LR)
-            self._changed.notify_all()
+            self._look_again()
 
     def expect(self, engine: str, expected: Expected) -> None:
         """Take in what an engine expects to ask for later, between two uses of what is held. ValueError where it is of
@@ -182,18 +188,25 @@ class UnitStore:
             self.uses.of(engine).expect(expected)
             while not self.tiered and (leaving := self.states.guest_to_leave(self.uses)) is not None:
                 self._evict(leaving)
-            self._changed.notify_all()
+            self._look_again()
 
     def forget(self, engine: str) -> None:
         with self._changed:
             self.uses.forget(engine)
-            self._at = None
+            self._at, self._idle_layers = None, 0
 
     def reach(self, engine: str, step: int, layer: int) -> None:
         """Take in where an engine is; what is looked up next is its."""
         with self._changed:
             self._at = engine, step
-            self.uses.of(engine).reach(step, layer)
+            self._idle_layers -= self.uses.of(engine).reach(step, layer)
+            if self._idle_layers <= 0:
+                self._changed.notify_all()
+
+    def _look_again(self) -> None:
+        """Have whoever loads ahead see whether there is something to load."""
+        self._idle_layers = self._until_read_ahead = 0
+        self._changed.notify_all()
 
     def waves(self, layer: int, expert_ids: np.ndarray) -> list[np.ndarray]:
         """Return the places in `expert_ids` that can be acquired at a time: all, unless there are too few slots.
@@ -232,7 +245,9 @@ class UnitStore:
             finally:
                 self._stalled = False
                 self.stats.stall_s += time.perf_counter() - begun_s
-        return self.slots(layer, expert_ids), self.weights(layer)
+        pool, slots = self.rooms.of(layer).pool, self.slots(layer, expert_ids)
+        self.stats.stall_s += self._copies.wait_for((pool, slot) for slot in slots.tolist())
+        return slots, pool.weights
 
     def release(self) -> None:
         """What was looked up last is not in use any more, once the device has done what it was asked for."""
@@ -242,7 +257,8 @@ class UnitStore:
             if self._at is not None and self._asked is not None:
                 engine, step = self._at
                 self.uses.of(engine).done(step, *self._asked)
-            self._changed.notify_all()
+            if self._idle_layers <= 0:  # what is due may have waited for a slot of those in use
+                self._changed.notify_all()
 
     def _check_exists(self, layer: int, expert_ids: np.ndarray) -> None:
         known = self.rooms.routed_L[layer] if 0 <= layer < self.shape[0] else 0
@@ -251,22 +267,40 @@ class UnitStore:
 
     # ---- loading ----
 
-    def next_fetch(self, lead: int, timeout_s: float = 0.0) -> Load | None:
-        """Return what to load ahead now, with its slot, waiting up to `timeout_s` for there to be something; else None.
-        `finish` carries it out."""
-        with self._changed:
-            load = self._begin_fetch(lead)
-            if load is None and timeout_s and self._changed.wait(timeout_s):
-                load = self._begin_fetch(lead)
-            return load
+    def next_fetches(self, lead: int, timeout_s: float = 0.0) -> list[Load]:
+        """Return what to load ahead now, each with its slot, waiting up to `timeout_s` for there to be something.
+        `finish` carries each out.
 
-    def _begin_fetch(self, lead: int) -> Load | None:
-        outlook, states = self.uses.look(), self.states
-        self._read_ahead(outlook, states.to_fetch())
+        Once something is used within `lead` layers, all is begun that is within one more: each time that one thread
+        wakes and works costs the one that computes a tenth of a millisecond, as both want the interpreter's lock.
+        """
+        with self._changed:
+            loads = self._begin_fetches(lead)
+            if not loads and timeout_s and self._changed.wait(timeout_s):
+                loads = self._begin_fetches(lead)
+            return loads
+
+    def _begin_fetches(self, lead: int) -> list[Load]:
+        loads = list[Load]()
+        if self._idle_layers > 0:
+            return loads
+        outlook = self.uses.look()
+        self._until_read_ahead -= AT_ONCE
+        if self._until_read_ahead < 0:
+            self._read_ahead(outlook)
+        most = AT_ONCE if self.tiered else 1  # what is loaded for others may yet turn out not to be asked for
+        while len(loads) < most and (load := self._begin_fetch(outlook, lead + 1)) is not None:
+            loads.append(load)
         if self.tiered:
-            unit, leaving = states.next_fetch(outlook, lead) or (None, None)
+            nearest = np.where(self.states.to_fetch(), outlook.known_LR, FAR).min(initial=FAR)
+            self._idle_layers = int(nearest) - lead
+        return loads
+
+    def _begin_fetch(self, outlook: Outlook, lead: int) -> Load | None:
+        if self.tiered:
+            unit, leaving = self.states.next_fetch(outlook, lead) or (None, None)
         else:
-            unit, leaving = states.next_guest(outlook, self.uses, self._stalled), None
+            unit, leaving = self.states.next_guest(outlook, self.uses, self._stalled), None
         if leaving is not None:
             self._evict(leaving)
         return None if unit is None else self._take(unit, ahead=True)
@@ -284,8 +318,9 @@ class UnitStore:
         with self._changed:
             self._changed.notify_all()
 
-    def _read_ahead(self, outlook: Outlook, absent_LR: np.ndarray) -> None:
-        known = np.where(absent_LR, outlook.known_LR, FAR)
+    def _read_ahead(self, outlook: Outlook) -> None:
+        self._until_read_ahead = READ_AHEAD // 2
+        known = np.where(self.states.to_fetch(), outlook.known_LR, FAR)
         pending = np.flatnonzero(known < FAR // 2)
         self.stats.num_pending = len(pending)
         if len(pending):
@@ -330,8 +365,10 @@ class UnitStore:
             out = load.pool.memory_of(load.slot)
             weights = self._source.read(load.unit, self._farthest, out)
             if out is None or any(part is not there for part, there in zip(weights, out, strict=True)):
-                with self._copies.copying():
+                with self._copies.copying((load.pool, load.slot)):
                     load.pool.write(load.slot, weights)
+                if not self.tiered:  # then nobody asks before a slot is used
+                    self._copies.wait_for([(load.pool, load.slot)])
         except BaseException:
             with self._changed:
                 self.states.coming_LR[load.unit] = self.states.fresh_LR[load.unit] = False
@@ -359,6 +396,7 @@ class UnitStore:
         pool.evict(*self.rooms.place(unit))
         self.stats.wasted_bytes += self._reader.unit_bytes(unit[0]) * int(states.fresh_LR[unit])
         states.held_LR[unit] = states.fresh_LR[unit] = False
+        self._idle_layers = 0
         self.stats.num_units -= 1
         self.stats.evictions += 1
         self.stats.held_bytes -= pool.slot_bytes

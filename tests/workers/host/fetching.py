@@ -7,7 +7,8 @@ from pregate.workers.host.store import UnitStore
 def fetch_all(store: UnitStore) -> list[tuple[int, int]]:
     """Do what the thread does, while there is something to do."""
     fetched = []
-    while (load := store.next_fetch(LEAD_LAYERS)) is not None:
-        fetched.append(load.unit)
-        store.finish(load)
+    while loads := store.next_fetches(LEAD_LAYERS):
+        for load in loads:
+            fetched.append(load.unit)
+            store.finish(load)
     return fetched

@@ -80,22 +80,21 @@ def test_while_compute_reads_only_what_is_certain_is_read_beside_it(reader):
     read_unit = unsteady.read_unit
 
     def read(*given):
-        begun.append(store.next_fetch(LEAD_LAYERS))
+        begun.append(store.next_fetches(LEAD_LAYERS))
         return read_unit(*given)
 
     unsteady.read_unit = read
     store.lookup(0, np.array([2], dtype=np.int32))
     store.expect("e", Expected(1, mask((2, 4))[None], likely(_03=SURE)))
     store.lookup(0, np.array([4], dtype=np.int32))
-    assert begun[0] is None and begun[1].unit == (2, 4)
+    assert [[load.unit for load in loads] for loads in begun] == [[], [(2, 4)]]
 
 
 def test_new_homes_wait_for_what_is_loaded_ahead(reader):
     """More slots are another piece of memory: what is written into the old one meanwhile would be lost."""
     store = make_store(reader, 0)
     store.expect("e", Expected(1, NOTHING, likely(_05=1)))
-    load = store.next_fetch(LEAD_LAYERS)
-    assert load is not None
+    (load,) = store.next_fetches(LEAD_LAYERS)
     wait, store._changed.wait = store._changed.wait, lambda timeout: store.finish(load) or wait(0)  # type: ignore[method-assign]
     for home in store.rehome([*((0, n) for n in range(6)), *((2, n) for n in range(5))]):
         store.carry_out(home)

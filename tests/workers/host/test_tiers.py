@@ -81,11 +81,28 @@ def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
     ask(store, reader, 0, 1, 5)
     assert fetch_all(store) == [], "step 2 begins three layers later"
     store.reach("e", 1, 2)
-    assert fetch_all(store) == [(0, 4)], "and one later now"
+    assert fetch_all(store) == [(0, 4), (2, 0)], "and one later now; what is used one layer beyond comes with it"
     ask(store, reader, 2, 3, 4)
     stats = store.stats
-    assert (stats.hits, stats.misses, stats.prefetched_bytes, stats.wasted_bytes) == (4, 0, 4 * UNIT_BYTES, 0)
+    assert (stats.hits, stats.misses, stats.prefetched_bytes, stats.wasted_bytes) == (4, 0, 5 * UNIT_BYTES, 0)
     assert stats.stall_s == 0
+
+
+def test_who_loads_ahead_is_woken_only_where_something_is_due(reader, monkeypatch):
+    """Step 2 is the next to use what is missing, in its last layer."""
+    store, _ = make_store(reader, 4)
+    looks = []
+    monkeypatch.setattr(store.uses, "look", lambda look=store.uses.look: looks.append(store._at) or look())
+    store.plan("e", 1, mask((0, 0)))
+    store.expect("e", Expected(2, mask((2, 4))[None], SURE * mask((0, 1)).astype(np.uint8)))
+    assert fetch_all(store) == []
+    for layer in range(3):
+        store.reach("e", 1, layer)
+        assert store.next_fetches(LEAD_LAYERS) == []
+        store.release()
+    store.reach("e", 2, 0)
+    assert [load.unit for load in store.next_fetches(LEAD_LAYERS)] == [(2, 4)]
+    assert len(looks) == 2, "when it was planned, and when it was due"
 
 
 def test_what_a_queued_prompt_needs_comes_before_its_step_is_planned(reader):
@@ -222,8 +239,7 @@ def test_two_that_want_the_same_unit_load_it_once(reader):
     """The thread is at it when compute asks."""
     store, unsteady = make_store(reader, 2, delay_s=0.05)
     store.plan("e", 1, mask((0, 4)))
-    load = store.next_fetch(LEAD_LAYERS)
-    assert load is not None
+    (load,) = store.next_fetches(LEAD_LAYERS)
     thread = threading.Thread(target=store.finish, args=(load,))
     thread.start()
     begun_s = time.perf_counter()
