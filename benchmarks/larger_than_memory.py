@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--shared-folder", type=Path, default=ROOT.parent / "shared")
     parser.add_argument("--work", type=Path, required=True, help="where the cut is kept")
     parser.add_argument("--limit", type=float, default=0.5, help="of the parent's bytes")
-    parser.add_argument("--resident", type=float, default=0.06, help="of the routed experts, that have a slot")
+    parser.add_argument("--resident", type=float, default=0.12, help="of the routed experts, that have a slot")
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--shared", type=int, default=1)
     parser.add_argument("--active", type=int, default=5)

@@ -1,13 +1,14 @@
 """Tokens a second with fewer experts in memory than a model has: lookahead, LRU on demand, all resident; by path.
 
-    python -m benchmarks.offload --model CHECKPOINT [--bandwidth BYTES] [--resident 0.25 0.5 0.75]
+    python -m benchmarks.offload --model CHECKPOINT [--bandwidth BYTES] [--resident 0.25 0.5 0.75 1]
 
 CHECKPOINT has exact paths; one with random weights (`benchmarks.random_cut`) has the shape and the cost of a real one.
 The engine and its one host share this process, and a thread fetches ahead. `--bandwidth` holds reads of experts to so
 many bytes a second, all threads together, like a disk that slow; without it they come from the system's cache of the
 files, or from the disk. Two kinds of work: prompts of 512 tokens (one less than the context, if that is shorter), and
 decoding 1, 4 and 16 requests at once. Policy `path` is lookahead with steps chosen by path (`--batching path`). A run's
-bound is the longer of what all resident took and its bytes at the bandwidth. Writes results/offload.json and .md.
+bound is the longer of what all resident took and its bytes at the bandwidth. With `--resident 1` there are slots for
+all. Writes results/offload.json and .md.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class ThrottledReader:
 
 def load(
     model: Path,
-    share: float,
+    share: float | None,
     lookahead: bool,
     bandwidth: float | None = None,
     dtype: Dtype = "float32",
@@ -72,12 +73,13 @@ def load(
     max_running: int = 16,
     batching: str = "fifo",
 ) -> tuple[Engine, ExpertHost]:
-    """An engine and its host in this process, with that share of the experts in slots."""
+    """An engine and its host in this process, with that share of the experts in slots; None: nothing is said of it."""
     torch.set_num_threads(1)
     quiet_transformers()
     reader = ThrottledReader(CheckpointReader(model), bandwidth)
     placement = place([cut.num_routed for cut in reader.config.cuts], 1, "linear")
-    options = HostOptions(resident_experts=None if share == 1 else share, lookahead=lookahead, dtype=dtype)
+    resident = len(placement.units_of(0)) if share == 1 else share
+    options = HostOptions(resident_experts=resident, lookahead=lookahead, dtype=dtype)
     host = ExpertHost(reader, placement.units_of(0), options, beside_engine=True)  # pyright: ignore[reportArgumentType]
     engine_options = EngineOptions(
         model=str(model),
@@ -122,9 +124,9 @@ def run(
 
 def measure(model: Path, share: float, policy: str, args: argparse.Namespace) -> dict[str, Any]:
     batching = "path" if policy == "path" else "fifo"
-    engine, host = load(
-        model, share, policy != "lru", args.bandwidth, max_running=max(16, *args.decode), batching=batching
-    )
+    held = None if policy == "-" else share
+    running = max(16, *args.decode)
+    engine, host = load(model, held, policy != "lru", args.bandwidth, max_running=running, batching=batching)
     found = {}
     num_prompt = min(PROMPT_TOKENS, engine.context - 1)
     works = [(f"prefill {num_prompt}", args.prompts, num_prompt, 1)]
@@ -142,7 +144,7 @@ def markdown(result: dict[str, Any]) -> str:
         "| work | resident | policy | tokens/s | of all resident | waiting | hit rate | read MB | wasted | of bound |"
     ]
     lines += ["| --- | --: | --- |" + " --: |" * 7]
-    full = {work: row for case in result["cases"] if case["share"] == 1 for work, row in case["work"].items()}
+    full = result["cases"][0]["work"]
     for work in full:
         for case in result["cases"]:
             row = case["work"][work]
@@ -164,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint with exact paths")
     parser.add_argument("--bandwidth", type=float, help="bytes a second that experts are read at")
-    parser.add_argument("--resident", type=float, nargs="*", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--resident", type=float, nargs="*", default=[0.25, 0.5, 0.75, 1])
     parser.add_argument("--policies", nargs="*", default=["lookahead", "lru"], choices=("lookahead", "lru", "path"))
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--decode", type=int, nargs="*", default=[1, 4, 16], help="requests at once")
@@ -176,7 +178,8 @@ def main() -> None:
     speed = "unthrottled" if args.bandwidth is None else f"read at {args.bandwidth / 1e6:g} MB/s"
     setting = f"{args.model.name}, experts {speed}; one thread, engine and host in one process. {args.beside}".strip()
     cases = []
-    for share, policy in [(1.0, "-"), *((s, p) for s in args.resident for p in args.policies)]:
+    shares = [(share, policy) for share in args.resident for policy in args.policies[: None if share < 1 else 1]]
+    for share, policy in [(1.0, "-"), *shares]:
         cases.append({"share": share, "policy": policy, "work": measure(args.model, share, policy, args)})
         print(
             share, policy, {work: round(row["tokens"] / row["seconds"], 2) for work, row in cases[-1]["work"].items()}
