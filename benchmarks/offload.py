@@ -4,8 +4,8 @@
 
 CHECKPOINT has exact paths; one with random weights (`benchmarks.random_cut`) has the shape and the cost of a real one.
 The engine and its one host share this process, and a thread fetches ahead. `--bandwidth` holds reads of experts to so
-many bytes a second, all threads together, like a disk that slow; without it they come from the system's cache of the
-files, or from the disk. Two kinds of work: prompts of 512 tokens (one less than the context, if that is shorter), and
+many bytes a second, all threads together, like a disk that slow, which goes on by itself with what it is told to read
+ahead; without it they come from the system's cache of the files, or from the disk. Two kinds of work: prompts of 512 tokens (one less than the context, if that is shorter), and
 decoding 1, 4 and 16 requests at once. Policy `path` is lookahead with steps chosen by path (`--batching path`). A run's
 bound is the longer of what all resident took and its bytes at the bandwidth. With `--resident 1` there are slots for
 all. Writes results/offload.json and .md.
@@ -41,11 +41,13 @@ PROMPT_TOKENS = 512
 
 
 class ThrottledReader:
-    """Reads what `reader` reads, at `bandwidth` bytes a second once `begin` was called."""
+    """Reads what `reader` reads as from a disk of `bandwidth` bytes a second, once `begin` was called: it does one thing
+    after another, what it was told to read ahead as well, and goes on with that while nobody waits."""
 
     def __init__(self, reader: CheckpointReader, bandwidth: float | None) -> None:
         self._reader, self._bandwidth = reader, bandwidth
         self._lock, self._free_s, self._begun = threading.Lock(), 0.0, False
+        self._there_s: dict[tuple[int, int], float] = {}  # when what is read ahead has been read
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
@@ -53,14 +55,25 @@ class ThrottledReader:
     def begin(self) -> None:
         self._begun = True
 
+    def read_ahead(self, layer: int, expert: int) -> None:
+        self._reader.read_ahead(layer, expert)
+        with self._lock:
+            if (layer, expert) not in self._there_s:
+                self._there_s[layer, expert] = self._read_s(layer)
+
     def read_unit(self, layer: int, expert: int, out: Weights | None = None) -> Weights:
+        with self._lock:
+            there_s = self._there_s.pop((layer, expert), None) or self._read_s(layer)
         unit = self._reader.read_unit(layer, expert, out)
-        if self._begun and self._bandwidth is not None:
-            with self._lock:
-                self._free_s = max(self._free_s, time.monotonic()) + (unit[0].nbytes + unit[1].nbytes) / self._bandwidth
-                until_s = self._free_s
-            time.sleep(max(0.0, until_s - time.monotonic()))
+        time.sleep(max(0.0, there_s - time.monotonic()))
         return unit
+
+    def _read_s(self, layer: int) -> float:
+        """When a unit has been read that is asked for now."""
+        if self._bandwidth is None or not self._begun:
+            return 0.0
+        self._free_s = max(self._free_s, time.monotonic()) + self._reader.unit_bytes(layer) / self._bandwidth
+        return self._free_s
 
 
 def load(

@@ -285,12 +285,12 @@ class UnitStore:
         if self._idle_layers > 0:
             return loads
         outlook = self.uses.look()
-        self._until_read_ahead -= AT_ONCE
-        if self._until_read_ahead < 0:
+        if self._until_read_ahead <= 0:
             self._read_ahead(outlook)
         most = AT_ONCE if self.tiered else 1  # what is loaded for others may yet turn out not to be asked for
         while len(loads) < most and (load := self._begin_fetch(outlook, lead + 1)) is not None:
             loads.append(load)
+        self._until_read_ahead -= len(loads)
         if self.tiered:
             nearest = np.where(self.states.to_fetch(), outlook.known_LR, FAR).min(initial=FAR)
             self._idle_layers = int(nearest) - lead
