@@ -5,10 +5,10 @@
 CHECKPOINT has exact paths; one with random weights (`benchmarks.random_cut`) has the shape and the cost of a real one.
 The engine and its one host share this process, and a thread fetches ahead. `--bandwidth` holds reads of experts to so
 many bytes a second, all threads together, like a disk that slow, which goes on by itself with what it is told to read
-ahead; without it they come from the system's cache of the files, or from the disk. Two kinds of work: prompts of 512 tokens (one less than the context, if that is shorter), and
-decoding 1, 4 and 16 requests at once. Policy `path` is lookahead with steps chosen by path (`--batching path`). A run's
-bound is the longer of what all resident took and its bytes at the bandwidth. With `--resident 1` there are slots for
-all. Writes results/offload.json and .md.
+ahead; without it they come from the system's cache of the files, or from the disk. Two kinds of work: prompts of 512
+tokens (one less than the context, if that is shorter), and decoding 1, 4 and 16 requests at once. Policy `path` is
+lookahead with steps chosen by path (`--batching path`). A run's bound is the longer of what all resident took and its
+bytes at the bandwidth. With `--resident 1` there are slots for all. Writes results/offload.json and .md.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ PROMPT_TOKENS = 512
 
 
 class ThrottledReader:
-    """Reads what `reader` reads as from a disk of `bandwidth` bytes a second, once `begin` was called: it does one thing
-    after another, what it was told to read ahead as well, and goes on with that while nobody waits."""
+    """Reads what `reader` reads as from a disk of `bandwidth` bytes a second, once `begin` was called: one unit after
+    another, those it was told to read ahead as well, with which it goes on while nobody waits."""
 
     def __init__(self, reader: CheckpointReader, bandwidth: float | None) -> None:
         self._reader, self._bandwidth = reader, bandwidth
