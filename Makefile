@@ -44,9 +44,11 @@ demo-convert: install
 test: check
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-# Kills hosts 50 times of each kind, and writes how long nobody was served meanwhile; `ray up` on machines of its own.
+# Kills hosts 50 times of each kind, and writes how long nobody was served meanwhile; `ray up` on machines of its own;
+# and the starts of deployments that `make test` has no time for.
 chaos: install-dev
-	PREGATE_CHAOS_KILLS=50 PREGATE_CHAOS_RESULTS=benchmarks/results/chaos.json $(BIN)/python -m pytest -s tests/chaos tests/deploy/test_ray_up.py
+	PREGATE_CHAOS_KILLS=50 PREGATE_CHAOS_RESULTS=benchmarks/results/chaos.json $(BIN)/python -m pytest -s tests/chaos tests/deploy/test_ray_up.py \
+	  tests/cluster/test_serve_app.py tests/docs/test_commands_run.py
 
 check: install-dev
 	$(BIN)/ruff check .

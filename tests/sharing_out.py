@@ -1,4 +1,5 @@
-"""How the tests are shared among the processes of `pytest -n`; conftest.py takes the hooks from here."""
+"""How the tests are shared among the processes of `pytest -n`, and which are left to `make chaos`; conftest.py takes
+the hooks from here."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 DEPLOYMENTS = "deployments"
+#: For one more start of a deployment whose parts others test one by one: `make test` has twelve minutes.
+only_in_chaos = pytest.mark.skipif("PREGATE_CHAOS_KILLS" not in os.environ, reason="make chaos")
 #: Files that go together. Tests that start deployments or look for what one left run one after another, whatever runs
 #: beside them; those of families share the checkpoints that are made of them.
 TOGETHER = {

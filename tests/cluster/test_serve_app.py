@@ -33,6 +33,7 @@ from tests.cluster.leftovers import (
 )
 from tests.router.running import LoopThread, engine_thread, local_engine, socket_folder
 from tests.router.running import wait_for as eventually
+from tests.sharing_out import only_in_chaos
 
 PROMPT = "to be or not"
 SERVE_RUN = ["-m", "ray.serve.scripts", "run", "pregate.cluster.serve_app:build_app"]
@@ -226,7 +227,7 @@ def test_serve_run_leaves_nothing_of_a_ray_it_started(path_checkpoint):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("proxy", ["Serve's own", "HAProxy"])
+@pytest.mark.parametrize("proxy", ["Serve's own", pytest.param("HAProxy", marks=only_in_chaos)])
 def test_another_configuration_drops_no_request_and_reloads_no_host(path_checkpoint, tmp_path, monkeypatch, proxy):
     """And Ray's exporter has the numbers that the plain endpoint would have, under the same names; and Serve's own gRPC
     proxy answers. Both through HAProxy in Serve's place, too."""
