@@ -53,51 +53,50 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     cuts = reader.config.cuts
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
-    staying_growth, coming_growth = _expert_growth(reader, config)
     experts = read_routed_experts(config.model)
     placement = experts.placement(config)
     unit_bytes = [reader.unit_bytes(layer) for layer in range(len(cuts))]
     units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
-    shared = sum(3 * reader.hidden_size * cut.shared_width * _ITEM_BYTES[stored] for cut in cuts)
-    backbone = reader.manifest.weight_bytes - units - shared
-    homes = [[unit_bytes[layer] for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
-    coming = [[int(size * coming_growth) for size in sizes] for sizes in homes]
-    staying = [[int(size * staying_growth) for size in sizes] for sizes in homes]
-    shares = [share_in_slots(config.host.resident_experts, *sizes) for sizes in zip(coming, staying, strict=True)]
+    shared = sum(3 * reader.hidden_size * cut.shared_width for cut in cuts)
+    backbone = reader.manifest.weight_bytes - units - shared * _ITEM_BYTES[stored]
+    homes = [[layer for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
+    held = [_held_share(reader, config, layers) for layers in homes]
     return Footprint(
         backbone_bytes=int(backbone * growth),
-        shared_bytes=int(shared * staying_growth),
+        shared_bytes=shared * _value_bytes(reader, config, "auto")[1],  # engines choose for themselves
         kv_cache_bytes=kv_cache_bytes(reader, config),
-        units_bytes=tuple(
-            int(share * sum(sizes) * (staying_growth if share == 1 else coming_growth))
-            for share, sizes in zip(shares, homes, strict=True)
-        ),
+        units_bytes=tuple(int(share * sum(sizes)) for share, sizes in held),
         # Supervisor, engines, front door; with exact paths the path router service.
         num_processes=config.hosts + config.engines + 2 + experts.exact_paths,
         num_engines=config.engines,
         kept_bytes=sum(
-            min(config.host.host_memory, int((1 - share) * sum(sizes)))
-            for share, sizes in zip(shares, homes, strict=True)
+            min(config.host.host_memory, int((1 - share) * sum(unit_bytes[layer] for layer in layers)))
+            for (share, _), layers in zip(held, homes, strict=True)
         ),
     )
 
 
-def _expert_growth(reader: CheckpointReader, config: ServeConfig) -> tuple[float, float]:
-    """Bytes in memory for each of the checkpoint's, of experts that stay, and of those that come and go: both can keep
-    the 16 bits that they are stored in (`kernels/cpu/packed.py`, `stored.py`). So do the backbone's products, but not
-    its embedding: its estimate is one from above."""
+def _held_share(reader: CheckpointReader, config: ServeConfig, layers: list[int]) -> tuple[float, list[int]]:
+    """Which share of a host's units, by their layers, has slots, and the bytes of each unit's."""
+    cuts, (coming, staying) = reader.config.cuts, _value_bytes(reader, config, config.host.expert_ffn)
+    values = [3 * reader.hidden_size * cuts[layer].expert_width for layer in layers]
+    sizes = [coming * n for n in values], [staying * n for n in values]
+    share, passing = share_in_slots(config.host.resident_experts, *sizes)
+    return share, sizes[not passing]
+
+
+def _value_bytes(reader: CheckpointReader, config: ServeConfig, expert_ffn: str) -> tuple[int, int]:
+    """Bytes of each number of an expert that comes and goes, and of one that stays. So do the backbone's products, but
+    not its embedding: its estimate is one from above."""
     import torch
 
-    from pregate.kernels.cpu.packed import packs_to_fp16
-    from pregate.kernels.expert_ffn import passing_bytes
+    from pregate.kernels.expert_ffn import value_bytes
 
-    chosen = config.host.expert_ffn, torch.device(config.device), getattr(torch, config.dtype)
-    widths = {reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts if cut.num_routed)}
-    item_bytes = (reader.unit_dtype or torch.float32).itemsize
-    staying = 2 if item_bytes == 2 and packs_to_fp16(*chosen) else chosen[2].itemsize
-    coming = passing_bytes(*chosen, reader.hidden_act, tuple(widths), reader.unit_dtype)
-    return staying / item_bytes, coming / item_bytes
+    widths = (reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts if cut.num_routed))
+    stored = reader.unit_dtype
+    chosen = expert_ffn, torch.device(config.device), getattr(torch, config.dtype), reader.hidden_act, widths, stored
+    return value_bytes(*chosen, lambda: stored is not None and stored.itemsize == 2)
 
 
 def kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

@@ -124,17 +124,21 @@ def why_not(
     return _CPU[name].why_not(dtype, widths)
 
 
-def passing_bytes(
+def value_bytes(
     name: str,
     device: torch.device,
     dtype: torch.dtype,
     act: str,
     widths: tuple[int, ...],
     stored: torch.dtype | None,
-) -> int:
-    """Return how many bytes a number of an expert takes that comes and goes, where the implementation is `name`."""
-    lies_stored = name in ("auto", StoredFFN.name) and not why_not(StoredFFN.name, device, dtype, act, widths, stored)
-    return 2 if lies_stored else dtype.itemsize
+    fits_fp16: Callable[[], bool],
+) -> tuple[int, int]:
+    """Return the bytes that each number of an expert takes: where experts come and go, and where all stay. The
+    implementation is `name`; the others as for `choose`."""
+    as_stored = not why_not(StoredFFN.name, device, dtype, act, widths, stored)
+    coming = 2 if as_stored and name in ("auto", StoredFFN.name) else dtype.itemsize
+    packs = cpu_packed.packs_to_fp16(name, device, dtype) and fits_fp16()
+    return coming, 2 if packs else coming if name == StoredFFN.name else dtype.itemsize
 
 
 def _best(
@@ -154,7 +158,7 @@ def _best(
     if passing:
         come_and_go = "experts come and go: to pack one takes longer than packing saves while it stays"
         hindrance = why_not(StoredFFN.name, device, dtype, act, widths, stored)
-        return ("loop", f"{come_and_go}; {hindrance}") if hindrance else (StoredFFN.name, come_and_go)
+        return ("loop", f"{come_and_go}; not stored: {hindrance}") if hindrance else (StoredFFN.name, come_and_go)
     if dtype == torch.float32 and not cpu_packed.why_no_fp16() and fits_fp16():
         return "packed", "fp16 holds the weights: half the bytes to read"
     unpacked = "" if cpu_ffn.has_avx512() else "without AVX-512 packed weights pay only from 2 to 16 rows"

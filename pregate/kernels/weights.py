@@ -81,9 +81,15 @@ class _TensorLayout(Layout):
         return LayerWeights(self._empty(num_slots, 2 * width, hidden), self._empty(num_slots, hidden, width))
 
     def put(self, weights: LayerWeights, slot: int, gate_up: torch.Tensor, down: torch.Tensor) -> None:
-        # From pinned memory nobody waits: the stream that is current has it done in turn.
-        weights.gate_up_SMD[slot].copy_(gate_up, non_blocking=True)
-        weights.down_SDM[slot].copy_(down, non_blocking=True)
+        for part, stack in ((gate_up, weights.gate_up_SMD), (down, weights.down_SDM)):
+            stack[slot].copy_(self._on_its_way(part), non_blocking=True)
+
+    def _on_its_way(self, part: torch.Tensor) -> torch.Tensor:
+        """What to copy: from pinned memory to a GPU nobody waits, the stream that is current has it done in turn."""
+        if self.device.type != "cuda" or part.is_cuda:
+            return part
+        part = part.to(self.dtype)
+        return part if part.is_pinned() else part.pin_memory()
 
     def move(self, old: LayerWeights, old_slot: int, new: LayerWeights, new_slot: int) -> None:
         for name in ("gate_up_SMD", "down_SDM", "gate_up_scale", "down_scale"):

@@ -34,6 +34,7 @@ class FastExperts:
             act=mlps[0].act_name,
             widths=widths,
             fits_fp16=lambda: dtype in (torch.bfloat16, torch.float16),
+            stored=dtype,
         )
         self._units = {}
         for mlp in mlps:

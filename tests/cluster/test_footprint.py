@@ -58,8 +58,11 @@ def test_experts_stored_in_16_bits_stay_in_them_on_a_cpu():
     quartet = ROOT / "examples" / "quartet-paths"
     packed, loop = (footprint(quartet, hosts=1, host={"expert_ffn": name}) for name in ("auto", "loop"))
     assert 2 * packed.units_bytes[0] == loop.units_bytes[0]
-    passing = footprint(quartet, hosts=1, host={"resident_experts": packed.units_bytes[0] / 2})
-    assert passing.units_bytes[0] == packed.units_bytes[0] / 2, "those that come and go lie in float32, so a quarter"
+    half = {"resident_experts": 0.5}
+    passing = footprint(quartet, hosts=1, host=half)
+    assert 2 * passing.units_bytes[0] == packed.units_bytes[0], "those that come and go do, too"
+    assert footprint(quartet, hosts=1, host=half | {"expert_ffn": "loop"}).units_bytes == packed.units_bytes
+    assert footprint(quartet, hosts=1, host={"expert_ffn": "stored"}) == packed
     assert passing.kept_bytes == 0
     whole = footprint(quartet, hosts=1, host={"resident_experts": float(packed.units_bytes[0])})
     assert whole.units_bytes == packed.units_bytes, "all fit, packed"

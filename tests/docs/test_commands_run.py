@@ -138,7 +138,7 @@ def test_certificates_are_such_as_grpc_takes(words: list[str], tmp_path: Path):
 
 MODELS: dict[str, str] = dict.fromkeys(("./llama-paths", "./llama-tuned"), str(PATHS))
 PLAIN, *OTHERS = sorted(those("serve", MODELS), key=len)
-#: Of these each kind once: an adapter, experts that come and go.
+#: Servers with these options `make test` does not start once more: others of its tests serve with either.
 LEFT_TO_CHAOS = {"--tls-cert", "--host-memory"}
 
 

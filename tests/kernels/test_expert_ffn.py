@@ -8,7 +8,7 @@ from pregate.base.errors import UserError
 from pregate.kernels import reference
 from pregate.kernels.cpu import ffn as cpu_ffn
 from pregate.kernels.cpu import packed as cpu_packed
-from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, passing_bytes, why_not
+from pregate.kernels.expert_ffn import choose, choose_dtype, compute_dtype, value_bytes, why_not
 from tests.int8 import HINDRANCE
 
 CPU = torch.device("cpu")
@@ -52,6 +52,10 @@ def test_weights_are_looked_at_only_where_it_matters(monkeypatch):
     assert looked == []
 
 
+def num_bytes(name: str, stored: torch.dtype, fits: bool = False) -> tuple[int, int]:
+    return value_bytes(name, CPU, torch.float32, "silu", LARGE, stored, lambda: fits)
+
+
 def test_experts_that_come_and_go_are_not_packed(log):
     given = {"act": "silu", "widths": LARGE, "passing": True}
     assert choose("auto", CPU, torch.float32, fits_fp16=lambda: True, **given).name == "loop"
@@ -59,16 +63,21 @@ def test_experts_that_come_and_go_are_not_packed(log):
     assert choose("packed", CPU, torch.float32, **given).name == "packed", "by name"
     for stored in (torch.bfloat16, torch.float16):
         assert choose("auto", CPU, torch.float32, stored=stored, **given).name == "stored"
-        assert passing_bytes("auto", CPU, torch.float32, "silu", LARGE, stored) == 2
+        assert num_bytes("auto", stored) == (2, 4)
+        assert num_bytes("stored", stored) == (2, 2)
     assert "stored (experts come and go" in log[-1]
     assert choose("auto", CPU, torch.float32, stored=torch.float32, **given).name == "loop"
-    assert passing_bytes("loop", CPU, torch.float32, "silu", LARGE, torch.bfloat16) == 4
+    assert num_bytes("loop", torch.bfloat16) == (4, 4)
+    assert num_bytes("auto", torch.float32) == (4, 4)
+    if not cpu_packed.why_no_fp16():
+        assert num_bytes("auto", torch.bfloat16, fits=True) == (2, 2)
+        assert num_bytes("packed", torch.bfloat16, fits=True) == (4, 2)
 
 
 @pytest.mark.parametrize(
     ("changed", "reason"),
     [
-        ({"stored": None}, "takes experts that a checkpoint has in bfloat16 or float16"),
+        ({"stored": None}, "takes experts that a checkpoint has in bfloat16 or float16, all in one of them"),
         ({"act": "gelu"}, "has no gelu; it has silu, swish"),
         ({"widths": (64, 8)}, "widths below 16"),
     ],

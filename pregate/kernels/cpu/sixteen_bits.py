@@ -13,6 +13,8 @@ matrix, X columns of rows that are laid out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -40,6 +42,7 @@ _TYPES = "void(f4[:,::1], i8[::1], i8[::1], {0}[:,:,::1], {0}[:,:,::1], f4[:,::1
 
 @inlined()
 def _one_row(x_PX, p, w_SNK, w0, w1, w2, w3, out_PX, n):  # noqa: ANN001, ANN202
+    """Columns n to n + 3 of a row of `out`, from the rows of weights that begin at these elements of `w_SNK`."""
     end = w_SNK.shape[2] - LANES
     x = p * x_PX.shape[1]
     s0 = s1 = s2 = s3 = splat(_ZERO)
@@ -54,6 +57,7 @@ def _one_row(x_PX, p, w_SNK, w0, w1, w2, w3, out_PX, n):  # noqa: ANN001, ANN202
 
 @inlined()
 def _four_rows(x_PX, p, q, r, t, w_SNK, w0, w1, w2, w3, out_PX, n):  # noqa: ANN001, ANN202
+    """As `_one_row` of rows p, q, r and t."""
     end, stride = w_SNK.shape[2] - LANES, x_PX.shape[1]
     a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = splat(_ZERO)
     for k in range(0, stride, LANES):
@@ -137,15 +141,35 @@ _OF_DTYPE: dict[torch.dtype, tuple[Callable[..., None], torch.dtype]] = {
 def run_experts(
     x_PD: torch.Tensor, slots: list[int], counts: list[int], gate_up_SMD: torch.Tensor, down_SDM: torch.Tensor
 ) -> torch.Tensor:
-    """Return [P, D] in fp32: `counts[i]` of the rows, in order, through the expert in `slots[i]`, whose weights
-    [S, 2M, D], gates first, and [S, D, M] are bfloat16 or float16. Both widths are `LANES` or more."""
+    """Return [P, D] in fp32: `counts[i]` of the rows, in fp32 and in order, through the expert in `slots[i]`, whose
+    weights [S, 2M, D], gates first, and [S, D, M] are bfloat16 or float16. Both widths are `LANES` or more.
+
+    As many threads as torch has share the experts. Example: slots [4, 0], counts [2, 1]: rows 0 and 1 go through the
+    expert in slot 4, row 2 through the one in slot 0.
+    """
     run, bits = _OF_DTYPE[down_SDM.dtype]
     num_rows, hidden = x_PD.shape
     x_PX = laid_out(x_PD) if hidden % LANES else x_PD.contiguous()
     y_PX = torch.empty(num_rows, -(-hidden // _GROUP) * _GROUP)
-    weights = (part.view(bits).numpy() for part in (gate_up_SMD, down_SDM))
-    run(x_PX.numpy(), np.array(slots), np.array(counts), *weights, y_PX.numpy())
+    weights = [part.view(bits).numpy() for part in (gate_up_SMD, down_SDM)]
+    slot_U, count_U, x, y = np.array(slots), np.array(counts), x_PX.numpy(), y_PX.numpy()
+
+    def run_some(units_U: np.ndarray) -> None:
+        first, last = units_U[0], units_U[-1] + 1
+        rows = slice(*(int(count_U[:unit].sum()) for unit in (first, last)))
+        run(x[rows], slot_U[first:last], count_U[first:last], *weights, y[rows])
+
+    num_threads = min(torch.get_num_threads(), len(slots))
+    if num_threads == 1:
+        run(x, slot_U, count_U, *weights, y)
+    else:
+        list(_threads(num_threads).map(run_some, np.array_split(np.arange(len(slots)), num_threads)))
     return y_PX[:, :hidden]
+
+
+@cache
+def _threads(number: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(number, "pregate-experts")
 
 
 def laid_out(x_PD: torch.Tensor) -> torch.Tensor:

@@ -37,10 +37,14 @@ class StoredFFN(LoopFFN):
         self._wide = threading.local()  # a matrix of each shape: fresh memory would cost as much as filling it
 
     @classmethod
+    def why_not(cls, dtype: torch.dtype, widths: Iterable[int]) -> str:
+        return "what the checkpoint holds was not said: ask `why_not_stored`"
+
+    @classmethod
     def why_not_stored(cls, dtype: torch.dtype, act: str, widths: Iterable[int], stored: torch.dtype | None) -> str:
         """Return why it cannot serve experts that the checkpoint has in `stored`, None for several dtypes; else ''."""
         if stored not in DTYPES:
-            return "it takes experts that a checkpoint has in bfloat16 or float16"
+            return "it takes experts that a checkpoint has in bfloat16 or float16, all in one of them"
         if dtype != torch.float32:
             return f"it computes in float32, not in {dtype}"
         if act not in ACTIVATIONS:

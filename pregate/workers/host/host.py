@@ -21,7 +21,7 @@ from pregate.base.errors import ProtocolError, UserError
 from pregate.base.log import get_logger
 from pregate.base.telemetry import span
 from pregate.kernels import expert_ffn
-from pregate.kernels.cpu.packed import fits_fp16, packs_to_fp16
+from pregate.kernels.cpu.packed import fits_fp16
 from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
@@ -78,7 +78,7 @@ class ExpertHost:
         def fits() -> bool:
             return any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some)
 
-        share = self._resident_share(units, widths, fits)
+        share, passing = self._resident_share(units, widths, fits)
         self._ffn = expert_ffn.choose(
             options.expert_ffn,
             self._device,
@@ -86,7 +86,7 @@ class ExpertHost:
             act=reader.hidden_act,
             widths=widths,
             fits_fp16=fits,
-            passing=share < 1,
+            passing=passing,
             stored=reader.unit_dtype,
         )
         # Of an engine in this process that runs whole layers, shared experts come too.
@@ -111,15 +111,16 @@ class ExpertHost:
         self._num_pairs = 0
         self._num_prepared = 0
 
-    def _resident_share(self, units: Iterable[Unit], widths: set[int], fits: Callable[[], bool]) -> float:
-        """Which share of these units there are slots for: bytes are counted as they lie there, of units that all stay
-        as fp16 packs them, where it `fits`. Units that the checkpoint lacks do not count."""
-        options, reader, chosen = self.options, self._reader, (self.options.expert_ffn, self._device, self._dtype)
+    def _resident_share(self, units: Iterable[Unit], widths: set[int], fits: Callable[[], bool]) -> tuple[float, bool]:
+        """Which share of these units there are slots for, and whether they lie as those that come and go. Units that
+        the checkpoint lacks do not count."""
+        options, reader = self.options, self._reader
+        if options.resident_experts is None:
+            return 1.0, False
+        chosen = options.expert_ffn, self._device, self._dtype, reader.hidden_act, tuple(widths), reader.unit_dtype
+        coming, staying = expert_ffn.value_bytes(*chosen, fits)
         cuts = reader.config.cuts
         sizes = [3 * reader.hidden_size * cuts[n].expert_width for n, _ in units if 0 <= n < len(cuts)]
-        packs = options.resident_experts is not None and packs_to_fp16(*chosen) and fits()
-        staying = 2 if packs else self._dtype.itemsize
-        coming = expert_ffn.passing_bytes(*chosen, reader.hidden_act, tuple(widths), reader.unit_dtype)
         return share_in_slots(options.resident_experts, [coming * n for n in sizes], [staying * n for n in sizes])
 
     def warm_up(self) -> None:

@@ -123,10 +123,10 @@ class Uses:
 
     def used(self, layers: np.ndarray | int, experts: np.ndarray) -> None:
         """Note that these units are used now."""
-        self._count += 1
-        self._last_LR[layers, experts] = self._count
+        self._last_LR[layers, experts] = self._count + 1
         self._rate_LR[layers] *= DECAY
         self._rate_LR[layers, experts] += 1 - DECAY
+        self._count += 1  # last: whoever looks meanwhile looks again
 
     def look(self) -> Outlook:
         """Return what is known at this moment."""

@@ -18,7 +18,7 @@ _log = get_logger(__name__)
 
 class Prefetcher:
     """Loads one unit after another, few of them begun at a time (`store.AT_ONCE`), always those that are needed next as
-    things stand, so that nothing has to be taken back when they change: what is no longer wanted is never begun."""
+    things stand, so that little has to be taken back when they change: no more is no longer wanted than was begun."""
 
     def __init__(self, store: UnitStore) -> None:
         self._store, self._stopping = store, threading.Event()
@@ -26,7 +26,7 @@ class Prefetcher:
         self._thread.start()
 
     def stop(self, timeout_s: float = 5.0) -> None:
-        """End after the unit it is at."""
+        """End after the units that are begun."""
         self._stopping.set()
         self._store.wake()
         self._thread.join(timeout_s)
@@ -36,15 +36,12 @@ class Prefetcher:
             try:
                 loads = self._store.next_fetches(LEAD_LAYERS, _WAIT_S)
             except Exception:  # noqa: BLE001 (logged; compute loads what is missing)
-                self._failed()
+                # A defect here must not leave the host without this thread unnoticed, nor let it spin.
+                _log.exception("choosing what to fetch ahead failed")
+                self._stopping.wait(_WAIT_S)
                 continue
             for load in loads:  # each has its slot: none may be left out
                 try:
                     self._store.finish(load)
-                except Exception:  # noqa: BLE001
-                    self._failed()
-
-    def _failed(self) -> None:
-        """A defect here must not leave the host without this thread unnoticed, nor let it spin."""
-        _log.exception("fetching ahead failed")
-        self._stopping.wait(_WAIT_S)
+                except Exception:  # noqa: BLE001 (logged; it is not tried again)
+                    _log.exception("unit %s could not be fetched ahead", load.unit)

@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from pregate.base.errors import UserError
 
 
-def share_in_slots(resident: float | None, coming_bytes: Sequence[int], staying_bytes: Sequence[int]) -> float:
-    """`resident_share` of units that take `coming_bytes` each where they come and go, but 1 where all fit as they lie
-    that stay. Example: 4 units of 8 bytes, or 6 that stay: 24 -> 1, 20 -> 0.625."""
-    return 1.0 if resident_share(resident, staying_bytes) == 1 else resident_share(resident, coming_bytes)
+def share_in_slots(
+    resident: float | None, coming_bytes: Sequence[int], staying_bytes: Sequence[int]
+) -> tuple[float, bool]:
+    """`resident_share` of units that take `coming_bytes` each where they come and go, and whether they lie so.
+
+    All stay as those lie that do, `staying_bytes` each, where there is room for that. Example: 4 units of 8 bytes, or 6
+    that stay: 24 -> 1 and False, 20 -> 0.625 and True; of 8, or 16 that stay: 32 -> 1 and True.
+    """
+    total = len(staying_bytes)
+    if resident is None or resident == total or resident > max(total, sum(staying_bytes) - 1):
+        return 1.0, False
+    return resident_share(resident, coming_bytes), True
 
 
 def resident_share(resident: float | None, unit_bytes: Sequence[int]) -> float:

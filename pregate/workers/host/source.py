@@ -26,8 +26,8 @@ class Reader(Protocol):
 
 
 class UnitSource:
-    """Reads units, of which up to `memory_bytes` stay in host memory as the checkpoint has them. `pinned`: into memory
-    that a device can copy from by itself. Two threads may read at a time."""
+    """Reads units, of which up to `memory_bytes` stay in host memory as the checkpoint has them (`pinned`: where a
+    device can copy from by itself). Two threads may read at a time."""
 
     def __init__(self, reader: Reader, memory_bytes: int = 0, pinned: bool = False) -> None:
         self._reader, self._memory_bytes, self._pinned = reader, memory_bytes, pinned
@@ -50,9 +50,9 @@ class UnitSource:
             out = None
         weights = self._read(unit, out)
         num_bytes = weights[0].nbytes + weights[1].nbytes
-        if self._pinned:
-            weights = weights[0].pin_memory(), weights[1].pin_memory()
         if num_bytes <= self._memory_bytes:
+            if self._pinned:
+                weights = weights[0].pin_memory(), weights[1].pin_memory()
             with self._lock:
                 self._keep(unit, weights, farthest)
         return weights

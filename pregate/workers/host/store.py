@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from pregate.workers.link.expected import Expected
 from pregate.workers.link.protocol import CacheCounters
 
 #: Units that are begun to be loaded ahead at once: to see what is next takes as long as to read a small one.
-AT_ONCE = 8
+AT_ONCE, AT_ONCE_BYTES = 8, 16 << 20
 #: Units that the system is asked to read ahead of those that are loaded.
 READ_AHEAD = 16
 #: Longest wait for a unit that another thread loads.
@@ -88,6 +89,7 @@ class UnitStore:
                 self.states.fixed_LR[layer, expert] = not self.tiered
         for load in sorted(loads, key=lambda load: reader.file_order(*load.unit)):
             self.carry_out(load)
+        self._copies.wait_for((load.pool, load.slot) for load in loads)  # pools may grow before anything is asked for
 
     def rehome(self, units: Iterable[Unit]) -> list[Load]:
         """Be home to these units from now on, and to no others: those leave. Between two uses of what is held.
@@ -287,14 +289,28 @@ class UnitStore:
         outlook = self.uses.look()
         if self._until_read_ahead <= 0:
             self._read_ahead(outlook)
-        most = AT_ONCE if self.tiered else 1  # what is loaded for others may yet turn out not to be asked for
-        while len(loads) < most and (load := self._begin_fetch(outlook, lead + 1)) is not None:
-            loads.append(load)
+        try:
+            while len(loads) < self._at_once and (load := self._begin_fetch(outlook, lead + 1)) is not None:
+                loads.append(load)
+        except Exception:
+            if not loads:
+                raise
+            _log.exception("choosing what to fetch ahead failed")  # what has its slot must come all the same
         self._until_read_ahead -= len(loads)
-        if self.tiered:
-            nearest = np.where(self.states.to_fetch(), outlook.known_LR, FAR).min(initial=FAR)
-            self._idle_layers = int(nearest) - lead
+        known_LR = np.where(self.states.to_fetch(), outlook.known_LR, FAR)
+        self.stats.num_pending = int((known_LR < FAR // 2).sum())
+        if self.tiered and len(loads) < self._at_once:  # else there may be more that is due
+            self._idle_layers = int(known_LR.min(initial=FAR)) - lead
         return loads
+
+    @cached_property
+    def _at_once(self) -> int:
+        """How many units are begun at once: a quarter of the slots at most, and of large ones fewer, lest whoever is in
+        need of one waits for several. Of what is loaded for others one: it may turn out not to be asked for."""
+        if not self.tiered:
+            return 1
+        slot_bytes = max((room.pool.slot_bytes for room in self.rooms), default=1)
+        return max(1, min(AT_ONCE, self.most_units // 2, AT_ONCE_BYTES // slot_bytes))
 
     def _begin_fetch(self, outlook: Outlook, lead: int) -> Load | None:
         if self.tiered:
@@ -309,9 +325,11 @@ class UnitStore:
         """Load ahead, and let it be found. A failure is left to whoever asks for the unit."""
         try:
             self.carry_out(load)
-        except PregateError as error:
-            _log.warning("%s", error)
+        except Exception as error:
             self.states.failed_LR[load.unit] = True
+            if not isinstance(error, PregateError):
+                raise
+            _log.warning("%s", error)
 
     def wake(self) -> None:
         """Let whoever waits look again."""
@@ -322,7 +340,6 @@ class UnitStore:
         self._until_read_ahead = READ_AHEAD // 2
         known = np.where(self.states.to_fetch(), outlook.known_LR, FAR)
         pending = np.flatnonzero(known < FAR // 2)
-        self.stats.num_pending = len(pending)
         if len(pending):
             first = pending[np.argsort(known.reshape(-1)[pending], kind="stable")[:READ_AHEAD]]
             self._source.read_ahead([divmod(int(place), known.shape[1]) for place in first])

@@ -1,9 +1,13 @@
 """The order of copies to a device, held by a tape of what its streams are asked for: no CI has one."""
 
+import numpy as np
 import pytest
 import torch
 
+from pregate.kernels.weights import PlainLayout
+from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.copies import IN_FLIGHT, Copies
+from pregate.workers.host.store import UnitStore
 
 
 class Tape:
@@ -89,6 +93,34 @@ def test_copies_under_way_are_bounded(tape):
         copy(copies, tape, slot)
     assert [line for line in tape.said if line.startswith("wait")] == ["wait for event 1", "wait for event 2"]
     assert sum(not event.query() for event in copies._arriving.values()) <= IN_FLIGHT
+
+
+class CopiedLayout(PlainLayout):
+    """Slots that nothing is read into without a copy, as those of a GPU."""
+
+    def memory_of(self, weights, slot):
+        return None
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_store_waits_for_the_copies_of_what_is_asked_for_and_without_tiers_for_all(
+    tape, tiny_layerwise_checkpoint, share
+):
+    reader = CheckpointReader(tiny_layerwise_checkpoint)
+    units = [(0, expert) for expert in range(4)]
+    copies = Copies(torch.device("cuda"))
+    store = UnitStore(reader, units, CopiedLayout(torch.float32, torch.device("cpu")), share=share, copies=copies)
+    assert copies._arriving == {}, "the first are waited for"
+    if share == 1:
+        (load,) = store.rehome([*units, (0, 4)])
+        store.carry_out(load)
+        assert copies._arriving == {}, "nobody asks before a slot is used"
+        return
+    tape.said.clear()
+    missing = np.flatnonzero(~store.held[0])[:1]
+    store.lookup(0, missing)
+    recorded, waited = tape.said[-2:]
+    assert waited == "wait for " + recorded.removeprefix("copies record ")
 
 
 def test_on_a_cpu_nothing_is_ordered():

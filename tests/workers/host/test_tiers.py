@@ -63,9 +63,14 @@ def test_room_is_a_share_a_count_or_bytes_of_this_hosts_units(reader, resident, 
 
 
 def test_where_all_fit_packed_none_leaves():
-    assert share_in_slots(24.0, [8] * 4, [6] * 4) == 1
-    assert share_in_slots(20.0, [8] * 4, [6] * 4) == 0.625
-    assert share_in_slots(15.0, [10] * 3, [5] * 3) == 1, "though there is no room for two that come and go"
+    assert share_in_slots(24.0, [8] * 4, [6] * 4) == (1, False)
+    assert share_in_slots(20.0, [8] * 4, [6] * 4) == (0.625, True)
+    assert share_in_slots(15.0, [10] * 3, [5] * 3) == (1, False), "though there is no room for two that come and go"
+    assert share_in_slots(32.0, [8] * 4, [16] * 4) == (1, True), "none leaves, as they lie that do"
+    assert share_in_slots(24.0, [8] * 4, [16] * 4) == (0.75, True)
+    assert share_in_slots(None, [8] * 4, [6] * 4) == share_in_slots(4, [8] * 4, [6] * 4) == (1, False)
+    assert share_in_slots(0.5, [8] * 4, [6] * 4) == (0.5, True)
+    assert share_in_slots(3.0, [], []) == (1, False)
     with pytest.raises(UserError, match="room for 2 experts or more, of 3"):
         share_in_slots(14.0, [10] * 3, [5] * 3)
 
@@ -91,16 +96,20 @@ def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
 def test_who_loads_ahead_is_woken_only_where_something_is_due(reader, monkeypatch):
     """Step 2 is the next to use what is missing, in its last layer."""
     store, _ = make_store(reader, 4)
-    looks = []
+    looks, wakes = [], []
+    monkeypatch.setattr(store._changed, "notify_all", lambda: wakes.append(store._at), raising=False)
     monkeypatch.setattr(store.uses, "look", lambda look=store.uses.look: looks.append(store._at) or look())
     store.plan("e", 1, mask((0, 0)))
     store.expect("e", Expected(2, mask((2, 4))[None], SURE * mask((0, 1)).astype(np.uint8)))
     assert fetch_all(store) == []
+    wakes.clear()
     for layer in range(3):
         store.reach("e", 1, layer)
         assert store.next_fetches(LEAD_LAYERS) == []
         store.release()
+    assert wakes == []
     store.reach("e", 2, 0)
+    assert wakes == [("e", 2)]
     assert [load.unit for load in store.next_fetches(LEAD_LAYERS)] == [(2, 4)]
     assert len(looks) == 2, "when it was planned, and when it was due"
 
