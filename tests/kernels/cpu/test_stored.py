@@ -52,6 +52,18 @@ def test_a_row_is_the_same_bits_whatever_is_beside_it():
     assert torch.equal(together, torch.cat(alone))
 
 
+@pytest.mark.parametrize("num_threads", [2, 3, 8])
+def test_threads_share_the_experts(num_threads):
+    weights, x_PD = experts(70, 33, torch.bfloat16, num_slots=5), torch.randn(9, 70)
+    given = [4, 0, 2, 3], [3, 1, 4, 1], weights.gate_up_SMD, weights.down_SDM
+    alone, before = run_experts(x_PD, *given), torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        assert torch.equal(run_experts(x_PD, *given), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_huge_values_saturate_and_what_is_no_number_stays_none():
     weights = experts(32, 16, torch.float16)
     big = torch.full((1, 32), 1e4)
