@@ -17,7 +17,7 @@ _log = get_logger(__name__)
 
 
 class Prefetcher:
-    """Loads one unit after another, few of them begun at a time (`store.AT_ONCE`), always those that are needed next as
+    """Loads one unit after another, few of them begun at a time (`ahead.AT_ONCE`), always those that are needed next as
     things stand, so that little has to be taken back when they change: no more is no longer wanted than was begun."""
 
     def __init__(self, store: UnitStore) -> None:

@@ -16,7 +16,7 @@ def share_in_slots(
     that stay: 24 -> 1 and False, 20 -> 0.625 and True; of 8, or 16 that stay: 32 -> 1 and True.
     """
     total = len(staying_bytes)
-    if resident is None or resident == total or resident > max(total, sum(staying_bytes) - 1):
+    if resident is None or resident == total or (resident > total and resident >= sum(staying_bytes)):
         return 1.0, False
     return resident_share(resident, coming_bytes), True
 

@@ -71,6 +71,11 @@ class Rooms:
     def __iter__(self) -> Iterator[Room]:
         return iter(tuple(self._rooms.values()))
 
+    @property
+    def most_units(self) -> int:
+        """Of how many units of one layer there is room for twice."""
+        return min((room.num_slots // 2 for room in self), default=0)
+
     def of(self, layer: int) -> Room:
         return self._rooms[self._widths[layer]]
 

@@ -9,7 +9,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from pregate.base.errors import PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.kernels.weights import Layout
 from pregate.model.checkpoint import CheckpointReader
+from pregate.workers.host.ahead import Ahead
 from pregate.workers.host.copies import Copies
-from pregate.workers.host.next_use import FAR, Outlook, Unit, Uses
+from pregate.workers.host.next_use import Unit, Uses
 from pregate.workers.host.rooms import Load, Rooms
 from pregate.workers.host.slots import Unit as Weights
 from pregate.workers.host.source import UnitSource
@@ -28,10 +28,6 @@ from pregate.workers.host.unit_states import UnitStates
 from pregate.workers.link.expected import Expected
 from pregate.workers.link.protocol import CacheCounters
 
-#: Units that are begun to be loaded ahead at once: to see what is next takes as long as to read a small one.
-AT_ONCE, AT_ONCE_BYTES = 8, 16 << 20
-#: Units that the system is asked to read ahead of those that are loaded.
-READ_AHEAD = 16
 #: Longest wait for a unit that another thread loads.
 LOAD_TIMEOUT_S = 120.0
 
@@ -76,10 +72,7 @@ class UnitStore:
         self._at: tuple[str, int] | None = None
         self._asked: tuple[int, np.ndarray] | None = None
         self._stalled = False  # the compute thread waits for units
-        #: Of how many layers more an engine must come before there is something to load ahead; 0 where that may be now.
-        self._idle_layers = 0
-        #: Units that may be begun to be loaded before the system is told what comes next.
-        self._until_read_ahead = 0
+        self._ahead = Ahead(self.rooms, self.states, self.uses, self._source, self.tiered)
         self._num_fixed = 0 if self.tiered else len(units)
         loads: list[Load] = []
         for layer, expert in units:
@@ -133,7 +126,7 @@ class UnitStore:
     @property
     def most_units(self) -> int:
         """Return of how many units of one layer there is room for twice: they can be in use while others are loaded."""
-        return min((room.num_slots // 2 for room in self.rooms), default=0)
+        return self.rooms.most_units
 
     # ---- what is held ----
 
@@ -180,7 +173,8 @@ class UnitStore:
         """Take in which units an engine's next step will ask for."""
         with self._changed:
             self.uses.of(engine).plan(step, used_LR)
-            self._look_again()
+            self._ahead.told_more()
+            self._changed.notify_all()
 
     def expect(self, engine: str, expected: Expected) -> None:
         """Take in what an engine expects to ask for later, between two uses of what is held. ValueError where it is of
@@ -190,25 +184,22 @@ class UnitStore:
             self.uses.of(engine).expect(expected)
             while not self.tiered and (leaving := self.states.guest_to_leave(self.uses)) is not None:
                 self._evict(leaving)
-            self._look_again()
+            self._ahead.told_more()
+            self._changed.notify_all()
 
     def forget(self, engine: str) -> None:
         with self._changed:
             self.uses.forget(engine)
-            self._at, self._idle_layers = None, 0
+            self._at = None
+            self._ahead.changed()
 
     def reach(self, engine: str, step: int, layer: int) -> None:
         """Take in where an engine is; what is looked up next is its."""
         with self._changed:
             self._at = engine, step
-            self._idle_layers -= self.uses.of(engine).reach(step, layer)
-            if self._idle_layers <= 0:
+            self._ahead.came_on(self.uses.of(engine).reach(step, layer))
+            if self._ahead.may_be_due:
                 self._changed.notify_all()
-
-    def _look_again(self) -> None:
-        """Have whoever loads ahead see whether there is something to load."""
-        self._idle_layers = self._until_read_ahead = 0
-        self._changed.notify_all()
 
     def waves(self, layer: int, expert_ids: np.ndarray) -> list[np.ndarray]:
         """Return the places in `expert_ids` that can be acquired at a time: all, unless there are too few slots.
@@ -259,7 +250,7 @@ class UnitStore:
             if self._at is not None and self._asked is not None:
                 engine, step = self._at
                 self.uses.of(engine).done(step, *self._asked)
-            if self._idle_layers <= 0:  # what is due may have waited for a slot of those in use
+            if self._ahead.may_be_due:  # what is due may have waited for a slot of those in use
                 self._changed.notify_all()
 
     def _check_exists(self, layer: int, expert_ids: np.ndarray) -> None:
@@ -271,11 +262,7 @@ class UnitStore:
 
     def next_fetches(self, lead: int, timeout_s: float = 0.0) -> list[Load]:
         """Return what to load ahead now, each with its slot, waiting up to `timeout_s` for there to be something.
-        `finish` carries each out.
-
-        Once something is used within `lead` layers, all is begun that is within one more: each time that one thread
-        wakes and works costs the one that computes a tenth of a millisecond, as both want the interpreter's lock.
-        """
+        `finish` carries each out. `lead`: see `Ahead.begin`."""
         with self._changed:
             loads = self._begin_fetches(lead)
             if not loads and timeout_s and self._changed.wait(timeout_s):
@@ -283,43 +270,14 @@ class UnitStore:
             return loads
 
     def _begin_fetches(self, lead: int) -> list[Load]:
-        loads = list[Load]()
-        if self._idle_layers > 0:
-            return loads
-        outlook = self.uses.look()
-        if self._until_read_ahead <= 0:
-            self._read_ahead(outlook)
-        try:
-            while len(loads) < self._at_once and (load := self._begin_fetch(outlook, lead + 1)) is not None:
-                loads.append(load)
-        except Exception:
-            if not loads:
-                raise
-            _log.exception("choosing what to fetch ahead failed")  # what has its slot must come all the same
-        self._until_read_ahead -= len(loads)
-        known_LR = np.where(self.states.to_fetch(), outlook.known_LR, FAR)
-        self.stats.num_pending = int((known_LR < FAR // 2).sum())
-        if self.tiered and len(loads) < self._at_once:  # else there may be more that is due
-            self._idle_layers = int(known_LR.min(initial=FAR)) - lead
+        loads = self._ahead.begin(lead, self._stalled, self._begin_fetch)
+        self.stats.num_pending = self._ahead.num_pending
         return loads
 
-    @cached_property
-    def _at_once(self) -> int:
-        """How many units are begun at once: a quarter of the slots at most, and of large ones fewer, lest whoever is in
-        need of one waits for several. Of what is loaded for others one: it may turn out not to be asked for."""
-        if not self.tiered:
-            return 1
-        slot_bytes = max((room.pool.slot_bytes for room in self.rooms), default=1)
-        return max(1, min(AT_ONCE, self.most_units // 2, AT_ONCE_BYTES // slot_bytes))
-
-    def _begin_fetch(self, outlook: Outlook, lead: int) -> Load | None:
-        if self.tiered:
-            unit, leaving = self.states.next_fetch(outlook, lead) or (None, None)
-        else:
-            unit, leaving = self.states.next_guest(outlook, self.uses, self._stalled), None
+    def _begin_fetch(self, unit: Unit, leaving: Unit | None) -> Load:
         if leaving is not None:
             self._evict(leaving)
-        return None if unit is None else self._take(unit, ahead=True)
+        return self._take(unit, ahead=True)
 
     def finish(self, load: Load) -> None:
         """Load ahead, and let it be found. A failure is left to whoever asks for the unit."""
@@ -335,14 +293,6 @@ class UnitStore:
         """Let whoever waits look again."""
         with self._changed:
             self._changed.notify_all()
-
-    def _read_ahead(self, outlook: Outlook) -> None:
-        self._until_read_ahead = READ_AHEAD // 2
-        known = np.where(self.states.to_fetch(), outlook.known_LR, FAR)
-        pending = np.flatnonzero(known < FAR // 2)
-        if len(pending):
-            first = pending[np.argsort(known.reshape(-1)[pending], kind="stable")[:READ_AHEAD]]
-            self._source.read_ahead([divmod(int(place), known.shape[1]) for place in first])
 
     def _bring(self, unit: Unit) -> None:
         """Return when a unit that is in use is held: load it, or wait for the thread that does."""
@@ -413,7 +363,7 @@ class UnitStore:
         pool.evict(*self.rooms.place(unit))
         self.stats.wasted_bytes += self._reader.unit_bytes(unit[0]) * int(states.fresh_LR[unit])
         states.held_LR[unit] = states.fresh_LR[unit] = False
-        self._idle_layers = 0
+        self._ahead.changed()
         self.stats.num_units -= 1
         self.stats.evictions += 1
         self.stats.held_bytes -= pool.slot_bytes
