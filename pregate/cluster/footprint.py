@@ -12,7 +12,7 @@ from pregate.base.memory import available_bytes
 from pregate.cluster.config import ServeConfig
 from pregate.cluster.routed_experts import read_routed_experts
 from pregate.model.checkpoint import CheckpointReader
-from pregate.workers.host.residency import share_in_slots
+from pregate.workers.host.residency import held_share
 
 #: What a Python process with torch and transformers holds before any weight. Measured: 0.4 to 0.5 GB.
 PROCESS_BYTES = 500 * 10**6
@@ -50,6 +50,10 @@ class Footprint:
 
 def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     """The footprint of serving a checkpoint as `config` says. UserError when its hosts cannot be placed."""
+    import torch
+
+    from pregate.kernels.cpu.packed import packs_to_fp16
+
     cuts = reader.config.cuts
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
@@ -61,42 +65,24 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
     shared = sum(3 * reader.hidden_size * cut.shared_width for cut in cuts)
     backbone = reader.manifest.weight_bytes - units - shared * _ITEM_BYTES[stored]
     homes = [[layer for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
-    held = [_held_share(reader, config, layers) for layers in homes]
+    device, dtype, fits_fp16 = torch.device(config.device), getattr(torch, config.dtype), _ITEM_BYTES[stored] == 2
+    chosen = config.host.resident_experts, config.host.expert_ffn, device, dtype, lambda: fits_fp16
+    held = [held_share(reader, layers, *chosen) for layers in homes]
+    # So do the backbone's products, but not its embedding: its estimate is one from above.
+    packed = fits_fp16 and packs_to_fp16("auto", device, dtype)  # engines choose for themselves
     return Footprint(
         backbone_bytes=int(backbone * growth),
-        shared_bytes=shared * _value_bytes(reader, config, "auto")[1],  # engines choose for themselves
+        shared_bytes=shared * (2 if packed else _ITEM_BYTES[config.dtype]),
         kv_cache_bytes=kv_cache_bytes(reader, config),
-        units_bytes=tuple(int(share * sum(sizes)) for share, sizes in held),
+        units_bytes=tuple(int(share * num_bytes) for share, _, num_bytes in held),
         # Supervisor, engines, front door; with exact paths the path router service.
         num_processes=config.hosts + config.engines + 2 + experts.exact_paths,
         num_engines=config.engines,
         kept_bytes=sum(
             min(config.host.host_memory, int((1 - share) * sum(unit_bytes[layer] for layer in layers)))
-            for (share, _), layers in zip(held, homes, strict=True)
+            for (share, *_), layers in zip(held, homes, strict=True)
         ),
     )
-
-
-def _held_share(reader: CheckpointReader, config: ServeConfig, layers: list[int]) -> tuple[float, list[int]]:
-    """Which share of a host's units, by their layers, has slots, and the bytes of each unit's."""
-    cuts, (coming, staying) = reader.config.cuts, _value_bytes(reader, config, config.host.expert_ffn)
-    values = [3 * reader.hidden_size * cuts[layer].expert_width for layer in layers]
-    sizes = [coming * n for n in values], [staying * n for n in values]
-    share, passing = share_in_slots(config.host.resident_experts, *sizes)
-    return share, sizes[not passing]
-
-
-def _value_bytes(reader: CheckpointReader, config: ServeConfig, expert_ffn: str) -> tuple[int, int]:
-    """Bytes of each number of an expert that comes and goes, and of one that stays. So do the backbone's products, but
-    not its embedding: its estimate is one from above."""
-    import torch
-
-    from pregate.kernels.expert_ffn import value_bytes
-
-    widths = (reader.hidden_size, *(cut.expert_width for cut in reader.config.cuts if cut.num_routed))
-    stored = reader.unit_dtype
-    chosen = expert_ffn, torch.device(config.device), getattr(torch, config.dtype), reader.hidden_act, widths, stored
-    return value_bytes(*chosen, lambda: stored is not None and stored.itemsize == 2)
 
 
 def kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

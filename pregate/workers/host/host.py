@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
@@ -27,12 +27,11 @@ from pregate.kernels.units import GroupRows
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.copies import Copies
-from pregate.workers.host.next_use import Unit
 from pregate.workers.host.options import HostOptions
 from pregate.workers.host.plan_shelf import PlanShelf
 from pregate.workers.host.prefetch import Prefetcher
 from pregate.workers.host.prepared import PreparedPlan, prepare
-from pregate.workers.host.residency import share_in_slots
+from pregate.workers.host.residency import held_share
 from pregate.workers.host.source import UnitSource
 from pregate.workers.host.store import UnitStore
 from pregate.workers.link.protocol import (
@@ -78,7 +77,10 @@ class ExpertHost:
         def fits() -> bool:
             return any(fits_fp16(reader.read_unit(layer, 0)[0]) for layer in some)
 
-        share, passing = self._resident_share(units, widths, fits)
+        share, passing = 1.0, False
+        if options.resident_experts is not None:  # else whether fp16 fits need not be known yet
+            chosen = options.resident_experts, options.expert_ffn, self._device, self._dtype
+            share, passing, _ = held_share(reader, [layer for layer, _ in units], *chosen, fits)
         self._ffn = expert_ffn.choose(
             options.expert_ffn,
             self._device,
@@ -110,18 +112,6 @@ class ExpertHost:
         self._num_rows = 0
         self._num_pairs = 0
         self._num_prepared = 0
-
-    def _resident_share(self, units: Iterable[Unit], widths: set[int], fits: Callable[[], bool]) -> tuple[float, bool]:
-        """Which share of these units there are slots for, and whether they lie as those that come and go. Units that
-        the checkpoint lacks do not count."""
-        options, reader = self.options, self._reader
-        if options.resident_experts is None:
-            return 1.0, False
-        chosen = options.expert_ffn, self._device, self._dtype, reader.hidden_act, tuple(widths), reader.unit_dtype
-        coming, staying = expert_ffn.value_bytes(*chosen, fits)
-        cuts = reader.config.cuts
-        sizes = [3 * reader.hidden_size * cuts[n].expert_width for n, _ in units if 0 <= n < len(cuts)]
-        return share_in_slots(options.resident_experts, [coming * n for n in sizes], [staying * n for n in sizes])
 
     def warm_up(self) -> None:
         if not self._ffn.compiles:

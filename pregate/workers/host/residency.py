@@ -1,10 +1,42 @@
-"""How many of its units a host keeps in slots, as `--resident-experts` says. Pure."""
+"""How many of its units a host keeps in slots, as `--resident-experts` says. Reads nothing but the checkpoint's header
+files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pregate.base.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from pregate.model.checkpoint import CheckpointReader
+
+
+def held_share(
+    reader: CheckpointReader,
+    layers: Iterable[int],
+    resident: float | None,
+    expert_ffn: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    fits_fp16: Callable[[], bool],
+) -> tuple[float, bool, int]:
+    """Return which share of a host's units, by their `layers`, has slots, whether they lie as those that come and go,
+    and the bytes that all of them take so. Layers that the checkpoint lacks do not count.
+
+    `expert_ffn`, the implementation by name, and what follows it as for `value_bytes`.
+    """
+    from pregate.kernels.expert_ffn import value_bytes  # and torch, which whoever reads configs has no use for
+
+    cuts, hidden = reader.config.cuts, reader.hidden_size
+    widths = (hidden, *(cut.expert_width for cut in cuts if cut.num_routed))
+    chosen = expert_ffn, device, dtype, reader.hidden_act, widths, reader.unit_dtype
+    coming, staying = value_bytes(*chosen, fits_fp16)
+    values = [3 * hidden * cuts[layer].expert_width for layer in layers if 0 <= layer < len(cuts)]
+    share, passing = share_in_slots(resident, [coming * n for n in values], [staying * n for n in values])
+    return share, passing, (coming if passing else staying) * sum(values)
 
 
 def share_in_slots(
