@@ -2,6 +2,8 @@
 
 import functools
 from itertools import combinations
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pregate.base.errors import UserError
+from pregate.cli.cache.command import CacheOptions
 from pregate.cli.cache.policies import POLICIES
 from pregate.cli.cache.recording import Recording
 from pregate.cli.cache.replay import count_hits, time_stalls
+
+STEPS = Path("steps.npz")
 
 
 def recording(used: np.ndarray, horizon: int = 0) -> Recording:
@@ -106,3 +111,22 @@ def test_a_recording_is_read_as_it_was_written(tmp_path):
     (tmp_path / "other").write_text("no")
     with pytest.raises(UserError, match="is not a recording of steps"):
         Recording.load(tmp_path / "other")
+
+
+@pytest.mark.parametrize("resident", ["nan", "inf", "0.5,inf", "-1", "2.5", "0", "many"])
+def test_a_capacity_is_a_count_or_a_share(resident):
+    with pytest.raises(UserError, match=rf"resident {resident}: allowed: counts, and shares below 1"):
+        CacheOptions(recording=STEPS, resident=resident)
+
+
+def test_capacities_are_of_the_units_used():
+    assert CacheOptions(recording=STEPS, resident="0.001,0.25,3,12").held(12) == [1, 3, 3, 12]
+    with pytest.raises(UserError, match=r"resident 4,1e30: allowed: counts up to 12"):
+        CacheOptions(recording=STEPS, resident="4,1e30").held(12)
+
+
+def test_bandwidth_is_a_size():
+    size, none = cast("float", "1GB"), cast("float", "fast")
+    assert CacheOptions(recording=STEPS, bandwidth=size).bandwidth == 1e9
+    with pytest.raises(UserError, match=r"bandwidth fast: allowed: .*above 0, also as 16GB"):
+        CacheOptions(recording=STEPS, bandwidth=none)

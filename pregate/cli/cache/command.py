@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pregate.base.errors import UserError
 from pregate.base.options import Needs, Seed, Texts, options
+from pregate.base.sizes import SIZE
 from pregate.cli.flags import command
 
 
@@ -33,7 +34,7 @@ class CacheOptions:
     resident: Annotated[str, Field(description="Capacities with commas: units, or below 1 shares of all.")] = (
         "0.1,0.25,0.5,0.75"
     )
-    bandwidth: Annotated[float, Field(gt=0, description="Bytes a second that units are loaded at.")] = 1e9
+    bandwidth: Annotated[float, Field(gt=0, description="Bytes a second that units are loaded at."), SIZE] = 1e9
     layer_ms: Annotated[float, Field(gt=0, description="Milliseconds that a layer computes.")] = 1.0
     lead: Annotated[int, Field(ge=1, description="Layers that units are fetched ahead.")] = 2
     picture: Annotated[Path | None, Field(description="File of a picture of it (.png, .svg).")] = None
@@ -53,9 +54,15 @@ class CacheOptions:
             numbers = [float(part) for part in self.resident.split(",")]
         except ValueError:
             numbers = [0.0]
-        if min(numbers) <= 0 or any(n >= 1 and n != int(n) for n in numbers):
+        if not all(0 < n < 1 or (n >= 1 and n.is_integer()) for n in numbers):
             raise UserError.of("--resident", self.resident, "allowed: counts, and shares below 1, like 0.25,0.5,12")
         return numbers
+
+    def held(self, num_units: int) -> list[int]:
+        """How many of a recording's units each capacity is. UserError where one is more than all."""
+        if max(self.capacities) > num_units:
+            raise UserError.of("--resident", self.resident, f"allowed: counts up to {num_units}, all units used")
+        return [int(n) if n >= 1 else max(1, round(n * num_units)) for n in self.capacities]
 
 
 @command(CacheOptions)
@@ -70,9 +77,8 @@ def cache(options: CacheOptions) -> None:
     if options.whole_experts:
         recording = recording.one_index()
     num_units = int(recording.used_SLR.any(axis=0).sum())
-    held = [int(n) if n >= 1 else max(1, round(n * num_units)) for n in options.capacities]
     rows = replay_all(
-        recording, held, options.seed,
+        recording, options.held(num_units), options.seed,
         bandwidth=options.bandwidth, layer_s=options.layer_ms / 1e3, lead=options.lead,
     )  # fmt: skip
     print(f"{recording.num_steps} steps, {num_units} units of {int(recording.unit_bytes)} bytes")
