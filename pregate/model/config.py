@@ -13,7 +13,8 @@ from pregate.base.errors import UserError
 from pregate.model.config_fields import clean_fields
 
 ROUTINGS = ("layerwise", "path")
-GATES, SELECTIONS = get_args(Gate), get_args(Selection)
+#: Those of `convert`, and "read", which `decouple --read-layers` makes.
+GATES, SELECTIONS = (*get_args(Gate), "read"), get_args(Selection)
 ROUTER_CHOICES = {"heads": get_args(Heads), "gate": get_args(RouterGate), "weights": get_args(RouterWeights)}
 
 
@@ -70,6 +71,24 @@ class PathRouterConfig:
                 raise UserError.of(f"--{name}", getattr(self, name), f"allowed: {', '.join(allowed)}")
 
 
+@dataclass(frozen=True)
+class ReadNetworkConfig:
+    """Shape of the network of gate "read" (`read_gate.py`): it reads the FFN input of layer `layer`, counted from 0, so
+    after as many layers; `dim` is the width of its hidden layer."""
+
+    layer: int
+    dim: int
+
+    def __post_init__(self) -> None:
+        if self.dim < 1:
+            raise UserError.of("--dim", self.dim, "allowed: 1 or more")
+
+    def check(self, num_layers: int) -> None:
+        """UserError for a model that has no layers before the one it reads, or none from there on."""
+        if not 1 <= self.layer < num_layers:
+            raise UserError.of("--read-layers", self.layer, f"allowed: 1 to {num_layers - 1}, of {num_layers} layers")
+
+
 def rope_sets(config: PretrainedConfig) -> list[dict[str, Any]]:
     """Return the rotary settings of a parent's config: one dict, or one for each kind of layer (Gemma 3)."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
@@ -84,6 +103,7 @@ class RoutedConfig(PretrainedConfig):
     beside layerwise routing is a forecast only. `selection` says how scores choose experts: "top_k", a fixed number
     per token, or "threshold", as many as score high enough (0 to R); CMoE's representative gates know only "top_k".
     `token_power`: see `layers.weighted_mass`.
+    `gate` "read": from the layer that `read_network` reads on, one network chooses for all; before it linear gates do.
     """
 
     model_type = "pregate"
@@ -98,6 +118,7 @@ class RoutedConfig(PretrainedConfig):
         selection: str = "top_k",
         token_power: float = 0.0,
         path_router: dict[str, Any] | None = None,
+        read_network: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -110,6 +131,7 @@ class RoutedConfig(PretrainedConfig):
         self.selection = selection
         self.token_power = token_power
         self.path_router = path_router
+        self.read_network = read_network
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "vocab_size"):
             kwargs.setdefault(name, getattr(self.text_config, name, None))
         super().__init__(**kwargs)
@@ -122,10 +144,14 @@ class RoutedConfig(PretrainedConfig):
             raise UserError.of("gate", self.gate, f"allowed: {', '.join(GATES)}")
         if self.selection not in SELECTIONS:
             raise UserError.of("selection", self.selection, f"allowed: {', '.join(SELECTIONS)}")
-        if self.selection == "threshold" and self.gate != "linear":
+        if self.selection == "threshold" and self.gate not in ("linear", "read"):
             raise UserError.of("selection", self.selection, f"allowed with gate {self.gate}: top_k")
         if self.routing == "path" and self.path_router is None:
             raise UserError("routing path: config has no path_router; a path checkpoint needs one")
+        if (self.gate == "read") != (self.read_network is not None):
+            raise UserError("gate read: config needs a read_network, and no other gate has one")
+        if self.read_network is not None:
+            self.read_shape.check(len(self.layer_cuts))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -147,6 +173,12 @@ class RoutedConfig(PretrainedConfig):
         if self.path_router is None:
             raise UserError("this checkpoint has no path router; make one with `pregate decouple`")
         return PathRouterConfig(**self.path_router)
+
+    @property
+    def read_shape(self) -> ReadNetworkConfig:
+        """Shape of the network of gate "read"; only a checkpoint with that gate has one."""
+        assert self.read_network is not None
+        return ReadNetworkConfig(**self.read_network)
 
     @property
     def hidden_act(self) -> str:

@@ -121,7 +121,7 @@ class ModelFolder:
             raise self.refuse("is a pregate checkpoint already; allowed: a dense model")
         if kind not in ("model", "dense") and not self.is_routed:
             raise self.refuse("is a dense model; convert it first with `pregate convert`")
-        if kind == "layerwise" and has_router:
+        if kind == "layerwise" and (has_router or self.fields.get("read_network") is not None):
             raise self.refuse("already decoupled; allowed: a layer-wise checkpoint of `pregate convert`")
         if kind == "path router" and not has_router:
             raise self.refuse("has no path router; make one with `pregate decouple`")

@@ -47,18 +47,17 @@ class LinearGate(nn.Module):
         """What the choice goes by [T, R]."""
         return self(x_TD)
 
+    @property
+    def limit(self) -> torch.Tensor | None:
+        """The threshold; None where a fixed number of experts is chosen."""
+        return self.threshold if self.selection == "threshold" else None
+
     def choose(self, x_TD: torch.Tensor) -> Choice:
-        scores_TR = self(x_TD)
-        if self.selection == "threshold":
-            return Choice(reference.above(scores_TR, self.threshold))
-        return Choice(reference.top_k(scores_TR, self.num_active))
+        return choice_of(self(x_TD), self.num_active, self.limit)
 
     def margin(self, x_TD: torch.Tensor) -> torch.Tensor:
         """How far each token's choice is from another one [T]: the least change of a score that would alter it."""
-        scores_TR = self(x_TD)
-        if self.selection == "threshold":
-            return (scores_TR - self.threshold).abs().amin(dim=-1)
-        return _top_k_margin(scores_TR, self.num_active)
+        return margin_of(self(x_TD), self.num_active, self.limit)
 
 
 class RepresentativeGate(nn.Module):
@@ -98,14 +97,22 @@ class RepresentativeGate(nn.Module):
 
     def margin(self, x_TD: torch.Tensor) -> torch.Tensor:
         """As `LinearGate.margin`, in units of s' + bias."""
-        return _top_k_margin(self.ranking(x_TD), self.num_active)
+        return margin_of(self.ranking(x_TD), self.num_active, None)
 
 
 Gate = LinearGate | RepresentativeGate
 
 
-def _top_k_margin(scores_TR: torch.Tensor, num_active: int) -> torch.Tensor:
-    """The k-th minus the next score [T]; infinite where every expert is chosen."""
+def choice_of(scores_TR: torch.Tensor, num_active: int, limit: torch.Tensor | None) -> Choice:
+    """The experts that score `limit` or more; where that is None, the `num_active` highest."""
+    return Choice(reference.top_k(scores_TR, num_active) if limit is None else reference.above(scores_TR, limit))
+
+
+def margin_of(scores_TR: torch.Tensor, num_active: int, limit: torch.Tensor | None) -> torch.Tensor:
+    """How far each token's choice is from another one [T]: the least way of a score to `limit`, or the k-th minus the
+    next score; infinite where every expert is chosen."""
+    if limit is not None:
+        return (scores_TR - limit).abs().amin(dim=-1)
     if num_active in (0, scores_TR.shape[-1]):
         return scores_TR.new_full(scores_TR.shape[:1], torch.inf)
     ranked = scores_TR.sort(dim=-1, descending=True).values

@@ -15,12 +15,19 @@ from torch import nn
 from pregate.kernels import reference
 from pregate.model.config import LayerCut, RoutedConfig
 from pregate.model.gates import Choice, Gate, LinearGate, RepresentativeGate
+from pregate.model.read_gate import ReadGate
 
 #: What stays float32 whatever the weights are stored in: small, and it decides who runs.
-FLOAT32_PARTS = ("path_router", "linear_gate", "paper_gate", "neuron_score", "mass_threshold")
-#: The part of a layer that is the gate of each name; the names of parts are those of stored tensors.
+FLOAT32_PARTS = ("path_router", "linear_gate", "paper_gate", "read_network", "neuron_score", "mass_threshold")
+#: The part of a layer that is the gate of each name; the names of parts are those of stored tensors. With
+#: "read" that is so before the layer that is read.
 GATE_PARTS: Mapping[str, str] = MappingProxyType(
-    {"linear": "linear_gate", "representative": "paper_gate", "representative-signed": "paper_gate"}
+    {
+        "linear": "linear_gate",
+        "read": "linear_gate",
+        "representative": "paper_gate",
+        "representative-signed": "paper_gate",
+    }
 )
 
 
@@ -56,9 +63,10 @@ class RoutedMLP(nn.Module):
 
     `mass_threshold` is to contribution mass what a gate's threshold is to its scores: for the oracle, not for routing.
     Two gates are kept, `linear_gate` and CMoE's `paper_gate`, so that each can be compared with the other on the same
-    cut; `gate` is the one that routes. Per row, shared rows first, then expert by expert: `neuron_index` int32
-    [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on the calibration text. Experts
-    may overlap (Read-ME's do): then rows repeat a neuron, and others of the parent's `parent_width` may have none.
+    cut; `gate` is the one that routes, `read_gate` where there is one. Per row, shared rows first, then expert by
+    expert: `neuron_index` int32 [(S + R) * M], the parent's neuron; `neuron_score` float32, its mean contribution on
+    the calibration text. Experts may overlap (Read-ME's do): then rows repeat a neuron, and others of the parent's
+    `parent_width` may have none.
     """
 
     neuron_index: torch.Tensor
@@ -76,6 +84,7 @@ class RoutedMLP(nn.Module):
         signed = config.gate == "representative-signed"
         self.linear_gate = LinearGate(hidden_size, cut, config.selection) if routed else None
         self.paper_gate = RepresentativeGate(hidden_size, cut, act, signed) if routed else None
+        self.read_gate: ReadGate | None = None
         self.experts = RoutedExperts(hidden_size, cut) if routed and hold_experts else None
         rows = cut.shared_width + cut.num_routed * cut.expert_width
         self.register_buffer("neuron_index", torch.zeros(rows, dtype=torch.int32))
@@ -86,9 +95,9 @@ class RoutedMLP(nn.Module):
         self.fast: FastPath | None = None
 
     @property
-    def gate(self) -> Gate:
+    def gate(self) -> Gate | ReadGate:
         """The gate that routes; only a layer with routed experts has one."""
-        gate: Gate | None = getattr(self, GATE_PARTS[self.gate_kind])
+        gate: Gate | ReadGate | None = self.read_gate or getattr(self, GATE_PARTS[self.gate_kind])
         assert gate is not None
         return gate
 

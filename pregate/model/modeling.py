@@ -30,6 +30,7 @@ from pregate.model.path_computer import PathComputer, PathState
 from pregate.model.path_router import PathRouter
 from pregate.model.paths import Paths
 from pregate.model.read_check import Hashes
+from pregate.model.read_gate import ReadNetwork
 from pregate.model.shard_file import TORCH_NAMES, Shard
 
 
@@ -37,9 +38,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
     """A transformers decoder whose FFNs are cut into a shared and routed experts.
 
     `parent` is the dense architecture with its MLPs replaced by `RoutedMLP`; `path_router` is there when the
-    checkpoint has one. Set `routing_policy` to override who chooses the experts (controls, oracles); None means
-    what the checkpoint says. `experts_implementation` "eager", the default, is the reference; "fast", or an
-    implementation of `kernels/expert_ffn.py` by name, runs the layers through the kernels' entry point instead.
+    checkpoint has one, `read_network` with gate "read". Set `routing_policy` to override who chooses the experts
+    (controls, oracles); None means what the checkpoint says. `experts_implementation` "eager", the default, is the
+    reference; "fast", or an implementation of `kernels/expert_ffn.py` by name, runs the layers through the kernels'
+    entry point instead.
     """
 
     config_class = RoutedConfig
@@ -65,6 +67,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             if config.path_router is not None
             else None
         )
+        self.read_network: ReadNetwork | None = None
+        if config.gate == "read":
+            width = config.text_config.hidden_size
+            self.read_network = ReadNetwork(config.read_shape, width, config.cuts, config.selection)
+            self.read_network.hang_in(self.routed_mlps)
         self.routing_policy: RoutingPolicy | None = None
         self.manifest: Manifest | None = None
         self._computer: PathComputer | None = None

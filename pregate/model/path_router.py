@@ -233,12 +233,17 @@ def margins(router: PathRouter, scores_TS: torch.Tensor) -> torch.Tensor:
     return torch.round(scores_TS * 2.0**SCORE_BITS) / 2.0**SCORE_BITS - limits_S
 
 
+def layer_thresholds(cuts: Sequence[LayerCut], scores_TS: torch.Tensor, numbers: Sequence[float]) -> torch.Tensor:
+    """The thresholds [L] by which the layers' experts' mean numbers per token of `scores_TS` are `numbers`."""
+    layers = zip(cuts, split_layers(scores_TS, cuts), numbers, strict=True)
+    infinite = scores_TS.new_full((), torch.inf)
+    return torch.stack([threshold_for(x_TR, number) if cut.num_routed else infinite for cut, x_TR, number in layers])
+
+
 @torch.no_grad()
 def put_thresholds(router: PathRouter, scores_TS: torch.Tensor, numbers: Sequence[float]) -> None:
     """Set each layer's threshold so that its experts' mean number per token of `scores_TS` is that of `numbers`."""
-    layers = zip(router.cuts, split_layers(scores_TS, router.cuts), numbers, strict=True)
-    for layer, (cut, scores_TR, number) in enumerate(layers):
-        router.thresholds[layer] = threshold_for(scores_TR, number) if cut.num_routed else torch.inf
+    router.thresholds.copy_(layer_thresholds(router.cuts, scores_TS, numbers))
     if router.share_control is not None:
         margins_TS = margins(router, scores_TS.double())
         router.share_control.calibrate(margins_TS, float((margins_TS >= 0).sum()) / len(margins_TS))

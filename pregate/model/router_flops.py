@@ -1,10 +1,10 @@
-"""What a path router costs: floating-point operations per token, for judging it against its backbone."""
+"""What a path router or a read network costs: floating-point operations per token, to judge it by its backbone's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pregate.model.config import LayerCut, PathRouterConfig
+from pregate.model.config import LayerCut, PathRouterConfig, ReadNetworkConfig
 from pregate.model.path_heads import head_sizes
 
 #: What a path router may cost of its backbone before that is worth a warning.
@@ -20,6 +20,12 @@ def router_flops(config: PathRouterConfig, cuts: Sequence[LayerCut], selection: 
     """
     block = 24 * config.dim**2 + 4 * config.window * config.dim
     return config.num_blocks * block + _head_flops(config, [n for n in head_sizes(config, cuts, selection) if n])
+
+
+def read_flops(config: ReadNetworkConfig, hidden_size: int, cuts: Sequence[LayerCut]) -> int:
+    """The same of a read network. Example: dim 64 after the first of 3 layers of 6 experts, hidden size 64: 2 * 64 * 64
+    and 2 * 64 * 12, together 9,728."""
+    return 2 * config.dim * (hidden_size + sum(c.num_routed for c in cuts[config.layer :]))
 
 
 def _head_flops(config: PathRouterConfig, sizes: Sequence[int]) -> int:

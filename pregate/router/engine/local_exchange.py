@@ -77,7 +77,7 @@ class LocalExchange:
         if config.routing == "path":
             weighted = [config.router_shape.weights == "learned"]
         else:
-            weighted = [False] if config.gate == "linear" else [False, True]
+            weighted = [False] if config.gate in ("linear", "read") else [False, True]
         for layer, with_weights in product({self._cuts[layer]: layer for layer in self._sizes}.values(), weighted):
             units = self._local.units(layer, self.shared.of(layer))
             warm_up_layer(self._ffn, units, self._cuts[layer].num_shared, x_1D, step_tokens, weighted=with_weights)
