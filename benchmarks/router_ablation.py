@@ -42,9 +42,10 @@ from pregate.convert.files.partial import open_partial
 from pregate.convert.files.work_folder import fingerprint
 from pregate.convert.measure.controls import OraclePolicy
 from pregate.convert.paths.alignment import align_experts
-from pregate.convert.paths.decouple import DecoupleOptions, read_rows, routed_with, train_router
+from pregate.convert.paths.decouple import DecoupleOptions, read_rows, train_router
 from pregate.convert.paths.size import sized
 from pregate.convert.paths.targets import TargetPool, collect_targets
+from pregate.convert.paths.wanted_router import routed_with
 from pregate.convert.progress import RichProgress
 from pregate.model import RoutedForCausalLM
 from pregate.model.config import RoutedConfig
@@ -148,9 +149,11 @@ class Ablation:
         out = self.work / self.name / "".join(c if c.isalnum() else "-" for c in f"{variant.label} {seed}")
         assert options.steps is not None
         with open_partial(out, known, options.steps, False, "step") as partial:
-            router, _ = train_router(model, shortened(pool, options), options, self.progress, partial)
+            trained, _ = train_router(model, shortened(pool, options), options, self.progress, partial)
         seconds = time.monotonic() - started
-        routed = routed_with(model, router, options)
+        routed = routed_with(model, trained, options)
+        router = routed.path_router
+        assert router is not None
         scores = fixed = self._scores(routed)
         if router.share_control is not None:
             router.share_control = None

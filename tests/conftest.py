@@ -135,6 +135,14 @@ def tiny_path_checkpoint(tiny_layerwise_checkpoint: Path, tiny_text: Path) -> Pa
 
 
 @pytest.fixture(scope="session")
+def tiny_read_checkpoint(tiny_layerwise_checkpoint: Path, tiny_text: Path) -> Path:
+    """The tiny layer-wise checkpoint whose paths are known after one of its three layers."""
+    out = tiny_layerwise_checkpoint.parent / "tiny-read"
+    decouple(DecoupleOptions(tiny_layerwise_checkpoint, out, (tiny_text,), steps=30, dim=32, read_layers=1))
+    return out
+
+
+@pytest.fixture(scope="session")
 def family_folder(tiny_dense: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Give the folder of a family of tests/families.py: `dense`, `layerwise`, `path`; made when first asked for."""
     made: dict[str, Path] = {}

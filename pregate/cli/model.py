@@ -62,7 +62,8 @@ def _check_widths(options: ConvertOptions) -> None:
 
 @command(DecoupleOptions)
 def decouple(options: DecoupleOptions) -> None:
-    """Train a path router for a layer-wise checkpoint: exact paths, or a forecast. Interrupted, it can go on."""
+    """Train a path router for a layer-wise checkpoint: exact paths, a forecast, or paths known after some layers
+    (--read-layers). Interrupted, it can go on."""
     with loading() as progress:
         from pregate.convert.files.partial import interrupted
         from pregate.convert.paths.decouple import decouple as run

@@ -21,6 +21,7 @@ from pregate.model.folder import ModelFolder
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_router import PathRouter
+from pregate.model.read_gate import ReadNetwork
 from pregate.model.shard_file import FACTORS, weight_files
 
 #: Elements rounded at a time: bounds the copies made on the way.
@@ -49,12 +50,18 @@ def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def assemble(config: RoutedConfig, parent: Any, path_router: PathRouter | None = None) -> RoutedForCausalLM:
-    """Make a `RoutedForCausalLM` around `parent`, whose FFNs are already `RoutedMLP`s; nothing is copied."""
+def assemble(
+    config: RoutedConfig, parent: Any, path_router: PathRouter | None = None, read_network: ReadNetwork | None = None
+) -> RoutedForCausalLM:
+    """Make a `RoutedForCausalLM` around `parent`, whose FFNs are already `RoutedMLP`s; nothing is copied. A
+    `read_network` chooses from then on wherever `parent` runs."""
     with torch.device("meta"):  # the parameters made here are thrown away at once
         model = RoutedForCausalLM(config)
     model.parent = parent
     model.path_router = path_router
+    model.read_network = read_network
+    if read_network is not None:
+        read_network.hang_in(model.routed_mlps)
     return model.eval()
 
 
@@ -64,7 +71,7 @@ MOST_IN_ONE = 2 << 30
 
 def write_with_router(
     config: RoutedConfig,
-    router: PathRouter,
+    router: PathRouter | ReadNetwork,
     folder: Path,
     source: ModelFolder,
     manifest: Manifest,
@@ -76,7 +83,8 @@ def write_with_router(
     `config` is the one it then has, `factors` as of `write_checkpoint`.
     """
     shards = weight_files(source.path)
-    tensors = {f"path_router.{name}": tensor.cpu() for name, tensor in router.state_dict().items()}
+    part = "path_router" if isinstance(router, PathRouter) else "read_network"
+    tensors = {f"{part}.{name}": tensor.cpu() for name, tensor in router.state_dict().items()}
     if sum(path.stat().st_size for path in shards) <= MOST_IN_ONE:
         for path in shards:
             tensors |= load_file(path)

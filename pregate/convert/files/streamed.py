@@ -94,12 +94,14 @@ class RoutedSkeleton(Skeleton):
             self.routed = RoutedForCausalLM(config)
         self.routed.eval().requires_grad_(False)
         self.routed.manifest = read_manifest(self.folder.path)
-        if (router := self.routed.path_router) is not None:
-            shards = DenseShards.of(self.folder)
-            names = [n for n in shards.tensors if n.startswith("path_router.")]
-            tensors = shards.read(names, self.device)
-            router.thresholds = torch.zeros(router.thresholds.shape, device=self.device)  # none are stored of a number
-            router.load_state_dict({n.removeprefix("path_router."): t for n, t in tensors.items()}, assign=True)
+        for part in ("path_router", "read_network"):
+            if (router := getattr(self.routed, part)) is not None:
+                shards, start = DenseShards.of(self.folder), f"{part}."
+                tensors = shards.read([n for n in shards.tensors if n.startswith(start)], self.device)
+                router.thresholds = torch.zeros(
+                    router.thresholds.shape, device=self.device
+                )  # none are stored of a number
+                router.load_state_dict({n.removeprefix(start): t for n, t in tensors.items()}, assign=True)
         return self.routed.parent
 
     @property

@@ -1,8 +1,8 @@
-"""`decouple`: train a path router for a layer-wise checkpoint and write one whose paths are exact, or forecast."""
+"""`decouple`: train a path router for a layer-wise checkpoint and write one whose paths are exact, or forecast; or a
+read network, and paths are known after some layers."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,17 +10,19 @@ import torch
 
 from pregate.base.errors import UserError
 from pregate.convert.device import pick_device
-from pregate.convert.files.assembly import assemble, write_checkpoint, write_with_router
+from pregate.convert.files.assembly import write_checkpoint, write_with_router
 from pregate.convert.files.partial import PartialCheckpoint, open_partial
 from pregate.convert.files.streamed import load_any, load_whole
 from pregate.convert.files.work_folder import fingerprint, writing
 from pregate.convert.measure.agreement import RouteMeter
 from pregate.convert.measure.scoring import score_rows
 from pregate.convert.paths.alignment import align_experts
+from pregate.convert.paths.losses import Router
 from pregate.convert.paths.options import DecoupleOptions
-from pregate.convert.paths.size import dense_flops, sized
+from pregate.convert.paths.size import sized
 from pregate.convert.paths.targets import TargetPool, collect_targets
 from pregate.convert.paths.training import TrainingOptions, first_and_last, hit_rate, set_thresholds, train
+from pregate.convert.paths.wanted_router import added, check_read_layers, cost, new_router, routed_with
 from pregate.convert.progress import QUIET, Progress
 from pregate.convert.text.amount import check_learned
 from pregate.convert.text.calibration import encode_pool
@@ -34,23 +36,26 @@ from pregate.model.gates import RepresentativeGate
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.model.path_heads import check_heads
 from pregate.model.path_router import PathRouter
-from pregate.model.router_flops import MAX_SHARE, router_flops
 
 
 def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
     """Train a path router on `options.text` and write a checkpoint with it to `options.out`; returns its manifest.
 
-    Its paths are exact, or with `predict` a forecast of what the gates will choose. UserError for a model that is not
-    layer-wise routed, has a path router already, or has nothing to route. A run that was interrupted goes on when it is
-    asked for again and gives the same checkpoint, on the same machine with as many threads.
+    Its paths are exact, or with `predict` a forecast of what the gates will choose; with `read_layers` they are known
+    after so many layers. UserError for a model that is not layer-wise routed, has a path router or read network
+    already, or has nothing to route there. A run that was interrupted goes on when it is asked for again and gives the
+    same checkpoint, on the same machine with as many threads.
     """
     check_new_folder(options.out)
     source = read_folder(options.model)
     config = _layerwise_config(source)
+    if options.read_layers is not None:
+        check_read_layers(options.read_layers, config, source)
     options = sized(options, config)
     assert options.steps is not None
     assert options.pool_tokens is not None
-    check_heads(options.shape(), config.cuts)
+    if options.read_layers is None:
+        check_heads(options.shape(), config.cuts)
     with progress.doing("reading text"):
         rows = read_rows(options, source)
     check_learned(rows, options.pool_tokens, "--text", options.text, progress)
@@ -71,15 +76,16 @@ def decouple(options: DecoupleOptions, progress: Progress = QUIET) -> Manifest:
         figures |= _figures("layerwise", model, measured_on, progress)
         routed = routed_with(model, router, options)
         if not options.predict:
-            figures |= _figures("path", routed, measured_on, progress)
-        figures |= _cost(options, model)
+            figures |= _figures(options.kind, routed, measured_on, progress)
+        figures |= cost(options, config)
         manifest = _manifest(read_manifest(options.model), options, rows, figures)
         with writing(options.out, partial.checkpoint), progress.doing("writing the checkpoint"):
+            factors = router.factors if isinstance(router, PathRouter) else {}
             if renumbers:
-                write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype, router.factors)
+                write_checkpoint(routed, partial.checkpoint, source, manifest, source.dtype, factors)
             else:
-                written = RoutedConfig.from_dict(config.to_dict() | _added(options))  # with the types that are stored
-                factors = read_factors(source.path) | router.factors
+                written = RoutedConfig.from_dict(config.to_dict() | added(options))  # with the types that are stored
+                factors = read_factors(source.path) | factors
                 write_with_router(written, router, partial.checkpoint, source, manifest, factors)
         partial.finish()
     return read_manifest(options.out)
@@ -95,7 +101,7 @@ def _collected(
     """What the router learns from, collected and kept, or as far as an interrupted run left it."""
     if partial.is_begun:
         progress.note(partial.state.going_on)
-    pool = collect_targets(model, rows, progress, options.predict, partial)
+    pool = collect_targets(model, rows, progress, options.predict, partial, options.read_layers)
     if partial.state.unit != "step":
         assert options.steps is not None
         partial.begin("step", options.steps, {"losses": []})
@@ -147,33 +153,22 @@ def train_router(
     options: DecoupleOptions,
     progress: Progress,
     partial: PartialCheckpoint | None = None,
-) -> tuple[PathRouter, dict[str, Any]]:
-    """Train a path router for `model` on the pool less its held-back documents, and measure it on those."""
+) -> tuple[Router, dict[str, Any]]:
+    """Train a path router, or a read network, for `model` on the pool less its held-back documents, and measure it on
+    those."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        config = model.config
-        router = PathRouter(options.shape(), config.text_config.vocab_size, config.cuts, config.selection)
+        config: Any = model.config
+        router = new_router(options, config)
         embedding: Any = model.get_input_embeddings()
         assert options.steps is not None
-        assert options.embedding is not None
-        training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding)
+        training = TrainingOptions(options.steps, options.seed, options.objective, options.embedding or "own")
         router.to(model.device)
         losses = train(router, embedding.weight.detach().float(), pool.training(), training, progress, partial)
     router.requires_grad_(False)
     set_thresholds(router, pool.training(), progress)
-    name = "path_vs_gate" if options.predict else "path_vs_oracle"
+    name = f"{options.kind}_vs_{'gate' if options.predict else 'oracle'}"
     return router, first_and_last(losses) | {name: hit_rate(router, pool.held_back(), progress)}
-
-
-def _cost(options: DecoupleOptions, model: RoutedForCausalLM) -> dict[str, Any]:
-    """The router's operations per token and their share of the dense parent's; a warning where that is much."""
-    flops = router_flops(options.shape(), model.config.cuts, model.config.selection)
-    share = flops / dense_flops(model.config)
-    figures = {"router_flops_per_token": flops, "router_flops_share": round(share, 5)}
-    if share <= MAX_SHARE:
-        return figures
-    much = f"the path router costs {share:.1%} of the dense model's operations, more than {MAX_SHARE:.0%}"
-    return figures | {"warning": f"{much}; a smaller --dim, --window or --blocks costs less"}
 
 
 def _layerwise_config(folder: ModelFolder) -> RoutedConfig:
@@ -192,13 +187,3 @@ def _refuse_weights(model: RoutedForCausalLM, options: DecoupleOptions) -> None:
             gate = f"layer {mlp.layer}'s gate weighs its experts (scale is not 0)"
             reason = f"{gate}, and a path router does not learn its weights; allowed: --predict, or a gate of scale 0"
             raise UserError.of("--model", options.model, reason)
-
-
-def routed_with(model: RoutedForCausalLM, router: PathRouter, options: DecoupleOptions) -> RoutedForCausalLM:
-    """`model` with `router`, which decides or, with `predict`, forecasts; the parent is the same one."""
-    return assemble(RoutedConfig.from_dict(model.config.to_dict() | _added(options)), model.parent, router)
-
-
-def _added(options: DecoupleOptions) -> dict[str, Any]:
-    """The fields of a config that come with a path router."""
-    return {"routing": "layerwise" if options.predict else "path", "path_router": asdict(options.shape())}

@@ -1,4 +1,4 @@
-"""What a path router is trained to lower: five losses over every layer's contribution masses.
+"""What a path router, or a read network, is trained to lower: five losses over every layer's contribution masses.
 
 "mass" regresses them; "relative" does so with every token and layer alike; "sets" tells the oracle's choice from the
 rest; "paper" is Read-ME's distillation; "captured" is minus the mass of the experts chosen, with a choice that
@@ -20,7 +20,10 @@ from pregate.kernels.reference import chosen_by, threshold_for
 from pregate.model.config import LayerCut
 from pregate.model.dselect import code_signs, selector_logits
 from pregate.model.path_router import PathRouter, split_layers
+from pregate.model.read_gate import ReadNetwork
 
+#: What is trained: it reads what `TargetPool.inputs` are.
+Router = PathRouter | ReadNetwork
 #: Width of DSelect-k's smooth step, in logits: beyond half of it a bit is 0 or 1.
 STEP_WIDTH = 4.0
 #: Weight of the codes' entropy, and of codes that name no expert, beside the captured mass.
@@ -106,13 +109,14 @@ def _limit(x_TR: torch.Tensor, cut: LayerCut, selection: str) -> torch.Tensor | 
     return threshold_for(x_TR, cut.num_active) if selection == "threshold" and cut.num_routed else None
 
 
-def loss_for(target: str, router: PathRouter, mass_TS: torch.Tensor) -> MassLoss | PaperLoss | SetLoss:
+def loss_for(target: str, router: Router, mass_TS: torch.Tensor) -> MassLoss | PaperLoss | SetLoss:
     """The loss that `target` names (see above), scaled to the masses [T, S] to be learned."""
     if target == "paper":
         return PaperLoss(router.cuts)
     if target == "sets":
         return SetLoss(router.cuts, router.selection, mass_TS)
-    captured = SelectorLoss if router.config.gate == "dselect" else StraightThroughLoss
+    codes = isinstance(router, PathRouter) and router.config.gate == "dselect"
+    captured = SelectorLoss if codes else StraightThroughLoss
     kind = {"mass": MassLoss, "relative": RelativeLoss}.get(target, captured)
     return kind(router.cuts, router.selection, MassScale.of(mass_TS, router.cuts), mass_TS)
 

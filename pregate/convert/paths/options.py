@@ -1,19 +1,23 @@
-"""What `pregate decouple` is asked: the path router's shape, how it is trained, on what text, and what it is for."""
+"""What `pregate decouple` is asked: the path router's shape, or the layer to read; how it is trained, on what text, and
+what it is for."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from pregate.base.choices import Heads, RouterGate, RouterTarget, RouterWeights
-from pregate.base.errors import UserError
+from pregate.base.errors import UserError, option_name
 from pregate.base.options import Device, Needs, Out, Restart, Seed, TextField, Texts, Word, described, options
 
 if TYPE_CHECKING:
-    from pregate.model.config import PathRouterConfig
+    from pregate.model.config import PathRouterConfig, ReadNetworkConfig
 
+#: Not for a read network, which has one shape, no state and no forecast.
+_OF_PATH_ROUTERS = ("blocks", "window", "heads", "gate", "weights", "embedding", "predict")
 BY_SIZE = Word("by the model's size", written=False)
 
 
@@ -47,6 +51,12 @@ class DecoupleOptions:
         Literal["own", "parent"] | None, "own, or parent: the parent's times a learned projection.", BY_SIZE
     ] = None
     hold_share: Annotated[bool, "Thresholds follow a text, so that the active share is the one asked for."] = True
+    read_layers: Annotated[
+        int | None,
+        Field(ge=1),
+        "Paths known after so many layers: those keep their gates, then one network names all later experts.",
+        Word("paths known before the model runs", written=False),
+    ] = None
     predict: Annotated[bool, "Keep the gates; the path router forecasts them."] = False
     device: Device = "auto"
     text_field: TextField = None
@@ -57,11 +67,26 @@ class DecoupleOptions:
             raise UserError.of("--target", self.target, "allowed with --gate dselect: captured")
         if self.predict and self.weights != "one":
             raise UserError.of("--weights", self.weights, "allowed with --predict: one; there the gates weigh experts")
+        if self.read_layers is not None:
+            self._check_read()
+
+    def _check_read(self) -> None:
+        """UserError for an option that says something of path routers alone."""
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in _OF_PATH_ROUTERS:
+            if (value := getattr(self, name)) != defaults[name]:
+                reason = "not with --read-layers: it says how path routers are, and a read network is none"
+                raise UserError.of(option_name(name), value, reason)
 
     @property
     def objective(self) -> RouterTarget:
         """The target, given or by default."""
         return self.target or ("captured" if self.gate == "dselect" else "mass")
+
+    @property
+    def kind(self) -> Literal["path", "read"]:
+        """What is trained, a path router or a read network, as figures are named after it."""
+        return "path" if self.read_layers is None else "read"
 
     def shape(self) -> PathRouterConfig:
         """Shape of the router, of options that are `sized`."""
@@ -80,6 +105,15 @@ class DecoupleOptions:
             hold_share=self.hold_share,
         )
 
+    def read_shape(self) -> ReadNetworkConfig:
+        """Shape of the read network, of options that are `sized`."""
+        from pregate.model.config import ReadNetworkConfig
+
+        assert self.read_layers is not None
+        assert self.dim is not None
+        return ReadNetworkConfig(layer=self.read_layers, dim=self.dim)
+
     def describe(self) -> dict[str, Any]:
         """What the manifest says: every option, as it counted."""
-        return described(self, target=self.objective)
+        fixed = {} if self.read_layers is None else {"hold_share": False}
+        return described(self, target=self.objective, **fixed)

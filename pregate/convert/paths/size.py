@@ -1,4 +1,5 @@
-"""How large a path router is, and how much it learns from, where its user does not say: by the dense model's size."""
+"""How large a path router or read network is, and how much it learns from, where its user does not say: by the dense
+model's size."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 
 from pregate.convert.paths.options import DecoupleOptions
-from pregate.model.config import RoutedConfig
+from pregate.model.config import ReadNetworkConfig, RoutedConfig
 from pregate.model.layers import kept_float32
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.router_flops import MAX_SHARE, backbone_flops, router_flops
+from pregate.model.router_flops import MAX_SHARE, backbone_flops, read_flops, router_flops
 
 #: For a model beside which a wide router costs little, and for a smaller one.
 LARGE: dict[str, Any] = {"blocks": 2, "window": 112, "embedding": "parent", "pool_tokens": 400_000, "steps": 4500}
@@ -21,18 +22,31 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 #: Widths of a large model's router; below the last it is a small one's.
 WIDTHS = range(512, 96, -32)
+#: Widths of a read network; the last is taken where none costs little enough.
+READ_WIDTHS = range(1024, 0, -32)
 
 
 def sized(options: DecoupleOptions, config: RoutedConfig) -> DecoupleOptions:
     """`options` with those set that are None and follow the dense model's operations per token.
 
-    The widest router of `LARGE` that costs at most `MAX_SHARE` of them; where not even the narrowest does, `SMALL`.
+    The widest router of `LARGE` that costs at most `MAX_SHARE` of them; where not even the narrowest does, `SMALL`. A
+    read network has the width that its own operations allow, and learns for as long as a path router of that model.
     """
+    if options.read_layers is not None:
+        as_router = sized(replace(options, read_layers=None, dim=None), config)
+        dim = options.dim or _read_width(options.read_layers, config)
+        return replace(options, dim=dim, steps=as_router.steps, pool_tokens=as_router.pool_tokens)
     most = MAX_SHARE * dense_flops(config)
     for each in _candidates(options):
         if router_flops(each.shape(), config.cuts, config.selection) <= most:
             return each
     return _filled(options, SMALL)
+
+
+def _read_width(layer: int, config: RoutedConfig) -> int:
+    most, width = MAX_SHARE * dense_flops(config), config.text_config.hidden_size
+    fitting = (n for n in READ_WIDTHS if read_flops(ReadNetworkConfig(layer, n), width, config.cuts) <= most)
+    return next(fitting, READ_WIDTHS[-1])
 
 
 def _candidates(options: DecoupleOptions) -> Iterator[DecoupleOptions]:

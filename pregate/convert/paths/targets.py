@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -33,7 +34,8 @@ PIECE_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class TargetPool:
-    """Documents and the masses seen on them: `rows[i]` ids, `mass[i]` float32 [len(rows[i]), S].
+    """Documents and the masses seen on them: `rows[i]` ids, `mass[i]` float32 [len(rows[i]), S]; where a layer is read,
+    `states[i]` bfloat16 [len(rows[i]), D] that layer's FFN input, and everything else is of the layers from it on.
 
     With selection by threshold the experts to be chosen are those whose mass reaches their layer's of `limits`, and a
     router is to choose `mean_active` of each layer per token.
@@ -43,6 +45,12 @@ class TargetPool:
     mass: list[torch.Tensor]
     limits: tuple[torch.Tensor, ...]
     mean_active: tuple[float, ...]
+    states: list[torch.Tensor] | None = None
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What is learned from, document by document: ids, or states."""
+        return self.rows if self.states is None else self.states
 
     def held_back(self) -> TargetPool:
         """The documents that are measured on."""
@@ -53,7 +61,9 @@ class TargetPool:
         return self._only([i for i in range(len(self.rows)) if i % HELD_BACK_EVERY])
 
     def _only(self, kept: Sequence[int]) -> TargetPool:
-        return replace(self, rows=[self.rows[i] for i in kept], mass=[self.mass[i] for i in kept])
+        rows, mass = ([those[i] for i in kept] for those in (self.rows, self.mass))
+        states = None if self.states is None else [self.states[i] for i in kept]
+        return replace(self, rows=rows, mass=mass, states=states)
 
 
 @dataclass(frozen=True)
@@ -94,19 +104,24 @@ class MassScale:
 class _Recorder:
     """A `FastPath` that routes by the gate and keeps every layer's masses, or rankings; lives for one forward pass.
 
-    All experts are computed, once: masses need them all, and the output is that of the chosen ones.
+    All experts are computed, once: masses need them all, and the output is that of the chosen ones. Of the layer
+    `read_layer`, if there is one, it keeps the input too, and nothing of those before.
     """
 
-    def __init__(self, of_gates: bool) -> None:
-        self._of_gates = of_gates
+    def __init__(self, of_gates: bool, read_layer: int | None) -> None:
+        self._of_gates, self._read_layer = of_gates, read_layer
         self._seen_TR: dict[int, torch.Tensor] = {}
+        self._state_TD: torch.Tensor | None = None
 
     def side_by_side(self, cuts: Sequence[LayerCut], num_tokens: int) -> torch.Tensor:
-        """What was seen of all layers side by side; a layer without routed experts has no column."""
+        """What was seen of all layers side by side, then the state; a layer without routed experts has no column."""
         parts = [self._seen_TR.get(n, torch.zeros(num_tokens, cut.num_routed)) for n, cut in enumerate(cuts)]
+        parts = parts[self._read_layer :] + ([] if self._state_TD is None else [self._state_TD])
         return torch.cat([p.cpu() for p in parts], dim=-1)
 
     def forward(self, mlp: RoutedMLP, x_TD: torch.Tensor) -> torch.Tensor:
+        if mlp.layer == self._read_layer:
+            self._state_TD = x_TD
         out_TD = mlp.shared_output(x_TD)
         if mlp.experts is None:
             return out_TD
@@ -174,15 +189,17 @@ def collect_targets(
     progress: Progress,
     of_gates: bool = False,
     partial: PartialCheckpoint | None = None,
+    read_layer: int | None = None,
 ) -> TargetPool:
     """Run the layer-wise model over `rows` and keep every routed expert's contribution mass at every token.
 
     `of_gates`: keep what the gates rank the experts by in its place, and how many they choose. What an interrupted run
     has kept in `partial` is not computed again.
+    `read_layer`: of the layers from it on alone, and with its FFN input as states.
     """
 
     def run(ids_BN: torch.Tensor) -> torch.Tensor:
-        recorder = _Recorder(of_gates)
+        recorder = _Recorder(of_gates, read_layer)
         for mlp in model.routed_mlps:
             mlp.fast = recorder  # set here and not by the model's forward, which would compute the head as well
         # Without a mask: padding is on the right, where nothing before it looks.
@@ -190,6 +207,7 @@ def collect_targets(
         return recorder.side_by_side(model.config.cuts, ids_BN.numel())
 
     mass = by_row(rows, progress, run, partial)
+    states = None if read_layer is None else _split_off(mass, sum(c.num_routed for c in model.config.cuts[read_layer:]))
     limits = [torch.tensor(torch.inf)] * len(model.config.cuts)
     for mlp in model.routed_mlps:
         if mlp.experts is not None:
@@ -199,4 +217,13 @@ def collect_targets(
     if of_gates and model.config.selection == "threshold":
         layers = zip(split_layers(torch.cat(mass), model.config.cuts), limits, strict=True)
         numbers = tuple(float((x >= limit).sum() / len(x)) for x, limit in layers)
-    return TargetPool(list(rows), mass, tuple(limits), numbers)
+    return TargetPool(list(rows), mass, tuple(limits[read_layer:]), numbers[read_layer:], states)
+
+
+def _split_off(found: list[torch.Tensor], width: int) -> list[torch.Tensor]:
+    """Cut each [N, S + D] of `found` down to its first `width` columns, in place; returns the rest, bfloat16 [N, D]."""
+    states = []
+    for index, each in enumerate(found):
+        states.append(each[:, width:].bfloat16())
+        found[index] = each[:, :width].clone()
+    return states

@@ -44,7 +44,8 @@ def bias_of(model: RoutedForCausalLM, mlp: RoutedMLP) -> torch.Tensor:
         start = sum(c.num_routed for c in model.config.cuts[: mlp.layer])
         bias_S = heads.bias if isinstance(heads, nn.Linear) else heads.output.bias
         return bias_S.data[start : start + mlp.cut.num_routed]
-    return mlp.gate.balance_bias if isinstance(mlp.gate, RepresentativeGate) else mlp.gate.bias.data
+    gate: Any = mlp.gate  # no read gate, whose checkpoints are not tuned
+    return gate.balance_bias if isinstance(gate, RepresentativeGate) else gate.bias.data
 
 
 @torch.no_grad()

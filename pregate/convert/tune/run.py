@@ -44,6 +44,9 @@ def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
     """
     check_new_folder(options.out)
     source = read_folder(options.model)
+    if source.fields.get("read_network") is not None:
+        reason = "has a read network, which is not tuned; allowed: tune the layer-wise checkpoint, then decouple that"
+        raise source.refuse(reason)
     teacher_source = None if options.teacher is None else read_folder(options.teacher, "--teacher")
     check_teacher(options, source, teacher_source)
     device = pick_device(options.device)
