@@ -19,14 +19,14 @@ from pregate.model.modeling import RoutedForCausalLM
 DENSE, STATIC = "dense parent", "static mask"
 RANDOM, PAPER, ORACLE_FIXED = "random routing", "paper's gate", "oracle, fixed number"
 FIXED = (RANDOM, PAPER, ORACLE_FIXED)
-LINEAR, PATH, ORACLE = "linear gate", "path router", "oracle"
+LINEAR, READ, PATH, ORACLE = "linear gate", "read network", "path router", "oracle"
 
 
 def own_name(model: RoutedForCausalLM) -> str:
     """The row of the routing that `model` is served with."""
     if model.config.routing == "path":
         return PATH
-    return LINEAR if model.config.gate == "linear" else PAPER
+    return {"linear": LINEAR, "read": READ}.get(model.config.gate, PAPER)
 
 
 def control_rows(
@@ -85,6 +85,8 @@ def _policies(model: RoutedForCausalLM, seed: int) -> dict[str, RoutingPolicy | 
     }
     if not any(mlp.paper_gate is not None and mlp.paper_gate.weight.any() for mlp in model.routed_mlps):
         del policies[PAPER]
+    if model.read_network is not None:
+        policies[READ] = GatePolicy()
     if model.config.routing == "path":
         policies[PATH] = None
     policies[ORACLE] = OraclePolicy()

@@ -51,6 +51,8 @@ def evaluate(options: EvaluateOptions, progress: Progress = QUIET) -> dict[str, 
     }
     if meter is not None:
         result["routing"] = model.config.routing
+        if model.read_network is not None:
+            result["paths_known_after_layers"] = model.read_network.config.layer
         result["active_share"] = round(meter.active_share, 4)
         result["agreement"] = meter.figures()
         if model.config.routing == "layerwise" and meter.forecast:

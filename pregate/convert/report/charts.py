@@ -17,7 +17,17 @@ from xml.etree import ElementTree
 
 from markupsafe import Markup
 
-from pregate.convert.measure.control_table import DENSE, LINEAR, ORACLE, ORACLE_FIXED, PAPER, PATH, RANDOM, STATIC
+from pregate.convert.measure.control_table import (
+    DENSE,
+    LINEAR,
+    ORACLE,
+    ORACLE_FIXED,
+    PAPER,
+    PATH,
+    RANDOM,
+    READ,
+    STATIC,
+)
 from pregate.convert.report.figures import Agreement, Figures
 from pregate.convert.report.training import TrainingCurve
 from pregate.convert.report.words import number, percent
@@ -29,7 +39,7 @@ COLOURS = {
 }
 COLOUR_OF = {
     **{DENSE: "c4", STATIC: "c3", RANDOM: "c4", PAPER: "c5", LINEAR: "c2"},
-    **{PATH: "c0", ORACLE: "c1", ORACLE_FIXED: "c1"},
+    **{PATH: "c0", READ: "c0", ORACLE: "c1", ORACLE_FIXED: "c1"},
 }
 OTHER_COLOUR = "c5"
 #: Pairs of routers in the order of the table, and their colours.

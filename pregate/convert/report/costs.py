@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pregate.model.modeling import RoutedForCausalLM
-from pregate.model.router_flops import backbone_flops, router_flops
+from pregate.model.router_flops import backbone_flops, read_flops, router_flops
 
 #: Gates and path router are stored and run in float32 (`model.layers.FLOAT32_PARTS`).
 ROUTER_ITEM_BYTES = 4
@@ -60,8 +60,15 @@ def costs(model: RoutedForCausalLM, active_share: float, item_bytes: int) -> Cos
     parts = [weights("attention, norms", attention), weights("output head", head.weight.numel())]
     parts.append(weights("FFN", ffn, active_share))
     if config.routing == "layerwise":
-        gates = sum((1 if config.gate == "linear" else 2) * text.hidden_size * cut.num_routed for cut in config.cuts)
+        network = model.read_network
+        gated = config.cuts if network is None else config.cuts[: network.config.layer]
+        each = 1 if config.gate in ("linear", "read") else 2
+        gates = sum(each * text.hidden_size * cut.num_routed for cut in gated)
         parts.append(Cost("gates", 0, backbone_flops(gates), 0, gates * ROUTER_ITEM_BYTES))
+        if network is not None:
+            num_weights = sum(p.numel() for p in network.parameters())
+            flops = read_flops(network.config, text.hidden_size, config.cuts)
+            parts.append(Cost("read network", 0, flops, 0, num_weights * ROUTER_ITEM_BYTES))
     if (router := model.path_router) is not None:
         num_weights = sum(p.numel() for p in router.parameters()) - router.embedding.weight.numel()
         flops = router_flops(router.config, config.cuts, router.selection)

@@ -150,6 +150,14 @@ def with_numbers(model: RoutedForCausalLM, numbers: Numbers, limits: Limits) -> 
         for layer, limit in limits.items():
             thresholds[layer] = limit
         changes += [(router, "cuts", tuple(cuts)), (router, "thresholds", thresholds), (router, "share_control", None)]
+    if (network := model.read_network) is not None:
+        first = network.config.layer
+        cuts = [replace(cut, num_active=n) for cut, n in zip(network.cuts, numbers.by_layer[first:], strict=True)]
+        thresholds = network.thresholds.clone()
+        for layer, limit in limits.items():
+            if layer >= first:
+                thresholds[layer - first] = limit
+        changes += [(network, "cuts", tuple(cuts)), (network, "thresholds", thresholds)]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
     try:
         _set(model, changes)

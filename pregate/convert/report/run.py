@@ -151,7 +151,8 @@ def describe(
 ) -> dict[str, Any]:
     """For `Figures.model`; sizes as stored on disk.
 
-    `is_tuned`: its weights were trained after the cut; `fits_router`: under the routing it is served with.
+    `is_tuned`: its weights were trained after the cut; `fits_router`: under the routing it is served with;
+    `known_after`: the layers after which a read network knows the others' experts, or 0.
     """
     routed = [cut for cut in config.cuts if cut.num_routed]
     spans = []
@@ -168,6 +169,7 @@ def describe(
         "routing": config.routing,
         "selection": config.selection,
         "forecast": config.routing == "layerwise" and config.has_path_router,
+        "known_after": 0 if config.read_network is None else config.read_shape.layer,
         "family": str(manifest.source.get("model_type", config.text_config.model_type)),
         "num_layers": len(config.cuts),
         "num_routed_layers": len(routed),
