@@ -71,6 +71,11 @@ class ReadNetwork(nn.Module):
         """What scores of `layer` choose."""
         return choice_of(scores_TR, self.cuts[layer - self.config.layer].num_active, self.limit(layer))
 
+    def later(self) -> dict[int, Choice]:
+        """What it chooses, for the tokens it ran on last, in each layer with a choice after the one it reads."""
+        layers = enumerate(zip(self.cuts, self._kept, strict=True), start=self.config.layer)
+        return {n: self.choose(n, x) for n, (cut, x) in layers if cut.num_active and n > self.config.layer}
+
     @torch.no_grad()
     def put_thresholds(self, scores_TS: torch.Tensor, numbers: Sequence[float]) -> None:
         """Set each layer's threshold so that its experts' mean number per token of `scores_TS` is that of `numbers`."""

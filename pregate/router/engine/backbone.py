@@ -27,7 +27,8 @@ from pregate.router.engine.step_layout import StepLayout
 
 
 class ExchangeMLP(nn.Module):
-    """One layer's FFN in the backbone: the exchange runs it, on what the paths or the layer's gate choose."""
+    """One layer's FFN in the backbone: the exchange runs it, on what the paths or the layer's gate choose. Where a read
+    network has just named the experts of later layers, hosts that fetch ahead are told."""
 
     def __init__(self, mlp: RoutedMLP, exchange: Exchange, exact: bool) -> None:
         super().__init__()
@@ -36,6 +37,9 @@ class ExchangeMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_TD = x.reshape(-1, x.shape[-1])
         choice = None if self.exact or not self.mlp.cut.num_active else self.mlp.gate.choose(x_TD)
+        read = self.mlp.read_gate
+        if read is not None and read.layer == read.network.config.layer and self.exchange.wants_lookahead:
+            self.exchange.foretell({n: later.ids.cpu().numpy() for n, later in read.network.later().items()})
         return self.exchange.combine(self.exchange.dispatch(self.mlp.layer, x_TD, choice)).view_as(x)
 
 

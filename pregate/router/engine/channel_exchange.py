@@ -21,6 +21,7 @@ from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt, SentGroup
 from pregate.router.engine.expectations import Expectations
+from pregate.router.engine.lookahead import rest_of_step
 from pregate.router.engine.members import Members
 from pregate.router.engine.planning import StepPlan, check_plan, make_plan
 from pregate.router.engine.shared_experts import SharedExperts
@@ -108,6 +109,9 @@ class ChannelExchange:
 
     def expect(self, expected: Expected) -> None:
         self._expectations.tell(expected)
+
+    def foretell(self, ids: Mapping[int, np.ndarray]) -> None:
+        self.expect(rest_of_step(self._step.number, ids, self.shared.config.cuts))
 
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
         held_LRC = self.members.held_LRC()

@@ -98,6 +98,10 @@ class Exchange(Protocol):
         """Say what later steps are expected to use; every host is sent what it will be asked for."""
         ...
 
+    def foretell(self, ids: Mapping[int, np.ndarray]) -> None:
+        """Say what layers to come of the step that runs will ask for, ids [T, K] by layer, where gates know it."""
+        ...
+
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
         """Which units some host has in a slot or is loading, bool [L, R], as hosts last said; None where all are."""
         ...

@@ -6,6 +6,7 @@ Shape letters: T tokens, L layers, K experts per token, D hidden width.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,7 @@ from pregate.kernels.tools.warm_up import warm_up_layer
 from pregate.model.gates import Choice
 from pregate.model.paths import Paths
 from pregate.router.engine.exchange import Receipt
-from pregate.router.engine.lookahead import used_units
+from pregate.router.engine.lookahead import rest_of_step, used_units
 from pregate.router.engine.shared_experts import SharedExperts
 from pregate.workers.client.host_client import HostClient, LocalUnits
 from pregate.workers.link.protocol import Expected
@@ -94,6 +95,9 @@ class LocalExchange:
 
     def expect(self, expected: Expected) -> None:
         self._local.expect(self.engine, expected)
+
+    def foretell(self, ids: Mapping[int, np.ndarray]) -> None:
+        self.expect(rest_of_step(self._number, ids, self._cuts))
 
     def held_LR(self) -> np.ndarray | None:  # noqa: N802
         return self.clients[0].held_LR

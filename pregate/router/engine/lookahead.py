@@ -38,6 +38,14 @@ def used_units(ids_TLK: np.ndarray, num_routed: int) -> np.ndarray:
     return used[:, :num_routed]
 
 
+def rest_of_step(step: int, ids: Mapping[int, np.ndarray], cuts: Many[LayerCut]) -> Expected:
+    """What step `step`, which runs, will ask for in layers to come; `ids` [T, K] of each. Nothing is said of others."""
+    known_LR = np.zeros((len(cuts), max(cut.num_routed for cut in cuts)), dtype=bool)
+    for layer, ids_TK in ids.items():
+        known_LR[layer, ids_TK[ids_TK >= 0]] = True
+    return Expected(step, known_LR[None], np.zeros(known_LR.shape, dtype=np.uint8))
+
+
 class Lookahead:
     """Looks ahead for steps of up to `step_tokens` tokens, as the scheduler fills them: first come, first served
     (`expect`), or by path (`demand`)."""
