@@ -73,6 +73,8 @@ def fails(capsys, *arguments):
             "--weights learned: allowed with --predict: one",
         ),
         (["decouple", *DECOUPLE, "--window", "0"], "--window 0: allowed: 1 or more"),
+        (["decouple", *DECOUPLE, "--read-layers", "0"], "--read-layers 0: allowed: 1 or more"),
+        (["decouple", *DECOUPLE, "--read-layers", "1", "--window", "9"], "--window 9: not with --read-layers"),
         (["decouple", *DECOUPLE, "--embedding", "both"], "--embedding both: allowed: own, parent"),
         (["route", "--model", "TINY", "--prompt", "a"], "make one with `pregate decouple`"),
     ],
