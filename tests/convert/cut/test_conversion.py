@@ -120,7 +120,7 @@ def test_representative_gates_are_unit_rows_of_the_experts(options: ConvertOptio
     convert(replace(options, gate="representative", selection="top_k"))
     dense = find_gated_mlps(AutoModelForCausalLM.from_pretrained(options.model))
     for parent, routed in zip(dense, _load(options.out).routed_mlps, strict=True):
-        gates, ups = routed.gate.weight.chunk(2)
+        gates, ups = routed.get_parameter("paper_gate.weight").chunk(2)
         experts = routed.neuron_index[routed.cut.shared_width :].long().split(routed.cut.expert_width)
         for gate, up, neurons in zip(gates, ups, experts, strict=True):
             cosine = torch.nn.functional.normalize(parent.gate[neurons], dim=-1) @ gate

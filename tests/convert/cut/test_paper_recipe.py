@@ -105,7 +105,7 @@ def _with_representatives(
 ) -> notes.Split:
     """Who speaks for each expert is a member as near to the mean as any, and the gate has its rows."""
     gate, up, _ = weights_of(mlp)
-    weight = float64(routed.gate.weight)
+    weight = float64(routed.get_parameter("paper_gate.weight"))
     chosen = []
     for expert, centroid_T in enumerate(split.centroids_RT):
         members = split.members(expert)
