@@ -12,7 +12,7 @@ from pregate.kernels import reference
 from pregate.kernels.cpu.sixteen_bits import laid_out, run_experts
 from pregate.kernels.cpu.stored import MOST_ROWS, StoredFFN
 from pregate.kernels.cpu.vectors import LANES
-from pregate.kernels.units import GroupRows
+from pregate.kernels.units import GroupRows, LayerUnits
 from pregate.kernels.weights import LayerWeights
 
 
@@ -40,6 +40,24 @@ def test_rows_equal_float64_at_any_width_and_number(dtype, hidden, width):
         y_PD = ffn.pairs(x_PD, rows, weights)
         wanted = [expected(x, weights, int(slot)) for x, slot in zip(x_PD.split(counts), rows.slots, strict=True)]
         torch.testing.assert_close(y_PD.double(), torch.cat(wanted), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [MOST_ROWS, MOST_ROWS + 1, 3 * MOST_ROWS])
+def test_a_layer_of_many_rows_equals_float64(dtype, num_tokens):
+    """On both sides of where weights are made float32 first; all tokens through two experts, then the last 20 through
+    one more instead, which so is run as few rows beside many."""
+    weights, ffn = experts(70, 33, dtype), StoredFFN("silu", dtype)
+    units = LayerUnits(weights, np.array([2, 0, 1], dtype=np.int32))
+    x_TD = torch.randn(num_tokens, 70, generator=torch.Generator().manual_seed(num_tokens))
+    alike_TLK = torch.tensor([0, 2]).repeat(num_tokens, 1, 1)
+    some_TLK = alike_TLK.clone()
+    some_TLK[-20:, 0, 1] = 1
+    every_UTD = torch.stack([expected(x_TD, weights, slot) for slot in (2, 0, 1)])
+    for ids_TLK in (alike_TLK, some_TLK):
+        found_TD = ffn.layer(x_TD, ffn.segments(ids_TLK, 3, 0).layer(0), units)
+        wanted_TD = every_UTD[ids_TLK[:, 0], torch.arange(num_tokens)[:, None]].sum(dim=1)
+        torch.testing.assert_close(found_TD.double(), wanted_TD, rtol=0, atol=6e-6)
 
 
 def test_a_row_is_the_same_bits_whatever_is_beside_it():

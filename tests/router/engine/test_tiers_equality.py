@@ -90,6 +90,15 @@ def test_experts_stored_in_16_bits_lie_in_them_in_their_slots(num_hosts, share):
             assert status["held_bytes"] == status["num_units"] * hosts[0]._reader.unit_bytes(0)
 
 
+@pytest.mark.parametrize("num_hosts", [1, 2])
+def test_prompts_of_more_rows_than_16_bits_are_read_for_as_they_lie(num_hosts):
+    """An expert gets more than `stored.MOST_ROWS`: in whole layers of one host, in groups of two."""
+    prompts = [[1, *range(30, 230)], [7, *range(400, 240, -1)]]
+    references = reference_texts(RoutedForCausalLM.from_pretrained(SHIPPED).float().eval(), prompts, 4)
+    with tiered(SHIPPED, num_hosts, 0.75, engine={"step_tokens": 256}) as (engine, _, _):
+        hold(engine, f"16 bits, many rows, {num_hosts} hosts", references, together=(True,))
+
+
 def test_whole_layers_run_where_there_is_room_for_two(checkpoint, references):
     """Three layers of six units: 13 slots hold two layers, nine do not."""
     with tiered(checkpoint, 1, 0.75) as (engine, _, hosts):
