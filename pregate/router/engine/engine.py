@@ -83,6 +83,7 @@ class Engine:
         self.stop_strings = folder.stop_strings
         self._sequences: dict[str, Sequence] = {}
         self.counts = StepCounts(len(self.exchange.clients))
+        self._foretold = False  # hosts expect something, as far as was said
 
     def batch_by_path(self, batcher: PathBatcher) -> None:
         """Choose steps by their paths from now on."""
@@ -147,7 +148,14 @@ class Engine:
         return describe(self)
 
     def idle(self) -> None:
-        """Take in heartbeats while there is no work; HostLostError while no host answers."""
+        """Take in heartbeats while there is no work; HostLostError while no host answers.
+
+        What hosts were told to expect of requests that ended before it was asked for, they are told once to forget.
+        """
+        if self._foretold and self.lookahead is not None and not self.has_work:
+            self._foretold = False
+            # Of the step after the next: so the last one that was planned is over, too (`NextUse.expect`).
+            self.exchange.expect(self.lookahead.expect(self.counts.num_steps + 2, (), (), {}, forecast=False))
         self.exchange.poll()
 
     def replace_host(self, host: int, client: HostClient) -> None:
@@ -249,6 +257,7 @@ class Engine:
         if step and not self.exact:
             expected = self.lookahead.before(expected, RunningPaths.of_step(list(planned.items())))
         self.exchange.expect(expected)
+        self._foretold = True
 
     def _foretell(self, sequences: list[Sequence], paths: Paths) -> None:
         """Note what the next token of each sequence asks of the units."""

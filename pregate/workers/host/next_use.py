@@ -41,6 +41,9 @@ class NextUse:
         self.reach(step, 0)
 
     def expect(self, expected: Expected) -> None:
+        """Steps from `expected.step` on use these. Where a step is left out before them, the planned one has ended."""
+        if expected.step > self._step + 1:
+            self._planned_LR[:] = False
         self._expected = Expected(expected.step, expected.known_HLR.copy(), expected.likely_LR)
         self._told = True
         self._change()

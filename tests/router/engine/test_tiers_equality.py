@@ -17,6 +17,7 @@ from pregate.router.engine.local_exchange import LocalExchange
 from pregate.router.link.messages import FailedEvent, SamplingParams, SubmitRequest
 from pregate.workers.client.host_client import InProcessClient
 from pregate.workers.host.host import ExpertHost
+from pregate.workers.host.next_use import FAR
 from pregate.workers.host.options import HostOptions
 from tests.equality import reference_texts
 from tests.router.serving import engine_of, engine_over, expert_hosts, hold, placement_of, units_of
@@ -131,6 +132,21 @@ def test_predicted_paths_fetch_ahead_and_gates_correct_them(tiny_layerwise_check
         assert not engine.exact
         hold(engine, "predicted", reference_texts(model, PROMPTS, 8))
         assert all(host.status()["prefetched_bytes"] > 0 and host.status()["misses"] > 0 for host in hosts)
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2])
+@pytest.mark.parametrize("ends", ["cancelled", "failed"])
+def test_hosts_mean_to_fetch_nothing_for_requests_that_ended_early(tiny_path_checkpoint, num_hosts, ends):
+    with tiered(tiny_path_checkpoint, num_hosts, 0.3, engine={"prefix_sharing": False}) as (engine, readers, hosts):
+        engine.submit(SubmitRequest("a", tuple(PROMPTS[1]), SamplingParams(4, ignore_eos=True)))
+        if ends == "failed":
+            readers[0].broken = {(layer, expert) for layer in range(3) for expert in range(8)}
+        engine.step()
+        engine.cancel("a")
+        engine.idle()
+        for host in hosts:
+            host.close()  # what is begun comes before slots are looked at
+            assert not (host._store.uses.look().known_LR < FAR // 2).any()
 
 
 @pytest.mark.slow

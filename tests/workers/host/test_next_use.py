@@ -47,6 +47,15 @@ def test_a_plan_takes_the_place_of_what_was_expected_of_its_step():
     assert uses.times().turn_L.tolist() == [2, 3]
 
 
+def test_a_plan_is_over_where_steps_after_the_next_are_expected():
+    uses, nothing = NextUse(2, 3), np.zeros((0, 2, 3), dtype=bool)
+    uses.plan(5, mask((0, 1), (1, 2)))
+    uses.expect(Expected(6, nothing, likely()))
+    assert (uses.times().known_LR < FAR // 2).sum() == 2
+    uses.expect(Expected(7, nothing, likely()))
+    assert not (uses.times().known_LR < FAR // 2).any()
+
+
 def test_what_is_done_of_an_expected_step_is_expected_no_more():
     uses, known = NextUse(2, 3), np.stack([mask((0, 0), (1, 1))])
     uses.expect(Expected(1, known, likely()))
