@@ -125,6 +125,12 @@ class ProtocolError(PregateError):
     """A message between processes is malformed, of another version, too large, or fails its checksum."""
 
 
+class DataLossError(PregateError):
+    """What a running server computes with cannot be read any more: a file is damaged, or was changed meanwhile."""
+
+    code = "DATA_LOSS"
+
+
 class DeadlineError(PregateError):
     """The caller's deadline passed before the answer was complete."""
 
@@ -133,5 +139,16 @@ class DeadlineError(PregateError):
 
 #: Status name -> error class, to rebuild on this side of a process boundary what was raised on the other.
 BY_CODE: Mapping[str, type[PregateError]] = MappingProxyType(
-    {c.code: c for c in (PregateError, UserError, NotFoundError, QueueFullError, UnavailableError, DeadlineError)}
+    {
+        c.code: c
+        for c in (
+            PregateError,
+            UserError,
+            NotFoundError,
+            QueueFullError,
+            UnavailableError,
+            DataLossError,
+            DeadlineError,
+        )
+    }
 )

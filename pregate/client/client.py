@@ -72,8 +72,8 @@ class Client(Caller[Generation]):
     where it was.
 
     Methods raise the errors of pregate.base.errors: UserError, NotFoundError, QueueFullError, UnavailableError,
-    DeadlineError, PregateError. Threads may share a client. Close it, or use it in a `with` block. For asyncio there is
-    `AsyncClient`.
+    DeadlineError, DataLossError, PregateError. Threads may share a client. Close it, or use it in a `with` block. For
+    asyncio there is `AsyncClient`.
     """
 
     _library, _generation = grpc, Generation

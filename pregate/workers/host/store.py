@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pregate.base.errors import PregateError, UserError
+from pregate.base.errors import CheckpointError, DataLossError, PregateError, UserError
 from pregate.base.log import get_logger
 from pregate.kernels.weights import Layout
 from pregate.model.checkpoint import CheckpointReader
@@ -217,7 +217,7 @@ class UnitStore:
         """Return the slots of these experts (ascending ids) and the weights they lie in; reads what is missing.
 
         They stay at least until `release`, or the next lookup, and so must fit into the slots (`waves`). Raises the
-        checkpoint's UserError for a unit that does not exist, CheckpointError for one that cannot be read.
+        checkpoint's UserError for a unit that does not exist, DataLossError for one that cannot be read.
         """
         self._check_exists(layer, expert_ids)
         states = self.states
@@ -307,7 +307,10 @@ class UnitStore:
                     if time.monotonic() > deadline_s:
                         raise PregateError(f"unit {unit} has not come within {LOAD_TIMEOUT_S:g} s")
                     self._changed.wait(LOAD_TIMEOUT_S)
-        self.carry_out(load)
+        try:
+            self.carry_out(load)
+        except CheckpointError as error:  # whoever asked for the unit has done nothing wrong
+            raise DataLossError(f"{error}; put the file back as it was and start the hosts again") from error
         self.states.failed_LR[unit] = False
 
     def _make_room(self, unit: Unit) -> Load | None:

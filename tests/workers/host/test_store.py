@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pregate.base.errors import CheckpointError, UserError
+from pregate.base.errors import DataLossError, UserError
 from pregate.kernels import expert_ffn
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.store import UnitStore
@@ -135,7 +135,7 @@ def test_a_shard_that_changed_is_refused_and_what_is_held_stays(unit_checkpoint,
     (shard,) = path.glob("*.safetensors")
     store = make_store(CheckpointReader(path))
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: was changed after it was opened"):
+    with pytest.raises(DataLossError, match=r"model\.safetensors: was changed after it was opened"):
         store.lookup(0, i32(1, 2))
     assert (store.stats.num_units, store.versions.tolist()) == (4, [2, 0, 2])
     assert store.lookup(0, i32(1, 4))[0].tolist() == [0, 1]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pregate.base.errors import CheckpointError, UserError
+from pregate.base.errors import CheckpointError, DataLossError, UserError
 from pregate.kernels import expert_ffn
 from pregate.kernels.weights import PlainLayout
 from pregate.workers.host.prefetch import LEAD_LAYERS, Prefetcher
@@ -213,7 +213,7 @@ def test_a_read_that_fails_once_is_tried_again_and_one_that_fails_for_good_is_sa
     store, unsteady = make_store(reader, 2, broken={(0, 4)})
     store.plan("e", 1, mask((0, 4), (0, 5)))
     assert fetch_all(store) == [(0, 4), (0, 5)], "a failure ahead is not repeated, and stops nothing"
-    with pytest.raises(CheckpointError, match=r"unit \(0, 4\) cannot be loaded: the disk did not answer"):
+    with pytest.raises(DataLossError, match=r"unit \(0, 4\) cannot be loaded: the disk did not answer"):
         ask(store, reader, 0, 4)
     store.rooms.of(0).pool.check()
     unsteady.broken.clear()
@@ -236,7 +236,7 @@ def test_a_read_that_fails_half_way_leaves_the_slot_free(reader):
     unsteady.read_unit = half
     ask(store, reader, 0, 3)
     fails += [True, True]
-    with pytest.raises(CheckpointError, match=r"unit \(0, 4\) cannot be loaded"):
+    with pytest.raises(DataLossError, match=r"unit \(0, 4\) cannot be loaded"):
         ask(store, reader, 0, 4)
     store.release()
     store.rooms.of(0).pool.check()

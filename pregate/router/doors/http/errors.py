@@ -24,6 +24,7 @@ _HTTP: Mapping[str, tuple[int, str]] = MappingProxyType(
         "NOT_FOUND": (404, "not_found_error"),
         "RESOURCE_EXHAUSTED": (429, "rate_limit_error"),
         "INTERNAL": (500, "server_error"),
+        "DATA_LOSS": (500, "server_error"),
         "UNAVAILABLE": (503, "service_unavailable_error"),
         "DEADLINE_EXCEEDED": (504, "timeout_error"),
     }
