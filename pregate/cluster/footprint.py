@@ -54,35 +54,44 @@ def measure(reader: CheckpointReader, config: ServeConfig) -> Footprint:
 
     from pregate.kernels.cpu.packed import packs_to_fp16
 
-    cuts = reader.config.cuts
+    cuts, held = reader.config.cuts, held_of_hosts(reader, config)
     stored = dtype_name(reader.config.dtype or "float32")
     growth = _ITEM_BYTES[config.dtype] / _ITEM_BYTES[stored]
-    experts = read_routed_experts(config.model)
-    placement = experts.placement(config)
     unit_bytes = [reader.unit_bytes(layer) for layer in range(len(cuts))]
     units = sum(cut.num_routed * size for cut, size in zip(cuts, unit_bytes, strict=True))
     # A shared expert has three matrices of the same shape as a unit's three, num_shared times as wide.
     shared = sum(3 * reader.hidden_size * cut.shared_width for cut in cuts)
     backbone = reader.manifest.weight_bytes - units - shared * _ITEM_BYTES[stored]
-    homes = [[layer for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
-    device, dtype, fits_fp16 = torch.device(config.device), getattr(torch, config.dtype), _ITEM_BYTES[stored] == 2
-    chosen = config.host.resident_experts, config.host.expert_ffn, device, dtype, lambda: fits_fp16
-    held = [held_share(reader, layers, *chosen) for layers in homes]
-    # So do the backbone's products, but not its embedding: its estimate is one from above.
-    packed = fits_fp16 and packs_to_fp16("auto", device, dtype)  # engines choose for themselves
+    # As experts that stay do, the backbone's products may lie in fp16, but not its embedding: an estimate from above.
+    packed = _ITEM_BYTES[stored] == 2 and packs_to_fp16(  # engines choose for themselves
+        "auto", torch.device(config.device), getattr(torch, config.dtype)
+    )
     return Footprint(
         backbone_bytes=int(backbone * growth),
         shared_bytes=shared * (2 if packed else _ITEM_BYTES[config.dtype]),
         kv_cache_bytes=kv_cache_bytes(reader, config),
-        units_bytes=tuple(int(share * num_bytes) for share, _, num_bytes in held),
+        units_bytes=tuple(int(share * num_bytes) for _, share, num_bytes in held),
         # Supervisor, engines, front door; with exact paths the path router service.
-        num_processes=config.hosts + config.engines + 2 + experts.exact_paths,
+        num_processes=config.hosts + config.engines + 2 + read_routed_experts(config.model).exact_paths,
         num_engines=config.engines,
         kept_bytes=sum(
             min(config.host.host_memory, int((1 - share) * sum(unit_bytes[layer] for layer in layers)))
-            for (share, *_), layers in zip(held, homes, strict=True)
+            for layers, share, _ in held
         ),
     )
+
+
+def held_of_hosts(reader: CheckpointReader, config: ServeConfig) -> list[tuple[list[int], float, int]]:
+    """Of each host the layers of its units, the share of them that has slots, and the bytes that all take. UserError
+    when hosts cannot be placed, and where `--resident-experts` is less than one needs."""
+    import torch
+
+    placement = read_routed_experts(config.model).placement(config)
+    homes = [[layer for layer, _ in placement.units_of(host)] for host in range(placement.num_hosts)]
+    fits_fp16 = _ITEM_BYTES[dtype_name(reader.config.dtype or "float32")] == 2
+    chosen = config.host.expert_ffn, torch.device(config.device), getattr(torch, config.dtype), lambda: fits_fp16
+    held = [held_share(reader, layers, config.host.resident_experts, *chosen) for layers in homes]
+    return [(layers, share, num_bytes) for layers, (share, _, num_bytes) in zip(homes, held, strict=True)]
 
 
 def kv_cache_bytes(reader: CheckpointReader, config: ServeConfig) -> int:

@@ -83,7 +83,7 @@ def check_model(config: ServeConfig, fits_here: bool = False, whole: bool = Fals
     """`check_config` in this process; loads torch and transformers."""
     import torch
 
-    from pregate.cluster.footprint import kv_cache_bytes
+    from pregate.cluster.footprint import held_of_hosts, kv_cache_bytes
     from pregate.kernels import expert_ffn
     from pregate.model.checkpoint import CheckpointReader
     from pregate.router.engine.family import check_family
@@ -102,6 +102,8 @@ def check_model(config: ServeConfig, fits_here: bool = False, whole: bool = Fals
         dtype = expert_ffn.choose_dtype(config.dtype, device)
         asked, stored = config.host.expert_ffn, reader.unit_dtype
         expert_ffn.choose(asked, device, dtype, act=reader.hidden_act, widths=tuple(widths), stored=stored)
+        if config.host.resident_experts is not None:
+            held_of_hosts(reader, config)
         if fits_here and config.device == "cpu":  # of a GPU's memory only the engine's process finds out
             kv_cache_bytes(reader, config)
     check_family(reader.config.text_config)

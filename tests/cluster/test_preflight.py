@@ -35,6 +35,21 @@ def test_a_flipped_byte_is_refused(copy, name):
             check_config(config)
 
 
+@pytest.mark.parametrize("hosts", [0, 2])
+@pytest.mark.parametrize(
+    ("asked", "sentence"),
+    [
+        ("10kB", r"resident_experts 10000: allowed: \d+ bytes or more, room for 2 of a host's \d+"),
+        ("1", "allowed: 2 or more"),
+    ],
+)
+def test_fewer_experts_than_a_host_needs_are_refused_in_what_was_given(copy, hosts, asked, sentence):
+    config = ServeConfig.from_dict({"model": str(copy), "hosts": hosts, "host": {"resident_experts": asked}})
+    with pytest.raises(UserError, match=sentence):
+        check_config(config)
+    check_config(ServeConfig.from_dict({"model": str(copy), "hosts": hosts, "host": {"resident_experts": "0.01"}}))
+
+
 def test_a_config_that_is_no_json_is_named(copy):
     size = (copy / "config.json").stat().st_size
     (copy / "config.json").write_text("x" * size)

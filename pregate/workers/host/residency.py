@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from pregate.base.errors import UserError
+from pregate.base.sizes import written
 
 if TYPE_CHECKING:
     import torch
@@ -57,19 +58,19 @@ def resident_share(resident: float | None, unit_bytes: Sequence[int]) -> float:
     """Return which share of a host's units there are slots for; 1 is all.
 
     `resident`: None for all; a count, below 1 a share, above their number bytes. `unit_bytes` has one entry per unit. A
-    share of them is at least two; UserError for a count or bytes that are less.
+    share of them is at least two; UserError for a count or bytes that are less, in what was given.
     Example: 4 units of 10 bytes each: 3 -> 0.75, 0.1 -> 0.5, 30 -> 0.75.
     """
     total = len(unit_bytes)
     if resident is None or not total:
         return 1.0
-    if resident > total:  # bytes
-        resident = total * min(1.0, resident / sum(unit_bytes))
-    elif resident < 1:
-        resident = max(2.0, resident * total)
-    if resident >= total:
-        return 1.0
-    if resident < min(2, total):
-        allowed = f"allowed: room for 2 experts or more, of {total} on this host"
-        raise UserError.of("--resident-experts", f"{resident:g} experts", allowed)
-    return resident / total
+    least, num_bytes = min(2, total), sum(unit_bytes)
+    least_bytes = -(-least * num_bytes // total)
+    if resident > total and resident < least_bytes:
+        allowed = f"allowed: {least_bytes} bytes or more, room for {least} of a host's {total} experts"
+        raise UserError.of("--resident-experts", written(resident), allowed)
+    if 1 <= resident < least:
+        allowed = f"allowed: {least} or more of a host's {total} experts, below 1 a share, or bytes"
+        raise UserError.of("--resident-experts", f"{resident:g}", allowed)
+    share = resident / num_bytes if resident > total else resident / total if resident >= 1 else resident
+    return min(1.0, max(share, least / total))

@@ -1,5 +1,6 @@
 """A store with fewer slots than units: what comes ahead, what stays, what is counted, and what fails."""
 
+import re
 import threading
 import time
 from typing import Any
@@ -58,7 +59,7 @@ def test_room_is_a_share_a_count_or_bytes_of_this_hosts_units(reader, resident, 
     assert store.weights(0).num_slots == store.stats.num_units == num_slots
     assert store.tiered == (num_slots < 11)
     assert store.complete == (num_slots == 11)
-    with pytest.raises(UserError, match="allowed: room for 2 experts or more, of 11"):
+    with pytest.raises(UserError, match="resident_experts 1: allowed: 2 or more of a host's 11 experts"):
         make_store(reader, 1)
 
 
@@ -71,8 +72,20 @@ def test_where_all_fit_packed_none_leaves():
     assert share_in_slots(None, [8] * 4, [6] * 4) == share_in_slots(4, [8] * 4, [6] * 4) == (1, False)
     assert share_in_slots(0.5, [8] * 4, [6] * 4) == (0.5, True)
     assert share_in_slots(3.0, [], []) == (1, False)
-    with pytest.raises(UserError, match="room for 2 experts or more, of 3"):
+    with pytest.raises(UserError, match="resident_experts 14: allowed: 20 bytes or more, room for 2 of a host's 3"):
         share_in_slots(14.0, [10] * 3, [5] * 3)
+
+
+@pytest.mark.parametrize("unit_bytes", [[10_000_001] * 18, [10**7] * 7 + [3 * 10**6 + 1] * 4, [10**9]])
+def test_bytes_that_are_refused_are_said_with_the_least_that_are_not(unit_bytes):
+    total = len(unit_bytes)
+    with pytest.raises(UserError) as refused:
+        resident_share(1_234_567.0, unit_bytes)
+    found = re.search(r"resident_experts 1\.23MB: allowed: (\d+) bytes or more", str(refused.value))
+    assert found is not None, refused.value
+    assert resident_share(float(found[1]), unit_bytes) * total == pytest.approx(min(2, total))
+    with pytest.raises(UserError):
+        resident_share(float(found[1]) - 1, unit_bytes)
 
 
 def test_a_plan_is_fetched_in_layer_order_and_only_near_layers(reader):
