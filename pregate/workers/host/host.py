@@ -24,6 +24,7 @@ from pregate.kernels import expert_ffn
 from pregate.kernels.cpu.packed import fits_fp16
 from pregate.kernels.tools.warm_up import warm_up_pairs
 from pregate.kernels.units import GroupRows
+from pregate.model.adapter import is_adapter
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.client.local import LocalUnits
 from pregate.workers.host.copies import Copies
@@ -104,6 +105,11 @@ class ExpertHost:
                 spare_slots=options.spare_slots or 0,
                 reserve_shared=reserve,
             )
+        if self._store.tiered and is_adapter(reader.path):
+            _log.warning(
+                "host %d: an adapter's experts come and go: with each its layer's whole down projection is read of the "
+                "parent; of a checkpoint, as `pregate apply` writes it, the expert alone", options.host_id,
+            )  # fmt: skip
         self._looks_ahead = options.lookahead and self._store.tiered
         self._prefetcher = Prefetcher(self._store) if self._looks_ahead else None
         self._plans = PlanShelf(options.num_plans)

@@ -10,6 +10,8 @@ from pregate.convert.export.run import ExportOptions, export
 from pregate.model.checkpoint import CheckpointReader
 from pregate.model.modeling import RoutedForCausalLM
 from pregate.router.paths.load import load_router
+from pregate.workers.host.host import ExpertHost
+from pregate.workers.host.options import HostOptions
 from tests.equality import reference_texts
 from tests.router.serving import engine_over, expert_hosts, hold
 
@@ -33,6 +35,17 @@ def test_in_process_and_on_two_hosts(made, tiny_dense, tmp_path):
         for hosts in ([], addresses):
             with engine_over(adapter, hosts, tiny_dense, step_tokens=40) as engine:
                 print(f"{path.name}, {len(hosts)} hosts: {hold(engine, path.name, references)}")
+
+
+@pytest.mark.parametrize("of_adapter", [True, False])
+def test_whose_experts_come_and_go_is_told_what_is_read_for_each(made, tiny_dense, caplog, of_adapter):
+    path, adapter = made
+    reader = CheckpointReader(adapter, tiny_dense) if of_adapter else CheckpointReader(path)
+    units = [(layer, expert) for layer, cut in enumerate(reader.config.cuts) for expert in range(cut.num_routed)]
+    for resident, said in ((None, False), (0.5, of_adapter)):
+        caplog.clear()
+        ExpertHost(reader, units, HostOptions(resident_experts=resident)).close()
+        assert ("pregate apply" in caplog.text) == said
 
 
 def test_the_path_service_reads_the_same_router(tiny_path_checkpoint, tiny_dense, tmp_path):
