@@ -16,6 +16,7 @@ from pregate.cli.cache.command import cache
 from pregate.cli.flags import command
 from pregate.cli.load.options import LoadOptions
 from pregate.cli.printed import Output
+from pregate.workers.host.options import EXPERT_FFNS
 
 app = typer.Typer(help="Measure this machine, or a server.", no_args_is_help=True)
 app.command()(cache)
@@ -30,7 +31,7 @@ class BenchOptions:
     shape: Annotated[str, Field(description="llama-2-7b, 1b or quartet.")] = "1b"
     device: Annotated[Literal["cpu", "cuda"], Field(description="Where.")] = "cpu"
     dtype: Annotated[Dtype | Literal["auto"], Field(description="auto: float32 on a CPU, bfloat16 on a GPU.")] = "auto"
-    expert_ffn: Annotated[str, Field(description="auto, or an implementation by name.")] = "auto"
+    expert_ffn: Annotated[str, Field(description=f"One of {', '.join(EXPERT_FFNS)}.")] = "auto"
     percent: Annotated[Literal["25", "50", "75"], Field(description="Share of the FFN that is active.")] = "25"
     tokens: Annotated[str, Field(description="Batch sizes, with commas.")] = "1,4,16,64,256"
     tune: Annotated[bool, Field(description="Rewrite this device's block sizes first (CUDA).")] = False

@@ -9,6 +9,8 @@ from pydantic import Field
 from pregate.base.options import INTERNAL, Dtype, Word, options
 from pregate.base.sizes import SIZE
 
+#: `kernels.expert_ffn.IMPLEMENTATIONS`, which cannot be asked here: it loads torch. A test holds them equal.
+EXPERT_FFNS = ("auto", "packed", "grouped", "loop", "int8", "stored", "triton", "triton-int8", "triton-fp8")
 ResidentExperts = Annotated[
     float | None,
     Field(gt=0, description="Experts a host keeps on its device: a count, below 1 a share of its own, else bytes."),
@@ -27,7 +29,7 @@ class HostOptions:
     host_id: Annotated[int, INTERNAL] = 0
     device: str = "cpu"
     dtype: Dtype | Literal["auto"] = "auto"
-    expert_ffn: Annotated[str, Field(description="How hosts run experts: auto, or one by name.")] = "auto"
+    expert_ffn: Annotated[str, Field(description=f"How hosts run experts: {', '.join(EXPERT_FFNS)}.")] = "auto"
     num_plans: Annotated[int, Field(ge=1, description="Plans of steps that a host keeps for an engine.")] = 4
     spare_slots: Annotated[
         int | None,

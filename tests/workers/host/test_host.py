@@ -8,9 +8,10 @@ import torch
 from pregate.base.errors import ProtocolError, UserError
 from pregate.kernels import reference
 from pregate.kernels.cpu.packed import why_no_fp16
+from pregate.kernels.expert_ffn import IMPLEMENTATIONS
 from pregate.model.checkpoint import CheckpointReader
 from pregate.workers.host.host import ExpertHost
-from pregate.workers.host.options import HostOptions
+from pregate.workers.host.options import EXPERT_FFNS, HostOptions
 from pregate.workers.host.plan_shelf import MAX_ENGINES, NeedPlanError
 from pregate.workers.link.protocol import GroupIndex, GroupKey, Hello, HostPlan
 
@@ -47,6 +48,10 @@ def plan_of(step: int) -> HostPlan:
     return HostPlan(
         step, i32(3, 0, 2), i32(0, 2, 2, 3), i32(1, 4, 0), i32(2, 2, 2), i32(0, 4, 4, 6), i32(0, 2, 0, 1, 0, 1)
     )
+
+
+def test_the_names_in_the_help_are_those_that_are_allowed():
+    assert EXPERT_FFNS == IMPLEMENTATIONS
 
 
 @pytest.mark.parametrize("implementation", ["loop", "grouped", "packed"])
