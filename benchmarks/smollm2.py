@@ -4,8 +4,9 @@
 
 free: each cut by the default recipe, decoupled by the defaults, with every control of `pregate evaluate`, on the test
 text of WikiText-2 and of GSM8K. gates: the cut by gates alone, with the controls for seed 0. paper: CMoE's own recipe.
-tuned: the decoupled checkpoint tuned, with the controls. shares: what of the FFN runs on each folder of text, with
-thresholds that follow it and with fixed ones. report: the tables again.
+router: the decoupled checkpoint's path router tuned alone on the model's output, every weight the parent's. tuned: the
+decoupled checkpoint tuned, with the controls. shares: what of the FFN runs on each folder of text, with thresholds that
+follow it and with fixed ones. report: the tables again.
 
 Calibrated, trained and tuned on fiction, nonfiction, GSM8K's training and WikiText-2's validation text, tuned on as
 many characters of each. Checkpoints and finished rows are kept in --work, so that the same command goes on, and hours
@@ -86,7 +87,7 @@ class SmolLM2:
         )
 
     def checkpoint(self, cut: Cut, kind: str, seed: int) -> Path:
-        """The folder of a checkpoint: layerwise, cmoe-paper, path or tuned."""
+        """The folder of a checkpoint: layerwise, cmoe-paper, path, router or tuned."""
         out = self.work / f"{label(cut)}-{kind}-{seed}"
         if out.exists():
             return out
@@ -100,8 +101,15 @@ class SmolLM2:
         else:
             source = self.checkpoint(cut, "path", seed)
             text = (self.tuning_text(seed),)
-            fields = {"model": source, "out": out, "text": text, "teacher": self.args.parent, "seed": seed}
-            tune(TuneOptions(**fields | self.args.tune), self.progress)
+            fields: dict[str, Any] = {
+                "model": source,
+                "out": out,
+                "text": text,
+                "teacher": self.args.parent,
+                "seed": seed,
+            }
+            alone = {"ffn": False, "backbone": False} if kind == "router" else {}
+            tune(TuneOptions(**fields | alone | self.args.tune), self.progress)
         return out
 
     def tuning_text(self, seed: int) -> Path:
@@ -154,6 +162,9 @@ class SmolLM2:
 
     def paper(self, cut: Cut, seed: int) -> None:
         self.score(cut, "cmoe-paper", seed)
+
+    def router(self, cut: Cut, seed: int) -> None:
+        self.beside(cut, "router", seed, (PATH,))
 
     def tuned(self, cut: Cut, seed: int) -> None:
         self.beside(cut, "tuned", seed, (LINEAR, PATH, ORACLE))
@@ -216,7 +227,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parent", type=Path, required=True, help="SmolLM2-135M-Instruct as a Hugging Face folder")
     parser.add_argument("--shared-folder", type=Path, required=True, help="folder with text")
-    parser.add_argument("--part", default="free", choices=["free", "gates", "paper", "tuned", "shares", "report"])
+    parser.add_argument(
+        "--part", default="free", choices=["free", "gates", "paper", "router", "tuned", "shares", "report"]
+    )
     parser.add_argument("--cuts", type=cut_of, nargs="+", default=[cut_of("S3A3E8")])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens scored of each text")
@@ -236,8 +249,8 @@ def main() -> None:
                 getattr(bench, args.part)(cut, seed)
     rows = [json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json"))]
     for row in rows:
-        if row["kind"] == "tuned":
-            row["tuning"] = _tuning(args.work / f"{row['cut']}-tuned-{row['seed']}")
+        if row["kind"] in ("router", "tuned"):
+            row["tuning"] = _tuning(args.work / f"{row['cut']}-{row['kind']}-{row['seed']}")
     write_report(rows, surroundings("smollm2", ("transformers",)), args.out)
 
 

@@ -12,6 +12,8 @@ from benchmarks.cuts import in_order
 from benchmarks.surroundings import sentence
 
 Rows = list[dict[str, Any]]
+#: What is said of a cut's row, by its kind; training-free ones share theirs.
+TUNED = {"router": ", router tuned alone", "tuned": ", tuned"}
 CONTROLS = ("static mask", "random routing", "paper's gate", "linear gate", "path router", "oracle")
 
 
@@ -21,8 +23,8 @@ def write_report(rows: Rows, around: dict[str, Any], out: Path) -> None:
     (out / "smollm2.json").write_text(json.dumps({"rows": rows, "surroundings": around}, indent=1) + "\n")
     parts = ["# A real language model: SmolLM2-135M", ""]
     parts += ["Perplexity, in brackets over the dense parent and the share of the FFN that ran.", ""]
-    tuned = {r["cut"]: r["tuning"] for r in rows if "tuning" in r}
-    parts += [f"Tuned {cut}: {_tuning(found)}." for cut, found in tuned.items()] + [""] * bool(tuned)
+    tuned = {r["cut"] + TUNED[r["kind"]]: r["tuning"] for r in rows if "tuning" in r}
+    parts += [line for name, found in tuned.items() for line in (f"{name}: {_tuning(found)}.", "")]
     for text, tokens in dict.fromkeys((r["text"], r["tokens"]) for r in rows if "controls" in r):
         of_text = [r for r in rows if (r["text"], r["tokens"]) == (text, tokens)]
         parts += [f"## {text}, {tokens} tokens", "", *_table(of_text), ""]
@@ -40,7 +42,7 @@ def _tuning(found: dict[str, Any]) -> str:
     options, before = found["options"], found["validation_perplexity_before"]
     fitted = found.get("refit", {}).get("validation_perplexity")
     steps = f"{found['steps']} steps of {options['batch_tokens']} tokens"
-    parts = [f"{found['num_trained_parameters'] / 1e6:.0f} M parameters", f"{found['tokens']} tokens in {steps}"]
+    parts = [f"{found['num_trained_parameters'] / 1e6:.1f} M parameters", f"{found['tokens']} tokens in {steps}"]
     parts += [f"KL share {options['kl_share']:g}"]
     parts += [f"{found['cpu_seconds'] / 60:.0f} CPU minutes on {found['threads']} thread"]
     after = f"{before:.2f} before" + (f", {fitted:.2f} after the closed-form fit" if fitted else "")
@@ -51,11 +53,12 @@ def _tuning(found: dict[str, Any]) -> str:
 
 
 def _table(rows: Rows) -> list[str]:
-    """A line for each cut, and one for it tuned."""
+    """A line for each cut, and one for each way it was tuned."""
     names = (*CONTROLS, "CMoE's recipe")
     parts = ["| cut | dense | " + " | ".join(names) + " |", "| --- |" + " --: |" * (len(names) + 1)]
     for cut in sorted({r["cut"] for r in rows}, key=in_order):
-        for name, kinds in ((cut, ("path", "layerwise")), (f"{cut}, tuned", ("tuned",))):
+        lines = {cut: ("path", "layerwise")} | {cut + said: (kind,) for kind, said in TUNED.items()}
+        for name, kinds in lines.items():
             found = [r for r in _pick(rows, cut=cut) if r["kind"] in kinds]
             by_name = {control: _of_control(found, control) for control in ("dense parent", *CONTROLS)}
             if not by_name["dense parent"]:
@@ -106,8 +109,8 @@ def _picture(rows: Rows, path: Path) -> None:
     if plt is None or not rows:
         return
     groups: dict[str, Rows] = {}
-    for row in sorted(rows, key=lambda r: (r["text"], r["tokens"], in_order(r["cut"]), r["kind"] == "tuned")):
-        name = f"{row['cut']}{', tuned' if row['kind'] == 'tuned' else ''}\n{row['text']}, {row['tokens']}"
+    for row in sorted(rows, key=lambda r: (r["text"], r["tokens"], in_order(r["cut"]), TUNED.get(r["kind"], ""))):
+        name = f"{row['cut']}{TUNED.get(row['kind'], '')}\n{row['text']}, {row['tokens']}"
         groups.setdefault(name, []).append(row)
     shown = [name for name in CONTROLS if name != "random routing"]
     figure, axes = plt.subplots(figsize=(1.5 + 1.6 * len(groups), 4))

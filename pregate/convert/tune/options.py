@@ -24,13 +24,14 @@ Weight = Annotated[float, Field(ge=0)]
 class TuningSettings:
     """How a model in memory is tuned; what `Tuner` goes by.
 
-    `method` lora: low-rank changes (8 and 32 in CMoE, section 4.1). The FFNs are always tuned, and the scale by which a
-    router or gate weighs its experts. The loss is (1 - `kl_share`) cross-entropy + `kl_share` KL(teacher || student),
-    per token. To it come `hidden_match` times the squared error of every layer's output as the teacher's, relative to
-    its square; `router_mass` times that of the router's scores as forecasts of the experts' present contribution
-    masses, as a share of their variance (without `straight_through` a router learns from that alone); with `balance`
-    "loss" Switch's auxiliary loss. Before the first step `refit` fits the down projections in closed form
-    (`convert/tune/refit.py`), where the model is routed and not tuned yet.
+    `method` lora: low-rank changes (8 and 32 in CMoE, section 4.1). The scale by which a router or gate weighs its
+    experts is always tuned. Without `ffn` and `backbone` the router or the gates learn alone, from what their choice
+    does to the model's output, and every weight stays the parent's. The loss is (1 - `kl_share`) cross-entropy +
+    `kl_share` KL(teacher || student), per token. To it come `hidden_match` times the squared error of every layer's
+    output as the teacher's, relative to its square; `router_mass` times that of the router's scores as forecasts of the
+    experts' present contribution masses, as a share of their variance (without `straight_through` a router learns from
+    that alone); with `balance` "loss" Switch's auxiliary loss. Before the first step `refit` fits the down projections
+    in closed form (`convert/tune/refit.py`), where the model is routed, its FFNs are tuned and were not yet.
 
     The run ends with the first of `steps`, `tokens` and `minutes`, or of `patience`. Learning rates fall by a cosine.
     """
@@ -39,6 +40,7 @@ class TuningSettings:
     rank: Annotated[int, Field(ge=1), "Rank of LoRA's changes."] = 8
     alpha: Annotated[float, Field(gt=0), "LoRA's changes count alpha / rank."] = 32.0
     router: Annotated[bool, "Tune the path router, or the layers' gates; a scale of experts' weights always is."] = True
+    ffn: Annotated[bool, "Tune the FFNs; without them nothing is fitted first either."] = True
     backbone: Annotated[bool, "Tune attention, norms, embeddings and head."] = True
     kl_share: Annotated[Share, "Share of the KL to the teacher in the loss, 0 to 1."] = 0.9
     hidden_match: Annotated[
@@ -107,6 +109,16 @@ class TuningSettings:
         shares += [tokens / self.token_budget] if self.token_budget else []
         shares += [seconds / (60 * self.minutes)] if self.minutes else []
         return max(shares)
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Whether the model's own weights stay as they are, low-rank changes beside them aside."""
+        return self.method == "lora" or not (self.ffn or self.backbone)
+
+    @property
+    def fits_first(self) -> bool:
+        """Whether down projections are fitted before the first step."""
+        return self.refit and self.ffn
 
 
 @options(kw_only=True)

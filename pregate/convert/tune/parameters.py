@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from pregate.base.errors import UserError
 from pregate.convert.tune.options import TuningSettings
 from pregate.model.factors import TABLE, changed
 from pregate.model.gated_mlp import find_gated_mlps
@@ -40,8 +41,9 @@ class Trained:
 def choose_trained(model: Any, settings: TuningSettings) -> Trained:
     """Freeze `model` but for what `settings` asks to tune; with LoRA its weights get low-rank changes.
 
-    Of the router in use, without `settings.router`, only the scales by which it weighs the experts it chose. With LoRA
-    a path router's table that is the parent's embedding times a projection stays that.
+    Of the router in use, without `settings.router`, only the scales by which it weighs the experts it chose. Where the
+    model's weights are kept a path router's table that is the parent's embedding times a projection stays that.
+    UserError where nothing is left to train.
     """
     parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
     router: list[str] = []
@@ -49,7 +51,7 @@ def choose_trained(model: Any, settings: TuningSettings) -> Trained:
         kind = "path_router" if model.config.routing == "path" else GATE_PARTS[model.config.gate]
         router = [n for n in parameters if kind in n.split(".") and (settings.router or n.endswith(".scale"))]
         made = {} if model.manifest is None else model.manifest.options.get("decouple", {})
-        if settings.method == "lora" and made.get("embedding") == "parent":
+        if settings.keeps_weights and made.get("embedding") == "parent":
             router = [n for n in router if n != TABLE]
         ffns = [m for mlp in model.routed_mlps for n, m in mlp.named_children() if n in ("experts", "shared")]
     else:
@@ -58,6 +60,7 @@ def choose_trained(model: Any, settings: TuningSettings) -> Trained:
     ffn = {n for n, p in parameters.items() if id(p) in ids}
     model.requires_grad_(False)
     rest = [n for n in parameters if n not in ffn and not _of_a_router(n)] if settings.backbone else []
+    ffn = ffn if settings.ffn else set()
     if settings.method == "lora":
         linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         head = model.get_output_embeddings()
@@ -67,6 +70,10 @@ def choose_trained(model: Any, settings: TuningSettings) -> Trained:
     else:
         own = {n: p for n, p in parameters.items() if n in ffn or n in rest}
     chosen = Trained(own, {n: parameters[n] for n in router})
+    if not chosen.all:
+        raise UserError(
+            "--no-ffn, --no-backbone: nothing is left to tune; allowed: one of them, or a router that learns"
+        )
     for parameter in chosen.all.values():
         parameter.requires_grad_(True)
     return chosen

@@ -67,7 +67,7 @@ def tune(options: TuneOptions, progress: Progress = QUIET) -> Manifest:
         tuner = Tuner(model, rows, options, teacher, keep, progress)
         if resume(partial, tuner):
             progress.note(partial.state.going_on)
-        elif options.refit and tuner.routed and not read_manifest(options.model).is_tuned:
+        elif options.fits_first and tuner.routed and not read_manifest(options.model).is_tuned:
             _refit(tuner, is_parent_shaped(source, teacher_source), partial, progress)
         _run(tuner, options, partial, progress)
         with writing(options.out, options.out), progress.doing("writing the checkpoint"):
@@ -204,7 +204,7 @@ def _factors(tuner: Tuner, source: ModelFolder) -> dict[str, torch.Tensor]:
 
     Nothing, where weights changed otherwise: tuned in full, or fitted in closed form to the good.
     """
-    if not source.is_routed or tuner.settings.method == "full" or tuner.is_refitted:
+    if not source.is_routed or not tuner.settings.keeps_weights or tuner.is_refitted:
         return {}
     kept = read_factors(source.path)
     for name, (up, down) in tuner.merged.items():

@@ -18,7 +18,7 @@ from pregate.convert.paths.decouple import decouple
 from pregate.convert.paths.options import DecoupleOptions
 from pregate.convert.tune.options import TuneOptions
 from pregate.convert.tune.run import tune
-from pregate.model.checkpoint import CheckpointReader
+from pregate.model.checkpoint import CheckpointReader, read_manifest
 from pregate.model.file_hashes import file_sha256
 from pregate.model.folder import read_folder
 from pregate.model.modeling import RoutedForCausalLM
@@ -190,7 +190,11 @@ def test_a_projected_table_and_lora_come_back(tiny_dense, tiny_text, tmp_path):
     once = tuned_by_lora(routed, tiny_text, tmp_path / "once")
     decouple(DecoupleOptions(once, tmp_path / "paths", (tiny_text,), steps=5, dim=16, embedding="parent"))
     twice = tuned_by_lora(tmp_path / "paths", tiny_text, tmp_path / "twice")
-    for number, checkpoint in enumerate((once, tmp_path / "paths", twice)):
+    alone = tmp_path / "alone"
+    text, budget = (tiny_text,), {"steps": 12, "kl_share": 0.0}
+    tune(TuneOptions(model=tmp_path / "paths", out=alone, text=text, ffn=False, backbone=False, **budget))
+    assert read_manifest(alone).figures["tune"]["best_step"] > 0
+    for number, checkpoint in enumerate((once, tmp_path / "paths", twice, alone)):
         adapter = make(checkpoint, tiny_dense, tmp_path / f"adapter-{number}")
         held = load_file(adapter / "adapter.safetensors")
         assert not any("experts" in name or name == "path_router.embedding.weight" for name in held)

@@ -133,6 +133,22 @@ def test_what_is_not_to_be_tuned_stays_bit_for_bit(options: TuneOptions, method:
     assert all(".experts." in n or ".shared." in n or n.endswith("mass_threshold") for n in names)
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_router_alone_learns_from_the_output_of_a_model_that_stays(options: TuneOptions, method: str):
+    options = replace(options, method=method, ffn=False, backbone=False, steps=40, eval_every=20)
+    figures = tune(options).figures["tune"]
+    assert figures["validation_perplexity_after"] < figures["validation_perplexity_before"]
+    assert "refit" not in figures
+    names = changed(options.model, options.out)
+    assert any(n.startswith("path_router.blocks") for n in names)
+    assert all(n.startswith("path_router.") or n.endswith("mass_threshold") for n in names)
+
+
+def test_where_nothing_is_left_to_tune_that_is_said(options: TuneOptions):
+    with pytest.raises(UserError, match="nothing is left to tune; allowed: one of them"):
+        tune(replace(options, ffn=False, backbone=False, router=False))
+
+
 def test_everything_is_tuned_but_the_gates_not_in_use(options: TuneOptions):
     tune(options)
     names = changed(options.model, options.out)
