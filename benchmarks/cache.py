@@ -141,6 +141,7 @@ def write(models: dict[str, Any], args: argparse.Namespace) -> None:
         f"{Pace().token_s * 1e3:g} ms a token on the recording's clock, up to {Pace().step_tokens} tokens."
     )
     result = {"models": models, "setting": setting, "surroundings": surroundings("cache", ["transformers"])}
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "cache.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "cache.md").write_text(markdown(result))
     name = next(iter(models))
