@@ -10,7 +10,7 @@ follow it and with fixed ones. report: the tables again.
 
 Calibrated, trained and tuned on fiction, nonfiction, GSM8K's training and WikiText-2's validation text, tuned on as
 many characters of each. Checkpoints and finished rows are kept in --work, so that the same command goes on, and hours
-can be spread.
+can be spread; a row that smollm2.json in --out holds already is not made again, so that machines can be, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +126,34 @@ class SmolLM2:
             (folder / f"{source.stem}.jsonl").write_text("".join(lines))
         return folder
 
-    def row(self, cut: Cut | None, kind: str, seed: int, text: str, make: Callable[[], dict[str, Any]]) -> None:
-        path = self.work / "rows" / f"{label(cut) or 'dense'}-{kind}-{seed}-{text}-{self.args.tokens}.json"
-        if path.exists():
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Every row there is by its name: those of --out's smollm2.json, and those that --work adds or has anew."""
+        results = self.args.out / "smollm2.json"
+        found = json.loads(results.read_text())["rows"] if results.exists() else []
+        found += [json.loads(path.read_text()) for path in (self.work / "rows").glob("*.json")]
+        named = {row_name(row): row for row in found}
+        return {name: named[name] for name in sorted(named)}
+
+    def lacks(self, cut: Cut, kind: str, seed: int, texts: Iterable[str]) -> bool:
+        """Whether any of these rows is still to be made."""
+        fields = {"cut": label(cut), "kind": kind, "seed": seed, "tokens": self.args.tokens}
+        return not self.rows().keys() >= {row_name(fields | {"text": text}) for text in texts}
+
+    def row(self, cut: Cut, kind: str, seed: int, text: str, make: Callable[[], dict[str, Any]]) -> None:
+        fields: dict[str, Any] = {"cut": label(cut), "kind": kind, "seed": seed, "text": text}
+        fields["tokens"] = self.args.tokens
+        if not self.lacks(cut, kind, seed, (text,)):
             return
+        path = self.work / "rows" / f"{row_name(fields)}.json"
         started = time.monotonic()
-        made = {name: value for name, value in make().items() if name not in ("model", "text")}  # paths of this machine
-        fields = {"cut": label(cut), "kind": kind, "seed": seed, "text": text, "tokens": self.args.tokens} | made
+        fields |= {
+            name: value for name, value in make().items() if name not in ("model", "text")
+        }  # this machine's paths
+        if kind in ("router", "tuned"):
+            fields["tuning"] = _tuning(self.checkpoint(cut, kind, seed))
+        fields |= {"seconds": round(time.monotonic() - started, 1), "made": made_on()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(fields | {"seconds": round(time.monotonic() - started, 1)}))
+        path.write_text(json.dumps(fields))
         print(path.stem, fields["perplexity"], flush=True)
 
     def score(self, cut: Cut, kind: str, seed: int, controls: bool = False) -> None:
@@ -172,6 +191,8 @@ class SmolLM2:
     @torch.no_grad()
     def beside(self, cut: Cut, kind: str, seed: int, controls: tuple[str, ...]) -> None:
         """Rows of a checkpoint beside its dense parent and these controls alone: every one is a pass over the text."""
+        if not self.lacks(cut, kind, seed, TESTS):
+            return
         folder = read_folder(self.checkpoint(cut, kind, seed))
         model = load_any(folder)
         for name, file in TESTS.items():
@@ -187,15 +208,16 @@ class SmolLM2:
 
     def _parent(self, name: str, num_tokens: int) -> Any:
         """What the dense parent scored of a text, where a row says it already; else the parent."""
-        for path in (self.work / "rows").glob(f"*-{name}-{self.args.tokens}.json"):
-            found = json.loads(path.read_text())
-            if "controls" in found:
+        for found in self.rows().values():
+            if (found["text"], found["tokens"]) == (name, self.args.tokens) and "controls" in found:
                 return Score(math.log(found["controls"][DENSE]["perplexity"]) * num_tokens, num_tokens)
         return load_any(read_folder(self.args.parent))
 
     @torch.no_grad()
     def shares(self, cut: Cut, seed: int) -> None:
         """The active share of each folder of text, with the thresholds that follow it and as they were set."""
+        if not any(self.lacks(cut, f"share-{kind}", seed, FOLDERS) for kind in ("held", "fixed")):
+            return
         path = self.checkpoint(cut, "path", seed)
         model = load_any(read_folder(path))
         for folder, file in FOLDERS.items():
@@ -207,6 +229,17 @@ class SmolLM2:
                     computer.router.share_control = None
                 self.row(cut, f"share-{kind}", seed, folder, lambda texts=texts: _share(model, texts))
                 model.forget_path_computer()
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """What a row is of, as its file is called."""
+    return f"{row['cut']}-{row['kind']}-{row['seed']}-{row['text']}-{row['tokens']}"
+
+
+def made_on() -> dict[str, str]:
+    """When and on what a row is made: rows of one table may be of several machines."""
+    around = surroundings("smollm2")
+    return {"date": around["date"], "cpu": around["hardware"]["cpu"], "torch": around["versions"]["torch"]}
 
 
 def _share(model: Any, text: ScoredText) -> dict[str, Any]:
@@ -247,11 +280,7 @@ def main() -> None:
         for cut in args.cuts:
             for seed in args.seeds:
                 getattr(bench, args.part)(cut, seed)
-    rows = [json.loads(path.read_text()) for path in sorted((args.work / "rows").glob("*.json"))]
-    for row in rows:
-        if row["kind"] in ("router", "tuned"):
-            row["tuning"] = _tuning(args.work / f"{row['cut']}-{row['kind']}-{row['seed']}")
-    write_report(rows, surroundings("smollm2", ("transformers",)), args.out)
+    write_report(list(bench.rows().values()), surroundings("smollm2", ("transformers",)), args.out)
 
 
 if __name__ == "__main__":

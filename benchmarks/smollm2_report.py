@@ -28,13 +28,23 @@ def write_report(rows: Rows, around: dict[str, Any], out: Path) -> None:
     for text, tokens in dict.fromkeys((r["text"], r["tokens"]) for r in rows if "controls" in r):
         of_text = [r for r in rows if (r["text"], r["tokens"]) == (text, tokens)]
         parts += [f"## {text}, {tokens} tokens", "", *_table(of_text), ""]
-    parts += [*_shares([r for r in rows if r["kind"].startswith("share-")]), "", f"{sentence(around)}.", ""]
+    parts += [*_shares([r for r in rows if r["kind"].startswith("share-")]), ""]
+    parts += [f"{_machines(rows)} The tables by {sentence(around)}.", ""]
     (out / "smollm2.md").write_text("\n".join(parts))
     _picture([r for r in rows if "controls" in r], out / "smollm2.png")
 
 
 def _pick(rows: Rows, **fields: Any) -> Rows:
     return [r for r in rows if all(r[k] == v for k, v in fields.items())]
+
+
+def _machines(rows: Rows) -> str:
+    """Where the rows come from: from one machine to another a per cent says nothing (docs/measurements.md)."""
+    dates: dict[str, list[str]] = {}
+    for row in rows:
+        dates.setdefault(row["made"]["cpu"], []).append(row["made"]["date"][:10])
+    found = [f"{len(days)} on {cpu} ({', '.join(sorted(set(days)))})" for cpu, days in dates.items()]
+    return f"Rows: {'; '.join(found)}."
 
 
 def _tuning(found: dict[str, Any]) -> str:
