@@ -49,10 +49,14 @@ def pregate_engine(model: str) -> Run:
 
 
 def pregate_tiers(model: str, resident: str, policy: str) -> Run:
-    """The same in bfloat16, with that share of the experts in slots; the policy is lookahead or lru."""
-    from benchmarks.offload import load
+    """The same in bfloat16 where the CPU has it, with that share of the experts in slots; lookahead or lru."""
+    import torch
 
-    engine, _ = load(Path(model), float(resident), policy == "lookahead", dtype="bfloat16", kv_cache_memory=64 << 20)
+    from benchmarks.offload import load
+    from pregate.kernels.cpu.ffn import why_not_dtype
+
+    dtype = "float32" if why_not_dtype(torch.bfloat16) else "bfloat16"
+    engine, _ = load(Path(model), float(resident), policy == "lookahead", dtype=dtype, kv_cache_memory=64 << 20)
     return _asking(engine, model)
 
 

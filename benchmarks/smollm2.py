@@ -77,6 +77,7 @@ class SmolLM2:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.work, self.progress = args, args.work, RichProgress()
+        self.work.mkdir(parents=True, exist_ok=True)
         text = args.shared_folder / "text"
         wiki = sorted((text / "wiki").glob("*valid*"))
         self.text: tuple[Path, ...] = (
